@@ -1,0 +1,110 @@
+# make train    all the main job needs (virtual environment, requirements, data), then the job: runs/fashion_mnist
+# make test     the same set-up, then the tests
+# make check    ruff's rules and format
+# make parity   the tests against PyTorch and diffusers, in a virtual environment of their own
+# make data     Fashion-MNIST from its Debian package, where apt is at hand
+# make clean    removes the virtual environments and the caches; data/ and runs/ stay
+#
+# More flags for the command behind:  make train ARGS="--workdir=runs/other --config.seed=1"
+# Another Python than python3:        make train PYTHON=/path/to/python3.12
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+.PHONY: help train test check parity data clean
+
+ARGS ?=
+NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python $(NEW_ENOUGH) 2>/dev/null && echo $$python && exit; done; echo python3)
+endif
+REQUIREMENTS := $(wildcard requirements.txt requirements-dev.txt)
+IDX_FILES := usr/share/datasets/fashion-mnist
+
+help:
+	@sed -n 's/^# \?//p; /^$$/q' Makefile
+
+train: .venv/ready data
+	@.venv/bin/python -m ldm_jax.train --config=configs/fashion_mnist.py $(ARGS)
+
+test: .venv/ready data
+	@.venv/bin/python -m pytest --ignore=tests/parity $(ARGS)
+
+check: .venv/ready
+	@.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+parity: .venv-parity/ready
+	@.venv-parity/bin/python -m pytest tests/parity $(ARGS)
+
+# The program downloads what isn't here, so that a failure is no error. The folder appears whole, by its renaming.
+data:
+	@$(functions)
+	[ -e data/$(IDX_FILES) ] || [ -e /$(IDX_FILES) ] || [ -e data/fashion_mnist/1.0.0 ] || {
+		unpack_package dataset-fashion-mnist data/package &&
+		mkdir -p data/$(dir $(IDX_FILES)) &&
+		mv data/package/$(IDX_FILES) data/$(IDX_FILES)
+	} || echo "No Debian package to be had here: the program will download Fashion-MNIST itself."
+	rm -rf data/package
+
+clean:
+	@rm -rf .venv .venv-parity .pytest_cache .ruff_cache .hypothesis
+
+# The stamp `ready`: pip runs again when the requirements have changed, and only then.
+.venv/ready: $(REQUIREMENTS)
+	@$(functions)
+	make_venv .venv
+	echo "Installing $(REQUIREMENTS) into .venv ..."
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(REQUIREMENTS:%=-r %)
+	touch $@
+
+# torch first and by exact version: the index then offers the plain build. The program itself needs none of the three.
+.venv-parity/ready: $(REQUIREMENTS)
+	@$(functions)
+	make_venv .venv-parity
+	echo "Installing torch, diffusers, transformers and $(REQUIREMENTS) into .venv-parity ..."
+	pip() { .venv-parity/bin/python -m pip install --quiet --disable-pip-version-check "$$@"; }
+	pip torch==2.13.0
+	pip torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 $(REQUIREMENTS:%=-r %)
+	touch $@
+
+define functions
+fail() { echo "error: $$*" >&2; exit 2; }
+
+# make_venv FOLDER: a virtual environment with pip, made anew if the one there does not work.
+make_venv() {
+	$(PYTHON) $(NEW_ENOUGH) 2>/dev/null || fail "Python 3.11 or newer is needed, and $(PYTHON) is" \
+		"$$($(PYTHON) -V 2>/dev/null || echo not there); install it, or say where it is: make PYTHON=/path/to/python3"
+	! $$1/bin/python -m pip --version >/dev/null 2>&1 || return 0
+	echo "Making the virtual environment $$1 ..."
+	rm -rf $$1
+	! $(PYTHON) -m venv $$1 >/dev/null 2>&1 || return 0
+	# Debian keeps ensurepip in a package of its own; the wheel of pip does as well.
+	local wheels=data/pip/usr/share/python-wheels
+	{
+		$(PYTHON) -m venv --clear --without-pip $$1 &&
+		unpack_package python3-pip-whl data/pip &&
+		$$1/bin/python $$(echo $$wheels/pip-*.whl)/pip install --quiet --no-index $$wheels/pip-*.whl
+	} >/dev/null 2>&1 || {
+		rm -rf $$1
+		fail "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: sudo apt install python3-venv"
+	}
+	rm -rf data/pip
+}
+
+# unpack_package NAME FOLDER: a Debian package's files, without root, by apt's package lists or, if they are missing or
+# out of date, by lists of our own.
+unpack_package() {
+	command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
+	echo "Fetching the Debian package $$1 ..."
+	rm -rf $$2 && mkdir -p $$2/apt/lists/partial || return 1
+	local own_lists=(-o "Dir::State::Lists=$$PWD/$$2/apt/lists" -o "Dir::Cache=$$PWD/$$2/apt")
+	(
+		cd $$2/apt
+		apt() { apt-get -qq -o "APT::Sandbox::User=$$(id -un)" -o Acquire::http::Timeout=20 "$$@"; }
+		apt download $$1 || { apt "$${own_lists[@]}" update && apt "$${own_lists[@]}" download $$1; }
+	) >/dev/null 2>&1 && dpkg -x $$2/apt/$$1_*.deb $$2 && rm -r $$2/apt
+}
+endef

@@ -1,0 +1,90 @@
+"""A split of a data set, by name, in the size and colours asked for: in memory if it fits, else on the disk."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ldm_jax.data.catalog import find
+from ldm_jax.data.records import Records
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """`dataset[[3, 5]]` is {"x": uint8 [2, H, W, C], "label": int32 [2], if labelled}, wherever the examples are."""
+
+    name: str
+    split: str
+    shape: tuple[int, int, int, int]  # N, H, W, C
+    class_names: tuple[str, ...]  # empty: without labels
+    fingerprint: str  # equal means equal examples in equal order
+    arrays: dict[str, np.ndarray] | None  # "x" uint8 [N, H, W, C], and "label" int32 [N] if labelled; None: on the disk
+    records: Records | None  # None: in memory
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The examples at `indices`, stacked."""
+        if self.arrays is None:
+            return self.records[indices]
+        indices = np.asarray(indices)
+        return {name: values[indices] for name, values in self.arrays.items()}
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart; 0 without labels."""
+        return len(self.class_names)
+
+
+def load_dataset(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path,
+    manual_dir: str | Path | None = None,
+    image_size: int | None = None,
+    channels: int | None = None,
+    crop: str = "center",
+    image_key: str = "auto",
+    label_key: str = "auto",
+    memory_limit: int = 2**31,
+) -> Dataset:
+    """A split of "fashion_mnist", which is prepared here when it is not there, or of any prepared TFDS data set.
+
+    Args:
+        name: see `catalog.find`.
+        split: "train", "test", "train[:1000]", ... as in TFDS.
+        data_dir: the folder of prepared data sets.
+        manual_dir: where the source files of one of our own builders lie, if not where it looks for them.
+        image_size: height and width; None keeps the data set's.
+        channels: 1 or 3; None keeps the data set's.
+        crop: "center" (the largest square) or "none" (all of it), then resized; see `images.fit`.
+        image_key: the feature with the picture; "auto" finds it.
+        label_key: the feature with the class; "auto" finds it, "none" goes without.
+        memory_limit: bytes of pixels above which the examples stay on the disk.
+
+    Raises:
+        InputError: what was asked for isn't there, or is damaged; one line says what and where.
+        RunError: preparing the data failed on the way (a full disk).
+    """
+    folder = find(name, Path(data_dir).expanduser(), Path(manual_dir).expanduser() if manual_dir else None)
+    options = {"image_size": image_size, "channels": channels, "crop": crop}
+    records = Records(folder, split, **options, image_key=image_key, label_key=label_key)
+    common = {"name": name, "split": split, "shape": records.shape, "class_names": records.class_names}
+    if math.prod(records.shape) > memory_limit:
+        return Dataset(**common, fingerprint=records.fingerprint, arrays=None, records=records)
+    arrays = records.load()
+    return Dataset(**common, fingerprint=content_hash(arrays), arrays=arrays, records=None)
+
+
+def content_hash(arrays: dict[str, np.ndarray]) -> str:
+    """The SHA-256 of arrays: of their names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name} {values.dtype} {values.shape}".encode())
+        digest.update(np.ascontiguousarray(values))
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) as a TensorFlow Datasets builder without TensorFlow.
+
+The feature is a `Tensor` of uint8 rather than an `Image`, whose PNG encoder is TensorFlow's. Examples keep the order of
+the original files. Importing this module imports TensorFlow Datasets.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ldm_jax.data.download import content_sha256, download
+from ldm_jax.data.idx import gunzip, parse_idx
+from ldm_jax.data.prepare import build, one_at_a_time
+from ldm_jax.errors import InputError
+
+HOME = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+DEBIAN_FOLDER = "usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist puts the files
+# File -> SHA-256 of what it unzips to. (Archives differ: Debian has zipped the files anew.)
+SHA256 = {
+    "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+PREFIX = {"train": "train", "test": "t10k"}
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """The builder. `folder` holds the four IDX files; the rest of the arguments are TFDS's."""
+
+    name = "fashion_mnist"
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # no files beside this module; TFDS's search for them needs a package that it doesn't declare
+
+    def __init__(self, *, folder: Path, **kwargs):
+        self._folder = folder
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+        features = tfds.features.FeaturesDict(
+            {"image": image, "label": tfds.features.ClassLabel(names=list(CLASS_NAMES))}
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        del dl_manager  # what it would check is the archives' checksums
+        arrays = {split: read_split(self._folder, split) for split in PREFIX}  # all checked before any is written
+        return {split: self._generate_examples(*arrays[split]) for split in arrays}
+
+    def _generate_examples(self, images, labels):
+        for k, (image, label) in enumerate(zip(images, labels)):
+            yield k, {"image": image, "label": int(label)}
+
+
+def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, 28, 28, 1] and labels uint8 [N] of a split, "train" or "test".
+
+    Raises:
+        InputError: a file is missing, damaged, or not Fashion-MNIST's (MNIST's own have the same names and sizes).
+    """
+    images = _checked(folder / f"{PREFIX[split]}-images-idx3-ubyte.gz", axes=3)
+    labels = _checked(folder / f"{PREFIX[split]}-labels-idx1-ubyte.gz", axes=1)
+    return images[..., None], labels
+
+
+def _checked(path: Path, *, axes: int) -> np.ndarray:
+    array = parse_idx(gunzip(path), axes=axes, where=path)
+    found = content_sha256(path)
+    if found != SHA256[path.name]:
+        raise InputError(
+            f"{path}: not Fashion-MNIST's file of that name: sha256 of the content is {found}, not {SHA256[path.name]}"
+        )
+    return array
+
+
+def find_files(data_dir: Path, manual_dir: Path | None) -> Path:
+    """The folder with the four files: `manual_dir` if given, else the Debian package's, else downloaded.
+
+    Raises:
+        InputError: `manual_dir` lacks one of them, or they are nowhere and cannot be downloaded.
+    """
+    downloads = data_dir / "downloads" / "fashion_mnist"
+    candidates = [manual_dir] if manual_dir else [data_dir / DEBIAN_FOLDER, Path("/", DEBIAN_FOLDER), downloads]
+    for folder in candidates:
+        if all((folder / name).is_file() for name in SHA256):
+            return folder
+    if manual_dir:
+        missing = [name for name in SHA256 if not (manual_dir / name).is_file()]
+        raise InputError(f"{manual_dir}: Fashion-MNIST's files are not all there: {', '.join(missing)} missing")
+    try:
+        for name, sha256 in SHA256.items():
+            if not (downloads / name).is_file():
+                download(f"{HOME}/{name}", downloads / name, sha256=sha256)
+    except InputError as error:
+        looked = ", ".join(map(str, candidates))
+        raise InputError(
+            f"Fashion-MNIST's files are not in {looked}, and {error}; "
+            f"`apt-get install dataset-fashion-mnist` brings them, or put the four .gz files in {downloads}"
+        ) from None
+    return downloads
+
+
+def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:
+    """The folder of the prepared data set under `data_dir`; prepares it at the first call (seconds).
+
+    Args:
+        data_dir: where data sets live; also searched for the Debian package, unpacked there by `make data`.
+        manual_dir: a folder with the four IDX files, instead of searching for them.
+    """
+    home = data_dir / FashionMnist.name
+    done = home / str(FashionMnist.VERSION)
+    if done.is_dir():
+        return done
+    with one_at_a_time(home):
+        if done.is_dir():
+            return done
+        folder = find_files(data_dir, manual_dir)
+        return build(FashionMnist(folder=folder, data_dir=data_dir, file_format="array_record"))

@@ -1,0 +1,209 @@
+"""Reading any image data set that TFDS has prepared as ArrayRecord: by index, from the disk, without TensorFlow."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ldm_jax.data.images import CROPS, MODES, decode, fit
+from ldm_jax.errors import InputError
+
+CHUNK = 256  # records that one thread reads at a time
+SAMPLED_BYTES = 1 << 16  # at both ends of each file, for the fingerprint
+
+
+class Records:
+    """The examples of one split: `records[[3, 5]]` is {"x": uint8 [2, H, W, C], "label": int32 [2], if labelled}.
+
+    Args:
+        folder: a prepared data set, where its dataset_info.json is.
+        split: "train", or any of TFDS's expressions: "train[:90%]", "train+test".
+        image_size: height and width to bring the pictures to; None keeps theirs, if they agree.
+        channels: 1 or 3; None keeps what the data set has, without transparency.
+        crop: "center" or "none", see `images.fit`.
+        image_key: the feature with the picture, or "auto" for the only one there is.
+        label_key: the `ClassLabel` feature, "auto" for the only one if there is one, or "none".
+
+    Attributes:
+        shape: (N, H, W, C).
+        class_names: of the labels; empty without labels.
+        fingerprint: a hash of the arguments and of the record files' names, sizes, beginnings and ends.
+
+    Raises:
+        InputError: the folder, the split or the features are not what is needed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        image_size: int | None = None,
+        channels: int | None = None,
+        crop: str = "center",
+        image_key: str = "auto",
+        label_key: str = "auto",
+    ) -> None:
+        _check_arguments(image_size, channels, crop)
+        import tensorflow_datasets as tfds
+
+        self._where = f"{folder} ({split})"
+        info, self._source = _open(folder, split)
+        features = info.features
+        self._image_key = _choose(features, image_key, "image", _is_image, self._where)
+        self._label_key = None
+        if label_key != "none":
+            self._label_key = _choose(features, label_key, "label", _is_class_label, self._where)
+        if self._image_key is None:
+            raise InputError(f"{self._where} has no pictures, only {', '.join(sorted(features))}")
+        used = {key: features[key] for key in (self._image_key, self._label_key) if key}
+        self._features = tfds.features.FeaturesDict(used)  # the rest of a record is never decoded
+        image = features[self._image_key]
+        # TFDS would decode with OpenCV or Pillow, whichever is there, and a palette as if it were grey: we do it.
+        encoded = isinstance(image, tfds.features.Image)
+        self._decoders = {self._image_key: tfds.decode.SkipDecoding()} if encoded else None
+
+        own_channels = image.shape[2] if len(image.shape) == 3 else 1
+        self._fit = {"size": image_size, "channels": channels or (1 if own_channels in (1, 2) else 3), "crop": crop}
+        height, width = (image_size, image_size) if image_size else image.shape[:2]
+        if None in (height, width):
+            height, width = self._decode(0, self._source[0])["x"].shape[:2]  # `__getitem__` will see whether they agree
+        self.shape = (len(self._source), height, width, self._fit["channels"])
+        self.class_names = tuple(features[self._label_key].names) if self._label_key else ()
+        self.fingerprint = _fingerprint(info.splits[split].file_instructions, [self.shape, self._fit, list(used)])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """The examples at `indices`, stacked; raises InputError, with its number, for one that is damaged."""
+        indices = [int(index) for index in indices]
+        examples = [self._decode(index, content) for index, content in zip(indices, self._contents(indices))]
+        for index, example in zip(indices, examples):
+            if example["x"].shape != self.shape[1:]:
+                raise InputError(
+                    f"{self._where}: example {index} is {list(example['x'].shape)}, others are "
+                    f"{list(self.shape[1:])}: set image_size"
+                )
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+    def _contents(self, indices: list[int]) -> Sequence[bytes]:
+        try:
+            return self._source.__getitems__(indices)  # one call: ten times as fast as one by one
+        except Exception as error:
+            raise InputError(
+                f"{self._where}: a record in {min(indices)}..{max(indices)} is damaged: {_first_line(error)}"
+            ) from error
+
+    def _decode(self, index: int, content: bytes) -> dict[str, np.ndarray]:
+        try:
+            example = self._features.deserialize_example_np(content, decoders=self._decoders)
+            image = example[self._image_key]
+            x = fit(decode(image) if self._decoders else image, **self._fit)
+        except Exception as error:  # what a damaged record raises depends on where the damage is
+            raise InputError(f"{self._where}: example {index} cannot be read: {_first_line(error)}") from error
+        if self._label_key is None:
+            return {"x": x}
+        label = np.int32(example[self._label_key])
+        if label < 0:
+            raise InputError(f"{self._where}: example {index} has no label: use label_key=none")
+        return {"x": x, "label": label}
+
+    def load(self) -> dict[str, np.ndarray]:
+        """All examples in order, as `self[range(N)]` but by one thread per core and with a progress bar."""
+        arrays = {"x": np.empty(self.shape, np.uint8)}
+        if self._label_key:
+            arrays["label"] = np.empty(len(self), np.int32)
+
+        def read(start: int) -> int:
+            chunk = self[range(start, min(start + CHUNK, len(self)))]
+            for name, values in chunk.items():
+                arrays[name][start : start + CHUNK] = values
+            return len(chunk["x"])
+
+        bar = tqdm(desc=f"Reading {self._where}", total=len(self), delay=3, leave=False, disable=None)
+        with ThreadPoolExecutor(os.cpu_count()) as pool, bar:
+            for count in pool.map(read, range(0, len(self), CHUNK)):
+                bar.update(count)
+        return arrays
+
+
+def _check_arguments(image_size: int | None, channels: int | None, crop: str) -> None:
+    if image_size is not None and image_size < 1:
+        raise InputError(f"image_size={image_size}: it is the height and width in pixels, at least 1")
+    if channels not in (None, *MODES):
+        raise InputError(f"channels={channels}: pictures have 1 (grey) or 3 (colour)")
+    if crop not in CROPS:
+        raise InputError(f"crop={crop!r} is not one of {', '.join(CROPS)}")
+
+
+def _open(folder: Path, split: str) -> tuple[Any, Sequence[bytes]]:
+    """TFDS's description of a prepared data set, and the raw records of a split."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+        format_ = builder.info.file_format.value
+    except Exception as error:  # a damaged description can raise nearly anything
+        raise InputError(f"{folder}: not a prepared TFDS data set ({_first_line(error)})") from error
+    if format_ != "array_record":
+        raise InputError(
+            f"{folder} is prepared as {format_}, which has no random access: prepare it with file_format=array_record"
+        )
+    try:
+        source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        source[0]  # opens the file
+    except Exception as error:
+        splits = ", ".join(f"{name} ({info.num_examples})" for name, info in builder.info.splits.items())
+        raise InputError(f"{folder}: no split {split!r} to read ({_first_line(error)}); there is {splits}") from error
+    return builder.info, source
+
+
+def _choose(features: Any, key: str, usual: str, fits: Callable[[Any], bool], where: str) -> str | None:
+    """The feature that `key` asks for: itself, or for "auto" the usual or the only one that `fits`; None if none."""
+    candidates = sorted(name for name, feature in features.items() if fits(feature))
+    if key == "auto":
+        if len(candidates) > 1 and usual not in candidates:
+            raise InputError(f"{where} has several: set {usual}_key to one of {', '.join(candidates)}")
+        return usual if usual in candidates else next(iter(candidates), None)
+    if key not in candidates:
+        raise InputError(f"{usual}_key={key!r}: no such {usual} in {where}; there is {', '.join(candidates) or 'none'}")
+    return key
+
+
+def _is_image(feature: Any) -> bool:
+    """A picture: an encoded one, or an array of bytes, [H, W] or [H, W, C]."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.Image):
+        return feature.np_dtype != np.float32  # TFDS hides those in the bytes of an RGBA picture
+    return isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.uint8 and len(feature.shape) in (2, 3)
+
+
+def _is_class_label(feature: Any) -> bool:
+    import tensorflow_datasets as tfds
+
+    return isinstance(feature, tfds.features.ClassLabel) and feature.num_classes is not None
+
+
+def _fingerprint(instructions: Sequence[Any], arguments: list) -> str:
+    """A hash of what the examples depend on, without reading them all."""
+    digest = hashlib.sha256(json.dumps(arguments).encode())
+    for file in instructions:
+        path = Path(file.filename)
+        digest.update(f"{path.name} {path.stat().st_size} {file.skip} {file.take}".encode())
+        with path.open("rb") as content:
+            digest.update(content.read(SAMPLED_BYTES))
+            content.seek(max(0, path.stat().st_size - SAMPLED_BYTES))
+            digest.update(content.read())  # the end holds the index: where each record begins
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,178 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ldm_jax.data.feeds import DeviceFeed, HostFeed, Order, epoch_order, examples_at, in_order
+from ldm_jax.errors import InputError
+
+seeds = st.integers(0, 2**64 - 1)
+sizes = st.integers(1, 40)
+
+
+class Squares:
+    """Example k is k * k."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, indices):
+        indices = np.asarray(indices, np.int64)
+        assert ((indices >= 0) & (indices < self.n)).all()
+        return {"x": indices**2, "label": indices.astype(np.int32)}
+
+
+def test_order_is_pinned():
+    # Sorting Philox's first numbers under key (seed 1, epoch 2). If this changes, runs cannot be resumed.
+    np.testing.assert_array_equal(epoch_order(8, 1, 2), [4, 2, 0, 6, 1, 5, 7, 3])
+
+
+@given(sizes, seeds, st.integers(0, 1000))
+def test_each_epoch_is_a_permutation(n, seed, epoch):
+    order = epoch_order(n, seed, epoch)
+    assert order.dtype == np.int32
+    np.testing.assert_array_equal(np.sort(order), np.arange(n))
+
+
+def test_seed_and_epoch_change_the_order():
+    orders = {tuple(epoch_order(50, seed, epoch)) for seed, epoch in itertools.product(range(3), range(3))}
+    assert len(orders) == 9
+
+
+def test_shuffle_is_uniform():
+    # 6,000 orders of 3 things: each of the 6 comes 1000 times, give or take sqrt(833) = 29
+    orders = [tuple(epoch_order(3, 0, epoch)) for epoch in range(6000)]
+    counts = [orders.count(order) for order in itertools.permutations(range(3))]
+    assert sum(counts) == 6000 and max(abs(count - 1000) for count in counts) < 130
+
+
+def test_positions_run_on_over_the_epochs():
+    expected = np.concatenate([epoch_order(5, 7, epoch) for epoch in range(3)])
+    np.testing.assert_array_equal(examples_at(np.arange(15), 5, 7), expected)
+    np.testing.assert_array_equal(examples_at(np.array([[14], [2]]), 5, 7), expected[[[14], [2]]])
+
+
+@given(sizes, st.integers(1, 12), seeds, st.integers(0, 60))
+def test_any_step_is_what_running_from_zero_gives(n, batch_size, seed, step):
+    from_zero = np.concatenate([epoch_order(n, seed, epoch) for epoch in range((step + 1) * batch_size // n + 1)])
+    expected = from_zero[step * batch_size : (step + 1) * batch_size]
+    np.testing.assert_array_equal(Order(n, batch_size, seed)(step), expected)
+
+
+@given(sizes, seeds, st.integers(0, 30), st.sampled_from([1, 2, 4]))
+def test_processes_share_one_batch(n, seed, step, processes):
+    whole = Order(n, 8, seed)
+    parts = [Order(n, 8, seed, p, processes) for p in range(processes)]
+    np.testing.assert_array_equal(np.concatenate([part(step) for part in parts]), whole(step))
+    np.testing.assert_array_equal(np.concatenate([part.id for part in parts]), np.arange(8))
+
+
+def test_far_steps_do_not_overflow():
+    step = 2**40
+    order = Order(60_000, 4096, 0)(step)
+    assert order.min() >= 0 and order.max() < 60_000
+    position = step * 4096
+    assert order[0] == epoch_order(60_000, 0, position // 60_000)[position % 60_000]
+
+
+def test_device_feed():
+    arrays = {"x": np.arange(10)[:, None], "label": np.arange(10)}
+    feed = DeviceFeed(arrays, 4, seed=3, process_index=1, process_count=2)
+    assert feed.resident.keys() == arrays.keys() and feed.resident["x"] is arrays["x"]
+    batch = feed(5)
+    assert {name: (values.shape, values.dtype) for name, values in batch.items()} == {
+        "index": ((2,), np.int32),
+        "id": ((2,), np.int32),
+    }
+    np.testing.assert_array_equal(batch["id"], [2, 3])
+    np.testing.assert_array_equal(batch["index"], Order(10, 4, 3)(5)[2:])
+
+
+@settings(deadline=None, max_examples=15)
+@given(sizes, st.integers(0, 100), st.integers(0, 50), st.sampled_from([(0, 1), (1, 2), (3, 4)]))
+def test_host_feed_is_device_feed(n, seed, start, place):
+    source = Squares(n)
+    host = HostFeed(source, 8, seed, *place)
+    device = DeviceFeed(source[range(n)], 8, seed, *place)
+    assert host.resident == {}
+    for step in (start, start + 1, start + 2, 7, 8, start):  # on, and to and fro
+        batch, rows = host(step), device(step)
+        assert batch.keys() == {"x", "label", "id"}
+        for name in ("x", "label"):
+            np.testing.assert_array_equal(batch[name], device.resident[name][rows["index"]])
+        np.testing.assert_array_equal(batch["id"], rows["id"])
+
+
+def test_host_feed_reads_ahead_but_not_far():
+    read = []
+
+    class Watched(Squares):
+        def __getitem__(self, indices):
+            read.append(len(indices))
+            return super().__getitem__(indices)
+
+    feed = HostFeed(Watched(1000), 4, 0, prefetch=3, threads=2)
+    assert not read  # nothing before the first batch is asked for
+    for step in range(10**9, 10**9 + 5):  # at once, wherever it starts
+        feed(step)
+    assert 5 <= len(read) <= 5 + 3 + 2
+
+
+def test_host_feed_tells_of_damage_at_its_step():
+    class Damaged(Squares):
+        def __getitem__(self, indices):
+            if 3 in indices:
+                raise InputError("example 3 cannot be read")
+            return super().__getitem__(indices)
+
+    feed = HostFeed(Damaged(5), 1, 0)
+    at = list(epoch_order(5, 0, 0)).index(3)
+    for step in range(at):
+        feed(step)
+    for _ in range(2):
+        with pytest.raises(InputError) as error:
+            feed(at)
+        assert str(error.value) == "example 3 cannot be read"
+
+
+@pytest.mark.parametrize(
+    "make", [lambda n, *args: DeviceFeed({"x": np.zeros(n)}, *args), lambda n, *args: HostFeed(Squares(n), *args)]
+)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((0, 4, 0), "the data set is empty"),
+        ((10, 6, 0, 0, 4), "batch_size=6 does not divide over 4 processes: it must be a multiple of 4"),
+        ((10, 0, 0), "batch_size=0 does not divide over 1 process:"),
+        ((10, -4, 0, 0, 2), "batch_size=-4"),
+        ((10, 4, -1), "seed=-1 is not in"),
+    ],
+)
+def test_errors(make, args, message):
+    with pytest.raises(InputError, match=message):
+        make(*args)
+
+
+def test_arrays_of_unequal_length():
+    with pytest.raises(InputError, match=r"unequal length: \{'x': 3, 'label': 2\}"):
+        DeviceFeed({"x": np.zeros(3), "label": np.zeros(2)}, 1, 0)
+    with pytest.raises(InputError, match="empty"):
+        DeviceFeed({}, 1, 0)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 16])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_in_order(n, processes):
+    parts = [list(in_order(Squares(n), 8, p, processes)) for p in range(processes)]
+    seen = []
+    for batches in zip(*parts):  # the processes' parts of one batch
+        batch = {name: np.concatenate([part[name] for part in batches]) for name in batches[0]}
+        assert batch["x"].shape == batch["valid"].shape == batch["id"].shape == (8,)
+        np.testing.assert_array_equal(batch["x"], batch["id"].astype(np.int64) ** 2)
+        seen.extend(batch["id"][batch["valid"]])
+    np.testing.assert_array_equal(seen, np.arange(n))

@@ -1,0 +1,226 @@
+import io
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from ldm_jax.data.records import Records
+from ldm_jax.errors import InputError
+
+RNG = np.random.default_rng(0)
+
+
+def png(array) -> io.BytesIO:
+    """A PNG file; TFDS takes it over as it is, without TensorFlow."""
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "png")
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.fixture
+def colours():
+    return RNG.integers(0, 256, (7, 4, 6, 3), np.uint8)
+
+
+@pytest.fixture
+def colour_set(make_set, colours):
+    """Colour pictures as PNG files, without labels; beside them what must not be decoded."""
+    features = {"image": tfds.features.Image(), "mask": tfds.features.Tensor(shape=(2,), dtype=np.uint8)}
+    examples = [{"image": png(x), "mask": np.zeros(2, np.uint8)} for x in colours]
+    return make_set("colours", features, {"train": examples[:5], "test": examples[5:]})
+
+
+def test_encoded_colour_without_labels(colour_set, colours):
+    records = Records(colour_set, "train")
+    assert records.shape == (5, 4, 6, 3) and len(records) == 5
+    assert records.class_names == ()
+    batch = records[np.array([4, 0])]
+    assert batch.keys() == {"x"} and batch["x"].dtype == np.uint8
+    np.testing.assert_array_equal(batch["x"], colours[[4, 0]])
+    np.testing.assert_array_equal(records.load()["x"], colours[:5])
+
+
+def test_split_expressions(colour_set, colours):
+    np.testing.assert_array_equal(Records(colour_set, "test").load()["x"], colours[5:])
+    np.testing.assert_array_equal(Records(colour_set, "train[:40%]+test[1:]").load()["x"], colours[[0, 1, 6]])
+
+
+def test_size_crop_and_channels(colour_set, colours):
+    records = Records(colour_set, "train", image_size=4, channels=1)
+    assert records.shape == (5, 4, 4, 1)
+    middle = colours[2, :, 1:5].astype(float) @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(records[[2]]["x"][0, :, :, 0], middle, atol=1)
+    squeezed = Records(colour_set, "train", image_size=4, crop="none")[[2]]["x"]
+    assert squeezed.shape == (1, 4, 4, 3)
+    np.testing.assert_allclose(squeezed.mean(), colours[2].mean(), atol=3)
+
+
+def labelled(shape=(3, 3, 1), **kwargs):
+    return {
+        "image": tfds.features.Tensor(shape=shape, dtype=np.uint8, **kwargs),
+        "label": tfds.features.ClassLabel(names=["ant", "bee", "cat"]),
+    }
+
+
+@pytest.mark.parametrize("encoding", ["none", "bytes", "zlib"])
+@pytest.mark.parametrize("shape", [(3, 3, 1), (3, 3), (3, 3, 3)])
+def test_arrays_with_labels(make_set, encoding, shape):
+    x = RNG.integers(0, 256, (4, *shape), np.uint8)
+    examples = [{"image": image, "label": label} for image, label in zip(x, [2, 0, 1, 2])]
+    folder = make_set("arrays", labelled(shape, encoding=encoding), {"train": examples})
+    records = Records(folder, "train")
+    batch = records[range(4)]
+    np.testing.assert_array_equal(batch["x"], x.reshape(4, 3, 3, -1))
+    np.testing.assert_array_equal(batch["label"], [2, 0, 1, 2])
+    assert batch["label"].dtype == np.int32
+    assert records.class_names == ("ant", "bee", "cat")
+    assert Records(folder, "train", channels=3).shape == (4, 3, 3, 3)
+    plain = Records(folder, "train", label_key="none")
+    assert plain[[0]].keys() == {"x"} and plain.class_names == ()
+    assert plain.load().keys() == {"x"}
+
+
+def test_many_chunks_come_in_order(make_set, monkeypatch):
+    monkeypatch.setattr("ldm_jax.data.records.CHUNK", 3)
+    x = RNG.integers(0, 256, (20, 3, 3, 1), np.uint8)
+    examples = [{"image": image, "label": k % 3} for k, image in enumerate(x)]
+    arrays = Records(make_set("many", labelled(), {"train": examples}), "train").load()
+    np.testing.assert_array_equal(arrays["x"], x)
+    np.testing.assert_array_equal(arrays["label"], np.arange(20) % 3)
+
+
+def test_classes_without_names_are_numbers(make_set):
+    features = {
+        "image": tfds.features.Tensor(shape=(3, 3), dtype=np.uint8),
+        "label": tfds.features.ClassLabel(num_classes=4),
+    }
+    folder = make_set("numbered", features, {"train": [{"image": np.zeros((3, 3), np.uint8), "label": 3}]})
+    assert Records(folder, "train").class_names == ("0", "1", "2", "3")
+
+
+def test_16_bit_pictures(make_set):
+    features = {"image": tfds.features.Image(shape=(None, None, 1), dtype=np.uint16, encoding_format="png")}
+    folder = make_set("deep", features, {"train": [{"image": png(np.array([[0, 257, 65535]], np.uint16))}]})
+    np.testing.assert_array_equal(Records(folder, "train").load()["x"].ravel(), [0, 1, 255])
+
+
+def test_transparent_pictures_become_colour(make_set):
+    features = {"image": tfds.features.Image(shape=(None, None, 4))}
+    folder = make_set("clear", features, {"train": [{"image": png(np.array([[[9, 9, 9, 0]]], np.uint8))}]})
+    np.testing.assert_array_equal(Records(folder, "train").load()["x"], [[[[255, 255, 255]]]])
+
+
+@pytest.fixture
+def two_of_each(make_set):
+    array = tfds.features.Tensor(shape=(3, 3), dtype=np.uint8)
+    features = {
+        "left": array,
+        "right": array,
+        "kind": tfds.features.ClassLabel(num_classes=2),
+        "colour": tfds.features.ClassLabel(num_classes=5),
+    }
+    example = {"left": np.full((3, 3), 1, np.uint8), "right": np.full((3, 3), 2, np.uint8), "kind": 1, "colour": 4}
+    return make_set("pairs", features, {"train": [example]})
+
+
+def test_keys_choose_the_features(two_of_each):
+    batch = Records(two_of_each, "train", image_key="right", label_key="colour")[[0]]
+    assert (batch["x"] == 2).all() and batch["label"] == [4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "has several: set image_key to one of left, right"),
+        ({"image_key": "left"}, "has several: set label_key to one of colour, kind"),
+        ({"image_key": "middle"}, "image_key='middle': no such image in .*; there is left, right"),
+        ({"image_key": "none"}, "image_key='none': no such image"),
+        ({"image_key": "kind"}, "image_key='kind': no such image"),
+        ({"image_key": "left", "label_key": "left"}, "label_key='left': no such label in .*; there is colour, kind"),
+        ({"image_key": "left", "label_key": "none", "channels": 2}, "channels=2: pictures have 1"),
+        ({"crop": "middle"}, "crop='middle' is not one of center, none"),
+        ({"image_size": 0}, "image_size=0"),
+    ],
+)
+def test_options_that_cannot_be(two_of_each, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        Records(two_of_each, "train", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_no_pictures(make_set):
+    features = {"text": tfds.features.Text(), "depth": tfds.features.Tensor(shape=(3, 3), dtype=np.float32)}
+    example = {"text": "a", "depth": np.zeros((3, 3), np.float32)}
+    with pytest.raises(InputError, match="has no pictures, only depth, text"):
+        Records(make_set("words", features, {"train": [example]}), "train")
+
+
+@pytest.mark.parametrize("split", ["valid", "train[:", "", "train[5:]"])
+def test_unknown_or_empty_split(colour_set, split):
+    with pytest.raises(InputError, match=r"no split .* to read \(.*\); there is .*train \(5\)") as error:
+        Records(colour_set, split)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_that_differ(make_set):
+    examples = [{"image": png(RNG.integers(0, 256, (4, width, 3), np.uint8))} for width in (4, 4, 5)]
+    folder = make_set("sizes", {"image": tfds.features.Image()}, {"train": examples})
+    with pytest.raises(InputError, match=r"example 2 is \[4, 5, 3\], others are \[4, 4, 3\]: set image_size"):
+        Records(folder, "train").load()
+    assert Records(folder, "train", image_size=4).load()["x"].shape == (3, 4, 4, 3)
+
+
+def test_unlabelled_examples_in_a_labelled_set(make_set):
+    example = {"image": np.zeros((3, 3, 1), np.uint8), "label": -1}
+    folder = make_set("hidden", labelled(), {"test": [example]})
+    with pytest.raises(InputError, match="example 0 has no label: use label_key=none"):
+        Records(folder, "test").load()
+    assert Records(folder, "test", label_key="none").load()["x"].shape == (1, 3, 3, 1)
+
+
+def test_damaged_picture(make_set, colours):
+    broken = io.BytesIO(png(colours[0]).getvalue()[:60])
+    examples = [{"image": png(colours[1])}, {"image": broken}]
+    folder = make_set("broken", {"image": tfds.features.Image(shape=(4, 6, 3))}, {"train": examples})
+    with pytest.raises(InputError, match=r"broken/1.0.0 \(train\): example 1 cannot be read: not a readable") as error:
+        Records(folder, "train").load()
+    assert "\n" not in str(error.value)
+
+
+def record_file(folder):
+    return next(folder.glob("*train*"))
+
+
+def test_damaged_record_file(make_set, colours):
+    folder = make_set("colours", {"image": tfds.features.Image()}, {"train": [{"image": png(x)} for x in colours]})
+    path = record_file(folder)
+    good = path.read_bytes()
+    for damaged in (good[: len(good) // 2], b"", good[:700] + bytes(100) + good[800:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=str(folder)) as error:
+            Records(folder, "train").load()
+        assert "\n" not in str(error.value)
+    path.unlink()
+    with pytest.raises(InputError, match="no split 'train' to read"):
+        Records(folder, "train")
+
+
+def test_damaged_description(colour_set):
+    (colour_set / "features.json").write_text("{")
+    with pytest.raises(InputError, match="not a prepared TFDS data set"):
+        Records(colour_set, "train")
+    with pytest.raises(InputError, match="not a prepared TFDS data set"):
+        Records(colour_set.parent, "train")
+
+
+def test_fingerprint_tells_what_matters(colour_set, make_set, colours):
+    options = [{}, {"image_size": 4}, {"image_size": 4, "crop": "none"}, {"channels": 1}]
+    prints = [Records(colour_set, "train", **option).fingerprint for option in options]
+    prints += [Records(colour_set, split).fingerprint for split in ("test", "train[:4]")]
+    assert len(set(prints)) == 6
+    assert Records(colour_set, "train").fingerprint == prints[0]
+    changed = record_file(colour_set)
+    changed.write_bytes(changed.read_bytes()[:-1] + b"?")
+    assert Records(colour_set, "train", image_size=4).fingerprint != prints[1]
