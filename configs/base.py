@@ -1,0 +1,110 @@
+"""Every field of every config, once, with what it means. The other configs only override.
+
+A field is changed on the command line by `--config.FIELD=VALUE`; `--print_config` shows the result.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults: every field that exists, so that an unknown one is an error."""
+    config = ConfigDict()
+    config.seed = 0  # all randomness comes from here, indexed by (stage, step, example)
+    config.dtype = "float32"  # the networks' arithmetic: float32 | bfloat16; parameters and statistics stay float32
+
+    data = config.data = ConfigDict()
+    data.name = "fashion_mnist"  # a TFDS data set prepared as ArrayRecord; this one is prepared when it is not there
+    data.dir = "data"  # where prepared data sets lie
+    data.train_split = "train"
+    data.test_split = "test"  # for validation loss and scores
+    data.image_key = "auto"  # the feature with the picture; auto = the only image
+    data.label_key = "auto"  # the feature with the class; auto = the only class label, if any; none = do without
+    data.image_size = 28  # pixels; images are cropped to a square and resized
+    data.crop = "center"  # center (the largest square) | none (all of it, squeezed)
+    data.channels = 1  # 1 grey | 3 colour
+    data.flip = False  # random horizontal flips
+    data.memory_limit_gb = 4.0  # larger sets (as uint8) are streamed from disk instead of living on the device
+
+    autoencoder = config.autoencoder = ConfigDict()
+    autoencoder.kind = "kl"  # kl | vq | none (diffusion on pixels)
+    autoencoder.checkpoint = ""  # a run folder whose autoencoder is used instead of training one
+    autoencoder.latent_channels = 4
+    autoencoder.block_out_channels = (32, 64, 64)  # one entry a resolution; each but the last halves it
+    autoencoder.layers_per_block = 1
+    autoencoder.norm_num_groups = 16
+    autoencoder.mid_block_attention = True
+    autoencoder.codebook_size = 512  # vq only
+    loss = autoencoder.loss = ConfigDict()
+    loss.reconstruction = 1.0  # weight of mean |x - x_hat|
+    loss.perceptual = 1.0  # weight of LPIPS
+    loss.perceptual_net = "vgg16"  # vgg16 | alexnet (wants 64 pixels or more: see perceptual_size)
+    loss.perceptual_size = 0  # pixels that images are resized to for LPIPS; 0 = as they are
+    loss.perceptual_every = 1  # LPIPS is measured on every so-many-th example: it costs more than the autoencoder
+    loss.kl = 1e-6  # weight of the KL, summed over latents per pixel (Rombach 2022's unit)
+    loss.codebook = 1.0  # vq only: weight of |sg(h) - e|^2
+    loss.commitment = 0.25  # vq only: weight of |h - sg(e)|^2
+    loss.adversarial = 0.5  # weight of the patch discriminator, times the adaptive weight
+    loss.adversarial_start = 50_001  # the first step with it
+    discriminator = autoencoder.discriminator = ConfigDict()
+    discriminator.channels = 64
+    discriminator.layers = 3  # strided ones
+    discriminator.learning_rate = 2e-4
+    _training(autoencoder, steps=100_000, batch_size=128, learning_rate=4e-4)
+
+    diffusion = config.diffusion = ConfigDict()
+    diffusion.timesteps = 1000  # T
+    diffusion.schedule = "linear"  # linear | scaled_linear | cosine
+    diffusion.beta_start = 1e-4  # linear and scaled_linear only
+    diffusion.beta_end = 0.02
+    diffusion.zero_terminal_snr = False  # rescale so that z_T is pure noise (Lin 2023); not with eps
+    diffusion.prediction = "eps"  # eps | v | z0
+    diffusion.weighting = "uniform"  # uniform | min_snr (Hang 2023)
+    diffusion.snr_gamma = 5.0  # min_snr only
+    diffusion.label_dropout = 0.1  # share of examples trained without their label, for classifier-free guidance
+    diffusion.validation_examples = 2_000  # test images that the validation loss is measured on
+    _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
+
+    unet = config.unet = ConfigDict()
+    unet.block_out_channels = (64, 128)
+    unet.attention = (True, True)  # a transformer at this resolution?
+    unet.layers_per_block = 2
+    unet.attention_heads = 4
+    unet.transformer_layers = 1
+    unet.norm_num_groups = 32
+    unet.context_dim = 128  # width of the conditioning tokens tau(y)
+    unet.context_tokens = 1  # learned tokens for each class
+
+    sampling = config.sampling = ConfigDict()
+    sampling.num = 10_000  # pictures at the end of the run, the same number of each class
+    sampling.sampler = "ddim"  # ddpm | ddim | dpmpp_2m
+    sampling.steps = 50
+    sampling.spacing = "trailing"  # leading | trailing | linspace
+    sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
+    sampling.guidance = 1.5  # classifier-free guidance scale; 1 = none
+    sampling.batch_size = 500
+    sampling.progress_every = 2_000  # steps between the sample grids made while training; 0 = none
+
+    evaluation = config.evaluation = ConfigDict()
+    evaluation.num_reference = 10_000  # test images compared with; fewer if the split is smaller
+    evaluation.resize = 32  # pixels that images are resized to for VGG16
+    evaluation.batch_size = 250
+    evaluation.inception_weights = (
+        ""  # file with the FID Inception's weights (.pth or .safetensors); "" = no Inception FID
+    )
+
+    config.log_every = 50  # steps between metric lines
+    config.checkpoint_every = 1_000  # steps between checkpoints
+    config.keep_checkpoints = 2
+    return config.lock()
+
+
+def _training(stage: ConfigDict, *, steps: int, batch_size: int, learning_rate: float) -> None:
+    stage.steps = steps
+    stage.batch_size = batch_size  # over all devices
+    stage.learning_rate = learning_rate
+    stage.warmup_steps = 200  # linear from 0
+    stage.decay = "cosine"  # constant | cosine (to 0 at the last step)
+    stage.adam_b2 = 0.99
+    stage.weight_decay = 0.0
+    stage.clip_norm = 1.0  # of the whole gradient
+    stage.ema_decay = 0.999  # at step n: min(ema_decay, (1 + n) / (10 + n))

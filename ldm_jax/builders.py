@@ -1,0 +1,144 @@
+"""From config fields to modules, schedules and stages with plain keyword arguments: the only place below the commands
+that sees a config."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from ldm_jax.diffusion.schedules import Schedule, make_schedule
+from ldm_jax.first_stage import FirstStage, make_first_stage
+from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
+from ldm_jax.models.conditioning import ClassEmbedder
+from ldm_jax.models.discriminator import PatchDiscriminator
+from ldm_jax.models.perceptual import LPIPS
+from ldm_jax.models.unet import UNet
+from ldm_jax.training.autoencoder import AutoencoderStage, make_autoencoder_stage
+from ldm_jax.training.diffusion import DiffusionStage, make_diffusion_stage
+from ldm_jax.training.state import make_optimizer
+
+
+def build_schedule(config: ConfigDict) -> Schedule:
+    """The noise schedule of the config."""
+    diffusion = config.diffusion
+    return make_schedule(
+        diffusion.schedule,
+        diffusion.timesteps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        zero_terminal_snr=diffusion.zero_terminal_snr,
+    )
+
+
+def build_autoencoder(config: ConfigDict) -> nn.Module | None:
+    """The autoencoder, or None for diffusion on pixels."""
+    autoencoder = config.autoencoder
+    fields = {
+        "in_channels": config.data.channels,
+        "out_channels": config.data.channels,
+        "latent_channels": autoencoder.latent_channels,
+        "block_out_channels": autoencoder.block_out_channels,
+        "layers_per_block": autoencoder.layers_per_block,
+        "norm_num_groups": autoencoder.norm_num_groups,
+        "mid_block_add_attention": autoencoder.mid_block_attention,
+        "dtype": jnp.dtype(config.dtype),
+    }
+    if autoencoder.kind == "none":
+        return None
+    if autoencoder.kind == "vq":
+        return VQModel(num_vq_embeddings=autoencoder.codebook_size, **fields)
+    return AutoencoderKL(**fields)
+
+
+def build_first_stage(config: ConfigDict) -> FirstStage:
+    """The autoencoder's pure functions; those of pixel space keep x as it is."""
+    return make_first_stage(build_autoencoder(config))
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(h, w, c) of one example's latents."""
+    size, channels = config.data.image_size, config.data.channels
+    if config.autoencoder.kind != "none":
+        size //= 2 ** (len(config.autoencoder.block_out_channels) - 1)
+        channels = config.autoencoder.latent_channels
+    return size, size, channels
+
+
+def build_unet(config: ConfigDict) -> UNet:
+    """The denoising network on the config's latents."""
+    unet, channels = config.unet, latent_shape(config)[-1]
+    return UNet(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=unet.block_out_channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(unet.attention)),
+        mid_block_type="UNetMidBlock2DCrossAttn" if unet.attention[-1] else "UNetMidBlock2D",
+        layers_per_block=unet.layers_per_block,
+        attention_heads=unet.attention_heads,
+        transformer_layers_per_block=unet.transformer_layers,
+        cross_attention_dim=unet.context_dim,
+        norm_num_groups=unet.norm_num_groups,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def build_conditioner(config: ConfigDict, num_classes: int) -> ClassEmbedder:
+    """tau: labels -> context tokens. Unlabelled sets have num_classes 0: the null row alone."""
+    return ClassEmbedder(num_classes, config.unet.context_dim, config.unet.context_tokens)
+
+
+def build_lpips(config: ConfigDict) -> LPIPS | None:
+    """The perceptual distance of stage 1, or None where its weight is 0."""
+    loss = config.autoencoder.loss
+    return LPIPS(loss.perceptual_net, loss.perceptual_size or None) if loss.perceptual else None
+
+
+def build_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
+    """Stage 1 of the config."""
+    autoencoder, channels = config.autoencoder, config.data.channels
+    adversary, optimizer = autoencoder.discriminator, _optimizer_fields(autoencoder)
+    discriminator = PatchDiscriminator(
+        in_channels=channels,
+        features=adversary.channels,
+        layers=adversary.layers,
+        norm_num_groups=autoencoder.norm_num_groups,
+        dtype=jnp.dtype(config.dtype),
+    )
+    return make_autoencoder_stage(
+        autoencoder=build_autoencoder(config),
+        kind=autoencoder.kind,
+        discriminator=discriminator if autoencoder.loss.adversarial else None,
+        lpips=build_lpips(config),
+        image_shape=(config.data.image_size, config.data.image_size, channels),
+        weights=autoencoder.loss,
+        adversarial_start=autoencoder.loss.adversarial_start,
+        perceptual_every=autoencoder.loss.perceptual_every,
+        flip=config.data.flip,
+        optimizer=make_optimizer(**optimizer),
+        discriminator_optimizer=make_optimizer(**optimizer | {"learning_rate": adversary.learning_rate}),
+        ema_decay=autoencoder.ema_decay,
+    )
+
+
+def build_diffusion_stage(config: ConfigDict, num_classes: int) -> DiffusionStage:
+    """Stage 2 of the config."""
+    diffusion = config.diffusion
+    return make_diffusion_stage(
+        unet=build_unet(config),
+        conditioner=build_conditioner(config, num_classes),
+        first_stage=build_first_stage(config),
+        latent_shape=latent_shape(config),
+        alpha_bar=build_schedule(config).alpha_bar,
+        prediction=diffusion.prediction,
+        weighting=diffusion.weighting,
+        snr_gamma=diffusion.snr_gamma,
+        label_dropout=diffusion.label_dropout,
+        flip=config.data.flip,
+        optimizer=make_optimizer(**_optimizer_fields(diffusion)),
+        ema_decay=diffusion.ema_decay,
+    )
+
+
+def _optimizer_fields(stage: ConfigDict) -> dict:
+    names = ("steps", "learning_rate", "warmup_steps", "decay", "adam_b2", "weight_decay", "clip_norm")
+    return {name: stage[name] for name in names}

@@ -1,0 +1,88 @@
+"""What every command does around its work: prepare the devices, name them, turn failures into one line and a status."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from ldm_jax.configuration import SAMPLERS, check_choice
+from ldm_jax.errors import InputError, RunError
+
+
+def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Runs `command(argv)` and returns the exit status: 0, 1 (the run failed) or 2 (the input was wrong)."""
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        command(argv)
+        return 0
+    except InputError as error:
+        status, message = 2, str(error)
+    except RunError as error:
+        status, message = 1, str(error)
+    except OSError as error:  # a full, read-only or vanished disk
+        status, message = 1, f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    name = Path(argv[0]).stem or "ldm_jax"
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bool:
+    """Prints `usage` and the flags if the command line asks for help."""
+    if not {"--help", "-h", "-help", "--helpfull"} & set(argv):
+        return False
+    print(usage.strip(), end="\n\nFlags:\n")
+    for name in sorted(flag_values):
+        flag = flag_values[name]
+        if not name.startswith("config"):
+            print(f"  --{name}={flag.default if flag.default is not None else '...'}  {flag.help}")
+    return True
+
+
+def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
+    """What to draw and how; None = as in the model's config."""
+    flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
+    flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("eta", None, "ddim: 0 deterministic ... 1 ancestral", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "the pictures depend on it, and on nothing else", 0, 2**32 - 1, flag_values=values)
+    flags.DEFINE_integer("batch_size", None, "pictures drawn at a time", lower_bound=1, flag_values=values)
+
+
+def require(values: flags.FlagValues, *names: str) -> None:
+    """Raises InputError for flags that are missing, and for an unknown --sampler."""
+    for name in names:
+        if not values[name].value:
+            raise InputError(f"--{name} is missing; it must be {values[name].help}")
+    if values.sampler is not None:
+        check_choice("--sampler", values.sampler, SAMPLERS)
+
+
+def define_device_flags(flag_values: flags.FlagValues) -> None:
+    """The flags of runs over several hosts."""
+    flags.DEFINE_boolean(
+        "distributed", False, "one of several hosts; found by itself on Cloud TPU, Slurm, K8s", flag_values=flag_values
+    )
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, where it is not found", flag_values=flag_values)
+    flags.DEFINE_integer("num_processes", 1, "how many processes, with --coordinator", flag_values=flag_values)
+    flags.DEFINE_integer("process_id", 0, "which of them this is, with --coordinator", flag_values=flag_values)
+
+
+def start_devices(flag_values: flags.FlagValues) -> None:
+    """Imports JAX with the settings that all commands share, joins the other hosts, and prints the device line."""
+    from ldm_jax.xla import configure
+
+    configure()
+    import jax
+
+    if flag_values.coordinator:
+        jax.distributed.initialize(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
+    elif flag_values.distributed:
+        jax.distributed.initialize()
+    devices = jax.devices()
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    if jax.process_index() == 0:
+        kind = f"{os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
+        print(f"Device: {len(devices)} x {devices[0].platform} ({kind}){hosts}, jax {jax.__version__}", flush=True)

@@ -1,0 +1,282 @@
+"""Configs from the command line: read, checked before anything is compiled or written, saved, compared."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ldm_jax.errors import InputError
+
+# What may change between two runs of the same command without making it another run.
+FREE = (
+    "sampling",
+    "evaluation",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data.dir",
+    "data.memory_limit_gb",
+)
+
+SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "data.channels": (1, 3),
+    "data.crop": ("center", "none"),
+    "autoencoder.kind": ("kl", "vq", "none"),
+    "autoencoder.loss.perceptual_net": ("vgg16", "alexnet"),
+    "autoencoder.decay": ("constant", "cosine"),
+    "diffusion.decay": ("constant", "cosine"),
+    "diffusion.schedule": ("linear", "scaled_linear", "cosine"),
+    "diffusion.prediction": ("eps", "v", "z0"),
+    "diffusion.weighting": ("uniform", "min_snr"),
+    "sampling.sampler": SAMPLERS,
+    "sampling.spacing": ("leading", "trailing", "linspace"),
+}
+
+# Fields with a range: (lowest, highest), both allowed; None = no bound.
+_RANGES = {
+    "seed": (0, 2**32 - 1),
+    "data.image_size": (4, None),
+    "data.memory_limit_gb": (0.0, None),
+    "autoencoder.latent_channels": (1, None),
+    "autoencoder.layers_per_block": (1, None),
+    "autoencoder.norm_num_groups": (1, None),
+    "autoencoder.codebook_size": (2, None),
+    "autoencoder.loss.perceptual_every": (1, None),
+    "autoencoder.loss.perceptual_size": (0, None),
+    "autoencoder.discriminator.channels": (1, None),
+    "autoencoder.discriminator.layers": (1, None),
+    "diffusion.timesteps": (2, None),
+    "diffusion.beta_start": (0.0, 1.0),
+    "diffusion.beta_end": (0.0, 0.999),
+    "diffusion.label_dropout": (0.0, 1.0),
+    "diffusion.validation_examples": (1, None),
+    "diffusion.snr_gamma": (0.0, None),
+    "unet.layers_per_block": (1, None),
+    "unet.attention_heads": (1, None),
+    "unet.transformer_layers": (1, None),
+    "unet.norm_num_groups": (1, None),
+    "unet.context_dim": (1, None),
+    "unet.context_tokens": (1, None),
+    "sampling.num": (0, None),
+    "sampling.steps": (1, None),
+    "sampling.eta": (0.0, 1.0),
+    "sampling.guidance": (0.0, None),
+    "sampling.batch_size": (1, None),
+    "sampling.progress_every": (0, None),
+    "evaluation.num_reference": (2, None),
+    "evaluation.resize": (16, None),
+    "evaluation.batch_size": (1, None),
+    "log_every": (1, None),
+    "checkpoint_every": (1, None),
+    "keep_checkpoints": (1, None),
+} | {
+    f"{stage}.{field}": bounds
+    for stage in ("autoencoder", "diffusion")
+    for field, bounds in {
+        "steps": (1, None),
+        "batch_size": (1, None),
+        "learning_rate": (0.0, None),
+        "warmup_steps": (0, None),
+        "adam_b2": (0.0, 1.0),
+        "weight_decay": (0.0, None),
+        "clip_norm": (0.0, None),
+        "ema_decay": (0.0, 1.0),
+    }.items()
+}
+
+
+def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = False) -> None:
+    """Parses the command line into `flag_values`, with --config=FILE and --config.FIELD=VALUE if `config`.
+
+    Raises InputError for a flag, field or value that is wrong.
+    """
+    try:
+        if config:
+            config_flags.DEFINE_config_file(
+                "config", None, "a file of configs/", flag_values=flag_values, sys_argv=argv
+            )
+        rest = flag_values(argv)
+        loaded = flag_values["config"].value.to_dict() if config and flag_values["config"].value is not None else {}
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in flag_values if not name.startswith("config.")]
+        raise InputError(f"there is no flag --{error.flagname}{_nearest(error.flagname, known)}") from error
+    except (AttributeError, KeyError) as error:
+        raise InputError(_unknown_field(argv, error)) from error
+    except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
+    if config and not loaded:
+        raise InputError("which config? e.g. --config=configs/fashion_mnist.py")
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises InputError for values that no run could have, before anything is compiled or written."""
+    fields = flatten(config)
+    for name, choices in _CHOICES.items():
+        check_choice(f"config.{name}", fields[name], choices)
+    for name, (low, high) in _RANGES.items():
+        value = fields[name]
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            bounds = f"{low} or more" if high is None else f"from {low} to {high}"
+            raise InputError(f"config.{name} is {value}; it must be {bounds}")
+    _validate_shapes(config)
+    diffusion, loss = config.diffusion, config.autoencoder.loss
+    if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end:
+        raise InputError(
+            f"config.diffusion.beta_start is {diffusion.beta_start}, beta_end {diffusion.beta_end}; "
+            "they must rise from above 0"
+        )
+    if config.autoencoder.batch_size % loss.perceptual_every:
+        raise InputError(
+            f"config.autoencoder.loss.perceptual_every is {loss.perceptual_every}; it must divide "
+            f"config.autoencoder.batch_size = {config.autoencoder.batch_size}"
+        )
+    if config.diffusion.zero_terminal_snr and config.diffusion.prediction == "eps":
+        raise InputError(
+            "config.diffusion.prediction is 'eps' with zero_terminal_snr, where eps tells nothing of z0 at the last "
+            "timestep; use --config.diffusion.prediction=v or z0"
+        )
+    if config.sampling.steps > config.diffusion.timesteps:
+        raise InputError(
+            f"config.sampling.steps is {config.sampling.steps}; there are config.diffusion.timesteps = "
+            f"{config.diffusion.timesteps} timesteps to choose from"
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raises InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        near = _nearest(str(value), [str(choice) for choice in choices])
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}{near}")
+
+
+def _validate_shapes(config: ConfigDict) -> None:
+    size = config.data.image_size
+    if config.autoencoder.kind != "none":
+        channels, factor = config.autoencoder.block_out_channels, 2 ** (len(config.autoencoder.block_out_channels) - 1)
+        _positive("autoencoder.block_out_channels", channels)
+        if size % factor:
+            raise InputError(
+                f"config.data.image_size is {size}; an autoencoder of {len(channels)} resolutions needs a multiple of {factor}"
+            )
+        _divides("autoencoder.norm_num_groups", config.autoencoder.norm_num_groups, channels)
+        size //= factor
+    unet = config.unet
+    _positive("unet.block_out_channels", unet.block_out_channels)
+    if len(unet.attention) != len(unet.block_out_channels):
+        raise InputError(
+            f"config.unet.attention has {len(unet.attention)} entries, config.unet.block_out_channels "
+            f"{len(unet.block_out_channels)}; they must be equally long"
+        )
+    _divides("unet.norm_num_groups", unet.norm_num_groups, unet.block_out_channels)
+    _divides("unet.attention_heads", unet.attention_heads, unet.block_out_channels)
+    if size < 2 ** (len(unet.block_out_channels) - 1):
+        raise InputError(
+            f"config.unet.block_out_channels has {len(unet.block_out_channels)} resolutions; latents of {size}x{size} "
+            "cannot be halved so often"
+        )
+
+
+def _positive(name: str, values: tuple) -> None:
+    if not values or not all(isinstance(value, int) and value > 0 for value in values):
+        raise InputError(f"config.{name} is {values}; it must be one positive whole number for each resolution")
+
+
+def _divides(name: str, divisor: int, channels: tuple) -> None:
+    for value in channels:
+        if value % divisor:
+            raise InputError(
+                f"config.{name} is {divisor}, which does not divide {value} of block_out_channels {channels}"
+            )
+
+
+def validate_devices(config: ConfigDict, devices: int) -> None:
+    """Raises InputError if a batch cannot be shared out evenly."""
+    for name in ("autoencoder.batch_size", "diffusion.batch_size", "sampling.batch_size", "evaluation.batch_size"):
+        value = flatten(config)[name]
+        if value % devices:
+            raise InputError(f"config.{name} is {value}; it must be a multiple of the {devices} devices")
+    every = config.autoencoder.loss.perceptual_every
+    if config.autoencoder.batch_size // devices % every:
+        raise InputError(
+            f"config.autoencoder.loss.perceptual_every is {every}; it must divide the "
+            f"{config.autoencoder.batch_size // devices} examples that each of the {devices} devices has"
+        )
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """Field -> value with dotted names, e.g. "diffusion.steps"; tuples become lists, as JSON has them."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, (dict, ConfigDict)):
+            fields |= flatten(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved config, readable."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(path: Path) -> ConfigDict:
+    """Reads a run folder's config.json; raises InputError if it is none."""
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text()))).lock()
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} is no run folder: it has no config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:
+    """A hash of the fields below `sections`, e.g. ("seed", "data", "autoencoder")."""
+    free = tuple(name for name in FREE if name not in sections)
+    fields = {n: value for n, value in flatten(config).items() if n.startswith(sections) and not n.startswith(free)}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """The identifying fields in which two configs differ, as 'name: old -> new'."""
+    before, after = _identifying(old), _identifying(new)
+    return [
+        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        for name in sorted(before.keys() | after)
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _identifying(config: ConfigDict) -> dict[str, Any]:
+    return {name: value for name, value in flatten(config).items() if not name.startswith(FREE)}
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unknown_field(argv: list[str], error: Exception) -> str:
+    """Names the first --config.FIELD that the config does not have, and the nearest that it has."""
+    bare = flags.FlagValues()
+    parse(bare, ["", *(argument for argument in argv if argument.startswith("--config="))], config=True)
+    known = list(flatten(bare.config))
+    for argument in argv[1:]:
+        name = argument.removeprefix("--config.").split("=")[0]
+        if argument.startswith("--config.") and name not in known:
+            return f"there is no field config.{name}{_nearest(name, known)}"
+    return str(error)

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: pure functions of arrays. Imports jax and numpy only; knows no network and no files."""

@@ -1,0 +1,137 @@
+"""Scores a trained model against the test images of its data set.
+
+    python -m ldm_jax.evaluate --model=runs/fashion_mnist [--num=10000] [--sampler=ddim] [--steps=50] [--guidance=2.0]
+                               [--eta=0.0] [--seed=0] [--batch_size=100] [--inception_weights=FILE] [--out=FOLDER]
+
+Draws --num pictures (the run's own samples serve where just these are asked for) and writes evaluation.json, in which
+every score stands on a card with all that one must know to compare it. Default --out: evaluation/ in the run folder.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from ldm_jax import commands, configuration, run_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ml_collections import ConfigDict
+
+    from ldm_jax.data.datasets import Dataset
+    from ldm_jax.trained import Trained
+
+
+def define_flags() -> flags.FlagValues:
+    """The flags of this command, not yet parsed. None = as in the model's config."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", None, "a run folder", flag_values=values)
+    flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
+    flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
+    commands.define_drawing_flags(values, num=10_000)
+    commands.define_device_flags(values)
+    return values
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    values = define_flags()
+    if commands.wants_help(argv, __doc__, values):
+        return
+    configuration.parse(values, argv)
+    commands.require(values, "model")
+    commands.start_devices(values)
+
+    from ldm_jax import drawing, job, trained
+
+    model = trained.load(Path(values.model))
+    config = model.config.copy_and_resolve_references().unlock()
+    if values.inception_weights:
+        config.evaluation.inception_weights = values.inception_weights
+    wanted = drawing.from_flags(model, values, labels=list(range(len(model.class_names))))
+    train_set, test_set = (job.load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    out = Path(values.out or Path(values.model) / "evaluation")
+    drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
+    drawing.save(out, drawn)
+    cards = score(model._replace(config=config.lock()), drawn.images, train_set, test_set)
+    run_folder.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
+    for name, card in (cards["samples"] | cards["autoencoder"]).items():
+        print(f"{name:>18} {card['value']:.4g}")
+    print(f"Cards: {out / 'evaluation.json'}")
+
+
+def score_run(workdir: Path, train_set: "Dataset", test_set: "Dataset") -> None:
+    """Scores the samples that ended a run: leaves evaluation.json in the run folder."""
+    import numpy as np
+
+    from ldm_jax import trained
+    from ldm_jax.evaluation.pictures import read_recipe
+
+    model, cards = trained.load(workdir), {}
+    if model.config.sampling.num:
+        with np.load(workdir / "samples.npz") as samples:
+            cards = score(model, samples["images"], train_set, test_set)
+    cards["asked"] = _asked(model.config)
+    if cards.get("samples"):
+        cards["recipe"] = read_recipe(workdir / "samples.png")
+    run_folder.write_json(workdir / "evaluation.json", cards)
+
+
+def is_done(workdir: Path, config: "ConfigDict") -> bool:
+    """Whether the run folder has the scores and the report of this config."""
+    path = workdir / "evaluation.json"
+    if not path.exists() or not (workdir / "report.html").exists():
+        return False
+    return run_folder.read_json(path).get("asked") == _asked(config)
+
+
+def _asked(config: "ConfigDict") -> str:
+    """A hash of all that the end of a run depends on."""
+    return configuration.identity(config, ("sampling", "evaluation"))
+
+
+def score(
+    model: "Trained", images: "np.ndarray", train_set: "Dataset", test_set: "Dataset"
+) -> dict[str, dict[str, Any]]:
+    """{"samples": cards, "autoencoder": cards} of generated images uint8 [N, H, W, C]; see `evaluation.cards`.
+
+    With Inception weights in the config, FID and its kin are among the cards.
+    """
+    import numpy as np
+
+    from ldm_jax import builders
+    from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
+    from ldm_jax.evaluation.features import lpips_distance, vgg16_features
+    from ldm_jax.first_stage import reconstruct
+    from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
+    from ldm_jax.xla import cache_folder
+
+    fields, cache = model.config.evaluation, cache_folder() / "features"
+    reference = test_set[np.arange(min(fields.num_reference, len(test_set)))]["x"]
+    train = train_set[np.arange(min(len(train_set), 6 * len(images)))]["x"]
+    extractors = [vgg16_features(resize=fields.resize, batch_size=fields.batch_size)]
+    if fields.inception_weights:
+        extractors.append(inception_features(Path(fields.inception_weights), batch_size=fields.batch_size))
+    reconstructions = None
+    if model.config.autoencoder.kind != "none":
+        first_stage, params = builders.build_first_stage(model.config), model.params["autoencoder"]
+        decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
+        reconstructions = map_in_batches(decode, replicate(params), {"x": reference}, fields.batch_size)
+    resize = 16 if model.config.data.image_size < 16 else None  # VGG16 sees no smaller ones
+    lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
+    cards: dict[str, dict[str, Any]] = {"samples": {}, "autoencoder": {}}
+    for extractor in extractors:
+        cards["samples"] |= evaluate_images(
+            images, reference, extractor=extractor, reference_split=test_set.split, train=train,
+            reconstructions=reconstructions, seed=model.config.seed, cache=cache
+        )  # fmt: skip
+        if reconstructions is not None:
+            cards["autoencoder"] |= evaluate_reconstructions(
+                reference, reconstructions, extractor=extractor, lpips=lpips, split=test_set.split, cache=cache
+            )
+    return cards
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))

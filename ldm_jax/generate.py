@@ -1,0 +1,128 @@
+"""From noise to pictures: the trained parts put together as one compiled call, and run in batches over the devices."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ldm_jax.data.pixels import to_uint8
+from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network
+from ldm_jax.diffusion.solvers import Table, initial_latents, sample_keys, solve
+from ldm_jax.first_stage import FirstStage, from_latents
+from ldm_jax.training.parallel import parallel_map
+
+
+class Request(NamedTuple):
+    """What to draw: sample i has the number ids[i], and depends on (seed, ids[i], labels[i], guidance[i]) alone."""
+
+    ids: np.ndarray  # [N] int32
+    labels: np.ndarray  # [N] int32; -1 = no label
+    guidance: np.ndarray  # [N] float32
+    seed: int
+    z_T: np.ndarray | None = None  # [N, h, w, c] float32; None = drawn from the seed
+
+    def first(self, num: int) -> "Request":
+        """The same for the first `num` samples only."""
+        z_T = None if self.z_T is None else self.z_T[:num]
+        return Request(self.ids[:num], self.labels[:num], self.guidance[:num], self.seed, z_T)
+
+
+def request(num: int, labels: list[int], *, guidance: float, seed: int, z_T: np.ndarray | None = None) -> Request:
+    """`num` samples whose labels go round `labels` ([] = no label), so that each is drawn equally often."""
+    ids = np.arange(num, dtype=np.int32)
+    label = np.asarray(labels, np.int32)[ids % len(labels)] if labels else np.full(num, -1, np.int32)
+    return Request(ids, label, np.full(num, guidance if labels else 1.0, np.float32), seed, z_T)
+
+
+class Generator(NamedTuple):
+    """Noise to pictures, `batch_size` at a time. Only another batch size compiles again.
+
+    latents: (params, request, table) -> an iterator, in the order of the request, over the batches'
+        (z [b, h, w, c], z0_hat on the way [b, snapshots, h, w, c]).
+    decode: (params, z [b, h, w, c]) -> images uint8 [b, H, W, C].
+    """
+
+    latents: Callable[[Any, Request, Table], Iterator[tuple[np.ndarray, np.ndarray]]]
+    decode: Callable[[Any, np.ndarray], np.ndarray]
+
+    def images(self, params: Any, request: Request, table: Table) -> Iterator[np.ndarray]:
+        """Yields the pictures, uint8 [batch_size or fewer, H, W, C], in the order of the request."""
+        for z, _ in self.latents(params, request, table):
+            yield self.decode(params, z)
+
+    def denoising(self, params: Any, request: Request, table: Table) -> np.ndarray:
+        """What z0_hat looked like on the way: uint8 [snapshots, N, H, W, C]."""
+        frames = [
+            np.stack([self.decode(params, z) for z in np.moveaxis(on_the_way, 1, 0)])
+            for _, on_the_way in self.latents(params, request, table)
+        ]
+        return np.concatenate(frames, axis=1)
+
+
+def make_generator(
+    *,
+    unet: nn.Module,
+    conditioner: nn.Module,
+    first_stage: FirstStage,
+    latent_shape: tuple[int, int, int],
+    alpha_bar: np.ndarray,
+    prediction: str,
+    clip: float,
+    batch_size: int,
+    snapshots: int,
+) -> Generator:
+    """Builds a generator for `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}, as `replicate` gives them.
+
+    Seed, labels, guidance, solver and steps are arguments of the compiled calls. z0_hat is kept within [-clip, clip].
+    """
+
+    def solve_batch(params, batch, table, seed):
+        def network(z_t, t, context):
+            return unet.apply({"params": params["unet"]}, z_t, t, context)
+
+        def tau(label):
+            return conditioner.apply({"params": params["conditioner"]}, label)
+
+        null = jnp.full_like(batch["label"], conditioner.null)
+        context = tau(jnp.where(batch["label"] < 0, null, batch["label"]))
+        denoise = from_network(network, prediction, alpha_bar)
+        denoise = clip_z0(classifier_free(denoise, context, tau(null), batch["guidance"]), clip)
+        z, on_the_way = solve(denoise, batch["z_T"], table, sample_keys(seed, batch["id"]), snapshots=snapshots)
+        return z, jnp.moveaxis(on_the_way.z0_hat, 0, 1)
+
+    def decode_batch(params, batch):
+        raw = from_latents(batch["z"], params["shift"], params["scale"])
+        return to_uint8(first_stage.decode(params["autoencoder"], raw))
+
+    compiled_solve, compiled_decode = parallel_map(solve_batch), parallel_map(decode_batch)
+    draw = jax.jit(lambda seed, ids: initial_latents(sample_keys(seed, ids), latent_shape))
+
+    def latents(params: Any, request: Request, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(request.ids), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(request.ids)))
+            padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
+            ids = request.ids[padded]
+            z_T = draw(np.uint32(request.seed), ids) if request.z_T is None else request.z_T[padded]
+            batch = {
+                "id": ids,
+                "label": request.labels[padded],
+                "guidance": request.guidance[padded],
+                "z_T": np.asarray(z_T, np.float32),
+            }
+            z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed))
+            yield z[: len(rows)], on_the_way[: len(rows)]
+
+    def decode(params: Any, z: np.ndarray) -> np.ndarray:
+        padded = np.pad(z, [(0, batch_size - len(z)), (0, 0), (0, 0), (0, 0)])
+        return compiled_decode(params, {"z": padded})[: len(z)]
+
+    return Generator(latents, decode)
+
+
+def smallest_batch(num: int, batch_size: int, devices: int) -> int:
+    """The batch to compile for `num` samples: no more than `batch_size`, a multiple of the devices."""
+    return min(batch_size, math.ceil(num / devices) * devices)

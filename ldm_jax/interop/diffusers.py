@@ -1,0 +1,99 @@
+"""diffusers' state dicts <-> our parameters: renaming and transposing, nothing else. Files are read elsewhere.
+
+| diffusers                           | here                                                      |
+|-------------------------------------|-----------------------------------------------------------|
+| `down_blocks.0.resnets.1.conv1`     | `params["down_blocks_0"]["resnets_1"]["conv1"]`           |
+| convolution `weight` [O, I, H, W]   | `kernel` [H, W, I, O]                                     |
+| linear `weight` [O, I]              | `kernel` [I, O]                                           |
+| norm `weight`, embedding `weight`   | `scale`, `embedding`                                      |
+| `bias`                              | `bias`                                                    |
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ldm_jax.errors import InputError
+
+Params = Mapping[str, Any]
+Path = tuple[str, ...]
+
+# `linear_1` and `linear_2` (time embedding) are names; every other `name_N` is entry N of a list, `name.N` in torch.
+_LIST_ENTRY = re.compile(r"(?!linear_)(.+)_(\d+)")
+
+# What diffusers before 0.16 called the layers of the autoencoders' attention.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
+
+# Kernels by number of axes: ours from torch's, and back.
+_FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
+_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+
+
+def params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
+    """Our parameters from a diffusers state dict.
+
+    Args:
+      state: name -> array, as in a diffusers file. Names and 1x1-convolution shapes of the attention in old files are
+        understood too.
+      target: the tree of parameters wanted, arrays or `jax.ShapeDtypeStruct`; only structure and shapes are looked at.
+
+    Returns:
+      A tree like `target` of NumPy arrays with the dtypes of `state`, views of its arrays where possible.
+
+    Raises:
+      InputError: if a key is missing, left over or of another shape; all of them are named.
+    """
+    state = {_modern_name(key): value for key, value in state.items()}
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(target).items()}
+    keys = {path: _torch_name(path) for path in shapes}
+
+    missing = sorted(set(keys.values()) - set(state))
+    unexpected = sorted(set(state) - set(keys.values()))
+    flat, misshapen = {}, []
+    for path, key in keys.items():
+        if key in state:
+            flat[path] = _from_torch(path, np.asarray(state[key]), shapes[path])
+            if flat[path].shape != shapes[path]:
+                misshapen.append(f"{key} {state[key].shape} for {shapes[path]}")
+    wrong = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", sorted(misshapen))]
+    if any(names for _, names in wrong):
+        told = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in wrong if names)
+        raise InputError(f"the weights are not those of this model: {told}")
+    return unflatten_dict(flat)
+
+
+def state_dict_from_params(params: Params) -> dict[str, np.ndarray]:
+    """The inverse of `params_from_state_dict`: a diffusers state dict of contiguous NumPy arrays."""
+    state = {}
+    for path, leaf in flatten_dict(params).items():
+        value = np.asarray(leaf)
+        if path[-1] == "kernel":
+            value = value.transpose(_TO_TORCH[value.ndim])
+        # safetensors writes the memory of an array, not the view of it: a transposed view would be stored wrong.
+        state[_torch_name(path)] = np.ascontiguousarray(value)
+    return state
+
+
+def _torch_name(path: Path) -> str:
+    """("down_blocks_0", "conv_in", "kernel") -> "down_blocks.0.conv_in.weight"."""
+    *modules, leaf = path
+    names = [_LIST_ENTRY.sub(r"\1.\2", name) if _LIST_ENTRY.fullmatch(name) else name for name in modules]
+    return ".".join([*names, "bias" if leaf == "bias" else "weight"])
+
+
+def _modern_name(key: str) -> str:
+    """ "mid_block.attentions.0.query.weight" -> "mid_block.attentions.0.to_q.weight"; today's names stay."""
+    return _OLD_NAME.sub(lambda match: _OLD_NAMES[match[0]], key)
+
+
+def _from_torch(path: Path, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """One array in our layout, which may still turn out to have another shape than wanted."""
+    if path[-1] != "kernel":
+        return value
+    if value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
+        value = value[:, :, 0, 0]  # old files keep the attention's linear maps as 1x1 convolutions
+    return value.transpose(_FROM_TORCH[value.ndim]) if value.ndim in _FROM_TORCH else value

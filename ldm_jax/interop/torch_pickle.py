@@ -1,0 +1,184 @@
+"""Weight files of PyTorch (.pth, .pt, .bin, .ckpt, .safetensors), read without PyTorch; nothing in them runs.
+
+`torch.save` writes a pickle in which tensors are calls of a rebuild function on storages kept beside it: since 1.6 in a
+zip archive, before that one after the other behind the pickle. Both are read here; of all names in the pickle only
+those of storages, of the rebuild functions and of the ordered dict are known, and most are stand-ins of ours.
+"""
+
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+from ldm_jax.errors import InputError
+from ldm_jax.interop.unpickle import WhitelistUnpickler, load_restricted
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+class Tensor:
+    """Stands in for a tensor until its storage is read: a strided view of the storage called `key`."""
+
+    def __init__(self, storage: tuple, offset: int, size: tuple, stride: tuple, *_: Any):
+        self.key, self.dtype, self.numel = storage
+        self.offset, self.size, self.stride = offset, tuple(size), tuple(stride)
+        last = offset + sum((n - 1) * step for n, step in zip(self.size, self.stride))
+        if len(self.size) != len(self.stride) or min((offset, *self.size, *self.stride)) < 0:
+            raise ValueError(f"a tensor of size {self.size} and stride {self.stride}")
+        if math.prod(self.size) > self.numel or (math.prod(self.size) and last >= self.numel):
+            raise ValueError(f"a tensor of size {self.size} that reaches beyond its storage of {self.numel}")
+
+    def array(self, storage: np.ndarray) -> np.ndarray:
+        """The tensor's own contiguous copy; bfloat16 becomes float32."""
+        strides = [step * storage.itemsize for step in self.stride]
+        view = np.lib.stride_tricks.as_strided(storage[self.offset :], self.size, strides, writeable=False)
+        return np.array(view, np.float32 if self.dtype == ml_dtypes.bfloat16 else self.dtype, order="C")
+
+
+def _parameter(data: Tensor, *_: Any) -> Tensor:
+    """Stands in for `torch.nn.Parameter`'s rebuild function."""
+    return data
+
+
+ALLOWED = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): Tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): Tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+} | {("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()}
+
+
+class _TensorUnpickler(WhitelistUnpickler):
+    """Reads storages by reference; ("storage", type, key, device, number of elements ...) -> (key, dtype, number)."""
+
+    def persistent_load(self, reference: tuple) -> tuple[str, np.dtype, int]:
+        kind, dtype, key, _, numel, *_ = reference
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise pickle.UnpicklingError(f"an unknown reference {kind!r}")
+        return str(key), dtype, int(numel)
+
+
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a weight file by name, floats of 16 bits and less as float32 where NumPy lacks the type.
+
+    A file that keeps them below "state_dict", as training checkpoints do, gives those.
+
+    Raises:
+        InputError: missing, damaged or foreign file, or one whose pickle asks for anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no file of weights {path}")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
+    if zipfile.is_zipfile(path):
+        tree, read_storage = _open_zip(path)
+    else:
+        tree, read_storage = _open_legacy(path)
+    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
+    if not isinstance(tree, dict) or not any(isinstance(value, Tensor) for value in tree.values()):
+        raise InputError(f"{path}: holds no dict of tensors")
+    storages: dict[str, np.ndarray] = {}
+    tensors = {}
+    for name, tensor in tree.items():
+        if isinstance(tensor, Tensor):
+            if tensor.key not in storages:
+                storages[tensor.key] = _storage(read_storage(tensor.key), tensor, path)
+            tensors[str(name)] = tensor.array(storages[tensor.key])
+    return tensors
+
+
+def _storage(data: bytes, tensor: Tensor, path: Path) -> np.ndarray:
+    if len(data) != tensor.numel * tensor.dtype.itemsize:
+        raise InputError(f"{path}: damaged: storage {tensor.key} has {len(data)} bytes, not {tensor.numel} elements")
+    return np.frombuffer(data, tensor.dtype)
+
+
+def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not readable as safetensors: {error}") from error
+    return {k: v.astype(np.float32) if v.dtype == ml_dtypes.bfloat16 else v for k, v in tensors.items()}
+
+
+def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytes]]:
+    """The unpickled tree, and a function from the key of a storage to its bytes."""
+    try:
+        archive = zipfile.ZipFile(path)
+        (entry,) = (name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl"))
+        folder = entry.removesuffix("data.pkl")
+        if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
+            raise InputError(f"{path}: written on a big-endian machine, which is not supported")
+        with archive.open(entry) as file:
+            tree = load_restricted(_TensorUnpickler(file, ALLOWED), path)
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as a PyTorch file: {error}") from error
+
+    def read_storage(key: str) -> bytes:
+        try:
+            return archive.read(f"{folder}data/{key}")
+        except (KeyError, zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{path}: damaged: cannot read storage {key}") from error
+
+    return tree, read_storage
+
+
+def _open_legacy(path: Path) -> tuple[Any, Callable[[str], bytes]]:
+    """The same for files from before PyTorch 1.6: magic, version, system, tree, keys, storages with their lengths."""
+    with path.open("rb") as file:
+        magic, _, system = (load_restricted(_TensorUnpickler(file, ALLOWED), path) for _ in range(3))
+        if magic != LEGACY_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
+            raise InputError(f"{path}: not a PyTorch file")
+        unpickler = _LegacyUnpickler(file, ALLOWED)
+        tree, keys = load_restricted(unpickler, path), load_restricted(_TensorUnpickler(file, ALLOWED), path)
+        storages = {str(key): _legacy_storage(file, unpickler.itemsizes, str(key), path) for key in keys}
+
+    def read_storage(key: str) -> bytes:
+        if key not in storages:
+            raise InputError(f"{path}: damaged: there is no storage {key}")
+        return storages[key]
+
+    return tree, read_storage
+
+
+class _LegacyUnpickler(_TensorUnpickler):
+    """Remembers the element size of each storage, which the storages behind the pickle do not tell."""
+
+    def __init__(self, file: IO[bytes], allowed: dict):
+        super().__init__(file, allowed)
+        self.itemsizes: dict[str, int] = {}
+
+    def persistent_load(self, reference: tuple) -> tuple[str, np.dtype, int]:
+        key, dtype, numel = super().persistent_load(reference)
+        self.itemsizes[key] = dtype.itemsize
+        return key, dtype, numel
+
+
+def _legacy_storage(file: IO[bytes], itemsizes: dict[str, int], key: str, path: Path) -> bytes:
+    head = file.read(8)
+    if len(head) < 8 or key not in itemsizes:
+        raise InputError(f"{path}: damaged: cannot read storage {key}")
+    return file.read(struct.unpack("<q", head)[0] * itemsizes[key])

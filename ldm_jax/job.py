@@ -1,0 +1,276 @@
+"""The main job, top to bottom: data, autoencoder, latents, diffusion model, samples, scores, report.
+
+Every part leaves its result in the run folder and first looks whether it is there already, so the same call again goes
+on where the last one stopped.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, configuration, drawing, evaluate, run_folder, trained
+from ldm_jax.data.datasets import Dataset, load_dataset
+from ldm_jax.data.feeds import DeviceFeed, HostFeed
+from ldm_jax.errors import InputError
+from ldm_jax.evaluation import pictures
+from ldm_jax.evaluation.report import write_report
+from ldm_jax.first_stage import reconstruct
+from ldm_jax.generate import request, smallest_batch
+from ldm_jax.interop.lpips_weights import load_lpips
+from ldm_jax.run_folder import Log
+from ldm_jax.training import latents
+from ldm_jax.training.checkpoint import Checkpoints, flatten, unflatten
+from ldm_jax.training.interrupt import Interrupted, InterruptWatch
+from ldm_jax.training.loop import train
+from ldm_jax.training.parallel import parallel_map, replicate
+from ldm_jax.training.validation import make_validation
+from ldm_jax.xla import CompileClock
+
+
+class Run(NamedTuple):
+    """What the parts of a run share."""
+
+    config: ConfigDict
+    workdir: Path
+    train_set: Dataset
+    test_set: Dataset
+    log: Log
+    watch: InterruptWatch
+
+
+def run(config: ConfigDict, workdir: Path, *, dry_run: bool = False) -> None:
+    """Runs or resumes the job of `config` in `workdir`. With `dry_run`, checks all inputs and writes nothing.
+
+    Raises:
+      InputError: data or weights that are missing or do not fit, another run's folder.
+      RunError: a loss that is not finite, a checkpoint that cannot be written.
+    """
+    configuration.validate_devices(config, jax.device_count())
+    train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
+          f"{train_set.num_classes} classes", flush=True)  # fmt: skip
+    describe_models(config, train_set.num_classes)
+    if dry_run:
+        return
+    if workdir.exists() and evaluate.is_done(workdir, config):
+        print(f"All is done: {workdir / 'report.html'}")
+        return
+    primary = jax.process_index() == 0
+    if primary:
+        workdir.mkdir(parents=True, exist_ok=True)
+        run_folder.write_json(workdir / "config.json", config.to_dict())
+        run_folder.write_json(
+            workdir / "data.json",
+            {"class_names": train_set.class_names, "train": len(train_set), "test": len(test_set),
+             "train_fingerprint": train_set.fingerprint, "test_fingerprint": test_set.fingerprint,
+             "device": describe_device()},
+        )  # fmt: skip
+    log = Log(workdir, write=primary)
+    try:
+        with InterruptWatch() as watch:
+            run = Run(config, workdir, train_set, test_set, log, watch)
+            clock = CompileClock()
+            if config.autoencoder.kind != "none":
+                _timed(run, clock, "autoencoder", train_autoencoder)
+                _timed(run, clock, "latents", measure_latents)
+            _timed(run, clock, "diffusion", train_diffusion)
+            if primary:
+                _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir))
+                _timed(run, clock, "scoring", lambda run: evaluate.score_run(run.workdir, run.train_set, run.test_set))
+    except Interrupted as interrupted:
+        print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
+        return
+    finally:
+        log.close()
+    if primary:
+        write_report(workdir)
+        print(f"Done: {workdir / 'report.html'}")
+
+
+def _timed(run: Run, clock: CompileClock, name: str, part: Callable[[Run], None]) -> None:
+    start, compiling, count = time.monotonic(), clock.seconds, clock.count
+    part(run)
+    seconds = time.monotonic() - start
+    run.log("timing", 0, **{f"{name}_seconds": seconds, f"{name}_compile_seconds": clock.seconds - compiling,
+                            f"{name}_compilations": clock.count - count})  # fmt: skip
+    if jax.process_index() == 0:
+        print(f"{name:>12} took {seconds:.0f} s, {clock.seconds - compiling:.0f} s of it compiling", flush=True)
+
+
+def load_split(config: ConfigDict, split: str) -> Dataset:
+    """One split of the config's data set; see `load_dataset` for the errors."""
+    data = config.data
+    return load_dataset(
+        data.name,
+        split,
+        data_dir=data.dir,
+        image_size=data.image_size,
+        channels=data.channels,
+        crop=data.crop,
+        image_key=data.image_key,
+        label_key=data.label_key,
+        memory_limit=int(data.memory_limit_gb * 2**30),
+    )
+
+
+def describe_models(config: ConfigDict, num_classes: int) -> None:
+    """Builds all models on paper and prints their sizes; raises InputError for one that cannot be built."""
+    stages = {}
+    try:
+        if config.autoencoder.kind != "none":
+            stages["autoencoder"] = builders.build_autoencoder_stage(config)
+        stages["diffusion"] = builders.build_diffusion_stage(config, num_classes)
+        trained.build_table(config)
+        for name, stage in stages.items():
+            for part, params in jax.eval_shape(stage.init, jax.random.key(0)).params.items():
+                print(
+                    f"{name:>12} {part}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True
+                )
+    except ValueError as error:
+        raise InputError(f"config: {error}") from error
+
+
+def describe_device() -> str:
+    """For the record: how many of which device."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def make_feed(config: ConfigDict, source: Any, batch_size: int) -> DeviceFeed | HostFeed:
+    """A feed that keeps `source` (a Dataset or Latents) on the device if it is small enough, else streams it."""
+    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    limit = config.data.memory_limit_gb * 2**30
+    if source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit:
+        arrays = {name: np.asarray(values) for name, values in source.arrays.items()}
+        return DeviceFeed(arrays, batch_size, config.seed, **place)
+    return HostFeed(source, batch_size, config.seed, **place)
+
+
+def train_autoencoder(run: Run) -> None:
+    """Stage 1: leaves autoencoder/ in the run folder, trained here or taken from another run."""
+    config, folder = run.config, run.workdir / "autoencoder"
+    stage = builders.build_autoencoder_stage(config)
+    if config.autoencoder.checkpoint:
+        adopt_autoencoder(run, stage)
+        return
+    first_stage, shown = builders.build_first_stage(config), run.test_set[np.arange(20) % len(run.test_set)]["x"]
+
+    decoded = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
+
+    def show(step: int, state: Any) -> None:
+        every = config.sampling.progress_every
+        if every and (step % every == 0 or step == config.autoencoder.steps) and jax.process_index() == 0:
+            devices = jax.local_device_count()
+            padded = shown[np.arange(-(-len(shown) // devices) * devices) % len(shown)]
+            images = decoded(state.ema_params["autoencoder"], {"x": padded})[: len(shown)]
+            strip = pictures.reconstruction_strip(shown, images)
+            pictures.save_png(strip, run.workdir / "progress" / f"autoencoder_{step:06d}.png")
+
+    net = config.autoencoder.loss.perceptual_net
+    with Checkpoints(folder, keep=config.keep_checkpoints, identity=_identity(config, AUTOENCODER_FIELDS)) as checkpoints:
+        train(
+            "autoencoder",
+            stage,
+            steps=config.autoencoder.steps,
+            feed=make_feed(config, run.train_set, config.autoencoder.batch_size),
+            frozen={"lpips": load_lpips(net)[0]} if config.autoencoder.loss.perceptual else {},
+            checkpoints=checkpoints,
+            after_step=show,
+            **_loop_fields(run),
+        )
+
+
+def adopt_autoencoder(run: Run, stage: Any) -> None:
+    """Copies the trained autoencoder of `config.autoencoder.checkpoint`; raises InputError if it does not fit."""
+    other = Path(run.config.autoencoder.checkpoint)
+    params = trained.load_autoencoder_params(other)
+    like = jax.eval_shape(stage.init, jax.random.key(0)).ema_params["autoencoder"]
+    params = unflatten(flatten(params), like, where=f"config.autoencoder.checkpoint={other}")
+    identity = _identity(run.config, AUTOENCODER_FIELDS)
+    with Checkpoints(run.workdir / "autoencoder", keep=1, identity=identity) as checkpoints:
+        checkpoints.save({"step": np.int32(0), "ema_params": {"autoencoder": params}})
+
+
+def measure_latents(run: Run) -> None:
+    """Between the stages: leaves the cache in latents/ and the latents' shift and scale beside the autoencoder."""
+    cache = encode_train_set(run)
+    shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=run.config.autoencoder.kind == "kl")
+    if jax.process_index() == 0:
+        trained.save_scale(run.workdir, shift, scale, measured_on=f"{run.train_set.name}/{run.train_set.split}")
+    print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
+
+
+def encode_train_set(run: Run) -> latents.Latents:
+    """The cached latents of the training set; encodes it if they are not there yet."""
+    return latents.cached_latents(
+        run.workdir / "latents",
+        first_stage=builders.build_first_stage(run.config),
+        params=trained.load_autoencoder_params(run.workdir),
+        dataset=run.train_set,
+        flip=run.config.data.flip,
+        batch_size=run.config.evaluation.batch_size,
+    )
+
+
+def train_diffusion(run: Run) -> None:
+    """Stage 2: leaves diffusion/ in the run folder, and sample grids in progress/."""
+    config, num_classes = run.config, run.train_set.num_classes
+    stage = builders.build_diffusion_stage(config, num_classes)
+    source = run.train_set if config.autoencoder.kind == "none" else encode_train_set(run)
+    frozen = trained.load_first_stage(run.workdir, config)
+    batch_size = smallest_batch(config.sampling.num or 1, config.sampling.batch_size, jax.local_device_count())
+    generator = trained.build_generator(config, num_classes, batch_size)
+    table = trained.build_table(config)
+    grid = request(
+        10 * min(num_classes or 10, 10), list(range(num_classes)), guidance=config.sampling.guidance, seed=config.seed
+    )
+    validate = make_validation(
+        stage,
+        run.test_set,
+        num=config.diffusion.validation_examples,
+        batch_size=config.evaluation.batch_size,
+        T=config.diffusion.timesteps,
+        null_label=num_classes,
+    )
+
+    def show(step: int, state: Any) -> None:
+        every = config.sampling.progress_every
+        if not every or (step % every and step != config.diffusion.steps) or jax.process_index():
+            return
+        params = replicate(state.ema_params) | replicate(frozen)
+        run.log("diffusion", step, **validate(state.ema_params, frozen, config.seed))
+        images = np.concatenate(list(generator.images(params, grid, table)))
+        picture = pictures.sample_grid(images, grid.labels, run.train_set.class_names or None)
+        pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
+
+    with Checkpoints(
+        run.workdir / "diffusion", keep=config.keep_checkpoints, identity=_identity(config, DIFFUSION_FIELDS)
+    ) as checkpoints:
+        train(
+            "diffusion",
+            stage,
+            steps=config.diffusion.steps,
+            feed=make_feed(config, source, config.diffusion.batch_size),
+            frozen=frozen,
+            checkpoints=checkpoints,
+            after_step=show,
+            **_loop_fields(run),
+        )
+
+
+def _loop_fields(run: Run) -> dict[str, Any]:
+    names = ("seed", "log_every", "checkpoint_every")
+    return {name: run.config[name] for name in names} | {"log": run.log, "watch": run.watch}
+
+
+# What a stage's checkpoints depend on; another run's are refused.
+AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
+DIFFUSION_FIELDS = (*AUTOENCODER_FIELDS, "diffusion", "unet")
+
+
+def _identity(config: ConfigDict, fields: tuple[str, ...]) -> dict[str, str]:
+    return {"config": configuration.identity(config, fields)}

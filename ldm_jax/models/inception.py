@@ -1,0 +1,158 @@
+"""InceptionV3 as FID defines it: the network of the TensorFlow archive of 2015-12-05, up to its 2048 pooled features.
+
+Szegedy et al. 2016, table 1, in the shape torch-fidelity and pytorch-fid gave it. It differs from torchvision's:
+average pools leave the padding out of the mean, and the last block pools by maximum. Batch normalisation is folded into
+the convolutions when the weights are read (`ldm_jax.interop.inception_weights`), so each convolution has a bias.
+Module names are those of the published weights.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IMAGE_SIZE = 299
+FEATURES = 2048
+
+
+def inception_input(images: jax.Array) -> jax.Array:
+    """Stored images uint8 [B, H, W, 1 or 3] -> the network's input [B, 299, 299, 3], (value - 128) / 128.
+
+    Resized as TensorFlow 1 did and torch-fidelity does: output pixel i looks at input position i * size / 299,
+    bilinearly, without half-pixel centres and without antialiasing. Odd, but FID is defined by this input.
+    """
+    rows, columns = (jnp.asarray(_tf1_bilinear(size)) for size in images.shape[1:3])
+    x = jnp.einsum("ih,bhwc,jw->bijc", rows, images.astype(jnp.float32), columns, precision="highest")
+    return (jnp.broadcast_to(x, (*x.shape[:3], 3)) - 128) / 128
+
+
+def _tf1_bilinear(size: int) -> np.ndarray:
+    """The matrix [299, size] of that interpolation along one side."""
+    at = np.arange(IMAGE_SIZE, dtype=np.float32) * np.float32(size / IMAGE_SIZE)
+    low = np.minimum(np.floor(at).astype(int), size - 1)
+    high = np.minimum(low + 1, size - 1)
+    matrix = np.zeros((IMAGE_SIZE, size), np.float32)
+    np.add.at(matrix, (np.arange(IMAGE_SIZE), low), 1 - (at - low))
+    np.add.at(matrix, (np.arange(IMAGE_SIZE), high), at - low)
+    return matrix
+
+
+def unit(h: jax.Array, name: str, width: int, kernel: int | tuple[int, int] = 1, stride: int = 1, pad: bool = False):
+    """Convolution and ReLU, as a layer called `name` of the module it is called in; `pad` keeps the size."""
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    padding = [((k - 1) // 2,) * 2 if pad else (0, 0) for k in kernel]
+    return nn.relu(nn.Conv(width, kernel, strides=stride, padding=padding, name=name)(h))
+
+
+def average_pool(h: jax.Array) -> jax.Array:
+    """3x3 means that keep the size; the padding does not count."""
+    return nn.avg_pool(h, (3, 3), strides=(1, 1), padding=((1, 1), (1, 1)), count_include_pad=False)
+
+
+def reduce_pool(h: jax.Array) -> jax.Array:
+    """3x3 maxima at every other position."""
+    return nn.max_pool(h, (3, 3), strides=(2, 2))
+
+
+class InceptionA(nn.Module):
+    """35x35 block: 1x1, 5x5, two 3x3, pool."""
+
+    pool_width: int
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, 224 + pool_width]."""
+        one = unit(h, "branch1x1", 64)
+        five = unit(unit(h, "branch5x5_1", 48), "branch5x5_2", 64, 5, pad=True)
+        double = unit(unit(h, "branch3x3dbl_1", 64), "branch3x3dbl_2", 96, 3, pad=True)
+        double = unit(double, "branch3x3dbl_3", 96, 3, pad=True)
+        pool = unit(average_pool(h), "branch_pool", self.pool_width)
+        return jnp.concatenate([one, five, double, pool], axis=-1)
+
+
+class InceptionB(nn.Module):
+    """35x35 to 17x17."""
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, (H - 1) / 2, (W - 1) / 2, 480 + C]."""
+        three = unit(h, "branch3x3", 384, 3, stride=2)
+        double = unit(unit(h, "branch3x3dbl_1", 64), "branch3x3dbl_2", 96, 3, pad=True)
+        double = unit(double, "branch3x3dbl_3", 96, 3, stride=2)
+        return jnp.concatenate([three, double, reduce_pool(h)], axis=-1)
+
+
+class InceptionC(nn.Module):
+    """17x17 block: 1x1, 7x7 as 1x7 and 7x1, two of those, pool."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, 768]."""
+        one = unit(h, "branch1x1", 192)
+        seven = unit(unit(h, "branch7x7_1", self.width), "branch7x7_2", self.width, (1, 7), pad=True)
+        seven = unit(seven, "branch7x7_3", 192, (7, 1), pad=True)
+        double = unit(h, "branch7x7dbl_1", self.width)
+        double = unit(double, "branch7x7dbl_2", self.width, (7, 1), pad=True)
+        double = unit(double, "branch7x7dbl_3", self.width, (1, 7), pad=True)
+        double = unit(double, "branch7x7dbl_4", self.width, (7, 1), pad=True)
+        double = unit(double, "branch7x7dbl_5", 192, (1, 7), pad=True)
+        pool = unit(average_pool(h), "branch_pool", 192)
+        return jnp.concatenate([one, seven, double, pool], axis=-1)
+
+
+class InceptionD(nn.Module):
+    """17x17 to 8x8."""
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, (H - 1) / 2, (W - 1) / 2, 512 + C]."""
+        three = unit(unit(h, "branch3x3_1", 192), "branch3x3_2", 320, 3, stride=2)
+        seven = unit(unit(h, "branch7x7x3_1", 192), "branch7x7x3_2", 192, (1, 7), pad=True)
+        seven = unit(seven, "branch7x7x3_3", 192, (7, 1), pad=True)
+        seven = unit(seven, "branch7x7x3_4", 192, 3, stride=2)
+        return jnp.concatenate([three, seven, reduce_pool(h)], axis=-1)
+
+
+class InceptionE(nn.Module):
+    """8x8 block: 1x1; 1x3 beside 3x1; the same after a 3x3; pool, which in the last block is by maximum."""
+
+    max_pool: bool
+
+    @nn.compact
+    def __call__(self, h: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, 2048]."""
+        one = unit(h, "branch1x1", 320)
+        three = unit(h, "branch3x3_1", 384)
+        three = [unit(three, "branch3x3_2a", 384, (1, 3), pad=True), unit(three, "branch3x3_2b", 384, (3, 1), pad=True)]
+        double = unit(unit(h, "branch3x3dbl_1", 448), "branch3x3dbl_2", 384, 3, pad=True)
+        double = [
+            unit(double, "branch3x3dbl_3a", 384, (1, 3), pad=True),
+            unit(double, "branch3x3dbl_3b", 384, (3, 1), pad=True),
+        ]
+        pooled = nn.max_pool(h, (3, 3), padding=((1, 1), (1, 1))) if self.max_pool else average_pool(h)
+        return jnp.concatenate([one, *three, *double, unit(pooled, "branch_pool", 192)], axis=-1)
+
+
+class InceptionV3(nn.Module):
+    """Stored images uint8 [B, H, W, 1 or 3] of any size -> FID's features [B, 2048]."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """See the class; the sizes in the comments are those of the field after the line."""
+        h = inception_input(images)
+        h = unit(h, "Conv2d_1a_3x3", 32, 3, stride=2)  # 149
+        h = unit(h, "Conv2d_2a_3x3", 32, 3)  # 147
+        h = reduce_pool(unit(h, "Conv2d_2b_3x3", 64, 3, pad=True))  # 73
+        h = unit(unit(h, "Conv2d_3b_1x1", 80), "Conv2d_4a_3x3", 192, 3)  # 71
+        h = reduce_pool(h)  # 35
+        for name, pool_width in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            h = InceptionA(pool_width, name=name)(h)
+        h = InceptionB(name="Mixed_6a")(h)  # 17
+        for name, width in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+            h = InceptionC(width, name=name)(h)
+        h = InceptionD(name="Mixed_7a")(h)  # 8
+        h = InceptionE(max_pool=False, name="Mixed_7b")(h)
+        h = InceptionE(max_pool=True, name="Mixed_7c")(h)
+        return jnp.mean(h, axis=(1, 2))

@@ -1,0 +1,171 @@
+"""The layers every network here is made of: convolution, linear, group norm, resampling, ResNet block, time embedding.
+
+Images are NHWC. Names of submodules are those of diffusers (`conv1`, `time_emb_proj`), so that its weights load by
+renaming alone (see `interop/diffusers.py`). Everywhere `dtype` is the type of the computation; parameters are float32,
+and so are the statistics of the norms.
+
+Initialisation: kernels as PyTorch's default, uniform within ±1/sqrt(fan_in); biases 0. The last layer of every residual
+branch starts at 0 (`zero=True`), so that each block begins as the identity (Ho et al. 2020; Dhariwal & Nichol 2021).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+Dtype = Any
+
+# Var = 1 / (3 fan_in), that is uniform within ±1/sqrt(fan_in).
+torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def conv(
+    features: int,
+    kernel_size: int = 3,
+    *,
+    strides: int = 1,
+    padding: tuple[int, int] | None = None,
+    zero: bool = False,
+    dtype: Dtype = None,
+    name: str | None = None,
+) -> nn.Conv:
+    """A square convolution. `padding` is (before, after) on both axes; None keeps the size at stride 1."""
+    pad = padding if padding is not None else (kernel_size // 2, kernel_size // 2)
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=strides,
+        padding=(pad, pad),
+        kernel_init=nn.initializers.zeros if zero else torch_init,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def linear(
+    features: int, *, use_bias: bool = True, zero: bool = False, dtype: Dtype = None, name: str | None = None
+) -> nn.Dense:
+    """A linear map of the last axis."""
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        kernel_init=nn.initializers.zeros if zero else torch_init,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def group_norm(groups: int, eps: float, *, dtype: Dtype = None, name: str | None = None) -> nn.GroupNorm:
+    """Group normalisation (Wu & He 2018); its variance is mean((x - mean)^2), as E[x^2] - E[x]^2 loses digits."""
+    return nn.GroupNorm(num_groups=groups, epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def layer_norm(*, dtype: Dtype = None, name: str | None = None) -> nn.LayerNorm:
+    """Layer normalisation with PyTorch's eps, 1e-5."""
+    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+
+
+def check_groups(channels: Sequence[int], groups: int) -> None:
+    """Raises ValueError unless every number of channels splits into `groups` groups."""
+    if groups < 1:
+        raise ValueError(f"norm_num_groups must be 1 or more; got {groups}")
+    for c in channels:
+        if c % groups:
+            raise ValueError(
+                f"every width must be a multiple of norm_num_groups={groups}; {c} in {tuple(channels)} is not"
+            )
+
+
+def upsample_nearest(x: Array, size: tuple[int, int] | None = None) -> Array:
+    """Nearest-neighbour upsampling by 2, [B, H, W, C] -> [B, 2H, 2W, C], or to `size` = 2H or 2H - 1 (same for W).
+
+    A stride-2 convolution takes sizes 2n - 1 and 2n both to n, so these are the sizes the way back up can need. For
+    2n - 1 the nearest neighbour floor(i * n / (2n - 1)) of pixel i is floor(i / 2): the doubled image, cropped.
+    """
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+    return x if size is None else x[:, : size[0], : size[1], :]
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2 (or to `size`), then a 3x3 convolution."""
+
+    features: int
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
+        """[B, H, W, C] -> [B, 2H, 2W, features], or [B, *size, features]."""
+        return conv(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x, size))
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution with stride 2. `padding` is (before, after): (1, 1) in UNets, (0, 1) in autoencoders."""
+
+    features: int
+    padding: tuple[int, int]
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), features] for padding (1, 1); floor for (0, 1)."""
+        return conv(self.features, strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+
+
+class ResnetBlock(nn.Module):
+    """norm, silu, conv twice, plus the input; the time embedding is added in between (Ho et al. 2020, appendix B)."""
+
+    features: int
+    groups: int
+    eps: float
+    dropout: float = 0.0
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: Array, temb: Array | None = None, deterministic: bool = True) -> Array:
+        """x [B, H, W, C], temb [B, E] or None -> [B, H, W, features]."""
+        h = nn.silu(group_norm(self.groups, self.eps, dtype=self.dtype, name="norm1")(x))
+        h = conv(self.features, dtype=self.dtype, name="conv1")(h)
+        if temb is not None:
+            h = h + linear(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+        h = nn.silu(group_norm(self.groups, self.eps, dtype=self.dtype, name="norm2")(h))
+        h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
+        h = conv(self.features, zero=True, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Array:
+    """Sinusoids of t (Vaswani et al. 2017, section 3.5): sin and cos of t * 10000^(-i / (dim/2 - freq_shift)).
+
+    Args:
+      t: [B], integer or float.
+      dim: even number of features.
+      flip_sin_to_cos: cosines first (True in Stable Diffusion), otherwise sines first.
+      freq_shift: 0 makes the lowest frequency a little more than 1/10000, 1 makes it 1/10000.
+
+    Returns:
+      [B, dim] float32.
+    """
+    half = dim // 2
+    frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angle = t.astype(jnp.float32)[:, None] * frequency[None, :]
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    return jnp.concatenate([cos, sin] if flip_sin_to_cos else [sin, cos], axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a silu between: sinusoids [B, dim] -> time embedding [B, features]."""
+
+    features: int
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, sinusoids: Array) -> Array:
+        """[B, dim] -> [B, features]."""
+        h = linear(self.features, dtype=self.dtype, name="linear_1")(sinusoids)
+        return linear(self.features, dtype=self.dtype, name="linear_2")(nn.silu(h))

@@ -1,0 +1,51 @@
+"""Trains everything a config describes, and ends with pictures, scores and a report.
+
+    python -m ldm_jax.train --config=configs/fashion_mnist.py [--workdir=runs/fashion_mnist]
+                            [--config.FIELD=VALUE ...] [--print_config] [--dry_run]
+
+The same command again goes on where it stopped, or says that all is done.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from ldm_jax import commands, configuration, run_folder
+
+
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags of this command, not yet parsed."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "the run folder; default: runs/ and the config's name", flag_values=flag_values
+    )
+    flags.DEFINE_boolean("print_config", False, "print the resolved config and stop", flag_values=flag_values)
+    flags.DEFINE_boolean("dry_run", False, "check everything, compile and write nothing", flag_values=flag_values)
+    commands.define_device_flags(flag_values)
+    return flag_values
+
+
+def main(argv: list[str]) -> None:
+    """The command: checks first, then the stages one after the other."""
+    flag_values = define_flags(argv)
+    if commands.wants_help(argv, __doc__, flag_values):
+        return
+    configuration.parse(flag_values, argv, config=True)
+    config = flag_values.config
+    configuration.validate(config)
+    if flag_values.print_config:
+        print(configuration.to_json(config), end="")
+        return
+    config_file = Path(flag_values["config"].config_filename)
+    workdir = Path(flag_values.workdir or Path("runs") / config_file.stem)
+    run_folder.check(workdir, config)
+    commands.start_devices(flag_values)
+
+    from ldm_jax import job  # JAX and all that stands on it: imported after the checks that need none of it
+
+    job.run(config, workdir, dry_run=flag_values.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))

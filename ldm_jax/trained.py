@@ -1,0 +1,102 @@
+"""A trained model, read back from its run folder."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, configuration, run_folder
+from ldm_jax.diffusion.solvers import Table, make_table
+from ldm_jax.errors import InputError
+from ldm_jax.generate import Generator, make_generator
+from ldm_jax.run_folder import content_hash
+from ldm_jax.training.checkpoint import load_latest, subtree, unflatten
+
+SCALE = "scale.json"  # beside the checkpoints of the autoencoder
+SNAPSHOTS = 24  # frames of denoising.gif
+
+
+class Trained(NamedTuple):
+    """Everything that makes pictures."""
+
+    config: ConfigDict
+    class_names: tuple[str, ...]  # () for unlabelled sets
+    params: dict[str, Any]  # unet, conditioner, autoencoder, shift, scale: what `generate` takes
+    step: int  # updates behind the parameters
+
+
+def load(path: Path) -> Trained:
+    """Reads a run folder; raises InputError if it is none, is not trained yet, or does not fit its own config."""
+    if not path.is_dir():
+        raise InputError(f"--model={path} does not exist; it must be a run folder, e.g. runs/fashion_mnist")
+    config = configuration.from_json(path / "config.json")
+    configuration.validate(config)
+    class_names = tuple(run_folder.read_json(path / "data.json")["class_names"])
+    flat = load_latest(path / "diffusion")
+    like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
+    ema_params = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
+    params = unflatten(ema_params, like, where=str(path / "diffusion")) | load_first_stage(path, config)
+    return Trained(config, class_names, params, int(flat["step"]))
+
+
+def fingerprint(model: Trained) -> str:
+    """A hash of all parameters: equal means the same model."""
+    return content_hash(model.params)
+
+
+def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
+    """{"autoencoder", "shift", "scale"} of a run folder; pixel space has no parameters, shift 0 and scale 1."""
+    if config.autoencoder.kind == "none":
+        channels = config.data.channels
+        return {"autoencoder": {}, "shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
+    stored = run_folder.read_json(path / "autoencoder" / SCALE)
+    scale = {name: np.asarray(stored[name], np.float32) for name in ("shift", "scale")}
+    return {"autoencoder": load_autoencoder_params(path)} | scale
+
+
+def load_autoencoder_params(path: Path) -> dict[str, Any]:
+    """The averaged parameters of a run folder's autoencoder; raises InputError if it has none."""
+    return subtree(load_latest(path / "autoencoder"), "ema_params/autoencoder")
+
+
+def save_scale(path: Path, shift: np.ndarray, scale: np.ndarray, *, measured_on: str) -> None:
+    """Stores the latents' shift and scale, each [c], with the autoencoder."""
+    values = {"shift": shift.tolist(), "scale": scale.tolist(), "measured_on": measured_on}
+    run_folder.write_json(path / "autoencoder" / SCALE, values)
+
+
+def build_generator(config: ConfigDict, num_classes: int, batch_size: int) -> Generator:
+    """The generator of a config (see `generate.make_generator`)."""
+    return make_generator(
+        unet=builders.build_unet(config),
+        conditioner=builders.build_conditioner(config, num_classes),
+        first_stage=builders.build_first_stage(config),
+        latent_shape=builders.latent_shape(config),
+        alpha_bar=builders.build_schedule(config).alpha_bar,
+        prediction=config.diffusion.prediction,
+        clip=1.0 if config.autoencoder.kind == "none" else float("inf"),
+        batch_size=batch_size,
+        snapshots=SNAPSHOTS,
+    )
+
+
+def build_table(config: ConfigDict, **changes: object) -> Table:
+    """The solver table of `config.sampling`, with `sampler`, `steps` or `eta` changed.
+
+    Raises:
+      InputError: a combination that the solver does not take.
+    """
+    fields = {"sampler": config.sampling.sampler, "steps": config.sampling.steps, "eta": config.sampling.eta} | changes
+    try:
+        return make_table(
+            fields["sampler"],
+            builders.build_schedule(config),
+            fields["steps"],
+            prediction=config.diffusion.prediction,
+            eta=fields["eta"],
+            spacing=config.sampling.spacing,
+        )
+    except ValueError as error:
+        raise InputError(f"sampling: {error}") from error

@@ -1,0 +1,39 @@
+"""The diffusion loss on held-out images, for each range of timesteps: it shows overfitting and where the error lies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ldm_jax.data.datasets import Dataset
+from ldm_jax.training.diffusion import DiffusionStage
+from ldm_jax.training.parallel import parallel_map, replicate
+
+BUCKETS = 10
+
+
+def make_validation(
+    stage: DiffusionStage, dataset: Dataset, *, num: int, batch_size: int, T: int, null_label: int
+) -> Callable[[Any, dict, int], dict[str, float]]:
+    """`validate(params, frozen, seed)` -> {"validation_loss", "validation_loss_0" ... "_9"}.
+
+    Bucket k holds the timesteps from k T / 10 on. Images, timesteps and noise are the same each time: the first `num`
+    examples of `dataset`, whose timesteps go evenly through [0, T).
+    """
+    num = min(num, len(dataset)) // batch_size * batch_size or batch_size
+    t = ((np.arange(num) * 2 + 1) * T // (2 * num)).astype(np.int32)
+    compiled = parallel_map(lambda fixed, batch, seed: stage.validate(fixed["params"], fixed["frozen"], batch, seed))
+
+    def validate(params: Any, frozen: dict, seed: int) -> dict[str, float]:
+        losses = np.zeros(num)
+        fixed = {"params": params, "frozen": replicate(frozen)}
+        # Batch j takes every (num / batch_size)-th timestep, so that even one batch goes through all of [0, T).
+        for rows in np.arange(num).reshape(batch_size, -1).T:
+            examples = dataset[rows % len(dataset)]
+            label = examples.get("label", np.full(batch_size, null_label, np.int32))
+            batch = {"x": examples["x"], "label": label, "id": rows.astype(np.int32), "t": t[rows]}
+            losses[rows] = compiled(fixed, batch, np.uint32(seed))
+        buckets = [losses[t * BUCKETS // T == k].mean() for k in range(BUCKETS) if (t * BUCKETS // T == k).any()]
+        return {"validation_loss": losses.mean()} | {f"validation_loss_{k}": loss for k, loss in enumerate(buckets)}
+
+    return validate

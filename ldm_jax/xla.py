@@ -1,0 +1,36 @@
+"""XLA's settings: the persistent compilation cache, and what makes it fast on CPUs."""
+
+import logging
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where compiled programs and reference features are kept between runs: $XDG_CACHE_HOME or ~/.cache, ldm_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_jax"
+
+
+def configure() -> None:
+    """Sets up XLA; call it before anything touches a device."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # it warns of absent TPUs and GPUs
+
+
+class CompileClock:
+    """Counts compilations and the seconds they take, from its creation on."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            self.seconds += duration

@@ -1,0 +1,182 @@
+"""The compiled loop against a plain one, and its contracts: no recompilation, indexed randomness, snapshots, hooks."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import kstest
+
+from ldm_jax.diffusion.guidance import classifier_free
+from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.solvers import HISTORY, Table, initial_latents, make_table, sample_keys, solve
+
+T = 40
+SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)
+ZERO_SNR = make_schedule("linear", T, beta_start=0.002, beta_end=0.3, zero_terminal_snr=True)
+SHAPE = (3, 2, 2)
+KEYS = sample_keys(0, jnp.arange(4))
+Z_T = initial_latents(KEYS, SHAPE)
+
+
+def denoise(z_t, t, xp=jnp):
+    """Nonlinear, and different for each t, so that a wrong t, order or history shows."""
+    return xp.sin(2 * z_t + 0.3 * t[:, None, None, None]) + 0.5 * z_t
+
+
+run = jax.jit(partial(solve, denoise), static_argnames="snapshots")
+
+
+@cache
+def row_noise(i):
+    """The noise contract: row i, sample k: fold_in(keys[k], i)."""
+    return np.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in KEYS]).astype(np.float64)
+
+
+def any_table(rows, seed=0):
+    """A table no solver would make: every column in use, so that each term of the loop is seen."""
+    rng = np.random.default_rng(seed)
+    columns = rng.uniform(-0.5, 0.5, (T, 3))
+    return Table(
+        t=rng.permutation(T).astype(np.int32),
+        on_z=columns[:, 0],
+        on_z0=columns[:, 1],
+        on_old=rng.uniform(-0.5, 0.5, (T, HISTORY)),
+        on_noise=np.where(columns[:, 2] > 0, columns[:, 2], 0),
+        alpha_bar=rng.uniform(0, 1, T),
+        rows=np.int32(rows),
+    )
+
+
+def plain_loop(table):
+    """The sentence at the top of solvers.py. Returns z and z0_hat after each row."""
+    z, old, states = np.asarray(Z_T, np.float64), [np.zeros(Z_T.shape)] * HISTORY, []
+    for i in range(int(table.rows)):
+        z0_hat = denoise(z, np.full(4, table.t[i]), np)
+        z = table.on_z[i] * z + table.on_z0[i] * z0_hat + table.on_noise[i] * row_noise(i)
+        for j in range(HISTORY):
+            z = z + table.on_old[i, j] * old[j]
+        old = [z0_hat, *old[:-1]]
+        states.append((z, z0_hat))
+    return states
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 12])
+def test_any_table_runs_as_written(rows):
+    got, _ = run(Z_T, any_table(rows), KEYS)
+    np.testing.assert_allclose(got, plain_loop(any_table(rows))[-1][0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rows, snapshots, kept",
+    [(12, 4, [2, 5, 8, 11]), (9, 4, [2, 4, 6, 8]), (2, 4, [0, 0, 1, 1]), (5, 1, [4])],
+)
+def test_snapshots_are_evenly_spaced_and_end_on_the_last_row(rows, snapshots, kept):
+    z, trajectory = run(Z_T, any_table(rows), KEYS, snapshots=snapshots)
+    states = plain_loop(any_table(rows))
+    for j, row in enumerate(kept):
+        np.testing.assert_allclose(trajectory.z_t[j], states[row][0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(trajectory.z0_hat[j], states[row][1], rtol=1e-3, atol=1e-4)
+    np.testing.assert_array_equal(trajectory.z_t[-1], z)
+
+
+def test_no_snapshots_is_an_empty_trajectory():
+    _, trajectory = run(Z_T, any_table(3), KEYS)
+    assert trajectory.z_t.shape == trajectory.z0_hat.shape == (0, *Z_T.shape)
+
+
+def test_project_sees_every_level_with_fresh_keys():
+    """Row by row z is replaced by q at the level reached; the last, at alpha_bar = 1, is exactly the known z0."""
+    known = jnp.arange(12.0).reshape(SHAPE)
+    seen = []
+
+    def project(z, alpha_bar, keys):
+        eps = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
+        jax.debug.callback(lambda *values: seen.append(values), alpha_bar, eps, z)
+        return jnp.sqrt(alpha_bar) * known + jnp.sqrt(1 - alpha_bar) * eps
+
+    table = make_table("ddpm", SCHEDULE, 4, spacing="trailing")
+    z, _ = jax.jit(partial(solve, denoise, project=project))(Z_T, table, KEYS)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(z, jnp.broadcast_to(known, z.shape))
+    np.testing.assert_allclose([s[0] for s in seen], table.alpha_bar[:4], rtol=1e-6)
+    noises = [s[1] for s in seen] + [row_noise(i) for i in range(4)] + [Z_T]
+    values = np.stack(noises).ravel()
+    assert len(np.unique(values.astype(np.float32))) == len(values)  # no draw is used twice
+
+
+def test_bfloat16_latents_and_denoiser_are_solved_in_float32():
+    def half(z_t, t):
+        assert z_t.dtype == jnp.float32
+        return denoise(z_t, t).astype(jnp.bfloat16)
+
+    z, _ = solve(half, Z_T.astype(jnp.bfloat16), make_table("ddim", SCHEDULE, 3), KEYS)
+    assert z.dtype == jnp.float32
+
+
+def test_nothing_recompiles():
+    """One trace for every solver, step count, eta, variance, spacing, seed and guidance scale."""
+    traces = []
+    context, null = jnp.ones((4, 1, 1)), jnp.zeros((1, 1, 1))
+
+    @jax.jit
+    def sample(seed, table, scale):
+        traces.append(table)
+        keys = sample_keys(seed, jnp.arange(4))
+        guided = classifier_free(lambda z, t, c: denoise(z, t) * c[..., None], context, null, scale)
+        return solve(guided, initial_latents(keys, SHAPE), table, keys)[0]
+
+    options = [
+        {"solver": "ddpm", "steps": 40},
+        {"solver": "ddpm", "steps": 5, "variance": "fixed_large"},
+        {"solver": "ddim", "steps": 10},
+        {"solver": "ddim", "steps": 10, "eta": 0.3, "spacing": "trailing"},
+        {"solver": "ddim", "steps": 11, "spacing": "linspace", "set_alpha_to_one": False},
+        {"solver": "dpmpp_2m", "steps": 6, "steps_offset": 1},
+        {"solver": "dpmpp_2m", "steps": 20, "prediction": "v"},
+    ]
+    results = []
+    for seed, option in enumerate(options):
+        for scale in (1.0, 4.0):
+            results.append(sample(jnp.uint32(seed), make_table(schedule=SCHEDULE, **option), jnp.float32(scale)))
+    results.append(sample(jnp.uint32(0), make_table("ddim", ZERO_SNR, 3, prediction="v"), jnp.float32(1)))
+    assert len(traces) == 1
+    assert np.isfinite(results).all()
+    assert len({float(jnp.sum(result)) for result in results}) == len(results)
+
+
+@pytest.mark.parametrize("solver, eta", [("ddpm", 0.0), ("ddim", 0.7), ("dpmpp_2m", 0.0)])
+@pytest.mark.parametrize("split", [[2, 4], [1, 1, 1, 1, 1, 1]])
+def test_sample_k_depends_on_seed_and_k_alone(solver, eta, split):
+    table = make_table(solver, SCHEDULE, 8, eta=eta)
+
+    def sample(index):
+        keys = sample_keys(3, index)
+        return run(initial_latents(keys, SHAPE), table, keys)[0]
+
+    whole = sample(jnp.arange(10, 16))
+    batches = np.split(np.arange(10, 16), np.cumsum(split)[:-1])
+    np.testing.assert_allclose(np.concatenate([sample(jnp.array(b)) for b in batches]), whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sample(jnp.array([15, 10]))[1], whole[0], rtol=1e-5, atol=1e-6)  # the order is no matter
+    assert not np.allclose(whole[0], whole[1])
+
+
+def test_seeds_and_samples_differ():
+    draws = [initial_latents(sample_keys(seed, jnp.arange(3)), SHAPE) for seed in (0, 1)]
+    values = np.concatenate(draws).reshape(6, -1)
+    assert len(np.unique(values)) == values.size
+
+
+def test_initial_latents_are_unit_gaussian():
+    z = initial_latents(sample_keys(5, jnp.arange(2000)), (4, 4))
+    assert z.dtype == jnp.float32
+    assert kstest(np.ravel(z), "norm").pvalue > 0.01
+
+
+def test_runs_under_pmap():
+    table = make_table("ddpm", SCHEDULE, 6)
+    got = jax.pmap(lambda z, table, keys: solve(denoise, z, table, keys)[0], in_axes=(0, None, 0))(
+        Z_T[None], table, KEYS[None]
+    )
+    np.testing.assert_allclose(got[0], run(Z_T, table, KEYS)[0], rtol=1e-5, atol=1e-6)

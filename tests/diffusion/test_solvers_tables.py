@@ -1,0 +1,231 @@
+"""Every table, run by the compiled loop, against its paper's algorithm in plain float64 Python; and by hand."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.diffusion.schedules import SPACINGS, Schedule, make_schedule, timesteps
+from ldm_jax.diffusion.solvers import (
+    HISTORY,
+    SOLVERS,
+    VARIANCES,
+    initial_latents,
+    make_table,
+    sample_keys,
+    solve,
+)
+
+T = 40
+SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)
+ZERO_SNR = make_schedule("linear", T, beta_start=0.002, beta_end=0.3, zero_terminal_snr=True)
+SHAPE = (3, 2, 2)
+KEYS = sample_keys(0, jnp.arange(4))
+Z_T = initial_latents(KEYS, SHAPE)
+
+
+def denoise(z_t, t, xp=jnp):
+    """Nonlinear, and different for each t, so that a wrong t, order or history shows."""
+    return xp.sin(2 * z_t + 0.3 * t[:, None, None, None]) + 0.5 * z_t
+
+
+run = jax.jit(partial(solve, denoise))
+
+
+@cache
+def row_noise(i):
+    """The noise contract: row i, sample k: fold_in(keys[k], i)."""
+    return np.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in KEYS]).astype(np.float64)
+
+
+def ho_2020(alpha_bar, t, end, variance):
+    """Algorithm 2: mu = (z - beta / sqrt(1 - alpha_bar) eps) / sqrt(alpha), with the alpha of each jump."""
+    z = np.asarray(Z_T, np.float64)
+    levels = [*alpha_bar[t], end]
+    for i in range(len(t)):
+        now, after = levels[i], levels[i + 1]
+        alpha = now / after
+        beta = 1 - alpha
+        z0 = denoise(z, np.full(4, t[i]), np)
+        eps = (z - np.sqrt(now) * z0) / np.sqrt(1 - now)
+        if alpha > 0:
+            mean = (z - beta / np.sqrt(1 - now) * eps) / np.sqrt(alpha)
+        else:  # the limit: z_t says nothing of z_{t-1}
+            mean = np.sqrt(after) * z0
+        sigma = np.sqrt(beta if variance == "fixed_large" else (1 - after) / (1 - now) * beta)
+        z = mean + (sigma * row_noise(i) if i < len(t) - 1 else 0)
+    return z
+
+
+def song_2021(alpha_bar, t, end, eta):
+    """Eq. 12, sigma by eq. 16."""
+    z = np.asarray(Z_T, np.float64)
+    levels = [*alpha_bar[t], end]
+    for i in range(len(t)):
+        now, after = levels[i], levels[i + 1]
+        z0 = denoise(z, np.full(4, t[i]), np)
+        eps = (z - np.sqrt(now) * z0) / np.sqrt(1 - now)
+        sigma = eta * np.sqrt((1 - after) / (1 - now)) * np.sqrt(1 - now / after)
+        z = np.sqrt(after) * z0 + np.sqrt(max(1 - after - sigma**2, 0)) * eps + sigma * row_noise(i)
+    return z
+
+
+def lu_2022(alpha_bar, t, end):
+    """Algorithm 2 of DPM-Solver++ by log-SNRs; diffusers' rules for the last step, limits at alpha_bar = 0 and 1."""
+    z = np.asarray(Z_T, np.float64)
+    levels = [*alpha_bar[t], end]
+    before = lambda_before = None
+    for i in range(len(t)):
+        (alpha, alpha_next), (sigma, sigma_next) = np.sqrt(levels[i : i + 2]), np.sqrt(1 - np.array(levels[i : i + 2]))
+        z0 = denoise(z, np.full(4, t[i]), np)
+        if sigma_next == 0:
+            return z0  # alpha' (1 - e^-h) -> 1, first order
+        with np.errstate(divide="ignore"):
+            D, lam, lam_next = z0, np.log(alpha / sigma), np.log(alpha_next / sigma_next)
+        h = lam_next - lam
+        if i > 0 and not (i == len(t) - 1 and len(t) < 15):
+            r = (lam - lambda_before) / h if h > 0 else np.inf
+            D = (1 + 1 / (2 * r)) * z0 - 1 / (2 * r) * before
+        z = sigma_next / sigma * z - alpha_next * (np.exp(-h) - 1) * D
+        before, lambda_before = z0, lam
+    return z
+
+
+ENDS = {True: lambda s: 1.0, False: lambda s: s.alpha_bar[0]}
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 7, T])
+@pytest.mark.parametrize("variance", VARIANCES)
+def test_ddpm_is_ho_2020(variance, steps, spacing, to_one):
+    table = make_table("ddpm", SCHEDULE, steps, variance=variance, spacing=spacing, set_alpha_to_one=to_one)
+    got, _ = run(Z_T, table, KEYS)
+    expected = ho_2020(SCHEDULE.alpha_bar, timesteps(spacing, T, steps), ENDS[to_one](SCHEDULE), variance)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 7, T])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_is_song_2021(eta, steps, spacing, to_one):
+    table = make_table("ddim", SCHEDULE, steps, eta=eta, spacing=spacing, set_alpha_to_one=to_one)
+    got, _ = run(Z_T, table, KEYS)
+    expected = song_2021(SCHEDULE.alpha_bar, timesteps(spacing, T, steps), ENDS[to_one](SCHEDULE), eta)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+def test_dpmpp_2m_is_lu_2022(steps, spacing, offset, to_one):
+    table = make_table("dpmpp_2m", SCHEDULE, steps, spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one)
+    got, _ = run(Z_T, table, KEYS)
+    t = timesteps(spacing, T, steps) if spacing == "trailing" else timesteps(spacing, T, steps + 1, offset)[:-1]
+    np.testing.assert_array_equal(table.t[:steps], t)
+    np.testing.assert_allclose(got, lu_2022(SCHEDULE.alpha_bar, t, ENDS[to_one](SCHEDULE)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 5, T])
+@pytest.mark.parametrize("solver, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
+def test_zero_terminal_snr_is_the_papers_too(solver, eta, steps):
+    table = make_table(solver, ZERO_SNR, steps, prediction="v", eta=eta, spacing="trailing")
+    assert table.t[0] == T - 1 and ZERO_SNR.alpha_bar[T - 1] == 0
+    reference = partial(ho_2020, variance="fixed_small") if solver == "ddpm" else partial(song_2021, eta=eta)
+    expected = reference(ZERO_SNR.alpha_bar, timesteps("trailing", T, steps), 1.0)
+    np.testing.assert_allclose(run(Z_T, table, KEYS)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, T])
+@pytest.mark.parametrize("prediction", ["v", "z0"])
+def test_zero_terminal_snr_multistep_is_the_limit(prediction, steps):
+    table = make_table("dpmpp_2m", ZERO_SNR, steps, prediction=prediction, spacing="trailing")
+    assert all(np.isfinite(column).all() for column in table)
+    got, _ = run(Z_T, table, KEYS)
+    expected = lu_2022(ZERO_SNR.alpha_bar, timesteps("trailing", T, steps), 1.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+HAND = Schedule(np.array([0.19, 1 - 0.36 / 0.81]), np.array([0.81, 0.36]))
+
+
+def test_ddpm_table_by_hand():
+    """Row 0: beta = 5/9, alpha = 4/9: on_z0 = .9 (5/9) / .64, on_z = (2/3) .19 / .64, variance = .19/.64 (5/9)."""
+    table = make_table("ddpm", HAND, 2)
+    np.testing.assert_array_equal(table.t, [1, 0])
+    np.testing.assert_allclose(table.on_z0, [0.78125, 1.0], rtol=1e-12)
+    np.testing.assert_allclose(table.on_z, [0.19791666667, 0.0], atol=1e-11)
+    np.testing.assert_allclose(table.on_noise, [np.sqrt(0.19 / 0.64 * 5 / 9), 0.0], atol=1e-12)
+    np.testing.assert_allclose(table.alpha_bar, [0.81, 1.0])
+    assert not table.on_old.any()
+    large = make_table("ddpm", HAND, 2, variance="fixed_large")
+    np.testing.assert_allclose(large.on_noise, [np.sqrt(5 / 9), 0.0], rtol=1e-12)
+
+
+def test_ddim_table_by_hand():
+    """Row 0: on_z = sqrt(.19) / .8, on_z0 = .9 - .6 on_z."""
+    table = make_table("ddim", HAND, 2, set_alpha_to_one=False)
+    np.testing.assert_allclose(table.on_z, [0.54486236, 1.0], rtol=1e-7)
+    np.testing.assert_allclose(table.on_z0, [0.57308258, 0.0], atol=1e-8)
+    np.testing.assert_array_equal(table.on_noise, 0)
+    np.testing.assert_allclose(table.alpha_bar, [0.81, 0.81])
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 3, 11, T])
+def test_ddim_with_eta_1_is_ddpm(spacing, steps):
+    ddim = make_table("ddim", SCHEDULE, steps, eta=1.0, spacing=spacing)
+    ddpm = make_table("ddpm", SCHEDULE, steps, spacing=spacing)
+    for one, other in zip(ddim, ddpm):
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_tables_are_float64_of_one_shape(solver):
+    for steps in (1, 17, T - 1):
+        table = make_table(solver, SCHEDULE, steps)
+        assert table.rows == steps and table.rows.shape == ()
+        assert table.t.dtype == table.rows.dtype == np.int32
+        assert table.on_old.shape == (T, HISTORY)
+        for column in table[1:6]:
+            assert column.dtype == np.float64 and len(column) == T
+            assert not column[steps:].any()
+
+
+def test_a_constant_denoiser_is_reached_exactly():
+    """Whatever the solver, if z0_hat is always c then the last row lands on c: coefficients are consistent."""
+    constant = jax.jit(partial(solve, lambda z_t, t: jnp.full_like(z_t, 0.7)))
+    for solver in SOLVERS:
+        for spacing in SPACINGS:
+            z, _ = constant(Z_T, make_table(solver, SCHEDULE, 9, spacing=spacing), KEYS)
+            np.testing.assert_allclose(z, 0.7, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"solver": "dpm"}, "solver must be one of ddpm, ddim, dpmpp_2m, got 'dpm'"),
+        ({"variance": "learned"}, "variance must be one of fixed_small, fixed_large, got 'learned'"),
+        ({"solver": "ddim", "variance": "fixed_large"}, "variance 'fixed_large' is for ddpm only, got solver 'ddim'"),
+        ({"solver": "ddim", "eta": 1.5}, "eta must lie in [0, 1], got 1.5"),
+        ({"solver": "ddim", "eta": -0.5}, "eta must lie in [0, 1], got -0.5"),
+        ({"solver": "ddim", "eta": float("nan")}, "eta must lie in [0, 1], got nan"),
+        ({"eta": 0.5}, "eta is for ddim only, got eta = 0.5 with solver 'ddpm'"),
+        ({"steps": 0}, "steps must lie in 1..40 for a schedule of 40 timesteps, got 0"),
+        ({"steps": 41}, "steps must lie in 1..40 for a schedule of 40 timesteps, got 41"),
+        ({"solver": "dpmpp_2m", "steps": 40}, "dpmpp_2m with leading spacing needs steps in 1..39, got 40"),
+        ({"solver": "dpmpp_2m", "steps": 0}, "dpmpp_2m with leading spacing needs steps in 1..39, got 0"),
+        ({"spacing": "karras"}, "spacing must be one of"),
+        ({"steps": 40, "steps_offset": 1}, "steps_offset must lie in 0..0"),
+        ({"prediction": "x0"}, "prediction must be one of eps, v, z0, got 'x0'"),
+        ({"schedule": ZERO_SNR}, "prediction 'eps' cannot recover z0 where alpha_bar = 0"),
+    ],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(ValueError) as error:
+        make_table(**{"solver": "ddpm", "schedule": SCHEDULE, "steps": 5, **arguments})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,30 @@
+"""The networks' parity tests: random weights in a torch oracle, the same weights in our module."""
+
+import pytest
+
+
+@pytest.fixture
+def transplant():
+    """A function (torch_model, our_module, *inputs, **inputs) -> our parameters, after giving the torch model weights.
+
+    All weights are drawn anew, so that nothing that either side starts at 0 or 1 hides a difference.
+    """
+    import jax
+    import torch
+
+    from ldm_jax.interop.diffusers import params_from_state_dict
+
+    def give(torch_model, module, *args, **kwargs):
+        torch_model.eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for name, p in torch_model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+            if p.ndim > 1:
+                p.mul_((p[0].numel()) ** -0.5)
+            elif name.endswith("weight"):
+                p.mul_(0.2).add_(1.0)
+        state = {name: p.numpy() for name, p in torch_model.state_dict().items()}
+        target = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
+        return params_from_state_dict(state, target)
+
+    return give
