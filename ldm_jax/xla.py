@@ -2,6 +2,7 @@
 
 import logging
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -10,8 +11,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_jax"
 
 
+# XLA's YNN library makes convolutions on CPUs slower, not faster (experiments/throughput); an empty list of fusions turns
+# it off. An unknown flag ends the process, so it is given only to the versions that are known to have it.
+CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
+VERSIONS_WITH_CPU_FLAG = ("0.10.", "0.11.")
+
+
 def configure() -> None:
-    """Sets up XLA; call it before anything touches a device."""
+    """Sets up XLA; call it before JAX is imported."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if version("jaxlib").startswith(VERSIONS_WITH_CPU_FLAG) and "ynn_fusion_type" not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {CPU_FLAG}".strip()
+
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

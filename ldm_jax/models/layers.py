@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm
+
 Dtype = Any
 
 # Var = 1 / (3 fan_in), that is uniform within ±1/sqrt(fan_in).
@@ -31,41 +33,28 @@ def conv(
     zero: bool = False,
     dtype: Dtype = None,
     name: str | None = None,
-) -> nn.Conv:
+) -> Conv:
     """A square convolution. `padding` is (before, after) on both axes; None keeps the size at stride 1."""
     pad = padding if padding is not None else (kernel_size // 2, kernel_size // 2)
-    return nn.Conv(
-        features,
-        (kernel_size, kernel_size),
-        strides=strides,
-        padding=(pad, pad),
-        kernel_init=nn.initializers.zeros if zero else torch_init,
-        dtype=dtype,
-        name=name,
-    )
+    init = nn.initializers.zeros if zero else torch_init
+    return Conv(features, kernel_size, strides, pad, init, dtype=dtype, name=name)
 
 
 def linear(
     features: int, *, use_bias: bool = True, zero: bool = False, dtype: Dtype = None, name: str | None = None
-) -> nn.Dense:
+) -> Dense:
     """A linear map of the last axis."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        kernel_init=nn.initializers.zeros if zero else torch_init,
-        dtype=dtype,
-        name=name,
-    )
+    return Dense(features, nn.initializers.zeros if zero else torch_init, use_bias, dtype=dtype, name=name)
 
 
-def group_norm(groups: int, eps: float, *, dtype: Dtype = None, name: str | None = None) -> nn.GroupNorm:
-    """Group normalisation (Wu & He 2018); its variance is mean((x - mean)^2), as E[x^2] - E[x]^2 loses digits."""
-    return nn.GroupNorm(num_groups=groups, epsilon=eps, use_fast_variance=False, dtype=dtype, name=name)
+def group_norm(groups: int, eps: float, *, dtype: Dtype = None, name: str | None = None) -> GroupNorm:
+    """Group normalisation (Wu & He 2018)."""
+    return GroupNorm(groups, eps, dtype=dtype, name=name)
 
 
-def layer_norm(*, dtype: Dtype = None, name: str | None = None) -> nn.LayerNorm:
+def layer_norm(*, dtype: Dtype = None, name: str | None = None) -> LayerNorm:
     """Layer normalisation with PyTorch's eps, 1e-5."""
-    return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
+    return LayerNorm(1e-5, dtype=dtype, name=name)
 
 
 def check_groups(channels: Sequence[int], groups: int) -> None:

@@ -56,7 +56,9 @@ def train(
       Interrupted: after saving, if the run was asked to stop.
       RunError: a loss or gradient was not finite, or a checkpoint could not be saved.
     """
-    state = jax.jit(stage.init)(jax.random.fold_in(jax.random.key(seed), 0))
+    # Run once, so the compiler need not try hard: it takes a third of the time this way.
+    init = jax.jit(stage.init, compiler_options={"xla_backend_optimization_level": 0})
+    state = init(jax.random.fold_in(jax.random.key(seed), 0))
     restored = checkpoints.restore(state)
     state = replicate(state if restored is None else restored)
     start = int(state.step)

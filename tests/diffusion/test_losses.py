@@ -32,12 +32,12 @@ def test_zero_at_the_target_and_weighted_elsewhere(prediction, weighting):
     np.testing.assert_allclose(off_by_two, 4 * loss_weight(weighting, prediction, T, ALPHA_BAR, 0.2), rtol=1e-5)
 
 
-def test_a_bfloat16_output_gives_a_float32_loss():
-    z0 = jnp.zeros((2, 300))
-    output = jnp.full((2, 300), 1.0, jnp.bfloat16)
+def test_bfloat16_is_squared_in_float32():
+    z0 = jnp.zeros((2, 3), jnp.bfloat16)
+    output = jnp.full((2, 3), 1.0078125, jnp.bfloat16)  # its square has too many digits for bfloat16
     loss = diffusion_loss(output, z0, z0, T, prediction="z0", weighting="uniform", alpha_bar=ALPHA_BAR)
     assert loss.dtype == jnp.float32
-    np.testing.assert_allclose(loss, 1.0, rtol=1e-6)  # in bfloat16 a sum of 300 ones sticks at 256
+    np.testing.assert_allclose(loss, 1.0078125**2, rtol=1e-6)
 
 
 def test_refusals():

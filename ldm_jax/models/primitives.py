@@ -1,0 +1,180 @@
+"""Linear maps, convolutions and norms: the parameters and results of Flax's own, with gradients written out.
+
+The mathematics is that of `nn.Dense`, `nn.Conv`, `nn.GroupNorm` and `nn.LayerNorm`. What differs is the order of the
+backward pass: on CPUs, XLA sums over the rows of a matrix with one slow thread, and what it derives for a norm goes over
+the activations more often than need be. A training step of the UNet is 1.3 times as fast for it (experiments/throughput).
+
+The variance is the mean of (x - mean)^2 in float32 throughout: E[x^2] - E[x]^2 loses digits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array, lax
+
+
+def sum_rows(x: Array) -> Array:
+    """[..., C] -> [C], the sum over all axes but the last; on CPUs as a product with ones, which uses all threads."""
+    x = x.reshape(-1, x.shape[-1])
+    if jax.default_backend() != "cpu":
+        return x.sum(0)
+    return jnp.dot(jnp.ones((1, x.shape[0]), x.dtype), x, precision=lax.Precision.HIGHEST)[0]
+
+
+@jax.custom_vjp
+def add_bias(y: Array, bias: Array) -> Array:
+    """y [..., C] + bias [C]."""
+    return y + bias
+
+
+add_bias.defvjp(lambda y, bias: (y + bias, None), lambda _, dy: (dy, sum_rows(dy)))
+
+
+@jax.custom_vjp
+def matmul(x: Array, kernel: Array) -> Array:
+    """x [..., C] times kernel [C, D]: one product of two matrices, forward and backward."""
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def _matmul_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    rows, d_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return (d_rows @ kernel.T).reshape(x.shape), lax.dot_general(rows, d_rows, (((0,), (0,)), ((), ())))
+
+
+matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _matmul_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> Array:
+    """Group normalisation (Wu & He 2018, eq. 7) of x [B, ..., C] float32 with scale and bias [C]."""
+    return _group_norm_forward(x, scale, bias, groups, eps)[0]
+
+
+def _group_means(values: Array, groups: int) -> Array:
+    """[B, C] sums -> [B, 1, C], each channel with the mean over the channels of its group."""
+    b, c = values.shape
+    means = values.reshape(b, groups, c // groups).mean(-1)
+    return jnp.repeat(means, c // groups, axis=-1)[:, None]
+
+
+def _group_norm_forward(x, scale, bias, groups, eps):
+    pixels = x.reshape(x.shape[0], -1, x.shape[-1])
+    mean = _group_means(pixels.mean(1), groups)
+    centred = pixels - mean
+    inverse = lax.rsqrt(_group_means(jnp.square(centred).mean(1), groups) + eps)
+    y = centred * (inverse * scale) + bias
+    return y.reshape(x.shape), (pixels, mean, inverse, scale)
+
+
+def _group_norm_backward(groups, eps, saved, dy):
+    pixels, mean, inverse, scale = saved
+    d = dy.reshape(pixels.shape)
+    centred = pixels - mean
+    # Sums over the pixels, [B, C]: all that the three gradients have in common.
+    d_bias, d_scale = d.sum(1), (d * centred).sum(1) * inverse[:, 0]
+    n = pixels.shape[1]
+    along_mean = _group_means(d_bias * scale, groups) / n
+    along_scale = _group_means(d_scale * scale, groups) / n
+    dx = inverse * (d * scale - along_mean - centred * (inverse * along_scale))
+    return dx.reshape(dy.shape), sum_rows(d_scale), sum_rows(d_bias)
+
+
+group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """Layer normalisation (Ba 2016, eq. 4) of x [..., C] float32 with scale and bias [C]."""
+    return _layer_norm_forward(x, scale, bias, eps)[0]
+
+
+def _layer_norm_forward(x, scale, bias, eps):
+    mean = x.mean(-1, keepdims=True)
+    inverse = lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+    return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(eps, saved, dy):
+    x, mean, inverse, scale = saved
+    normal, d = (x - mean) * inverse, dy * scale
+    dx = inverse * (d - d.mean(-1, keepdims=True) - normal * (d * normal).mean(-1, keepdims=True))
+    return dx, sum_rows(dy * normal), sum_rows(dy)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class Dense(nn.Module):
+    """A linear map of the last axis; `kernel` [C, features] and, unless told otherwise, `bias` [features]."""
+
+    features: int
+    kernel_init: Callable
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., C] -> [..., features]."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = matmul(x, kernel)
+        return y if bias is None else add_bias(y, bias)
+
+
+class Conv(nn.Module):
+    """A square convolution, NHWC; `kernel` [k, k, C, features] and `bias` [features]. `padding` is (before, after)."""
+
+    features: int
+    kernel_size: int
+    strides: int
+    padding: tuple[int, int]
+    kernel_init: Callable
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, H, W, C] -> [B, H', W', features]."""
+        k = self.kernel_size
+        kernel = self.param("kernel", self.kernel_init, (k, k, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if k == 1 and self.strides == 1:
+            return add_bias(matmul(x, kernel[0, 0]), bias)
+        y = lax.conv_general_dilated(
+            x, kernel, (self.strides,) * 2, (self.padding,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return add_bias(y, bias)
+
+
+class GroupNorm(nn.Module):
+    """`group_norm` with its `scale` and `bias`; computed in float32, returned in `dtype`."""
+
+    groups: int
+    eps: float
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[B, ..., C] -> the same."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return group_norm(x.astype(jnp.float32), scale, bias, self.groups, self.eps).astype(self.dtype or x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with its `scale` and `bias`; computed in float32, returned in `dtype`."""
+
+    eps: float
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., C] -> the same."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        return layer_norm(x.astype(jnp.float32), scale, bias, self.eps).astype(self.dtype or x.dtype)
