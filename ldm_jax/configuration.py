@@ -97,6 +97,9 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
 
     Raises InputError for a flag, field or value that is wrong.
     """
+    for argument in argv[1:] if config else ():
+        if argument.startswith("--config=") and not Path(argument.removeprefix("--config=")).is_file():
+            raise InputError(f"there is no config file {argument.removeprefix('--config=')!r}; configs are in configs/")
     try:
         if config:
             config_flags.DEFINE_config_file(
@@ -120,10 +123,15 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
 def validate(config: ConfigDict) -> None:
     """Raises InputError for values that no run could have, before anything is compiled or written."""
     fields = flatten(config)
+    for name in (*_CHOICES, *_RANGES):
+        if name not in fields:
+            raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
     for name, choices in _CHOICES.items():
         check_choice(f"config.{name}", fields[name], choices)
     for name, (low, high) in _RANGES.items():
         value = fields[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(f"config.{name} is {value!r}; it must be a number")
         if not ((low is None or value >= low) and (high is None or value <= high)):
             bounds = f"{low} or more" if high is None else f"from {low} to {high}"
             raise InputError(f"config.{name} is {value}; it must be {bounds}")
@@ -165,7 +173,8 @@ def _validate_shapes(config: ConfigDict) -> None:
         _positive("autoencoder.block_out_channels", channels)
         if size % factor:
             raise InputError(
-                f"config.data.image_size is {size}; an autoencoder of {len(channels)} resolutions needs a multiple of {factor}"
+                f"config.data.image_size is {size}; an autoencoder of {len(channels)} resolutions needs a multiple "
+                f"of {factor}"
             )
         _divides("autoencoder.norm_num_groups", config.autoencoder.norm_num_groups, channels)
         size //= factor
@@ -231,11 +240,14 @@ def to_json(config: ConfigDict) -> str:
 def from_json(path: Path) -> ConfigDict:
     """Reads a run folder's config.json; raises InputError if it is none."""
     try:
-        return ConfigDict(_tuples(json.loads(path.read_text()))).lock()
+        fields = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path.parent} is no run folder: it has no config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} is damaged: it holds no fields")
+    return ConfigDict(_tuples(fields)).lock()
 
 
 def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:

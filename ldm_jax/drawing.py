@@ -1,7 +1,9 @@
 """A drawing: what was asked of a trained model, the pictures that came of it, and the files they go to."""
 
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -110,10 +112,20 @@ def final_drawing(model: Trained) -> Drawing:
 def draw_final(workdir: Path) -> None:
     """Draws the samples that end a run, unless the run folder has just these already."""
     model = trained.load(workdir)
-    drawing, marker = final_drawing(model), workdir / "samples.png"
-    if marker.exists() and (workdir / "samples.npz").exists() and (workdir / "denoising.gif").exists():
-        asked = drawing._asdict() | {"model": trained.fingerprint(model), "spacing": model.config.sampling.spacing}
-        found = pictures.read_recipe(marker)
-        if all(found.get(name) == value for name, value in asked.items()):
-            return
+    drawing = final_drawing(model)
+    asked = drawing._asdict() | {"model": trained.fingerprint(model), "spacing": model.config.sampling.spacing}
+    if not drawing.num or _is_drawn(workdir, asked):
+        return
     save(workdir, draw(model, drawing, batch_size=model.config.sampling.batch_size))
+
+
+def _is_drawn(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether the folder has sound files of a drawing whose recipe is as `asked`."""
+    try:
+        found = pictures.read_recipe(folder / "samples.png")
+        with np.load(folder / "samples.npz") as samples:
+            complete = {"images", "labels"} <= {*samples} and len(samples["images"]) == asked["num"]
+    except (InputError, OSError, ValueError, BadZipFile, zlib.error):  # missing or damaged: drawn again
+        return False
+    same = all(found.get(name) == value for name, value in asked.items())
+    return complete and same and (folder / "denoising.gif").exists()

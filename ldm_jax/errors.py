@@ -6,4 +6,4 @@ class InputError(Exception):
 
 
 class RunError(Exception):
-    """The run itself went wrong (a full disk, a loss that is not finite); progress is kept. The command exits with 1."""
+    """The run itself went wrong (a full disk, a loss that is not finite); progress is kept. The status is 1."""

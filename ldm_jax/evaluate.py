@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from ldm_jax import commands, configuration, run_folder
+from ldm_jax.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,9 @@ def main(argv: list[str]) -> None:
         return
     configuration.parse(values, argv)
     commands.require(values, "model")
+    out = Path(values.out or Path(values.model) / "evaluation")
+    run_folder.check_folder("out", out)
+    check_weights(values.inception_weights, "--inception_weights")
     commands.start_devices(values)
 
     from ldm_jax import drawing, job, trained
@@ -51,7 +55,6 @@ def main(argv: list[str]) -> None:
         config.evaluation.inception_weights = values.inception_weights
     wanted = drawing.from_flags(model, values, labels=list(range(len(model.class_names))))
     train_set, test_set = (job.load_split(config, split) for split in (config.data.train_split, config.data.test_split))
-    out = Path(values.out or Path(values.model) / "evaluation")
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)
     cards = score(model._replace(config=config.lock()), drawn.images, train_set, test_set)
@@ -59,6 +62,12 @@ def main(argv: list[str]) -> None:
     for name, card in (cards["samples"] | cards["autoencoder"]).items():
         print(f"{name:>18} {card['value']:.4g}")
     print(f"Cards: {out / 'evaluation.json'}")
+
+
+def check_weights(path: str | None, name: str) -> None:
+    """Raises InputError, before hours of work, if the file of weights that `name` asks for is not there."""
+    if path and not Path(path).is_file():
+        raise InputError(f"{name}={path} does not exist; it must be a file with the FID Inception's weights")
 
 
 def score_run(workdir: Path, train_set: "Dataset", test_set: "Dataset") -> None:
@@ -102,7 +111,7 @@ def score(
 
     from ldm_jax import builders
     from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
-    from ldm_jax.evaluation.features import lpips_distance, vgg16_features
+    from ldm_jax.evaluation.features import inception_features, lpips_distance, vgg16_features
     from ldm_jax.first_stage import reconstruct
     from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
     from ldm_jax.xla import cache_folder

@@ -75,7 +75,7 @@ def make_generator(
     batch_size: int,
     snapshots: int,
 ) -> Generator:
-    """Builds a generator for `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}, as `replicate` gives them.
+    """Builds a generator for replicated `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}.
 
     Seed, labels, guidance, solver and steps are arguments of the compiled calls. z0_hat is kept within [-clip, clip].
     """

@@ -51,10 +51,13 @@ def run(config: ConfigDict, workdir: Path, *, dry_run: bool = False) -> None:
       RunError: a loss that is not finite, a checkpoint that cannot be written.
     """
     configuration.validate_devices(config, jax.device_count())
+    evaluate.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
     train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
     print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
           f"{train_set.num_classes} classes", flush=True)  # fmt: skip
     describe_models(config, train_set.num_classes)
+    if config.autoencoder.kind != "none" and config.autoencoder.checkpoint:
+        adopted_autoencoder(config)  # for its errors, before anything is written
     if dry_run:
         return
     if workdir.exists() and evaluate.is_done(workdir, config):
@@ -155,7 +158,8 @@ def train_autoencoder(run: Run) -> None:
     config, folder = run.config, run.workdir / "autoencoder"
     stage = builders.build_autoencoder_stage(config)
     if config.autoencoder.checkpoint:
-        adopt_autoencoder(run, stage)
+        with Checkpoints(folder, keep=1, identity=_identity(config, AUTOENCODER_FIELDS)) as checkpoints:
+            checkpoints.save({"step": np.int32(0), "ema_params": {"autoencoder": adopted_autoencoder(config)}})
         return
     first_stage, shown = builders.build_first_stage(config), run.test_set[np.arange(20) % len(run.test_set)]["x"]
 
@@ -170,8 +174,8 @@ def train_autoencoder(run: Run) -> None:
             strip = pictures.reconstruction_strip(shown, images)
             pictures.save_png(strip, run.workdir / "progress" / f"autoencoder_{step:06d}.png")
 
-    net = config.autoencoder.loss.perceptual_net
-    with Checkpoints(folder, keep=config.keep_checkpoints, identity=_identity(config, AUTOENCODER_FIELDS)) as checkpoints:
+    net, identity = config.autoencoder.loss.perceptual_net, _identity(config, AUTOENCODER_FIELDS)
+    with Checkpoints(folder, keep=config.keep_checkpoints, identity=identity) as checkpoints:
         train(
             "autoencoder",
             stage,
@@ -184,15 +188,14 @@ def train_autoencoder(run: Run) -> None:
         )
 
 
-def adopt_autoencoder(run: Run, stage: Any) -> None:
-    """Copies the trained autoencoder of `config.autoencoder.checkpoint`; raises InputError if it does not fit."""
-    other = Path(run.config.autoencoder.checkpoint)
-    params = trained.load_autoencoder_params(other)
+def adopted_autoencoder(config: ConfigDict) -> dict[str, Any]:
+    """The trained parameters of `config.autoencoder.checkpoint`; raises InputError if they do not fit."""
+    other, stage = Path(config.autoencoder.checkpoint), builders.build_autoencoder_stage(config)
+    if not other.is_dir():
+        raise InputError(f"config.autoencoder.checkpoint={other} does not exist; it must be a run folder")
     like = jax.eval_shape(stage.init, jax.random.key(0)).ema_params["autoencoder"]
-    params = unflatten(flatten(params), like, where=f"config.autoencoder.checkpoint={other}")
-    identity = _identity(run.config, AUTOENCODER_FIELDS)
-    with Checkpoints(run.workdir / "autoencoder", keep=1, identity=identity) as checkpoints:
-        checkpoints.save({"step": np.int32(0), "ema_params": {"autoencoder": params}})
+    params = trained.load_autoencoder_params(other)
+    return unflatten(flatten(params), like, where=f"config.autoencoder.checkpoint={other}")
 
 
 def measure_latents(run: Run) -> None:

@@ -41,20 +41,30 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises InputError if it is missing or damaged."""
+def read_json(path: Path, *wanted: str) -> Any:
+    """Reads a JSON file, one with the fields `wanted`; raises InputError if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"there is no {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise InputError(f"{path} is damaged: {error}") from error
+    missing = [name for name in wanted if not (isinstance(value, dict) and name in value)]
+    if missing:
+        raise InputError(f"{path} is damaged: it has no {' and no '.join(missing)}")
+    return value
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """Raises InputError if there is a file where --`flag` wants a folder."""
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise InputError(f"--{flag}={path}: {place} is a file; it must be a folder or not exist yet")
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
     """Raises InputError if `workdir` holds another run or something else; writes nothing."""
-    if workdir.exists() and not workdir.is_dir():
-        raise InputError(f"--workdir={workdir} is a file; it must be a folder or not exist yet")
+    check_folder("workdir", workdir)
     if (workdir / "config.json").exists():
         differences = configuration.differences(configuration.from_json(workdir / "config.json"), config)
         if differences:
@@ -114,11 +124,13 @@ class Log:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, [] if there is none; a line that a kill cut short is dropped."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:  # of JSON or of UTF-8
             continue
+        if isinstance(line, dict) and {"stage", "step", "time"} <= line.keys():
+            lines.append(line)
     return lines
 
 

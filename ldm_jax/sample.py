@@ -4,8 +4,8 @@
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
                              [--init_latents=FILE.npy]
 
-Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and denoising.gif to --out. What is left
-out is as in the model's config. Picture k depends on the seed, k and its label alone, not on the batch it is drawn in.
+Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and denoising.gif to --out. What is
+left out is as in the model's config. Picture k depends on the seed, k and its label alone, not on the batch around it.
 """
 
 import sys
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from absl import flags
 
-from ldm_jax import commands, configuration
+from ldm_jax import commands, configuration, run_folder
 from ldm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def main(argv: list[str]) -> None:
     configuration.parse(values, argv)
     commands.require(values, "model", "out")
     out = Path(values.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out={out} is a file; it must be a folder")
+    run_folder.check_folder("out", out)
     commands.start_devices(values)
 
     from ldm_jax import drawing, trained

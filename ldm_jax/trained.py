@@ -33,7 +33,7 @@ def load(path: Path) -> Trained:
         raise InputError(f"--model={path} does not exist; it must be a run folder, e.g. runs/fashion_mnist")
     config = configuration.from_json(path / "config.json")
     configuration.validate(config)
-    class_names = tuple(run_folder.read_json(path / "data.json")["class_names"])
+    class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
     ema_params = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
@@ -51,7 +51,7 @@ def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
     if config.autoencoder.kind == "none":
         channels = config.data.channels
         return {"autoencoder": {}, "shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
-    stored = run_folder.read_json(path / "autoencoder" / SCALE)
+    stored = run_folder.read_json(path / "autoencoder" / SCALE, "shift", "scale")
     scale = {name: np.asarray(stored[name], np.float32) for name in ("shift", "scale")}
     return {"autoencoder": load_autoencoder_params(path)} | scale
 

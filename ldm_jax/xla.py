@@ -11,8 +11,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_jax"
 
 
-# XLA's YNN library makes convolutions on CPUs slower, not faster (experiments/throughput); an empty list of fusions turns
-# it off. An unknown flag ends the process, so it is given only to the versions that are known to have it.
+# XLA's YNN library makes convolutions on CPUs slower, not faster (experiments/throughput); an empty list of fusions
+# turns it off. An unknown flag ends the process, so it is given only to the versions that are known to have it.
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
 VERSIONS_WITH_CPU_FLAG = ("0.10.", "0.11.")
 

@@ -1,12 +1,25 @@
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`
+sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that every test is a test of data parallelism too
+
+# One compilation cache for the whole session, the processes that tests start included. JAX looks once, at its first
+# compilation, whether there is one, so it is set before any test runs.
+CACHE = Path(tempfile.mkdtemp(prefix="ldm_jax_tests_"))
+os.environ["XDG_CACHE_HOME"] = str(CACHE)
+jax.config.update("jax_compilation_cache_dir", str(CACHE / "ldm_jax" / "xla"))
+
+
+def pytest_unconfigure():
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +30,13 @@ def tiny_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     tiny.prepare(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tiny_data, tmp_path_factory):
+    """The run folder of a whole tiny job on 4 devices, made in this process. Read it, or copy it: all tests share it."""
+    import jobs
+
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert jobs.train_here(tiny_data, workdir) == 0
+    return workdir

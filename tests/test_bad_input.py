@@ -1,19 +1,24 @@
 """Whatever is wrong with the input: one line that says what, status 2, no traceback, and nothing written."""
 
 import json
+import re
+import resource
 import shutil
-from pathlib import Path
+from contextlib import contextmanager
 
+import jobs
 import numpy as np
 import pytest
-import tiny
 
-from ldm_jax import commands, evaluate, sample, train
+from ldm_jax import commands, configuration, evaluate, sample, train
+from ldm_jax.training.checkpoint import load_latest
 
 TINY = "--config=tests/tiny.py"
 
 TRAIN = {  # flags -> what the line must say
-    "no config": ([], "--config"),
+    "no config": ([], "--config=configs/fashion_mnist.py"),
+    "a config without a name": (["--config="], "configs are in configs/"),
+    "a folder for a config": (["--config=configs"], "configs are in configs/"),
     "a config file that is not there": (["--config=configs/nope.py"], "configs/nope.py"),
     "a stray word": ([TINY, "faster"], "'faster' is no flag"),
     "an unknown flag": ([TINY, "--workdirr=x"], "did you mean workdir?"),
@@ -69,27 +74,377 @@ TRAIN = {  # flags -> what the line must say
     "an unknown split": ([TINY, "--config.data.train_split=dev"], "dev"),
     "an unknown image feature": ([TINY, "--config.data.image_key=photo"], "photo"),
     "an unknown label feature": ([TINY, "--config.data.label_key=kind"], "kind"),
+    "a data folder that is not there": ([TINY, "--config.data.dir=nowhere"], "nowhere"),
+    "a negative split": ([TINY, "--config.data.train_split=train[:0]"], "train[:0]"),
+    "weights that are not there": ([TINY, "--config.evaluation.inception_weights=no.pth"], "no.pth does not exist"),
+    "a process beyond the last": (
+        [TINY, "--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+        "--process_id is 2",
+    ),
+    "a coordinator without a port": ([TINY, "--coordinator=localhost", "--num_processes=2"], "host:port"),
     "an autoencoder that is not there": ([TINY, "--config.autoencoder.checkpoint=nowhere"], "nowhere"),
 }
 
 
 def fails(command, flags, capsys, status=2):
     """The one line of a command that must fail."""
+    capsys.readouterr()
     assert commands.run(command, ["command", *map(str, flags)]) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
+    assert lines[0].startswith("command: ")
     assert "Traceback" not in lines[0]
     return lines[0]
+
+
+def contents(folder):
+    """Everything in a folder: path -> (size, time of the last change)."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob("*"))}
 
 
 @pytest.mark.parametrize("case", TRAIN)
 def test_train_refuses(case, tiny_data, tmp_path, capsys):
     flags, expected = TRAIN[case]
     workdir = tmp_path / "run"
-    line = fails(
-        train.main,
-        [*flags, f"--workdir={workdir}", *([f"--config.data.dir={tiny_data}"] if TINY in flags else [])],
-        capsys,
-    )
+    data = [f"--config.data.dir={tiny_data}"] if TINY in flags else []
+    line = fails(train.main, [*data, *flags, f"--workdir={workdir}"], capsys)
     assert expected in line
     assert not workdir.exists()
+
+
+# Config files: name -> (text, what the line must say)
+CONFIG_FILES = {
+    "one with a syntax error": ("def get_config(:\n", "line 1"),
+    "one that fails": ("raise RuntimeError('oh no')\n", "oh no"),
+    "one without get_config": ("x = 1\n", "get_config"),
+    "one of another program": (
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'lr': 1.0})\n",
+        "configs start from configs/base.py",
+    ),
+    "one with a field of its own": (
+        "from configs import base\ndef get_config():\n    c = base.get_config()\n    c.sede = 1\n    return c\n",
+        "sede",
+    ),
+    "one with a wrong type": (
+        "from configs import base\ndef get_config():\n    c = base.get_config()\n    c.seed = 'one'\n    return c\n",
+        "seed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_FILES)
+def test_train_refuses_a_config_file(case, tmp_path, capsys):
+    text, expected = CONFIG_FILES[case]
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    assert expected in fails(train.main, [f"--config={file}", f"--workdir={tmp_path / 'run'}"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def set_field(path, **fields):
+    """Changes top-level fields of a JSON file; None removes one."""
+    values = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
+
+
+def set_config(run, section, field, value):
+    fields = json.loads((run / "config.json").read_text())
+    fields[section][field] = value
+    (run / "config.json").write_text(json.dumps(fields))
+
+
+def truncate(path):
+    """Cuts a file's second half off."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def truncate_arrays(folder):
+    """Damages the arrays of all checkpoints in `folder`."""
+    files = [path for path in folder.glob("*/state/**/*") if path.is_file() and path.parent.name == "d"]
+    assert files
+    for path in files:
+        truncate(path)
+
+
+def replace_by_file(path):
+    shutil.rmtree(path, ignore_errors=True)
+    path.write_text("I am a file")
+
+
+# What is done to the run folder of a trained model before the same command -> what the line must say
+WORKDIRS = {
+    "a file": (replace_by_file, "is a file"),
+    "below a file": (lambda run: replace_by_file(run.parent), "is a file"),
+    "of another config": (lambda run: set_config(run, "diffusion", "steps", 9), "diffusion.steps: 9 -> 8"),
+    "of an older version": (lambda run: set_config(run, "diffusion", "nonsense", 9), "diffusion.nonsense: 9 -> None"),
+    "without a config": (lambda run: (run / "config.json").unlink(), "has no config.json"),
+    "with half a config": (lambda run: truncate(run / "config.json"), "config.json is damaged"),
+    "with a config of no fields": (lambda run: (run / "config.json").write_text("[1]"), "config.json is damaged"),
+    "with a config that is no text": (
+        lambda run: (run / "config.json").write_bytes(b"\xff\xfe\x00"),
+        "config.json is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WORKDIRS)
+def test_train_refuses_a_workdir(case, tiny_data, tmp_path, capsys):
+    damage, expected = WORKDIRS[case]
+    run = tmp_path / "parent" / "run"
+    run.mkdir(parents=True)
+    (run / "notes.txt").write_text("someone's own")
+    (run / "config.json").write_text(configuration.to_json(small_config()))
+    damage(run)
+    before = contents(tmp_path)
+    assert expected in fails(train.main, jobs.flags(tiny_data, run), capsys)
+    assert contents(tmp_path) == before
+
+
+def small_config():
+    """The config of `jobs.SMALL`."""
+    values = train.define_flags([])
+    configuration.parse(values, ["train", *jobs.SMALL], config=True)
+    return values.config
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path):
+    """The trained run, to be damaged."""
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+# What is done to a trained run -> what `sample` and `evaluate` must say
+MODELS = {
+    "not there": (shutil.rmtree, "does not exist"),
+    "a file": (replace_by_file, "is a file"),
+    "no run folder": (lambda run: (run / "config.json").unlink(), "is no run folder: it has no config.json"),
+    "without the classes": (lambda run: (run / "data.json").unlink(), "data.json"),
+    "with foreign classes": (lambda run: (run / "data.json").write_text("{}"), "it has no class_names"),
+    "with half a config": (lambda run: truncate(run / "config.json"), "config.json is damaged"),
+    "with a config that lacks fields": (lambda run: set_field(run / "config.json", unet=None), "config.unet."),
+    "with a text for a number": (lambda run: set_config(run, "diffusion", "timesteps", "20"), "must be a number"),
+    "not trained yet": (
+        lambda run: [shutil.rmtree(run / stage) for stage in ("autoencoder", "diffusion")],
+        "diffusion",
+    ),
+    "with half of the training": (lambda run: shutil.rmtree(run / "diffusion"), "no readable checkpoint"),
+    "without an autoencoder": (
+        lambda run: [shutil.rmtree(step) for step in (run / "autoencoder").glob("[0-9]*")],
+        "no readable checkpoint",
+    ),
+    "without a scale": (lambda run: (run / "autoencoder/scale.json").unlink(), "scale.json"),
+    "with half a scale": (lambda run: truncate(run / "autoencoder/scale.json"), "scale.json is damaged"),
+    "with a scale of nothing": (lambda run: (run / "autoencoder/scale.json").write_text("{}"), "shift"),
+    "with damaged checkpoints": (lambda run: truncate_arrays(run / "diffusion"), "no readable checkpoint"),
+    "with checkpoints of another shape": (
+        lambda run: set_config(run, "unet", "context_dim", 16),
+        "belongs to another model",
+    ),
+    "with checkpoints of another depth": (
+        lambda run: set_config(run, "unet", "layers_per_block", 2),
+        "belongs to another model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_is_refused(case, run_copy, tmp_path, capsys):
+    damage, expected = MODELS[case]
+    damage(run_copy)
+    before = contents(tmp_path)
+    for command in (sample.main, evaluate.main):
+        line = fails(command, [f"--model={run_copy}", f"--out={tmp_path / 'out'}"], capsys)
+        assert expected in line
+        assert contents(tmp_path) == before
+
+
+BOTH = {  # flags -> what the line must say
+    "no model": ([], "--model is missing"),
+    "an unknown flag": (["--model=MODEL", "--stepz=3"], "did you mean steps?"),
+    "a stray word": (["--model=MODEL", "faster"], "'faster' is no flag"),
+    "a config field": (["--model=MODEL", "--config.sampling.steps=3"], "--config.sampling.steps"),
+    "an unknown sampler": (["--model=MODEL", "--sampler=ddimm"], "did you mean ddim?"),
+    "more steps than timesteps": (["--model=MODEL", "--steps=21"], "20"),
+    "no steps": (["--model=MODEL", "--steps=0"], "steps"),
+    "a word for steps": (["--model=MODEL", "--steps=few"], "steps"),
+    "no pictures": (["--model=MODEL", "--num=0"], "num"),
+    "a negative seed": (["--model=MODEL", "--seed=-1"], "seed"),
+    "an eta beyond 1": (["--model=MODEL", "--eta=1.5"], "eta"),
+    "eta for a solver without": (["--model=MODEL", "--eta=0.5", "--sampler=dpmpp_2m"], "eta"),
+    "negative guidance": (["--model=MODEL", "--guidance=-1"], "guidance"),
+    "an empty batch": (["--model=MODEL", "--batch_size=0"], "batch_size"),
+    "a batch that does not divide": (["--model=MODEL", "--batch_size=6"], "4 devices"),
+    "an output that is a file": (["--model=MODEL", "--out=FILE"], "is a file"),
+    "an output below a file": (["--model=MODEL", "--out=FILE/below"], "is a file"),
+}
+
+SAMPLE = {
+    "a class beyond the last": (["--label=4"], "--label=4 is no class; the model knows 0 horizontal"),
+    "a negative class": (["--label=-1"], "--label=-1 is no class"),
+    "an unknown class": (["--label=dark,blue"], "--label=blue is no class"),
+    "an empty class": (["--label="], "--label"),
+    "latents that are not there": (["--init_latents=nowhere.npy"], "nowhere.npy"),
+    "latents that are no array": (["--init_latents=FILE"], "cannot be read as .npy"),
+    "latents in an archive": (["--init_latents=ARCHIVE"], "an archive"),
+    "latents that are objects": (["--init_latents=OBJECTS"], "cannot be read as .npy"),
+    "latents of another number": (["--init_latents=LATENTS", "--num=5"], "it must be float32[5, 4, 4, 2]"),
+    "latents of another shape": (["--init_latents=SHAPE"], "it must be float32[4, 4, 4, 2]"),
+    "latents of another type": (["--init_latents=FLOAT64"], "is float64[4, 4, 4, 2]"),
+    "latents that are not finite": (["--init_latents=NAN"], "not finite"),
+    "half the latents": (["--init_latents=HALF"], "cannot be read as .npy"),
+}
+
+EVALUATE = {
+    "weights that are not there": (["--inception_weights=nowhere.pth"], "nowhere.pth"),
+    "a single picture": (["--num=1"], "num"),
+    "weights that are none": (["--inception_weights=FILE"], "FILE"),
+}
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Files that the flags name in capitals."""
+    folder, z_T = tmp_path_factory.mktemp("files"), np.zeros((4, 4, 4, 2), np.float32)
+    paths = {name: folder / f"{name}.npy" for name in ("LATENTS", "SHAPE", "FLOAT64", "NAN", "HALF", "OBJECTS")}
+    paths |= {"FILE": folder / "FILE.txt", "ARCHIVE": folder / "ARCHIVE.npz"}
+    paths["FILE"].write_text("I am a file")
+    np.savez(paths["ARCHIVE"], z_T=z_T)
+    arrays = {
+        "LATENTS": z_T,
+        "SHAPE": z_T[..., :1],
+        "FLOAT64": z_T.astype(np.float64),
+        "NAN": z_T * np.nan,
+        "HALF": z_T,
+    }
+    for name, array in arrays.items():
+        np.save(paths[name], array)
+    np.save(paths["OBJECTS"], np.array([{}, None]), allow_pickle=True)
+    truncate(paths["HALF"])
+    return paths
+
+
+def filled_in(flags, files):
+    """The flags with the names in capitals replaced by paths."""
+    for name, path in files.items():
+        flags = [flag.replace(f"={name}", f"={path}") for flag in flags]
+    return flags
+
+
+@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize("command", [sample, evaluate])
+def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys):
+    flags, expected = BOTH[case]
+    out = [] if any(flag.startswith("--out=") for flag in flags) else [f"--out={tmp_path / 'out'}"]
+    before = contents(trained_run)
+    line = fails(command.main, [*filled_in(flags, files | {"MODEL": trained_run}), *out], capsys)
+    assert expected in line
+    assert contents(trained_run) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", SAMPLE)
+def test_sample_refuses(case, trained_run, files, tmp_path, capsys):
+    flags, expected = SAMPLE[case]
+    out = tmp_path / "out"
+    line = fails(sample.main, ["--num=4", *filled_in(flags, files), f"--model={trained_run}", f"--out={out}"], capsys)
+    assert expected in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("case", EVALUATE)
+def test_evaluate_refuses(case, trained_run, files, tmp_path, capsys):
+    flags, expected = EVALUATE[case]
+    out = tmp_path / "out"
+    line = fails(evaluate.main, ["--num=4", *filled_in(flags, files), f"--model={trained_run}", f"--out={out}"], capsys)
+    assert expected in line
+    assert not out.exists()
+
+
+def test_sample_wants_to_know_where_to(trained_run, capsys):
+    assert "--out is missing" in fails(sample.main, [f"--model={trained_run}"], capsys)
+
+
+def test_evaluate_without_its_data(run_copy, tmp_path, capsys):
+    set_config(run_copy, "data", "dir", str(tmp_path / "gone"))
+    assert "gone" in fails(evaluate.main, [f"--model={run_copy}", "--num=4", f"--out={tmp_path / 'out'}"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+ADOPTED = {  # what is done to the run whose autoencoder is taken, and changes of the config
+    "not trained yet": (lambda run: shutil.rmtree(run / "autoencoder"), [], "no readable checkpoint"),
+    "damaged": (lambda run: truncate_arrays(run / "autoencoder"), [], "no readable checkpoint"),
+    "of another shape": (lambda run: None, ["--config.autoencoder.latent_channels=3"], "belongs to another model"),
+    "of another kind": (lambda run: None, ["--config.autoencoder.kind=vq"], "belongs to another model"),
+}
+
+
+@pytest.mark.parametrize("case", ADOPTED)
+def test_train_refuses_an_autoencoder(case, run_copy, tiny_data, tmp_path, capsys):
+    damage, changes, expected = ADOPTED[case]
+    damage(run_copy)
+    changes = [f"--config.autoencoder.checkpoint={run_copy}", *changes]
+    line = fails(train.main, jobs.flags(tiny_data, tmp_path / "new", *changes), capsys)
+    assert expected in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_checkpoints_of_another_run_are_refused(run_copy, trained_run, tiny_data, tmp_path, capsys):
+    """A folder copied in from elsewhere: the checkpoint's own note tells."""
+    set_config(run_copy, "diffusion", "ema_decay", 0.5)
+    changes = ["--config.diffusion.ema_decay=0.5", "--config.sampling.steps=3"]
+    assert "belongs to another run" in fails(train.main, jobs.flags(tiny_data, run_copy, *changes), capsys)
+    jobs.assert_same_training(run_copy, trained_run)
+
+
+def test_train_stops_when_no_checkpoint_is_sound(run_copy, tiny_data, tmp_path, capsys):
+    truncate_arrays(run_copy / "autoencoder")
+    flags = jobs.flags(tiny_data, run_copy, "--config.sampling.steps=3")
+    assert "move the folder away" in fails(train.main, flags, capsys)
+
+
+def test_a_damaged_picture_of_the_data_set(tiny_data, tmp_path, capsys):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    (shard,) = data.glob("tiny/*/tiny-train*")
+    truncate(shard)
+    line = fails(train.main, jobs.flags(data, tmp_path / "run"), capsys)
+    assert shard.name in line or "tiny" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite(tiny_data, tmp_path, capsys):
+    """Status 1: the line names the step and the first tensor, and the last good state is saved."""
+    workdir = tmp_path / "run"
+    flags = jobs.flags(tiny_data, workdir, "--config.autoencoder.learning_rate=1e36")
+    with jobs.quick_compilation():
+        line = fails(train.main, flags, capsys, status=1)
+    step = int(re.search(r"not finite at step (\d+) \(seed 0\)", line)[1])
+    assert "stage 'autoencoder'" in line
+    assert re.search(r"the first tensor that is not: \w+", line)
+    assert "none, when computed again" not in line
+    state = load_latest(workdir / "autoencoder")
+    assert state["step"] == step
+    assert all(np.isfinite(array).all() for array in state.values())
+
+
+@contextmanager
+def files_of_at_most(size):
+    """As on a full disk: writing beyond `size` bytes fails."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("size", [100, 60_000])
+def test_a_full_disk(size, tiny_data, tmp_path, capsys):
+    """Status 1, whether it is full at once or at the first checkpoint; with room again, the command goes on."""
+    with jobs.quick_compilation(), files_of_at_most(size):
+        line = fails(train.main, jobs.flags(tiny_data, tmp_path / "run"), capsys, status=1)
+    assert str(tmp_path / "run") in line
+
+
+def test_a_disk_that_takes_nothing(tiny_data, capsys):
+    line = fails(train.main, jobs.flags(tiny_data, "/proc/nowhere/run"), capsys, status=1)
+    assert "/proc/nowhere" in line

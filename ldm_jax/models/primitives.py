@@ -54,8 +54,16 @@ def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> 
     return _group_norm_forward(x, scale, bias, groups, eps)[0]
 
 
+def _sum_pixels(x: Array) -> Array:
+    """[B, P, C] -> [B, C]; on CPUs as a product with ones, as in `sum_rows`."""
+    if jax.default_backend() != "cpu":
+        return x.sum(1)
+    ones = jnp.ones((x.shape[0], 1, x.shape[1]), x.dtype)
+    return lax.dot_general(ones, x, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)[:, 0]
+
+
 def _group_means(values: Array, groups: int) -> Array:
-    """[B, C] sums -> [B, 1, C], each channel with the mean over the channels of its group."""
+    """[B, C] -> [B, 1, C]: each channel gets the mean over the channels of its group."""
     b, c = values.shape
     means = values.reshape(b, groups, c // groups).mean(-1)
     return jnp.repeat(means, c // groups, axis=-1)[:, None]
@@ -63,23 +71,23 @@ def _group_means(values: Array, groups: int) -> Array:
 
 def _group_norm_forward(x, scale, bias, groups, eps):
     pixels = x.reshape(x.shape[0], -1, x.shape[-1])
-    mean = _group_means(pixels.mean(1), groups)
-    centred = pixels - mean
-    inverse = lax.rsqrt(_group_means(jnp.square(centred).mean(1), groups) + eps)
-    y = centred * (inverse * scale) + bias
+    n = pixels.shape[1]
+    mean = _group_means(_sum_pixels(pixels) / n, groups)
+    variance = _group_means(_sum_pixels(jnp.square(pixels - mean)) / n, groups)
+    inverse = lax.rsqrt(variance + eps)
+    y = (pixels - mean) * (inverse * scale) + bias
     return y.reshape(x.shape), (pixels, mean, inverse, scale)
 
 
 def _group_norm_backward(groups, eps, saved, dy):
     pixels, mean, inverse, scale = saved
-    d = dy.reshape(pixels.shape)
-    centred = pixels - mean
-    # Sums over the pixels, [B, C]: all that the three gradients have in common.
-    d_bias, d_scale = d.sum(1), (d * centred).sum(1) * inverse[:, 0]
-    n = pixels.shape[1]
+    d, n = dy.reshape(pixels.shape), pixels.shape[1]
+    # Sums over the pixels, [B, C], are all that the three gradients have in common.
+    d_bias = _sum_pixels(d)
+    d_scale = _sum_pixels(d * (pixels - mean)) * inverse[:, 0]
     along_mean = _group_means(d_bias * scale, groups) / n
-    along_scale = _group_means(d_scale * scale, groups) / n
-    dx = inverse * (d * scale - along_mean - centred * (inverse * along_scale))
+    along_normal = _group_means(d_scale * scale, groups) / n * inverse
+    dx = inverse * (d * scale - along_mean - (pixels - mean) * along_normal)
     return dx.reshape(dy.shape), sum_rows(d_scale), sum_rows(d_bias)
 
 

@@ -39,16 +39,17 @@ class InterruptWatch:
         self._sender.close()
 
     def _watch(self) -> None:
-        while data := self._receiver.recv(1):
-            if data[0] not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            with self._lock:
-                self._asked = True
-                leave_now = not self._guarded
-            if leave_now:
-                print("\nStopped; there was nothing to save. The same command goes on from here.", file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(0)
+        with self._receiver:
+            while data := self._receiver.recv(1):
+                if data[0] not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                with self._lock:
+                    self._asked = True
+                    leave_now = not self._guarded
+                if leave_now:
+                    print("\nStopped; there was nothing to save. The same command goes on from here.", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(0)
 
     def guard(self, active: bool) -> None:
         """Says whether the process now holds progress that only a save would keep."""

@@ -3,6 +3,7 @@
 Cached are the moments (mean, logvar), not samples, so that every epoch draws fresh latents; of flipped sets both sides.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,10 +57,18 @@ def cached_latents(
                     if name not in arrays:
                         shape = (len(dataset), *batch[name].shape[1:])
                         arrays[name] = open_memmap(temporary[name], mode="w+", dtype=batch[name].dtype, shape=shape)
+                        _claim(temporary[name])
                     arrays[name][rows] = batch[name][batch["valid"]]
             for array in arrays.values():
                 array.flush()
     return Latents({name: np.load(path, mmap_mode="r") for name, path in paths.items()})
+
+
+def _claim(path: Path) -> None:
+    """Takes a sparse file's space: on a full disk an OSError here, where writing to the memory map would be a crash."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _encode_sides(first_stage: FirstStage, params: Any, images: jax.Array, flip: bool) -> jax.Array:

@@ -150,8 +150,9 @@ def _fail(name, stage, state, frozen, resident, feed, number, seed, checkpoints)
     batch = take(resident, feed(number)) | {"step": np.int32(number)}
     first = first_nonfinite(stage.trace(state, frozen, batch, np.uint32(seed)))
     raise RunError(
-        f"stage {name!r}: the loss or its gradient is not finite at step {number} (seed {seed}); the first tensor that "
-        f"is not: {first or 'none, when computed again'}. The state before that step is saved; a lower learning rate may help"
+        f"stage {name!r}: the loss or its gradient is not finite at step {number} (seed {seed}); the first tensor "
+        f"that is not: {first or 'none, when computed again'}. The state before that step is saved; a lower learning "
+        "rate may help"
     )
 
 

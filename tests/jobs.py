@@ -1,0 +1,114 @@
+"""Tiny jobs, in this process or in one of their own, and what they leave behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ldm_jax import commands, train
+from ldm_jax.run_folder import read_metrics
+from ldm_jax.training.checkpoint import load_latest
+
+ROOT = Path(__file__).parent.parent
+
+# Still smaller than tests/tiny.py, as compiling is what these jobs spend their time on.
+SMALL = (
+    "--config=tests/tiny.py",
+    "--config.unet.block_out_channels=(8,)",
+    "--config.unet.attention=(True,)",
+    "--config.autoencoder.mid_block_attention=False",
+    "--config.sampling.progress_every=0",
+)
+
+
+def flags(data, workdir, *changes):
+    """The command line of a small job, the name of the command left out."""
+    return [*SMALL, f"--config.data.dir={data}", f"--workdir={workdir}", *changes]
+
+
+@contextmanager
+def quick_compilation():
+    """XLA compiles in about half the time; what it makes is slower, which no tiny job notices."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
+def train_here(data, workdir, *changes):
+    """Runs a small job in this process, on its 4 devices; returns the exit status."""
+    with quick_compilation():
+        return commands.run(train.main, ["train", *flags(data, workdir, *changes)])
+
+
+def start(data, workdir, *changes, devices=1):
+    """Starts a small job in a process of its own; `finish` waits for it."""
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "ldm_jax.train", *flags(data, workdir, *changes)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process, *, status=0, timeout=180):
+    """What the process printed, once it has ended with `status`."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    assert process.returncode == status, output
+    assert "Traceback" not in output, output
+    return output
+
+
+def stop_when(process, condition, number=signal.SIGKILL, timeout=180):
+    """Sends the signal as soon as `condition()` holds; fails if the process ends before."""
+    end = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
+        if time.monotonic() > end:
+            process.kill()
+            raise AssertionError("never came to that")
+        time.sleep(0.002)
+    process.send_signal(number)
+
+
+def assert_same_training(one, other, **tolerance):
+    """The last checkpoints of two run folders are equal: to the last bit, or within a tolerance."""
+    for stage in ("autoencoder", "diffusion"):
+        a, b = load_latest(one / stage), load_latest(other / stage)
+        assert a.keys() == b.keys()
+        assert {name.split("/")[0] for name in a} == {"step", "params", "ema_params", "opt_state"}
+        for name in a:
+            if tolerance:
+                np.testing.assert_allclose(a[name], b[name], err_msg=name, **tolerance)
+            else:
+                np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def losses(workdir):
+    """Stage and step -> loss."""
+    return {
+        (line["stage"], line["step"]): line["loss"]
+        for line in read_metrics(workdir / "metrics.jsonl")
+        if "loss" in line
+    }
+
+
+def samples(workdir):
+    """The arrays of samples.npz."""
+    with np.load(workdir / "samples.npz") as arrays:
+        return dict(arrays)
