@@ -68,6 +68,7 @@ clean:
 	pip() { .venv-parity/bin/python -m pip install --quiet --disable-pip-version-check "$$@"; }
 	pip torch==2.13.0
 	pip torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 $(REQUIREMENTS:%=-r %)
+	pip --no-deps torch-fidelity==0.4.0
 	touch $@
 
 define functions

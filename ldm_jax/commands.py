@@ -22,7 +22,7 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     except RunError as error:
         status, message = 1, str(error)
     except OSError as error:  # a full, read-only or vanished disk
-        status, message = 1, f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        status, message = 1, f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
     name = Path(argv[0]).stem or "ldm_jax"
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return status
@@ -78,6 +78,7 @@ def start_devices(flag_values: flags.FlagValues) -> None:
     import jax
 
     if flag_values.coordinator:
+        _check_coordinator(flag_values)
         jax.distributed.initialize(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
     elif flag_values.distributed:
         jax.distributed.initialize()
@@ -86,3 +87,14 @@ def start_devices(flag_values: flags.FlagValues) -> None:
     if jax.process_index() == 0:
         kind = f"{os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
         print(f"Device: {len(devices)} x {devices[0].platform} ({kind}){hosts}, jax {jax.__version__}", flush=True)
+
+
+def _check_coordinator(flag_values: flags.FlagValues) -> None:
+    host, _, port = flag_values.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"--coordinator={flag_values.coordinator} is no host:port, e.g. 10.0.0.1:1234")
+    if not 0 <= flag_values.process_id < flag_values.num_processes:
+        raise InputError(
+            f"--process_id is {flag_values.process_id}; of --num_processes={flag_values.num_processes} it must be "
+            f"from 0 to {flag_values.num_processes - 1}"
+        )

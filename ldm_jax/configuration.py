@@ -113,7 +113,12 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
     except (AttributeError, KeyError) as error:
         raise InputError(_unknown_field(argv, error)) from error
     except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+        message = str(error)
+        if "Traceback" in message:  # of a config file that fails; its last line is the error
+            message = f"{_config_file(argv)} fails: {message.strip().splitlines()[-1]}"
+        raise InputError(" ".join(message.split())) from error
+    except Exception as error:  # whatever a config file of the user's does
+        raise InputError(f"{_config_file(argv)} fails: {type(error).__name__}: {error}") from error
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config and not loaded:
@@ -284,6 +289,8 @@ def _nearest(name: str, known: list[str]) -> str:
 
 def _unknown_field(argv: list[str], error: Exception) -> str:
     """Names the first --config.FIELD that the config does not have, and the nearest that it has."""
+    if not any(argument.startswith("--config.") for argument in argv):  # the file itself sets it
+        return f"{_config_file(argv)} fails: {str(error).splitlines()[0].strip(chr(34) + chr(39))[:200]}"
     bare = flags.FlagValues()
     parse(bare, ["", *(argument for argument in argv if argument.startswith("--config="))], config=True)
     known = list(flatten(bare.config))
@@ -292,3 +299,7 @@ def _unknown_field(argv: list[str], error: Exception) -> str:
         if argument.startswith("--config.") and name not in known:
             return f"there is no field config.{name}{_nearest(name, known)}"
     return str(error)
+
+
+def _config_file(argv: list[str]) -> str:
+    return next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "the config file")

@@ -42,10 +42,12 @@ def main(argv: list[str]) -> None:
         return
     configuration.parse(values, argv)
     commands.require(values, "model")
+    if values.num < 4:
+        raise InputError(f"--num={values.num} pictures are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")
     run_folder.check_folder("out", out)
-    check_weights(values.inception_weights, "--inception_weights")
     commands.start_devices(values)
+    check_weights(values.inception_weights, "--inception_weights")
 
     from ldm_jax import drawing, job, trained
 
@@ -65,9 +67,14 @@ def main(argv: list[str]) -> None:
 
 
 def check_weights(path: str | None, name: str) -> None:
-    """Raises InputError, before hours of work, if the file of weights that `name` asks for is not there."""
-    if path and not Path(path).is_file():
+    """Raises InputError, before hours of work, if the file of weights that `name` asks for is missing or damaged."""
+    if not path:
+        return
+    if not Path(path).is_file():
         raise InputError(f"{name}={path} does not exist; it must be a file with the FID Inception's weights")
+    from ldm_jax.interop.inception_weights import load_inception
+
+    load_inception(Path(path))
 
 
 def score_run(workdir: Path, train_set: "Dataset", test_set: "Dataset") -> None:

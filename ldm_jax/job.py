@@ -27,7 +27,7 @@ from ldm_jax.training import latents
 from ldm_jax.training.checkpoint import Checkpoints, flatten, unflatten
 from ldm_jax.training.interrupt import Interrupted, InterruptWatch
 from ldm_jax.training.loop import train
-from ldm_jax.training.parallel import parallel_map, replicate
+from ldm_jax.training.parallel import parallel_map, replicate, wait_for_hosts
 from ldm_jax.training.validation import make_validation
 from ldm_jax.xla import CompileClock
 
@@ -93,6 +93,7 @@ def run(config: ConfigDict, workdir: Path, *, dry_run: bool = False) -> None:
     if primary:
         write_report(workdir)
         print(f"Done: {workdir / 'report.html'}")
+    wait_for_hosts("done")  # the others would leave, and a host that misses another ends with an error
 
 
 def _timed(run: Run, clock: CompileClock, name: str, part: Callable[[Run], None]) -> None:
@@ -204,6 +205,7 @@ def measure_latents(run: Run) -> None:
     shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=run.config.autoencoder.kind == "kl")
     if jax.process_index() == 0:
         trained.save_scale(run.workdir, shift, scale, measured_on=f"{run.train_set.name}/{run.train_set.split}")
+    wait_for_hosts("scale")  # which the others read
     print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
 
 

@@ -9,7 +9,7 @@ diffusion/        stage 2: checkpoints
 
 import hashlib
 import json
-import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +27,14 @@ from ldm_jax.errors import InputError
 def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path` that takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")  # other hosts may write it too
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a write that failed, on a full disk, does not say where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

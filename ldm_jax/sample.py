@@ -64,7 +64,7 @@ def find_labels(wanted: list[str] | None, class_names: tuple[str, ...]) -> list[
         raise InputError(f"--label={','.join(wanted)}: the model knows no classes")
     lower = [name.lower() for name in class_names]
     labels = []
-    for label in wanted:
+    for label in wanted or [""]:
         if label.strip().lower() in lower:
             labels.append(lower.index(label.strip().lower()))
         elif label.strip().isdigit() and int(label) < len(class_names):

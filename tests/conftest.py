@@ -34,9 +34,19 @@ def tiny_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_run(tiny_data, tmp_path_factory):
-    """The run folder of a whole tiny job on 4 devices, made in this process. Read it, or copy it: all tests share it."""
+    """The run folder of a whole small job on 4 devices, made in this process. Read it, or copy it: it is shared."""
     import jobs
 
     workdir = tmp_path_factory.mktemp("trained") / "run"
     assert jobs.train_here(tiny_data, workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def one_device_run(tiny_data, tmp_path_factory):
+    """The same on one device, in a process of its own."""
+    import jobs
+
+    workdir = tmp_path_factory.mktemp("one_device") / "run"
+    assert "Done: " in jobs.finish(jobs.start(tiny_data, workdir))
     return workdir

@@ -1,4 +1,4 @@
-"""A classifier of Fashion-MNIST that judges samples from outside: its classes, and the Frechet distance of its features.
+"""A classifier of Fashion-MNIST that judges samples from outside: by its classes and by the statistics of its features.
 
 It is trained on real images alone and shares nothing with the models it judges.
 """

@@ -134,7 +134,12 @@ class _DamagedError(Exception):
 
 
 def _read(folder: Path, step: int, identity: dict[str, str]) -> dict[str, np.ndarray]:
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    this = jax.process_index()  # alone: without this, Orbax waits for all hosts, and the first alone draws and scores
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"read_{this}"
+    )
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    with ocp.CheckpointManager(folder, options=options) as manager:
         try:
             restored = manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())

@@ -81,6 +81,12 @@ def map_in_batches(mapped: Callable, params: Any, batch: dict[str, np.ndarray], 
     return np.concatenate(parts)[:n]
 
 
+def wait_for_hosts(name: str) -> None:
+    """Returns when every host has come to the point `name`: what the first has written, the others can read."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 def gather_hosts(values: np.ndarray) -> np.ndarray:
     """Each host's [N, ...], N the same on all, joined along the first axis on every host."""
     if jax.process_count() == 1:

@@ -1,0 +1,47 @@
+"""Latent diffusion on Fashion-MNIST, for quality: sized for one GPU.
+
+    python -m ldm_jax.train --config=configs/fashion_mnist_best.py
+
+The main job with wider networks, the perceptual and the adversarial loss, bfloat16 and a long training.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import fashion_mnist
+
+
+def get_config() -> ConfigDict:
+    """The quality config."""
+    config = fashion_mnist.get_config().unlock()
+    config.dtype = "bfloat16"
+
+    autoencoder = config.autoencoder
+    autoencoder.block_out_channels = (64, 128, 128)
+    autoencoder.layers_per_block = 2
+    autoencoder.norm_num_groups = 32
+    autoencoder.mid_block_attention = True
+    autoencoder.loss.perceptual = 0.2
+    autoencoder.loss.adversarial = 0.2
+    autoencoder.loss.adversarial_start = 8_000
+    autoencoder.discriminator.layers = 2
+    autoencoder.steps = 20_000
+    autoencoder.batch_size = 256
+    autoencoder.learning_rate = 5e-4
+
+    config.unet.block_out_channels = (128, 256)
+    config.unet.attention = (True, True)
+    config.unet.layers_per_block = 3
+    config.unet.norm_num_groups = 32
+
+    diffusion = config.diffusion
+    diffusion.steps = 60_000
+    diffusion.batch_size = 512
+    diffusion.learning_rate = 5e-4
+    diffusion.ema_decay = 0.9995
+
+    config.sampling.steps = 25
+    config.sampling.batch_size = 1_000
+    config.sampling.progress_every = 5_000
+    config.evaluation.batch_size = 500
+    config.checkpoint_every = 5_000
+    return config.lock()

@@ -1,0 +1,67 @@
+"""Nothing compiles twice: not when a seed, a solver, its steps, guidance or labels change, and not while training."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ldm_jax import builders, trained
+from ldm_jax.generate import request
+from ldm_jax.training.parallel import parallel_step, replicate, shard
+from ldm_jax.xla import CompileClock
+
+
+@pytest.fixture
+def clock(trained_run):
+    """Counts, once everything that other tests use is there."""
+    return CompileClock()
+
+
+def test_a_sweep_of_sampling_compiles_each_part_once(trained_run, clock):
+    model = trained.load(trained_run)
+    generator = trained.build_generator(model.config, 4, 8)
+    params = replicate(model.params)
+    start = clock.count
+
+    def draw(num, labels, *, guidance, seed, **table):
+        return list(generator.latents(params, request(num, labels, guidance=guidance, seed=seed), table_of(**table)))
+
+    def table_of(**changes):
+        return trained.build_table(model.config, **changes)
+
+    ((z, _),) = draw(8, [0, 1, 2, 3], guidance=1.0, seed=0, sampler="ddim", steps=2, eta=0.0)
+    generator.decode(params, z)
+    first = clock.count - start
+    assert first <= 4, "the initial latents, the solver, the decoder, and one to spare"
+    for seed, guidance, labels in ((1, 1.5, [0]), (2, 0.0, [3, 1]), (2**32 - 1, 7.5, [])):
+        for changes in (
+            {"sampler": "ddim", "steps": 5, "eta": 0.0},
+            {"sampler": "ddim", "steps": 20, "eta": 1.0},
+            {"sampler": "ddpm", "steps": 20, "eta": 0.0},
+            {"sampler": "dpmpp_2m", "steps": 3, "eta": 0.0},
+        ):
+            for z, _ in draw(11, labels, guidance=guidance, seed=seed, **changes):
+                generator.decode(params, z)
+    assert clock.count - start == first
+
+
+@pytest.mark.parametrize("which", ["autoencoder", "diffusion"])
+def test_training_compiles_one_step(which, clock):
+    config = tiny.get_config()
+    images, labels = tiny.pictures(16)
+    resident, frozen = {"x": images}, {}
+    stage = builders.build_autoencoder_stage(config)
+    if which == "diffusion":
+        stage = builders.build_diffusion_stage(config, 4)
+        moments = np.random.default_rng(0).normal(size=(16, 1, 4, 4, 4)).astype(np.float32)
+        resident = {"moments": moments, "label": labels.astype(np.int32)}
+        frozen = {"autoencoder": {}, "shift": np.zeros(2, np.float32), "scale": np.ones(2, np.float32)}
+    state, frozen, resident = replicate(jax.jit(stage.init)(jax.random.key(0))), replicate(frozen), replicate(resident)
+    step, counts = parallel_step(stage.step), []
+    start = clock.count
+    for number in range(4):
+        index = (np.arange(8) + number).astype(np.int32) % 16
+        batch = shard({"index": index, "id": np.arange(8, dtype=np.int32)})
+        state, _ = step(state, frozen, resident, batch, np.int32(number), np.uint32(7 + number))
+        counts.append(clock.count - start)
+    assert counts == [1, 1, 1, 1]

@@ -1,0 +1,184 @@
+"""What a picture depends on, and every kind of model through the whole job."""
+
+import jobs
+import numpy as np
+import pytest
+
+from ldm_jax import commands, sample, trained
+from ldm_jax.diffusion.solvers import initial_latents, sample_keys
+from ldm_jax.evaluation.pictures import read_recipe
+from ldm_jax.generate import Request, request, smallest_batch
+from ldm_jax.run_folder import read_json, read_metrics
+from ldm_jax.training.checkpoint import load_latest
+from ldm_jax.training.parallel import replicate
+
+
+class Model:
+    """A trained model with its generators, which are kept, as each compiles."""
+
+    def __init__(self, workdir):
+        self.trained = trained.load(workdir)
+        self.params = replicate(self.trained.params)
+        self.generators = {}
+
+    def generator(self, batch_size):
+        if batch_size not in self.generators:
+            self.generators[batch_size] = trained.build_generator(self.trained.config, 4, batch_size)
+        return self.generators[batch_size]
+
+    def latents(self, wanted, *, batch_size=8, **changes):
+        table = trained.build_table(self.trained.config, **{"sampler": "ddpm", "steps": 5, **changes})
+        return np.concatenate([z for z, _ in self.generator(batch_size).latents(self.params, wanted, table)])
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    return Model(trained_run)
+
+
+CLOSE = {"rtol": 1e-3, "atol": 1e-4}
+WANTED = request(11, [0, 1, 2, 3], guidance=1.5, seed=5)
+
+
+@pytest.mark.parametrize("batch_size", [4, 16])
+def test_the_batch_does_not_matter(model, batch_size):
+    """ddpm: the noise on the way is the sample's own as well."""
+    np.testing.assert_allclose(model.latents(WANTED, batch_size=batch_size), model.latents(WANTED), **CLOSE)
+
+
+def test_the_order_does_not_matter(model):
+    order = np.random.default_rng(0).permutation(11)
+    shuffled = Request(WANTED.ids[order], WANTED.labels[order], WANTED.guidance[order], 5)
+    np.testing.assert_allclose(model.latents(shuffled), model.latents(WANTED)[order], **CLOSE)
+
+
+def test_seed_number_label_and_guidance_do_matter(model):
+    def one(number=3, label=2, guidance=1.5, seed=5):
+        wanted = Request(np.int32([number]), np.int32([label]), np.float32([guidance]), seed)
+        return model.latents(wanted)
+
+    plain = one()
+    np.testing.assert_array_equal(plain, one())
+    for changed in (one(number=4), one(seed=6), one(label=1), one(guidance=4.0)):
+        assert np.abs(changed - plain).max() > 1e-4
+
+
+def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional(model):
+    def draw(guidance, labels):
+        return model.latents(request(8, labels, guidance=guidance, seed=1))
+
+    np.testing.assert_allclose(draw(1.0, [2]), draw(1.0 + 1e-6, [2]), **CLOSE)  # 1 takes the path without guidance
+    np.testing.assert_allclose(draw(0.0, [2]), draw(1.0, []), **CLOSE)
+    assert np.abs(draw(1.0, [2]) - draw(1.0, [])).max() > 1e-4
+
+
+def test_frames_lead_from_noise_to_the_picture(model):
+    table = trained.build_table(model.trained.config, sampler="ddim", steps=20)
+    wanted = WANTED.first(9)
+    frames = model.generator(8).denoising(model.params, wanted, table)
+    assert frames.shape == (trained.SNAPSHOTS, 9, 8, 8, 1)
+    assert frames.dtype == np.uint8
+    images = np.concatenate(list(model.generator(8).images(model.params, wanted, table)))
+    np.testing.assert_array_equal(frames[-1], images)
+    for z, on_the_way in model.generator(8).latents(model.params, wanted, table):
+        np.testing.assert_allclose(on_the_way[:, -1], z, **CLOSE)
+        assert (on_the_way[:, 0] != z).any()
+
+
+@pytest.mark.parametrize(("num", "batch_size", "devices", "expected"), [(8, 64, 1, 8), (9, 64, 4, 12), (99, 64, 4, 64)])
+def test_smallest_batch(num, batch_size, devices, expected):
+    assert smallest_batch(num, batch_size, devices) == expected
+
+
+def draw_by_command(model, out, *flags):
+    assert commands.run(sample.main, ["sample", f"--model={model}", f"--out={out}", *flags]) == 0
+    return jobs.samples(out)
+
+
+def test_the_command_draws_the_run_s_own_samples(trained_run, tmp_path):
+    drawn = draw_by_command(trained_run, tmp_path / "out", "--num=8")
+    for name, array in jobs.samples(trained_run).items():
+        np.testing.assert_array_equal(drawn[name], array)
+    assert (tmp_path / "out" / "denoising.gif").stat().st_size
+    recipe = read_recipe(tmp_path / "out" / "samples.png")
+    assert recipe["seed"] == 0
+    assert recipe["sampler"] == "ddim"
+
+
+def test_the_command_takes_classes_by_name_and_number(trained_run, tmp_path):
+    drawn = draw_by_command(trained_run, tmp_path / "out", "--num=8", "--label=dark,1,Bright")
+    assert drawn["labels"].tolist() == [3, 1, 2, 3, 1, 2, 3, 1]
+
+
+def test_the_command_takes_initial_latents(trained_run, tmp_path):
+    """Those of the seed give the pictures of the seed; others give others."""
+    z_T = np.asarray(initial_latents(sample_keys(np.uint32(3), np.arange(8)), (4, 4, 2)), np.float32)
+    np.save(tmp_path / "own.npy", z_T)
+    np.save(tmp_path / "other.npy", -z_T)
+    plain = draw_by_command(trained_run, tmp_path / "plain", "--num=8", "--seed=3")["images"]
+    own, other = (
+        draw_by_command(trained_run, tmp_path / name, "--num=8", "--seed=3", f"--init_latents={tmp_path / name}.npy")
+        for name in ("own", "other")
+    )
+    np.testing.assert_array_equal(own["images"], plain)
+    assert (other["images"] != plain).any()
+
+
+def finite(flat):
+    return all(np.isfinite(array).all() for array in flat.values())
+
+
+def test_pixel_space(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    changes = ["--config.autoencoder.kind=none", "--config.diffusion.prediction=v", "--config.diffusion.steps=2"]
+    assert jobs.train_here(tiny_data, run, *changes) == 0
+    assert not (run / "autoencoder").exists()
+    assert jobs.samples(run)["images"].shape == (8, 8, 8, 1)
+    assert finite(load_latest(run / "diffusion"))
+    assert (run / "report.html").stat().st_size
+
+
+def test_colour_pictures_without_labels_through_a_codebook(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    changes = ["autoencoder.kind=vq", "data.channels=3", "data.label_key=none", "data.flip=True", "diffusion.steps=2"]
+    changes += ["sampling.progress_every=2", "autoencoder.steps=2"]
+    assert jobs.train_here(tiny_data, run, *(f"--config.{change}" for change in changes)) == 0
+    drawn = jobs.samples(run)
+    assert drawn["images"].shape == (8, 8, 8, 3)
+    assert (drawn["labels"] == -1).all()
+    assert read_json(run / "data.json")["class_names"] == []
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert any("perplexity" in line for line in metrics)
+    assert any("validation_loss" in line for line in metrics)
+    assert sorted(path.name for path in (run / "progress").iterdir()) == [
+        "autoencoder_000002.png",
+        "diffusion_000002.png",
+    ]
+    command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}"]
+    assert commands.run(sample.main, [*command, "--guidance=2"]) == 2  # there is nothing to guide by
+    assert commands.run(sample.main, [*command, "--label=0"]) == 2
+
+
+def test_data_on_disk_train_the_same_model(tiny_data, trained_run, tmp_path):
+    """Nothing may stay in memory or on the device: the same batches come from the disk, read ahead."""
+    run = tmp_path / "run"
+    assert jobs.train_here(tiny_data, run, "--config.data.memory_limit_gb=0.0", "--config.sampling.num=0") == 0
+    jobs.assert_same_training(run, trained_run, rtol=1e-2, atol=2e-3)
+    assert jobs.losses(run) == pytest.approx(jobs.losses(trained_run), rel=1e-3)
+
+
+def test_an_adopted_autoencoder(tiny_data, trained_run, tmp_path):
+    """Another run's autoencoder serves as it is, with the scale that this run measures."""
+    run = tmp_path / "run"
+    changes = [
+        f"--config.autoencoder.checkpoint={trained_run}",
+        "--config.sampling.num=0",
+        "--config.diffusion.steps=2",
+    ]
+    assert jobs.train_here(tiny_data, run, *changes) == 0
+    theirs, ours = load_latest(trained_run / "autoencoder"), load_latest(run / "autoencoder")
+    averaged = [name for name in theirs if name.startswith("ema_params/")]
+    assert averaged
+    for name in averaged:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+    assert read_json(run / "autoencoder" / "scale.json") == read_json(trained_run / "autoencoder" / "scale.json")
