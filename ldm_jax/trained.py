@@ -30,7 +30,8 @@ class Trained(NamedTuple):
 def load(path: Path) -> Trained:
     """Reads a run folder; raises InputError if it is none, is not trained yet, or does not fit its own config."""
     if not path.is_dir():
-        raise InputError(f"--model={path} does not exist; it must be a run folder, e.g. runs/fashion_mnist")
+        problem = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist")
     config = configuration.from_json(path / "config.json")
     configuration.validate(config)
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])

@@ -143,7 +143,7 @@ def make_autoencoder_stage(
         # One backward pass through the autoencoder serves all terms: its gradient is linear in theirs at x_hat.
         (grads,) = pull_back((at_x_hat, jnp.ones_like(regularizer)))
         metrics, grads = mean((metrics, grads))
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         if "usage" in metrics:  # [K], already the mean over the devices
             metrics["codes_used"] = (metrics["usage"] > 0).mean()
             metrics["perplexity"] = perplexity(metrics.pop("usage"))

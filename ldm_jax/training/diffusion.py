@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -33,7 +34,7 @@ def make_diffusion_stage(
     conditioner: nn.Module,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
-    alpha_bar: jax.Array,
+    alpha_bar: np.ndarray,
     prediction: str,
     weighting: str,
     snr_gamma: float,
@@ -99,7 +100,7 @@ def make_diffusion_stage(
         loss, grads = jax.value_and_grad(loss_fn)(state.params, noised(batch, frozen, keys))
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = ema_update(state.ema_params, params, state.step, ema_decay)

@@ -67,7 +67,7 @@ def train(
         return state
     frozen, resident = replicate(frozen), replicate(feed.resident)
     step = parallel_step(stage.step)
-    interval, in_flight, progress = [], deque(), Progress(name, start, steps)
+    interval, in_flight, progress = [], deque(), Progress(name, steps)
     unread: tuple[int, list] | None = None
 
     def read(entry: tuple[int, list] | None) -> None:
@@ -116,10 +116,9 @@ def train(
 class Progress:
     """The line that tells where a stage is, at most every few seconds."""
 
-    def __init__(self, name: str, start: int, steps: int) -> None:
+    def __init__(self, name: str, steps: int) -> None:
         self.name, self.steps, self.rate = name, steps, 0.0
-        self._first = self._shown = time.monotonic()
-        self._start, self._marks = start, deque(maxlen=200)
+        self._shown, self._marks = time.monotonic(), deque(maxlen=200)
 
     def count(self, done: int, examples: int) -> None:
         """Notes that step `done` of `examples` was dispatched; the rate is that of the last steps."""
@@ -133,7 +132,8 @@ class Progress:
         now = time.monotonic()
         if jax.process_index() or (now - self._shown < 5.0 and done < self.steps):
             return
-        left = (self.steps - done) * (now - self._first) / max(done - self._start, 1)
+        (first, _), (last, _) = self._marks[0], self._marks[-1]
+        left = (self.steps - done) * (last - first) / max(len(self._marks) - 1, 1)
         print(
             f"{self.name:>12} {done:>7,}/{self.steps:,}  loss {loss:.4f}  {self.rate:,.0f} images/s  "
             f"{math.floor(left / 60)}:{left % 60:02.0f} left"

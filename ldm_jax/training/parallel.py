@@ -85,10 +85,3 @@ def wait_for_hosts(name: str) -> None:
     """Returns when every host has come to the point `name`: what the first has written, the others can read."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def gather_hosts(values: np.ndarray) -> np.ndarray:
-    """Each host's [N, ...], N the same on all, joined along the first axis on every host."""
-    if jax.process_count() == 1:
-        return values
-    return np.asarray(multihost_utils.process_allgather(values, tiled=True))
