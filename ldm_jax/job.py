@@ -43,8 +43,10 @@ class Run(NamedTuple):
     watch: InterruptWatch
 
 
-def run(config: ConfigDict, workdir: Path, *, dry_run: bool = False) -> None:
+def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
     """Runs or resumes the job of `config` in `workdir`. With `dry_run`, checks all inputs and writes nothing.
+
+    `command` is the command line, for the report.
 
     Raises:
       InputError: data or weights that are missing or do not fit, another run's folder.
@@ -71,7 +73,7 @@ def run(config: ConfigDict, workdir: Path, *, dry_run: bool = False) -> None:
             workdir / "data.json",
             {"class_names": train_set.class_names, "train": len(train_set), "test": len(test_set),
              "train_fingerprint": train_set.fingerprint, "test_fingerprint": test_set.fingerprint,
-             "device": describe_device()},
+             "device": describe_device(), "command": command},
         )  # fmt: skip
     log = Log(workdir, write=primary)
     try:

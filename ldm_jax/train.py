@@ -6,6 +6,7 @@
 The same command again goes on where it stopped, or says that all is done.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def main(argv: list[str]) -> None:
 
     from ldm_jax import job  # JAX and all that stands on it: imported after the checks that need none of it
 
-    job.run(config, workdir, dry_run=flag_values.dry_run)
+    command = shlex.join(["python", "-m", "ldm_jax.train", *argv[1:]])
+    job.run(config, workdir, command=command, dry_run=flag_values.dry_run)
 
 
 if __name__ == "__main__":

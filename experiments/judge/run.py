@@ -3,7 +3,8 @@
     .venv/bin/python -m experiments.judge.run --run=runs/fashion_mnist [--epochs=4] [--data_dir=data]
 
 Prints the share of samples read as intended, and the Frechet distance in the classifier's 128 features, with its floor
-(training against test images). The trained classifier is kept beside this file (judge.npz, not in the repository).
+(training against test images); results.json keeps them. The trained classifier is kept beside this
+file (judge.npz, not in the repository).
 """
 
 import argparse
@@ -52,6 +53,7 @@ def main() -> None:
             "floor": frechet_distance(judge(params, train_set["x"][: len(classes)])[0], reference),
             "judge_accuracy_on_test_images": float(np.mean(read == test_set["label"])),
         }
+    (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 
