@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import sys
@@ -20,6 +21,14 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE / "ldm_jax" / "xla"))
 
 def pytest_unconfigure():
     shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """A process may map 65,530 pieces of memory, and each compiled program takes several: the suite would need more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,9 @@ def stand_in(project, name, script):
 
 
 def make(project, *arguments):
-    environment = os.environ | {"PATH": f"{project / 'bin'}:{os.environ['PATH']}", "MAKEFLAGS": ""}
+    # Not a recursive make, even where `make test` runs this: that would print the folders it enters.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    environment = outside | {"PATH": f"{project / 'bin'}:{os.environ['PATH']}"}
     return subprocess.run(
         ["make", *arguments], cwd=project, env=environment, capture_output=True, text=True, check=False
     )
