@@ -12,7 +12,7 @@ from ldm_jax.errors import InputError, RunError
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Runs `command(argv)` and returns the exit status: 0, 1 (the run failed) or 2 (the input was wrong)."""
+    """Runs `command(argv)`; returns the exit status: 0, 1 (the run failed), 2 (the input was wrong), 130 (Ctrl-C)."""
     argv = list(sys.argv if argv is None else argv)
     try:
         command(argv)
@@ -21,6 +21,8 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
         status, message = 2, str(error)
     except RunError as error:
         status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
     except OSError as error:  # a full, read-only or vanished disk
         status, message = 1, f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
     name = Path(argv[0]).stem or "ldm_jax"
@@ -41,7 +43,9 @@ def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bo
 
 
 def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
-    """What to draw and how; None = as in the model's config."""
+    """Of which model to draw what, how, and where to; None = as in the model's config."""
+    flags.DEFINE_string("model", None, "a run folder", flag_values=values)
+    flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
     flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
     flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)

@@ -191,6 +191,12 @@ def _validate_shapes(config: ConfigDict) -> None:
             f"{len(unet.block_out_channels)}; they must be equally long"
         )
     _divides("unet.norm_num_groups", unet.norm_num_groups, unet.block_out_channels)
+    if unet.norm_num_groups in unet.block_out_channels:
+        raise InputError(
+            f"config.unet.norm_num_groups is {unet.norm_num_groups}, as many as there are channels at a resolution of "
+            f"config.unet.block_out_channels {unet.block_out_channels}; a norm of single channels erases the time "
+            "embedding, so it must be less"
+        )
     _divides("unet.attention_heads", unet.attention_heads, unet.block_out_channels)
     if size < 2 ** (len(unet.block_out_channels) - 1):
         raise InputError(
@@ -218,12 +224,6 @@ def validate_devices(config: ConfigDict, devices: int) -> None:
         value = flatten(config)[name]
         if value % devices:
             raise InputError(f"config.{name} is {value}; it must be a multiple of the {devices} devices")
-    every = config.autoencoder.loss.perceptual_every
-    if config.autoencoder.batch_size // devices % every:
-        raise InputError(
-            f"config.autoencoder.loss.perceptual_every is {every}; it must divide the "
-            f"{config.autoencoder.batch_size // devices} examples that each of the {devices} devices has"
-        )
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:

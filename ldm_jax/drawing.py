@@ -51,14 +51,16 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
     if values.batch_size and values.batch_size % devices:
         raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
+    sampler = values.sampler or sampling.sampler
+    default_eta = sampling.eta if sampler == sampling.sampler else 0.0  # the config's eta is its own sampler's
     return Drawing(
         num=values.num,
         labels=labels,
         seed=values.seed,
         guidance=sampling.guidance if values.guidance is None else values.guidance,
-        sampler=values.sampler or sampling.sampler,
+        sampler=sampler,
         steps=values.steps or sampling.steps,
-        eta=sampling.eta if values.eta is None else values.eta,
+        eta=default_eta if values.eta is None else values.eta,
     )
 
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
-    flags.DEFINE_string("model", None, "a run folder", flag_values=values)
-    flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
     commands.define_drawing_flags(values, num=10_000)
     commands.define_device_flags(values)

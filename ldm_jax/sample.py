@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
-    flags.DEFINE_string("model", None, "a run folder", flag_values=values)
-    flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
     commands.define_drawing_flags(values, num=64)
     flags.DEFINE_string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)

@@ -11,16 +11,20 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that every test is a test of data parallelism too
+jax.config.update("jax_disable_most_optimizations", True)  # most tests compile for longer than they compute
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
-# One compilation cache for the whole session, the processes that tests start included. JAX looks once, at its first
-# compilation, whether there is one, so it is set before any test runs.
-CACHE = Path(tempfile.mkdtemp(prefix="ldm_jax_tests_"))
-os.environ["XDG_CACHE_HOME"] = str(CACHE)
-jax.config.update("jax_compilation_cache_dir", str(CACHE / "ldm_jax" / "xla"))
+# One compilation cache for the whole session, its workers and the processes that tests start. JAX looks once, at its
+# first compilation, whether there is one, so it is set before any test runs.
+OWNER = "LDM_JAX_TESTS" not in os.environ
+if OWNER:
+    os.environ["LDM_JAX_TESTS"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ldm_jax_tests_")
+jax.config.update("jax_compilation_cache_dir", str(Path(os.environ["XDG_CACHE_HOME"]) / "ldm_jax" / "xla"))
 
 
 def pytest_unconfigure():
-    shutil.rmtree(CACHE, ignore_errors=True)
+    if OWNER:
+        shutil.rmtree(os.environ["LDM_JAX_TESTS"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,10 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from ldm_jax import commands, train
@@ -32,20 +30,9 @@ def flags(data, workdir, *changes):
     return [*SMALL, f"--config.data.dir={data}", f"--workdir={workdir}", *changes]
 
 
-@contextmanager
-def quick_compilation():
-    """XLA compiles in about half the time; what it makes is slower, which no tiny job notices."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
-
-
 def train_here(data, workdir, *changes):
     """Runs a small job in this process, on its 4 devices; returns the exit status."""
-    with quick_compilation():
-        return commands.run(train.main, ["train", *flags(data, workdir, *changes)])
+    return commands.run(train.main, ["train", *flags(data, workdir, *changes)])
 
 
 def start(data, workdir, *changes, devices=1):

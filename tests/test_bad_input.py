@@ -58,6 +58,7 @@ TRAIN = {  # flags -> what the line must say
         [TINY, "--config.autoencoder.norm_num_groups=5"],
         "does not divide 8",
     ),
+    "a norm that erases the time": ([TINY, "--config.unet.norm_num_groups=8"], "must be less"),
     "heads that do not divide": ([TINY, "--config.unet.attention_heads=3"], "does not divide"),
     "attention for other resolutions": ([TINY, "--config.unet.attention=(True,)"], "equally long"),
     "more resolutions than latents have": (
@@ -414,8 +415,7 @@ def test_a_loss_that_is_not_finite(tiny_data, tmp_path, capsys):
     """Status 1: the line names the step and the first tensor, and the last good state is saved."""
     workdir = tmp_path / "run"
     flags = jobs.flags(tiny_data, workdir, "--config.autoencoder.learning_rate=1e36")
-    with jobs.quick_compilation():
-        line = fails(train.main, flags, capsys, status=1)
+    line = fails(train.main, flags, capsys, status=1)
     step = int(re.search(r"not finite at step (\d+) \(seed 0\)", line)[1])
     assert "stage 'autoencoder'" in line
     assert re.search(r"the first tensor that is not: \w+", line)
@@ -439,7 +439,7 @@ def files_of_at_most(size):
 @pytest.mark.parametrize("size", [100, 60_000])
 def test_a_full_disk(size, tiny_data, tmp_path, capsys):
     """Status 1, whether it is full at once or at the first checkpoint; with room again, the command goes on."""
-    with jobs.quick_compilation(), files_of_at_most(size):
+    with files_of_at_most(size):
         line = fails(train.main, jobs.flags(tiny_data, tmp_path / "run"), capsys, status=1)
     assert str(tmp_path / "run") in line
 

@@ -1,5 +1,6 @@
 """What a picture depends on, and every kind of model through the whole job."""
 
+import jax
 import jobs
 import numpy as np
 import pytest
@@ -14,11 +15,17 @@ from ldm_jax.training.parallel import replicate
 
 
 class Model:
-    """A trained model with its generators, which are kept, as each compiles."""
+    """A trained model with its generators, which are kept, as each compiles.
+
+    Eight steps taught its network next to nothing; random changes of all parameters make it answer to its inputs.
+    """
 
     def __init__(self, workdir):
         self.trained = trained.load(workdir)
-        self.params = replicate(self.trained.params)
+        rng, params = np.random.default_rng(0), dict(self.trained.params)
+        for part in ("unet", "conditioner"):
+            params[part] = jax.tree.map(lambda p: p + rng.normal(0, 0.2, p.shape).astype(p.dtype), params[part])
+        self.params = replicate(params)
         self.generators = {}
 
     def generator(self, batch_size):
@@ -60,7 +67,7 @@ def test_seed_number_label_and_guidance_do_matter(model):
     plain = one()
     np.testing.assert_array_equal(plain, one())
     for changed in (one(number=4), one(seed=6), one(label=1), one(guidance=4.0)):
-        assert np.abs(changed - plain).max() > 1e-4
+        assert np.abs(changed - plain).max() > 0.01
 
 
 def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional(model):
@@ -69,7 +76,7 @@ def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional(
 
     np.testing.assert_allclose(draw(1.0, [2]), draw(1.0 + 1e-6, [2]), **CLOSE)  # 1 takes the path without guidance
     np.testing.assert_allclose(draw(0.0, [2]), draw(1.0, []), **CLOSE)
-    assert np.abs(draw(1.0, [2]) - draw(1.0, [])).max() > 1e-4
+    assert np.abs(draw(1.0, [2]) - draw(1.0, [])).max() > 0.01
 
 
 def test_frames_lead_from_noise_to_the_picture(model):

@@ -1,10 +1,13 @@
 """The whole job on one device, on four, and on two processes of two: the same losses and the same pictures."""
 
+import re
 import shutil
+import signal
 import socket
 
 import jobs
 import numpy as np
+import pytest
 
 
 def assert_same_losses(run, other):
@@ -34,21 +37,41 @@ def test_a_run_goes_on_with_another_number_of_devices(one_device_run, tiny_data,
     jobs.assert_same_training(run, one_device_run, rtol=2e-2, atol=5e-3)
 
 
-def test_two_processes_do_as_one(one_device_run, tiny_data, tmp_path):
+@pytest.fixture
+def start_two(tiny_data):
+    """start_two(run, *changes): two processes of two devices each, ended with the test."""
+    started = []
+
+    def start(run, *changes):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        hosts = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+        for i in range(2):
+            started.append(jobs.start(tiny_data, run, *hosts, f"--process_id={i}", *changes, devices=2))
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_two_processes_do_as_one(one_device_run, start_two, tmp_path):
     """Both write to one run folder, as hosts with a common disk do."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     run = tmp_path / "run"
-    hosts = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    processes = [jobs.start(tiny_data, run, *hosts, f"--process_id={i}", devices=2) for i in range(2)]
-    try:
-        outputs = [jobs.finish(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    outputs = [jobs.finish(process, timeout=400) for process in start_two(run)]
     assert "Device: 4 x cpu" in outputs[0]
     assert "on 2 hosts" in outputs[0]
     assert "Done: " in outputs[0]
     assert_same_losses(run, one_device_run)
     assert_same_samples(run, one_device_run)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(start_two, tmp_path):
+    run = tmp_path / "run"
+    processes = start_two(run, "--config.autoencoder.steps=1000000")
+    jobs.stop_when(processes[1], lambda: (run / "autoencoder" / "4").exists(), signal.SIGTERM)
+    outputs = [jobs.finish(process, timeout=400) for process in processes]
+    steps = [re.search(r"Interrupted: stopped at step (\d+)", output)[1] for output in outputs]
+    assert steps[0] == steps[1]
+    assert (run / "autoencoder" / steps[0]).exists()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm
+from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, UpsamplingConv
 
 Dtype = Any
 
@@ -88,6 +88,8 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         """[B, H, W, C] -> [B, 2H, 2W, features], or [B, *size, features]."""
+        if size is None or size == (2 * x.shape[1], 2 * x.shape[2]):
+            return UpsamplingConv(self.features, torch_init, dtype=self.dtype, name="conv")(x)
         return conv(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x, size))
 
 

@@ -58,6 +58,13 @@ def make_autoencoder_stage(
         ema_params = {"autoencoder": jax.tree.map(jnp.copy, params["autoencoder"])}
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
 
+    def prepare(batch: dict, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(pixels x, one key an example for its latent)."""
+        keys = example_keys(seed, STREAM, batch["step"], batch["id"])
+        key_flip, key_raw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        x = to_pixels(batch["x"])
+        return flip_images(x, key_flip) if flip else x, key_raw
+
     def reconstruct(params: dict, x: jax.Array, keys: jax.Array) -> tuple[tuple, tuple]:
         """((x_hat, regularizer), (features before the last layer, metrics))."""
         code = autoencoder.apply({"params": params}, x, method="encode")
@@ -109,10 +116,7 @@ def make_autoencoder_stage(
         def mean(tree):
             return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
-        keys = example_keys(seed, STREAM, batch["step"], batch["id"])
-        key_flip, key_raw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        x = to_pixels(batch["x"])
-        x = flip_images(x, key_flip) if flip else x
+        x, key_raw = prepare(batch, seed)
         params = state.params["autoencoder"]
         (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(
             lambda params: reconstruct(params, x, key_raw), params, has_aux=True
@@ -157,10 +161,9 @@ def make_autoencoder_stage(
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        keys = example_keys(seed, STREAM, batch["step"], batch["id"])
-        x, params = to_pixels(batch["x"]), state.params["autoencoder"]
+        (x, key_raw), params = prepare(batch, seed), state.params["autoencoder"]
         (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(
-            lambda params: reconstruct(params, x, keys), params, has_aux=True
+            lambda params: reconstruct(params, x, key_raw), params, has_aux=True
         )
         (loss, terms), at_x_hat = jax.value_and_grad(reconstruction_loss, has_aux=True)(x_hat, x, frozen.get("lpips"))
         (grads,) = pull_back((at_x_hat, jnp.ones_like(regularizer)))

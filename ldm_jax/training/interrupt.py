@@ -2,6 +2,8 @@
 
 Python runs signal handlers only between its own instructions, and a compilation can keep it from those for a minute.
 A thread therefore watches the wake-up pipe, which the C-level handler writes to at any time.
+
+In runs over several processes JAX itself takes SIGTERM, and has all of them stop at the same step.
 """
 
 import os
@@ -24,7 +26,9 @@ class InterruptWatch:
 
     def __enter__(self) -> "InterruptWatch":
         self._guarded = self._asked = False
-        self._lock = threading.Lock()
+        self._lock, self._old = threading.Lock(), {}
+        if jax.process_count() > 1:
+            return self
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._old_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
@@ -33,10 +37,11 @@ class InterruptWatch:
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        signal.set_wakeup_fd(self._old_fd)
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._sender.close()
+        if self._old:
+            signal.set_wakeup_fd(self._old_fd)
+            for number, handler in self._old.items():
+                signal.signal(number, handler)
+            self._sender.close()
 
     def _watch(self) -> None:
         with self._receiver:

@@ -6,9 +6,22 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, sum_rows
+from ldm_jax.models.layers import upsample_nearest
+from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, UpsamplingConv, sum_rows
 
 INIT = nn.initializers.normal(0.5)
+
+
+CONV = nn.Conv(6, (3, 3), padding=((1, 1), (1, 1)))
+
+
+class UpsampleThenConv:
+    init = staticmethod(CONV.init)
+
+    @staticmethod
+    def apply(variables, x):
+        return CONV.apply(variables, upsample_nearest(x))
+
 
 PAIRS = {
     "dense": (Dense(6, INIT), nn.Dense(6)),
@@ -18,6 +31,7 @@ PAIRS = {
         Conv(6, 3, 2, (0, 1), INIT),
         nn.Conv(6, (3, 3), strides=2, padding=((0, 1), (0, 1))),
     ),
+    "upsampling conv": (UpsamplingConv(6, INIT), UpsampleThenConv),
     "conv 1x1": (Conv(6, 1, 1, (0, 0), INIT), nn.Conv(6, (1, 1))),
     "group norm": (GroupNorm(4, 1e-5), nn.GroupNorm(4, epsilon=1e-5, use_fast_variance=False)),
     "group norm, a channel a group": (GroupNorm(8, 1e-6), nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)),
@@ -47,7 +61,7 @@ def test_values_and_gradients_are_those_of_flax(name, mean):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", ["dense", "conv 3x3", "conv 1x1", "group norm", "layer norm"])
+@pytest.mark.parametrize("name", ["dense", "conv 3x3", "upsampling conv", "conv 1x1", "group norm", "layer norm"])
 def test_bfloat16_is_computed_from_float32_parameters(name):
     ours = PAIRS[name][0].clone(dtype=jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))

@@ -12,11 +12,11 @@ import tiny
 
 from ldm_jax import builders
 from ldm_jax.data.pixels import to_pixels
+from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.training.loop import first_nonfinite
 from ldm_jax.training.parallel import parallel_step, replicate, shard
 
 IMAGES, LABELS = tiny.pictures(16)
-QUICK = {"xla_backend_optimization_level": 0}  # for what takes longer to compile than to run
 
 
 class Compiled(NamedTuple):
@@ -34,7 +34,7 @@ def compiled(which, **changes):
         stage = builders.build_diffusion_stage(config(**changes), 4)
     else:
         stage = builders.build_autoencoder_stage(config(**changes))
-    init = jax.jit(stage.init, compiler_options=QUICK)
+    init = jax.jit(stage.init)
     return Compiled(stage, init(jax.random.key(0)), jax.jit(stage.step))
 
 
@@ -118,6 +118,21 @@ def test_the_adversarial_term_waits_for_its_start():
         assert not moved or number >= 2
 
 
+def test_the_perceptual_term_is_measured_on_a_share():
+    changes = {"perceptual": 0.5, "perceptual_every": 4, "perceptual_size": 16}
+    c = config(**{f"autoencoder__loss__{name}": value for name, value in changes.items()})
+    stage, lpips = builders.build_autoencoder_stage(c), builders.build_lpips(c)
+    frozen, batch = {"lpips": load_lpips("vgg16")[0]}, autoencoder_batch()
+    state = jax.jit(stage.init)(jax.random.key(0))
+    after, metrics = jax.jit(stage.step)(state, frozen, batch, np.uint32(0))
+    seen = jax.jit(stage.trace)(state, frozen, batch, np.uint32(0))
+    distance = lpips.apply({"params": frozen["lpips"]}, seen["x"][[0, 4]], seen["x_hat"][[0, 4]]).mean()
+    np.testing.assert_allclose(metrics["perceptual"], distance, rtol=1e-4)
+    expected = metrics["l1"] + 0.5 * distance + c.autoencoder.loss.kl * metrics["kl"]
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+    assert int(after.step) == 1
+
+
 def test_one_backward_pass_gives_the_gradient_of_all_terms():
     """The step's gradient = that of the plain sum of the terms, with the adaptive weight of Esser 2021, eq. 7."""
     c = config(autoencoder__loss__adversarial=0.7, autoencoder__loss__adversarial_start=0, autoencoder__loss__kl=0.1)
@@ -142,13 +157,13 @@ def test_one_backward_pass_gives_the_gradient_of_all_terms():
         weights=c.autoencoder.loss, adversarial_start=0, perceptual_every=1, flip=False,
         optimizer=spy(), discriminator_optimizer=optax.sgd(0.0), ema_decay=0.9,
     )  # fmt: skip
-    state, batch = jax.jit(stage.init, compiler_options=QUICK)(jax.random.key(1)), autoencoder_batch()
+    state, batch = jax.jit(stage.init)(jax.random.key(1)), autoencoder_batch()
 
     def step(state, batch):
         _, metrics = stage.step(state, {}, batch, np.uint32(3))
         return seen.pop(), metrics
 
-    seen, metrics = jax.jit(step, compiler_options=QUICK)(state, batch)
+    seen, metrics = jax.jit(step)(state, batch)
     x, params = to_pixels(batch["x"]), state.params["autoencoder"]
     keys = jax.vmap(jax.random.split)(example_keys(np.uint32(3), STREAM, 0, batch["id"]))[:, 1]
 
@@ -165,9 +180,7 @@ def test_one_backward_pass_gives_the_gradient_of_all_terms():
     def kl(params):
         return kl_divergence(reconstruct(params)[1]).mean() / 64
 
-    g_l1, g_adversarial, g_kl = (
-        jax.jit(jax.grad(f), compiler_options=QUICK)(params) for f in (l1, adversarial, kl)
-    )
+    g_l1, g_adversarial, g_kl = (jax.jit(jax.grad(f))(params) for f in (l1, adversarial, kl))
     last = [jnp.linalg.norm(g["decoder"]["conv_out"]["kernel"]) for g in (g_l1, g_adversarial)]
     weight = 0.7 * last[0] / (last[1] + 1e-4)
     np.testing.assert_allclose(metrics["adversarial_weight"], weight, rtol=1e-4)
@@ -210,11 +223,9 @@ def test_the_diffusion_model_learns_one_example(name):
 def test_pixels_without_labels_are_diffused_by_the_same_stage():
     c = config(autoencoder__kind="none", data__flip=True, **SMALL)
     stage = builders.build_diffusion_stage(c, 0)
-    state = jax.jit(stage.init, compiler_options=QUICK)(jax.random.key(0))
+    state = jax.jit(stage.init)(jax.random.key(0))
     frozen = {"autoencoder": {}, "shift": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
-    state, metrics = jax.jit(stage.step, compiler_options=QUICK)(
-        state, frozen, autoencoder_batch(), np.uint32(0)
-    )
+    state, metrics = jax.jit(stage.step)(state, frozen, autoencoder_batch(), np.uint32(0))
     assert np.isfinite(metrics["loss"])
     assert int(state.step) == 1
 

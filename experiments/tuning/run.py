@@ -1,0 +1,145 @@
+"""What was tried for configs/fashion_mnist.py: each row is the default job with a few fields changed.
+
+    .venv/bin/python -m experiments.tuning.run autoencoder|diffusion [ROW ...] [--data_dir=data] [--runs=runs/tuning]
+
+Rows that are in results.json already are not run again. The rows of `diffusion` share the autoencoder of the first.
+Prints the table of README.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from experiments.judge.classifier import judge
+from experiments.judge.run import load_judge
+from ldm_jax import builders, trained
+from ldm_jax.data.datasets import load_dataset
+from ldm_jax.evaluation.features import lpips_distance
+from ldm_jax.evaluation.metrics import frechet_distance, psnr
+from ldm_jax.first_stage import reconstruct
+from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
+from ldm_jax.xla import configure
+
+HERE = Path(__file__).parent
+SHORT = {
+    "autoencoder.steps": 800,
+    "autoencoder.batch_size": 64,
+    "autoencoder.warmup_steps": 100,
+    "autoencoder.loss.perceptual": 0.0,
+}
+LPIPS = {"autoencoder.loss.perceptual": 0.5, "autoencoder.loss.perceptual_every": 8}
+ADVERSARIAL = {
+    "autoencoder.loss.adversarial": 0.2,
+    "autoencoder.loss.adversarial_start": 400,
+    "autoencoder.discriminator.layers": 2,
+    "autoencoder.discriminator.channels": 32,
+}
+HALF = {"autoencoder.steps": 1600, "autoencoder.batch_size": 32}
+ROWS = {
+    "autoencoder": {
+        "L1": SHORT,
+        "L1, half the batch, twice the steps": SHORT | HALF,
+        "L1 + LPIPS on 1 of 8": SHORT | LPIPS,
+        "L1 + adversarial": SHORT | ADVERSARIAL,
+        "L1 + LPIPS on 1 of 8 + adversarial": SHORT | LPIPS | ADVERSARIAL,
+        "L1 + LPIPS on 1 of 8, half the batch, twice the steps": SHORT | LPIPS | HALF,
+        "L1, a quarter of the batch, four times the steps": SHORT
+        | {"autoencoder.steps": 3200, "autoencoder.batch_size": 16},
+    },
+    "diffusion": {
+        "batch 128, 600 steps": {"diffusion.batch_size": 128, "diffusion.steps": 600},
+        "batch 64, 1200 steps": {},
+        "scaled_linear": {"diffusion.schedule": "scaled_linear"},
+        "cosine": {"diffusion.schedule": "cosine"},
+        "v": {"diffusion.prediction": "v"},
+        "min-SNR": {"diffusion.weighting": "min_snr"},
+        "attention at 7x7 too": {"unet.attention": (True, True)},
+        "4 tokens a class": {"unet.context_tokens": 4},
+    },
+}
+ONLY_AUTOENCODER = {"diffusion.steps": 1, "sampling.num": 0, "sampling.progress_every": 0}
+ONLY_DIFFUSION = {
+    "diffusion.steps": 1200,
+    "diffusion.batch_size": 64,
+    "sampling.num": 2000,
+    "sampling.progress_every": 0,
+    "evaluation.num_reference": 500,
+}
+
+
+def train(workdir: Path, changes: dict, data_dir: str) -> None:
+    flags = [f"--config.{name}={value}" for name, value in changes.items()]
+    command = [sys.executable, "-m", "ldm_jax.train", "--config=configs/fashion_mnist.py", f"--workdir={workdir}"]
+    subprocess.run([*command, f"--config.data.dir={data_dir}", *flags], check=True, stdout=subprocess.DEVNULL)
+
+
+def seconds(workdir: Path, part: str) -> float:
+    """Of the part, without compilation."""
+    timings = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = next(line for line in timings if f"{part}_seconds" in line)
+    return found[f"{part}_seconds"] - found[f"{part}_compile_seconds"]
+
+
+def read_by(judge_params: dict, images: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> dict:
+    features, classes = judge(judge_params, images)
+    return {
+        "judge_distance": frechet_distance(features, reference),
+        "read_as_intended": float((classes == labels).mean()),
+    }
+
+
+def score_autoencoder(workdir: Path, test_set: dict, judge_params: dict, reference: np.ndarray) -> dict:
+    model = trained.load(workdir)
+    first_stage, x = builders.build_first_stage(model.config), test_set["x"]
+    decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
+    images = map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": x}, 500)
+    return {
+        "seconds": seconds(workdir, "autoencoder"),
+        "psnr": float(np.mean(psnr(x, images))),
+        "lpips": float(lpips_distance(batch_size=250)(x[:2000], images[:2000]).mean()),
+    } | read_by(judge_params, images, test_set["label"], reference)
+
+
+def score_diffusion(workdir: Path, test_set: dict, judge_params: dict, reference: np.ndarray) -> dict:
+    with np.load(workdir / "samples.npz") as samples:
+        result = read_by(judge_params, samples["images"], samples["labels"], reference)
+    return {"seconds": seconds(workdir, "diffusion")} | result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=ROWS)
+    parser.add_argument("rows", nargs="*", help="names of rows; default: all")
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--runs", type=Path, default=Path("runs/tuning"))
+    args = parser.parse_args()
+    configure()
+    path, rows = HERE / "results.json", ROWS[args.what]
+    results = json.loads(path.read_text()) if path.exists() else {what: {} for what in ROWS}
+    train_set, test_set = (load_dataset("fashion_mnist", s, data_dir=args.data_dir).arrays for s in ("train", "test"))
+    judge_params = load_judge(train_set, epochs=4)
+    reference = judge(judge_params, test_set["x"])[0]
+    score = score_autoencoder if args.what == "autoencoder" else score_diffusion
+    shared = ONLY_AUTOENCODER
+    if args.what == "diffusion":
+        autoencoder = args.runs / "autoencoder_of_the_config"
+        train(autoencoder, ONLY_AUTOENCODER, args.data_dir)
+        shared = ONLY_DIFFUSION | {"autoencoder.checkpoint": autoencoder}
+    for name in args.rows or rows:
+        if name not in results[args.what]:
+            workdir = args.runs / f"{args.what} {name}".replace(" ", "_")
+            train(workdir, shared | rows[name], args.data_dir)
+            results[args.what][name] = score(workdir, test_set, judge_params, reference)
+            path.write_text(json.dumps(results, indent=2) + "\n")
+        print(
+            f"{name:>40} " + "  ".join(f"{key} {value:.3f}" for key, value in results[args.what][name].items()),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
