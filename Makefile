@@ -22,6 +22,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
 endif
 REQUIREMENTS := $(wildcard requirements.txt requirements-dev.txt)
 IDX_FILES := usr/share/datasets/fashion-mnist
+INSTALLED := /$(IDX_FILES)
 
 help:
 	@sed -n 's/^# \?//p; /^$$/q' Makefile
@@ -42,7 +43,7 @@ parity: .venv-parity/ready
 # The program downloads what isn't here, so that a failure is no error. The folder appears whole, by its renaming.
 data:
 	@$(functions)
-	[ -e data/$(IDX_FILES) ] || [ -e /$(IDX_FILES) ] || [ -e data/fashion_mnist/1.0.0 ] || {
+	[ -e data/$(IDX_FILES) ] || [ -e $(INSTALLED) ] || [ -e data/fashion_mnist/1.0.0 ] || {
 		unpack_package dataset-fashion-mnist data/package &&
 		mkdir -p data/$(dir $(IDX_FILES)) &&
 		mv data/package/$(IDX_FILES) data/$(IDX_FILES)

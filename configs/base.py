@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     loss.perceptual = 1.0  # weight of LPIPS
     loss.perceptual_net = "vgg16"  # vgg16 | alexnet (wants 64 pixels or more: see perceptual_size)
     loss.perceptual_size = 0  # pixels that images are resized to for LPIPS; 0 = as they are
-    loss.perceptual_every = 1  # LPIPS is measured on a device's every so-many-th example: it costs a lot
+    loss.perceptual_every = 1  # LPIPS is measured on every so-many-th example: it costs more than the autoencoder
     loss.kl = 1e-6  # weight of the KL, summed over latents per pixel (Rombach 2022's unit)
     loss.codebook = 1.0  # vq only: weight of |sg(h) - e|^2
     loss.commitment = 0.25  # vq only: weight of |h - sg(e)|^2

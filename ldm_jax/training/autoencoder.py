@@ -43,7 +43,8 @@ def make_autoencoder_stage(
     """Builds the stage. `weights` has reconstruction, perceptual, adversarial, and kl, or codebook and commitment.
 
     `lpips` or `discriminator` None leaves that term out. A batch holds `x` [B, H, W, C] uint8 and `id` [B] int32.
-    LPIPS is measured on every `perceptual_every`-th example of a batch: an unbiased estimate at a fraction of its cost.
+    LPIPS is measured on the examples whose `id` is a multiple of `perceptual_every`, which divides the whole batch: an
+    unbiased estimate at a fraction of its cost, the same on any number of devices.
     """
     last_layer = ("decoder", "conv_out", "kernel")
 
@@ -80,12 +81,21 @@ def make_autoencoder_stage(
         x_hat = autoencoder.apply({"params": params}, features, method="to_pixels")
         return (x_hat, regularizer), (features, metrics)
 
-    def reconstruction_loss(x_hat: jax.Array, x: jax.Array, lpips_params: Any) -> tuple[jax.Array, dict]:
+    def perceptual(x_hat: jax.Array, x: jax.Array, ids: jax.Array, lpips_params: Any) -> jax.Array:
+        """Mean LPIPS of the examples that have their turn; the mean over the devices is that over the batch."""
+        n = len(ids)
+        some = -ids[0] % perceptual_every + jnp.arange(0, n, perceptual_every)  # ids follow one another
+        distance = lpips.apply({"params": lpips_params}, x[some % n], x_hat[some % n])
+        # A device with fewer than `perceptual_every` examples may have none; what it measured instead does not count.
+        return jnp.where(some < n, distance, 0.0).sum() * perceptual_every / n
+
+    def reconstruction_loss(
+        x_hat: jax.Array, x: jax.Array, ids: jax.Array, lpips_params: Any
+    ) -> tuple[jax.Array, dict]:
         l1 = jnp.abs(x - x_hat).mean()
         loss, metrics = weights["reconstruction"] * l1, {"l1": l1}
         if lpips is not None:
-            some = slice(None, None, perceptual_every)
-            metrics["perceptual"] = lpips.apply({"params": lpips_params}, x[some], x_hat[some]).mean()
+            metrics["perceptual"] = perceptual(x_hat, x, ids, lpips_params)
             loss += weights["perceptual"] * metrics["perceptual"]
         return loss, metrics
 
@@ -122,7 +132,7 @@ def make_autoencoder_stage(
             lambda params: reconstruct(params, x, key_raw), params, has_aux=True
         )
         (rec_loss, rec_metrics), at_x_hat = jax.value_and_grad(reconstruction_loss, has_aux=True)(
-            x_hat, x, frozen.get("lpips")
+            x_hat, x, batch["id"], frozen.get("lpips")
         )
         metrics = metrics | rec_metrics | {"loss": rec_loss + regularizer}
 
@@ -165,7 +175,9 @@ def make_autoencoder_stage(
         (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(
             lambda params: reconstruct(params, x, key_raw), params, has_aux=True
         )
-        (loss, terms), at_x_hat = jax.value_and_grad(reconstruction_loss, has_aux=True)(x_hat, x, frozen.get("lpips"))
+        (loss, terms), at_x_hat = jax.value_and_grad(reconstruction_loss, has_aux=True)(
+            x_hat, x, batch["id"], frozen.get("lpips")
+        )
         (grads,) = pull_back((at_x_hat, jnp.ones_like(regularizer)))
         seen = {"params": state.params, "x": x, "features": features, "x_hat": x_hat, "terms": metrics | terms}
         if discriminator is not None:

@@ -19,8 +19,7 @@ from ldm_jax.models.inception import inception_input  # noqa: E402
 def fidelity():
     """The two modules of torch-fidelity that matter, without its __init__, which imports torchvision."""
     spec = importlib.util.find_spec("torch_fidelity")
-    if spec is None:
-        pytest.skip("torch-fidelity is not installed")
+    assert spec, "torch-fidelity is missing; `make parity` installs it"
     package = ModuleType("torch_fidelity")
     package.__path__ = list(spec.submodule_search_locations)
     with pytest.MonkeyPatch.context() as patch:

@@ -131,6 +131,12 @@ def test_the_perceptual_term_is_measured_on_a_share():
     expected = metrics["l1"] + 0.5 * distance + c.autoencoder.loss.kl * metrics["kl"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
     assert int(after.step) == 1
+    # Of four devices with two examples each, two have none to measure.
+    step = parallel_step(stage.step)
+    arrays = {name: value for name, value in batch.items() if name != "step"}
+    metrics_many = step(replicate(jax.device_get(state)), frozen, {}, shard(arrays), np.int32(0), np.uint32(0))[1]
+    for name in metrics:
+        np.testing.assert_allclose(metrics_many[name], metrics[name], rtol=2e-3, atol=1e-5, err_msg=name)
 
 
 def test_one_backward_pass_gives_the_gradient_of_all_terms():
