@@ -81,13 +81,13 @@ def get_config() -> ConfigDict:
     sampling.spacing = "trailing"  # leading | trailing | linspace
     sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
     sampling.guidance = 1.5  # classifier-free guidance scale; 1 = none
-    sampling.batch_size = 500
+    sampling.batch_size = 512
     sampling.progress_every = 2_000  # steps between the sample grids made while training; 0 = none
 
     evaluation = config.evaluation = ConfigDict()
     evaluation.num_reference = 10_000  # test images compared with; fewer if the split is smaller
     evaluation.resize = 32  # pixels that images are resized to for VGG16
-    evaluation.batch_size = 250
+    evaluation.batch_size = 256
     evaluation.inception_weights = (
         ""  # file with the FID Inception's weights (.pth or .safetensors); "" = no Inception FID
     )

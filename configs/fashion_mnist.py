@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     sampling.sampler = "dpmpp_2m"
     sampling.steps = 12
     sampling.guidance = 1.75
-    sampling.batch_size = 200
+    sampling.batch_size = 256
     sampling.progress_every = 1_000
     config.checkpoint_every = 500
     return config.lock()

@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
     diffusion.ema_decay = 0.9995
 
     config.sampling.steps = 25
-    config.sampling.batch_size = 1_000
+    config.sampling.batch_size = 1_024
     config.sampling.progress_every = 5_000
-    config.evaluation.batch_size = 500
+    config.evaluation.batch_size = 512
     config.checkpoint_every = 5_000
     return config.lock()

@@ -1,0 +1,20 @@
+"""The configs that the project ships are sound, on any usual number of devices."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from ldm_jax import configuration, job
+
+NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_config_is_sound(name, capsys):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    configuration.validate(config)
+    for devices in (1, 2, 4, 8, 16, 32):
+        configuration.validate_devices(config, devices)
+    job.describe_models(config, num_classes=10)
+    assert "unet" in capsys.readouterr().out
