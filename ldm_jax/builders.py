@@ -111,7 +111,6 @@ def build_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
         lpips=build_lpips(config),
         image_shape=(config.data.image_size, config.data.image_size, channels),
         weights=autoencoder.loss,
-        adversarial_start=autoencoder.loss.adversarial_start,
         perceptual_every=autoencoder.loss.perceptual_every,
         flip=config.data.flip,
         optimizer=make_optimizer(**optimizer),

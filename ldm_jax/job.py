@@ -177,15 +177,16 @@ def train_autoencoder(run: Run) -> None:
             strip = pictures.reconstruction_strip(shown, images)
             pictures.save_png(strip, run.workdir / "progress" / f"autoencoder_{step:06d}.png")
 
-    net, identity = config.autoencoder.loss.perceptual_net, _identity(config, AUTOENCODER_FIELDS)
+    loss, identity = config.autoencoder.loss, _identity(config, AUTOENCODER_FIELDS)
     with Checkpoints(folder, keep=config.keep_checkpoints, identity=identity) as checkpoints:
         train(
             "autoencoder",
             stage,
             steps=config.autoencoder.steps,
             feed=make_feed(config, run.train_set, config.autoencoder.batch_size),
-            frozen={"lpips": load_lpips(net)[0]} if config.autoencoder.loss.perceptual else {},
+            frozen={"lpips": load_lpips(loss.perceptual_net)[0]} if loss.perceptual else {},
             checkpoints=checkpoints,
+            variant=lambda step: {"adversarial": loss.adversarial > 0 and step >= loss.adversarial_start},
             after_step=show,
             **_loop_fields(run),
         )

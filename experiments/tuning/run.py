@@ -39,6 +39,7 @@ ADVERSARIAL = {
     "autoencoder.discriminator.channels": 32,
 }
 HALF = {"autoencoder.steps": 1600, "autoencoder.batch_size": 32}
+COSINE_V = {"diffusion.schedule": "cosine", "diffusion.prediction": "v"}
 ROWS = {
     "autoencoder": {
         "L1": SHORT,
@@ -52,13 +53,18 @@ ROWS = {
         "scaled_linear": {"diffusion.schedule": "scaled_linear"},
         "cosine": {"diffusion.schedule": "cosine"},
         "linear, twice the batch, half the steps": {"diffusion.batch_size": 128, "diffusion.steps": 600},
-        "cosine, v": {"diffusion.schedule": "cosine", "diffusion.prediction": "v"},
+        "cosine, v": COSINE_V,
+        "scaled_linear, v": COSINE_V | {"diffusion.schedule": "scaled_linear"},
+        "cosine, v, half the batch, twice the steps": COSINE_V | {"diffusion.batch_size": 32, "diffusion.steps": 2400},
+        "cosine, v, min-SNR": COSINE_V | {"diffusion.weighting": "min_snr"},
+        "cosine, v, twice the learning rate": COSINE_V | {"diffusion.learning_rate": 2e-3},
     },
 }
 ONLY_AUTOENCODER = {"diffusion.steps": 1, "sampling.num": 0, "sampling.progress_every": 0}
 SHARED_AUTOENCODER = {"autoencoder.steps": 2800} | LPIPS
 ONLY_DIFFUSION = SHARED_AUTOENCODER | {
     "diffusion.schedule": "linear",
+    "diffusion.prediction": "eps",
     "diffusion.steps": 1200,
     "diffusion.batch_size": 64,
     "sampling.num": 2000,

@@ -33,7 +33,6 @@ def make_autoencoder_stage(
     lpips: nn.Module | None,
     image_shape: tuple[int, int, int],
     weights: Mapping[str, float],
-    adversarial_start: int,
     perceptual_every: int,
     flip: bool,
     optimizer: optax.GradientTransformation,
@@ -44,7 +43,8 @@ def make_autoencoder_stage(
 
     `lpips` or `discriminator` None leaves that term out. A batch holds `x` [B, H, W, C] uint8 and `id` [B] int32.
     LPIPS is measured on the examples whose `id` is a multiple of `perceptual_every`, which divides the whole batch: an
-    unbiased estimate at a fraction of its cost, the same on any number of devices.
+    unbiased estimate at a fraction of its cost, the same on any number of devices. The step's `adversarial` is compiled
+    in: with False the discriminator neither takes part nor learns.
     """
     last_layer = ("decoder", "conv_out", "kernel")
 
@@ -108,21 +108,13 @@ def make_autoencoder_stage(
         loss = 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
         return loss, {"logits_real": real.mean(), "logits_fake": fake.mean()}
 
-    def adversarial(params: dict, x: jax.Array, x_hat: jax.Array, active: jax.Array) -> tuple:
-        """Gradient of the generator's loss -E[D(x_hat)] at x_hat, the discriminator's own gradient, and metrics.
+    def adversarial_gradients(params: dict, x: jax.Array, x_hat: jax.Array) -> tuple:
+        """Gradient of the generator's loss -E[D(x_hat)] at x_hat, the discriminator's own gradient, and metrics."""
+        generator = jax.grad(lambda x_hat: -logits(params, x_hat).mean())(x_hat)
+        (loss, metrics), own = jax.value_and_grad(discriminator_loss, has_aux=True)(params, x, x_hat)
+        return generator, own, {"discriminator": loss} | metrics
 
-        All zeros before the start step, at no cost.
-        """
-
-        def on() -> tuple:
-            generator = jax.grad(lambda x_hat: -logits(params, x_hat).mean())(x_hat)
-            (loss, metrics), own = jax.value_and_grad(discriminator_loss, has_aux=True)(params, x, x_hat)
-            return generator, own, {"discriminator": loss} | metrics
-
-        shapes = jax.eval_shape(on)
-        return jax.lax.cond(active, on, lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-
-    def step(state, frozen, batch, seed, *, axis_name=None):
+    def step(state, frozen, batch, seed, *, adversarial=True, axis_name=None):
         def mean(tree):
             return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
@@ -137,21 +129,18 @@ def make_autoencoder_stage(
         metrics = metrics | rec_metrics | {"loss": rec_loss + regularizer}
 
         new_params, opt_state = dict(state.params), dict(state.opt_state)
-        if discriminator is not None:
-            active = state.step >= adversarial_start
-            generator, own, adversarial_metrics = adversarial(state.params["discriminator"], x, x_hat, active)
+        if discriminator is not None and adversarial:
+            old = state.params["discriminator"]
+            generator, own, adversarial_metrics = adversarial_gradients(old, x, x_hat)
             # Adaptive weight (Esser 2021, eq. 7): |grad of the reconstruction| / |grad of D| at the last layer.
             pull_last = _pull_last_layer(autoencoder, params, features, last_layer)
             rec_norm, adversarial_norm = map(jnp.linalg.norm, mean((pull_last(at_x_hat), pull_last(generator))))
-            weight = weights["adversarial"] * jnp.minimum(rec_norm / (adversarial_norm + 1e-4), 1e4) * active
+            weight = weights["adversarial"] * jnp.minimum(rec_norm / (adversarial_norm + 1e-4), 1e4)
             at_x_hat += weight * generator
-            own = mean(own)
             updates, opt_state["discriminator"] = discriminator_optimizer.update(
-                own, state.opt_state["discriminator"], state.params["discriminator"]
+                mean(own), state.opt_state["discriminator"], old
             )
-            updated = optax.apply_updates(state.params["discriminator"], updates)
-            new_params["discriminator"] = keep_if(active, updated, state.params["discriminator"])
-            opt_state["discriminator"] = keep_if(active, opt_state["discriminator"], state.opt_state["discriminator"])
+            new_params["discriminator"] = optax.apply_updates(old, updates)
             metrics |= adversarial_metrics | {"adversarial_weight": weight}
 
         # One backward pass through the autoencoder serves all terms: its gradient is linear in theirs at x_hat.
@@ -165,7 +154,7 @@ def make_autoencoder_stage(
         new_params["autoencoder"] = optax.apply_updates(params, updates)
         ema = ema_update(state.ema_params["autoencoder"], new_params["autoencoder"], state.step, ema_decay)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & (batch["step"] == state.step)
-        if discriminator is not None:
+        if "discriminator" in metrics:
             good &= jnp.isfinite(metrics["discriminator"])
         return keep_if(good, TrainState(state.step + 1, new_params, {"autoencoder": ema}, opt_state), state), metrics
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ def train(
     watch: InterruptWatch,
     log_every: int,
     checkpoint_every: int,
+    variant: Callable[[int], dict[str, bool]] = lambda step: {},
     after_step: Callable[[int, Any], None] = lambda step, state: None,
 ) -> Any:
     """Trains `stage` from its newest checkpoint, or from the start, to step `steps`; returns the state.
@@ -50,6 +52,8 @@ def train(
       checkpoints, log, watch: where progress is kept, told, and cut short.
       log_every: steps between lines of the log.
       checkpoint_every: steps between checkpoints.
+      variant: of a step's number, the keyword arguments of `stage.step` that are compiled in. Each variant is a program
+        of its own, as XLA's CPU compiler makes gradients inside a `lax.cond` many times slower.
       after_step: called with (steps made, state) after each step: samples while training.
 
     Raises:
@@ -66,7 +70,7 @@ def train(
     if start >= steps:
         return state
     frozen, resident = replicate(frozen), replicate(feed.resident)
-    step = parallel_step(stage.step)
+    step = cache(lambda **compiled_in: parallel_step(partial(stage.step, **compiled_in)))
     interval, in_flight, progress = [], deque(), Progress(name, steps)
     unread: tuple[int, list] | None = None
 
@@ -91,7 +95,8 @@ def train(
             checkpoints.wait()
             raise Interrupted(f"stopped at step {number} of stage {name!r}, which is saved")
         batch = feed(number)
-        state, metrics = step(state, frozen, resident, shard(batch), np.int32(number), np.uint32(seed))
+        one_step = step(**variant(number))
+        state, metrics = one_step(state, frozen, resident, shard(batch), np.int32(number), np.uint32(seed))
         watch.guard(True)
         interval.append(metrics)
         in_flight.append(metrics["loss"])

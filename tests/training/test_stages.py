@@ -15,6 +15,7 @@ from ldm_jax.data.pixels import to_pixels
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.training.loop import first_nonfinite
 from ldm_jax.training.parallel import parallel_step, replicate, shard
+from ldm_jax.training.state import TrainState
 
 IMAGES, LABELS = tiny.pictures(16)
 
@@ -72,7 +73,6 @@ AUTOENCODERS = {
     },
     "adversarial, flipped": {
         "autoencoder__loss__adversarial": 0.5,
-        "autoencoder__loss__adversarial_start": 2,
         "data__flip": True,
     },
 }
@@ -99,23 +99,30 @@ def test_the_autoencoder_learns_one_batch(name):
         assert metrics["discriminator"] > 0
 
 
-def test_the_adversarial_term_waits_for_its_start():
-    _, state, step = compiled_autoencoder("adversarial, flipped")
-    for number in range(3):
-        before = state.params["discriminator"]
-        state, metrics = step(state, {}, autoencoder_batch(step=number), np.uint32(0))
-        moved = any(
-            jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), before, state.params["discriminator"]))
-        )
-        # Adam's first step has learning rate 0 (warm-up), so the discriminator's own counter is what tells.
-        counts = [
-            int(a)
-            for p, a in jax.tree_util.tree_leaves_with_path(state.opt_state["discriminator"])
-            if "count" in str(p)
-        ]
-        assert (metrics["adversarial_weight"] > 0) == (number >= 2)
-        assert set(counts) == {max(0, number - 1)}
-        assert not moved or number >= 2
+def test_before_its_start_the_adversary_neither_takes_part_nor_learns():
+    stage, state, step = compiled_autoencoder("adversarial, flipped")
+    early = jax.jit(partial(stage.step, adversarial=False))
+    alone = compiled("autoencoder", autoencoder__steps=60, autoencoder__learning_rate=3e-3, data__flip=True)
+    without = TrainState(state.step, drop(state.params), state.ema_params, drop(state.opt_state))
+    expected, _ = alone.step(without, {}, autoencoder_batch(), np.uint32(0))
+    after, metrics = early(state, {}, autoencoder_batch(), np.uint32(0))
+    jax.tree.map(np.testing.assert_array_equal, drop(after.params), expected.params)
+    for which in ("params", "opt_state"):
+        old, new = (getattr(s, which)["discriminator"] for s in (state, after))
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+    assert "adversarial_weight" not in metrics
+    # Adam's first step has learning rate 0 (warm-up), so the second is the one that moves the discriminator.
+    for number in (1, 2):
+        before = after
+        after, metrics = step(before, {}, autoencoder_batch(step=number), np.uint32(0))
+        assert metrics["adversarial_weight"] > 0
+    pairs = zip(jax.tree.leaves(before.params["discriminator"]), jax.tree.leaves(after.params["discriminator"]))
+    assert any((old != new).any() for old, new in pairs)
+
+
+def drop(tree):
+    """Without the discriminator's part."""
+    return {name: part for name, part in tree.items() if name != "discriminator"}
 
 
 def test_the_perceptual_term_is_measured_on_a_share():
@@ -141,7 +148,7 @@ def test_the_perceptual_term_is_measured_on_a_share():
 
 def test_one_backward_pass_gives_the_gradient_of_all_terms():
     """The step's gradient = that of the plain sum of the terms, with the adaptive weight of Esser 2021, eq. 7."""
-    c = config(autoencoder__loss__adversarial=0.7, autoencoder__loss__adversarial_start=0, autoencoder__loss__kl=0.1)
+    c = config(autoencoder__loss__adversarial=0.7, autoencoder__loss__kl=0.1)
     seen = []
 
     def spy():
@@ -160,7 +167,7 @@ def test_one_backward_pass_gives_the_gradient_of_all_terms():
     discriminator = PatchDiscriminator(in_channels=1, features=8, layers=1, norm_num_groups=4)
     stage = make_autoencoder_stage(
         autoencoder=autoencoder, kind="kl", discriminator=discriminator, lpips=None, image_shape=(8, 8, 1),
-        weights=c.autoencoder.loss, adversarial_start=0, perceptual_every=1, flip=False,
+        weights=c.autoencoder.loss, perceptual_every=1, flip=False,
         optimizer=spy(), discriminator_optimizer=optax.sgd(0.0), ema_decay=0.9,
     )  # fmt: skip
     state, batch = jax.jit(stage.init)(jax.random.key(1)), autoencoder_batch()

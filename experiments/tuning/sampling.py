@@ -1,0 +1,51 @@
+"""How a trained run is best sampled: solver, steps and guidance, as our judge sees the pictures.
+
+    .venv/bin/python -m experiments.tuning.sampling --run=runs/fashion_mnist [--num=2000] [--data_dir=data] SETTING ...
+
+A SETTING is SAMPLER:STEPS:GUIDANCE, for example dpmpp_2m:12:1.75. Prints one line each; all share one compiled program.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from experiments.judge.classifier import judge
+from experiments.judge.run import load_judge
+from experiments.tuning.run import read_by
+from ldm_jax import trained
+from ldm_jax.data.datasets import load_dataset
+from ldm_jax.generate import request
+from ldm_jax.training.parallel import replicate
+from ldm_jax.xla import configure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="+", help="SAMPLER:STEPS:GUIDANCE")
+    parser.add_argument("--run", type=Path, default=Path("runs/fashion_mnist"))
+    parser.add_argument("--num", type=int, default=2000)
+    parser.add_argument("--data_dir", default="data")
+    args = parser.parse_args()
+    configure()
+    train_set, test_set = (load_dataset("fashion_mnist", s, data_dir=args.data_dir).arrays for s in ("train", "test"))
+    judge_params = load_judge(train_set, epochs=4)
+    reference = judge(judge_params, test_set["x"])[0]
+    model = trained.load(args.run)
+    generator, params = trained.build_generator(model.config, 10, 200), replicate(model.params)
+    for setting in args.settings:
+        sampler, steps, guidance = setting.split(":")
+        table = trained.build_table(model.config, sampler=sampler, steps=int(steps))
+        wanted, start = request(args.num, list(range(10)), guidance=float(guidance), seed=0), time.perf_counter()
+        images = np.concatenate(list(generator.images(params, wanted, table)))
+        rate = args.num / (time.perf_counter() - start)
+        scores = read_by(judge_params, images, wanted.labels, reference)
+        print(
+            f"{setting:>20}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()) + f"  {rate:.0f} images/s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
