@@ -20,9 +20,9 @@ def get_config() -> ConfigDict:
     autoencoder.layers_per_block = 2
     autoencoder.norm_num_groups = 32
     autoencoder.mid_block_attention = True
-    autoencoder.loss.perceptual_every = 1
-    autoencoder.loss.adversarial = 0.2
+    autoencoder.loss.perceptual = 0.5
     autoencoder.loss.adversarial_start = 8_000
+    autoencoder.discriminator.channels = 64
     autoencoder.steps = 20_000
     autoencoder.batch_size = 256
     autoencoder.learning_rate = 5e-4

@@ -38,15 +38,21 @@ ADVERSARIAL = {
     "autoencoder.discriminator.layers": 2,
     "autoencoder.discriminator.channels": 32,
 }
-HALF = {"autoencoder.steps": 1600, "autoencoder.batch_size": 32}
+BATCH_32 = {"autoencoder.steps": 1600, "autoencoder.batch_size": 32}
+BATCH_16 = {"autoencoder.steps": 3200, "autoencoder.batch_size": 16}
+TWICE_THE_RATE = {"autoencoder.learning_rate": 3e-3}
 COSINE_V = {"diffusion.schedule": "cosine", "diffusion.prediction": "v"}
 ROWS = {
     "autoencoder": {
-        "L1": SHORT,
-        "L1, half the batch, twice the steps": SHORT | HALF,
-        "L1 + LPIPS on 1 of 8": SHORT | LPIPS,
-        "L1 + adversarial": SHORT | ADVERSARIAL,
-        "L1 + LPIPS on 1 of 8 + adversarial": SHORT | LPIPS | ADVERSARIAL,
+        "batch 64: L1": SHORT,
+        "batch 64: L1 + LPIPS": SHORT | LPIPS,
+        "batch 32: L1": SHORT | BATCH_32,
+        "batch 32: L1 + adversarial": SHORT | BATCH_32 | ADVERSARIAL,
+        "batch 32: L1 + adversarial, twice the rate": SHORT | BATCH_32 | ADVERSARIAL | TWICE_THE_RATE,
+        "batch 16: L1": SHORT | BATCH_16,
+        "batch 16: L1 + adversarial": SHORT | BATCH_16 | ADVERSARIAL,
+        "batch 16: L1 + LPIPS": SHORT | BATCH_16 | LPIPS,
+        "batch 16: L1 + LPIPS + adversarial": SHORT | BATCH_16 | LPIPS | ADVERSARIAL,
     },
     "diffusion": {
         "linear": {},
