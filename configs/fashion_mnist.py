@@ -34,7 +34,9 @@ def get_config() -> ConfigDict:
     config.unet.norm_num_groups = 16
 
     diffusion = config.diffusion
-    diffusion.schedule = "scaled_linear"  # small latents are lost in the linear one's noise
+    diffusion.schedule = "cosine"  # small latents are lost in a linear one's noise; wants v, see experiments/tuning
+    diffusion.prediction = "v"
+    diffusion.weighting = "min_snr"
     diffusion.steps = 3_800
     diffusion.batch_size = 64
     diffusion.learning_rate = 1e-3

@@ -71,6 +71,7 @@ SHARED_AUTOENCODER = {"autoencoder.steps": 2800} | LPIPS
 ONLY_DIFFUSION = SHARED_AUTOENCODER | {
     "diffusion.schedule": "linear",
     "diffusion.prediction": "eps",
+    "diffusion.weighting": "uniform",
     "diffusion.steps": 1200,
     "diffusion.batch_size": 64,
     "sampling.num": 2000,
