@@ -125,7 +125,7 @@ def _is_drawn(folder: Path, asked: dict[str, Any]) -> bool:
     """Whether the folder has sound files of a drawing whose recipe is as `asked`."""
     try:
         found = pictures.read_recipe(folder / "samples.png")
-        with np.load(folder / "samples.npz") as samples:
+        with (folder / "samples.npz").open("rb") as file, np.load(file) as samples:  # np.load leaves a bad one open
             complete = {"images", "labels"} <= {*samples} and len(samples["images"]) == asked["num"]
     except (InputError, OSError, ValueError, BadZipFile, zlib.error):  # missing or damaged: drawn again
         return False
