@@ -14,7 +14,7 @@ NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").
 def test_a_shipped_config_is_sound(name, capsys):
     config = importlib.import_module(f"configs.{name}").get_config()
     configuration.validate(config)
-    for devices in (1, 2, 4, 8, 16):
+    for devices in (1, 2, 4, 8, 16):  # the batches of 16 of the smallest end there
         configuration.validate_devices(config, devices)
     job.describe_models(config, num_classes=10)
     assert "unet" in capsys.readouterr().out

@@ -30,6 +30,7 @@ SHORT = {
     "autoencoder.batch_size": 64,
     "autoencoder.warmup_steps": 100,
     "autoencoder.loss.perceptual": 0.0,
+    "autoencoder.loss.adversarial": 0.0,
 }
 LPIPS = {"autoencoder.loss.perceptual": 0.5, "autoencoder.loss.perceptual_every": 8}
 ADVERSARIAL = {
@@ -67,7 +68,11 @@ ROWS = {
     },
 }
 ONLY_AUTOENCODER = {"diffusion.steps": 1, "sampling.num": 0, "sampling.progress_every": 0}
-SHARED_AUTOENCODER = {"autoencoder.steps": 2800} | LPIPS
+SHARED_AUTOENCODER = LPIPS | {
+    "autoencoder.steps": 2800,
+    "autoencoder.batch_size": 32,
+    "autoencoder.loss.adversarial": 0.0,
+}
 ONLY_DIFFUSION = SHARED_AUTOENCODER | {
     "diffusion.schedule": "linear",
     "diffusion.prediction": "eps",
