@@ -81,6 +81,7 @@ def get_config() -> ConfigDict:
     sampling.spacing = "trailing"  # leading | trailing | linspace
     sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
     sampling.guidance = 1.5  # classifier-free guidance scale; 1 = none
+    sampling.guidance_interval = (0.0, 1.0)  # the share t / T of the timesteps that guidance acts on
     sampling.batch_size = 512
     sampling.progress_every = 2_000  # steps between the sample grids made while training; 0 = none
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax.configuration import SAMPLERS, check_choice
+from ldm_jax.configuration import SAMPLERS, check_choice, check_interval
 from ldm_jax.errors import InputError, RunError
 
 
@@ -50,6 +50,9 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
     flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)
+    flags.DEFINE(
+        _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
+    )
     flags.DEFINE_float("eta", None, "ddim: 0 deterministic ... 1 ancestral", 0.0, 1.0, flag_values=values)
     flags.DEFINE_integer("seed", 0, "the pictures depend on it, and on nothing else", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("batch_size", None, "pictures drawn at a time", lower_bound=1, flag_values=values)
@@ -62,6 +65,18 @@ def require(values: flags.FlagValues, *names: str) -> None:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
     if values.sampler is not None:
         check_choice("--sampler", values.sampler, SAMPLERS)
+
+
+class _Interval(flags.ArgumentParser):
+    """Two numbers with a comma between them."""
+
+    def parse(self, argument: str) -> list[float]:
+        try:
+            numbers = [float(number) for number in argument.split(",")]
+        except ValueError:
+            numbers = argument
+        check_interval("--guidance_interval", numbers)
+        return numbers
 
 
 def define_device_flags(flag_values: flags.FlagValues) -> None:

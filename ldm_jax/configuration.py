@@ -39,6 +39,9 @@ _CHOICES = {
     "sampling.spacing": ("leading", "trailing", "linspace"),
 }
 
+# Fields that are two rising numbers from 0 to 1.
+_INTERVALS = ("sampling.guidance_interval",)
+
 # Fields with a range: (lowest, highest), both allowed; None = no bound.
 _RANGES = {
     "seed": (0, 2**32 - 1),
@@ -107,6 +110,8 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
             )
         rest = flag_values(argv)
         loaded = flag_values["config"].value.to_dict() if config and flag_values["config"].value is not None else {}
+    except InputError:  # of a flag that checks its own value
+        raise
     except flags.UnrecognizedFlagError as error:
         known = [name for name in flag_values if not name.startswith("config.")]
         raise InputError(f"there is no flag --{error.flagname}{_nearest(error.flagname, known)}") from error
@@ -128,7 +133,7 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
 def validate(config: ConfigDict) -> None:
     """Raises InputError for values that no run could have, before anything is compiled or written."""
     fields = flatten(config)
-    for name in (*_CHOICES, *_RANGES):
+    for name in (*_CHOICES, *_RANGES, *_INTERVALS):
         if name not in fields:
             raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
     for name, choices in _CHOICES.items():
@@ -140,6 +145,8 @@ def validate(config: ConfigDict) -> None:
         if not ((low is None or value >= low) and (high is None or value <= high)):
             bounds = f"{low} or more" if high is None else f"from {low} to {high}"
             raise InputError(f"config.{name} is {value}; it must be {bounds}")
+    for name in _INTERVALS:
+        check_interval(f"config.{name}", fields[name])
     _validate_shapes(config)
     diffusion, loss = config.diffusion, config.autoencoder.loss
     if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end:
@@ -169,6 +176,13 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
         near = _nearest(str(value), [str(choice) for choice in choices])
         raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}{near}")
+
+
+def check_interval(name: str, value: Any) -> None:
+    """Raises InputError unless `value` is two rising numbers from 0 to 1."""
+    numbers = isinstance(value, (tuple, list)) and all(isinstance(number, (int, float)) for number in value)
+    if not numbers or len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
+        raise InputError(f"{name} is {value}; it must be two rising numbers from 0 to 1, e.g. 0.15,0.85")
 
 
 def _validate_shapes(config: ConfigDict) -> None:

@@ -25,6 +25,7 @@ class Drawing(NamedTuple):
     labels: list[int]
     seed: int
     guidance: float
+    guidance_interval: list[float]
     sampler: str
     steps: int
     eta: float
@@ -58,6 +59,7 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         labels=labels,
         seed=values.seed,
         guidance=sampling.guidance if values.guidance is None else values.guidance,
+        guidance_interval=values.guidance_interval or list(sampling.guidance_interval),
         sampler=sampler,
         steps=values.steps or sampling.steps,
         eta=default_eta if values.eta is None else values.eta,
@@ -70,7 +72,14 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, z_T: np.ndarray |
     batch_size = smallest_batch(drawing.num, batch_size, jax.local_device_count())
     generator = trained.build_generator(model.config, len(model.class_names), batch_size)
     params = replicate(model.params)
-    wanted = request(drawing.num, drawing.labels, guidance=drawing.guidance, seed=drawing.seed, z_T=z_T)
+    wanted = request(
+        drawing.num,
+        drawing.labels,
+        guidance=drawing.guidance,
+        seed=drawing.seed,
+        z_T=z_T,
+        interval=tuple(drawing.guidance_interval),
+    )
     images = []
     with tqdm(total=drawing.num, unit="image", desc="    sampling", unit_scale=False) as bar:
         for some in generator.images(params, wanted, table):
@@ -105,6 +114,7 @@ def final_drawing(model: Trained) -> Drawing:
         labels=list(range(len(model.class_names))),
         seed=model.config.seed,
         guidance=sampling.guidance,
+        guidance_interval=list(sampling.guidance_interval),
         sampler=sampling.sampler,
         steps=sampling.steps,
         eta=sampling.eta,

@@ -17,25 +17,29 @@ from ldm_jax.training.parallel import parallel_map
 
 
 class Request(NamedTuple):
-    """What to draw: sample i has the number ids[i], and depends on (seed, ids[i], labels[i], guidance[i]) alone."""
+    """What to draw: sample i has the number ids[i], and depends on it, its label, its guidance and the seed alone."""
 
     ids: np.ndarray  # [N] int32
     labels: np.ndarray  # [N] int32; -1 = no label
     guidance: np.ndarray  # [N] float32
     seed: int
     z_T: np.ndarray | None = None  # [N, h, w, c] float32; None = drawn from the seed
+    interval: tuple[float, float] = (0.0, 1.0)  # the share t / T of the timesteps that are guided
 
     def first(self, num: int) -> "Request":
         """The same for the first `num` samples only."""
         z_T = None if self.z_T is None else self.z_T[:num]
-        return Request(self.ids[:num], self.labels[:num], self.guidance[:num], self.seed, z_T)
+        return self._replace(ids=self.ids[:num], labels=self.labels[:num], guidance=self.guidance[:num], z_T=z_T)
 
 
-def request(num: int, labels: list[int], *, guidance: float, seed: int, z_T: np.ndarray | None = None) -> Request:
-    """`num` samples whose labels go round `labels` ([] = no label), so that each is drawn equally often."""
+def request(num: int, labels: list[int], *, guidance: float, seed: int, **rest: Any) -> Request:
+    """`num` samples whose labels go round `labels` ([] = no label), so that each is drawn equally often.
+
+    `rest` is as in `Request`.
+    """
     ids = np.arange(num, dtype=np.int32)
     label = np.asarray(labels, np.int32)[ids % len(labels)] if labels else np.full(num, -1, np.int32)
-    return Request(ids, label, np.full(num, guidance if labels else 1.0, np.float32), seed, z_T)
+    return Request(ids, label, np.full(num, guidance if labels else 1.0, np.float32), seed, **rest)
 
 
 class Generator(NamedTuple):
@@ -80,7 +84,7 @@ def make_generator(
     Seed, labels, guidance, solver and steps are arguments of the compiled calls. z0_hat is kept within [-clip, clip].
     """
 
-    def solve_batch(params, batch, table, seed):
+    def solve_batch(params, batch, table, seed, interval):
         def network(z_t, t, context):
             return unet.apply({"params": params["unet"]}, z_t, t, context)
 
@@ -90,7 +94,7 @@ def make_generator(
         null = jnp.full_like(batch["label"], conditioner.null)
         context = tau(jnp.where(batch["label"] < 0, null, batch["label"]))
         denoise = from_network(network, prediction, alpha_bar)
-        denoise = clip_z0(classifier_free(denoise, context, tau(null), batch["guidance"]), clip)
+        denoise = clip_z0(classifier_free(denoise, context, tau(null), batch["guidance"], interval), clip)
         z, on_the_way = solve(denoise, batch["z_T"], table, sample_keys(seed, batch["id"]), snapshots=snapshots)
         return z, jnp.moveaxis(on_the_way.z0_hat, 0, 1)
 
@@ -102,6 +106,7 @@ def make_generator(
     draw = jax.jit(lambda seed, ids: initial_latents(sample_keys(seed, ids), latent_shape))
 
     def latents(params: Any, request: Request, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        interval = np.asarray(request.interval, np.float32) * len(alpha_bar)
         for start in range(0, len(request.ids), batch_size):
             rows = np.arange(start, min(start + batch_size, len(request.ids)))
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
@@ -113,7 +118,7 @@ def make_generator(
                 "guidance": request.guidance[padded],
                 "z_T": np.asarray(z_T, np.float32),
             }
-            z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed))
+            z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed), interval)
             yield z[: len(rows)], on_the_way[: len(rows)]
 
     def decode(params: Any, z: np.ndarray) -> np.ndarray:

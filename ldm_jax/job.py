@@ -234,7 +234,11 @@ def train_diffusion(run: Run) -> None:
     generator = trained.build_generator(config, num_classes, batch_size)
     table = trained.build_table(config)
     grid = request(
-        10 * min(num_classes or 10, 10), list(range(num_classes)), guidance=config.sampling.guidance, seed=config.seed
+        10 * min(num_classes or 10, 10),
+        list(range(num_classes)),
+        guidance=config.sampling.guidance,
+        seed=config.seed,
+        interval=config.sampling.guidance_interval,
     )
     validate = make_validation(
         stage,

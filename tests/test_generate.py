@@ -79,6 +79,23 @@ def test_guidance_of_one_is_the_conditional_model_and_of_zero_the_unconditional(
     assert np.abs(draw(1.0, [2]) - draw(1.0, [])).max() > 0.01
 
 
+def test_guidance_in_an_interval(model):
+    def draw(**rest):
+        return model.latents(request(8, [2], seed=1, **rest))
+
+    everywhere, nowhere = draw(guidance=3.0), draw(guidance=1.0)
+    np.testing.assert_allclose(draw(guidance=3.0, interval=(0.0, 1.0)), everywhere, **CLOSE)
+    np.testing.assert_allclose(draw(guidance=3.0, interval=(0.96, 1.0)), nowhere, **CLOSE)  # t / T is at most 0.95
+    some = draw(guidance=3.0, interval=(0.3, 0.7))
+    assert min(np.abs(some - other).max() for other in (everywhere, nowhere)) > 0.01
+
+
+def test_the_command_takes_an_interval(trained_run, tmp_path):
+    drawn = draw_by_command(trained_run, tmp_path / "out", "--num=8", "--guidance=9", "--guidance_interval=0.2,0.6")
+    assert read_recipe(tmp_path / "out" / "samples.png")["guidance_interval"] == [0.2, 0.6]
+    assert len(drawn["images"]) == 8
+
+
 def test_frames_lead_from_noise_to_the_picture(model):
     table = trained.build_table(model.trained.config, sampler="ddim", steps=20)
     wanted = WANTED.first(9)

@@ -2,7 +2,8 @@
 
     .venv/bin/python -m experiments.tuning.sampling --run=runs/fashion_mnist [--num=2000] [--data_dir=data] SETTING ...
 
-A SETTING is SAMPLER:STEPS:GUIDANCE, for example dpmpp_2m:12:1.75. Prints one line each; all share one compiled program.
+A SETTING is SAMPLER:STEPS:GUIDANCE:FROM:TO, for example dpmpp_2m:12:1.75:0:1, guided between these shares of the
+timesteps. Prints one line each; all share one compiled program.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from ldm_jax.xla import configure
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", help="SAMPLER:STEPS:GUIDANCE")
+    parser.add_argument("settings", nargs="+", help="SAMPLER:STEPS:GUIDANCE:FROM:TO")
     parser.add_argument("--run", type=Path, default=Path("runs/fashion_mnist"))
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--data_dir", default="data")
@@ -35,9 +36,11 @@ def main() -> None:
     model = trained.load(args.run)
     generator, params = trained.build_generator(model.config, 10, 200), replicate(model.params)
     for setting in args.settings:
-        sampler, steps, guidance = setting.split(":")
+        sampler, steps, guidance, *interval = setting.split(":")
         table = trained.build_table(model.config, sampler=sampler, steps=int(steps))
-        wanted, start = request(args.num, list(range(10)), guidance=float(guidance), seed=0), time.perf_counter()
+        interval = tuple(float(share) for share in interval)
+        wanted = request(args.num, list(range(10)), guidance=float(guidance), seed=0, interval=interval)
+        start = time.perf_counter()
         images = np.concatenate(list(generator.images(params, wanted, table)))
         rate = args.num / (time.perf_counter() - start)
         scores = read_by(judge_params, images, wanted.labels, reference)

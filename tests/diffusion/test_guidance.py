@@ -54,16 +54,30 @@ def test_one_call_of_2B_or_of_B():
     traces = []
 
     @jax.jit
-    def run(scale):
+    def run(scale, interval=(0, 99)):
         traces.append(scale)
-        return classifier_free(counted, CONTEXT, NULL, scale)(Z, T)
+        return classifier_free(counted, CONTEXT, NULL, scale, interval)(Z, T)
 
     for scale, expected in [([1.0, 1.0, 1.0], [3]), ([2.0, 2.0, 2.0], [6]), ([1.0, 1.0, 1.5], [6]), ([1] * 3, [3])]:
         sizes.clear()
         run(jnp.asarray(scale, jnp.float32)).block_until_ready()
         jax.effects_barrier()
         assert sizes == expected, scale
-    assert len(traces) == 1
+    for interval, expected in [((51, 98), [3]), ((50, 98), [6]), ((99, 99), [6]), ((0, 0), [6])]:  # T = 0, 50, 99
+        sizes.clear()
+        run(jnp.full(3, 2.0), interval).block_until_ready()
+        jax.effects_barrier()
+        assert sizes == expected, interval
+    assert len(traces) == 2, "without and with an interval"
+
+
+def test_outside_the_interval_the_conditional_speaks_alone():
+    denoise = from_network(network, "v", ALPHA_BAR)
+    everywhere = classifier_free(denoise, CONTEXT, NULL, jnp.array([2.0, 3.0, 4.0]))(Z, T)
+    got = classifier_free(denoise, CONTEXT, NULL, jnp.array([2.0, 3.0, 4.0]), (1, 50))(Z, T)
+    np.testing.assert_allclose(got[1], everywhere[1], rtol=1e-6)
+    np.testing.assert_allclose(got[::2], denoise(Z, T, CONTEXT)[::2], rtol=1e-5, atol=1e-5)
+    assert np.abs(got - everywhere)[::2].max() > 0.1
 
 
 def test_scale_1_is_the_conditional_even_where_the_null_is_broken():
