@@ -71,7 +71,7 @@ def classifier_free(
         z0_cond, z0_null = jnp.split(z0_hat, 2)
         return z0_null + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (z0_cond - z0_null)
 
-    def conditional(z_t: jax.Array, t: jax.Array, scale: jax.Array) -> jax.Array:  # noqa: ARG001
+    def conditional(z_t: jax.Array, t: jax.Array, scale: jax.Array) -> jax.Array:
         return denoise(z_t, t, context).astype(jnp.float32)
 
     def guided_if_it_matters(z_t: jax.Array, t: jax.Array) -> jax.Array:
