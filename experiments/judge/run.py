@@ -10,6 +10,7 @@ file (judge.npz, not in the repository).
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +21,31 @@ from ldm_jax.evaluation.metrics import frechet_distance
 from ldm_jax.xla import configure
 
 HERE = Path(__file__).parent
+
+
+class Court(NamedTuple):
+    """The judge and what it compares with."""
+
+    params: dict
+    train_set: dict[str, np.ndarray]  # x uint8 [N, 28, 28, 1], label [N]
+    test_set: dict[str, np.ndarray]
+    reference: np.ndarray  # [10000, 128], the features of the test images
+    read: np.ndarray  # [10000], the classes that the judge reads there
+
+    def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """How far images uint8 [N, 28, 28, 1] are from real ones, and the share read as their labels [N]."""
+        features, classes = judge(self.params, images)
+        return {
+            "judge_distance": frechet_distance(features, self.reference),
+            "read_as_intended": float((classes == labels).mean()),
+        }
+
+
+def open_court(data_dir: str, epochs: int = 4) -> Court:
+    """Reads the data and the judge, which is trained the first time."""
+    train_set, test_set = (load_dataset("fashion_mnist", s, data_dir=data_dir).arrays for s in ("train", "test"))
+    params = load_judge(train_set, epochs)
+    return Court(params, train_set, test_set, *judge(params, test_set["x"]))
 
 
 def load_judge(train_set: dict[str, np.ndarray], epochs: int) -> dict:
@@ -41,18 +67,18 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data")
     args = parser.parse_args()
     configure()
-    train_set, test_set = (load_dataset("fashion_mnist", s, data_dir=args.data_dir).arrays for s in ("train", "test"))
-    params = load_judge(train_set, args.epochs)
-    reference, read = judge(params, test_set["x"])
+    court = open_court(args.data_dir, args.epochs)
     with np.load(args.run / "samples.npz") as samples:
-        features, classes = judge(params, samples["images"])
-        result = {
-            "n": len(classes),
-            "read_as_intended": float(np.mean(classes == samples["labels"])),
-            "frechet_distance": frechet_distance(features, reference),
-            "floor": frechet_distance(judge(params, train_set["x"][: len(classes)])[0], reference),
-            "judge_accuracy_on_test_images": float(np.mean(read == test_set["label"])),
+        images, labels = samples["images"], samples["labels"]
+    real = {name: values[: len(images)] for name, values in court.train_set.items()}
+    result = (
+        {"n": len(images)}
+        | court.scores(images, labels)
+        | {
+            "floor": court.scores(real["x"], real["label"])["judge_distance"],
+            "judge_accuracy_on_test_images": float(np.mean(court.read == court.test_set["label"])),
         }
+    )
     (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

@@ -14,12 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.judge.classifier import judge
-from experiments.judge.run import load_judge
+from experiments.judge.run import Court, open_court
 from ldm_jax import builders, trained
-from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.features import lpips_distance
-from ldm_jax.evaluation.metrics import frechet_distance, psnr
+from ldm_jax.evaluation.metrics import psnr
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
 from ldm_jax.xla import configure
@@ -99,30 +97,21 @@ def seconds(workdir: Path, part: str) -> float:
     return found[f"{part}_seconds"] - found[f"{part}_compile_seconds"]
 
 
-def read_by(judge_params: dict, images: np.ndarray, labels: np.ndarray, reference: np.ndarray) -> dict:
-    features, classes = judge(judge_params, images)
-    return {
-        "judge_distance": frechet_distance(features, reference),
-        "read_as_intended": float((classes == labels).mean()),
-    }
-
-
-def score_autoencoder(workdir: Path, test_set: dict, judge_params: dict, reference: np.ndarray) -> dict:
+def score_autoencoder(workdir: Path, court: Court) -> dict:
     model = trained.load(workdir)
-    first_stage, x = builders.build_first_stage(model.config), test_set["x"]
+    first_stage, x = builders.build_first_stage(model.config), court.test_set["x"]
     decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
     images = map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": x}, 500)
     return {
         "seconds": seconds(workdir, "autoencoder"),
         "psnr": float(np.mean(psnr(x, images))),
         "lpips": float(lpips_distance(batch_size=250)(x[:2000], images[:2000]).mean()),
-    } | read_by(judge_params, images, test_set["label"], reference)
+    } | court.scores(images, court.test_set["label"])
 
 
-def score_diffusion(workdir: Path, test_set: dict, judge_params: dict, reference: np.ndarray) -> dict:
+def score_diffusion(workdir: Path, court: Court) -> dict:
     with np.load(workdir / "samples.npz") as samples:
-        result = read_by(judge_params, samples["images"], samples["labels"], reference)
-    return {"seconds": seconds(workdir, "diffusion")} | result
+        return {"seconds": seconds(workdir, "diffusion")} | court.scores(samples["images"], samples["labels"])
 
 
 def main() -> None:
@@ -135,9 +124,7 @@ def main() -> None:
     configure()
     path, rows = HERE / "results.json", ROWS[args.what]
     results = json.loads(path.read_text()) if path.exists() else {what: {} for what in ROWS}
-    train_set, test_set = (load_dataset("fashion_mnist", s, data_dir=args.data_dir).arrays for s in ("train", "test"))
-    judge_params = load_judge(train_set, epochs=4)
-    reference = judge(judge_params, test_set["x"])[0]
+    court = open_court(args.data_dir)
     score = score_autoencoder if args.what == "autoencoder" else score_diffusion
     shared = ONLY_AUTOENCODER
     if args.what == "diffusion":
@@ -148,7 +135,7 @@ def main() -> None:
         if name not in results[args.what]:
             workdir = args.runs / f"{args.what} {name}".replace(" ", "_")
             train(workdir, shared | rows[name], args.data_dir)
-            results[args.what][name] = score(workdir, test_set, judge_params, reference)
+            results[args.what][name] = score(workdir, court)
             path.write_text(json.dumps(results, indent=2) + "\n")
         print(
             f"{name:>40} " + "  ".join(f"{key} {value:.3f}" for key, value in results[args.what][name].items()),

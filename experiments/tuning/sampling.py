@@ -12,11 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.judge.classifier import judge
-from experiments.judge.run import load_judge
-from experiments.tuning.run import read_by
+from experiments.judge.run import open_court
 from ldm_jax import trained
-from ldm_jax.data.datasets import load_dataset
 from ldm_jax.generate import request
 from ldm_jax.training.parallel import replicate
 from ldm_jax.xla import configure
@@ -30,9 +27,7 @@ def main() -> None:
     parser.add_argument("--data_dir", default="data")
     args = parser.parse_args()
     configure()
-    train_set, test_set = (load_dataset("fashion_mnist", s, data_dir=args.data_dir).arrays for s in ("train", "test"))
-    judge_params = load_judge(train_set, epochs=4)
-    reference = judge(judge_params, test_set["x"])[0]
+    court = open_court(args.data_dir)
     model = trained.load(args.run)
     generator, params = trained.build_generator(model.config, 10, 200), replicate(model.params)
     for setting in args.settings:
@@ -43,11 +38,8 @@ def main() -> None:
         start = time.perf_counter()
         images = np.concatenate(list(generator.images(params, wanted, table)))
         rate = args.num / (time.perf_counter() - start)
-        scores = read_by(judge_params, images, wanted.labels, reference)
-        print(
-            f"{setting:>20}  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()) + f"  {rate:.0f} images/s",
-            flush=True,
-        )
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in court.scores(images, wanted.labels).items())
+        print(f"{setting:>28}  {scores}  {rate:.0f} images/s", flush=True)
 
 
 if __name__ == "__main__":

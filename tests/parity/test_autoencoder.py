@@ -1,14 +1,13 @@
 """Our autoencoders against diffusers' with the same weights."""
 
+import diffusers
 import jax
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-
-from ldm_jax.interop.diffusers import state_dict_from_params  # noqa: E402
-from ldm_jax.models.autoencoder import AutoencoderKL, VQModel  # noqa: E402
+from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 
 X = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
 

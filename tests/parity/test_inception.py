@@ -7,12 +7,11 @@ from types import ModuleType
 import jax
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from ldm_jax.evaluation.features import inception_features  # noqa: E402
-from ldm_jax.interop.torch_pickle import load_tensors  # noqa: E402
-from ldm_jax.models.inception import inception_input  # noqa: E402
+from ldm_jax.evaluation.features import inception_features
+from ldm_jax.interop.torch_pickle import load_tensors
+from ldm_jax.models.inception import inception_input
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,13 @@
 """Our UNet against diffusers' UNet2DConditionModel with the same weights."""
 
+import diffusers
 import jax
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-
-from ldm_jax.interop.diffusers import state_dict_from_params  # noqa: E402
-from ldm_jax.models.unet import UNet  # noqa: E402
+from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.models.unet import UNet
 
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
