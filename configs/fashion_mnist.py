@@ -44,8 +44,8 @@ def get_config() -> ConfigDict:
     sampling = config.sampling
     sampling.sampler = "dpmpp_2m"
     sampling.steps = 16
-    sampling.guidance = 2.25
-    sampling.guidance_interval = (0.1, 0.85)  # at high noise guidance costs variety: see experiments/tuning
+    sampling.guidance = 2.0
+    sampling.guidance_interval = (0.1, 0.9)  # at high noise guidance costs variety: see experiments/tuning
     sampling.batch_size = 256
     sampling.progress_every = 1_000
     config.checkpoint_every = 500

@@ -1,4 +1,4 @@
-"""How a trained run is best sampled: solver, steps and guidance, as our judge sees the pictures.
+"""How a trained run is best sampled: solver, steps and guidance, as our judge and VGG16 see the pictures.
 
     .venv/bin/python -m experiments.tuning.sampling --run=runs/fashion_mnist [--num=2000] [--data_dir=data] SETTING ...
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from experiments.judge.run import open_court
 from ldm_jax import trained
+from ldm_jax.evaluation.features import vgg16_features
+from ldm_jax.evaluation.metrics import frechet_distance
 from ldm_jax.generate import request
 from ldm_jax.training.parallel import replicate
 from ldm_jax.xla import configure
@@ -29,6 +31,8 @@ def main() -> None:
     configure()
     court = open_court(args.data_dir)
     model = trained.load(args.run)
+    extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=250)
+    reference = extractor(court.test_set["x"])
     generator, params = trained.build_generator(model.config, 10, 200), replicate(model.params)
     for setting in args.settings:
         sampler, steps, guidance, *interval = setting.split(":")
@@ -38,7 +42,9 @@ def main() -> None:
         start = time.perf_counter()
         images = np.concatenate(list(generator.images(params, wanted, table)))
         rate = args.num / (time.perf_counter() - start)
-        scores = "  ".join(f"{name} {value:.3f}" for name, value in court.scores(images, wanted.labels).items())
+        scores = court.scores(images, wanted.labels)
+        scores["fd_vgg16"] = frechet_distance(extractor(images), reference)
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         print(f"{setting:>28}  {scores}  {rate:.0f} images/s", flush=True)
 
 
