@@ -114,11 +114,9 @@ def score(
     """
     import numpy as np
 
-    from ldm_jax import builders
+    from ldm_jax import trained
     from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
     from ldm_jax.evaluation.features import inception_features, lpips_distance, vgg16_features
-    from ldm_jax.first_stage import reconstruct
-    from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
     from ldm_jax.xla import cache_folder
 
     fields, cache = model.config.evaluation, cache_folder() / "features"
@@ -127,11 +125,7 @@ def score(
     extractors = [vgg16_features(resize=fields.resize, batch_size=fields.batch_size)]
     if fields.inception_weights:
         extractors.append(inception_features(Path(fields.inception_weights), batch_size=fields.batch_size))
-    reconstructions = None
-    if model.config.autoencoder.kind != "none":
-        first_stage, params = builders.build_first_stage(model.config), model.params["autoencoder"]
-        decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
-        reconstructions = map_in_batches(decode, replicate(params), {"x": reference}, fields.batch_size)
+    reconstructions = trained.reconstructions(model, reference, fields.batch_size)
     resize = 16 if model.config.data.image_size < 16 else None  # VGG16 sees no smaller ones
     lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
     cards: dict[str, dict[str, Any]] = {"samples": {}, "autoencoder": {}}

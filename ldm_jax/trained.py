@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 from ldm_jax import builders, configuration, run_folder
 from ldm_jax.diffusion.solvers import Table, make_table
 from ldm_jax.errors import InputError
+from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import Generator, make_generator
 from ldm_jax.run_folder import content_hash
 from ldm_jax.training.checkpoint import load_latest, subtree, unflatten
+from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
 
 SCALE = "scale.json"  # beside the checkpoints of the autoencoder
 SNAPSHOTS = 24  # frames of denoising.gif
@@ -66,6 +68,15 @@ def save_scale(path: Path, shift: np.ndarray, scale: np.ndarray, *, measured_on:
     """Stores the latents' shift and scale, each [c], with the autoencoder."""
     values = {"shift": shift.tolist(), "scale": scale.tolist(), "measured_on": measured_on}
     run_folder.write_json(path / "autoencoder" / SCALE, values)
+
+
+def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.ndarray | None:
+    """Images uint8 [N, H, W, C] through the autoencoder and back; None in pixel space, which has none."""
+    if model.config.autoencoder.kind == "none":
+        return None
+    first_stage = builders.build_first_stage(model.config)
+    decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
+    return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
 
 
 def build_generator(config: ConfigDict, num_classes: int, batch_size: int) -> Generator:

@@ -3,8 +3,8 @@
     .venv/bin/python -m experiments.judge.run --run=runs/fashion_mnist [--epochs=4] [--data_dir=data]
 
 Prints the share of samples read as intended, and the Frechet distance in the classifier's 128 features, with its floor
-(training against test images); results.json keeps them. The trained classifier is kept beside this
-file (judge.npz, not in the repository).
+(training against test images) and that of the autoencoder alone; results.json keeps them. The trained classifier is
+kept beside this file (judge.npz, not in the repository).
 """
 
 import argparse
@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from experiments.judge.classifier import Classifier, judge, train
+from ldm_jax import trained
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.metrics import frechet_distance
 from ldm_jax.xla import configure
@@ -79,6 +80,9 @@ def main() -> None:
             "judge_accuracy_on_test_images": float(np.mean(court.read == court.test_set["label"])),
         }
     )
+    decoded = trained.reconstructions(trained.load(args.run), court.test_set["x"], 500)
+    if decoded is not None:
+        result["autoencoder"] = court.scores(decoded, court.test_set["label"])["judge_distance"]
     (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 

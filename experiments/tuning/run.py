@@ -15,11 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.judge.run import Court, open_court
-from ldm_jax import builders, trained
+from ldm_jax import trained
 from ldm_jax.evaluation.features import lpips_distance
 from ldm_jax.evaluation.metrics import psnr
-from ldm_jax.first_stage import reconstruct
-from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
 from ldm_jax.xla import configure
 
 HERE = Path(__file__).parent
@@ -98,10 +96,8 @@ def seconds(workdir: Path, part: str) -> float:
 
 
 def score_autoencoder(workdir: Path, court: Court) -> dict:
-    model = trained.load(workdir)
-    first_stage, x = builders.build_first_stage(model.config), court.test_set["x"]
-    decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
-    images = map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": x}, 500)
+    x = court.test_set["x"]
+    images = trained.reconstructions(trained.load(workdir), x, 500)
     return {
         "seconds": seconds(workdir, "autoencoder"),
         "psnr": float(np.mean(psnr(x, images))),
