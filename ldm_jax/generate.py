@@ -11,7 +11,8 @@ from flax import linen as nn
 
 from ldm_jax.data.pixels import to_uint8
 from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network
-from ldm_jax.diffusion.solvers import Table, initial_latents, sample_keys, solve
+from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
+from ldm_jax.diffusion.solvers import Table
 from ldm_jax.first_stage import FirstStage, from_latents
 from ldm_jax.training.parallel import parallel_map
 
@@ -94,8 +95,10 @@ def make_generator(
         null = jnp.full_like(batch["label"], conditioner.null)
         context = tau(jnp.where(batch["label"] < 0, null, batch["label"]))
         denoise = from_network(network, prediction, alpha_bar)
-        denoise = clip_z0(classifier_free(denoise, context, tau(null), batch["guidance"], interval), clip)
-        z, on_the_way = solve(denoise, batch["z_T"], table, sample_keys(seed, batch["id"]), snapshots=snapshots)
+        denoise = classifier_free(denoise, context, tau(null), batch["guidance"], interval=interval)
+        z, on_the_way = solve(
+            clip_z0(denoise, clip), batch["z_T"], table, sample_keys(seed, batch["id"]), snapshots=snapshots
+        )
         return z, jnp.moveaxis(on_the_way.z0_hat, 0, 1)
 
     def decode_batch(params, batch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import commands, sample, trained
-from ldm_jax.diffusion.solvers import initial_latents, sample_keys
+from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.generate import Request, request, smallest_batch
 from ldm_jax.run_folder import read_json, read_metrics

@@ -1,7 +1,8 @@
 """Functions from network to denoiser and from denoiser to denoiser.
 
-A denoiser is `denoise(z_t, t) -> z0_hat`: z_t [B, ...], t [B] int32, and the estimate of z0 in float32. That is all a
-solver sees; conditions, guidance scales and bounds live in the closures built here.
+A denoiser is `denoise(z_t, level) -> z0_hat`: z_t [B, ...], a `process.Level` of scalars or [B], and the estimate of z0
+in float32. That is all a solver sees; conditions, guidance scales and bounds live in the closures built here, which
+compose: the outer sees what the inner returns.
 """
 
 from collections.abc import Callable
@@ -11,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.process import check_prediction, to_z0
+from ldm_jax.diffusion.process import Level, check_prediction, from_z0, to_z0
 
-Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
-ConditionalDenoiser = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Denoiser = Callable[[jax.Array, Level], jax.Array]
+ConditionalDenoiser = Callable[[jax.Array, Level, Any], jax.Array]
 
 
 def from_network(
@@ -28,15 +29,16 @@ def from_network(
       alpha_bar: [T] float64 table of the schedule the network was trained with.
 
     Returns:
-      `(z_t, t, context) -> z0_hat`.
+      `(z_t, level, context) -> z0_hat`.
 
     Raises:
       ValueError: unknown prediction, or eps on a schedule with alpha_bar = 0.
     """
     check_prediction(prediction, alpha_bar)
 
-    def denoise(z_t: jax.Array, t: jax.Array, context: Any) -> jax.Array:
-        return to_z0(prediction, network(z_t, t, context), z_t, t, alpha_bar)
+    def denoise(z_t: jax.Array, level: Level, context: Any) -> jax.Array:
+        t = jnp.broadcast_to(level.t, z_t.shape[:1])
+        return to_z0(prediction, network(z_t, t, context), z_t, level)
 
     return denoise
 
@@ -46,7 +48,10 @@ def classifier_free(
     context: Any,
     null_context: Any,
     scale: jax.Array,
+    *,
     interval: jax.Array | tuple[float, float] = (0, np.inf),
+    rescale: jax.Array | float = 0.0,
+    prediction: str = "z0",
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in the convention of Rombach 2022: scale = 1 + w).
 
@@ -57,29 +62,70 @@ def classifier_free(
     matter and is skipped; the choice is made at run time, so that changing scale or interval does not recompile.
 
     Args:
-      denoise: `(z_t, t, context) -> z0_hat`, as made by `from_network`.
+      denoise: `(z_t, level, context) -> z0_hat`, as made by `from_network`.
       context: the condition, an array or tree of arrays [B, ...] (say, tokens [B, L, D]).
       null_context: the empty (or negative) condition, broadcastable to `context`, leaf by leaf.
       scale: scalar or [B], may be traced. 1 = conditional only, 0 = unconditional only.
       interval: the first and the last timestep that are guided, may be traced; the others are conditional only. At high
         noise guidance costs variety, at low noise it brings nothing (Kynkaanniemi 2024).
+      rescale: phi of Lin 2023, eq. 16, in [0, 1], may be traced: how far the standard deviation of each example is
+        brought back to what it was without guidance.
+      prediction: of what the standard deviation is meant; Lin 2023 and diffusers take the network's own.
     """
 
-    def guided(z_t: jax.Array, t: jax.Array, scale: jax.Array) -> jax.Array:
+    def guided(z_t: jax.Array, level: Level, scale: jax.Array) -> jax.Array:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), context, null_context)
-        z0_hat = denoise(jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t]), both)
+        twice = Level(*(jnp.concatenate([value, value]) for value in level))
+        z0_hat = denoise(jnp.concatenate([z_t, z_t]), twice, both)
         z0_cond, z0_null = jnp.split(z0_hat, 2)
-        return z0_null + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (z0_cond - z0_null)
+        z0 = z0_null + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (z0_cond - z0_null)
+        return _rescaled(z0, z0_cond, z_t, level, prediction, rescale)
 
-    def conditional(z_t: jax.Array, t: jax.Array, scale: jax.Array) -> jax.Array:
-        return denoise(z_t, t, context).astype(jnp.float32)
+    def conditional(z_t: jax.Array, level: Level, scale: jax.Array) -> jax.Array:
+        return denoise(z_t, level, context).astype(jnp.float32)
 
-    def guided_if_it_matters(z_t: jax.Array, t: jax.Array) -> jax.Array:
-        t = jnp.broadcast_to(t, z_t.shape[:1])
-        scale_at_t = jnp.where((interval[0] <= t) & (t <= interval[1]), jnp.asarray(scale, jnp.float32), 1.0)
-        return jax.lax.cond(jnp.all(scale_at_t == 1), conditional, guided, z_t, t, scale_at_t)
+    def guided_if_it_matters(z_t: jax.Array, level: Level) -> jax.Array:
+        level = Level(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
+        within = (interval[0] <= level.t) & (level.t <= interval[1])
+        scale_at_t = jnp.where(within, jnp.asarray(scale, jnp.float32), 1.0)
+        return jax.lax.cond(jnp.all(scale_at_t == 1), conditional, guided, z_t, level, scale_at_t)
 
     return guided_if_it_matters
+
+
+def _rescaled(
+    z0: jax.Array, z0_cond: jax.Array, z_t: jax.Array, level: Level, prediction: str, rescale: jax.Array
+) -> jax.Array:
+    """Lin 2023, eq. 15 and 16, on the outputs that mean z0 (guided) and z0_cond (not)."""
+    axes = tuple(range(1, z_t.ndim))
+    output, output_cond = (from_z0(prediction, value, z_t, level) for value in (z0, z0_cond))
+    ratio = output_cond.std(axes, keepdims=True) / output.std(axes, keepdims=True)
+    rescaled = to_z0(prediction, (1 + rescale * (ratio - 1)) * output, z_t, level)
+    return jnp.where(rescale > 0, rescaled, z0)  # z0 -> output -> z0 costs digits
+
+
+def classifier_guided(
+    denoise: Denoiser, log_probability: Callable[[jax.Array, jax.Array], jax.Array], scale: jax.Array
+) -> Denoiser:
+    """Classifier guidance (Dhariwal & Nichol 2021, algorithm 2): eps - sigma scale grad log p(y | z_t).
+
+    For z0 that is z0_hat + sigma^2 / alpha scale grad log p(y | z_t). Costs a gradient of the classifier in each call.
+
+    Args:
+      denoise: what is guided; itself guided, perhaps.
+      log_probability: `(z_t [B, ...], t [B]) -> log p(y | z_t) [B]`, differentiable, of a classifier of noisy latents.
+      scale: scalar or [B], may be traced. 1 = the true posterior of a perfect classifier and an unconditional denoiser.
+    """
+
+    def guided(z_t: jax.Array, level: Level) -> jax.Array:
+        t = jnp.broadcast_to(level.t, z_t.shape[:1])
+        gradient = jax.grad(lambda z: log_probability(z, t).sum())(z_t)
+        alpha, sigma = level.beside(z_t)
+        weight = jnp.asarray(scale, jnp.float32)
+        weight = weight.reshape(weight.shape + (1,) * (z_t.ndim - weight.ndim))
+        return denoise(z_t, level) + sigma**2 / alpha * weight * gradient
+
+    return guided
 
 
 def clip_z0(denoise: Denoiser, bound: jax.Array) -> Denoiser:
@@ -88,4 +134,21 @@ def clip_z0(denoise: Denoiser, bound: jax.Array) -> Denoiser:
     bound is a positive scalar and may be traced; infinity leaves z0_hat as it is. Solvers derive eps from the clipped
     z0_hat, which diffusers' DDIM does with `use_clipped_model_output=True`.
     """
-    return lambda z_t, t: jnp.clip(denoise(z_t, t), -bound, bound)
+    return lambda z_t, level: jnp.clip(denoise(z_t, level), -bound, bound)
+
+
+def threshold_z0(
+    denoise: Denoiser, quantile: jax.Array | float = 0.995, highest: jax.Array | float = np.inf
+) -> Denoiser:
+    """Dynamic thresholding (Saharia 2022, section 2.3), for pixels in [-1, 1] under strong guidance.
+
+    In each example z0_hat is kept within [-s, s] and divided by s, the quantile of |z0_hat|, from 1 to `highest`.
+    """
+
+    def thresholded(z_t: jax.Array, level: Level) -> jax.Array:
+        z0_hat = denoise(z_t, level)
+        s = jnp.quantile(jnp.abs(z0_hat), quantile, axis=tuple(range(1, z_t.ndim)), keepdims=True)
+        s = jnp.clip(s, 1.0, highest)
+        return jnp.clip(z0_hat, -s, s) / s
+
+    return thresholded

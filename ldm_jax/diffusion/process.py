@@ -4,7 +4,11 @@ Throughout, z_t = sqrt(alpha_bar_t) z0 + sqrt(1 - alpha_bar_t) eps (Ho 2020, eq.
 scalar or [B] int32 in [0, T), `alpha_bar` the schedule's [T] float64 NumPy table: coefficients are computed from it in
 float64 on the host and cast once, so even a bfloat16 network is scheduled in float32. A concrete t outside [0, T) is
 refused; a traced one gives NaN, where JAX's own indexing would clamp or wrap it silently.
+
+Training looks t up in the schedule. A solver may stand between two timesteps, so what it needs takes a `Level`.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +18,41 @@ PREDICTIONS = ("eps", "v", "z0")
 WEIGHTINGS = ("uniform", "min_snr")
 
 
+class Level(NamedTuple):
+    """A place on the way from data to noise, z = alpha z0 + sigma eps with alpha^2 + sigma^2 = 1: scalars or [B]."""
+
+    t: jax.Array  # the time that the network is told; may be fractional
+    alpha: jax.Array
+    sigma: jax.Array
+
+    def beside(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """alpha and sigma, ready to multiply z [B, ...]."""
+        alpha, sigma = (jnp.asarray(value, jnp.float32) for value in (self.alpha, self.sigma))
+        return tuple(value.reshape(value.shape + (1,) * (z.ndim - value.ndim)) for value in (alpha, sigma))
+
+
+def level_at(t: jax.Array, alpha_bar: np.ndarray) -> Level:
+    """The level of timestep t of the schedule."""
+    return Level(jnp.asarray(t, jnp.float32), *_signal_and_noise(alpha_bar, t))
+
+
 def check_prediction(prediction: str, alpha_bar: np.ndarray) -> None:
     """Refuses an unknown prediction, and eps on a schedule that reaches alpha_bar = 0, where eps tells nothing of z0.
 
     Raises:
       ValueError: in either case.
     """
-    if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    _check_known(prediction)
     if prediction == "eps" and np.min(alpha_bar) <= 0:
         raise ValueError(
             "prediction 'eps' cannot recover z0 where alpha_bar = 0 (zero terminal SNR); predict 'v' or 'z0', "
             "or turn zero_terminal_snr off"
         )
+
+
+def _check_known(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
 
 
 def q_sample(z0: jax.Array, t: jax.Array, eps: jax.Array, alpha_bar: np.ndarray) -> jax.Array:
@@ -75,28 +101,40 @@ def target(prediction: str, z0: jax.Array, eps: jax.Array, t: jax.Array, alpha_b
     return signal * eps - noise * z0
 
 
-def to_z0(prediction: str, output: jax.Array, z_t: jax.Array, t: jax.Array, alpha_bar: np.ndarray) -> jax.Array:
-    """The z0 that a network's output means at z_t: the inverse of `target`. float32. Raises as `check_prediction`."""
-    check_prediction(prediction, alpha_bar)
+def to_z0(prediction: str, output: jax.Array, z_t: jax.Array, level: Level) -> jax.Array:
+    """The z0 that a network's output means at z_t: the inverse of `target`. float32; for eps, alpha must not be 0."""
+    _check_known(prediction)
     output = output.astype(jnp.float32)
-    signal, noise = _signal_and_noise(alpha_bar, t, z_t.ndim)
+    alpha, sigma = level.beside(z_t)
     if prediction == "eps":
-        return (z_t - noise * output) / signal
+        return (z_t - sigma * output) / alpha
     if prediction == "v":
-        return signal * z_t - noise * output
+        return alpha * z_t - sigma * output
     return output
 
 
-def to_eps(prediction: str, output: jax.Array, z_t: jax.Array, t: jax.Array, alpha_bar: np.ndarray) -> jax.Array:
-    """The eps that a network's output means at z_t. float32. Raises as `check_prediction`."""
-    check_prediction(prediction, alpha_bar)
+def from_z0(prediction: str, z0: jax.Array, z_t: jax.Array, level: Level) -> jax.Array:
+    """The output that means z0 at z_t: the inverse of `to_z0`. float32; for eps and v, sigma must not be 0."""
+    _check_known(prediction)
+    z0 = z0.astype(jnp.float32)
+    alpha, sigma = level.beside(z_t)
+    if prediction == "eps":
+        return (z_t - alpha * z0) / sigma
+    if prediction == "v":
+        return (alpha * z_t - z0) / sigma
+    return z0
+
+
+def to_eps(prediction: str, output: jax.Array, z_t: jax.Array, level: Level) -> jax.Array:
+    """The eps that a network's output means at z_t. float32; for z0, sigma must not be 0."""
+    _check_known(prediction)
     output = output.astype(jnp.float32)
-    signal, noise = _signal_and_noise(alpha_bar, t, z_t.ndim)
+    alpha, sigma = level.beside(z_t)
     if prediction == "eps":
         return output
     if prediction == "v":
-        return noise * z_t + signal * output
-    return (z_t - signal * output) / noise
+        return sigma * z_t + alpha * output
+    return (z_t - alpha * output) / sigma
 
 
 def snr(t: jax.Array, alpha_bar: np.ndarray) -> jax.Array:
@@ -130,7 +168,7 @@ def _snr_table(alpha_bar: np.ndarray) -> np.ndarray:
     return alpha_bar / (1 - alpha_bar)
 
 
-def _signal_and_noise(alpha_bar: np.ndarray, t: jax.Array, ndim: int) -> tuple[jax.Array, jax.Array]:
+def _signal_and_noise(alpha_bar: np.ndarray, t: jax.Array, ndim: int = 0) -> tuple[jax.Array, jax.Array]:
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), ready to multiply latents of `ndim` axes."""
     alpha_bar = np.asarray(alpha_bar, np.float64)
     return _at(np.sqrt(alpha_bar), t, ndim), _at(np.sqrt(1 - alpha_bar), t, ndim)

@@ -4,12 +4,15 @@ Every schedule is variance preserving and discrete: t in [0, T), alpha_bar decre
 tables stay in NumPy float64 until a function of `process` or `solvers` casts what it needs from them, once, to float32.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 SCHEDULES = ("linear", "scaled_linear", "cosine")
-SPACINGS = ("leading", "trailing", "linspace")
+EVEN = ("leading", "trailing", "linspace")
+SPACINGS = (*EVEN, "karras", "exponential")
+GRIDS = ("integer", "endpoint", "continuous", "lcm")
 
 
 class Schedule(NamedTuple):
@@ -75,6 +78,140 @@ def rescale_zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
+class Point(NamedTuple):
+    """A place that a sampler visits, in float64: the time that the network is told, and the level of the noise."""
+
+    t: float
+    alpha_bar: float
+
+    @property
+    def alpha(self) -> float:
+        """The weight of z0."""
+        return np.sqrt(self.alpha_bar)
+
+    @property
+    def sigma(self) -> float:
+        """The weight of eps."""
+        return np.sqrt(1 - self.alpha_bar)
+
+    @property
+    def ve_sigma(self) -> float:
+        """sigma / alpha, the noise on z / alpha, which Karras 2022 calls sigma."""
+        with np.errstate(divide="ignore"):
+            return np.divide(self.sigma, self.alpha)
+
+    @property
+    def half_log_snr(self) -> float:
+        """lambda = log(alpha / sigma) (Lu 2022)."""
+        with np.errstate(divide="ignore"):
+            return np.log(np.divide(self.alpha, self.sigma))
+
+
+def visits(
+    spacing: str | Sequence[int],
+    alpha_bar: np.ndarray,
+    steps: int,
+    *,
+    grid: str = "integer",
+    steps_offset: int = 0,
+    between: str = "linspace",
+) -> list[Point]:
+    """The places that a sampler visits, from noise to data.
+
+    Args:
+      spacing: `leading`, `trailing` or `linspace`, even in time (see `timesteps`); `karras` (Karras 2022, eq. 5, with
+        rho = 7) or `exponential`, even in a power or the logarithm of sigma / alpha; or timesteps, descending.
+      alpha_bar: [T] float64 table of the schedule.
+      steps: how many; at most T.
+      grid: `integer`: timesteps of the schedule, and for `karras` and `exponential` the nearest ones as the time told.
+        `endpoint`: the same, but of `leading` and `linspace` the end point counts as one and is left out.
+        `continuous`: `linspace`, `karras` and `exponential` stand between the timesteps: sigma / alpha is linear in t
+        for `linspace`, its logarithm for the others. `lcm`: every T // 50th timestep, thinned (Luo 2023).
+      steps_offset: see `timesteps`.
+      between: the even spacing whose first and last points `karras` and `exponential` span on a continuous grid.
+
+    Raises:
+      ValueError: unknown spacing, steps or timesteps out of range, or `karras` or `exponential` where alpha_bar = 0.
+    """
+    T = len(alpha_bar)
+    if not isinstance(spacing, str):
+        return _listed(spacing, alpha_bar, steps)
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    if spacing not in EVEN:
+        if grid == "lcm":
+            raise ValueError(f"lcm has timesteps of its own, {spacing} spacing is for the others")
+        return _even_in_sigma(spacing, alpha_bar, steps, grid, steps_offset, between)
+    if grid == "continuous" and spacing == "linspace":
+        _check_steps(steps, T)
+        t = np.linspace(0, T - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
+        sigma = np.interp(t, np.arange(T), [Point(0, level).ve_sigma for level in alpha_bar])
+        level = np.where(t % 1 == 0, alpha_bar[np.round(t).astype(int)], 1 / (1 + sigma**2))
+        return [Point(*point) for point in zip(t, level)]
+    if grid == "lcm":
+        t = _lcm_timesteps(T, steps)
+    elif grid == "endpoint" and spacing != "trailing":
+        if not 1 <= steps < T:
+            raise ValueError(f"{spacing} spacing needs steps in 1..{T - 1} with this solver, got {steps}")
+        t = timesteps(spacing, T, steps + 1, steps_offset)[:-1]
+    else:
+        t = timesteps(spacing, T, steps, steps_offset)
+    return [Point(float(t), alpha_bar[t]) for t in t]
+
+
+def _check_steps(steps: int, T: int) -> None:
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must lie in 1..{T} for a schedule of {T} timesteps, got {steps}")
+
+
+def _listed(t: Sequence[int], alpha_bar: np.ndarray, steps: int) -> list[Point]:
+    t, T = np.asarray(t), len(alpha_bar)
+    fits = t.ndim == 1 and len(t) and np.issubdtype(t.dtype, np.integer) and (np.diff(t) < 0).all()
+    if not fits or t[0] >= T or t[-1] < 0:
+        raise ValueError(
+            f"timesteps must be whole numbers that fall, from {T - 1} at most to 0 at least, got {t.tolist()}"
+        )
+    if len(t) != steps:
+        raise ValueError(f"{len(t)} timesteps are listed for {steps} steps")
+    return [Point(float(t), alpha_bar[t]) for t in t]
+
+
+def _even_in_sigma(
+    spacing: str, alpha_bar: np.ndarray, steps: int, grid: str, steps_offset: int, between: str
+) -> list[Point]:
+    """`karras` and `exponential`; see `visits`."""
+    _check_steps(steps, len(alpha_bar))
+    if alpha_bar[-1] <= 0:
+        raise ValueError(f"{spacing} spacing needs a schedule that ends above alpha_bar = 0 (zero terminal SNR)")
+    first, last = alpha_bar[-1], alpha_bar[0]
+    if grid == "continuous":
+        ends = visits(between, alpha_bar, steps, grid=grid, steps_offset=steps_offset)
+        first, last = ends[0].alpha_bar, ends[-1].alpha_bar
+    first, last = Point(0, first).ve_sigma, Point(0, last).ve_sigma
+    if spacing == "karras":
+        sigma = np.linspace(first ** (1 / 7), last ** (1 / 7), steps) ** 7
+    else:
+        sigma = np.exp(np.linspace(np.log(first), np.log(last), steps))
+    t = time_of(sigma, alpha_bar)
+    return [Point(*point) for point in zip(t if grid == "continuous" else np.round(t), 1 / (1 + sigma**2))]
+
+
+def time_of(ve_sigma: np.ndarray, alpha_bar: np.ndarray) -> np.ndarray:
+    """The fractional timestep of a noise level sigma / alpha, by linear interpolation of its logarithm; clipped."""
+    with np.errstate(divide="ignore"):
+        table = np.log((1 - alpha_bar) / alpha_bar) / 2
+    return np.interp(np.log(ve_sigma), table, np.arange(len(alpha_bar)))
+
+
+def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:
+    """`steps` of the `distilled` timesteps that latent consistency models are distilled on (Luo 2023)."""
+    distilled = min(distilled, T)
+    if not 1 <= steps <= distilled:
+        raise ValueError(f"lcm needs steps in 1..{distilled}, got {steps}")
+    t = np.arange(distilled, 0, -1) * (T // distilled) - 1
+    return t[np.floor(np.linspace(0, distilled, steps, endpoint=False)).astype(int)]
+
+
 def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.ndarray:
     """The timesteps a sampler visits (Lin 2023, table 2), with the rounding of diffusers.
 
@@ -91,8 +228,7 @@ def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.nda
     Raises:
       ValueError: unknown spacing, steps out of range, or an offset that leaves [0, T).
     """
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must lie in 1..{T} for a schedule of {T} timesteps, got {steps}")
+    _check_steps(steps, T)
     if spacing == "leading":
         t = np.arange(steps)[::-1] * (T // steps) + steps_offset
         if t[0] >= T or t[-1] < 0:
@@ -103,5 +239,5 @@ def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.nda
     elif spacing == "linspace":
         t = np.round(np.linspace(0, T - 1, steps))[::-1]
     else:
-        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+        raise ValueError(f"spacing must be one of {', '.join(EVEN)} here, got {spacing!r}")
     return t.astype(np.int64)

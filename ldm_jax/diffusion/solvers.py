@@ -1,54 +1,63 @@
-"""Samplers as tables of coefficients, made on the host in float64, and the one compiled loop that runs any table.
+"""Samplers as tables of coefficients, made on the host in float64: one row for each network call.
 
-Every solver here moves z linearly in what it knows: z itself, the current and the last few predictions of z0, and fresh
-noise. Row i of a table is network call i:
+Every solver here moves z linearly in what it has seen. Row i is network call i, told of the level (t, alpha, sigma):
 
-    z0_hat = denoise(z, t[i])
-    z      = on_z[i] z + on_z0[i] z0_hat + sum_j on_old[i, j] z0_hat of j + 1 calls ago + on_noise[i] noise
+    z0_hat = denoise(z, level)
+    z      = sum_j weight[Z_j] (z of j calls ago) + weight[X_j] (z0_hat of j calls ago) + weight[NOISE] (fresh noise)
 
-Columns are padded to the length of the schedule and the number of rows is data, so a compiled loop serves every solver,
-step count and eta. To add a solver: write a function from the levels alpha_bar before and after each row to these
-columns, and give it a branch in `make_table`.
-
-Randomness is indexed, never consumed: each sample has a key made of (seed, k), and each of its draws a fold of it.
+A solver is a function from the points it visits to rows. In it, Z[0], X[0], Z[1], ... and NOISE are unit vectors, so
+that the paper's update, written down with them, is the row. `sampling.solve` runs any table; columns are padded to one
+length and the number of rows is data, so that it compiles once for all.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.guidance import Denoiser
 from ldm_jax.diffusion.process import check_prediction, posterior_coefficients
-from ldm_jax.diffusion.schedules import Schedule, timesteps
+from ldm_jax.diffusion.schedules import Point, Schedule, time_of, visits
 
-SOLVERS = ("ddpm", "ddim", "dpmpp_2m")
+GRID_OF = {
+    "ddpm": "integer",
+    "ddim": "integer",
+    "plms": "integer",
+    "euler": "continuous",
+    "euler_a": "continuous",
+    "heun": "continuous",
+    "edm": "continuous",
+    "dpmpp_2m": "endpoint",
+    "dpmpp_2m_sde": "endpoint",
+    "dpmpp_2s": "endpoint",
+    "unipc": "endpoint",
+    "lcm": "lcm",
+}
+SOLVERS = tuple(GRID_OF)
 VARIANCES = ("fixed_small", "fixed_large")
-HISTORY = 2  # earlier predictions of z0 that a row may use
+HISTORY = 4  # earlier calls that a row may look back to
 
-# Names of the random streams, far above any row or step number. A key that has children is never drawn from.
-_SAMPLES, _INITIAL, _PROJECT = 2**32 - 1, 2**32 - 2, 2**32 - 3
+_UNITS = np.eye(2 * (HISTORY + 1) + 1)
+Z, X, NOISE = _UNITS[: HISTORY + 1], _UNITS[HISTORY + 1 : -1], _UNITS[-1]
+
+
+class Row(NamedTuple):
+    """One network call and the move after it."""
+
+    at: Point  # where z stands when the network is called
+    reached: Point  # where the move leaves it
+    weights: np.ndarray  # [2 HISTORY + 3], in terms of Z, X and NOISE
 
 
 class Table(NamedTuple):
-    """A solver: [R] float64 columns, of which the first `rows` are meant; padding is 0 and never run."""
+    """A solver's rows: [R] float64 columns, of which the first `rows` are meant; padding is 0 and never run."""
 
-    t: np.ndarray  # [R] int32, the timestep the network is called with
-    on_z: np.ndarray
-    on_z0: np.ndarray
-    on_old: np.ndarray  # [R, HISTORY], newest first
-    on_noise: np.ndarray
-    alpha_bar: np.ndarray  # the level reached: z after row i is a sample of q at this alpha_bar; 1 = clean
+    t: np.ndarray  # [R] the time that the network is told
+    alpha: np.ndarray  # [R] z = alpha z0 + sigma eps when the network is called
+    sigma: np.ndarray
+    weights: np.ndarray  # [R, 2 HISTORY + 3]
+    alpha_bar: np.ndarray  # [R] the level reached: z after row i is a sample of q at this alpha_bar; 1 = clean
     rows: np.ndarray  # [] int32
-
-
-class Trajectory(NamedTuple):
-    """Snapshots of a run, evenly spaced over its rows, the last row included; S = 0 if none were asked for."""
-
-    z_t: jax.Array  # [S, B, ...] after the row
-    z0_hat: jax.Array  # [S, B, ...] predicted in the row
 
 
 def make_table(
@@ -58,182 +67,352 @@ def make_table(
     *,
     prediction: str = "eps",
     eta: float = 0.0,
+    churn: float = 0.0,
     variance: str = "fixed_small",
-    spacing: str = "leading",
+    spacing: str | Sequence[int] = "leading",
+    between: str = "linspace",
     steps_offset: int = 0,
     set_alpha_to_one: bool = True,
+    strength: float = 1.0,
 ) -> Table:
-    """Computes the coefficients of a solver.
+    """Computes the rows of a solver.
 
     Args:
-      solver: `ddpm` (ancestral, Ho 2020; respaced as Nichol 2021 when steps < T), `ddim` (Song 2021) or `dpmpp_2m`
-        (DPM-Solver++, second order, multistep, Lu 2022).
+      solver: one of SOLVERS. `ddpm` is ancestral (Ho 2020; respaced as Nichol 2021 when steps < T), `ddim` Song 2021,
+        `plms` Liu 2022 as in CompVis' repository, `euler`, `euler_a` and `heun` k-diffusion's, `edm` Karras 2022's
+        stochastic one, `dpmpp_2m`, `dpmpp_2m_sde` and `dpmpp_2s` DPM-Solver++ (Lu 2022), second order, `unipc` Zhao
+        2023, second order with the corrector, and `lcm` the multistep sampling of consistency models (Luo 2023).
       schedule: the one the network was trained with; T is its length.
-      steps: network calls, in [1, T].
+      steps: in [1, T]; network calls but for `heun` and `edm` (2 steps - 1) and `plms` (steps + 1).
       prediction: what the network predicts; only checked against the schedule (a table knows z0 alone).
       eta: ddim's share of the ancestral noise, in [0, 1]; 0 is deterministic, 1 is ddpm with the small variance.
+      churn: edm's S_churn, the noise added before each step, shared out over the steps; 0 is `heun`.
       variance: ddpm's: `fixed_small` is the posterior's, `fixed_large` beta (Ho 2020, section 3.2).
-      spacing: `leading`, `trailing` or `linspace`: see `schedules.timesteps`. For dpmpp_2m the end point counts as one
-        of the `leading` and `linspace` times, as in diffusers, so it needs steps < T there.
-      steps_offset: see `schedules.timesteps`.
+      spacing: where the steps are: see `schedules.visits`, as for `between` and `steps_offset`.
       set_alpha_to_one: whether the last row ends on clean data, alpha_bar = 1, or at alpha_bar[0] (Stable Diffusion's
         DDIM; `final_sigmas_type` "zero" and "sigma_min" in diffusers' DPM-Solver).
+      strength: the share of the steps that is done, in (0, 1], rounded down as in diffusers: less than 1 begins in the
+        middle, at the level of the first row, where a noised image must be given.
 
     Raises:
-      ValueError: unknown option, steps or eta out of range, eta without ddim, variance without ddpm, or eps on a
-        schedule with alpha_bar = 0.
+      ValueError: unknown option, one out of range or of another solver, or eps on a schedule with alpha_bar = 0.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
-    if variance != "fixed_small" and solver != "ddpm":
-        raise ValueError(f"variance {variance!r} is for ddpm only, got solver {solver!r}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    if eta > 0 and solver != "ddim":
-        raise ValueError(f"eta is for ddim only, got eta = {eta} with solver {solver!r}")
+    if churn < 0:
+        raise ValueError(f"churn must be 0 or more, got {churn}")
+    for name, given, owner in (("variance", variance, "ddpm"), ("eta", eta, "ddim"), ("churn", churn, "edm")):
+        if given not in (0, "fixed_small") and solver != owner:
+            raise ValueError(f"{name} is for {owner} only, got {name} = {given} with solver {solver!r}")
     check_prediction(prediction, schedule.alpha_bar)
 
-    T = len(schedule.alpha_bar)
-    t = _row_timesteps(solver, spacing, T, steps, steps_offset)
-    level = schedule.alpha_bar[t]
-    level_next = np.append(level[1:], 1.0 if set_alpha_to_one else schedule.alpha_bar[0])
+    grid = GRID_OF[solver]
+    points = visits(spacing, schedule.alpha_bar, steps, grid=grid, steps_offset=steps_offset, between=between)
+    points = [*points[first_step(steps, strength) :], Point(0.0, 1.0 if set_alpha_to_one else schedule.alpha_bar[0])]
     if solver == "ddpm":
-        coefficients = _ddpm(level, level_next, variance)
+        rows = _ddpm(points, variance)
     elif solver == "ddim":
-        coefficients = _ddim(level, level_next, eta)
+        rows = _ddim(points, eta)
+    elif solver == "edm":
+        rows = _edm(points, churn, schedule.alpha_bar)
+    elif solver == "lcm":
+        rows = _lcm(points)
     else:
-        coefficients = _dpmpp_2m(level, level_next)
-    columns = [_pad(column, T) for column in (t.astype(np.int32), *coefficients, level_next)]
-    return Table(*columns, rows=np.asarray(steps, np.int32))
+        rows = _PLAIN[solver](points)
+    return tabulate(rows, len(schedule.alpha_bar))
 
 
-def _row_timesteps(solver: str, spacing: str, T: int, steps: int, steps_offset: int) -> np.ndarray:
-    if solver != "dpmpp_2m" or spacing == "trailing":
-        return timesteps(spacing, T, steps, steps_offset)
-    if not 1 <= steps < T:
-        raise ValueError(f"dpmpp_2m with {spacing} spacing needs steps in 1..{T - 1}, got {steps}")
-    return timesteps(spacing, T, steps + 1, steps_offset)[:-1]
+def make_inversion_table(schedule: Schedule, steps: int, *, spacing: str = "leading", steps_offset: int = 0) -> Table:
+    """DDIM run backwards, from data to noise (Song 2021, section 4.3; the convention of Mokady 2022 and diffusers).
+
+    Each row is told the time it goes to, where the sampler would have called the network. The data are taken to stand
+    at alpha_bar[0], as at alpha_bar = 1 a z0_hat tells nothing of eps. Arguments and errors are those of `make_table`.
+    """
+    points = visits(spacing, schedule.alpha_bar, steps, steps_offset=steps_offset)[::-1]
+    points = [Point(0.0, schedule.alpha_bar[0]), *points]
+    rows = []
+    for now, after in pairwise(points):
+        at = Point(after.t, now.alpha_bar)
+        rows.append(Row(at, after, after.alpha * X[0] + after.sigma * _eps(0, at)))
+    return tabulate(rows, len(schedule.alpha_bar))
 
 
-def _pad(column: np.ndarray, length: int) -> np.ndarray:
-    return np.concatenate([column, np.zeros((length - len(column), *column.shape[1:]), column.dtype)])
+def with_resampling(table: Table, times: int, jump: int) -> Table:
+    """RePaint (Lugmayr 2022, algorithm 1): every `jump` rows go back up by fresh noise and are done `times` times.
+
+    For solvers that look at nothing but the current z and z0_hat (ddpm, ddim, euler, euler_a); for use with a `project`
+    that blends in what is known, which the repetitions bring into harmony with what is drawn.
+
+    Raises:
+      ValueError: times or jump less than 1, a solver with a memory, or more rows than a table holds.
+    """
+    if times < 1 or jump < 1:
+        raise ValueError(f"resampling needs times and jump of 1 or more, got {times} and {jump}")
+    now = np.isin(np.arange(len(_UNITS)), [0, HISTORY + 1, len(_UNITS) - 1])
+    if table.weights[:, ~now].any():
+        raise ValueError("resampling needs a solver without memory: ddpm, ddim, euler or euler_a")
+    n, rows = int(table.rows), []
+    at = [Point(*point) for point in zip(table.t, table.alpha**2)][:n]
+    plain = [Row(at[i], Point(0.0, table.alpha_bar[i]), table.weights[i]) for i in range(n)]
+    for start in range(0, n, jump):
+        part = plain[start : start + jump]
+        for repetition in range(times):
+            rows += part
+            if repetition < times - 1 and start + jump < n:
+                rows[-1] = _jump_back(part[-1], part[0].at)
+            elif start + jump >= n:  # the last part ends on clean data, from which there is no way back
+                break
+    return tabulate(rows, len(table.t) // 2)
 
 
-def _ddpm(level: np.ndarray, level_next: np.ndarray, variance: str) -> tuple[np.ndarray, ...]:
+def _jump_back(row: Row, to: Point) -> Row:
+    """The row, followed by the forward process up to the level `to` (Ho 2020, eq. 2)."""
+    keep = to.alpha_bar / row.reached.alpha_bar
+    weights = np.sqrt(keep) * row.weights
+    weights[-1] = np.hypot(weights[-1], np.sqrt(1 - keep))
+    return Row(row.at, to, weights)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """How many of the steps a strength leaves out, as diffusers counts."""
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must lie above 0 and up to 1, got {strength}")
+    done = int(steps * strength)
+    if done == 0:
+        raise ValueError(f"strength {strength} of {steps} steps leaves none; take {int(np.ceil(1 / strength))} or more")
+    return steps - done
+
+
+def tabulate(rows: Iterator[Row] | Sequence[Row], T: int) -> Table:
+    """Rows as columns, padded to 2 T.
+
+    Raises:
+      ValueError: more than 2 T rows.
+    """
+    rows = list(rows)
+    if len(rows) > 2 * T:
+        raise ValueError(f"a table holds {2 * T} network calls, this solver wants {len(rows)}; take fewer steps")
+    columns = (
+        [row.at.t for row in rows],
+        [row.at.alpha for row in rows],
+        [row.at.sigma for row in rows],
+        [row.weights for row in rows],
+        [row.reached.alpha_bar for row in rows],
+    )
+    pad = 2 * T - len(rows)
+    padded = [np.pad(np.asarray(c, np.float64), [(0, pad)] + [(0, 0)] * (np.ndim(c) - 1)) for c in columns]
+    return Table(*padded, rows=np.asarray(len(rows), np.int32))
+
+
+def _eps(j: int, at: Point) -> np.ndarray:
+    """The noise that call number j ago saw in z, where it stood."""
+    return (Z[j] - at.alpha * X[j]) / at.sigma
+
+
+def _decay(now: Point, after: Point) -> float:
+    """e^-h, h the step in lambda = log(alpha / sigma): written so that it is 0 at both infinities."""
+    return after.sigma * now.alpha / (after.alpha * now.sigma)
+
+
+def _ddpm(points: list[Point], variance: str) -> Iterator[Row]:
     """Ho 2020, eq. 7 and algorithm 2, between the timesteps that are kept. The last row adds no noise."""
-    on_z0, on_z, posterior_variance = posterior_coefficients(level, level_next)
-    on_noise = np.sqrt(posterior_variance if variance == "fixed_small" else 1 - level / level_next)
-    on_noise[-1] = 0
-    return on_z, on_z0, _no_history(level), on_noise
+    for now, after in pairwise(points):
+        on_z0, on_z, posterior_variance = posterior_coefficients(now.alpha_bar, after.alpha_bar)
+        spread = np.sqrt(posterior_variance if variance == "fixed_small" else 1 - now.alpha_bar / after.alpha_bar)
+        yield Row(now, after, on_z * Z[0] + on_z0 * X[0] + (after is not points[-1]) * spread * NOISE)
 
 
-def _ddim(level: np.ndarray, level_next: np.ndarray, eta: float) -> tuple[np.ndarray, ...]:
-    """Song 2021, eq. 12 and 16, with eps = (z - sqrt(alpha_bar) z0_hat) / sqrt(1 - alpha_bar).
+def _ddim(points: list[Point], eta: float) -> Iterator[Row]:
+    """Song 2021, eq. 12 and 16.
 
     The next level is that of the next row, whatever the spacing; subtracting T // steps from t, as diffusers does, is
     right for leading spacing only.
     """
-    _, _, posterior_variance = posterior_coefficients(level, level_next)
-    on_noise = eta * np.sqrt(posterior_variance)
-    direction = np.sqrt(np.maximum(1 - level_next - on_noise**2, 0))  # 0 up to rounding when eta = 1, level = 0
-    on_z = direction / np.sqrt(1 - level)
-    on_z0 = np.sqrt(level_next) - np.sqrt(level) * on_z
-    return on_z, on_z0, _no_history(level), on_noise
+    for now, after in pairwise(points):
+        sigma = eta * np.sqrt(posterior_coefficients(now.alpha_bar, after.alpha_bar)[2])
+        direction = np.sqrt(max(1 - after.alpha_bar - sigma**2, 0))  # 0 up to rounding when eta = 1, alpha = 0
+        yield Row(now, after, after.alpha * X[0] + direction * _eps(0, now) + sigma * NOISE)
 
 
-def _dpmpp_2m(level: np.ndarray, level_next: np.ndarray) -> tuple[np.ndarray, ...]:
+def _plms(points: list[Point]) -> Iterator[Row]:
+    """Liu 2022, eq. 12, with Adams-Bashforth over eps, begun by one Heun step (CompVis' PLMS).
+
+    The second point is called twice, and what the first of these calls says is not used again.
+    """
+    weights = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
+    yield Row(points[0], points[1], points[1].alpha * X[0] + points[1].sigma * _eps(0, points[0]))
+    if len(points) == 2:
+        return
+    start, after = points[:2]
+    eps = (_eps(0, after) + _eps(1, start)) / 2
+    z0 = (Z[1] - start.sigma * eps) / start.alpha if start.alpha else X[1]
+    yield Row(after, after, after.alpha * z0 + after.sigma * eps)
+    for i, (now, after) in enumerate(pairwise(points[1:]), start=2):
+        calls = [*range(i, 1, -1), 0][:4]  # newest first; call i stands at point i - 1, call 0 at point 0
+        where = [points[max(call - 1, 0)] for call in calls]
+        seen = [_eps(i - call, point) for call, point in zip(calls, where)]
+        eps = sum(weight * e for weight, e in zip(weights[len(calls)], seen))
+        z0 = (Z[0] - now.sigma * eps) / now.alpha
+        yield Row(now, after, after.alpha * z0 + after.sigma * eps)
+
+
+def _euler(points: list[Point]) -> Iterator[Row]:
+    """Karras 2022, algorithm 1 without the correction: in alpha and sigma, DDIM."""
+    return _ddim(points, eta=0.0)
+
+
+def _euler_a(points: list[Point]) -> Iterator[Row]:
+    """k-diffusion's ancestral Euler: down to sigma_down, up again by noise of sigma_up, both in units of alpha."""
+    for now, after in pairwise(points):
+        r = _decay(now, after)  # = sigma' / sigma, so sigma_down / sigma = r^2 and sigma_up = sigma' sqrt(1 - r^2)
+        down = after.sigma * r * _eps(0, now)
+        yield Row(now, after, after.alpha * X[0] + down + after.sigma * np.sqrt(1 - r**2) * NOISE)
+
+
+def _heun(points: list[Point]) -> Iterator[Row]:
+    """Karras 2022, algorithm 1: an Euler step, then the same with the mean of both slopes d = eps of z / alpha.
+
+    A step from alpha = 0 or to sigma = 0 is Euler's alone: one of the two has no slope.
+    """
+    for now, after in pairwise(points):
+        yield from _heun_step(now, after)
+
+
+def _heun_step(now: Point, after: Point) -> Iterator[Row]:
+    yield Row(now, after, after.alpha * X[0] + after.sigma * _eps(0, now))
+    if now.alpha > 0 and after.sigma > 0:
+        half_step = (after.ve_sigma - now.ve_sigma) / 2
+        yield Row(after, after, Z[0] + after.alpha * half_step * (_eps(0, after) - _eps(1, now)))
+
+
+def _edm(points: list[Point], churn: float, alpha_bar: np.ndarray) -> Iterator[Row]:
+    """Karras 2022, algorithm 2, with S_noise = 1 and no bounds on sigma: before each step, noise is added.
+
+    The noise belongs to the last row of the step before. The first step needs none, as it starts from noise alone; the
+    raised sigma never exceeds the schedule's own.
+    """
+    gamma = min(churn / (len(points) - 1), np.sqrt(2) - 1)
+    highest = Point(0.0, alpha_bar[-1]).ve_sigma
+    now = points[0]
+    for after in points[1:]:
+        *predictor, last = _heun_step(now, after)
+        yield from predictor
+        if after.sigma == 0 or gamma == 0:
+            yield last
+            now = after
+            continue
+        raised = min(after.ve_sigma * (1 + gamma), highest)
+        now = Point(float(time_of(raised, alpha_bar)), 1 / (1 + raised**2))
+        weights = now.alpha / after.alpha * last.weights
+        weights = weights + now.alpha * np.sqrt(max(raised**2 - after.ve_sigma**2, 0)) * NOISE
+        yield Row(last.at, now, weights)
+
+
+def _dpmpp_2m(points: list[Point], noisy: bool = False) -> Iterator[Row]:
     """Lu 2022 (DPM-Solver++), algorithm 2, in lambda = log(alpha / sigma), h = the step of lambda, r = h_before / h:
 
         z' = sigma'/sigma z - alpha' (e^-h - 1) D,    D = (1 + 1/(2r)) z0_hat - 1/(2r) z0_hat_before
 
-    e^-h is written without lambda, which is infinite at alpha_bar = 0 and 1. First order (D = z0_hat) in the first row,
-    in a last row that ends on clean data (h infinite), and in the last of fewer than 15 rows, as in diffusers.
+    and its stochastic kin (section 4.4): sigma'/sigma e^-h z + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) noise.
+    First order (D = z0_hat) in the first row, after a row of infinite h (from alpha = 0), in a last row that ends on
+    clean data, and in the last of fewer than 15 rows, as in diffusers.
     """
-    alpha, sigma = np.sqrt(level), np.sqrt(1 - level)
-    alpha_next, sigma_next = np.sqrt(level_next), np.sqrt(1 - level_next)
-    on_z = sigma_next / sigma
-    on_D = alpha_next - alpha * on_z  # = -alpha' (e^-h - 1)
-    half_inverse_r = np.zeros_like(level)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        h = np.log(alpha_next / sigma_next) - np.log(alpha / sigma)
-        half_inverse_r[1:] = h[1:] / h[:-1] / 2  # 0 after a row that came from alpha_bar = 0: h_before is infinite
-    if level_next[-1] == 1 or len(level) < 15:
-        half_inverse_r[-1] = 0
-    on_old = _no_history(level)
-    on_old[:, 0] = -half_inverse_r * on_D
-    return on_z, (1 + half_inverse_r) * on_D, on_old, np.zeros_like(level)
+    steps = list(pairwise(points))
+    h_before = np.inf
+    for i, (now, after) in enumerate(steps):
+        h = after.half_log_snr - now.half_log_snr
+        last = i == len(steps) - 1 and (after.sigma == 0 or len(steps) < 15)
+        D = X[0] if last or np.isinf(h_before) else X[0] + h / h_before / 2 * (X[0] - X[1])
+        if noisy:
+            r = _decay(now, after)
+            move = after.alpha * (1 - r**2) * D + after.sigma * np.sqrt(1 - r**2) * NOISE
+            yield Row(now, after, after.sigma / now.sigma * r * Z[0] + move)
+        else:
+            on_z = after.sigma / now.sigma
+            yield Row(now, after, on_z * Z[0] + (after.alpha - now.alpha * on_z) * D)
+        h_before = h
 
 
-def _no_history(level: np.ndarray) -> np.ndarray:
-    return np.zeros((len(level), HISTORY))
+def _dpmpp_2m_sde(points: list[Point]) -> Iterator[Row]:
+    """See `_dpmpp_2m`."""
+    return _dpmpp_2m(points, noisy=True)
 
 
-def sample_keys(seed: jax.Array | int, index: jax.Array) -> jax.Array:
-    """The keys of samples `index` [B] of the run with this seed: a key array [B]. Apart from training's streams."""
-    samples = jax.random.fold_in(jax.random.key(seed), _SAMPLES)
-    return jax.vmap(jax.random.fold_in, (None, 0))(samples, jnp.asarray(index, jnp.uint32))
+def _dpmpp_2s(points: list[Point]) -> Iterator[Row]:
+    """Lu 2022 (DPM-Solver++), algorithm 1: pairs of rows, of which the second starts again from where the first did.
 
-
-def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """z_T ~ N(0, I): [B, *shape] float32, sample k from keys[k] alone."""
-    return _normal(_fold(keys, _INITIAL), shape)
-
-
-def solve(
-    denoise: Denoiser,
-    z_T: jax.Array,
-    table: Table,
-    keys: jax.Array,
-    *,
-    project: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
-    snapshots: int = 0,
-) -> tuple[jax.Array, Trajectory]:
-    """Runs a table from noise to data. For use inside jit or pmap, with the table as an argument.
-
-    Only shapes, `snapshots` and the schedule's length are compiled in: another solver, step count or eta is another
-    table of the same shape.
-
-    Args:
-      denoise: `(z_t [B, ...], t [B] int32) -> z0_hat`.
-      z_T: [B, ...] initial latents at the level of the first row: unit Gaussian noise for a whole run.
-      table: from `make_table`.
-      keys: [B] keys, from `sample_keys`. The noise of row i for sample k is drawn from fold_in(keys[k], i).
-      project: `(z, alpha_bar, keys) -> z`, applied after each row (inpainting, say): alpha_bar, a float32 scalar, is
-        the level z has reached (1 = clean), and keys [B] are fresh ones for this row.
-      snapshots: how many states to keep on the way, a static number.
-
-    Returns:
-      z [B, ...] float32 at the last level, and a Trajectory of `snapshots` states.
+    First order alone: a row from alpha = 0, one that ends on clean data, and one that is left over.
     """
-    z_T = z_T.astype(jnp.float32)
-    table = jax.tree.map(lambda c: jnp.asarray(c, c.dtype if c.dtype == np.int32 else jnp.float32), table)
-    keep_at = (jnp.arange(1, snapshots + 1) * table.rows + snapshots - 1) // max(snapshots, 1) - 1  # [S] row numbers
-
-    def body(i, state):
-        z, old, kept = state
-        z0_hat = denoise(z, jnp.full(z.shape[:1], table.t[i])).astype(jnp.float32)
-        on_noise = table.on_noise[i]
-        noise = jax.lax.cond(on_noise > 0, lambda: _normal(_fold(keys, i), z.shape[1:]), lambda: jnp.zeros_like(z))
-        # A sum, not a dot product: accelerators would round that to bfloat16 or TF32.
-        history = sum(table.on_old[i, j] * old[j] for j in range(HISTORY))
-        z = table.on_z[i] * z + table.on_z0[i] * z0_hat + history + on_noise * noise
-        if project is not None:
-            z = project(z, table.alpha_bar[i], _fold(_fold(keys, _PROJECT), i))
-        here = (keep_at == i).reshape(snapshots, *[1] * z.ndim)
-        kept = Trajectory(jnp.where(here, z, kept.z_t), jnp.where(here, z0_hat, kept.z0_hat))
-        return z, jnp.concatenate([z0_hat[None], old[:-1]]), kept
-
-    nothing = jnp.zeros((snapshots, *z_T.shape))
-    old = jnp.zeros((HISTORY, *z_T.shape))
-    z, _, kept = jax.lax.fori_loop(0, table.rows, body, (z_T, old, Trajectory(nothing, nothing)))
-    return z, kept
+    lead, tail = int(points[0].alpha == 0), int(points[-1].sigma == 0)
+    pairs = (len(points) - 1 - lead - tail) // 2
+    second = {lead + 2 * k + 1 for k in range(pairs)}
+    for i, (now, after) in enumerate(pairwise(points)):
+        if i not in second:
+            yield Row(now, after, after.alpha * X[0] + after.sigma * _eps(0, now))
+            continue
+        start = points[i - 1]
+        r = (now.half_log_snr - start.half_log_snr) / (after.half_log_snr - start.half_log_snr)
+        on_z = after.sigma / start.sigma
+        D = X[1] + (X[0] - X[1]) / (2 * r)
+        yield Row(now, after, on_z * Z[1] + (after.alpha - start.alpha * on_z) * D)
 
 
-def _fold(keys: jax.Array, name: jax.Array | int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.asarray(name, jnp.uint32))
+def _unipc(points: list[Point]) -> Iterator[Row]:
+    """Zhao 2023, algorithm 5 and 6 with B(h) = e^-h - 1 (bh2), order 2 with the corrector, for z0_hat.
+
+    A row first corrects the z that it was called with by the z0_hat it found there, then predicts the next. Order 1 in
+    the first and the last row, and next to alpha = 0.
+    """
+    n = len(points) - 1
+    level = [point.half_log_snr for point in points]
+    order = [2 if 0 < i < n - 1 and np.isfinite(level[i - 1]) else 1 for i in range(n)]
+    for i, (now, after) in enumerate(pairwise(points)):
+        z = Z[0] if i == 0 else Z[0] + _unipc_correction(points[: i + 1], order[i - 1])
+        on_z = after.sigma / now.sigma
+        z = on_z * z + (after.alpha - now.alpha * on_z) * X[0]
+        if order[i] == 2:
+            h = level[i + 1] - level[i]
+            slope = (X[1] - X[0]) * h / (level[i - 1] - level[i])
+            z = z - after.alpha * np.expm1(-h) * slope / 2
+        yield Row(now, after, z)
 
 
-def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+def _unipc_correction(points: list[Point], order: int) -> np.ndarray:
+    """UniC less UniP: what the corrector changes in the z that the last predictor, of this order, arrived at."""
+    *_, before, now = points
+    h = now.half_log_snr - before.half_log_snr
+    B = np.expm1(-h)
+    found = X[0] - X[1]
+    if order == 1:
+        return -now.alpha * B * found / 2
+    r = (points[-3].half_log_snr - before.half_log_snr) / h
+    slope = (X[2] - X[1]) / r
+    phi_2 = -B / h - 1
+    phi_3 = -phi_2 / h - 1 / 2
+    rho = np.linalg.solve([[1, 1], [r, 1]], [phi_2 / B, 2 * phi_3 / B])
+    return -now.alpha * B * (rho[0] * slope + rho[1] * found - slope / 2)
+
+
+def _lcm(points: list[Point], sigma_data: float = 0.5, time_scale: float = 10.0) -> Iterator[Row]:
+    """Luo 2023, algorithm 3, with the boundary scalings of its eq. 9: denoise, and noise again up to the next level."""
+    for now, after in pairwise(points):
+        t = now.t * time_scale
+        c_skip = sigma_data**2 / (t**2 + sigma_data**2)
+        c_out = t / np.hypot(t, sigma_data)
+        yield Row(now, after, after.alpha * (c_skip * Z[0] + c_out * X[0]) + after.sigma * NOISE)
+
+
+_PLAIN = {
+    "plms": _plms,
+    "euler": _euler,
+    "euler_a": _euler_a,
+    "heun": _heun,
+    "dpmpp_2m": _dpmpp_2m,
+    "dpmpp_2m_sde": _dpmpp_2m_sde,
+    "dpmpp_2s": _dpmpp_2s,
+    "unipc": _unipc,
+}

@@ -9,6 +9,8 @@ from scipy.stats import ks_2samp
 from ldm_jax.diffusion.process import (
     PREDICTIONS,
     check_prediction,
+    from_z0,
+    level_at,
     loss_weight,
     q_posterior,
     q_sample,
@@ -107,15 +109,25 @@ def test_targets_invert(prediction, t, seed):
     t = jnp.array(t)
     z_t = q_sample(z0, t, eps, SCHEDULE.alpha_bar)
     output = target(prediction, z0, eps, t, SCHEDULE.alpha_bar)
-    np.testing.assert_allclose(to_z0(prediction, output, z_t, t, SCHEDULE.alpha_bar), z0, atol=3e-5)
-    np.testing.assert_allclose(to_eps(prediction, output, z_t, t, SCHEDULE.alpha_bar), eps, atol=3e-5)
+    level = level_at(t, SCHEDULE.alpha_bar)
+    np.testing.assert_allclose(to_z0(prediction, output, z_t, level), z0, atol=3e-5)
+    np.testing.assert_allclose(to_eps(prediction, output, z_t, level), eps, atol=3e-5)
+    np.testing.assert_allclose(from_z0(prediction, z0, z_t, level), output, atol=3e-5)
+
+
+def test_levels_by_hand():
+    level = level_at(jnp.array([0, 2]), ALPHA_BAR)
+    np.testing.assert_allclose(level, [[0, 2], [0.9, 0.2], [0.43589, 0.979796]], rtol=1e-5)
+    alpha, sigma = level.beside(jnp.zeros((2, 4, 4, 3)))
+    assert alpha.shape == sigma.shape == (2, 1, 1, 1)
+    assert level_at(1, ALPHA_BAR).beside(jnp.zeros((2, 4)))[0].shape == (1, 1)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_bfloat16_network_is_scheduled_in_float32(prediction):
     output = normal(0, 2, 3).astype(jnp.bfloat16)
     for convert in (to_z0, to_eps):
-        got = convert(prediction, output, normal(1, 2, 3), jnp.array([0, 2]), ALPHA_BAR)
+        got = convert(prediction, output, normal(1, 2, 3), level_at(jnp.array([0, 2]), ALPHA_BAR))
         assert got.dtype == jnp.float32
 
 
@@ -132,8 +144,8 @@ def test_zero_terminal_snr_is_finite(prediction):
     z_t = q_sample(z0, t, eps, ZERO_SNR.alpha_bar)
     np.testing.assert_array_equal(z_t, eps)
     output = target(prediction, z0, eps, t, ZERO_SNR.alpha_bar)
-    np.testing.assert_allclose(to_z0(prediction, output, z_t, t, ZERO_SNR.alpha_bar), z0, rtol=1e-6)
-    np.testing.assert_allclose(to_eps(prediction, output, z_t, t, ZERO_SNR.alpha_bar), eps, rtol=1e-6)
+    np.testing.assert_allclose(to_z0(prediction, output, z_t, level_at(t, ZERO_SNR.alpha_bar)), z0, rtol=1e-6)
+    np.testing.assert_allclose(to_eps(prediction, output, z_t, level_at(t, ZERO_SNR.alpha_bar)), eps, rtol=1e-6)
     mean, variance = q_posterior(z0, z_t, t, ZERO_SNR.alpha_bar)
     assert np.isfinite(mean).all() and np.isfinite(variance).all()
 
@@ -165,7 +177,7 @@ def test_min_snr_is_one_loss_in_three_clothes():
     """Weighted squared errors agree, whichever of eps, v and z0 the same wrong guess is expressed in."""
     z0, eps, guess, t = normal(0, 3, 5), normal(1, 3, 5), normal(2, 3, 5), jnp.array([0, 1, 2])
     z_t = q_sample(z0, t, eps, ALPHA_BAR)
-    eps_guess = to_eps("z0", guess, z_t, t, ALPHA_BAR)
+    eps_guess = to_eps("z0", guess, z_t, level_at(t, ALPHA_BAR))
     losses = []
     for prediction in PREDICTIONS:
         error = target(prediction, guess, eps_guess, t, ALPHA_BAR) - target(prediction, z0, eps, t, ALPHA_BAR)
@@ -188,8 +200,10 @@ X, T0 = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
         (lambda: check_prediction("x0", ALPHA_BAR), "prediction must be one of eps, v, z0, got 'x0'"),
         (lambda: check_prediction("eps", ZERO_SNR.alpha_bar), "prediction 'eps' cannot recover z0 where alpha_bar = 0"),
         (lambda: target("eps", X, X, T0, ZERO_SNR.alpha_bar), "zero terminal SNR"),
-        (lambda: to_z0("eps", X, X, T0, ZERO_SNR.alpha_bar), "zero terminal SNR"),
-        (lambda: to_eps("score", X, X, T0, ALPHA_BAR), "got 'score'"),
+        (lambda: level_at(3, ALPHA_BAR), "got 3"),
+        (lambda: to_z0("x0", X, X, level_at(0, ALPHA_BAR)), "got 'x0'"),
+        (lambda: to_eps("score", X, X, level_at(0, ALPHA_BAR)), "got 'score'"),
+        (lambda: from_z0("", X, X, level_at(0, ALPHA_BAR)), "got ''"),
         (lambda: loss_weight("p2", "eps", T0, ALPHA_BAR), "weighting must be one of uniform, min_snr, got 'p2'"),
         (lambda: loss_weight("min_snr", "eps", T0, ALPHA_BAR, gamma=0.0), "min_snr needs gamma > 0, got 0.0"),
         (lambda: loss_weight("min_snr", "eps", T0, ZERO_SNR.alpha_bar), "zero terminal SNR"),

@@ -9,8 +9,10 @@ import pytest
 from scipy.stats import kstest
 
 from ldm_jax.diffusion.guidance import classifier_free
+from ldm_jax.diffusion.process import Level
+from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.schedules import make_schedule
-from ldm_jax.diffusion.solvers import HISTORY, Table, initial_latents, make_table, sample_keys, solve
+from ldm_jax.diffusion.solvers import HISTORY, Table, make_table
 
 T = 40
 SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)
@@ -20,9 +22,9 @@ KEYS = sample_keys(0, jnp.arange(4))
 Z_T = initial_latents(KEYS, SHAPE)
 
 
-def denoise(z_t, t, xp=jnp):
-    """Nonlinear, and different for each t, so that a wrong t, order or history shows."""
-    return xp.sin(2 * z_t + 0.3 * t[:, None, None, None]) + 0.5 * z_t
+def denoise(z_t, level, xp=jnp):
+    """Nonlinear, and different for each level, so that a wrong one, order or history shows."""
+    return xp.sin(2 * z_t + 0.3 * level.t + level.alpha - level.sigma) + 0.5 * z_t
 
 
 run = jax.jit(partial(solve, denoise), static_argnames="snapshots")
@@ -37,28 +39,28 @@ def row_noise(i):
 def any_table(rows, seed=0):
     """A table no solver would make: every column in use, so that each term of the loop is seen."""
     rng = np.random.default_rng(seed)
-    columns = rng.uniform(-0.5, 0.5, (T, 3))
+    weights = rng.uniform(-0.4, 0.4, (2 * T, 2 * HISTORY + 3))
+    weights[:, -1] = np.maximum(weights[:, -1], 0)
     return Table(
-        t=rng.permutation(T).astype(np.int32),
-        on_z=columns[:, 0],
-        on_z0=columns[:, 1],
-        on_old=rng.uniform(-0.5, 0.5, (T, HISTORY)),
-        on_noise=np.where(columns[:, 2] > 0, columns[:, 2], 0),
-        alpha_bar=rng.uniform(0, 1, T),
+        t=rng.uniform(0, T, 2 * T),
+        alpha=rng.uniform(0, 1, 2 * T),
+        sigma=rng.uniform(0, 1, 2 * T),
+        weights=weights,
+        alpha_bar=rng.uniform(0, 1, 2 * T),
         rows=np.int32(rows),
     )
 
 
 def plain_loop(table):
     """The sentence at the top of solvers.py. Returns z and z0_hat after each row."""
-    z, old, states = np.asarray(Z_T, np.float64), [np.zeros(Z_T.shape)] * HISTORY, []
+    zs, z0_hats, states = [np.asarray(Z_T, np.float64)], [], []
     for i in range(int(table.rows)):
-        z0_hat = denoise(z, np.full(4, table.t[i]), np)
-        z = table.on_z[i] * z + table.on_z0[i] * z0_hat + table.on_noise[i] * row_noise(i)
-        for j in range(HISTORY):
-            z = z + table.on_old[i, j] * old[j]
-        old = [z0_hat, *old[:-1]]
-        states.append((z, z0_hat))
+        z0_hats.insert(0, denoise(zs[0], Level(table.t[i], table.alpha[i], table.sigma[i]), np))
+        z = table.weights[i, -1] * row_noise(i)
+        for j in range(min(i, HISTORY) + 1):
+            z = z + table.weights[i, j] * zs[j] + table.weights[i, HISTORY + 1 + j] * z0_hats[j]
+        zs.insert(0, z)
+        states.append((z, z0_hats[0]))
     return states
 
 
@@ -107,9 +109,9 @@ def test_project_sees_every_level_with_fresh_keys():
 
 
 def test_bfloat16_latents_and_denoiser_are_solved_in_float32():
-    def half(z_t, t):
+    def half(z_t, level):
         assert z_t.dtype == jnp.float32
-        return denoise(z_t, t).astype(jnp.bfloat16)
+        return denoise(z_t, level).astype(jnp.bfloat16)
 
     z, _ = solve(half, Z_T.astype(jnp.bfloat16), make_table("ddim", SCHEDULE, 3), KEYS)
     assert z.dtype == jnp.float32
@@ -124,7 +126,9 @@ def test_nothing_recompiles():
     def sample(seed, table, scale):
         traces.append(table)
         keys = sample_keys(seed, jnp.arange(4))
-        guided = classifier_free(lambda z, t, c: denoise(z, t) * c[..., None], context, null, scale)
+        guided = classifier_free(
+            lambda z, level, c: denoise(z, jax.tree.map(lambda v: v[0], level)) * c[..., None], context, null, scale
+        )
         return solve(guided, initial_latents(keys, SHAPE), table, keys)[0]
 
     options = [

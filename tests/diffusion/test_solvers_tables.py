@@ -7,16 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.schedules import SPACINGS, Schedule, make_schedule, timesteps
-from ldm_jax.diffusion.solvers import (
-    HISTORY,
-    SOLVERS,
-    VARIANCES,
-    initial_latents,
-    make_table,
-    sample_keys,
-    solve,
-)
+from ldm_jax.diffusion.process import Level
+from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
+from ldm_jax.diffusion.schedules import EVEN, SPACINGS, Schedule, make_schedule, timesteps
+from ldm_jax.diffusion.solvers import HISTORY, SOLVERS, VARIANCES, make_table
 
 T = 40
 SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)
@@ -26,9 +20,9 @@ KEYS = sample_keys(0, jnp.arange(4))
 Z_T = initial_latents(KEYS, SHAPE)
 
 
-def denoise(z_t, t, xp=jnp):
+def denoise(z_t, level, xp=jnp):
     """Nonlinear, and different for each t, so that a wrong t, order or history shows."""
-    return xp.sin(2 * z_t + 0.3 * t[:, None, None, None]) + 0.5 * z_t
+    return xp.sin(2 * z_t + 0.3 * level.t) + 0.5 * z_t
 
 
 run = jax.jit(partial(solve, denoise))
@@ -48,7 +42,7 @@ def ho_2020(alpha_bar, t, end, variance):
         now, after = levels[i], levels[i + 1]
         alpha = now / after
         beta = 1 - alpha
-        z0 = denoise(z, np.full(4, t[i]), np)
+        z0 = denoise(z, Level(t[i], None, None), np)
         eps = (z - np.sqrt(now) * z0) / np.sqrt(1 - now)
         if alpha > 0:
             mean = (z - beta / np.sqrt(1 - now) * eps) / np.sqrt(alpha)
@@ -65,7 +59,7 @@ def song_2021(alpha_bar, t, end, eta):
     levels = [*alpha_bar[t], end]
     for i in range(len(t)):
         now, after = levels[i], levels[i + 1]
-        z0 = denoise(z, np.full(4, t[i]), np)
+        z0 = denoise(z, Level(t[i], None, None), np)
         eps = (z - np.sqrt(now) * z0) / np.sqrt(1 - now)
         sigma = eta * np.sqrt((1 - after) / (1 - now)) * np.sqrt(1 - now / after)
         z = np.sqrt(after) * z0 + np.sqrt(max(1 - after - sigma**2, 0)) * eps + sigma * row_noise(i)
@@ -79,7 +73,7 @@ def lu_2022(alpha_bar, t, end):
     before = lambda_before = None
     for i in range(len(t)):
         (alpha, alpha_next), (sigma, sigma_next) = np.sqrt(levels[i : i + 2]), np.sqrt(1 - np.array(levels[i : i + 2]))
-        z0 = denoise(z, np.full(4, t[i]), np)
+        z0 = denoise(z, Level(t[i], None, None), np)
         if sigma_next == 0:
             return z0  # alpha' (1 - e^-h) -> 1, first order
         with np.errstate(divide="ignore"):
@@ -97,7 +91,7 @@ ENDS = {True: lambda s: 1.0, False: lambda s: s.alpha_bar[0]}
 
 
 @pytest.mark.parametrize("to_one", [True, False])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", EVEN)
 @pytest.mark.parametrize("steps", [1, 7, T])
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_ddpm_is_ho_2020(variance, steps, spacing, to_one):
@@ -108,7 +102,7 @@ def test_ddpm_is_ho_2020(variance, steps, spacing, to_one):
 
 
 @pytest.mark.parametrize("to_one", [True, False])
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", EVEN)
 @pytest.mark.parametrize("steps", [1, 7, T])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_song_2021(eta, steps, spacing, to_one):
@@ -152,26 +146,33 @@ def test_zero_terminal_snr_multistep_is_the_limit(prediction, steps):
 HAND = Schedule(np.array([0.19, 1 - 0.36 / 0.81]), np.array([0.81, 0.36]))
 
 
+def column(table, name):
+    """One column of the weights."""
+    return table.weights[: table.rows, {"z": 0, "z0": HISTORY + 1, "noise": -1}[name]]
+
+
 def test_ddpm_table_by_hand():
-    """Row 0: beta = 5/9, alpha = 4/9: on_z0 = .9 (5/9) / .64, on_z = (2/3) .19 / .64, variance = .19/.64 (5/9)."""
+    """Row 0: beta = 5/9, alpha = 4/9: on z0 .9 (5/9) / .64, on z (2/3) .19 / .64, variance .19/.64 (5/9)."""
     table = make_table("ddpm", HAND, 2)
-    np.testing.assert_array_equal(table.t, [1, 0])
-    np.testing.assert_allclose(table.on_z0, [0.78125, 1.0], rtol=1e-12)
-    np.testing.assert_allclose(table.on_z, [0.19791666667, 0.0], atol=1e-11)
-    np.testing.assert_allclose(table.on_noise, [np.sqrt(0.19 / 0.64 * 5 / 9), 0.0], atol=1e-12)
-    np.testing.assert_allclose(table.alpha_bar, [0.81, 1.0])
-    assert not table.on_old.any()
+    np.testing.assert_array_equal(table.t, [1, 0, 0, 0])
+    np.testing.assert_allclose(table.alpha[:2], [0.6, 0.9])
+    np.testing.assert_allclose(table.sigma[:2], [0.8, np.sqrt(0.19)])
+    np.testing.assert_allclose(column(table, "z0"), [0.78125, 1.0], rtol=1e-12)
+    np.testing.assert_allclose(column(table, "z"), [0.19791666667, 0.0], atol=1e-11)
+    np.testing.assert_allclose(column(table, "noise"), [np.sqrt(0.19 / 0.64 * 5 / 9), 0.0], atol=1e-12)
+    np.testing.assert_allclose(table.alpha_bar[:2], [0.81, 1.0])
+    assert np.count_nonzero(table.weights) == 4
     large = make_table("ddpm", HAND, 2, variance="fixed_large")
-    np.testing.assert_allclose(large.on_noise, [np.sqrt(5 / 9), 0.0], rtol=1e-12)
+    np.testing.assert_allclose(column(large, "noise"), [np.sqrt(5 / 9), 0.0], rtol=1e-12)
 
 
 def test_ddim_table_by_hand():
-    """Row 0: on_z = sqrt(.19) / .8, on_z0 = .9 - .6 on_z."""
+    """Row 0: on z sqrt(.19) / .8, on z0 .9 - .6 of it."""
     table = make_table("ddim", HAND, 2, set_alpha_to_one=False)
-    np.testing.assert_allclose(table.on_z, [0.54486236, 1.0], rtol=1e-7)
-    np.testing.assert_allclose(table.on_z0, [0.57308258, 0.0], atol=1e-8)
-    np.testing.assert_array_equal(table.on_noise, 0)
-    np.testing.assert_allclose(table.alpha_bar, [0.81, 0.81])
+    np.testing.assert_allclose(column(table, "z"), [0.54486236, 1.0], rtol=1e-7)
+    np.testing.assert_allclose(column(table, "z0"), [0.57308258, 0.0], atol=1e-8)
+    np.testing.assert_array_equal(column(table, "noise"), 0)
+    np.testing.assert_allclose(table.alpha_bar[:2], [0.81, 0.81])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -187,38 +188,59 @@ def test_ddim_with_eta_1_is_ddpm(spacing, steps):
 def test_tables_are_float64_of_one_shape(solver):
     for steps in (1, 17, T - 1):
         table = make_table(solver, SCHEDULE, steps)
-        assert table.rows == steps and table.rows.shape == ()
-        assert table.t.dtype == table.rows.dtype == np.int32
-        assert table.on_old.shape == (T, HISTORY)
-        for column in table[1:6]:
-            assert column.dtype == np.float64 and len(column) == T
-            assert not column[steps:].any()
+        calls = {"heun": 2 * steps - 1, "edm": 2 * steps - 1, "plms": steps + (steps > 1)}.get(solver, steps)
+        assert table.rows == calls and table.rows.shape == () and table.rows.dtype == np.int32
+        assert table.weights.shape == (2 * T, 2 * HISTORY + 3)
+        for values in table[:-1]:
+            assert values.dtype == np.float64 and len(values) == 2 * T
+            assert not values[calls:].any()
 
 
 def test_a_constant_denoiser_is_reached_exactly():
     """Whatever the solver, if z0_hat is always c then the last row lands on c: coefficients are consistent."""
-    constant = jax.jit(partial(solve, lambda z_t, t: jnp.full_like(z_t, 0.7)))
+    constant = jax.jit(partial(solve, lambda z_t, level: jnp.full_like(z_t, 0.7)))
     for solver in SOLVERS:
-        for spacing in SPACINGS:
+        for spacing in EVEN if solver == "lcm" else SPACINGS:
             z, _ = constant(Z_T, make_table(solver, SCHEDULE, 9, spacing=spacing), KEYS)
-            np.testing.assert_allclose(z, 0.7, rtol=1e-5)
+            np.testing.assert_allclose(z, 0.7, rtol=1e-3 if solver == "lcm" else 1e-5)  # lcm keeps c_skip of z
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"solver": "dpm"}, "solver must be one of ddpm, ddim, dpmpp_2m, got 'dpm'"),
+        (
+            {"solver": "dpm"},
+            "solver must be one of ddpm, ddim, plms, euler, euler_a, heun, edm, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, ",
+        ),
+        ({"solver": "lcm", "spacing": "karras"}, "lcm has timesteps of its own, karras spacing is for the others"),
+        ({"solver": "lcm", "steps": 41, "spacing": "trailing"}, "lcm needs steps in 1..40, got 41"),
+        ({"spacing": (30, 20, 10)}, "3 timesteps are listed for 5 steps"),
+        ({"spacing": (40, 20, 10, 5, 0)}, "timesteps must be whole numbers that fall, from 39 at most to 0 at least"),
+        ({"spacing": (20, 30, 10, 5, 0)}, "timesteps must be whole numbers that fall"),
+        ({"spacing": (30.5, 20, 10, 5, 0)}, "timesteps must be whole numbers that fall"),
+        ({"solver": "edm", "churn": -1.0}, "churn must be 0 or more, got -1.0"),
+        ({"solver": "heun", "churn": 1.0}, "churn is for edm only, got churn = 1.0 with solver 'heun'"),
+        ({"strength": 0.0}, "strength must lie above 0 and up to 1, got 0.0"),
+        ({"strength": 1.1}, "strength must lie above 0 and up to 1, got 1.1"),
+        ({"strength": 0.1}, "strength 0.1 of 5 steps leaves none; take 10 or more"),
+        (
+            {"schedule": ZERO_SNR, "prediction": "v", "spacing": "karras"},
+            "karras spacing needs a schedule that ends above alpha_bar = 0",
+        ),
         ({"variance": "learned"}, "variance must be one of fixed_small, fixed_large, got 'learned'"),
-        ({"solver": "ddim", "variance": "fixed_large"}, "variance 'fixed_large' is for ddpm only, got solver 'ddim'"),
+        (
+            {"solver": "ddim", "variance": "fixed_large"},
+            "variance is for ddpm only, got variance = fixed_large",
+        ),
         ({"solver": "ddim", "eta": 1.5}, "eta must lie in [0, 1], got 1.5"),
         ({"solver": "ddim", "eta": -0.5}, "eta must lie in [0, 1], got -0.5"),
         ({"solver": "ddim", "eta": float("nan")}, "eta must lie in [0, 1], got nan"),
         ({"eta": 0.5}, "eta is for ddim only, got eta = 0.5 with solver 'ddpm'"),
         ({"steps": 0}, "steps must lie in 1..40 for a schedule of 40 timesteps, got 0"),
         ({"steps": 41}, "steps must lie in 1..40 for a schedule of 40 timesteps, got 41"),
-        ({"solver": "dpmpp_2m", "steps": 40}, "dpmpp_2m with leading spacing needs steps in 1..39, got 40"),
-        ({"solver": "dpmpp_2m", "steps": 0}, "dpmpp_2m with leading spacing needs steps in 1..39, got 0"),
-        ({"spacing": "karras"}, "spacing must be one of"),
+        ({"solver": "dpmpp_2m", "steps": 40}, "leading spacing needs steps in 1..39 with this solver, got 40"),
+        ({"solver": "dpmpp_2m", "steps": 0}, "leading spacing needs steps in 1..39 with this solver, got 0"),
+        ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, karras, exponential, got 'even'"),
         ({"steps": 40, "steps_offset": 1}, "steps_offset must lie in 0..0"),
         ({"prediction": "x0"}, "prediction must be one of eps, v, z0, got 'x0'"),
         ({"schedule": ZERO_SNR}, "prediction 'eps' cannot recover z0 where alpha_bar = 0"),

@@ -3,6 +3,7 @@
 torch and diffusers are oracles and no requirement of the program: `make parity` installs them.
 """
 
+import inspect
 from functools import cache
 
 import diffusers
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from ldm_jax.diffusion.guidance import clip_z0, from_network
+from ldm_jax.diffusion.sampling import sample_keys, solve
 from ldm_jax.diffusion.schedules import make_schedule, timesteps
-from ldm_jax.diffusion.solvers import make_table, sample_keys, solve
+from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 
 THEIR_SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 THEIR_PREDICTION = {"eps": "epsilon", "v": "v_prediction", "z0": "sample"}
@@ -35,19 +37,19 @@ def row_noise(i):
 
 def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", offset=0, prediction="eps", **options):
     """Theirs, with its table of alpha_bar made again in float64 so that rounding does not hide a real difference."""
-    options.setdefault("clip_sample", False)
-    if kind is diffusers.DPMSolverMultistepScheduler:
-        del options["clip_sample"]
-    theirs = kind(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule=THEIR_SCHEDULE[schedule],
-        prediction_type=THEIR_PREDICTION[prediction],
-        timestep_spacing=spacing,
-        steps_offset=offset,
-        rescale_betas_zero_snr=zero_terminal_snr,
-        **options,
-    )
+    options = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": THEIR_SCHEDULE[schedule],
+        "prediction_type": THEIR_PREDICTION[prediction],
+        "timestep_spacing": spacing,
+        "steps_offset": offset,
+        "rescale_betas_zero_snr": zero_terminal_snr,
+        "clip_sample": False,
+    } | options
+    known = inspect.signature(kind).parameters
+    assert all(name in known or value in (False, "leading", 0) for name, value in options.items())
+    theirs = kind(**{name: value for name, value in options.items() if name in known})
     ours = make_schedule(schedule, 1000, zero_terminal_snr=zero_terminal_snr)
     np.testing.assert_allclose(theirs.betas.numpy(), ours.beta, rtol=0, atol=1e-5)  # theirs are 1 - ratio in float32
     if not (zero_terminal_snr and kind is diffusers.DPMSolverMultistepScheduler):
@@ -61,16 +63,32 @@ def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", off
 def run_theirs(theirs, steps, **step_options):
     theirs.set_timesteps(steps)
     z = torch.from_numpy(Z_T)
+    if hasattr(theirs, "is_scale_input_called") or isinstance(theirs, diffusers.HeunDiscreteScheduler):
+        z = z * (theirs.sigmas[0].double() ** 2 + 1) ** 0.5  # these hold z / alpha; the network sees z
     for i, t in enumerate(theirs.timesteps):
         options = {name: value(i) if callable(value) else value for name, value in step_options.items()}
-        z = theirs.step(torch.from_numpy(network(z.numpy(), int(t), np)), t, z, **options).prev_sample.double()
+        seen = theirs.scale_model_input(z, t)
+        z = theirs.step(torch.from_numpy(network(seen.numpy(), float(t), np)), t, z, **options).prev_sample.double()
     return z.numpy()
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """A function (module, calls) that makes a scheduler draw our noise, call after call."""
+
+    def patch(module, calls):
+        rows = iter(range(calls))
+        name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
+        monkeypatch.setattr(name, lambda *_, **__: torch.from_numpy(row_noise(next(rows))))
+
+    return patch
 
 
 @cache
 def solver(alpha_bar, prediction):
     denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), prediction, np.array(alpha_bar))
-    return jax.jit(lambda table, bound: solve(clip_z0(lambda z, t: denoise(z, t, None), bound), Z_T, table, KEYS)[0])
+    plain = lambda z, level: denoise(z, level, None)  # noqa: E731
+    return jax.jit(lambda table, bound: solve(clip_z0(plain, bound), Z_T, table, KEYS)[0])
 
 
 def run_ours(schedule, prediction, bound=np.inf, **options):
@@ -113,12 +131,9 @@ def test_schedules(schedule, zero_terminal_snr):
     "schedule, spacing, steps",
     [("linear", "leading", 10), ("scaled_linear", "trailing", 7), ("cosine", "linspace", 20), ("linear", "leading", 1)],
 )
-def test_ddpm(schedule, spacing, steps, prediction, variance, monkeypatch):
+def test_ddpm(schedule, spacing, steps, prediction, variance, same_noise):
     """Spacings that do not divide T are right in diffusers' DDPM, which looks up the next timestep."""
-    rows = iter(range(steps))
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: torch.from_numpy(row_noise(next(rows)))
-    )
+    same_noise("ddpm", steps)
     theirs, ours = scheduler(
         diffusers.DDPMScheduler, schedule, spacing=spacing, prediction=prediction, variance_type=variance
     )
@@ -167,12 +182,9 @@ def test_ddim(schedule, spacing, steps, offset, to_one, prediction, eta):
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 @pytest.mark.parametrize("steps", [7, 30])
 @pytest.mark.parametrize("spacing", ["trailing", "linspace"])
-def test_ddim_with_eta_1_is_their_ddpm_where_their_ddim_is_wrong(spacing, steps, prediction, monkeypatch):
+def test_ddim_with_eta_1_is_their_ddpm_where_their_ddim_is_wrong(spacing, steps, prediction, same_noise):
     """diffusers' DDIM takes t - T // steps for the previous timestep (diffusers#9261); at eta = 1 its DDPM judges."""
-    rows = iter(range(steps))
-    monkeypatch.setattr(
-        "diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *_, **__: torch.from_numpy(row_noise(next(rows)))
-    )
+    same_noise("ddpm", steps)
     theirs, ours = scheduler(diffusers.DDPMScheduler, "linear", spacing=spacing, prediction=prediction)
     expected = run_theirs(theirs, steps)
     assert_same(run_ours(ours, prediction, solver="ddim", steps=steps, eta=1.0, spacing=spacing), expected)
@@ -240,3 +252,148 @@ def test_dpmpp_2m_at_zero_terminal_snr_with_their_floor(prediction):
     floored = ours._replace(alpha_bar=np.maximum(ours.alpha_bar, 2**-24))
     theirs.alphas_cumprod = torch.from_numpy(floored.alpha_bar)
     assert_same(run_ours(floored, prediction, solver="dpmpp_2m", steps=10, spacing="trailing"), run_theirs(theirs, 10))
+
+
+SCHEDULES = list(THEIR_SCHEDULE)
+CONTINUOUS = {
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+}
+
+
+PLACES = [("leading", 1, 10), ("trailing", 0, 7), ("linspace", 0, 20)]
+
+
+@pytest.mark.parametrize(
+    "prediction, schedule, spacing, offset, steps",
+    [
+        (prediction, schedule, *place)
+        for prediction in ("eps", "v")
+        for schedule in SCHEDULES
+        for place in PLACES
+        # Theirs hold z / alpha in float32, 20,000 at the end of a cosine schedule: with v that costs them digits.
+        if (prediction, schedule) != ("v", "cosine") or place[0] == "leading"
+    ],
+)
+@pytest.mark.parametrize("solver", CONTINUOUS)
+def test_k_diffusion(solver, prediction, schedule, spacing, offset, steps, same_noise):
+    same_noise("euler_ancestral_discrete", steps)
+    theirs, ours = scheduler(CONTINUOUS[solver], schedule, spacing=spacing, offset=offset, prediction=prediction)
+    got = run_ours(ours, prediction, solver=solver, steps=steps, spacing=spacing, steps_offset=offset)
+    assert_same(got, run_theirs(theirs, steps))
+
+
+SIGMAS = {"karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True}}
+
+
+@pytest.mark.parametrize("between, offset", [("leading", 1), ("linspace", 0)])
+@pytest.mark.parametrize("spacing", SIGMAS)
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_k_diffusion_with_sigmas(solver, prediction, schedule, spacing, between, offset):
+    theirs, ours = scheduler(
+        CONTINUOUS[solver], schedule, spacing=between, offset=offset, prediction=prediction, **SIGMAS[spacing]
+    )
+    got = run_ours(ours, prediction, solver=solver, steps=12, spacing=spacing, between=between, steps_offset=offset)
+    assert_same(got, run_theirs(theirs, 12))
+
+
+ENDPOINT = {
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2s": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+}
+
+
+def assert_endpoint(solver, prediction, schedule, steps, same_noise, *, spacing, between="leading", **rest):
+    same_noise("dpmsolver_multistep", steps)
+    kind, options = ENDPOINT[solver]
+    theirs, ours = scheduler(kind, schedule, spacing=between, prediction=prediction, **options, **rest)
+    got = run_ours(
+        ours,
+        prediction,
+        solver=solver,
+        steps=steps,
+        spacing=spacing,
+        steps_offset=rest.get("offset", 0),
+        set_alpha_to_one=rest.get("final_sigmas_type", "zero") == "zero",
+    )
+    assert_same(got, run_theirs(theirs, steps))
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("spacing, offset, steps", PLACES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+@pytest.mark.parametrize("solver", ["dpmpp_2m_sde", "unipc"])
+def test_multistep(solver, prediction, schedule, spacing, offset, steps, final, same_noise):
+    assert_endpoint(
+        solver,
+        prediction,
+        schedule,
+        steps,
+        same_noise,
+        spacing=spacing,
+        between=spacing,
+        offset=offset,
+        final_sigmas_type=final,
+    )
+
+
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 15])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+def test_dpmpp_2s(prediction, schedule, steps, final, same_noise):
+    """Its steps are linspace's, whatever it is told."""
+    assert_endpoint("dpmpp_2s", prediction, schedule, steps, same_noise, spacing="linspace", final_sigmas_type=final)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("solver", ENDPOINT)
+def test_endpoint_solvers_with_karras_sigmas(solver, prediction, schedule, steps, same_noise):
+    assert_endpoint(solver, prediction, schedule, steps, same_noise, spacing="karras", **SIGMAS["karras"])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 50])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("to_one, offset", [(True, 0), (False, 1)])
+def test_plms(schedule, steps, to_one, offset):
+    """eps only: of a v or z0 theirs mixes what was said at several z as if it had been said at one."""
+    theirs, ours = scheduler(
+        diffusers.PNDMScheduler, schedule, offset=offset, skip_prk_steps=True, set_alpha_to_one=to_one
+    )
+    got = run_ours(ours, "eps", solver="plms", steps=steps, steps_offset=offset, set_alpha_to_one=to_one)
+    assert_same(got, run_theirs(theirs, steps))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+def test_lcm(prediction, schedule, steps, same_noise):
+    same_noise("lcm", steps)
+    theirs, ours = scheduler(diffusers.LCMScheduler, schedule, prediction=prediction)
+    assert_same(run_ours(ours, prediction, solver="lcm", steps=steps), run_theirs(theirs, steps))
+
+
+@pytest.mark.parametrize("spacing, offset, steps", [("leading", 0, 10), ("leading", 1, 20), ("trailing", 0, 8)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+def test_ddim_inversion(prediction, schedule, spacing, offset, steps):
+    theirs, ours = scheduler(
+        diffusers.DDIMInverseScheduler,
+        schedule,
+        spacing=spacing,
+        offset=offset,
+        prediction=prediction,
+        set_alpha_to_one=False,
+    )
+    theirs.initial_alpha_cumprod = theirs.alphas_cumprod[0]
+    table = make_inversion_table(ours, steps, spacing=spacing, steps_offset=offset)
+    got = np.asarray(solver(tuple(ours.alpha_bar), prediction)(table, np.inf))
+    assert_same(got, run_theirs(theirs, steps))
