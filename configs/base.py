@@ -76,12 +76,15 @@ def get_config() -> ConfigDict:
 
     sampling = config.sampling = ConfigDict()
     sampling.num = 10_000  # pictures at the end of the run, the same number of each class
-    sampling.sampler = "ddim"  # ddpm | ddim | dpmpp_2m
+    sampling.sampler = "ddim"  # see diffusion/solvers.py: ddpm | ddim | plms | euler | euler_a | heun | edm |
+    # dpmpp_2m | dpmpp_2m_sde | dpmpp_2s | unipc | lcm
     sampling.steps = 50
-    sampling.spacing = "trailing"  # leading | trailing | linspace
+    sampling.spacing = "trailing"  # of the steps: leading | trailing | linspace | karras | exponential
     sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
+    sampling.churn = 0.0  # edm only: S_churn, the noise added on the way (Karras 2022); 0 = none, as heun
     sampling.guidance = 1.5  # classifier-free guidance scale; 1 = none
     sampling.guidance_interval = (0.0, 1.0)  # the share t / T of the timesteps that guidance acts on
+    sampling.guidance_rescale = 0.0  # how far guidance may not change the contrast (Lin 2023): 0 freely, 1 not at all
     sampling.batch_size = 512
     sampling.progress_every = 2_000  # steps between the sample grids made while training; 0 = none
 

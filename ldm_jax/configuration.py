@@ -22,7 +22,22 @@ FREE = (
     "data.memory_limit_gb",
 )
 
-SAMPLERS = ("ddpm", "ddim", "dpmpp_2m")
+# As in diffusion/, which imports JAX: too slow for --help.
+SAMPLERS = (
+    "ddpm",
+    "ddim",
+    "plms",
+    "euler",
+    "euler_a",
+    "heun",
+    "edm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "unipc",
+    "lcm",
+)
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -36,7 +51,7 @@ _CHOICES = {
     "diffusion.prediction": ("eps", "v", "z0"),
     "diffusion.weighting": ("uniform", "min_snr"),
     "sampling.sampler": SAMPLERS,
-    "sampling.spacing": ("leading", "trailing", "linspace"),
+    "sampling.spacing": SPACINGS,
 }
 
 # Fields that are two rising numbers from 0 to 1.
@@ -70,6 +85,8 @@ _RANGES = {
     "sampling.num": (0, None),
     "sampling.steps": (1, None),
     "sampling.eta": (0.0, 1.0),
+    "sampling.churn": (0.0, None),
+    "sampling.guidance_rescale": (0.0, 1.0),
     "sampling.guidance": (0.0, None),
     "sampling.batch_size": (1, None),
     "sampling.progress_every": (0, None),

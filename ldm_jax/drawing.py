@@ -1,5 +1,6 @@
 """A drawing: what was asked of a trained model, the pictures that came of it, and the files they go to."""
 
+import hashlib
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,25 +11,40 @@ import numpy as np
 from absl.flags import FlagValues
 from tqdm import tqdm
 
-from ldm_jax import run_folder, trained
+from ldm_jax import builders, editing, run_folder, trained
+from ldm_jax.diffusion.sampling import initial_latents, sample_keys
+from ldm_jax.diffusion.schedules import EVEN
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
-from ldm_jax.generate import request, smallest_batch
+from ldm_jax.generate import Generator, Request, request, smallest_batch
 from ldm_jax.trained import Trained
 from ldm_jax.training.parallel import replicate
 
 
 class Drawing(NamedTuple):
-    """What is asked for: `num` pictures, whose classes go round `labels` ([] = no class)."""
+    """What is asked for: `num` pictures, whose classes go round `labels` ([] = no class). It goes into the recipe."""
 
     num: int
     labels: list[int]
     seed: int
     guidance: float
     guidance_interval: list[float]
+    guidance_rescale: float
     sampler: str
     steps: int
+    spacing: str | list[int]
     eta: float
+    churn: float
+    negative_label: int = -1
+    init_image: str = ""  # begin from this picture, not from noise alone
+    strength: float = 1.0  # the share of the steps that is done from there
+    mask: str = ""  # the white part of init_image is drawn, the rest kept
+    resample: int = 1  # RePaint: how often each part of the way is gone
+    resample_jump: int = 1  # and of how many steps a part is
+    to_seed: int = -1  # from the noise of `seed` to that of this one
+    to_image: str = ""  # from the noise of init_image to that of this one
+    invert: bool = False  # begin from init_image's own noise
+    init_latents: str = ""  # the noise itself
 
 
 class Drawn(NamedTuple):
@@ -45,30 +61,106 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
     """What a command line asks for (see `commands.define_drawing_flags`); what it leaves out is as in the config.
 
     Raises:
-      InputError: guidance for a model without classes, or a batch that does not divide over the devices.
+      InputError: guidance for a model without classes, a batch that does not divide over the devices, or timesteps
+        that are no numbers.
     """
     sampling, devices = model.config.sampling, jax.local_device_count()
     if values.guidance not in (None, 1.0) and not model.class_names:
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
     if values.batch_size and values.batch_size % devices:
         raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
-    sampler = values.sampler or sampling.sampler
-    default_eta = sampling.eta if sampler == sampling.sampler else 0.0  # the config's eta is its own sampler's
+    sampler, spacing = _or(values.sampler, sampling.sampler), _or(values.spacing, sampling.spacing)
+    if values.timesteps is not None:
+        if values.steps or values.spacing:
+            raise InputError("--timesteps says it all; leave out --steps and --spacing")
+        spacing = _whole_numbers("--timesteps", values.timesteps)
+    own = sampler == sampling.sampler  # the config's eta and churn are its own sampler's
     return Drawing(
         num=values.num,
         labels=labels,
         seed=values.seed,
-        guidance=sampling.guidance if values.guidance is None else values.guidance,
-        guidance_interval=values.guidance_interval or list(sampling.guidance_interval),
+        guidance=_or(values.guidance, sampling.guidance),
+        guidance_interval=_or(values.guidance_interval, list(sampling.guidance_interval)),
+        guidance_rescale=_or(values.guidance_rescale, sampling.guidance_rescale),
         sampler=sampler,
-        steps=values.steps or sampling.steps,
-        eta=default_eta if values.eta is None else values.eta,
+        steps=len(spacing) if isinstance(spacing, list) else _or(values.steps, sampling.steps),
+        spacing=spacing,
+        eta=_or(values.eta, sampling.eta if own else 0.0),
+        churn=_or(values.churn, sampling.churn if own else 0.0),
     )
 
 
-def draw(model: Trained, drawing: Drawing, *, batch_size: int, z_T: np.ndarray | None = None) -> Drawn:
-    """Draws, with a progress bar; raises InputError for a solver or step count that the model does not take."""
-    table = trained.build_table(model.config, sampler=drawing.sampler, steps=drawing.steps, eta=drawing.eta)
+def with_edits(drawing: Drawing, values: FlagValues) -> Drawing:
+    """The drawing with what the flags of `commands.define_editing_flags` ask for.
+
+    Raises:
+      InputError: flags that do not go together.
+    """
+    needs = {"strength": "init_image", "mask": "init_image", "invert": "init_image", "to_image": "init_image",
+             "resample": "mask", "resample_jump": "resample"}  # fmt: skip
+    for flag, other in needs.items():
+        if values[flag].value and not values[other].value:
+            raise InputError(f"--{flag} needs --{other}")
+    noises = [n for n in ("init_latents", "to_seed", "to_image", "invert") if values[n].value not in (None, False)]
+    if len(noises) > 1:
+        raise InputError(f"--{noises[0]} and --{noises[1]} both say what noise to begin from; choose one")
+    own_noise = values.invert or values.to_image
+    for flag in ("strength", "mask"):
+        if own_noise and values[flag].value:
+            raise InputError(f"--{flag} and --{'invert' if values.invert else 'to_image'} do not go together")
+    strength = 1.0
+    if values.init_image and not own_noise:
+        strength = _or(values.strength, 1.0 if values.mask else 0.6)
+    return drawing._replace(
+        init_image=values.init_image or "",
+        strength=strength,
+        mask=values.mask or "",
+        resample=_or(values.resample, 1),
+        resample_jump=_or(values.resample_jump, 1),
+        to_seed=_or(values.to_seed, -1),
+        to_image=values.to_image or "",
+        invert=bool(values.invert),
+        init_latents=values.init_latents or "",
+    )
+
+
+def from_recipe(model: Trained, path: Path) -> Drawing:
+    """The drawing that made a picture.
+
+    Raises:
+      InputError: the picture has no recipe, or another model drew it, or one of its inputs has changed since.
+    """
+    recipe = pictures.read_recipe(path)
+    missing = [name for name in Drawing._fields if name not in recipe]
+    if missing:
+        raise InputError(f"--from_recipe={path} is of another version: it says nothing of {', '.join(missing)}")
+    if recipe.get("model") != trained.fingerprint(model):
+        raise InputError(f"--from_recipe={path} was drawn by another model ({recipe.get('model')}) than --model")
+    drawing = Drawing(**{name: recipe[name] for name in Drawing._fields})
+    for file, digest in _digests(drawing).items():
+        if recipe["inputs"].get(file) != digest:
+            raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
+    return drawing
+
+
+def draw(model: Trained, drawing: Drawing, *, batch_size: int) -> Drawn:
+    """Draws, with a progress bar.
+
+    Raises:
+      InputError: a solver or step count that the model does not take, or an input that is missing or does not fit.
+    """
+    table = trained.build_table(
+        model.config,
+        sampler=drawing.sampler,
+        steps=drawing.steps,
+        spacing=drawing.spacing if isinstance(drawing.spacing, str) else tuple(drawing.spacing),
+        eta=drawing.eta,
+        churn=drawing.churn,
+        strength=drawing.strength,
+        resample=drawing.resample,
+        jump=drawing.resample_jump,
+    )
+    image, mask = _read_inputs(model, drawing)
     batch_size = smallest_batch(drawing.num, batch_size, jax.local_device_count())
     generator = trained.build_generator(model.config, len(model.class_names), batch_size)
     params = replicate(model.params)
@@ -77,16 +169,18 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, z_T: np.ndarray |
         drawing.labels,
         guidance=drawing.guidance,
         seed=drawing.seed,
-        z_T=z_T,
+        negative=drawing.negative_label,
         interval=tuple(drawing.guidance_interval),
+        rescale=drawing.guidance_rescale,
     )
+    wanted = wanted._replace(**_beginning(model, drawing, generator, params, wanted, image, mask))
     images = []
     with tqdm(total=drawing.num, unit="image", desc="    sampling", unit_scale=False) as bar:
         for some in generator.images(params, wanted, table):
-            images.append(some)
+            images.append(some if mask is None else np.where(mask[..., None], some, image))
             bar.update(len(some))
     few = min(drawing.num, 2 * max(len(drawing.labels), 8))
-    recipe = {"model": trained.fingerprint(model), "step": model.step, "spacing": model.config.sampling.spacing}
+    recipe = {"model": trained.fingerprint(model), "step": model.step, "inputs": _digests(drawing)}
     return Drawn(
         np.concatenate(images),
         wanted.labels,
@@ -94,6 +188,74 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, z_T: np.ndarray |
         model.class_names,
         recipe | drawing._asdict(),
     )
+
+
+def _read_inputs(model: Trained, drawing: Drawing) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The picture and the mask that are begun from, uint8 [H, W, C] and bool [H, W], or None."""
+    data, image, mask = model.config.data, None, None
+    if drawing.init_image:
+        path, like = Path(drawing.init_image), {"size": data.image_size, "crop": data.crop}
+        image = editing.read_image(path, "--init_image", channels=data.channels, **like)
+        if drawing.mask:
+            mask = editing.read_mask(Path(drawing.mask), path, **like)
+    return image, mask
+
+
+def _beginning(
+    model: Trained,
+    drawing: Drawing,
+    generator: Generator,
+    params: Any,
+    wanted: Request,
+    image: np.ndarray | None,
+    mask: np.ndarray | None,
+) -> dict[str, Any]:
+    """The fields of a Request that say what it begins from: noise, latents and where they are kept."""
+    shape, shares = builders.latent_shape(model.config), np.linspace(0, 1, drawing.num)
+    if drawing.init_latents:
+        return {"z_T": editing.read_latents(Path(drawing.init_latents), (drawing.num, *shape))}
+    if drawing.to_seed >= 0:
+        ends = [initial_latents(sample_keys(np.uint32(s), np.zeros(1, int)), shape)[0]
+                for s in (drawing.seed, drawing.to_seed)]  # fmt: skip
+        return {"z_T": editing.slerp(*ends, shares)}
+    if image is None:
+        return {}
+    if drawing.invert or drawing.to_image:
+        end, data = image, model.config.data
+        if drawing.to_image:
+            end = editing.read_image(
+                Path(drawing.to_image), "--to_image", size=data.image_size, channels=data.channels, crop=data.crop
+            )
+        z0 = generator.encode(params, np.stack([image, end]))
+        spacing = drawing.spacing if drawing.spacing in EVEN else "trailing"
+        table = trained.build_inversion_table(model.config, drawing.steps, spacing)
+        plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0)
+        plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32))
+        noise = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
+        return {"z_T": editing.slerp(*noise, shares)}
+    z0 = generator.encode(params, image[None])[0]
+    if mask is None:
+        return {"z0": z0}
+    return {"z0": z0, "mask": editing.mask_of_latents(mask, len(mask) // shape[0])}
+
+
+def _digests(drawing: Drawing) -> dict[str, str]:
+    """File -> hash, of all that a drawing reads; a file that is not there has none."""
+    files = [file for file in (drawing.init_image, drawing.mask, drawing.to_image, drawing.init_latents) if file]
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _whole_numbers(flag: str, words: list[str]) -> list[int]:
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise InputError(
+            f"{flag}={','.join(words)} must be whole numbers with commas between, e.g. 999,700,400"
+        ) from None
 
 
 def save(folder: Path, drawn: Drawn) -> None:
@@ -115,9 +277,12 @@ def final_drawing(model: Trained) -> Drawing:
         seed=model.config.seed,
         guidance=sampling.guidance,
         guidance_interval=list(sampling.guidance_interval),
+        guidance_rescale=sampling.guidance_rescale,
         sampler=sampling.sampler,
         steps=sampling.steps,
+        spacing=sampling.spacing,
         eta=sampling.eta,
+        churn=sampling.churn,
     )
 
 
@@ -125,7 +290,7 @@ def draw_final(workdir: Path) -> None:
     """Draws the samples that end a run, unless the run folder has just these already."""
     model = trained.load(workdir)
     drawing = final_drawing(model)
-    asked = drawing._asdict() | {"model": trained.fingerprint(model), "spacing": model.config.sampling.spacing}
+    asked = drawing._asdict() | {"model": trained.fingerprint(model)}
     if not drawing.num or _is_drawn(workdir, asked):
         return
     save(workdir, draw(model, drawing, batch_size=model.config.sampling.batch_size))

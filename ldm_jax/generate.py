@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ldm_jax.data.pixels import to_uint8
-from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network
+from ldm_jax.data.pixels import to_pixels, to_uint8
+from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network, keep_known
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.solvers import Table
-from ldm_jax.first_stage import FirstStage, from_latents
-from ldm_jax.training.parallel import parallel_map
+from ldm_jax.first_stage import FirstStage, from_latents, to_latents
+from ldm_jax.training.parallel import map_in_batches, parallel_map
 
 
 class Request(NamedTuple):
@@ -24,8 +24,12 @@ class Request(NamedTuple):
     labels: np.ndarray  # [N] int32; -1 = no label
     guidance: np.ndarray  # [N] float32
     seed: int
-    z_T: np.ndarray | None = None  # [N, h, w, c] float32; None = drawn from the seed
+    z_T: np.ndarray | None = None  # [N, h, w, c] float32 noise; None = drawn from the seed
+    z0: np.ndarray | None = None  # [h, w, c] clean latents: begin from these, noised to the table's first level
+    mask: np.ndarray | None = None  # bool [h, w, 1]: where to draw; elsewhere z0 is kept
+    negative: int = -1  # the label that guidance leads away from; -1 = no label
     interval: tuple[float, float] = (0.0, 1.0)  # the share t / T of the timesteps that are guided
+    rescale: float = 0.0  # see `classifier_free`
 
     def first(self, num: int) -> "Request":
         """The same for the first `num` samples only."""
@@ -49,10 +53,12 @@ class Generator(NamedTuple):
     latents: (params, request, table) -> an iterator, in the order of the request, over the batches'
         (z [b, h, w, c], z0_hat on the way [b, snapshots, h, w, c]).
     decode: (params, z [b, h, w, c]) -> images uint8 [b, H, W, C].
+    encode: (params, images uint8 [b, H, W, C]) -> z [b, h, w, c], the most likely ones.
     """
 
     latents: Callable[[Any, Request, Table], Iterator[tuple[np.ndarray, np.ndarray]]]
     decode: Callable[[Any, np.ndarray], np.ndarray]
+    encode: Callable[[Any, np.ndarray], np.ndarray]
 
     def images(self, params: Any, request: Request, table: Table) -> Iterator[np.ndarray]:
         """Yields the pictures, uint8 [batch_size or fewer, H, W, C], in the order of the request."""
@@ -85,7 +91,7 @@ def make_generator(
     Seed, labels, guidance, solver and steps are arguments of the compiled calls. z0_hat is kept within [-clip, clip].
     """
 
-    def solve_batch(params, batch, table, seed, interval):
+    def solve_batch(params, batch, table, seed, options):
         def network(z_t, t, context):
             return unet.apply({"params": params["unet"]}, z_t, t, context)
 
@@ -93,42 +99,69 @@ def make_generator(
             return conditioner.apply({"params": params["conditioner"]}, label)
 
         null = jnp.full_like(batch["label"], conditioner.null)
-        context = tau(jnp.where(batch["label"] < 0, null, batch["label"]))
-        denoise = from_network(network, prediction, alpha_bar)
-        denoise = classifier_free(denoise, context, tau(null), batch["guidance"], interval=interval)
+        guided = classifier_free(
+            from_network(network, prediction, alpha_bar),
+            tau(jnp.where(batch["label"] < 0, null, batch["label"])),
+            tau(jnp.where(options["negative"] < 0, null, options["negative"])),
+            batch["guidance"],
+            interval=options["interval"],
+            rescale=options["rescale"],
+            prediction=prediction,
+        )
         z, on_the_way = solve(
-            clip_z0(denoise, clip), batch["z_T"], table, sample_keys(seed, batch["id"]), snapshots=snapshots
+            clip_z0(guided, clip),
+            batch["z_T"],
+            table,
+            sample_keys(seed, batch["id"]),
+            project=keep_known(options["z0"], options["mask"]),
+            snapshots=snapshots,
         )
         return z, jnp.moveaxis(on_the_way.z0_hat, 0, 1)
+
+    def encode_batch(params, batch):
+        raw = first_stage.mode(first_stage.encode(params["autoencoder"], to_pixels(batch["images"])))
+        return to_latents(raw, params["shift"], params["scale"])
 
     def decode_batch(params, batch):
         raw = from_latents(batch["z"], params["shift"], params["scale"])
         return to_uint8(first_stage.decode(params["autoencoder"], raw))
 
     compiled_solve, compiled_decode = parallel_map(solve_batch), parallel_map(decode_batch)
+    compiled_encode = parallel_map(encode_batch)
     draw = jax.jit(lambda seed, ids: initial_latents(sample_keys(seed, ids), latent_shape))
 
     def latents(params: Any, request: Request, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        interval = np.asarray(request.interval, np.float32) * len(alpha_bar)
+        options = {
+            "negative": np.int32(request.negative),
+            "interval": np.asarray(request.interval, np.float32) * len(alpha_bar),
+            "rescale": np.float32(request.rescale),
+            "z0": np.zeros(latent_shape, np.float32) if request.z0 is None else request.z0,
+            "mask": np.ones((*latent_shape[:2], 1), bool) if request.mask is None else request.mask,
+        }
         for start in range(0, len(request.ids), batch_size):
             rows = np.arange(start, min(start + batch_size, len(request.ids)))
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
             ids = request.ids[padded]
             z_T = draw(np.uint32(request.seed), ids) if request.z_T is None else request.z_T[padded]
+            if request.z0 is not None:
+                z_T = table.alpha[0] * request.z0 + table.sigma[0] * np.asarray(z_T)
             batch = {
                 "id": ids,
                 "label": request.labels[padded],
                 "guidance": request.guidance[padded],
                 "z_T": np.asarray(z_T, np.float32),
             }
-            z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed), interval)
+            z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed), options)
             yield z[: len(rows)], on_the_way[: len(rows)]
 
     def decode(params: Any, z: np.ndarray) -> np.ndarray:
         padded = np.pad(z, [(0, batch_size - len(z)), (0, 0), (0, 0), (0, 0)])
         return compiled_decode(params, {"z": padded})[: len(z)]
 
-    return Generator(latents, decode)
+    def encode(params: Any, images: np.ndarray) -> np.ndarray:
+        return map_in_batches(compiled_encode, params, {"images": images}, batch_size)
+
+    return Generator(latents, decode, encode)
 
 
 def smallest_batch(num: int, batch_size: int, devices: int) -> int:

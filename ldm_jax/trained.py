@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, configuration, run_folder
-from ldm_jax.diffusion.solvers import Table, make_table
+from ldm_jax.diffusion.solvers import Table, make_inversion_table, make_table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import Generator, make_generator
@@ -94,21 +94,32 @@ def build_generator(config: ConfigDict, num_classes: int, batch_size: int) -> Ge
     )
 
 
-def build_table(config: ConfigDict, **changes: object) -> Table:
-    """The solver table of `config.sampling`, with `sampler`, `steps` or `eta` changed.
+def build_table(config: ConfigDict, *, resample: int = 1, jump: int = 1, **changes: object) -> Table:
+    """The solver table of `config.sampling`, with `changes`: `sampler` and arguments of `make_table`.
+
+    `resample` and `jump` are RePaint's: see `with_resampling`.
 
     Raises:
       InputError: a combination that the solver does not take.
     """
-    fields = {"sampler": config.sampling.sampler, "steps": config.sampling.steps, "eta": config.sampling.eta} | changes
+    names = ("sampler", "steps", "eta", "churn", "spacing")
+    fields = {name: config.sampling[name] for name in names} | changes
     try:
-        return make_table(
-            fields["sampler"],
+        table = make_table(
+            fields.pop("sampler"),
             builders.build_schedule(config),
-            fields["steps"],
+            fields.pop("steps"),
             prediction=config.diffusion.prediction,
-            eta=fields["eta"],
-            spacing=config.sampling.spacing,
+            **fields,
         )
+        return table if resample == 1 else with_resampling(table, resample, jump)
     except ValueError as error:
         raise InputError(f"sampling: {error}") from error
+
+
+def build_inversion_table(config: ConfigDict, steps: int, spacing: str) -> Table:
+    """The table that leads from clean latents to their noise in `steps` steps of DDIM; raises InputError."""
+    try:
+        return make_inversion_table(builders.build_schedule(config), steps, spacing=spacing)
+    except ValueError as error:
+        raise InputError(f"inversion: {error}") from error

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import jobs
 import numpy as np
 import pytest
+from PIL import Image
 
 from ldm_jax import commands, configuration, evaluate, sample, train
 from ldm_jax.training.checkpoint import load_latest
@@ -271,7 +272,16 @@ BOTH = {  # flags -> what the line must say
     "no pictures": (["--model=MODEL", "--num=0"], "num"),
     "a negative seed": (["--model=MODEL", "--seed=-1"], "seed"),
     "an eta beyond 1": (["--model=MODEL", "--eta=1.5"], "eta"),
-    "eta for a solver without": (["--model=MODEL", "--eta=0.5", "--sampler=dpmpp_2m"], "eta"),
+    "eta for a solver without": (["--model=MODEL", "--eta=0.5", "--sampler=dpmpp_2m"], "eta is for ddim only"),
+    "churn for a solver without": (["--model=MODEL", "--churn=5", "--sampler=heun"], "churn is for edm only"),
+    "negative churn": (["--model=MODEL", "--churn=-5", "--sampler=edm"], "churn"),
+    "an unknown spacing of the steps": (["--model=MODEL", "--spacing=karas"], "did you mean karras?"),
+    "lcm by another's steps": (["--model=MODEL", "--sampler=lcm", "--spacing=karras"], "timesteps of its own"),
+    "timesteps that rise": (["--model=MODEL", "--timesteps=0,5,10"], "whole numbers that fall"),
+    "timesteps beyond the last": (["--model=MODEL", "--timesteps=20,5,0"], "from 19 at most"),
+    "timesteps in words": (["--model=MODEL", "--timesteps=many"], "must be whole numbers, e.g."),
+    "timesteps and steps": (["--model=MODEL", "--timesteps=9,0", "--steps=2"], "leave out --steps"),
+    "a rescaling beyond 1": (["--model=MODEL", "--guidance_rescale=2"], "guidance_rescale"),
     "interval of one": (["--model=MODEL", "--guidance_interval=0.5"], "two rising numbers"),
     "interval of words": (["--model=MODEL", "--guidance_interval=low,high"], "low,high; it must be two rising numbers"),
     "interval the wrong way round": (["--model=MODEL", "--guidance_interval=0.8,0.2"], "[0.8, 0.2]"),
@@ -295,6 +305,42 @@ SAMPLE = {
     "latents of another shape": (["--init_latents=SHAPE"], "it must be float32[4, 4, 4, 2]"),
     "latents of another type": (["--init_latents=FLOAT64"], "is float64[4, 4, 4, 2]"),
     "latents that are not finite": (["--init_latents=NAN"], "not finite"),
+    "a picture that is not there": (["--init_image=nowhere.png"], "--init_image=nowhere.png: No such file"),
+    "a picture that is none": (["--init_image=FILE"], "not a picture"),
+    "half a picture": (["--init_image=HALFPICTURE"], "not a readable picture"),
+    "a folder for a picture": (["--init_image=tests"], "directory"),
+    "no strength": (["--init_image=PICTURE", "--strength=0"], "strength must lie above 0"),
+    "too much strength": (["--init_image=PICTURE", "--strength=1.5"], "strength"),
+    "negative strength": (["--init_image=PICTURE", "--strength=-0.5"], "strength"),
+    "strength that leaves no step": (["--init_image=PICTURE", "--strength=0.1"], "leaves none; take 10 or more"),
+    "strength of nothing": (["--strength=0.5"], "--strength needs --init_image"),
+    "a mask of nothing": (["--mask=PICTURE"], "--mask needs --init_image"),
+    "a mask of another size": (["--init_image=PICTURE", "--mask=LARGE"], "is 16x16; it must be 8x8"),
+    "a mask that is not there": (["--init_image=PICTURE", "--mask=nowhere.png"], "--mask=nowhere.png"),
+    "a mask that is none": (["--init_image=PICTURE", "--mask=FILE"], "not a picture"),
+    "a black mask": (["--init_image=PICTURE", "--mask=BLACK"], "no white part"),
+    "resampling of nothing": (["--resample=3"], "--resample needs --mask"),
+    "no resampling": (["--init_image=PICTURE", "--mask=WHITE", "--resample=0"], "resample"),
+    "a jump without resampling": (["--init_image=PICTURE", "--mask=WHITE", "--resample_jump=2"], "needs --resample"),
+    "resampling with a memory": (
+        ["--init_image=PICTURE", "--mask=WHITE", "--resample=2", "--sampler=dpmpp_2m"],
+        "needs a solver without memory",
+    ),
+    "resampling without end": (
+        ["--init_image=PICTURE", "--mask=WHITE", "--resample=99", "--sampler=ddpm", "--steps=20"],
+        "a table holds 40 network calls",
+    ),
+    "inversion of nothing": (["--invert"], "--invert needs --init_image"),
+    "a way from nothing": (["--to_image=PICTURE"], "--to_image needs --init_image"),
+    "a way to nothing": (["--init_image=PICTURE", "--to_image=nowhere.png"], "--to_image=nowhere.png"),
+    "two noises": (["--init_latents=LATENTS", "--to_seed=1"], "both say what noise"),
+    "inversion and a seed": (["--init_image=PICTURE", "--invert", "--to_seed=3"], "both say what noise"),
+    "inversion of a part": (["--init_image=PICTURE", "--mask=WHITE", "--invert"], "do not go together"),
+    "inversion with a strength": (["--init_image=PICTURE", "--strength=0.5", "--invert"], "do not go together"),
+    "a negative seed to go to": (["--to_seed=-1"], "to_seed"),
+    "away from an unknown class": (["--negative_label=blue"], "--negative_label=blue is no class"),
+    "a recipe that is not there": (["--from_recipe=nowhere.png"], "nowhere.png"),
+    "a picture without a recipe": (["--from_recipe=PICTURE"], "carries no recipe"),
     "half the latents": (["--init_latents=HALF"], "cannot be read as .npy"),
 }
 
@@ -322,6 +368,12 @@ def files(tmp_path_factory):
     }
     for name, array in arrays.items():
         np.save(paths[name], array)
+    for name, side, value in (("PICTURE", 8, 99), ("LARGE", 16, 255), ("BLACK", 8, 0), ("WHITE", 8, 255)):
+        paths[name] = folder / f"{name}.png"
+        Image.fromarray(np.full((side, side), value, np.uint8)).save(paths[name])
+    paths["HALFPICTURE"] = folder / "HALFPICTURE.png"
+    paths["HALFPICTURE"].write_bytes(paths["PICTURE"].read_bytes())
+    truncate(paths["HALFPICTURE"])
     np.save(paths["OBJECTS"], np.array([{}, None]), allow_pickle=True)
     truncate(paths["HALF"])
     return paths

@@ -128,6 +128,26 @@ def classifier_guided(
     return guided
 
 
+def keep_known(z0: jax.Array, mask: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """A `project` of `sampling.solve` that draws only where the mask says so (Lugmayr 2022, eq. 8; Song 2021, SDEdit).
+
+    After each row, what is known is put back at the level that z has reached, with fresh noise; at the end it is z0.
+
+    Args:
+      z0: clean latents, broadcastable to z [B, ...].
+      mask: bool, broadcastable to z: True = drawn, False = kept. Where all is drawn, nothing is done.
+    """
+
+    def project(z: jax.Array, alpha_bar: jax.Array, keys: jax.Array) -> jax.Array:
+        def keep() -> jax.Array:
+            eps = jax.vmap(lambda key: jax.random.normal(key, z.shape[1:]))(keys)
+            return jnp.where(mask, z, jnp.sqrt(alpha_bar) * z0 + jnp.sqrt(1 - alpha_bar) * eps)
+
+        return jax.lax.cond(jnp.all(mask), lambda: z, keep)
+
+    return project
+
+
 def clip_z0(denoise: Denoiser, bound: jax.Array) -> Denoiser:
     """Keeps z0_hat within [-bound, bound], for data known to lie there (pixels: 1; Ho 2020's samplers do it).
 

@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network
+from ldm_jax.diffusion.guidance import (
+    classifier_free,
+    classifier_guided,
+    clip_z0,
+    from_network,
+    keep_known,
+    threshold_z0,
+)
 from ldm_jax.diffusion.process import PREDICTIONS, level_at, to_z0
 from ldm_jax.diffusion.schedules import make_schedule
 
@@ -121,3 +128,76 @@ def test_guidance_has_a_gradient():
     for scale in (1.0, 2.0):
         grad = jax.grad(lambda z: classifier_free(plain, CONTEXT, NULL, scale)(z, LEVEL).sum())(Z)  # noqa: B023
         assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_rescaling_brings_the_spread_back(prediction):
+    """Lin 2023, eq. 15 and 16: of each example by itself, in the network's own terms."""
+    level = level_at(jnp.array([10, 50, 99]), ALPHA_BAR)
+    denoise = from_network(network, prediction, ALPHA_BAR)
+    spreads = {}
+    for phi in (0.0, 0.5, 1.0):
+        z0 = classifier_free(denoise, CONTEXT, NULL, 6.0, rescale=phi, prediction=prediction)(Z, level)
+        spreads[phi] = np.asarray(from_z0(prediction, z0, Z, level).std((1, 2, 3)))
+    cond = from_z0(prediction, denoise(Z, level, CONTEXT), Z, level).std((1, 2, 3))
+    np.testing.assert_allclose(spreads[1.0], cond, rtol=1e-3)
+    np.testing.assert_allclose(spreads[0.5], (spreads[0.0] + spreads[1.0]) / 2, rtol=1e-3)
+    assert (np.abs(spreads[0.0] / cond - 1) > 0.1).all()
+
+
+def test_a_negative_condition_is_led_away_from():
+    away = jnp.broadcast_to(jnp.float32(0.5), CONTEXT.shape)
+    got = classifier_free(plain, CONTEXT, away, 3.0)(Z, LEVEL)
+    expected = plain(Z, LEVEL, away) + 3 * (plain(Z, LEVEL, CONTEXT) - plain(Z, LEVEL, away))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def gaussian_denoiser(z_t, level):
+    """E[z0 | z_t] for z0 ~ N(0, 1): alpha z_t."""
+    return level.beside(z_t)[0] * z_t
+
+
+@pytest.mark.parametrize("y, noise", [(0.7, 0.5), (-2.0, 1.5)])
+def test_classifier_guidance_makes_the_posterior(y, noise):
+    """z0 ~ N(0, 1) and y = z0 + noise: guided by log p(y | z_t) at scale 1, the denoiser is E[z0 | z_t, y]."""
+
+    def log_probability(z_t, t):
+        alpha, sigma = level_at(t, ALPHA_BAR).beside(z_t)
+        return (-((y - alpha * z_t) ** 2) / (2 * (sigma**2 + noise**2))).sum((1, 2, 3))
+
+    guided = jax.jit(lambda z_t, level: classifier_guided(gaussian_denoiser, log_probability, 1.0)(z_t, level))
+    t = jnp.array([20, 50, 99])
+    level = level_at(t, ALPHA_BAR)
+    alpha, sigma = level.beside(Z)
+    precision = 1 + alpha**2 / sigma**2 + 1 / noise**2
+    posterior_mean = (alpha * Z / sigma**2 + y / noise**2) / precision
+    np.testing.assert_allclose(guided(Z, level), posterior_mean, rtol=1e-3, atol=1e-4)
+
+
+def test_classifier_guidance_has_a_scale_for_each_example_and_composes():
+    log_probability = lambda z_t, t: (z_t * t[:, None, None, None]).sum((1, 2, 3))  # noqa: E731  (gradient: t)
+    level = level_at(jnp.array([10, 20, 30]), ALPHA_BAR)
+    alpha, sigma = level.beside(Z)
+    inner = classifier_free(plain, CONTEXT, NULL, 2.0)
+    got = clip_z0(classifier_guided(inner, log_probability, jnp.array([0.0, 0.1, 0.2])), 5.0)(Z, level)
+    push = sigma**2 / alpha * jnp.array([0.0, 2.0, 6.0]).reshape(3, 1, 1, 1)
+    np.testing.assert_allclose(got, jnp.clip(inner(Z, level) + push, -5, 5), rtol=1e-4, atol=1e-4)
+
+
+def test_dynamic_thresholding_by_hand():
+    """|z0| = .5, 1, 2, 4, 8: at the 75 % quantile s = 4, so that 8 becomes 1 and .5 an eighth; at most 2, a quarter."""
+    z0 = jnp.array([[0.5, -1.0, 2.0, -4.0, 8.0], [0.1, 0.2, -0.3, 0.4, 0.5]])
+    threshold = jax.jit(lambda q, highest: threshold_z0(lambda z, level: z0, q, highest)(z0, level_at(0, ALPHA_BAR)))
+    np.testing.assert_allclose(threshold(0.75, jnp.inf), [[0.125, -0.25, 0.5, -1, 1], z0[1]], rtol=1e-6)
+    np.testing.assert_allclose(threshold(0.75, 2.0), [[0.25, -0.5, 1, -1, 1], z0[1]], rtol=1e-6)
+
+
+def test_what_is_known_is_kept_at_its_level():
+    z, z0, mask = jnp.full((500, 3), 9.0), jnp.array([1.0, 2.0, 3.0]), jnp.array([True, False, False])
+    keys = jax.random.split(jax.random.key(0), 500)
+    kept = keep_known(z0, mask)(z, jnp.float32(0.64), keys)
+    np.testing.assert_array_equal(kept[:, 0], 9)
+    np.testing.assert_allclose(kept[:, 1:].mean(0), 0.8 * z0[1:], atol=0.1)
+    np.testing.assert_allclose(kept[:, 1:].std(0), 0.6, atol=0.06)
+    np.testing.assert_array_equal(keep_known(z0, mask)(z, jnp.float32(1), keys)[:, 1:], jnp.tile(z0[1:], (500, 1)))
+    np.testing.assert_array_equal(keep_known(z0, jnp.ones(3, bool))(z, jnp.float32(0.5), keys), z)

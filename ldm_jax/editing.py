@@ -1,0 +1,76 @@
+"""Pictures that a drawing starts from: read, checked, brought to the model's size; and ways between two noises."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ldm_jax.data.images import decode, fit
+from ldm_jax.errors import InputError
+
+
+def read_image(path: Path, flag: str, *, size: int, channels: int, crop: str) -> np.ndarray:
+    """A picture as the model takes it, uint8 [size, size, channels]; raises InputError if it is none."""
+    try:
+        return fit(decode(path.read_bytes()), size=size, channels=channels, crop=crop)
+    except (InputError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{flag}={path}: {reason}") from error
+
+
+def read_mask(path: Path, image_path: Path, *, size: int, crop: str) -> np.ndarray:
+    """Where to draw, bool [size, size]: the mask's white (or bright) parts, cropped as the picture it belongs to.
+
+    Raises:
+      InputError: no picture, of another size than the one it belongs to, or nothing of it is white.
+    """
+    try:
+        picture, image = decode(path.read_bytes()), decode(image_path.read_bytes())
+    except (InputError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"--mask={path}: {reason}") from error
+    if picture.size != image.size:
+        raise InputError(
+            f"--mask={path} is {picture.width}x{picture.height}; it must be {image.width}x{image.height} like "
+            f"--init_image={image_path}"
+        )
+    mask = fit(picture, size=size, channels=1, crop=crop)[..., 0] >= 128
+    if not mask.any():
+        raise InputError(f"--mask={path} has no white part; white is what is drawn anew")
+    return mask
+
+
+def read_latents(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The initial noise of --init_latents; raises InputError unless it is finite float32 of this shape [N, h, w, c]."""
+    try:
+        z_T = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--init_latents={path} cannot be read as .npy: {error}") from error
+    if not isinstance(z_T, np.ndarray) or z_T.shape != shape or z_T.dtype != np.float32:
+        given = f"{z_T.dtype}{list(z_T.shape)}" if isinstance(z_T, np.ndarray) else "an archive"
+        raise InputError(f"--init_latents={path} is {given}; it must be float32{list(shape)}")
+    if not np.isfinite(z_T).all():
+        raise InputError(f"--init_latents={path} holds values that are not finite")
+    return z_T
+
+
+def mask_of_latents(mask: np.ndarray, factor: int) -> np.ndarray:
+    """bool [H, W] -> bool [H / factor, W / factor, 1]: a latent is drawn anew if any of its pixels is."""
+    h, w = (side // factor for side in mask.shape)
+    return mask.reshape(h, factor, w, factor).any((1, 3))[..., None]
+
+
+def slerp(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """Points on the great circle from a to b (Shoemake 1985), where Gaussian noise lives: float32 [N, ...].
+
+    Args:
+      a, b: float32 of one shape.
+      shares: [N], 0 at a and 1 at b.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    shares = np.asarray(shares, np.float64).reshape(-1, *[1] * a.ndim)
+    cosine = np.clip(np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)), -1, 1)
+    angle = np.arccos(cosine)
+    if np.sin(angle) < 1e-6:  # the same direction, or opposite ones
+        return ((1 - shares) * a + shares * b).astype(np.float32)
+    way = np.sin((1 - shares) * angle) * a + np.sin(shares * angle) * b
+    return (way / np.sin(angle)).astype(np.float32)

@@ -1,0 +1,145 @@
+"""Pictures from pictures: the functions, and the command on a trained model."""
+
+import jobs
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import kstest
+
+from ldm_jax import commands, editing, sample, trained
+from ldm_jax.configuration import SAMPLERS, SPACINGS
+from ldm_jax.diffusion import schedules, solvers
+from ldm_jax.evaluation.pictures import read_recipe
+
+
+def test_the_command_line_knows_all_solvers_and_spacings():
+    assert SAMPLERS == solvers.SOLVERS
+    assert SPACINGS == schedules.SPACINGS
+
+
+def test_slerp_by_hand():
+    a, b = np.array([2.0, 0.0], np.float32), np.array([0.0, 2.0], np.float32)
+    way = editing.slerp(a, b, np.array([0, 1 / 3, 0.5, 1]))
+    np.testing.assert_allclose(way, [[2, 0], [3**0.5, 1], [2**0.5, 2**0.5], [0, 2]], atol=1e-6)
+    np.testing.assert_allclose(editing.slerp(a, a, np.array([0.3])), [a])
+    np.testing.assert_allclose(editing.slerp(a, -a, np.array([0.25])), [a / 2])
+
+
+def test_slerp_keeps_noise_noise():
+    a, b = np.random.default_rng(0).standard_normal((2, 40, 40)).astype(np.float32)
+    assert kstest(editing.slerp(a, b, np.array([0.5])).ravel(), "norm").pvalue > 0.01
+    assert kstest(((a + b) / 2).ravel(), "norm").pvalue < 1e-6  # a straight line does not
+
+
+def test_mask_of_latents_by_hand():
+    mask = np.zeros((4, 6), bool)
+    mask[3, 2] = True
+    assert editing.mask_of_latents(mask, 2)[..., 0].tolist() == [[False] * 3, [False, True, False]]
+    np.testing.assert_array_equal(editing.mask_of_latents(mask, 1)[..., 0], mask)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A picture of class 0, one of class 1, and a mask whose right half is white: 8x8."""
+    ramp = np.tile(np.linspace(0, 200, 8).astype(np.uint8), (8, 1))
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    for name, picture in (("a", ramp), ("b", ramp.T), ("mask", mask)):
+        Image.fromarray(picture).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def draw(trained_run, tmp_path):
+    """Runs the command; returns its samples.npz."""
+
+    def run(name, *flags):
+        out = tmp_path / name
+        assert commands.run(sample.main, ["sample", f"--model={trained_run}", f"--out={out}", "--num=8", *flags]) == 0
+        return jobs.samples(out)["images"]
+
+    return run
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws(draw, sampler):
+    images = draw(sampler, f"--sampler={sampler}", "--steps=4")
+    assert images.shape == (8, 8, 8, 1)
+    np.testing.assert_array_equal(images, draw("again", f"--sampler={sampler}", "--steps=4"))
+
+
+def test_the_flags_of_the_sampler_matter(draw):
+    plain = draw("plain", "--sampler=edm", "--steps=8")
+    changed = [
+        ["--sampler=edm", "--steps=8", "--churn=4"],
+        ["--sampler=edm", "--steps=8", "--spacing=karras"],
+        ["--sampler=edm", "--timesteps=19,15,12,10,8,5,2,0"],
+        ["--sampler=edm", "--steps=8", "--guidance=8"],
+        ["--sampler=edm", "--steps=8", "--guidance=8", "--guidance_rescale=1"],
+        ["--sampler=edm", "--steps=8", "--guidance=8", "--negative_label=dark"],
+    ]
+    pictures = [plain] + [draw(f"changed{i}", *flags) for i, flags in enumerate(changed)]
+    for i, one in enumerate(pictures):
+        for other in pictures[i + 1 :]:
+            assert (one != other).any()
+
+
+def test_a_little_strength_changes_little(draw, files):
+    original = np.asarray(Image.open(files / "a.png"))[..., None].astype(float)
+    distances = [
+        np.abs(draw(f"s{strength}", f"--init_image={files}/a.png", "--steps=20", f"--strength={strength}") - original)
+        for strength in (0.05, 1.0)
+    ]
+    assert distances[0].mean() < distances[1].mean()
+
+
+def test_what_the_mask_keeps_comes_back_to_the_bit(draw, files):
+    original = np.asarray(Image.open(files / "a.png"))[..., None]
+    for name, more in (("plain", []), ("resampled", ["--resample=3", "--resample_jump=2", "--sampler=ddpm"])):
+        images = draw(name, f"--init_image={files}/a.png", f"--mask={files}/mask.png", *more)
+        np.testing.assert_array_equal(images[:, :, :4], np.broadcast_to(original[:, :4], (8, 8, 4, 1)))
+        assert (images[:, :, 4:] != original[:, 4:]).any()
+        assert (images[0] != images[4]).any()  # the same class, another sample
+
+
+def test_inversion_and_back_is_the_decoded_picture(draw, files, trained_run):
+    flags = [f"--init_image={files}/a.png", "--invert", "--sampler=ddim", "--steps=20", "--guidance=1", "--label=0"]
+    images = draw("inverted", *flags)
+    model = trained.load(trained_run)
+    generator = trained.build_generator(model.config, 4, 4)
+    original = np.asarray(Image.open(files / "a.png"))[None, ..., None]
+    decoded = generator.decode(model.params, generator.encode(model.params, original))
+    assert np.abs(images.astype(float) - decoded).mean() < 6  # of 255; the network has learned next to nothing
+    np.testing.assert_array_equal(images[0], images[7])
+
+
+def test_ways_between_seeds_and_pictures_end_where_they_should(draw, files):
+    label = "--label=dark"
+    way = draw("way", "--to_seed=7", label)
+    np.testing.assert_array_equal(way[0], draw("from", "--seed=0", label)[0])
+    np.testing.assert_array_equal(way[-1], draw("to", "--seed=7", label)[0])
+    assert (way[3] != way[0]).any()
+    between = draw("between", f"--init_image={files}/a.png", f"--to_image={files}/b.png", label)
+    np.testing.assert_array_equal(between[0], draw("a", f"--init_image={files}/a.png", "--invert", label)[0])
+    np.testing.assert_array_equal(between[-1], draw("b", f"--init_image={files}/b.png", "--invert", label)[0])
+
+
+def test_a_recipe_makes_the_pictures_again(draw, files, trained_run, tmp_path):
+    flags = [f"--init_image={files}/a.png", f"--mask={files}/mask.png", "--sampler=ddpm", "--steps=7", "--seed=3",
+             "--resample=2", "--label=bright,dark", "--guidance=3", "--guidance_interval=0.1,0.9"]  # fmt: skip
+    first = draw("first", *flags)
+    recipe = tmp_path / "first" / "samples.png"
+    command = ["sample", f"--model={trained_run}", f"--out={tmp_path / 'again'}", f"--from_recipe={recipe}"]
+    assert commands.run(sample.main, command) == 0
+    np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], first)
+    assert read_recipe(tmp_path / "again" / "samples.png") == read_recipe(recipe)
+
+
+def test_a_recipe_of_changed_inputs_is_refused(draw, files, trained_run, tmp_path, capsys):
+    draw("first", f"--init_image={files}/a.png")
+    (files / "b.png").replace(files / "a.png")
+    recipe = tmp_path / "first" / "samples.png"
+    command = ["sample", f"--model={trained_run}", f"--out={tmp_path / 'again'}", f"--from_recipe={recipe}"]
+    assert commands.run(sample.main, command) == 2
+    assert "drawn from another" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
