@@ -11,7 +11,7 @@ from ldm_jax.diffusion.guidance import (
     keep_known,
     threshold_z0,
 )
-from ldm_jax.diffusion.process import PREDICTIONS, level_at, to_z0
+from ldm_jax.diffusion.process import PREDICTIONS, from_z0, level_at, to_z0
 from ldm_jax.diffusion.schedules import make_schedule
 
 ALPHA_BAR = make_schedule("scaled_linear", 100).alpha_bar
