@@ -183,7 +183,7 @@ def in_float64(table, z):
         z0_hats.insert(0, mean + a * std**2 / (a**2 * std**2 + sigma**2) * (zs[0] - a * mean))
         terms = [(w, z) for w, z in zip(weights, zs)] + [(w, z0) for w, z0 in zip(weights[HISTORY + 1 :], z0_hats)]
         zs = [sum(w * term for w, term in terms), *zs[:HISTORY]]
-        z0_hats = z0_hats[: HISTORY + 1]
+        z0_hats = z0_hats[:HISTORY]
     return zs[0]
 
 
