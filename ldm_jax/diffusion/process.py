@@ -83,7 +83,7 @@ def q_posterior(z0: jax.Array, z_t: jax.Array, t: jax.Array, alpha_bar: np.ndarr
     """
     alpha_bar = np.asarray(alpha_bar, np.float64)
     coefficients = posterior_coefficients(alpha_bar, np.append(1.0, alpha_bar[:-1]))
-    on_z0, on_z, variance = (_at(table, t, z0.ndim) for table in coefficients)
+    on_z0, on_z, variance = (at(table, t, z0.ndim) for table in coefficients)
     return on_z0 * z0 + on_z * z_t, variance
 
 
@@ -139,7 +139,7 @@ def to_eps(prediction: str, output: jax.Array, z_t: jax.Array, level: Level) -> 
 
 def snr(t: jax.Array, alpha_bar: np.ndarray) -> jax.Array:
     """Signal-to-noise ratio alpha_bar / (1 - alpha_bar) (Kingma 2021, eq. 2), shaped like t, float32."""
-    return _at(_snr_table(alpha_bar), t)
+    return at(_snr_table(alpha_bar), t)
 
 
 def loss_weight(weighting: str, prediction: str, t: jax.Array, alpha_bar: np.ndarray, gamma: float = 5.0) -> jax.Array:
@@ -153,14 +153,14 @@ def loss_weight(weighting: str, prediction: str, t: jax.Array, alpha_bar: np.nda
     """
     check_prediction(prediction, alpha_bar)
     if weighting == "uniform":
-        return _at(np.ones(len(alpha_bar)), t)
+        return at(np.ones(len(alpha_bar)), t)
     if weighting != "min_snr":
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if gamma <= 0:
         raise ValueError(f"min_snr needs gamma > 0, got {gamma}")
     ratio = _snr_table(alpha_bar)
     error_relative_to_z0 = {"eps": ratio, "v": ratio + 1, "z0": 1}[prediction]
-    return _at(np.minimum(ratio, gamma) / error_relative_to_z0, t)
+    return at(np.minimum(ratio, gamma) / error_relative_to_z0, t)
 
 
 def _snr_table(alpha_bar: np.ndarray) -> np.ndarray:
@@ -171,10 +171,10 @@ def _snr_table(alpha_bar: np.ndarray) -> np.ndarray:
 def _signal_and_noise(alpha_bar: np.ndarray, t: jax.Array, ndim: int = 0) -> tuple[jax.Array, jax.Array]:
     """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), ready to multiply latents of `ndim` axes."""
     alpha_bar = np.asarray(alpha_bar, np.float64)
-    return _at(np.sqrt(alpha_bar), t, ndim), _at(np.sqrt(1 - alpha_bar), t, ndim)
+    return at(np.sqrt(alpha_bar), t, ndim), at(np.sqrt(1 - alpha_bar), t, ndim)
 
 
-def _at(table: np.ndarray, t: jax.Array, ndim: int = 0) -> jax.Array:
+def at(table: np.ndarray, t: jax.Array, ndim: int = 0) -> jax.Array:
     """table[t] in float32, with axes of length 1 appended up to `ndim`."""
     T = len(table)
     if not isinstance(t, jax.core.Tracer):
