@@ -162,7 +162,7 @@ def test_classifier_guidance_makes_the_posterior(y, noise):
     """z0 ~ N(0, 1) and y = z0 + noise: guided by log p(y | z_t) at scale 1, the denoiser is E[z0 | z_t, y]."""
 
     def log_probability(z_t, t):
-        alpha, sigma = level_at(t, ALPHA_BAR).beside(z_t)
+        alpha, sigma = level_at(t.astype(jnp.int32), ALPHA_BAR).beside(z_t)
         return (-((y - alpha * z_t) ** 2) / (2 * (sigma**2 + noise**2))).sum((1, 2, 3))
 
     guided = jax.jit(lambda z_t, level: classifier_guided(gaussian_denoiser, log_probability, 1.0)(z_t, level))
