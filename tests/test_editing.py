@@ -10,6 +10,7 @@ from ldm_jax import commands, editing, sample, trained
 from ldm_jax.configuration import SAMPLERS, SPACINGS
 from ldm_jax.diffusion import schedules, solvers
 from ldm_jax.evaluation.pictures import read_recipe
+from ldm_jax.training.parallel import replicate
 
 
 def test_the_command_line_knows_all_solvers_and_spacings():
@@ -68,29 +69,43 @@ def test_every_sampler_draws(draw, sampler):
     np.testing.assert_array_equal(images, draw("again", f"--sampler={sampler}", "--steps=4"))
 
 
-def test_the_flags_of_the_sampler_matter(draw):
-    plain = draw("plain", "--sampler=edm", "--steps=8")
-    changed = [
-        ["--sampler=edm", "--steps=8", "--churn=4"],
-        ["--sampler=edm", "--steps=8", "--spacing=karras"],
-        ["--sampler=edm", "--timesteps=19,15,12,10,8,5,2,0"],
-        ["--sampler=edm", "--steps=8", "--guidance=8"],
-        ["--sampler=edm", "--steps=8", "--guidance=8", "--guidance_rescale=1"],
-        ["--sampler=edm", "--steps=8", "--guidance=8", "--negative_label=dark"],
+def test_the_flags_of_the_sampler_matter(draw, tmp_path):
+    flags = [
+        ["--steps=8"],
+        ["--steps=8", "--churn=4"],
+        ["--steps=8", "--spacing=karras"],
+        ["--timesteps=19,15,12,10,8,5,2,0"],
     ]
-    pictures = [plain] + [draw(f"changed{i}", *flags) for i, flags in enumerate(changed)]
+    pictures = [draw(f"{i}", "--sampler=edm", *more) for i, more in enumerate(flags)]
     for i, one in enumerate(pictures):
         for other in pictures[i + 1 :]:
             assert (one != other).any()
+    assert read_recipe(tmp_path / "3" / "samples.png")["spacing"] == [19, 15, 12, 10, 8, 5, 2, 0]
 
 
-def test_a_little_strength_changes_little(draw, files):
-    original = np.asarray(Image.open(files / "a.png"))[..., None].astype(float)
-    distances = [
-        np.abs(draw(f"s{strength}", f"--init_image={files}/a.png", "--steps=20", f"--strength={strength}") - original)
-        for strength in (0.05, 1.0)
+def test_the_flags_of_guidance_are_in_the_recipe(draw, tmp_path):
+    draw("out", "--guidance=8", "--guidance_rescale=0.7", "--negative_label=dark")
+    recipe = read_recipe(tmp_path / "out" / "samples.png")
+    assert (recipe["guidance"], recipe["guidance_rescale"], recipe["negative_label"]) == (8, 0.7, 3)
+
+
+@pytest.fixture
+def decoded(files, trained_run):
+    """What the autoencoder makes of a.png, [8, 8, 1]."""
+    model = trained.load(trained_run)
+    generator = trained.build_generator(model.config, 4, 4)
+    params, original = replicate(model.params), np.asarray(Image.open(files / "a.png"))[None, ..., None]
+    return generator.decode(params, generator.encode(params, original))[0].astype(float)
+
+
+def test_a_little_strength_changes_little(draw, files, decoded):
+    changes = [
+        np.abs(draw(f"s{strength}", f"--init_image={files}/a.png", "--steps=20", f"--strength={strength}") - decoded)
+        for strength in (0.05, 0.5, 1.0)
     ]
-    assert distances[0].mean() < distances[1].mean()
+    small, middle, large = (change.mean() for change in changes)
+    assert small < 4  # of 255
+    assert small < middle < large
 
 
 def test_what_the_mask_keeps_comes_back_to_the_bit(draw, files):
@@ -102,13 +117,9 @@ def test_what_the_mask_keeps_comes_back_to_the_bit(draw, files):
         assert (images[0] != images[4]).any()  # the same class, another sample
 
 
-def test_inversion_and_back_is_the_decoded_picture(draw, files, trained_run):
+def test_inversion_and_back_is_the_decoded_picture(draw, files, decoded):
     flags = [f"--init_image={files}/a.png", "--invert", "--sampler=ddim", "--steps=20", "--guidance=1", "--label=0"]
     images = draw("inverted", *flags)
-    model = trained.load(trained_run)
-    generator = trained.build_generator(model.config, 4, 4)
-    original = np.asarray(Image.open(files / "a.png"))[None, ..., None]
-    decoded = generator.decode(model.params, generator.encode(model.params, original))
     assert np.abs(images.astype(float) - decoded).mean() < 6  # of 255; the network has learned next to nothing
     np.testing.assert_array_equal(images[0], images[7])
 

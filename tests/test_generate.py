@@ -90,6 +90,16 @@ def test_guidance_in_an_interval(model):
     assert min(np.abs(some - other).max() for other in (everywhere, nowhere)) > 0.01
 
 
+def test_rescaling_and_a_negative_label_matter(model):
+    def draw(**rest):
+        return model.latents(request(8, [2], guidance=4.0, seed=1, **rest))
+
+    plain, away_from_itself = draw(), draw(negative=2)
+    for changed in (draw(rescale=1.0), draw(negative=3)):
+        assert np.abs(changed - plain).max() > 0.01
+    np.testing.assert_allclose(away_from_itself, model.latents(request(8, [2], guidance=1.0, seed=1)), **CLOSE)
+
+
 def test_the_command_takes_an_interval(trained_run, tmp_path):
     drawn = draw_by_command(trained_run, tmp_path / "out", "--num=8", "--guidance=9", "--guidance_interval=0.2,0.6")
     assert read_recipe(tmp_path / "out" / "samples.png")["guidance_interval"] == [0.2, 0.6]
