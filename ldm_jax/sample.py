@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
 
     model = trained.load(Path(values.model))
     if values.from_recipe:
+        check_alone(values, "from_recipe", beside=("model", "out", "batch_size"))
         wanted = drawing.from_recipe(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
@@ -59,6 +60,13 @@ def main(argv: list[str]) -> None:
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or model.config.sampling.batch_size)
     drawing.save(out, drawn)
     print(f"{wanted.num} pictures: {out / 'samples.png'}")
+
+
+def check_alone(values: flags.FlagValues, flag: str, *, beside: tuple[str, ...]) -> None:
+    """Raises InputError if --`flag`, which says all, comes with another flag than those `beside` it."""
+    for name in values:
+        if values[name].present and name not in (flag, *beside):
+            raise InputError(f"--{flag} says it all; leave out --{name}")
 
 
 def find_labels(flag: str, wanted: list[str] | None, class_names: tuple[str, ...]) -> list[int]:

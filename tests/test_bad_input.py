@@ -339,8 +339,6 @@ SAMPLE = {
     "inversion with a strength": (["--init_image=PICTURE", "--strength=0.5", "--invert"], "do not go together"),
     "a negative seed to go to": (["--to_seed=-1"], "to_seed"),
     "away from an unknown class": (["--negative_label=blue"], "--negative_label=blue is no class"),
-    "a recipe that is not there": (["--from_recipe=nowhere.png"], "nowhere.png"),
-    "a picture without a recipe": (["--from_recipe=PICTURE"], "carries no recipe"),
     "half the latents": (["--init_latents=HALF"], "cannot be read as .npy"),
 }
 

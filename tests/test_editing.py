@@ -9,7 +9,8 @@ from scipy.stats import kstest
 from ldm_jax import commands, editing, sample, trained
 from ldm_jax.configuration import SAMPLERS, SPACINGS
 from ldm_jax.diffusion import schedules, solvers
-from ldm_jax.evaluation.pictures import read_recipe
+from ldm_jax.drawing import Drawing
+from ldm_jax.evaluation.pictures import read_recipe, save_png
 from ldm_jax.training.parallel import replicate
 
 
@@ -154,3 +155,23 @@ def test_a_recipe_of_changed_inputs_is_refused(draw, files, trained_run, tmp_pat
     assert commands.run(sample.main, command) == 2
     assert "drawn from another" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--from_recipe=nowhere.png"], "nowhere.png: cannot be read as a picture: No such file"),
+        (["--from_recipe=FILES/a.png"], "carries no recipe"),
+        (["--from_recipe=FILES/a.png", "--steps=3"], "--from_recipe says it all; leave out --steps"),
+        (["--from_recipe=FILES/other.png"], "was drawn by another model (0123) than --model"),
+        (["--from_recipe=FILES/old.png"], "is of another version: it says nothing of num, labels"),
+    ],
+)
+def test_a_recipe_is_refused(flags, expected, files, trained_run, tmp_path, capsys):
+    drawn_by_another = dict.fromkeys(Drawing._fields, 0) | {"model": "0123"}
+    for name, recipe in (("other", drawn_by_another), ("old", {"seed": 3})):
+        save_png(Image.new("L", (8, 8)), files / f"{name}.png", recipe)
+    flags = [flag.replace("FILES", str(files)) for flag in flags]
+    assert commands.run(sample.main, ["sample", f"--model={trained_run}", f"--out={tmp_path / 'out'}", *flags]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -84,7 +84,7 @@ def draw(results: dict[str, dict[str, list]], path: Path) -> None:
 
 def main() -> None:
     results = measure()
-    (HERE / "analytic.json").write_text(json.dumps(results, indent=1) + "\n")
+    (HERE / "analytic.json").write_text(json.dumps(results) + "\n")
     draw(results, HERE / "figure.png")
     for spacing, solvers in results.items():
         for solver, points in solvers.items():
