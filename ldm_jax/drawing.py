@@ -253,9 +253,7 @@ def _whole_numbers(flag: str, words: list[str]) -> list[int]:
     try:
         return [int(word) for word in words]
     except ValueError:
-        raise InputError(
-            f"{flag}={','.join(words)} must be whole numbers with commas between, e.g. 999,700,400"
-        ) from None
+        raise InputError(f"{flag}={','.join(words)} must be whole numbers, e.g. 999,700,400") from None
 
 
 def save(folder: Path, drawn: Drawn) -> None:

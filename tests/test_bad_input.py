@@ -307,7 +307,7 @@ SAMPLE = {
     "latents that are not finite": (["--init_latents=NAN"], "not finite"),
     "a picture that is not there": (["--init_image=nowhere.png"], "--init_image=nowhere.png: No such file"),
     "a picture that is none": (["--init_image=FILE"], "not a picture"),
-    "half a picture": (["--init_image=HALFPICTURE"], "not a readable picture"),
+    "half a picture": (["--init_image=BROKEN"], "not a picture"),
     "a folder for a picture": (["--init_image=tests"], "directory"),
     "no strength": (["--init_image=PICTURE", "--strength=0"], "strength must lie above 0"),
     "too much strength": (["--init_image=PICTURE", "--strength=1.5"], "strength"),
@@ -369,9 +369,9 @@ def files(tmp_path_factory):
     for name, side, value in (("PICTURE", 8, 99), ("LARGE", 16, 255), ("BLACK", 8, 0), ("WHITE", 8, 255)):
         paths[name] = folder / f"{name}.png"
         Image.fromarray(np.full((side, side), value, np.uint8)).save(paths[name])
-    paths["HALFPICTURE"] = folder / "HALFPICTURE.png"
-    paths["HALFPICTURE"].write_bytes(paths["PICTURE"].read_bytes())
-    truncate(paths["HALFPICTURE"])
+    paths["BROKEN"] = folder / "BROKEN.png"
+    paths["BROKEN"].write_bytes(paths["PICTURE"].read_bytes())
+    truncate(paths["BROKEN"])
     np.save(paths["OBJECTS"], np.array([{}, None]), allow_pickle=True)
     truncate(paths["HALF"])
     return paths

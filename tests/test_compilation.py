@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from ldm_jax import builders, trained
+from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.generate import request
 from ldm_jax.training.parallel import parallel_step, replicate, shard
 from ldm_jax.xla import CompileClock
@@ -29,19 +30,25 @@ def test_a_sweep_of_sampling_compiles_each_part_once(trained_run, clock):
     def table_of(**changes):
         return trained.build_table(model.config, **changes)
 
-    ((z, _),) = draw(8, [0, 1, 2, 3], guidance=1.0, seed=0, sampler="ddim", steps=2, eta=0.0)
+    ((z, _),) = draw(8, [0, 1, 2, 3], guidance=1.0, seed=0, sampler="ddim", steps=2)
     generator.decode(params, z)
     first = clock.count - start
     assert first <= 4, "the initial latents, the solver, the decoder, and one to spare"
-    for seed, guidance, labels in ((1, 1.5, [0]), (2, 0.0, [3, 1]), (2**32 - 1, 7.5, [])):
-        for changes in (
-            {"sampler": "ddim", "steps": 5, "eta": 0.0},
-            {"sampler": "ddim", "steps": 20, "eta": 1.0},
-            {"sampler": "ddpm", "steps": 20, "eta": 0.0},
-            {"sampler": "dpmpp_2m", "steps": 3, "eta": 0.0},
-        ):
-            for z, _ in draw(11, labels, guidance=guidance, seed=seed, **changes):
-                generator.decode(params, z)
+    for sampler in SOLVERS:
+        for seed, steps in enumerate((1, 2, 5, 12, 19)):
+            draw(3, [seed % 4], guidance=0.5 * seed, seed=seed, sampler=sampler, steps=steps)
+    mask = np.zeros((4, 4, 1), bool)
+    for changes in (
+        {"sampler": "ddim", "eta": 1.0},
+        {"sampler": "edm", "churn": 5.0},
+        {"sampler": "ddpm", "resample": 2},
+        {"sampler": "unipc", "spacing": "karras"},
+        {"sampler": "heun", "spacing": (19, 7, 3, 1), "strength": 0.5},
+    ):
+        draw(11, [], guidance=7.5, seed=2**32 - 1, steps=4, **changes)
+        wanted = request(3, [1], guidance=3.0, seed=1, z0=z[0], mask=mask, negative=2, rescale=0.5, interval=(0.2, 0.7))
+        for z, _ in generator.latents(params, wanted, table_of(steps=4, **changes)):
+            generator.decode(params, z)
     assert clock.count - start == first
 
 

@@ -90,6 +90,14 @@ def test_guidance_in_an_interval(model):
     assert min(np.abs(some - other).max() for other in (everywhere, nowhere)) > 0.01
 
 
+def test_what_a_solver_is_told_matters(model):
+    options = [{}, {"churn": 3.0}, {"spacing": "karras"}, {"spacing": (19, 16, 13, 10, 5)}, {"sampler": "plms"}]
+    drawn = [model.latents(WANTED, **{"sampler": "edm", **changes}) for changes in options]
+    for i, one in enumerate(drawn):
+        for other in drawn[i + 1 :]:
+            assert np.abs(one - other).max() > 0.01
+
+
 def test_rescaling_and_a_negative_label_matter(model):
     def draw(**rest):
         return model.latents(request(8, [2], guidance=4.0, seed=1, **rest))
