@@ -27,6 +27,11 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["LDM_JAX_TESTS"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """Whole jobs first: they take longest, and what runs last should be short, so that no worker waits for another."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
     """A process may map 65,530 pieces of memory, and each compiled program takes several: the suite would need more."""
