@@ -52,7 +52,7 @@ class Drawn(NamedTuple):
 
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]; -1 = no class
-    denoising: np.ndarray  # uint8 [S, M, H, W, C]: the first few pictures on the way
+    denoising: np.ndarray | None  # uint8 [S, M, H, W, C]: the first few pictures on the way
     class_names: tuple[str, ...]
     recipe: dict[str, Any]  # everything that makes the same pictures again
 
@@ -143,8 +143,8 @@ def from_recipe(model: Trained, path: Path) -> Drawing:
     return drawing
 
 
-def draw(model: Trained, drawing: Drawing, *, batch_size: int) -> Drawn:
-    """Draws, with a progress bar.
+def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True) -> Drawn:
+    """Draws, with a progress bar; `film`: the first few pictures on the way as well.
 
     Raises:
       InputError: a solver or step count that the model does not take, or an input that is missing or does not fit.
@@ -184,7 +184,7 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int) -> Drawn:
     return Drawn(
         np.concatenate(images),
         wanted.labels,
-        generator.denoising(params, wanted.first(few), table),
+        generator.denoising(params, wanted.first(few), table) if film else None,
         model.class_names,
         recipe | drawing._asdict(),
     )
@@ -257,13 +257,14 @@ def _whole_numbers(flag: str, words: list[str]) -> list[int]:
 
 
 def save(folder: Path, drawn: Drawn) -> None:
-    """Writes samples.npz, samples.png (with the recipe in it) and denoising.gif to `folder`."""
+    """Writes samples.npz, samples.png (with the recipe in it) and denoising.gif, if there is one, to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with run_folder.atomic(folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, images=drawn.images, labels=drawn.labels)
     grid = pictures.sample_grid(drawn.images, drawn.labels, drawn.class_names or None)
     pictures.save_png(grid, folder / "samples.png", drawn.recipe)
-    pictures.save_denoising_gif(drawn.denoising, folder / "denoising.gif")
+    if drawn.denoising is not None:
+        pictures.save_denoising_gif(drawn.denoising, folder / "denoising.gif")
 
 
 def final_drawing(model: Trained) -> Drawing:

@@ -11,8 +11,9 @@
     ... --init_latents=FILE.npy                         from given noise
     ... --from_recipe=samples.png                       the same pictures again
 
-Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and denoising.gif to --out. What is
-left out is as in the model's config. Picture k depends on the seed, k and its label alone, not on the batch around it.
+Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, but for --nosave_trajectory,
+denoising.gif to --out. What is left out is as in the model's config. Picture k depends on the seed, k and its label
+alone, not on the batch around it.
 """
 
 import sys
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
 
     model = trained.load(Path(values.model))
     if values.from_recipe:
-        check_alone(values, "from_recipe", beside=("model", "out", "batch_size"))
+        check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "save_trajectory"))
         wanted = drawing.from_recipe(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
@@ -57,7 +58,8 @@ def main(argv: list[str]) -> None:
         if values.negative_label is not None:
             away_from = find_labels("--negative_label", [values.negative_label], model.class_names)
             wanted = wanted._replace(negative_label=away_from[0])
-    drawn = drawing.draw(model, wanted, batch_size=values.batch_size or model.config.sampling.batch_size)
+    batch_size = values.batch_size or model.config.sampling.batch_size
+    drawn = drawing.draw(model, wanted, batch_size=batch_size, film=values.save_trajectory)
     drawing.save(out, drawn)
     print(f"{wanted.num} pictures: {out / 'samples.png'}")
 

@@ -132,6 +132,12 @@ def test_smallest_batch(num, batch_size, devices, expected):
     assert smallest_batch(num, batch_size, devices) == expected
 
 
+@pytest.mark.parametrize(("flag", "written"), [("--save_trajectory", True), ("--nosave_trajectory", False)])
+def test_the_film_is_left_out_on_request(trained_run, tmp_path, flag, written):
+    draw_by_command(trained_run, tmp_path / "out", "--num=2", flag)
+    assert (tmp_path / "out" / "denoising.gif").exists() == written
+
+
 def draw_by_command(model, out, *flags):
     assert commands.run(sample.main, ["sample", f"--model={model}", f"--out={out}", *flags]) == 0
     return jobs.samples(out)
