@@ -1,5 +1,6 @@
 """Whatever is wrong with the input: one line that says what, status 2, no traceback, and nothing written."""
 
+import functools
 import json
 import re
 import resource
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import commands, configuration, evaluate, sample, train
+from ldm_jax import commands, configuration, evaluate, sample, train, trained
 from ldm_jax.training.checkpoint import load_latest
 
 TINY = "--config=tests/tiny.py"
@@ -384,9 +385,16 @@ def filled_in(flags, files):
     return flags
 
 
+@pytest.fixture(scope="session")
+def loaded_once():
+    """`trained.load`, which takes longer than all else in these cases, for a run folder that none of them changes."""
+    return functools.cache(trained.load)
+
+
 @pytest.mark.parametrize("case", BOTH)
 @pytest.mark.parametrize("command", [sample, evaluate])
-def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys):
+def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once):
+    monkeypatch.setattr(trained, "load", loaded_once)
     flags, expected = BOTH[case]
     out = [] if any(flag.startswith("--out=") for flag in flags) else [f"--out={tmp_path / 'out'}"]
     before = contents(trained_run)
@@ -397,7 +405,8 @@ def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", SAMPLE)
-def test_sample_refuses(case, trained_run, files, tmp_path, capsys):
+def test_sample_refuses(case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once):
+    monkeypatch.setattr(trained, "load", loaded_once)
     flags, expected = SAMPLE[case]
     out = tmp_path / "out"
     line = fails(sample.main, ["--num=4", *filled_in(flags, files), f"--model={trained_run}", f"--out={out}"], capsys)
@@ -406,7 +415,8 @@ def test_sample_refuses(case, trained_run, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("case", EVALUATE)
-def test_evaluate_refuses(case, trained_run, files, tmp_path, capsys):
+def test_evaluate_refuses(case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once):
+    monkeypatch.setattr(trained, "load", loaded_once)
     flags, expected = EVALUATE[case]
     out = tmp_path / "out"
     line = fails(evaluate.main, ["--num=4", *filled_in(flags, files), f"--model={trained_run}", f"--out={out}"], capsys)
