@@ -26,7 +26,7 @@ SOLVERS = ("ddpm", "ddim", "plms", "euler_a", "heun", "edm", "dpmpp_2m", "dpmpp_
 OPTIONS = {"edm": {"churn": 10.0}}
 BUDGETS = {  # pictures, and for how many network calls which solvers
     "smoke": (100, {5: SOLVERS}),
-    "cpu": (1000, {5: SOLVERS, 10: SOLVERS, 20: SOLVERS, 50: ("ddpm", "ddim", "dpmpp_2m", "unipc"), 250: ("ddpm",)}),
+    "cpu": (1000, {10: SOLVERS, 5: SOLVERS, 250: ("ddpm",), 20: SOLVERS, 50: ("ddpm", "ddim", "dpmpp_2m", "unipc")}),
     "gpu": (10_000, dict.fromkeys((5, 10, 20, 50, 250), SOLVERS)),
 }
 
