@@ -1,4 +1,4 @@
-"""What every command does around its work: prepare the devices, name them, turn failures into one line and a status."""
+"""What every command does around its work: name the devices, turn failures into one line and a status."""
 
 import os
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax.configuration import SAMPLERS, SPACINGS, check_choice, check_interval
 from ldm_jax.errors import InputError, RunError
 
 
@@ -28,93 +27,6 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     name = Path(argv[0]).stem or "ldm_jax"
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bool:
-    """Prints `usage` and the flags if the command line asks for help."""
-    if not {"--help", "-h", "-help", "--helpfull"} & set(argv):
-        return False
-    print(usage.strip(), end="\n\nFlags:\n")
-    for name in sorted(flag_values):
-        flag = flag_values[name]
-        if not name.startswith("config"):
-            print(f"  --{name}={flag.default if flag.default is not None else '...'}  {flag.help}")
-    return True
-
-
-def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
-    """Of which model to draw what, how, and where to; None = as in the model's config."""
-    flags.DEFINE_string("model", None, "a run folder", flag_values=values)
-    flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
-    flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
-    flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)
-    flags.DEFINE(
-        _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
-    )
-    flags.DEFINE_float("guidance_rescale", None, "keep the contrast: 0 no ... 1 yes", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_string("spacing", None, f"of the steps: {', '.join(SPACINGS)}", flag_values=values)
-    flags.DEFINE_list("timesteps", None, "the timesteps themselves, falling, e.g. 999,500,0", flag_values=values)
-    flags.DEFINE_float("churn", None, "edm: the noise added on the way", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("eta", None, "ddim: 0 deterministic ... 1 ancestral", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "the pictures depend on it, and on nothing else", 0, 2**32 - 1, flag_values=values)
-    flags.DEFINE_integer("batch_size", None, "pictures drawn at a time", lower_bound=1, flag_values=values)
-
-
-def define_editing_flags(values: flags.FlagValues) -> None:
-    """What to begin from, if not from noise alone."""
-    string, integer = flags.DEFINE_string, flags.DEFINE_integer
-    string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)
-    string("init_image", None, "begin from this picture, noised", flag_values=values)
-    flags.DEFINE_float(
-        "strength",
-        None,
-        "how much of it is noised away, up to 1; default 0.6, with a mask 1",
-        flag_values=values,
-    )
-    string("mask", None, "a picture as large as init_image: its white part is drawn, the rest kept", flag_values=values)
-    integer("resample", None, "with a mask: how often each part of the way is gone (RePaint)", 1, flag_values=values)
-    integer("resample_jump", None, "and of how many steps a part is; default 1", 1, flag_values=values)
-    flags.DEFINE_boolean("invert", None, "begin from init_image's own noise (DDIM inversion)", flag_values=values)
-    string("to_image", None, "lead from init_image to this picture, by way of their noises", flag_values=values)
-    integer("to_seed", None, "lead from the noise of --seed to that of this one", 0, 2**32 - 1, flag_values=values)
-    string("negative_label", None, "a class that guidance leads away from", flag_values=values)
-    flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
-    string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)
-
-
-def require(values: flags.FlagValues, *names: str) -> None:
-    """Raises InputError for flags that are missing, and for an unknown --sampler or --spacing."""
-    for name in names:
-        if not values[name].value:
-            raise InputError(f"--{name} is missing; it must be {values[name].help}")
-    if values.sampler is not None:
-        check_choice("--sampler", values.sampler, SAMPLERS)
-    if values.spacing is not None:
-        check_choice("--spacing", values.spacing, SPACINGS)
-
-
-class _Interval(flags.ArgumentParser):
-    """Two numbers with a comma between them."""
-
-    def parse(self, argument: str) -> list[float]:
-        try:
-            numbers = [float(number) for number in argument.split(",")]
-        except ValueError:
-            numbers = argument
-        check_interval("--guidance_interval", numbers)
-        return numbers
-
-
-def define_device_flags(flag_values: flags.FlagValues) -> None:
-    """The flags of runs over several hosts."""
-    flags.DEFINE_boolean(
-        "distributed", False, "one of several hosts; found by itself on Cloud TPU, Slurm, K8s", flag_values=flag_values
-    )
-    flags.DEFINE_string("coordinator", "", "host:port of process 0, where it is not found", flag_values=flag_values)
-    flags.DEFINE_integer("num_processes", 1, "how many processes, with --coordinator", flag_values=flag_values)
-    flags.DEFINE_integer("process_id", 0, "which of them this is, with --coordinator", flag_values=flag_values)
 
 
 def start_devices(flag_values: flags.FlagValues) -> None:

@@ -1,4 +1,4 @@
-"""Configs from the command line: read, checked before anything is compiled or written, saved, compared."""
+"""Configs: checked before anything is compiled or written, saved, compared."""
 
 import difflib
 import hashlib
@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from ldm_jax.errors import InputError
 
@@ -112,41 +111,6 @@ _RANGES = {
 }
 
 
-def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = False) -> None:
-    """Parses the command line into `flag_values`, with --config=FILE and --config.FIELD=VALUE if `config`.
-
-    Raises InputError for a flag, field or value that is wrong.
-    """
-    for argument in argv[1:] if config else ():
-        if argument.startswith("--config=") and not Path(argument.removeprefix("--config=")).is_file():
-            raise InputError(f"there is no config file {argument.removeprefix('--config=')!r}; configs are in configs/")
-    try:
-        if config:
-            config_flags.DEFINE_config_file(
-                "config", None, "a file of configs/", flag_values=flag_values, sys_argv=argv
-            )
-        rest = flag_values(argv)
-        loaded = flag_values["config"].value.to_dict() if config and flag_values["config"].value is not None else {}
-    except InputError:  # of a flag that checks its own value
-        raise
-    except flags.UnrecognizedFlagError as error:
-        known = [name for name in flag_values if not name.startswith("config.")]
-        raise InputError(f"there is no flag --{error.flagname}{_nearest(error.flagname, known)}") from error
-    except (AttributeError, KeyError) as error:
-        raise InputError(_unknown_field(argv, error)) from error
-    except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
-        message = str(error)
-        if "Traceback" in message:  # of a config file that fails; its last line is the error
-            message = f"{_config_file(argv)} fails: {message.strip().splitlines()[-1]}"
-        raise InputError(" ".join(message.split())) from error
-    except Exception as error:  # whatever a config file of the user's does
-        raise InputError(f"{_config_file(argv)} fails: {type(error).__name__}: {error}") from error
-    if len(rest) > 1:
-        raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
-    if config and not loaded:
-        raise InputError("which config? e.g. --config=configs/fashion_mnist.py")
-
-
 def validate(config: ConfigDict) -> None:
     """Raises InputError for values that no run could have, before anything is compiled or written."""
     fields = flatten(config)
@@ -191,8 +155,14 @@ def validate(config: ConfigDict) -> None:
 def check_choice(name: str, value: Any, choices: tuple) -> None:
     """Raises InputError unless `value` is one of `choices`."""
     if value not in choices:
-        near = _nearest(str(value), [str(choice) for choice in choices])
+        near = nearest(str(value), [str(choice) for choice in choices])
         raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}{near}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error's line: which of the known names may have been meant, if one is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def check_interval(name: str, value: Any) -> None:
@@ -311,26 +281,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _unknown_field(argv: list[str], error: Exception) -> str:
-    """Names the first --config.FIELD that the config does not have, and the nearest that it has."""
-    if not any(argument.startswith("--config.") for argument in argv):  # the file itself sets it
-        return f"{_config_file(argv)} fails: {str(error).splitlines()[0].strip(chr(34) + chr(39))[:200]}"
-    bare = flags.FlagValues()
-    parse(bare, ["", *(argument for argument in argv if argument.startswith("--config="))], config=True)
-    known = list(flatten(bare.config))
-    for argument in argv[1:]:
-        name = argument.removeprefix("--config.").split("=")[0]
-        if argument.startswith("--config.") and name not in known:
-            return f"there is no field config.{name}{_nearest(name, known)}"
-    return str(error)
-
-
-def _config_file(argv: list[str]) -> str:
-    return next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "the config file")

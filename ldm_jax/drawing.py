@@ -58,7 +58,7 @@ class Drawn(NamedTuple):
 
 
 def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing:
-    """What a command line asks for (see `commands.define_drawing_flags`); what it leaves out is as in the config.
+    """What a command line asks for (see `command_line.define_drawing_flags`); what it leaves out is as in the config.
 
     Raises:
       InputError: guidance for a model without classes, a batch that does not divide over the devices, or timesteps
@@ -91,7 +91,7 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
 
 
 def with_edits(drawing: Drawing, values: FlagValues) -> Drawing:
-    """The drawing with what the flags of `commands.define_editing_flags` ask for.
+    """The drawing with what the flags of `command_line.define_editing_flags` ask for.
 
     Raises:
       InputError: flags that do not go together.

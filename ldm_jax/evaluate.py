@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from ldm_jax import commands, configuration, run_folder
+from ldm_jax import command_line, commands, configuration, run_folder
 from ldm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,18 +28,18 @@ def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
     flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
-    commands.define_drawing_flags(values, num=10_000)
-    commands.define_device_flags(values)
+    command_line.define_drawing_flags(values, num=10_000)
+    command_line.define_device_flags(values)
     return values
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     values = define_flags()
-    if commands.wants_help(argv, __doc__, values):
+    if command_line.wants_help(argv, __doc__, values):
         return
-    configuration.parse(values, argv)
-    commands.require(values, "model")
+    command_line.parse(values, argv)
+    command_line.require(values, "model")
     if values.num < 4:
         raise InputError(f"--num={values.num} pictures are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")

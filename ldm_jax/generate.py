@@ -12,7 +12,7 @@ from flax import linen as nn
 from ldm_jax.data.pixels import to_pixels, to_uint8
 from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network, keep_known
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
-from ldm_jax.diffusion.solvers import Table
+from ldm_jax.diffusion.tables import Table
 from ldm_jax.first_stage import FirstStage, from_latents, to_latents
 from ldm_jax.training.parallel import map_in_batches, parallel_map
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import commands, configuration, run_folder
+from ldm_jax import command_line, commands, run_folder
 from ldm_jax.errors import InputError
 
 
@@ -29,19 +29,19 @@ def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
-    commands.define_drawing_flags(values, num=64)
-    commands.define_editing_flags(values)
-    commands.define_device_flags(values)
+    command_line.define_drawing_flags(values, num=64)
+    command_line.define_editing_flags(values)
+    command_line.define_device_flags(values)
     return values
 
 
 def main(argv: list[str]) -> None:
     """The command."""
     values = define_flags()
-    if commands.wants_help(argv, __doc__, values):
+    if command_line.wants_help(argv, __doc__, values):
         return
-    configuration.parse(values, argv)
-    commands.require(values, "model", "out")
+    command_line.parse(values, argv)
+    command_line.require(values, "model", "out")
     out = Path(values.out)
     run_folder.check_folder("out", out)
     commands.start_devices(values)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import commands, configuration, run_folder
+from ldm_jax import command_line, commands, configuration, run_folder
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -23,16 +23,16 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     )
     flags.DEFINE_boolean("print_config", False, "print the resolved config and stop", flag_values=flag_values)
     flags.DEFINE_boolean("dry_run", False, "check everything, compile and write nothing", flag_values=flag_values)
-    commands.define_device_flags(flag_values)
+    command_line.define_device_flags(flag_values)
     return flag_values
 
 
 def main(argv: list[str]) -> None:
     """The command: checks first, then the stages one after the other."""
     flag_values = define_flags(argv)
-    if commands.wants_help(argv, __doc__, flag_values):
+    if command_line.wants_help(argv, __doc__, flag_values):
         return
-    configuration.parse(flag_values, argv, config=True)
+    command_line.parse(flag_values, argv, config=True)
     config = flag_values.config
     configuration.validate(config)
     if flag_values.print_config:

@@ -8,7 +8,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, configuration, run_folder
-from ldm_jax.diffusion.solvers import Table, make_inversion_table, make_table, with_resampling
+from ldm_jax.diffusion.solvers import make_inversion_table, make_table
+from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import Generator, make_generator

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import commands, configuration, evaluate, sample, train, trained
+from ldm_jax import command_line, commands, configuration, evaluate, sample, train, trained
 from ldm_jax.training.checkpoint import load_latest
 
 TINY = "--config=tests/tiny.py"
@@ -206,7 +206,7 @@ def test_train_refuses_a_workdir(case, tiny_data, tmp_path, capsys):
 def small_config():
     """The config of `jobs.SMALL`."""
     values = train.define_flags([])
-    configuration.parse(values, ["train", *jobs.SMALL], config=True)
+    command_line.parse(values, ["train", *jobs.SMALL], config=True)
     return values.config
 
 

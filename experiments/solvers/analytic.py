@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from ldm_jax.diffusion.schedules import make_schedule
-from ldm_jax.diffusion.solvers import HISTORY, SOLVERS, Table, make_table
+from ldm_jax.diffusion.solvers import SOLVERS, make_table
+from ldm_jax.diffusion.tables import HISTORY, Table
 
 HERE = Path(__file__).parent
 MEAN, SPREADS = 0.5, (0.05, 0.3, 1.0)  # of three independent Gaussians, from nearly a point to nearly the noise

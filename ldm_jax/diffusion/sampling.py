@@ -12,7 +12,7 @@ import numpy as np
 
 from ldm_jax.diffusion.guidance import Denoiser
 from ldm_jax.diffusion.process import Level
-from ldm_jax.diffusion.solvers import HISTORY, Table
+from ldm_jax.diffusion.tables import HISTORY, Table
 
 # Names of the random streams, far above any row or step number. A key that has children is never drawn from.
 _SAMPLES, _INITIAL, _PROJECT = 2**32 - 1, 2**32 - 2, 2**32 - 3

@@ -11,7 +11,8 @@ from scipy.stats import kstest, norm
 from ldm_jax.diffusion.process import from_z0, to_z0
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.schedules import Schedule, make_schedule
-from ldm_jax.diffusion.solvers import HISTORY, make_inversion_table, make_table, with_resampling
+from ldm_jax.diffusion.solvers import make_inversion_table, make_table
+from ldm_jax.diffusion.tables import HISTORY, with_resampling
 
 SCHEDULES = {
     "linear": make_schedule("linear", 1000, beta_start=1e-4, beta_end=0.02),

@@ -12,7 +12,8 @@ from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.process import Level
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.schedules import make_schedule
-from ldm_jax.diffusion.solvers import HISTORY, Table, make_table
+from ldm_jax.diffusion.solvers import make_table
+from ldm_jax.diffusion.tables import HISTORY, Table
 
 T = 40
 SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)

@@ -10,7 +10,8 @@ import pytest
 from ldm_jax.diffusion.process import Level
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.schedules import EVEN, SPACINGS, Schedule, make_schedule, timesteps
-from ldm_jax.diffusion.solvers import HISTORY, SOLVERS, VARIANCES, make_table
+from ldm_jax.diffusion.solvers import SOLVERS, VARIANCES, make_table
+from ldm_jax.diffusion.tables import HISTORY
 
 T = 40
 SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)

@@ -1,0 +1,149 @@
+"""The command line: the flags that several commands share, and how they and a config's fields are read from it."""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from ldm_jax.configuration import SAMPLERS, SPACINGS, check_choice, check_interval, flatten, nearest
+from ldm_jax.errors import InputError
+
+
+def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = False) -> None:
+    """Parses the command line into `flag_values`, with --config=FILE and --config.FIELD=VALUE if `config`.
+
+    Raises InputError for a flag, field or value that is wrong.
+    """
+    for argument in argv[1:] if config else ():
+        if argument.startswith("--config=") and not Path(argument.removeprefix("--config=")).is_file():
+            raise InputError(f"there is no config file {argument.removeprefix('--config=')!r}; configs are in configs/")
+    try:
+        if config:
+            config_flags.DEFINE_config_file(
+                "config", None, "a file of configs/", flag_values=flag_values, sys_argv=argv
+            )
+        rest = flag_values(argv)
+        loaded = flag_values["config"].value.to_dict() if config and flag_values["config"].value is not None else {}
+    except InputError:  # of a flag that checks its own value
+        raise
+    except flags.UnrecognizedFlagError as error:
+        known = [name for name in flag_values if not name.startswith("config.")]
+        raise InputError(f"there is no flag --{error.flagname}{nearest(error.flagname, known)}") from error
+    except (AttributeError, KeyError) as error:
+        raise InputError(_unknown_field(argv, error)) from error
+    except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        message = str(error)
+        if "Traceback" in message:  # of a config file that fails; its last line is the error
+            message = f"{_config_file(argv)} fails: {message.strip().splitlines()[-1]}"
+        raise InputError(" ".join(message.split())) from error
+    except Exception as error:  # whatever a config file of the user's does
+        raise InputError(f"{_config_file(argv)} fails: {type(error).__name__}: {error}") from error
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
+    if config and not loaded:
+        raise InputError("which config? e.g. --config=configs/fashion_mnist.py")
+
+
+def require(values: flags.FlagValues, *names: str) -> None:
+    """Raises InputError for flags that are missing, and for an unknown --sampler or --spacing."""
+    for name in names:
+        if not values[name].value:
+            raise InputError(f"--{name} is missing; it must be {values[name].help}")
+    if values.sampler is not None:
+        check_choice("--sampler", values.sampler, SAMPLERS)
+    if values.spacing is not None:
+        check_choice("--spacing", values.spacing, SPACINGS)
+
+
+def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bool:
+    """Prints `usage` and the flags if the command line asks for help."""
+    if not {"--help", "-h", "-help", "--helpfull"} & set(argv):
+        return False
+    print(usage.strip(), end="\n\nFlags:\n")
+    for name in sorted(flag_values):
+        flag = flag_values[name]
+        if not name.startswith("config"):
+            print(f"  --{name}={flag.default if flag.default is not None else '...'}  {flag.help}")
+    return True
+
+
+def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
+    """Of which model to draw what, how, and where to; None = as in the model's config."""
+    flags.DEFINE_string("model", None, "a run folder", flag_values=values)
+    flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
+    flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
+    flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
+    flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)
+    flags.DEFINE(
+        _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
+    )
+    flags.DEFINE_float("guidance_rescale", None, "keep the contrast: 0 no ... 1 yes", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_string("spacing", None, f"of the steps: {', '.join(SPACINGS)}", flag_values=values)
+    flags.DEFINE_list("timesteps", None, "the timesteps themselves, falling, e.g. 999,500,0", flag_values=values)
+    flags.DEFINE_float("churn", None, "edm: the noise added on the way", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("eta", None, "ddim: 0 deterministic ... 1 ancestral", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "the pictures depend on it, and on nothing else", 0, 2**32 - 1, flag_values=values)
+    flags.DEFINE_integer("batch_size", None, "pictures drawn at a time", lower_bound=1, flag_values=values)
+
+
+def define_editing_flags(values: flags.FlagValues) -> None:
+    """What to begin from, if not from noise alone."""
+    string, integer = flags.DEFINE_string, flags.DEFINE_integer
+    string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)
+    string("init_image", None, "begin from this picture, noised", flag_values=values)
+    flags.DEFINE_float(
+        "strength",
+        None,
+        "how much of it is noised away, up to 1; default 0.6, with a mask 1",
+        flag_values=values,
+    )
+    string("mask", None, "a picture as large as init_image: its white part is drawn, the rest kept", flag_values=values)
+    integer("resample", None, "with a mask: how often each part of the way is gone (RePaint)", 1, flag_values=values)
+    integer("resample_jump", None, "and of how many steps a part is; default 1", 1, flag_values=values)
+    flags.DEFINE_boolean("invert", None, "begin from init_image's own noise (DDIM inversion)", flag_values=values)
+    string("to_image", None, "lead from init_image to this picture, by way of their noises", flag_values=values)
+    integer("to_seed", None, "lead from the noise of --seed to that of this one", 0, 2**32 - 1, flag_values=values)
+    string("negative_label", None, "a class that guidance leads away from", flag_values=values)
+    flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
+    string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)
+
+
+def define_device_flags(flag_values: flags.FlagValues) -> None:
+    """The flags of runs over several hosts."""
+    flags.DEFINE_boolean(
+        "distributed", False, "one of several hosts; found by itself on Cloud TPU, Slurm, K8s", flag_values=flag_values
+    )
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, where it is not found", flag_values=flag_values)
+    flags.DEFINE_integer("num_processes", 1, "how many processes, with --coordinator", flag_values=flag_values)
+    flags.DEFINE_integer("process_id", 0, "which of them this is, with --coordinator", flag_values=flag_values)
+
+
+class _Interval(flags.ArgumentParser):
+    """Two numbers with a comma between them."""
+
+    def parse(self, argument: str) -> list[float]:
+        try:
+            numbers = [float(number) for number in argument.split(",")]
+        except ValueError:
+            numbers = argument
+        check_interval("--guidance_interval", numbers)
+        return numbers
+
+
+def _unknown_field(argv: list[str], error: Exception) -> str:
+    """Names the first --config.FIELD that the config does not have, and the nearest that it has."""
+    if not any(argument.startswith("--config.") for argument in argv):  # the file itself sets it
+        return f"{_config_file(argv)} fails: {str(error).splitlines()[0].strip(chr(34) + chr(39))[:200]}"
+    bare = flags.FlagValues()
+    parse(bare, ["", *(argument for argument in argv if argument.startswith("--config="))], config=True)
+    known = list(flatten(bare.config))
+    for argument in argv[1:]:
+        name = argument.removeprefix("--config.").split("=")[0]
+        if argument.startswith("--config.") and name not in known:
+            return f"there is no field config.{name}{nearest(name, known)}"
+    return str(error)
+
+
+def _config_file(argv: list[str]) -> str:
+    return next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "the config file")

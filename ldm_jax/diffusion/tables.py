@@ -1,0 +1,99 @@
+"""A sampler as a table of coefficients, made on the host in float64: one row for each network call.
+
+Every sampler here moves z linearly in what it has seen. Row i is network call i, told of the level (t, alpha, sigma):
+
+    z0_hat = denoise(z, level)
+    z      = sum_j weight[Z_j] (z of j calls ago) + weight[X_j] (z0_hat of j calls ago) + weight[NOISE] (fresh noise)
+
+Z[0], X[0], Z[1], ... and NOISE are unit vectors, so that a paper's update, written down with them, is the row.
+`sampling.solve` runs any table; columns are padded to one length and the number of rows is data, so that it compiles
+once for all.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ldm_jax.diffusion.schedules import Point
+
+HISTORY = 4  # earlier calls that a row may look back to
+
+_UNITS = np.eye(2 * (HISTORY + 1) + 1)
+Z, X, NOISE = _UNITS[: HISTORY + 1], _UNITS[HISTORY + 1 : -1], _UNITS[-1]
+
+
+class Row(NamedTuple):
+    """One network call and the move after it."""
+
+    at: Point  # where z stands when the network is called
+    reached: Point  # where the move leaves it
+    weights: np.ndarray  # [2 HISTORY + 3], in terms of Z, X and NOISE
+
+
+class Table(NamedTuple):
+    """A solver's rows: [R] float64 columns, of which the first `rows` are meant; padding is 0 and never run."""
+
+    t: np.ndarray  # [R] the time that the network is told
+    alpha: np.ndarray  # [R] z = alpha z0 + sigma eps when the network is called
+    sigma: np.ndarray
+    weights: np.ndarray  # [R, 2 HISTORY + 3]
+    alpha_bar: np.ndarray  # [R] the level reached: z after row i is a sample of q at this alpha_bar; 1 = clean
+    rows: np.ndarray  # [] int32
+
+
+def tabulate(rows: Iterator[Row] | Sequence[Row], T: int) -> Table:
+    """Rows as columns, padded to 2 T.
+
+    Raises:
+      ValueError: more than 2 T rows.
+    """
+    rows = list(rows)
+    if len(rows) > 2 * T:
+        raise ValueError(f"a table holds {2 * T} network calls, this solver wants {len(rows)}; take fewer steps")
+    columns = (
+        [row.at.t for row in rows],
+        [row.at.alpha for row in rows],
+        [row.at.sigma for row in rows],
+        [row.weights for row in rows],
+        [row.reached.alpha_bar for row in rows],
+    )
+    pad = 2 * T - len(rows)
+    padded = [np.pad(np.asarray(c, np.float64), [(0, pad)] + [(0, 0)] * (np.ndim(c) - 1)) for c in columns]
+    return Table(*padded, rows=np.asarray(len(rows), np.int32))
+
+
+def with_resampling(table: Table, times: int, jump: int) -> Table:
+    """RePaint (Lugmayr 2022, algorithm 1): every `jump` rows go back up by fresh noise and are done `times` times.
+
+    For solvers that look at nothing but the current z and z0_hat (ddpm, ddim, euler, euler_a); for use with a `project`
+    that blends in what is known, which the repetitions bring into harmony with what is drawn.
+
+    Raises:
+      ValueError: times or jump less than 1, a solver with a memory, or more rows than a table holds.
+    """
+    if times < 1 or jump < 1:
+        raise ValueError(f"resampling needs times and jump of 1 or more, got {times} and {jump}")
+    now = np.isin(np.arange(len(_UNITS)), [0, HISTORY + 1, len(_UNITS) - 1])
+    if table.weights[:, ~now].any():
+        raise ValueError("resampling needs a solver without memory: ddpm, ddim, euler or euler_a")
+    n, rows = int(table.rows), []
+    at = [Point(*point) for point in zip(table.t, table.alpha**2)][:n]
+    plain = [Row(at[i], Point(0.0, table.alpha_bar[i]), table.weights[i]) for i in range(n)]
+    for start in range(0, n, jump):
+        part = plain[start : start + jump]
+        for repetition in range(times):
+            rows += part
+            if repetition < times - 1 and start + jump < n:
+                rows[-1] = _jump_back(part[-1], part[0].at)
+            elif start + jump >= n:  # the last part ends on clean data, from which there is no way back
+                break
+    return tabulate(rows, len(table.t) // 2)
+
+
+def _jump_back(row: Row, to: Point) -> Row:
+    """The row, followed by the forward process up to the level `to` (Ho 2020, eq. 2)."""
+    keep = to.alpha_bar / row.reached.alpha_bar
+    weights = np.sqrt(keep) * row.weights
+    weights[-1] = np.hypot(weights[-1], np.sqrt(1 - keep))
+    return Row(row.at, to, weights)
