@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     data.test_split = "test"  # for validation loss and scores
     data.image_key = "auto"  # the feature with the picture; auto = the only image
     data.label_key = "auto"  # the feature with the class; auto = the only class label, if any; none = do without
+    data.segments_key = "none"  # the feature with a map of classes, an image whose pixels are their numbers; none
     data.image_size = 28  # pixels; images are cropped to a square and resized
     data.crop = "center"  # center (the largest square) | none (all of it, squeezed)
     data.channels = 1  # 1 grey | 3 colour
@@ -63,6 +64,11 @@ def get_config() -> ConfigDict:
     diffusion.label_dropout = 0.1  # share of examples trained without their label, for classifier-free guidance
     diffusion.validation_examples = 2_000  # test images that the validation loss is measured on
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
+
+    concat = config.concat = ConfigDict()  # a map laid beside the latents: what is known of the picture
+    concat.kind = "none"  # none | low_resolution (super-resolution) | inpainting | segments (semantic maps)
+    concat.factor = 4  # low_resolution only: how many times smaller the given picture is
+    concat.num_segments = 2  # segments only: how many classes the map tells apart
 
     unet = config.unet = ConfigDict()
     unet.block_out_channels = (64, 128)

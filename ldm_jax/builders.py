@@ -1,12 +1,13 @@
-"""From config fields to modules, schedules and stages with plain keyword arguments: the only place below the commands
-that sees a config."""
+"""From config fields to data, modules, schedules and stages with plain keyword arguments."""
 
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from ldm_jax.data.datasets import Dataset, load_dataset
 from ldm_jax.diffusion.schedules import Schedule, make_schedule
 from ldm_jax.first_stage import FirstStage, make_first_stage
+from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.models.discriminator import PatchDiscriminator
@@ -15,6 +16,23 @@ from ldm_jax.models.unet import UNet
 from ldm_jax.training.autoencoder import AutoencoderStage, make_autoencoder_stage
 from ldm_jax.training.diffusion import DiffusionStage, make_diffusion_stage
 from ldm_jax.training.state import make_optimizer
+
+
+def load_split(config: ConfigDict, split: str) -> Dataset:
+    """One split of the config's data set; see `load_dataset` for the errors."""
+    data = config.data
+    return load_dataset(
+        data.name,
+        split,
+        data_dir=data.dir,
+        image_size=data.image_size,
+        channels=data.channels,
+        crop=data.crop,
+        image_key=data.image_key,
+        label_key=data.label_key,
+        segments_key=data.segments_key,
+        memory_limit=int(data.memory_limit_gb * 2**30),
+    )
 
 
 def build_schedule(config: ConfigDict) -> Schedule:
@@ -63,11 +81,27 @@ def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
     return size, size, channels
 
 
+def build_map_condition(config: ConfigDict) -> MapCondition | None:
+    """The map that the UNet sees beside its latents, if the config has one."""
+    concat = config.concat
+    if concat.kind == "none":
+        return None
+    return make_map_condition(
+        concat.kind,
+        first_stage=build_first_stage(config),
+        latent_shape=latent_shape(config),
+        channels=config.data.channels,
+        factor=concat.factor,
+        segments=concat.num_segments,
+    )
+
+
 def build_unet(config: ConfigDict) -> UNet:
     """The denoising network on the config's latents."""
     unet, channels = config.unet, latent_shape(config)[-1]
+    beside = build_map_condition(config)
     return UNet(
-        in_channels=channels,
+        in_channels=channels + (beside.channels if beside else 0),
         out_channels=channels,
         block_out_channels=unet.block_out_channels,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention),
@@ -125,6 +159,7 @@ def build_diffusion_stage(config: ConfigDict, num_classes: int) -> DiffusionStag
     return make_diffusion_stage(
         unet=build_unet(config),
         conditioner=build_conditioner(config, num_classes),
+        map_condition=build_map_condition(config),
         first_stage=build_first_stage(config),
         latent_shape=latent_shape(config),
         alpha_bar=build_schedule(config).alpha_bar,

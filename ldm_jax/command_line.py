@@ -104,6 +104,7 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("invert", None, "begin from init_image's own noise (DDIM inversion)", flag_values=values)
     string("to_image", None, "lead from init_image to this picture, by way of their noises", flag_values=values)
     integer("to_seed", None, "lead from the noise of --seed to that of this one", 0, 2**32 - 1, flag_values=values)
+    string("map", None, "the model's map: a small picture, or segments (pixels = class numbers)", flag_values=values)
     string("negative_label", None, "a class that guidance leads away from", flag_values=values)
     flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
     string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)

@@ -49,6 +49,7 @@ _CHOICES = {
     "diffusion.schedule": ("linear", "scaled_linear", "cosine"),
     "diffusion.prediction": ("eps", "v", "z0"),
     "diffusion.weighting": ("uniform", "min_snr"),
+    "concat.kind": ("none", "low_resolution", "inpainting", "segments"),
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
 }
@@ -75,6 +76,8 @@ _RANGES = {
     "diffusion.label_dropout": (0.0, 1.0),
     "diffusion.validation_examples": (1, None),
     "diffusion.snr_gamma": (0.0, None),
+    "concat.factor": (2, None),
+    "concat.num_segments": (2, 256),
     "unet.layers_per_block": (1, None),
     "unet.attention_heads": (1, None),
     "unet.transformer_layers": (1, None),
@@ -139,6 +142,15 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             f"config.autoencoder.loss.perceptual_every is {loss.perceptual_every}; it must divide "
             f"config.autoencoder.batch_size = {config.autoencoder.batch_size}"
+        )
+    concat = config.concat
+    if concat.kind == "low_resolution" and config.data.image_size % concat.factor:
+        raise InputError(
+            f"config.concat.factor is {concat.factor}; it must divide config.data.image_size = {config.data.image_size}"
+        )
+    if concat.kind == "segments" and config.data.segments_key == "none":
+        raise InputError(
+            "config.concat.kind is 'segments'; config.data.segments_key must name the feature with the map"
         )
     if config.diffusion.zero_terminal_snr and config.diffusion.prediction == "eps":
         raise InputError(

@@ -9,6 +9,8 @@ from zipfile import BadZipFile
 import jax
 import numpy as np
 from absl.flags import FlagValues
+from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
 from ldm_jax import builders, editing, run_folder, trained
@@ -17,6 +19,7 @@ from ldm_jax.diffusion.schedules import EVEN
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.generate import Generator, Request, request, smallest_batch
+from ldm_jax.given import Given, from_map, from_masked, from_split, keep_known, shown
 from ldm_jax.trained import Trained
 from ldm_jax.training.parallel import replicate
 
@@ -45,6 +48,8 @@ class Drawing(NamedTuple):
     to_image: str = ""  # from the noise of init_image to that of this one
     invert: bool = False  # begin from init_image's own noise
     init_latents: str = ""  # the noise itself
+    map: str = ""  # of a model with a map condition: the small picture, or the map of segments
+    map_split: str = ""  # or the split that sample i's map is taken from, of its picture number i
 
 
 class Drawn(NamedTuple):
@@ -55,6 +60,8 @@ class Drawn(NamedTuple):
     denoising: np.ndarray | None  # uint8 [S, M, H, W, C]: the first few pictures on the way
     class_names: tuple[str, ...]
     recipe: dict[str, Any]  # everything that makes the same pictures again
+    given: Given | None  # what a map told of them
+    picture: Image.Image  # the first of them, for people
 
 
 def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing:
@@ -87,14 +94,20 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         spacing=spacing,
         eta=_or(values.eta, sampling.eta if own else 0.0),
         churn=_or(values.churn, sampling.churn if own else 0.0),
+        map_split=_map_split(model.config),
     )
 
 
-def with_edits(drawing: Drawing, values: FlagValues) -> Drawing:
-    """The drawing with what the flags of `command_line.define_editing_flags` ask for.
+def _map_split(config: ConfigDict) -> str:
+    """Where maps come from unless a user gives one."""
+    return "" if config.concat.kind == "none" else config.data.test_split
+
+
+def with_edits(drawing: Drawing, values: FlagValues, kind: str) -> Drawing:
+    """The drawing with what the flags of `command_line.define_editing_flags` ask for; `kind` is of the model's map.
 
     Raises:
-      InputError: flags that do not go together.
+      InputError: flags that do not go together, or not with the model.
     """
     needs = {"strength": "init_image", "mask": "init_image", "invert": "init_image", "to_image": "init_image",
              "resample": "mask", "resample_jump": "resample"}  # fmt: skip
@@ -121,7 +134,20 @@ def with_edits(drawing: Drawing, values: FlagValues) -> Drawing:
         to_image=values.to_image or "",
         invert=bool(values.invert),
         init_latents=values.init_latents or "",
+        map=values.map or "",
+        map_split="" if _is_given_a_map(values, kind) else drawing.map_split,
     )
+
+
+def _is_given_a_map(values: FlagValues, kind: str) -> bool:
+    """Whether the flags say what the model's map is; raises InputError for a map that it does not take, or lacks."""
+    if values.map and kind in ("none", "inpainting"):
+        takes = "no map" if kind == "none" else "--init_image and --mask"
+        raise InputError(f"--map={values.map} is for models of super-resolution or segments; this one takes {takes}")
+    given = values.mask if kind == "inpainting" else values.map
+    if kind != "none" and values.init_image and not given:
+        raise InputError(f"--init_image needs {'--mask' if kind == 'inpainting' else '--map'} with this model")
+    return bool(given)
 
 
 def from_recipe(model: Trained, path: Path) -> Drawing:
@@ -161,6 +187,7 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
         jump=drawing.resample_jump,
     )
     image, mask = _read_inputs(model, drawing)
+    given = _given(model.config, drawing, image, mask)
     batch_size = smallest_batch(drawing.num, batch_size, jax.local_device_count())
     generator = trained.build_generator(model.config, len(model.class_names), batch_size)
     params = replicate(model.params)
@@ -173,20 +200,26 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
         interval=tuple(drawing.guidance_interval),
         rescale=drawing.guidance_rescale,
     )
+    if given is not None:
+        maps = generator.maps(params, given.known)
+        wanted = wanted._replace(maps=np.broadcast_to(maps, (drawing.num, *maps.shape[1:])))
     wanted = wanted._replace(**_beginning(model, drawing, generator, params, wanted, image, mask))
     images = []
     with tqdm(total=drawing.num, unit="image", desc="    sampling", unit_scale=False) as bar:
         for some in generator.images(params, wanted, table):
             images.append(some if mask is None else np.where(mask[..., None], some, image))
             bar.update(len(some))
+    images = keep_known(given, np.concatenate(images))
     few = min(drawing.num, 2 * max(len(drawing.labels), 8))
     recipe = {"model": trained.fingerprint(model), "step": model.step, "inputs": _digests(drawing)}
     return Drawn(
-        np.concatenate(images),
+        images,
         wanted.labels,
         generator.denoising(params, wanted.first(few), table) if film else None,
         model.class_names,
         recipe | drawing._asdict(),
+        given,
+        picture(model.config, images, wanted.labels, model.class_names, given),
     )
 
 
@@ -199,6 +232,17 @@ def _read_inputs(model: Trained, drawing: Drawing) -> tuple[np.ndarray | None, n
         if drawing.mask:
             mask = editing.read_mask(Path(drawing.mask), path, **like)
     return image, mask
+
+
+def _given(config: ConfigDict, drawing: Drawing, image: np.ndarray | None, mask: np.ndarray | None) -> Given | None:
+    """What a model with a map condition is given; None for others."""
+    if config.concat.kind == "none":
+        return None
+    if drawing.map:
+        return from_map(config, Path(drawing.map))
+    if drawing.map_split:
+        return from_split(config, builders.load_split(config, drawing.map_split), drawing.num, drawing.seed)
+    return from_masked(image, mask)
 
 
 def _beginning(
@@ -233,15 +277,18 @@ def _beginning(
         plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32))
         noise = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
         return {"z_T": editing.slerp(*noise, shares)}
+    if model.config.concat.kind == "inpainting" and drawing.strength == 1:  # its map says all that is known
+        return {}
     z0 = generator.encode(params, image[None])[0]
-    if mask is None:
+    if mask is None or model.config.concat.kind == "inpainting":
         return {"z0": z0}
     return {"z0": z0, "mask": editing.mask_of_latents(mask, len(mask) // shape[0])}
 
 
 def _digests(drawing: Drawing) -> dict[str, str]:
     """File -> hash, of all that a drawing reads; a file that is not there has none."""
-    files = [file for file in (drawing.init_image, drawing.mask, drawing.to_image, drawing.init_latents) if file]
+    names = ("init_image", "mask", "to_image", "init_latents", "map")
+    files = [getattr(drawing, name) for name in names if getattr(drawing, name)]
     return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
 
 
@@ -261,10 +308,21 @@ def save(folder: Path, drawn: Drawn) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with run_folder.atomic(folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, images=drawn.images, labels=drawn.labels)
-    grid = pictures.sample_grid(drawn.images, drawn.labels, drawn.class_names or None)
-    pictures.save_png(grid, folder / "samples.png", drawn.recipe)
+    pictures.save_png(drawn.picture, folder / "samples.png", drawn.recipe)
     if drawn.denoising is not None:
         pictures.save_denoising_gif(drawn.denoising, folder / "denoising.gif")
+
+
+def picture(
+    config: ConfigDict, images: np.ndarray, labels: np.ndarray, class_names: tuple[str, ...], given: Given | None
+) -> Image.Image:
+    """For people: a row for each class, or, of a model with a map condition, each drawing below what it was made of."""
+    if given is None:
+        return pictures.sample_grid(images, labels, class_names or None)
+    rows = {"given": np.broadcast_to(shown(config, given), images.shape), "drawn": images}
+    if given.originals is not None:
+        rows["original"] = given.originals
+    return pictures.comparison({name: some[:40] for name, some in rows.items()})
 
 
 def final_drawing(model: Trained) -> Drawing:
@@ -282,6 +340,7 @@ def final_drawing(model: Trained) -> Drawing:
         spacing=sampling.spacing,
         eta=sampling.eta,
         churn=sampling.churn,
+        map_split=_map_split(model.config),
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ldm_jax.data.images import decode, fit
 from ldm_jax.errors import InputError
@@ -10,8 +11,13 @@ from ldm_jax.errors import InputError
 
 def read_image(path: Path, flag: str, *, size: int, channels: int, crop: str) -> np.ndarray:
     """A picture as the model takes it, uint8 [size, size, channels]; raises InputError if it is none."""
+    return fit(read_picture(path, flag), size=size, channels=channels, crop=crop)
+
+
+def read_picture(path: Path, flag: str) -> Image.Image:
+    """A picture as it is in the file that `flag` names; raises InputError if it is none."""
     try:
-        return fit(decode(path.read_bytes()), size=size, channels=channels, crop=crop)
+        return decode(path.read_bytes())
     except (InputError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{flag}={path}: {reason}") from error
@@ -23,11 +29,7 @@ def read_mask(path: Path, image_path: Path, *, size: int, crop: str) -> np.ndarr
     Raises:
       InputError: no picture, of another size than the one it belongs to, or nothing of it is white.
     """
-    try:
-        picture, image = decode(path.read_bytes()), decode(image_path.read_bytes())
-    except (InputError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"--mask={path}: {reason}") from error
+    picture, image = read_picture(path, "--mask"), read_picture(image_path, "--init_image")
     if picture.size != image.size:
         raise InputError(
             f"--mask={path} is {picture.width}x{picture.height}; it must be {image.width}x{image.height} like "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from ldm_jax.data.datasets import Dataset
+    from ldm_jax.given import Given
     from ldm_jax.trained import Trained
 
 
@@ -47,20 +48,21 @@ def main(argv: list[str]) -> None:
     commands.start_devices(values)
     check_weights(values.inception_weights, "--inception_weights")
 
-    from ldm_jax import drawing, job, trained
+    from ldm_jax import builders, drawing, trained
 
     model = trained.load(Path(values.model))
     config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
     wanted = drawing.from_flags(model, values, labels=list(range(len(model.class_names))))
-    train_set, test_set = (job.load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    train_set, test_set = (builders.load_split(config, s) for s in (config.data.train_split, config.data.test_split))
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)
-    cards = score(model._replace(config=config.lock()), drawn.images, train_set, test_set)
+    cards = score(model._replace(config=config.lock()), drawn.images, train_set, test_set, drawn.given)
     run_folder.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
-    for name, card in (cards["samples"] | cards["autoencoder"]).items():
-        print(f"{name:>18} {card['value']:.4g}")
+    for group in ("samples", "restored", "baseline", "autoencoder"):
+        for name, card in cards.get(group, {}).items():
+            print(f"{group:>12} {name:>18} {card['value']:.4g}")
     print(f"Cards: {out / 'evaluation.json'}")
 
 
@@ -81,11 +83,15 @@ def score_run(workdir: Path, train_set: "Dataset", test_set: "Dataset") -> None:
 
     from ldm_jax import trained
     from ldm_jax.evaluation.pictures import read_recipe
+    from ldm_jax.given import from_split
 
     model, cards = trained.load(workdir), {}
     if model.config.sampling.num:
         with np.load(workdir / "samples.npz") as samples:
-            cards = score(model, samples["images"], train_set, test_set)
+            images, config = samples["images"], model.config
+        restores = config.concat.kind != "none"
+        restored_from = from_split(config, test_set, len(images), config.seed) if restores else None
+        cards = score(model, images, train_set, test_set, restored_from)
     cards["asked"] = _asked(model.config)
     if cards.get("samples"):
         cards["recipe"] = read_recipe(workdir / "samples.png")
@@ -106,17 +112,19 @@ def _asked(config: "ConfigDict") -> str:
 
 
 def score(
-    model: "Trained", images: "np.ndarray", train_set: "Dataset", test_set: "Dataset"
+    model: "Trained", images: "np.ndarray", train_set: "Dataset", test_set: "Dataset", given: "Given | None"
 ) -> dict[str, dict[str, Any]]:
     """{"samples": cards, "autoencoder": cards} of generated images uint8 [N, H, W, C]; see `evaluation.cards`.
 
-    With Inception weights in the config, FID and its kin are among the cards.
+    With Inception weights in the config, FID and its kin are among the cards. If the images were made of what is known
+    of others, "restored" has how near they come to these, and "baseline" how near the same comes without a model.
     """
     import numpy as np
 
     from ldm_jax import trained
     from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
     from ldm_jax.evaluation.features import inception_features, lpips_distance, vgg16_features
+    from ldm_jax.given import baseline
     from ldm_jax.xla import cache_folder
 
     fields, cache = model.config.evaluation, cache_folder() / "features"
@@ -138,6 +146,12 @@ def score(
             cards["autoencoder"] |= evaluate_reconstructions(
                 reference, reconstructions, extractor=extractor, lpips=lpips, split=test_set.split, cache=cache
             )
+        plain = None if given is None else baseline(model.config, given)
+        if plain is not None and given.originals is not None:
+            pair = {"extractor": extractor, "lpips": lpips, "split": test_set.split, "cache": cache}
+            for group, restored in (("restored", images), ("baseline", plain)):
+                found = evaluate_reconstructions(given.originals, restored, **pair)
+                cards[group] = cards.get(group, {}) | found
     return cards
 
 

@@ -14,6 +14,7 @@ from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network, k
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.tables import Table
 from ldm_jax.first_stage import FirstStage, from_latents, to_latents
+from ldm_jax.map_condition import MapCondition
 from ldm_jax.training.parallel import map_in_batches, parallel_map
 
 
@@ -30,11 +31,12 @@ class Request(NamedTuple):
     negative: int = -1  # the label that guidance leads away from; -1 = no label
     interval: tuple[float, float] = (0.0, 1.0)  # the share t / T of the timesteps that are guided
     rescale: float = 0.0  # see `classifier_free`
+    maps: np.ndarray | None = None  # [N, h, w, k] float32, of a model with a map condition: see `Generator.maps`
 
     def first(self, num: int) -> "Request":
         """The same for the first `num` samples only."""
-        z_T = None if self.z_T is None else self.z_T[:num]
-        return self._replace(ids=self.ids[:num], labels=self.labels[:num], guidance=self.guidance[:num], z_T=z_T)
+        per_sample = {name: getattr(self, name) for name in ("ids", "labels", "guidance", "z_T", "maps")}
+        return self._replace(**{name: None if values is None else values[:num] for name, values in per_sample.items()})
 
 
 def request(num: int, labels: list[int], *, guidance: float, seed: int, **rest: Any) -> Request:
@@ -54,11 +56,13 @@ class Generator(NamedTuple):
         (z [b, h, w, c], z0_hat on the way [b, snapshots, h, w, c]).
     decode: (params, z [b, h, w, c]) -> images uint8 [b, H, W, C].
     encode: (params, images uint8 [b, H, W, C]) -> z [b, h, w, c], the most likely ones.
+    maps: (params, known) -> [N, h, w, k]: `MapCondition.to_map` for any N.
     """
 
     latents: Callable[[Any, Request, Table], Iterator[tuple[np.ndarray, np.ndarray]]]
     decode: Callable[[Any, np.ndarray], np.ndarray]
     encode: Callable[[Any, np.ndarray], np.ndarray]
+    maps: Callable[[Any, dict[str, np.ndarray]], np.ndarray]
 
     def images(self, params: Any, request: Request, table: Table) -> Iterator[np.ndarray]:
         """Yields the pictures, uint8 [batch_size or fewer, H, W, C], in the order of the request."""
@@ -78,6 +82,7 @@ def make_generator(
     *,
     unet: nn.Module,
     conditioner: nn.Module,
+    map_condition: MapCondition | None,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
     alpha_bar: np.ndarray,
@@ -92,11 +97,13 @@ def make_generator(
     """
 
     def solve_batch(params, batch, table, seed, options):
-        def network(z_t, t, context):
-            return unet.apply({"params": params["unet"]}, z_t, t, context)
+        def network(z_t, t, condition):
+            seen = jnp.concatenate([z_t, condition["map"]], axis=-1) if map_condition else z_t
+            return unet.apply({"params": params["unet"]}, seen, t, condition["context"])
 
         def tau(label):
-            return conditioner.apply({"params": params["conditioner"]}, label)
+            context = conditioner.apply({"params": params["conditioner"]}, label)
+            return {"context": context} | ({"map": batch["map"]} if map_condition else {})
 
         null = jnp.full_like(batch["label"], conditioner.null)
         guided = classifier_free(
@@ -128,6 +135,7 @@ def make_generator(
 
     compiled_solve, compiled_decode = parallel_map(solve_batch), parallel_map(decode_batch)
     compiled_encode = parallel_map(encode_batch)
+    compiled_to_map = parallel_map(map_condition.to_map) if map_condition else None
     draw = jax.jit(lambda seed, ids: initial_latents(sample_keys(seed, ids), latent_shape))
 
     def latents(params: Any, request: Request, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -151,6 +159,8 @@ def make_generator(
                 "guidance": request.guidance[padded],
                 "z_T": np.asarray(z_T, np.float32),
             }
+            if map_condition:
+                batch["map"] = request.maps[padded]
             z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed), options)
             yield z[: len(rows)], on_the_way[: len(rows)]
 
@@ -161,7 +171,10 @@ def make_generator(
     def encode(params: Any, images: np.ndarray) -> np.ndarray:
         return map_in_batches(compiled_encode, params, {"images": images}, batch_size)
 
-    return Generator(latents, decode, encode)
+    def maps(params: Any, known: dict[str, np.ndarray]) -> np.ndarray:
+        return map_in_batches(compiled_to_map, params, known, batch_size)
+
+    return Generator(latents, decode, encode, maps)
 
 
 def smallest_batch(num: int, batch_size: int, devices: int) -> int:

@@ -14,13 +14,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, configuration, drawing, evaluate, run_folder, trained
-from ldm_jax.data.datasets import Dataset, load_dataset
+from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.evaluation.report import write_report
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import request, smallest_batch
+from ldm_jax.given import check_segments, from_split, keep_known
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.run_folder import Log
 from ldm_jax.training import latents
@@ -54,9 +55,12 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     """
     configuration.validate_devices(config, jax.device_count())
     evaluate.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
-    train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    train_set, test_set = (
+        builders.load_split(config, split) for split in (config.data.train_split, config.data.test_split)
+    )
     print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
           f"{train_set.num_classes} classes", flush=True)  # fmt: skip
+    check_segments(config, train_set)
     describe_models(config, train_set.num_classes)
     if config.autoencoder.kind != "none" and config.autoencoder.checkpoint:
         adopted_autoencoder(config)  # for its errors, before anything is written
@@ -106,22 +110,6 @@ def _timed(run: Run, clock: CompileClock, name: str, part: Callable[[Run], None]
                             f"{name}_compilations": clock.count - count})  # fmt: skip
     if jax.process_index() == 0:
         print(f"{name:>12} took {seconds:.0f} s, {clock.seconds - compiling:.0f} s of it compiling", flush=True)
-
-
-def load_split(config: ConfigDict, split: str) -> Dataset:
-    """One split of the config's data set; see `load_dataset` for the errors."""
-    data = config.data
-    return load_dataset(
-        data.name,
-        split,
-        data_dir=data.dir,
-        image_size=data.image_size,
-        channels=data.channels,
-        crop=data.crop,
-        image_key=data.image_key,
-        label_key=data.label_key,
-        memory_limit=int(data.memory_limit_gb * 2**30),
-    )
 
 
 def describe_models(config: ConfigDict, num_classes: int) -> None:
@@ -228,7 +216,8 @@ def train_diffusion(run: Run) -> None:
     """Stage 2: leaves diffusion/ in the run folder, and sample grids in progress/."""
     config, num_classes = run.config, run.train_set.num_classes
     stage = builders.build_diffusion_stage(config, num_classes)
-    source = run.train_set if config.autoencoder.kind == "none" else encode_train_set(run)
+    from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
+    source = run.train_set if from_pixels else encode_train_set(run)
     frozen = trained.load_first_stage(run.workdir, config)
     batch_size = smallest_batch(config.sampling.num or 1, config.sampling.batch_size, jax.local_device_count())
     generator = trained.build_generator(config, num_classes, batch_size)
@@ -240,6 +229,10 @@ def train_diffusion(run: Run) -> None:
         seed=config.seed,
         interval=config.sampling.guidance_interval,
     )
+    given = None
+    if config.concat.kind != "none":
+        given = from_split(config, run.test_set, len(grid.ids), config.seed)
+        grid = grid._replace(maps=generator.maps(replicate(frozen), given.known))
     validate = make_validation(
         stage,
         run.test_set,
@@ -255,8 +248,8 @@ def train_diffusion(run: Run) -> None:
             return
         params = replicate(state.ema_params) | replicate(frozen)
         run.log("diffusion", step, **validate(state.ema_params, frozen, config.seed))
-        images = np.concatenate(list(generator.images(params, grid, table)))
-        picture = pictures.sample_grid(images, grid.labels, run.train_set.class_names or None)
+        images = keep_known(given, np.concatenate(list(generator.images(params, grid, table))))
+        picture = drawing.picture(config, images, grid.labels, run.train_set.class_names, given)
         pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
 
     with Checkpoints(
@@ -281,7 +274,7 @@ def _loop_fields(run: Run) -> dict[str, Any]:
 
 # What a stage's checkpoints depend on; another run's are refused.
 AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
-DIFFUSION_FIELDS = (*AUTOENCODER_FIELDS, "diffusion", "unet")
+DIFFUSION_FIELDS = (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat")
 
 
 def _identity(config: ConfigDict, fields: tuple[str, ...]) -> dict[str, str]:

@@ -9,6 +9,7 @@
     ... --init_image=FILE --to_image=FILE               from one picture to another
     ... --to_seed=1                                     from the noise of one seed to that of another
     ... --init_latents=FILE.npy                         from given noise
+    ... --map=FILE                                      a small picture or a map of segments, for models of these
     ... --from_recipe=samples.png                       the same pictures again
 
 Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, but for --nosave_trajectory,
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
         wanted = drawing.from_recipe(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
-        wanted = drawing.with_edits(drawing.from_flags(model, values, labels), values)
+        wanted = drawing.with_edits(drawing.from_flags(model, values, labels), values, model.config.concat.kind)
         if values.negative_label is not None:
             away_from = find_labels("--negative_label", [values.negative_label], model.class_names)
             wanted = wanted._replace(negative_label=away_from[0])

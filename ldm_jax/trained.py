@@ -85,6 +85,7 @@ def build_generator(config: ConfigDict, num_classes: int, batch_size: int) -> Ge
     return make_generator(
         unet=builders.build_unet(config),
         conditioner=builders.build_conditioner(config, num_classes),
+        map_condition=builders.build_map_condition(config),
         first_stage=builders.build_first_stage(config),
         latent_shape=builders.latent_shape(config),
         alpha_bar=builders.build_schedule(config).alpha_bar,

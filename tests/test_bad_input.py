@@ -78,6 +78,17 @@ TRAIN = {  # flags -> what the line must say
     "an unknown split": ([TINY, "--config.data.train_split=dev"], "dev"),
     "an unknown image feature": ([TINY, "--config.data.image_key=photo"], "photo"),
     "an unknown label feature": ([TINY, "--config.data.label_key=kind"], "kind"),
+    "an unknown map": ([TINY, "--config.concat.kind=depth"], "none, low_resolution, inpainting, segments"),
+    "a picture that does not get smaller": (
+        [TINY, "--config.concat.kind=low_resolution", "--config.concat.factor=3"],
+        "must divide config.data.image_size = 8",
+    ),
+    "segments of no feature": ([TINY, "--config.concat.kind=segments"], "config.data.segments_key must name"),
+    "an unknown feature of segments": ([TINY, "--config.data.segments_key=parts"], "there is areas, image"),
+    "more segments than were said": (
+        [TINY, "--config.concat.kind=segments", "--config.data.segments_key=areas"],
+        "tiny has a pixel of class 2, so it must be 3 or more",
+    ),
     "a data folder that is not there": ([TINY, "--config.data.dir=nowhere"], "nowhere"),
     "a negative split": ([TINY, "--config.data.train_split=train[:0]"], "train[:0]"),
     "weights that are not there": ([TINY, "--config.evaluation.inception_weights=no.pth"], "no.pth does not exist"),

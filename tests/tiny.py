@@ -66,6 +66,11 @@ def pictures(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return images.clip(0, 255).astype(np.uint8), labels.astype(np.int64)
 
 
+def areas(image: np.ndarray) -> np.ndarray:
+    """A map of the classes 0, 1 and 2, uint8 like the picture: dark, middling and bright."""
+    return (image // 86).astype(np.uint8)
+
+
 def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
     """Prepares the data set "tiny" as TFDS ArrayRecord below `data_dir`."""
     import tensorflow_datasets as tfds
@@ -78,6 +83,7 @@ def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
                 {
                     "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
                     "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+                    "areas": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
                 }
             )
             return tfds.core.DatasetInfo(builder=self, features=features)
@@ -87,7 +93,7 @@ def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
 
         def _generate_examples(self, n, seed):
             for i, (image, label) in enumerate(zip(*pictures(n, seed))):
-                yield i, {"image": image, "label": label}
+                yield i, {"image": image, "label": label, "areas": areas(image)}
 
     Tiny.name = "tiny"
     builder = Tiny(data_dir=data_dir, file_format="array_record")

@@ -14,14 +14,14 @@ from ldm_jax.data.records import Records
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """`dataset[[3, 5]]` is {"x": uint8 [2, H, W, C], "label": int32 [2], if labelled}, wherever the examples are."""
+    """`dataset[[3, 5]]` is {"x": uint8 [2, H, W, C], ...} as `Records` has it, wherever the examples are."""
 
     name: str
     split: str
     shape: tuple[int, int, int, int]  # N, H, W, C
     class_names: tuple[str, ...]  # empty: without labels
     fingerprint: str  # equal means equal examples in equal order
-    arrays: dict[str, np.ndarray] | None  # "x" uint8 [N, H, W, C], and "label" int32 [N] if labelled; None: on the disk
+    arrays: dict[str, np.ndarray] | None  # "x" uint8 [N, H, W, C], "label" int32 [N] if labelled ...; None: on the disk
     records: Records | None  # None: in memory
 
     def __len__(self) -> int:
@@ -51,6 +51,7 @@ def load_dataset(
     crop: str = "center",
     image_key: str = "auto",
     label_key: str = "auto",
+    segments_key: str = "none",
     memory_limit: int = 2**31,
 ) -> Dataset:
     """A split of "fashion_mnist", which is prepared here when it is not there, or of any prepared TFDS data set.
@@ -65,6 +66,7 @@ def load_dataset(
         crop: "center" (the largest square) or "none" (all of it), then resized; see `images.fit`.
         image_key: the feature with the picture; "auto" finds it.
         label_key: the feature with the class; "auto" finds it, "none" goes without.
+        segments_key: the feature with a map of classes, an image whose pixels are their numbers; "none" goes without.
         memory_limit: bytes of pixels above which the examples stay on the disk.
 
     Raises:
@@ -73,7 +75,8 @@ def load_dataset(
     """
     folder = find(name, Path(data_dir).expanduser(), Path(manual_dir).expanduser() if manual_dir else None)
     options = {"image_size": image_size, "channels": channels, "crop": crop}
-    records = Records(folder, split, **options, image_key=image_key, label_key=label_key)
+    keys = {"image_key": image_key, "label_key": label_key, "segments_key": segments_key}
+    records = Records(folder, split, **options, **keys)
     common = {"name": name, "split": split, "shape": records.shape, "class_names": records.class_names}
     if math.prod(records.shape) > memory_limit:
         return Dataset(**common, fingerprint=records.fingerprint, arrays=None, records=records)

@@ -52,6 +52,29 @@ def fit(image: Image.Image | np.ndarray, *, size: int | None, channels: int, cro
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
+def fit_segments(image: Image.Image | np.ndarray, *, size: int | None, crop: str) -> np.ndarray:
+    """A map of classes as the model takes it: cropped as its picture by `fit`, but never mixed.
+
+    Args:
+        image: from `decode`, grey or with a palette, or uint8 [H, W] or [H, W, 1]: pixels are the classes' numbers.
+        size: height and width of the result; None leaves them as they are.
+        crop: see `fit`.
+
+    Returns:
+        uint8 [size, size, 1].
+
+    Raises:
+        InputError: a picture in colour.
+    """
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.reshape(image.shape[:2]))
+    if image.mode not in ("L", "P", "1"):
+        raise InputError(f"a map of classes must be grey or have a palette, not {image.mode}")
+    if size is not None:
+        image = image.resize((size, size), Image.Resampling.NEAREST, box=_box(image.size, crop))
+    return np.asarray(image, np.uint8)[..., None]
+
+
 def _box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
     """Left, upper, right and lower edge of what is kept of a picture of (width, height)."""
     width, height = size

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ldm_jax.data.images import CROPS, MODES, decode, fit
+from ldm_jax.data.images import CROPS, MODES, decode, fit, fit_segments
 from ldm_jax.errors import InputError
 
 CHUNK = 256  # records that one thread reads at a time
@@ -19,7 +19,8 @@ SAMPLED_BYTES = 1 << 16  # at both ends of each file, for the fingerprint
 
 
 class Records:
-    """The examples of one split: `records[[3, 5]]` is {"x": uint8 [2, H, W, C], "label": int32 [2], if labelled}.
+    """The examples of one split: `records[[3, 5]]` is {"x": uint8 [2, H, W, C], "label": int32 [2], if labelled,
+    "segments": uint8 [2, H, W, 1], if asked for}.
 
     Args:
         folder: a prepared data set, where its dataset_info.json is.
@@ -29,6 +30,7 @@ class Records:
         crop: "center" or "none", see `images.fit`.
         image_key: the feature with the picture, or "auto" for the only one there is.
         label_key: the `ClassLabel` feature, "auto" for the only one if there is one, or "none".
+        segments_key: the feature with a map of classes, an image whose pixels are their numbers, or "none".
 
     Attributes:
         shape: (N, H, W, C).
@@ -49,6 +51,7 @@ class Records:
         crop: str = "center",
         image_key: str = "auto",
         label_key: str = "auto",
+        segments_key: str = "none",
     ) -> None:
         _check_arguments(image_size, channels, crop)
         import tensorflow_datasets as tfds
@@ -62,12 +65,16 @@ class Records:
             self._label_key = _choose(features, label_key, "label", _is_class_label, self._where)
         if self._image_key is None:
             raise InputError(f"{self._where} has no pictures, only {', '.join(sorted(features))}")
-        used = {key: features[key] for key in (self._image_key, self._label_key) if key}
+        self._segments_key = None
+        if segments_key != "none":
+            self._segments_key = _choose(features, segments_key, "segments", _is_image, self._where)
+        used = {key: features[key] for key in (self._image_key, self._label_key, self._segments_key) if key}
         self._features = tfds.features.FeaturesDict(used)  # the rest of a record is never decoded
         image = features[self._image_key]
+        self._image_keys = [key for key in (self._image_key, self._segments_key) if key]
         # TFDS would decode with OpenCV or Pillow, whichever is there, and a palette as if it were grey: we do it.
-        encoded = isinstance(image, tfds.features.Image)
-        self._decoders = {self._image_key: tfds.decode.SkipDecoding()} if encoded else None
+        encoded = [key for key, feature in used.items() if isinstance(feature, tfds.features.Image)]
+        self._decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
 
         own_channels = image.shape[2] if len(image.shape) == 3 else 1
         self._fit = {"size": image_size, "channels": channels or (1 if own_channels in (1, 2) else 3), "crop": crop}
@@ -103,23 +110,28 @@ class Records:
 
     def _decode(self, index: int, content: bytes) -> dict[str, np.ndarray]:
         try:
-            example = self._features.deserialize_example_np(content, decoders=self._decoders)
-            image = example[self._image_key]
-            x = fit(decode(image) if self._decoders else image, **self._fit)
+            example = self._features.deserialize_example_np(content, decoders=self._decoders or None)
+            images = {key: decode(example[key]) if key in self._decoders else example[key] for key in self._image_keys}
+            arrays = {"x": fit(images[self._image_key], **self._fit)}
+            if self._segments_key:
+                place = {"size": self._fit["size"], "crop": self._fit["crop"]}
+                arrays["segments"] = fit_segments(images[self._segments_key], **place)
         except Exception as error:  # what a damaged record raises depends on where the damage is
             raise InputError(f"{self._where}: example {index} cannot be read: {_first_line(error)}") from error
         if self._label_key is None:
-            return {"x": x}
+            return arrays
         label = np.int32(example[self._label_key])
         if label < 0:
             raise InputError(f"{self._where}: example {index} has no label: use label_key=none")
-        return {"x": x, "label": label}
+        return arrays | {"label": label}
 
     def load(self) -> dict[str, np.ndarray]:
         """All examples in order, as `self[range(N)]` but by one thread per core and with a progress bar."""
         arrays = {"x": np.empty(self.shape, np.uint8)}
         if self._label_key:
             arrays["label"] = np.empty(len(self), np.int32)
+        if self._segments_key:
+            arrays["segments"] = np.empty((*self.shape[:3], 1), np.uint8)
 
         def read(start: int) -> int:
             chunk = self[range(start, min(start + CHUNK, len(self)))]

@@ -5,7 +5,7 @@ its recipe (how to make it again) as JSON in a text chunk.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,17 @@ def reconstruction_strip(originals: np.ndarray, reconstructions: np.ndarray, *, 
     if originals.shape != reconstructions.shape:
         shapes = f"{list(originals.shape)} and {list(reconstructions.shape)}"
         raise InputError(f"originals and reconstructions must be of one shape, got {shapes}")
-    columns = min(columns, len(originals))
-    rows = len(originals) // columns
-    pairs = [array[: rows * columns].reshape(rows, columns, *array.shape[1:]) for array in (originals, reconstructions)]
-    interleaved = np.stack(pairs, axis=1).reshape(2 * rows * columns, *originals.shape[1:])
-    return grid(interleaved, columns=columns, row_labels=["original", "decoded"] * rows)
+    return comparison({"original": originals, "decoded": reconstructions}, columns=columns)
+
+
+def comparison(rows: Mapping[str, np.ndarray], *, columns: int = 10) -> Image.Image:
+    """Groups of rows, one of each name, in which image k stands above image k: arrays uint8 [N, H, W, 1 or 3]."""
+    shape = next(iter(rows.values())).shape
+    columns = min(columns, shape[0])
+    groups = shape[0] // columns
+    parts = [images[: groups * columns].reshape(groups, columns, *shape[1:]) for images in rows.values()]
+    interleaved = np.stack(parts, axis=1).reshape(-1, *shape[1:])
+    return grid(interleaved, columns=columns, row_labels=[*rows] * groups)
 
 
 def save_png(picture: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> None:

@@ -14,6 +14,7 @@ from ldm_jax.data.pixels import flip_images, to_pixels
 from ldm_jax.diffusion.losses import diffusion_loss
 from ldm_jax.diffusion.process import q_sample
 from ldm_jax.first_stage import FirstStage, to_latents
+from ldm_jax.map_condition import MapCondition
 from ldm_jax.training.state import TrainState, ema_update, example_keys, keep_if
 
 STREAM, VALIDATION_STREAM = 2, 3  # of `example_keys`; stage 1 has 1
@@ -32,6 +33,7 @@ def make_diffusion_stage(
     *,
     unet: nn.Module,
     conditioner: nn.Module,
+    map_condition: MapCondition | None,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
     alpha_bar: np.ndarray,
@@ -46,7 +48,8 @@ def make_diffusion_stage(
     """Builds the stage for the loss of Ho 2020, eq. 14 (Rombach 2022, eq. 3), generalised to v and z0.
 
     A batch holds `id` [B] int32, `label` [B] int32 (absent in unlabelled sets) and either `moments`
-    [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8.
+    [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with a map
+    condition it is `x`, and `segments` [B, H, W, 1] uint8 where that is the map.
     """
     T = alpha_bar.shape[0]
     null_label = conditioner.null
@@ -56,41 +59,54 @@ def make_diffusion_stage(
         label = jnp.zeros((1,), jnp.int32)
         conditioner_params = conditioner.init(rng_conditioner, label)["params"]
         context = conditioner.apply({"params": conditioner_params}, label)
-        unet_params = unet.init(rng_unet, jnp.zeros((1, *latent_shape)), label, context)["params"]
+        h, w, c = latent_shape
+        seen = jnp.zeros((1, h, w, c + (map_condition.channels if map_condition else 0)))
+        unet_params = unet.init(rng_unet, seen, label, context)["params"]
         params = {"unet": unet_params, "conditioner": conditioner_params}
         ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
-    def latents(batch: dict, frozen: dict, keys: jax.Array) -> jax.Array:
-        key_flip, key_raw = _split(keys, 2)
+    def one_side(batch: dict, keys: jax.Array) -> dict:
+        """Each example as it is or mirrored, by the coin of its own key."""
         if "moments" in batch:
-            side = jax.vmap(jax.random.bernoulli)(key_flip).astype(jnp.int32) * (batch["moments"].shape[1] - 1)
-            moments = jax.vmap(lambda m, s: m[s])(batch["moments"], side)
-        else:
-            x = to_pixels(batch["x"])
-            moments = first_stage.encode(frozen["autoencoder"], flip_images(x, key_flip) if flip else x)
-        return to_latents(first_stage.draw(moments, key_raw), frozen["shift"], frozen["scale"])
+            side = jax.vmap(jax.random.bernoulli)(keys).astype(jnp.int32) * (batch["moments"].shape[1] - 1)
+            return batch | {"moments": jax.vmap(lambda m, s: m[s])(batch["moments"], side)}
+        pictures = [name for name in ("x", "segments") if flip and name in batch]
+        return batch | {name: flip_images(batch[name], keys) for name in pictures}
 
-    def predict(params: dict, z_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+    def latents(batch: dict, frozen: dict, keys: jax.Array) -> jax.Array:
+        if "moments" in batch:
+            moments = batch["moments"]
+        else:
+            moments = first_stage.encode(frozen["autoencoder"], to_pixels(batch["x"]))
+        return to_latents(first_stage.draw(moments, keys), frozen["shift"], frozen["scale"])
+
+    def predict(params: dict, example: dict, label: jax.Array) -> jax.Array:
         context = conditioner.apply({"params": params["conditioner"]}, label)
-        return unet.apply({"params": params["unet"]}, z_t, t, context)
+        return unet.apply({"params": params["unet"]}, example["seen"], example["t"], context)
 
     def noised(batch: dict, frozen: dict, keys: jax.Array, t: jax.Array | None = None) -> dict:
         """Everything the loss needs; `t` is drawn uniformly from [0, T) unless given."""
-        key_latents, key_t, key_noise, key_label = _split(keys, 4)
-        z0 = latents(batch, frozen, key_latents)
+        key_latents, key_t, key_noise, key_label, key_map = _split(keys, 5)
+        key_side, key_raw = _split(key_latents, 2)
+        batch = one_side(batch, key_side)
+        z0 = latents(batch, frozen, key_raw)
         if t is None:
             t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=T))(key_t)
         eps = jax.vmap(partial(jax.random.normal, shape=z0.shape[1:]))(key_noise)
         label = batch.get("label", jnp.full(t.shape, null_label, jnp.int32))
         dropped = jax.vmap(partial(jax.random.bernoulli, p=label_dropout))(key_label)
-        return {"z0": z0, "t": t, "eps": eps, "z_t": q_sample(z0, t, eps, alpha_bar),
+        seen = z_t = q_sample(z0, t, eps, alpha_bar)
+        if map_condition:
+            beside = map_condition.to_map(frozen, map_condition.know(batch, key_map))
+            seen = jnp.concatenate([z_t, beside], axis=-1)
+        return {"z0": z0, "t": t, "eps": eps, "z_t": z_t, "seen": seen,
                 "label": label, "dropped": jnp.where(dropped, null_label, label)}  # fmt: skip
 
     per_example = partial(diffusion_loss, alpha_bar=alpha_bar, prediction=prediction)
 
     def loss_fn(params: dict, example: dict) -> jax.Array:
-        output = predict(params, example["z_t"], example["t"], example["dropped"])
+        output = predict(params, example, example["dropped"])
         return per_example(
             output, example["z0"], example["eps"], example["t"], weighting=weighting, gamma=snr_gamma
         ).mean()
@@ -111,7 +127,7 @@ def make_diffusion_stage(
     def validate(params, frozen, batch, seed):
         """Unweighted loss of each example [B] at the batch's own timesteps `t` [B]; no label is dropped."""
         example = noised(batch, frozen, example_keys(seed, VALIDATION_STREAM, 0, batch["id"]), batch["t"])
-        output = predict(params, example["z_t"], example["t"], example["label"])
+        output = predict(params, example, example["label"])
         return per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
@@ -119,10 +135,11 @@ def make_diffusion_stage(
         example = noised(batch, frozen, example_keys(seed, STREAM, batch["step"], batch["id"]))
         context = conditioner.apply({"params": state.params["conditioner"]}, example["dropped"])
         _, seen = unet.apply(
-            {"params": state.params["unet"]}, example["z_t"], example["t"], context, capture_intermediates=True
+            {"params": state.params["unet"]}, example["seen"], example["t"], context, capture_intermediates=True
         )
         loss, grads = jax.value_and_grad(loss_fn)(state.params, example)
         return {"params": state.params, "z0": example["z0"], "z_t": example["z_t"], "context": context,
+                "map": example["seen"][..., latent_shape[-1] :],
                 "unet": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
 
     return DiffusionStage(init, step, validate, trace)

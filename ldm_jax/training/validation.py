@@ -29,9 +29,8 @@ def make_validation(
         fixed = {"params": params, "frozen": replicate(frozen)}
         # Batch j takes every (num / batch_size)-th timestep, so that even one batch goes through all of [0, T).
         for rows in np.arange(num).reshape(batch_size, -1).T:
-            examples = dataset[rows % len(dataset)]
-            label = examples.get("label", np.full(batch_size, null_label, np.int32))
-            batch = {"x": examples["x"], "label": label, "id": rows.astype(np.int32), "t": t[rows]}
+            unlabelled = {"label": np.full(batch_size, null_label, np.int32)}
+            batch = unlabelled | dataset[rows % len(dataset)] | {"id": rows.astype(np.int32), "t": t[rows]}
             losses[rows] = compiled(fixed, batch, np.uint32(seed))
         buckets = [losses[t * BUCKETS // T == k].mean() for k in range(BUCKETS) if (t * BUCKETS // T == k).any()]
         return {"validation_loss": losses.mean()} | {f"validation_loss_{k}": loss for k, loss in enumerate(buckets)}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data.images import decode, fit
+from ldm_jax.data.images import decode, fit, fit_segments
 from ldm_jax.errors import InputError
 
 
@@ -23,6 +23,23 @@ def test_what_fits_is_handed_on_untouched():
     assert fit(x, size=4, channels=3, crop="center") is x
     assert fit(x, size=None, channels=3, crop="none") is x
     assert fit(x[:, :3], size=None, channels=3, crop="center").shape == (4, 3, 3)
+
+
+def test_segments_are_cropped_like_their_picture_and_never_mixed():
+    x = grey([[0, 0, 7, 7, 3, 3], [0, 0, 7, 7, 3, 3], [1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 3, 3]])
+    assert fit_segments(x, size=2, crop="none").shape == (2, 2, 1)
+    assert fit_segments(x[..., None], size=None, crop="none")[..., 0].tolist() == x.tolist()
+    assert fit_segments(Image.fromarray(x), size=4, crop="center")[..., 0].tolist() == x[:, 1:5].tolist()
+    large = fit_segments(x, size=64, crop="center")
+    assert set(np.unique(large)) == {0, 1, 2, 3, 7}
+
+
+def test_of_a_palette_the_numbers_count_and_colour_is_no_map():
+    image = Image.fromarray(grey([[0, 1], [2, 1]]))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    assert fit_segments(image, size=2, crop="center")[..., 0].tolist() == [[0, 1], [2, 1]]
+    with pytest.raises(InputError, match="must be grey or have a palette, not RGB"):
+        fit_segments(image.convert("RGB"), size=2, crop="center")
 
 
 def test_grey_gets_a_channel_axis():

@@ -57,6 +57,22 @@ def test_size_crop_and_channels(colour_set, colours):
     np.testing.assert_allclose(squeezed.mean(), colours[2].mean(), atol=3)
 
 
+def test_segments_lie_as_their_picture_does(make_set, colours):
+    """A map as an encoded picture, whose numbers are never mixed; in memory and one by one."""
+    areas = (colours[..., :1] // 86).astype(np.uint8)
+    features = {"image": tfds.features.Image(), "areas": tfds.features.Image(shape=(None, None, 1))}
+    examples = [{"image": png(x), "areas": png(area[..., 0])} for x, area in zip(colours, areas)]
+    folder = make_set("segmented", features, {"train": examples})
+    records = Records(folder, "train", image_size=4, segments_key="areas")
+    batch = records[[3, 1]]
+    np.testing.assert_array_equal(batch["segments"], areas[[3, 1], :, 1:5])
+    np.testing.assert_array_equal(records.load()["segments"], areas[:, :, 1:5])
+    assert records.fingerprint != Records(folder, "train", image_size=4).fingerprint
+    assert Records(folder, "train", image_size=4).load().keys() == {"x"}
+    with pytest.raises(InputError, match="segments_key='parts': no such segments"):
+        Records(folder, "train", segments_key="parts")
+
+
 def labelled(shape=(3, 3, 1), **kwargs):
     return {
         "image": tfds.features.Tensor(shape=shape, dtype=np.uint8, **kwargs),

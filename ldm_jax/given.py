@@ -1,0 +1,114 @@
+"""What a model with a map condition is given: taken from the pictures of a split, or read from a user's files."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+
+from ldm_jax import builders, editing
+from ldm_jax.data.datasets import Dataset
+from ldm_jax.data.images import fit_segments
+from ldm_jax.errors import InputError
+from ldm_jax.training.state import example_keys
+
+STREAM = 9  # of `example_keys`: which parts of a picture are hidden
+GREY = 128  # how a hidden part is shown
+
+
+class Given(NamedTuple):
+    """What is known of N pictures, or of one that is drawn again and again."""
+
+    known: dict[str, np.ndarray]  # uint8 [N or 1, ...], as `MapCondition.know` has it
+    originals: np.ndarray | None = None  # uint8 [N, H, W, C], if they are there to compare with
+
+
+def from_split(config: ConfigDict, dataset: Dataset, num: int, seed: int) -> Given:
+    """What is known of the first `num` pictures of a data set, which goes round; for inpainting, hidden by the seed."""
+    condition, rows = builders.build_map_condition(config), np.arange(num)
+    examples = dataset[rows % len(dataset)]
+    know = jax.jit(lambda examples, ids, seed: condition.know(examples, example_keys(seed, STREAM, 0, ids)))
+    known = know(examples, rows.astype(np.int32), np.uint32(seed))
+    return Given(jax.tree.map(np.asarray, known), examples["x"])
+
+
+def check_segments(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises InputError, before anything is trained, for maps that the data set lacks or that have too many classes."""
+    if config.concat.kind != "segments":
+        return
+    some = dataset[np.arange(min(len(dataset), 1000))]["segments"]
+    if some.max() >= config.concat.num_segments:
+        raise InputError(
+            f"config.concat.num_segments is {config.concat.num_segments}; {dataset.name} has a pixel of class "
+            f"{some.max()}, so it must be {some.max() + 1} or more"
+        )
+
+
+def from_map(config: ConfigDict, path: Path) -> Given:
+    """A small picture, or a map of segments, as --map names it.
+
+    Raises:
+      InputError: it cannot be read, or has classes that the model does not know.
+    """
+    data, concat = config.data, config.concat
+    if concat.kind == "low_resolution":
+        size = data.image_size // concat.factor
+        small = editing.read_image(path, "--map", size=size, channels=data.channels, crop=data.crop)
+        return Given({"small": small[None]})
+    segments = fit_segments(editing.read_picture(path, "--map"), size=data.image_size, crop=data.crop)
+    if segments.max() >= concat.num_segments:
+        raise InputError(
+            f"--map={path} has a pixel of class {segments.max()}; the model knows 0 to {concat.num_segments - 1}"
+        )
+    return Given({"segments": segments[None]})
+
+
+def from_masked(image: np.ndarray, mask: np.ndarray) -> Given:
+    """A picture uint8 [H, W, C] to be drawn anew where the mask, bool [H, W], says so."""
+    return Given({"x": image[None], "mask": mask[None, ..., None].astype(np.uint8)})
+
+
+def shown(config: ConfigDict, given: Given) -> np.ndarray:
+    """What is known, for people: uint8 [N, H, W, C]."""
+    known, size, channels = given.known, config.data.image_size, config.data.channels
+    if config.concat.kind == "low_resolution":
+        return known["small"].repeat(config.concat.factor, 1).repeat(config.concat.factor, 2)
+    if config.concat.kind == "inpainting":
+        return np.where(known["mask"] == 1, np.uint8(GREY), known["x"])
+    brightness = np.linspace(0, 255, config.concat.num_segments).astype(np.uint8)
+    return np.broadcast_to(brightness[known["segments"]], (len(known["segments"]), size, size, channels))
+
+
+def keep_known(given: Given | None, images: np.ndarray) -> np.ndarray:
+    """The images, where a part of them is known bit by bit with that put back."""
+    if given is None or "mask" not in given.known:
+        return images
+    return np.where(given.known["mask"] == 1, images, given.known["x"])
+
+
+def baseline(config: ConfigDict, given: Given) -> np.ndarray | None:
+    """What needs no model: bicubic enlargement, or each hidden pixel like the nearest known one; uint8 [N, H, W, C].
+
+    None for segments, of which there is none.
+    """
+    if config.concat.kind == "low_resolution":
+        size = (config.data.image_size,) * 2
+        return np.stack([_enlarged(small, size) for small in given.known["small"]])
+    if config.concat.kind == "inpainting":
+        return np.stack([_filled(x, mask[..., 0] == 1) for x, mask in zip(given.known["x"], given.known["mask"])])
+    return None
+
+
+def _enlarged(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    planes = [Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC) for plane in np.moveaxis(small, -1, 0)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def _filled(x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    if hidden.all():
+        return np.full_like(x, GREY)
+    rows, columns = distance_transform_edt(hidden, return_distances=False, return_indices=True)
+    return x[rows, columns]
