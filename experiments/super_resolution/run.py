@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_jax import builders, drawing, given, run_folder, trained
+from ldm_jax import builders, given, run_folder, trained
 from ldm_jax.evaluation import pictures
 from ldm_jax.generate import request
 from ldm_jax.training.parallel import replicate
@@ -42,13 +42,10 @@ def main() -> None:
     path.write_text(json.dumps(results, indent=1) + "\n")
 
     # The same pictures and hidden parts, drawn from other noise: all follows from the number of the sample.
-    wanted = drawing.final_drawing(model)._replace(num=COLUMNS)
-    known = given.from_split(config, builders.load_split(config, config.data.test_split), COLUMNS, wanted.seed)
+    known = given.from_split(config, builders.load_split(config, config.data.test_split), COLUMNS, config.seed)
     rows = {"given": given.shown(config, known), "interpolated": given.baseline(config, known)}
-    generator, params = (
-        trained.build_generator(config, len(model.class_names), COLUMNS),
-        trained.replicate(model.params),
-    )
+    generator = trained.build_generator(config, len(model.class_names), COLUMNS)
+    params = replicate(model.params)
     table, maps = trained.build_table(config), generator.maps(params, known.known)
     for seed in range(DRAWINGS):
         asked = request(COLUMNS, [], guidance=1.0, seed=seed, maps=maps)
