@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
 
     evaluation = config.evaluation = ConfigDict()
     evaluation.num_reference = 10_000  # test images compared with; fewer if the split is smaller
-    evaluation.bound_examples = 2_000  # of them, for the variational bound in bits/dim; 0 = leave it out
+    evaluation.bound_examples = 1_000  # of them, for the variational bound in bits/dim; 0 = leave it out
     evaluation.resize = 32  # pixels that images are resized to for VGG16
     evaluation.batch_size = 256
     evaluation.inception_weights = (
