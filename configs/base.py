@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
     diffusion.prediction = "eps"  # eps | v | z0
     diffusion.weighting = "uniform"  # uniform | min_snr (Hang 2023)
     diffusion.snr_gamma = 5.0  # min_snr only
+    diffusion.variance = "fixed"  # of the reverse steps: fixed | learned, which the UNet predicts too (Nichol 2021)
+    diffusion.bound_weight = 0.001  # learned only: lambda, the weight of the variational bound in bits/dim
     diffusion.label_dropout = 0.1  # share of examples trained without their label, for classifier-free guidance
     diffusion.validation_examples = 2_000  # test images that the validation loss is measured on
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
@@ -87,6 +89,7 @@ def get_config() -> ConfigDict:
     sampling.steps = 50
     sampling.spacing = "trailing"  # of the steps: leading | trailing | linspace | karras | exponential
     sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
+    sampling.variance = "fixed_small"  # ddpm only: fixed_small (beta_tilde) | fixed_large (beta) | learned
     sampling.churn = 0.0  # edm only: S_churn, the noise added on the way (Karras 2022); 0 = none, as heun
     sampling.guidance = 1.5  # classifier-free guidance scale; 1 = none
     sampling.guidance_interval = (0.0, 1.0)  # the share t / T of the timesteps that guidance acts on
@@ -96,6 +99,7 @@ def get_config() -> ConfigDict:
 
     evaluation = config.evaluation = ConfigDict()
     evaluation.num_reference = 10_000  # test images compared with; fewer if the split is smaller
+    evaluation.bound_examples = 1_000  # of them, for the variational bound in bits/dim; 0 = leave it out
     evaluation.resize = 32  # pixels that images are resized to for VGG16
     evaluation.batch_size = 256
     evaluation.inception_weights = (

@@ -102,7 +102,7 @@ def build_unet(config: ConfigDict) -> UNet:
     beside = build_map_condition(config)
     return UNet(
         in_channels=channels + (beside.channels if beside else 0),
-        out_channels=channels,
+        out_channels=2 * channels if config.diffusion.variance == "learned" else channels,
         block_out_channels=unet.block_out_channels,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(unet.attention)),
@@ -114,6 +114,11 @@ def build_unet(config: ConfigDict) -> UNet:
         norm_num_groups=unet.norm_num_groups,
         dtype=jnp.dtype(config.dtype),
     )
+
+
+def pixel_levels(config: ConfigDict) -> int | None:
+    """How many values a number of z0 can take: 256 in pixel space; latents are continuous, None."""
+    return 256 if config.autoencoder.kind == "none" else None
 
 
 def build_conditioner(config: ConfigDict, num_classes: int) -> ClassEmbedder:
@@ -170,6 +175,8 @@ def build_diffusion_stage(config: ConfigDict, num_classes: int) -> DiffusionStag
         flip=config.data.flip,
         optimizer=make_optimizer(**_optimizer_fields(diffusion)),
         ema_decay=diffusion.ema_decay,
+        bound_weight=diffusion.bound_weight if diffusion.variance == "learned" else 0.0,
+        levels=pixel_levels(config),
     )
 
 

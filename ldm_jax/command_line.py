@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ldm_jax.configuration import SAMPLERS, SPACINGS, check_choice, check_interval, flatten, nearest
+from ldm_jax.configuration import SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, flatten, nearest
 from ldm_jax.errors import InputError
 
 
@@ -45,14 +45,13 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
 
 
 def require(values: flags.FlagValues, *names: str) -> None:
-    """Raises InputError for flags that are missing, and for an unknown --sampler or --spacing."""
+    """Raises InputError for flags that are missing, and for an unknown --sampler, --spacing or --variance."""
     for name in names:
         if not values[name].value:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
-    if values.sampler is not None:
-        check_choice("--sampler", values.sampler, SAMPLERS)
-    if values.spacing is not None:
-        check_choice("--spacing", values.spacing, SPACINGS)
+    for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("variance", VARIANCES)):
+        if values[name].value is not None:
+            check_choice(f"--{name}", values[name].value, choices)
 
 
 def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bool:
@@ -83,6 +82,7 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE_list("timesteps", None, "the timesteps themselves, falling, e.g. 999,500,0", flag_values=values)
     flags.DEFINE_float("churn", None, "edm: the noise added on the way", lower_bound=0.0, flag_values=values)
     flags.DEFINE_float("eta", None, "ddim: 0 deterministic ... 1 ancestral", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_string("variance", None, f"ddpm: one of {', '.join(VARIANCES)}", flag_values=values)
     flags.DEFINE_integer("seed", 0, "the pictures depend on it, and on nothing else", 0, 2**32 - 1, flag_values=values)
     flags.DEFINE_integer("batch_size", None, "pictures drawn at a time", lower_bound=1, flag_values=values)
 

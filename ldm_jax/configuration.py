@@ -37,6 +37,7 @@ SAMPLERS = (
     "lcm",
 )
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -50,8 +51,10 @@ _CHOICES = {
     "diffusion.prediction": ("eps", "v", "z0"),
     "diffusion.weighting": ("uniform", "min_snr"),
     "concat.kind": ("none", "low_resolution", "inpainting", "segments"),
+    "diffusion.variance": ("fixed", "learned"),
     "sampling.sampler": SAMPLERS,
     "sampling.spacing": SPACINGS,
+    "sampling.variance": VARIANCES,
 }
 
 # Fields that are two rising numbers from 0 to 1.
@@ -75,6 +78,7 @@ _RANGES = {
     "diffusion.beta_end": (0.0, 0.999),
     "diffusion.label_dropout": (0.0, 1.0),
     "diffusion.validation_examples": (1, None),
+    "diffusion.bound_weight": (0.0, None),
     "diffusion.snr_gamma": (0.0, None),
     "concat.factor": (2, None),
     "concat.num_segments": (2, 256),
@@ -93,6 +97,7 @@ _RANGES = {
     "sampling.batch_size": (1, None),
     "sampling.progress_every": (0, None),
     "evaluation.num_reference": (2, None),
+    "evaluation.bound_examples": (0, None),
     "evaluation.resize": (16, None),
     "evaluation.batch_size": (1, None),
     "log_every": (1, None),
@@ -156,6 +161,11 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             "config.diffusion.prediction is 'eps' with zero_terminal_snr, where eps tells nothing of z0 at the last "
             "timestep; use --config.diffusion.prediction=v or z0"
+        )
+    if diffusion.variance == "learned" and not diffusion.bound_weight:
+        raise InputError(
+            "config.diffusion.bound_weight is 0, by which no variance is learned; it must be above 0 with "
+            "config.diffusion.variance=learned, e.g. 0.001"
         )
     if config.sampling.steps > config.diffusion.timesteps:
         raise InputError(

@@ -38,6 +38,7 @@ class Drawing(NamedTuple):
     spacing: str | list[int]
     eta: float
     churn: float
+    variance: str
     negative_label: int = -1
     init_image: str = ""  # begin from this picture, not from noise alone
     strength: float = 1.0  # the share of the steps that is done from there
@@ -81,7 +82,7 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         if values.steps or values.spacing:
             raise InputError("--timesteps says it all; leave out --steps and --spacing")
         spacing = _whole_numbers("--timesteps", values.timesteps)
-    own = sampler == sampling.sampler  # the config's eta and churn are its own sampler's
+    own = sampler == sampling.sampler  # the config's eta, churn and variance are its own sampler's
     return Drawing(
         num=values.num,
         labels=labels,
@@ -94,6 +95,7 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         spacing=spacing,
         eta=_or(values.eta, sampling.eta if own else 0.0),
         churn=_or(values.churn, sampling.churn if own else 0.0),
+        variance=_or(values.variance, sampling.variance if own else "fixed_small"),
         map_split=_map_split(model.config),
     )
 
@@ -182,6 +184,7 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
         spacing=drawing.spacing if isinstance(drawing.spacing, str) else tuple(drawing.spacing),
         eta=drawing.eta,
         churn=drawing.churn,
+        variance=drawing.variance,
         strength=drawing.strength,
         resample=drawing.resample,
         jump=drawing.resample_jump,
@@ -340,6 +343,7 @@ def final_drawing(model: Trained) -> Drawing:
         spacing=sampling.spacing,
         eta=sampling.eta,
         churn=sampling.churn,
+        variance=sampling.variance,
         map_split=_map_split(model.config),
     )
 

@@ -4,7 +4,8 @@
                                [--eta=0.0] [--seed=0] [--batch_size=100] [--inception_weights=FILE] [--out=FOLDER]
 
 Draws --num pictures (the run's own samples serve where just these are asked for) and writes evaluation.json, in which
-every score stands on a card with all that one must know to compare it. Default --out: evaluation/ in the run folder.
+every score stands on a card with all that one must know to compare it, and bound.json, the variational bound in bits
+per dimension term by term. Default --out: evaluation/ in the run folder.
 """
 
 import sys
@@ -59,8 +60,9 @@ def main(argv: list[str]) -> None:
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)
     cards = score(model._replace(config=config.lock()), drawn.images, train_set, test_set, drawn.given)
+    cards["model"] = score_model(model, test_set, out)
     run_folder.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
-    for group in ("samples", "restored", "baseline", "autoencoder"):
+    for group in ("samples", "restored", "baseline", "autoencoder", "model"):
         for name, card in cards.get(group, {}).items():
             print(f"{group:>12} {name:>18} {card['value']:.4g}")
     print(f"Cards: {out / 'evaluation.json'}")
@@ -92,6 +94,7 @@ def score_run(workdir: Path, train_set: "Dataset", test_set: "Dataset") -> None:
         restores = config.concat.kind != "none"
         restored_from = from_split(config, test_set, len(images), config.seed) if restores else None
         cards = score(model, images, train_set, test_set, restored_from)
+    cards["model"] = score_model(model, test_set, workdir)
     cards["asked"] = _asked(model.config)
     if cards.get("samples"):
         cards["recipe"] = read_recipe(workdir / "samples.png")
@@ -153,6 +156,30 @@ def score(
                 found = evaluate_reconstructions(given.originals, restored, **pair)
                 cards[group] = cards.get(group, {}) | found
     return cards
+
+
+def score_model(model: "Trained", test_set: "Dataset", folder: Path) -> dict[str, dict[str, Any]]:
+    """The card of the model's variational bound on test images, whose terms go to bound.json in `folder`."""
+    import numpy as np
+
+    from ldm_jax import trained
+    from ldm_jax.evaluation.bound import bound_card
+    from ldm_jax.training.parallel import replicate
+
+    config, num = model.config, min(model.config.evaluation.bound_examples, len(test_set))
+    if not num:
+        return {}
+    examples = test_set[np.arange(num)]
+    bound = trained.build_bound(config, len(model.class_names))(replicate(model.params), examples, config.seed)
+    run_folder.write_json(folder / "bound.json", bound._asdict())
+    return bound_card(
+        bound,
+        examples["x"],
+        split=test_set.split,
+        latents=config.autoencoder.kind != "none",
+        labelled=bool(model.class_names),
+        learned=config.diffusion.variance == "learned",
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 config.json       the resolved config            latents/        cached moments, by content hash
 metrics.jsonl     one line a measurement         progress/       sample grids made while training
 events.out.*      the same for TensorBoard       samples.npz, samples.png, denoising.gif
-autoencoder/      stage 1: checkpoints, scale    evaluation.json, report.html
+autoencoder/      stage 1: checkpoints, scale    evaluation.json, bound.json, report.html
 diffusion/        stage 2: checkpoints
 """
 

@@ -1,5 +1,6 @@
 """A trained model, read back from its run folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from ldm_jax import builders, configuration, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
+from ldm_jax.evaluation.bound import Bound, make_bound
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import Generator, make_generator
 from ldm_jax.run_folder import content_hash
@@ -96,6 +98,22 @@ def build_generator(config: ConfigDict, num_classes: int, batch_size: int) -> Ge
     )
 
 
+def build_bound(config: ConfigDict, num_classes: int) -> Callable[[Any, dict[str, np.ndarray], int], Bound]:
+    """The variational bound of a config's model (see `evaluation.bound.make_bound`)."""
+    levels = builders.pixel_levels(config)
+    return make_bound(
+        unet=builders.build_unet(config),
+        conditioner=builders.build_conditioner(config, num_classes),
+        first_stage=builders.build_first_stage(config),
+        alpha_bar=builders.build_schedule(config).alpha_bar,
+        prediction=config.diffusion.prediction,
+        clip=1.0 if levels else float("inf"),
+        levels=levels,
+        batch_size=config.evaluation.batch_size,
+        map_condition=builders.build_map_condition(config),
+    )
+
+
 def build_table(config: ConfigDict, *, resample: int = 1, jump: int = 1, **changes: object) -> Table:
     """The solver table of `config.sampling`, with `changes`: `sampler` and arguments of `make_table`.
 
@@ -104,8 +122,13 @@ def build_table(config: ConfigDict, *, resample: int = 1, jump: int = 1, **chang
     Raises:
       InputError: a combination that the solver does not take.
     """
-    names = ("sampler", "steps", "eta", "churn", "spacing")
+    names = ("sampler", "steps", "eta", "churn", "variance", "spacing")
     fields = {name: config.sampling[name] for name in names} | changes
+    if fields["variance"] == "learned" and config.diffusion.variance != "learned":
+        raise InputError(
+            "sampling: variance learned needs a model trained with --config.diffusion.variance=learned; this one's is "
+            "fixed, choose fixed_small or fixed_large"
+        )
     try:
         table = make_table(
             fields.pop("sampler"),

@@ -42,6 +42,7 @@ def test_a_sweep_of_sampling_compiles_each_part_once(trained_run, clock):
         {"sampler": "ddim", "eta": 1.0},
         {"sampler": "edm", "churn": 5.0},
         {"sampler": "ddpm", "resample": 2},
+        {"sampler": "ddpm", "variance": "fixed_large"},
         {"sampler": "unipc", "spacing": "karras"},
         {"sampler": "heun", "spacing": (19, 7, 3, 1), "strength": 0.5},
     ):

@@ -5,13 +5,15 @@ import jobs
 import numpy as np
 import pytest
 
-from ldm_jax import commands, sample, trained
+from ldm_jax import command_line, commands, drawing, evaluate, sample, trained
+from ldm_jax.data.datasets import load_dataset
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.generate import Request, request, smallest_batch
 from ldm_jax.run_folder import read_json, read_metrics
 from ldm_jax.training.checkpoint import load_latest
 from ldm_jax.training.parallel import replicate
+from ldm_jax.xla import CompileClock
 
 
 class Model:
@@ -176,14 +178,84 @@ def finite(flat):
     return all(np.isfinite(array).all() for array in flat.values())
 
 
-def test_pixel_space(tiny_data, tmp_path):
-    run = tmp_path / "run"
-    changes = ["--config.autoencoder.kind=none", "--config.diffusion.prediction=v", "--config.diffusion.steps=2"]
-    assert jobs.train_here(tiny_data, run, *changes) == 0
-    assert not (run / "autoencoder").exists()
-    assert jobs.samples(run)["images"].shape == (8, 8, 8, 1)
-    assert finite(load_latest(run / "diffusion"))
-    assert (run / "report.html").stat().st_size
+@pytest.fixture(scope="module")
+def pixel_run(tiny_data, tmp_path_factory):
+    """Diffusion on pixels, with a learned variance."""
+    run = tmp_path_factory.mktemp("pixels") / "run"
+    changes = ["autoencoder.kind=none", "diffusion.prediction=v", "diffusion.variance=learned", "diffusion.steps=4"]
+    changes += ["sampling.sampler=ddpm", "sampling.variance=learned", "sampling.progress_every=4"]
+    changes += ["evaluation.bound_examples=12"]
+    assert jobs.train_here(tiny_data, run, *(f"--config.{change}" for change in changes)) == 0
+    return run
+
+
+def test_pixel_space(pixel_run):
+    assert not (pixel_run / "autoencoder").exists()
+    assert jobs.samples(pixel_run)["images"].shape == (8, 8, 8, 1)
+    assert finite(load_latest(pixel_run / "diffusion"))
+    assert (pixel_run / "report.html").stat().st_size
+
+
+def test_the_job_logs_both_losses_and_reports_the_bound(pixel_run):
+    lines = read_metrics(pixel_run / "metrics.jsonl")
+    training = [line for line in lines if "simple" in line]
+    assert training
+    for line in training:
+        assert line["loss"] == pytest.approx(line["simple"] + 0.001 * line["bound"], rel=1e-4)
+    assert any("validation_loss" in line for line in lines)
+    card = read_json(pixel_run / "evaluation.json")["model"]["bits/dim"]
+    assert card["n"] == 12
+    assert "8-bit pixels, given the class; learned variance; 20 timesteps in 6 ranges" in card["method"]
+    bound = read_json(pixel_run / "bound.json")
+    assert bound["total"] == card["value"] == pytest.approx(bound["prior"] + sum(bound["ranges"]))
+    assert len(bound["terms"]) == 20
+    assert 0 < card["value"] < 50
+    assert "bits/dim" in (pixel_run / "report.html").read_text()
+    assert read_recipe(pixel_run / "samples.png")["variance"] == "learned"
+
+
+def test_the_variance_matters_to_ddpm_alone_and_compiles_nothing(pixel_run):
+    model = trained.load(pixel_run)
+    generator, params = trained.build_generator(model.config, 4, 8), replicate(model.params)
+    wanted = request(8, [0, 1], guidance=2.0, seed=0)
+
+    def draw(**changes):
+        ((z, _),) = generator.latents(params, wanted, trained.build_table(model.config, **changes))
+        return z
+
+    clock = CompileClock()
+    first = draw(variance="fixed_small")
+    start = clock.count
+    learned, large, again = (draw(variance=variance) for variance in ("learned", "fixed_large", "fixed_small"))
+    np.testing.assert_array_equal(again, first)
+    for one, other in ((learned, first), (large, first), (learned, large)):
+        assert np.abs(one - other).max() > 0.01
+    for sampler in ("ddim", "dpmpp_2m", "unipc"):
+        assert np.isfinite(draw(sampler=sampler, variance="fixed_small")).all()
+    assert clock.count == start
+
+
+@pytest.mark.parametrize(
+    "flags, variance",
+    [([], "learned"), (["--sampler=ddim"], "fixed_small"), (["--variance=fixed_large"], "fixed_large")],
+)
+def test_the_variance_is_that_of_the_config_or_of_the_flag(pixel_run, flags, variance):
+    values = sample.define_flags()
+    command_line.parse(values, ["sample", *flags])
+    assert drawing.from_flags(trained.load(pixel_run), values, []).variance == variance
+
+
+def test_the_bound_of_latents(trained_run, tiny_data, tmp_path):
+    model = trained.load(trained_run)
+    config = model.config.copy_and_resolve_references().unlock()
+    test_set = load_dataset("tiny", "test", data_dir=tiny_data, image_size=8, channels=1)
+    assert evaluate.score_model(model, test_set, tmp_path) == {}
+    config.evaluation.bound_examples = 99  # more than there are
+    ((name, card),) = evaluate.score_model(model._replace(config=config), test_set, tmp_path).items()
+    assert name == "bits/dim (latents)"
+    assert (card["n"], card["reference"]) == (16, "test")
+    assert np.isfinite(card["value"]) and card["std"] > 0
+    assert (tmp_path / "bound.json").exists()
 
 
 def test_colour_pictures_without_labels_through_a_codebook(tiny_data, tmp_path):

@@ -1,12 +1,12 @@
 """Functions from network to denoiser and from denoiser to denoiser.
 
 A denoiser is `denoise(z_t, level) -> z0_hat`: z_t [B, ...], a `process.Level` of scalars or [B], and the estimate of z0
-in float32. That is all a solver sees; conditions, guidance scales and bounds live in the closures built here, which
-compose: the outer sees what the inner returns.
+in float32, or, of a network that has learned its variance, an `Estimate`. That is all a solver sees; conditions,
+guidance scales and bounds live in the closures built here, which compose: the outer sees what the inner returns.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,25 @@ import numpy as np
 
 from ldm_jax.diffusion.process import Level, check_prediction, from_z0, to_z0
 
-Denoiser = Callable[[jax.Array, Level], jax.Array]
-ConditionalDenoiser = Callable[[jax.Array, Level, Any], jax.Array]
+
+class Estimate(NamedTuple):
+    """What a network with a learned variance says at z_t. Guidance changes z0 alone."""
+
+    z0: jax.Array  # [B, ...] z0_hat
+    spread: jax.Array  # [B, ...] v of Nichol 2021, eq. 15: -1 for the variance beta_tilde, 1 for beta; may lie beyond
+
+
+Denoiser = Callable[[jax.Array, Level], jax.Array | Estimate]
+ConditionalDenoiser = Callable[[jax.Array, Level, Any], jax.Array | Estimate]
+
+
+def on_z0(
+    change: Callable[..., jax.Array], estimate: jax.Array | Estimate, *others: jax.Array | Estimate
+) -> jax.Array | Estimate:
+    """`change(z0, *other z0)`, with the spread of the first estimate, if it has one."""
+    if isinstance(estimate, Estimate):
+        return estimate._replace(z0=change(estimate.z0, *(other.z0 for other in others)))
+    return change(estimate, *others)
 
 
 def from_network(
@@ -24,12 +41,12 @@ def from_network(
     """Makes a conditional denoiser of a network that predicts eps, v or z0.
 
     Args:
-      network: `(z_t [B, ...], t [B], context) -> output [B, ...]`.
+      network: `(z_t [B, ..., c], t [B], context) -> output [B, ..., c]`, or [B, ..., 2c] with the spread behind it.
       prediction: what `output` is: `eps`, `v` or `z0`.
       alpha_bar: [T] float64 table of the schedule the network was trained with.
 
     Returns:
-      `(z_t, level, context) -> z0_hat`.
+      `(z_t, level, context) -> z0_hat`, or Estimate.
 
     Raises:
       ValueError: unknown prediction, or eps on a schedule with alpha_bar = 0.
@@ -38,7 +55,11 @@ def from_network(
 
     def denoise(z_t: jax.Array, level: Level, context: Any) -> jax.Array:
         t = jnp.broadcast_to(level.t, z_t.shape[:1])
-        return to_z0(prediction, network(z_t, t, context), z_t, level)
+        output = network(z_t, t, context)
+        if output.shape[-1] != 2 * z_t.shape[-1]:
+            return to_z0(prediction, output, z_t, level)
+        output, spread = jnp.split(output, 2, axis=-1)
+        return Estimate(to_z0(prediction, output, z_t, level), spread.astype(jnp.float32))
 
     return denoise
 
@@ -76,13 +97,17 @@ def classifier_free(
     def guided(z_t: jax.Array, level: Level, scale: jax.Array) -> jax.Array:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), context, null_context)
         twice = Level(*(jnp.concatenate([value, value]) for value in level))
-        z0_hat = denoise(jnp.concatenate([z_t, z_t]), twice, both)
-        z0_cond, z0_null = jnp.split(z0_hat, 2)
-        z0 = z0_null + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (z0_cond - z0_null)
-        return _rescaled(z0, z0_cond, z_t, level, prediction, rescale)
+        estimate, B = denoise(jnp.concatenate([z_t, z_t]), twice, both), len(z_t)
+
+        def away_from_null(z0_cond: jax.Array, z0_null: jax.Array) -> jax.Array:
+            z0 = z0_null + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (z0_cond - z0_null)
+            return _rescaled(z0, z0_cond, z_t, level, prediction, rescale)
+
+        halves = (jax.tree.map(lambda value, half=half: value[half], estimate) for half in (slice(B), slice(B, None)))
+        return on_z0(away_from_null, *halves)
 
     def conditional(z_t: jax.Array, level: Level, scale: jax.Array) -> jax.Array:
-        return denoise(z_t, level, context).astype(jnp.float32)
+        return jax.tree.map(lambda value: value.astype(jnp.float32), denoise(z_t, level, context))
 
     def guided_if_it_matters(z_t: jax.Array, level: Level) -> jax.Array:
         level = Level(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
@@ -123,7 +148,7 @@ def classifier_guided(
         alpha, sigma = level.beside(z_t)
         weight = jnp.asarray(scale, jnp.float32)
         weight = weight.reshape(weight.shape + (1,) * (z_t.ndim - weight.ndim))
-        return denoise(z_t, level) + sigma**2 / alpha * weight * gradient
+        return on_z0(lambda z0: z0 + sigma**2 / alpha * weight * gradient, denoise(z_t, level))
 
     return guided
 
@@ -154,7 +179,7 @@ def clip_z0(denoise: Denoiser, bound: jax.Array) -> Denoiser:
     bound is a positive scalar and may be traced; infinity leaves z0_hat as it is. Solvers derive eps from the clipped
     z0_hat, which diffusers' DDIM does with `use_clipped_model_output=True`.
     """
-    return lambda z_t, level: jnp.clip(denoise(z_t, level), -bound, bound)
+    return lambda z_t, level: on_z0(lambda z0: jnp.clip(z0, -bound, bound), denoise(z_t, level))
 
 
 def threshold_z0(
@@ -165,10 +190,9 @@ def threshold_z0(
     In each example z0_hat is kept within [-s, s] and divided by s, the quantile of |z0_hat|, from 1 to `highest`.
     """
 
-    def thresholded(z_t: jax.Array, level: Level) -> jax.Array:
-        z0_hat = denoise(z_t, level)
-        s = jnp.quantile(jnp.abs(z0_hat), quantile, axis=tuple(range(1, z_t.ndim)), keepdims=True)
+    def thresholded(z0_hat: jax.Array) -> jax.Array:
+        s = jnp.quantile(jnp.abs(z0_hat), quantile, axis=tuple(range(1, z0_hat.ndim)), keepdims=True)
         s = jnp.clip(s, 1.0, highest)
         return jnp.clip(z0_hat, -s, s) / s
 
-    return thresholded
+    return lambda z_t, level: on_z0(thresholded, denoise(z_t, level))

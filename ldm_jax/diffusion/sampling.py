@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.guidance import Denoiser
+from ldm_jax.diffusion.guidance import Denoiser, Estimate
 from ldm_jax.diffusion.process import Level
 from ldm_jax.diffusion.tables import HISTORY, Table
 
@@ -51,7 +51,7 @@ def solve(
     table of the same shape.
 
     Args:
-      denoise: `(z_t [B, ...], level) -> z0_hat`.
+      denoise: `(z_t [B, ...], level) -> z0_hat`, or an Estimate; a table of a learned variance needs the latter.
       z_T: [B, ...] initial latents at the level of the first row: unit Gaussian noise for a whole run.
       table: from `solvers.make_table`.
       keys: [B] keys, from `sample_keys`. The noise of row i for sample k is drawn from fold_in(keys[k], i).
@@ -68,9 +68,15 @@ def solve(
 
     def body(i, state):
         z, old_z, old_z0, kept = state
-        z0_hat = denoise(z, Level(table.t[i], table.alpha[i], table.sigma[i])).astype(jnp.float32)
-        weights = table.weights[i]
-        noise = jax.lax.cond(weights[-1] > 0, lambda: _normal(_fold(keys, i), z.shape[1:]), lambda: jnp.zeros_like(z))
+        said = denoise(z, Level(table.t[i], table.alpha[i], table.sigma[i]))
+        z0_hat, spread = said if isinstance(said, Estimate) else (said, None)
+        z0_hat, weights = z0_hat.astype(jnp.float32), table.weights[i]
+
+        def draw():
+            noise = _normal(_fold(keys, i), z.shape[1:])
+            return noise if spread is None else noise * jnp.exp(table.widen[i] * (spread + 1) / 2)
+
+        noise = jax.lax.cond(weights[-1] > 0, draw, lambda: jnp.zeros_like(z))
         # A sum, not a dot product: accelerators would round that to bfloat16 or TF32.
         seen_z, seen_z0 = jnp.concatenate([z[None], old_z]), jnp.concatenate([z0_hat[None], old_z0])
         z = sum(weights[k] * term for k, term in enumerate([*seen_z, *seen_z0, noise]))

@@ -1,10 +1,12 @@
 """Every sampler: a function from the points it visits to the rows of a table (see `tables`), in the paper's symbols."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
+from ldm_jax.diffusion.likelihood import VARIANCES
 from ldm_jax.diffusion.process import check_prediction, posterior_coefficients
 from ldm_jax.diffusion.schedules import Point, Schedule, time_of, visits
 from ldm_jax.diffusion.tables import NOISE, Row, Table, X, Z, tabulate
@@ -24,7 +26,6 @@ GRID_OF = {
     "lcm": "lcm",
 }
 SOLVERS = tuple(GRID_OF)
-VARIANCES = ("fixed_small", "fixed_large")
 
 
 def make_table(
@@ -54,7 +55,8 @@ def make_table(
       prediction: what the network predicts; only checked against the schedule (a table knows z0 alone).
       eta: ddim's share of the ancestral noise, in [0, 1]; 0 is deterministic, 1 is ddpm with the small variance.
       churn: edm's S_churn, the noise added before each step, shared out over the steps; 0 is `heun`.
-      variance: ddpm's: `fixed_small` is the posterior's, `fixed_large` beta (Ho 2020, section 3.2).
+      variance: ddpm's: `fixed_small` is the posterior's, `fixed_large` beta (Ho 2020, section 3.2), `learned` lies
+        where the network says (Nichol 2021, eq. 15).
       spacing: where the steps are: see `schedules.visits`, as for `between` and `steps_offset`.
       set_alpha_to_one: whether the last row ends on clean data, alpha_bar = 1, or at alpha_bar[0] (Stable Diffusion's
         DDIM; `final_sigmas_type` "zero" and "sigma_min" in diffusers' DPM-Solver).
@@ -131,9 +133,11 @@ def _decay(now: Point, after: Point) -> float:
 def _ddpm(points: list[Point], variance: str) -> Iterator[Row]:
     """Ho 2020, eq. 7 and algorithm 2, between the timesteps that are kept. The last row adds no noise."""
     for now, after in pairwise(points):
-        on_z0, on_z, posterior_variance = posterior_coefficients(now.alpha_bar, after.alpha_bar)
-        spread = np.sqrt(posterior_variance if variance == "fixed_small" else 1 - now.alpha_bar / after.alpha_bar)
-        yield Row(now, after, on_z * Z[0] + on_z0 * X[0] + (after is not points[-1]) * spread * NOISE)
+        on_z0, on_z, small = posterior_coefficients(now.alpha_bar, after.alpha_bar)
+        large, noisy = 1 - now.alpha_bar / after.alpha_bar, after is not points[-1]
+        sigma = noisy * np.sqrt(large if variance == "fixed_large" else small)
+        widen = np.log(large / small) / 2 if noisy and variance == "learned" else 0.0
+        yield Row(now, after, on_z * Z[0] + on_z0 * X[0] + sigma * NOISE, widen)
 
 
 def _ddim(points: list[Point], eta: float) -> Iterator[Row]:
@@ -247,11 +251,6 @@ def _dpmpp_2m(points: list[Point], noisy: bool = False) -> Iterator[Row]:
         h_before = h
 
 
-def _dpmpp_2m_sde(points: list[Point]) -> Iterator[Row]:
-    """See `_dpmpp_2m`."""
-    return _dpmpp_2m(points, noisy=True)
-
-
 def _dpmpp_2s(points: list[Point]) -> Iterator[Row]:
     """Lu 2022 (DPM-Solver++), algorithm 1: pairs of rows, of which the second starts again from where the first did.
 
@@ -322,7 +321,7 @@ _PLAIN = {
     "euler_a": _euler_a,
     "heun": _heun,
     "dpmpp_2m": _dpmpp_2m,
-    "dpmpp_2m_sde": _dpmpp_2m_sde,
+    "dpmpp_2m_sde": partial(_dpmpp_2m, noisy=True),
     "dpmpp_2s": _dpmpp_2s,
     "unipc": _unipc,
 }

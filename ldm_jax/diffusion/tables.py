@@ -5,6 +5,8 @@ Every sampler here moves z linearly in what it has seen. Row i is network call i
     z0_hat = denoise(z, level)
     z      = sum_j weight[Z_j] (z of j calls ago) + weight[X_j] (z0_hat of j calls ago) + weight[NOISE] (fresh noise)
 
+and of a network with a learned variance (see `guidance.Estimate`) the noise is exp(widen (spread + 1) / 2) times that.
+
 Z[0], X[0], Z[1], ... and NOISE are unit vectors, so that a paper's update, written down with them, is the row.
 `sampling.solve` runs any table; columns are padded to one length and the number of rows is data, so that it compiles
 once for all.
@@ -29,6 +31,7 @@ class Row(NamedTuple):
     at: Point  # where z stands when the network is called
     reached: Point  # where the move leaves it
     weights: np.ndarray  # [2 HISTORY + 3], in terms of Z, X and NOISE
+    widen: float = 0.0  # log sqrt(beta / beta_tilde) where the variance is the network's to choose
 
 
 class Table(NamedTuple):
@@ -38,6 +41,7 @@ class Table(NamedTuple):
     alpha: np.ndarray  # [R] z = alpha z0 + sigma eps when the network is called
     sigma: np.ndarray
     weights: np.ndarray  # [R, 2 HISTORY + 3]
+    widen: np.ndarray  # [R] 0 where the variance is fixed
     alpha_bar: np.ndarray  # [R] the level reached: z after row i is a sample of q at this alpha_bar; 1 = clean
     rows: np.ndarray  # [] int32
 
@@ -56,6 +60,7 @@ def tabulate(rows: Iterator[Row] | Sequence[Row], T: int) -> Table:
         [row.at.alpha for row in rows],
         [row.at.sigma for row in rows],
         [row.weights for row in rows],
+        [row.widen for row in rows],
         [row.reached.alpha_bar for row in rows],
     )
     pad = 2 * T - len(rows)
@@ -70,13 +75,16 @@ def with_resampling(table: Table, times: int, jump: int) -> Table:
     that blends in what is known, which the repetitions bring into harmony with what is drawn.
 
     Raises:
-      ValueError: times or jump less than 1, a solver with a memory, or more rows than a table holds.
+      ValueError: times or jump less than 1, a solver with a memory, a learned variance, or more rows than a table
+        holds.
     """
     if times < 1 or jump < 1:
         raise ValueError(f"resampling needs times and jump of 1 or more, got {times} and {jump}")
     now = np.isin(np.arange(len(_UNITS)), [0, HISTORY + 1, len(_UNITS) - 1])
     if table.weights[:, ~now].any():
         raise ValueError("resampling needs a solver without memory: ddpm, ddim, euler or euler_a")
+    if table.widen.any():
+        raise ValueError("resampling needs a fixed variance: fixed_small or fixed_large")
     n, rows = int(table.rows), []
     at = [Point(*point) for point in zip(table.t, table.alpha**2)][:n]
     plain = [Row(at[i], Point(0.0, table.alpha_bar[i]), table.weights[i]) for i in range(n)]

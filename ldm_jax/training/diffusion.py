@@ -11,7 +11,7 @@ import optax
 from flax import linen as nn
 
 from ldm_jax.data.pixels import flip_images, to_pixels
-from ldm_jax.diffusion.losses import diffusion_loss
+from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
 from ldm_jax.diffusion.process import q_sample
 from ldm_jax.first_stage import FirstStage, to_latents
 from ldm_jax.map_condition import MapCondition
@@ -44,8 +44,13 @@ def make_diffusion_stage(
     flip: bool,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    bound_weight: float = 0.0,
+    levels: int | None = None,
 ) -> DiffusionStage:
     """Builds the stage for the loss of Ho 2020, eq. 14 (Rombach 2022, eq. 3), generalised to v and z0.
+
+    With a `bound_weight` (lambda of Nichol 2021, eq. 16) the variance is learned: the UNet's second half of channels is
+    its spread, and the loss L_simple + bound_weight L_vlb. `levels` is that of `likelihood.bound_term`.
 
     A batch holds `id` [B] int32, `label` [B] int32 (absent in unlabelled sets) and either `moments`
     [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with a map
@@ -81,9 +86,10 @@ def make_diffusion_stage(
             moments = first_stage.encode(frozen["autoencoder"], to_pixels(batch["x"]))
         return to_latents(first_stage.draw(moments, keys), frozen["shift"], frozen["scale"])
 
-    def predict(params: dict, example: dict, label: jax.Array) -> jax.Array:
+    def predict(params: dict, example: dict, label: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         context = conditioner.apply({"params": params["conditioner"]}, label)
-        return unet.apply({"params": params["unet"]}, example["seen"], example["t"], context)
+        output = unet.apply({"params": params["unet"]}, example["seen"], example["t"], context)
+        return tuple(jnp.split(output, 2, axis=-1)) if bound_weight else (output, None)
 
     def noised(batch: dict, frozen: dict, keys: jax.Array, t: jax.Array | None = None) -> dict:
         """Everything the loss needs; `t` is drawn uniformly from [0, T) unless given."""
@@ -105,29 +111,33 @@ def make_diffusion_stage(
 
     per_example = partial(diffusion_loss, alpha_bar=alpha_bar, prediction=prediction)
 
-    def loss_fn(params: dict, example: dict) -> jax.Array:
-        output = predict(params, example, example["dropped"])
-        return per_example(
-            output, example["z0"], example["eps"], example["t"], weighting=weighting, gamma=snr_gamma
-        ).mean()
+    def loss_fn(params: dict, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        z0, z_t, t = example["z0"], example["z_t"], example["t"]
+        output, spread = predict(params, example, example["dropped"])
+        simple = per_example(output, z0, example["eps"], t, weighting=weighting, gamma=snr_gamma).mean()
+        if spread is None:
+            return simple, {}
+        terms = variance_loss(output, spread, z0, z_t, t, prediction=prediction, alpha_bar=alpha_bar, levels=levels)
+        bound = T * terms.mean()
+        return simple + bound_weight * bound, {"simple": simple, "bound": bound}
 
     def step(state, frozen, batch, seed, *, axis_name=None):
         keys = example_keys(seed, STREAM, batch["step"], batch["id"])
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, noised(batch, frozen, keys))
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, noised(batch, frozen, keys))
         if axis_name is not None:
-            loss, grads = jax.lax.pmean((loss, grads), axis_name)
+            loss, terms, grads = jax.lax.pmean((loss, terms, grads), axis_name)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (batch["step"] == state.step)
         state = keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state)
-        return state, {"loss": loss, "grad_norm": grad_norm}
+        return state, {"loss": loss, "grad_norm": grad_norm} | terms
 
     def validate(params, frozen, batch, seed):
         """Unweighted loss of each example [B] at the batch's own timesteps `t` [B]; no label is dropped."""
         example = noised(batch, frozen, example_keys(seed, VALIDATION_STREAM, 0, batch["id"]), batch["t"])
-        output = predict(params, example, example["label"])
+        output, _ = predict(params, example, example["label"])
         return per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
@@ -137,7 +147,7 @@ def make_diffusion_stage(
         _, seen = unet.apply(
             {"params": state.params["unet"]}, example["seen"], example["t"], context, capture_intermediates=True
         )
-        loss, grads = jax.value_and_grad(loss_fn)(state.params, example)
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example)
         return {"params": state.params, "z0": example["z0"], "z_t": example["z_t"], "context": context,
                 "map": example["seen"][..., latent_shape[-1] :],
                 "unet": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip

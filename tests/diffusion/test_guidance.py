@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.guidance import (
+    Estimate,
     classifier_free,
     classifier_guided,
     clip_z0,
@@ -201,3 +202,41 @@ def test_what_is_known_is_kept_at_its_level():
     np.testing.assert_allclose(kept[:, 1:].std(0), 0.6, atol=0.06)
     np.testing.assert_array_equal(keep_known(z0, mask)(z, jnp.float32(1), keys)[:, 1:], jnp.tile(z0[1:], (500, 1)))
     np.testing.assert_array_equal(keep_known(z0, jnp.ones(3, bool))(z, jnp.float32(0.5), keys), z)
+
+
+def wide(z_t, t, context):
+    """`network`, and beside it a spread of its own."""
+    return jnp.concatenate([network(z_t, t, context), jnp.cos(3 * z_t) + context[..., None]], axis=-1)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_network_of_twice_the_channels_says_its_spread(prediction):
+    said = from_network(wide, prediction, ALPHA_BAR)(Z, LEVEL, CONTEXT)
+    assert isinstance(said, Estimate)
+    np.testing.assert_array_equal(said.z0, from_network(network, prediction, ALPHA_BAR)(Z, LEVEL, CONTEXT))
+    np.testing.assert_allclose(said.spread, jnp.cos(3 * Z) + CONTEXT[..., None], rtol=1e-6)
+
+
+def log_probability(z_t, t):
+    return -(z_t**2).sum((1, 2, 3)) - t
+
+
+CHAIN = {  # what is made of a denoiser
+    "without guidance": lambda d: classifier_free(d, CONTEXT, NULL, 1.0),
+    "guided": lambda d: classifier_free(d, CONTEXT, NULL, 3.0),
+    "guided by shares": lambda d: classifier_free(d, CONTEXT, NULL, jnp.array([0.0, 1.0, 3.0])),
+    "in an interval, rescaled": lambda d: classifier_free(d, CONTEXT, NULL, 3.0, interval=(40, 60), rescale=0.7),
+    "clipped": lambda d: clip_z0(lambda z, level: d(z, level, CONTEXT), 0.4),
+    "thresholded": lambda d: threshold_z0(lambda z, level: d(z, level, CONTEXT), 0.5),
+    "by a classifier, clipped": lambda d: clip_z0(
+        classifier_guided(classifier_free(d, CONTEXT, NULL, 3.0), log_probability, 0.1), 5.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_guidance_changes_z0_alone(name):
+    """z0 is what it is without a spread, and the spread is that of the condition, untouched."""
+    said = CHAIN[name](from_network(wide, "v", ALPHA_BAR))(Z, LEVEL)
+    np.testing.assert_array_equal(said.z0, CHAIN[name](from_network(network, "v", ALPHA_BAR))(Z, LEVEL))
+    np.testing.assert_allclose(said.spread, jnp.cos(3 * Z) + CONTEXT[..., None], rtol=1e-6)

@@ -3,8 +3,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.losses import diffusion_loss
-from ldm_jax.diffusion.process import PREDICTIONS, WEIGHTINGS, loss_weight, target
+from ldm_jax.diffusion.likelihood import bound_term, log_variance_bounds
+from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
+from ldm_jax.diffusion.process import (
+    PREDICTIONS,
+    WEIGHTINGS,
+    from_z0,
+    level_at,
+    loss_weight,
+    posterior_coefficients,
+    q_sample,
+    target,
+)
 from ldm_jax.diffusion.schedules import make_schedule
 
 ALPHA_BAR = np.array([0.81, 0.36, 0.04])
@@ -65,3 +75,50 @@ def test_zero_terminal_snr_has_a_finite_loss_and_gradient():
         return loss.sum()
 
     assert np.isfinite(gradient(jnp.zeros((2, 4)))).all()
+
+
+@pytest.mark.parametrize("levels", [None, 256])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_variance_alone_learns_from_the_bound(prediction, levels):
+    """It is the term of the bound at the z0_hat that the output means, and the output gets no gradient of it."""
+    z0, eps, z0_hat, spread = jax.random.uniform(jax.random.key(0), (4, 3, 4), minval=-1)
+    t = jnp.array([0, 1, 2])
+    z_t = q_sample(z0, t, eps, ALPHA_BAR)
+    output = from_z0(prediction, z0_hat, z_t, level_at(t, ALPHA_BAR))
+
+    @jax.jit
+    def loss(output, spread):
+        return variance_loss(output, spread, z0, z_t, t, prediction=prediction, alpha_bar=ALPHA_BAR, levels=levels)
+
+    expected = bound_term(z0, z_t, z0_hat, t, ALPHA_BAR, variance="learned", learned=spread, levels=levels)
+    np.testing.assert_allclose(loss(output, spread), expected, rtol=1e-3)
+    to_output, to_spread = jax.jit(jax.grad(lambda *inputs: loss(*inputs).sum(), (0, 1)))(output, spread)
+    np.testing.assert_array_equal(to_output, 0)
+    assert (to_spread != 0).all()
+    step = 0.05
+    slope = (loss(output, spread + step) - loss(output, spread - step)) / (2 * step)
+    np.testing.assert_allclose(to_spread.sum(1), slope, rtol=0.02, atol=1e-4)
+
+
+@pytest.mark.parametrize("t", [1, 2, 5])
+def test_the_best_spread_for_gaussian_data_is_that_of_the_true_reverse_step(t):
+    """Var[z_{t-1} | z_t] = beta_tilde + (weight of z0)^2 Var[z0 | z_t] (Bao 2022, theorem 1): the loss falls to it."""
+    alpha_bar, std, n = make_schedule("linear", 100, beta_start=0.001, beta_end=0.15).alpha_bar, 0.6, 400_000
+    z0, eps = jax.random.normal(jax.random.key(t), (2, n, 1)) * jnp.array([std, 1.0]).reshape(2, 1, 1)
+    at = jnp.full(n, t)
+    z_t = q_sample(z0, at, eps, alpha_bar)
+    a2 = alpha_bar[t]
+    z0_hat = np.sqrt(a2) * std**2 / (a2 * std**2 + 1 - a2) * z_t
+    on_z0, _, small = posterior_coefficients(alpha_bar[t], alpha_bar[t - 1])
+    exact = small + on_z0**2 * std**2 * (1 - a2) / (a2 * std**2 + 1 - a2)
+    low, high = (bound[t] for bound in log_variance_bounds(alpha_bar))
+    best = 2 * (np.log(exact) - low) / (high - low) - 1
+    assert -1 < best < 1
+
+    @jax.jit
+    @jax.grad
+    def slope(v):
+        spread = jnp.broadcast_to(v, (n, 1))
+        return variance_loss(z0_hat, spread, z0, z_t, at, prediction="z0", alpha_bar=alpha_bar).mean()
+
+    assert slope(jnp.float32(best - 0.06)) < 0 < slope(jnp.float32(best + 0.06))

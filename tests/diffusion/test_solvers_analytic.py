@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from scipy.stats import kstest, norm
 
-from ldm_jax.diffusion.process import from_z0, to_z0
+from ldm_jax.diffusion.guidance import Estimate
+from ldm_jax.diffusion.process import from_z0, posterior_coefficients, to_z0
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.schedules import Schedule, make_schedule
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
@@ -251,3 +252,25 @@ def test_resampling_brings_what_is_drawn_into_harmony_with_what_is_known():
     means = [run(initial_latents(keys, (2,)), t, keys)[0][:, 1].mean() for t in (once, with_resampling(once, 8, 1))]
     assert means[1] == pytest.approx(0.9 * x, abs=0.05)
     assert abs(means[0] - 0.9 * x) > 5 * abs(means[1] - 0.9 * x)
+
+
+def test_the_right_variance_needs_few_steps():
+    """Gaussian data: 20 reverse steps with the variance of q(z_{t-1} | z_t) (Bao 2022, theorem 1) end on the data's."""
+    T, std, seen = 20, 0.6, {}
+    alpha_bar = make_schedule("linear", T, beta_start=1e-3, beta_end=0.5).alpha_bar
+    schedule = Schedule(1 - alpha_bar / np.append(1, alpha_bar[:-1]), alpha_bar)
+    on_z0, _, small = posterior_coefficients(alpha_bar[1:], alpha_bar[:-1])
+    exact = small + on_z0**2 * std**2 * (1 - alpha_bar[1:]) / (alpha_bar[1:] * std**2 + 1 - alpha_bar[1:])
+    v = 2 * np.log(exact / small) / np.log(schedule.beta[1:] / small) - 1
+    v = jnp.asarray([0, *v], jnp.float32)  # the step from t = 0 adds no noise
+
+    def denoise(z_t, level):
+        z0_hat = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2) * z_t
+        return Estimate(z0_hat, jnp.full_like(z_t, v[level.t.astype(int)]))
+
+    keys = sample_keys(0, jnp.arange(64))
+    run = jax.jit(lambda table: solve(denoise, initial_latents(keys, (32, 32)), table, keys)[0])
+    for variance in ("learned", "fixed_small", "fixed_large"):
+        seen[variance] = float(run(make_table("ddpm", schedule, T, variance=variance)).std())
+    assert seen["learned"] == pytest.approx(std, rel=0.015)
+    assert seen["fixed_small"] < 0.97 * std < 1.03 * std < seen["fixed_large"]

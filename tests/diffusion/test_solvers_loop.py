@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from ldm_jax.diffusion.guidance import classifier_free
+from ldm_jax.diffusion.guidance import Estimate, classifier_free
 from ldm_jax.diffusion.process import Level
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.schedules import make_schedule
@@ -47,17 +47,25 @@ def any_table(rows, seed=0):
         alpha=rng.uniform(0, 1, 2 * T),
         sigma=rng.uniform(0, 1, 2 * T),
         weights=weights,
+        widen=rng.uniform(0, 0.8, 2 * T),
         alpha_bar=rng.uniform(0, 1, 2 * T),
         rows=np.int32(rows),
     )
 
 
-def plain_loop(table):
-    """The sentence at the top of solvers.py. Returns z and z0_hat after each row."""
+def spread(z_t, level, xp=jnp):
+    return 1.5 * xp.cos(z_t + 0.2 * level.t + level.sigma)
+
+
+def plain_loop(table, learned=False):
+    """The sentence at the top of tables.py. Returns z and z0_hat after each row."""
     zs, z0_hats, states = [np.asarray(Z_T, np.float64)], [], []
     for i in range(int(table.rows)):
-        z0_hats.insert(0, denoise(zs[0], Level(table.t[i], table.alpha[i], table.sigma[i]), np))
+        level = Level(table.t[i], table.alpha[i], table.sigma[i])
+        z0_hats.insert(0, denoise(zs[0], level, np))
         z = table.weights[i, -1] * row_noise(i)
+        if learned:
+            z = z * np.exp(table.widen[i] * (spread(zs[0], level, np) + 1) / 2)
         for j in range(min(i, HISTORY) + 1):
             z = z + table.weights[i, j] * zs[j] + table.weights[i, HISTORY + 1 + j] * z0_hats[j]
         zs.insert(0, z)
@@ -69,6 +77,15 @@ def plain_loop(table):
 def test_any_table_runs_as_written(rows):
     got, _ = run(Z_T, any_table(rows), KEYS)
     np.testing.assert_allclose(got, plain_loop(any_table(rows))[-1][0], rtol=1e-3, atol=1e-4)
+
+
+def test_any_table_runs_as_written_on_a_learned_variance():
+    learned = lambda z_t, level: Estimate(denoise(z_t, level), spread(z_t, level))  # noqa: E731
+    z, trajectory = jax.jit(partial(solve, learned, snapshots=1))(Z_T, any_table(9), KEYS)
+    expected = plain_loop(any_table(9), learned=True)[-1]
+    np.testing.assert_allclose(z, expected[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(trajectory.z0_hat[0], expected[1], rtol=1e-3, atol=1e-4)
+    assert np.abs(z - plain_loop(any_table(9))[-1][0]).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.diffusion.guidance import Estimate
 from ldm_jax.diffusion.process import Level
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.schedules import EVEN, SPACINGS, Schedule, make_schedule, timesteps
 from ldm_jax.diffusion.solvers import SOLVERS, VARIANCES, make_table
-from ldm_jax.diffusion.tables import HISTORY
+from ldm_jax.diffusion.tables import HISTORY, with_resampling
 
 T = 40
 SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)
@@ -26,7 +27,13 @@ def denoise(z_t, level, xp=jnp):
     return xp.sin(2 * z_t + 0.3 * level.t) + 0.5 * z_t
 
 
+def spread(z_t, level, xp=jnp):
+    """Of a learned variance: beyond -1 and 1 too, and different for each entry and t."""
+    return 1.5 * xp.cos(2 * z_t + 0.2 * level.t)
+
+
 run = jax.jit(partial(solve, denoise))
+run_learned = jax.jit(partial(solve, lambda z_t, level: Estimate(denoise(z_t, level), spread(z_t, level))))
 
 
 @cache
@@ -36,7 +43,10 @@ def row_noise(i):
 
 
 def ho_2020(alpha_bar, t, end, variance):
-    """Algorithm 2: mu = (z - beta / sqrt(1 - alpha_bar) eps) / sqrt(alpha), with the alpha of each jump."""
+    """Algorithm 2: mu = (z - beta / sqrt(1 - alpha_bar) eps) / sqrt(alpha), with the alpha of each jump.
+
+    A learned variance is Nichol 2021, eq. 15, with the betas of section 4.
+    """
     z = np.asarray(Z_T, np.float64)
     levels = [*alpha_bar[t], end]
     for i in range(len(t)):
@@ -49,7 +59,11 @@ def ho_2020(alpha_bar, t, end, variance):
             mean = (z - beta / np.sqrt(1 - now) * eps) / np.sqrt(alpha)
         else:  # the limit: z_t says nothing of z_{t-1}
             mean = np.sqrt(after) * z0
-        sigma = np.sqrt(beta if variance == "fixed_large" else (1 - after) / (1 - now) * beta)
+        beta_tilde = (1 - after) / (1 - now) * beta
+        sigma = np.sqrt(beta if variance == "fixed_large" else beta_tilde)
+        if variance == "learned" and i < len(t) - 1:
+            v = (spread(z, Level(t[i], None, None), np) + 1) / 2
+            sigma = np.exp((v * np.log(beta) + (1 - v) * np.log(beta_tilde)) / 2)
         z = mean + (sigma * row_noise(i) if i < len(t) - 1 else 0)
     return z
 
@@ -97,9 +111,15 @@ ENDS = {True: lambda s: 1.0, False: lambda s: s.alpha_bar[0]}
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_ddpm_is_ho_2020(variance, steps, spacing, to_one):
     table = make_table("ddpm", SCHEDULE, steps, variance=variance, spacing=spacing, set_alpha_to_one=to_one)
-    got, _ = run(Z_T, table, KEYS)
+    got, _ = (run_learned if variance == "learned" else run)(Z_T, table, KEYS)
     expected = ho_2020(SCHEDULE.alpha_bar, timesteps(spacing, T, steps), ENDS[to_one](SCHEDULE), variance)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_network_with_a_learned_variance_draws_as_one_without_unless_asked(solver):
+    table = make_table(solver, SCHEDULE, 7)
+    np.testing.assert_allclose(run_learned(Z_T, table, KEYS)[0], run(Z_T, table, KEYS)[0], rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("to_one", [True, False])
@@ -165,6 +185,11 @@ def test_ddpm_table_by_hand():
     assert np.count_nonzero(table.weights) == 4
     large = make_table("ddpm", HAND, 2, variance="fixed_large")
     np.testing.assert_allclose(column(large, "noise"), [np.sqrt(5 / 9), 0.0], rtol=1e-12)
+    learned = make_table("ddpm", HAND, 2, variance="learned")
+    np.testing.assert_allclose(learned.widen, [np.log(0.64 / 0.19) / 2, 0, 0, 0], rtol=1e-12)
+    for name in set(table._fields) - {"widen"}:
+        np.testing.assert_array_equal(getattr(learned, name), getattr(table, name))
+    assert not (table.widen.any() or large.widen.any())
 
 
 def test_ddim_table_by_hand():
@@ -228,7 +253,8 @@ def test_a_constant_denoiser_is_reached_exactly():
             {"schedule": ZERO_SNR, "prediction": "v", "spacing": "karras"},
             "karras spacing needs a schedule that ends above alpha_bar = 0",
         ),
-        ({"variance": "learned"}, "variance must be one of fixed_small, fixed_large, got 'learned'"),
+        ({"variance": "small"}, "variance must be one of fixed_small, fixed_large, learned, got 'small'"),
+        ({"solver": "ddim", "variance": "learned"}, "variance is for ddpm only, got variance = learned"),
         (
             {"solver": "ddim", "variance": "fixed_large"},
             "variance is for ddpm only, got variance = fixed_large",
@@ -252,3 +278,8 @@ def test_refusals(arguments, message):
         make_table(**{"solver": "ddpm", "schedule": SCHEDULE, "steps": 5, **arguments})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_resampling_refuses_a_learned_variance():
+    with pytest.raises(ValueError, match="resampling needs a fixed variance"):
+        with_resampling(make_table("ddpm", SCHEDULE, 5, variance="learned"), times=2, jump=1)

@@ -31,6 +31,11 @@ def network(z_t, t, xp=jnp):
     return gain * z_t + 0.1
 
 
+def spread(z_t, t, xp=jnp):
+    """Of a learned variance."""
+    return 1.2 * xp.cos(z_t + 0.01 * t)
+
+
 def row_noise(i):
     return np.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in KEYS]).astype(np.float64)
 
@@ -143,6 +148,26 @@ def test_ddpm(schedule, spacing, steps, prediction, variance, same_noise):
         expected = expected - np.sqrt(1 - ours.alpha_bar[theirs.timesteps[-1]]) * row_noise(steps - 1)
     got = run_ours(ours, prediction, solver="ddpm", steps=steps, spacing=spacing, variance=variance)
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+@pytest.mark.parametrize("schedule, spacing, steps", [("linear", "leading", 10), ("cosine", "linspace", 20)])
+def test_ddpm_with_a_learned_variance(schedule, spacing, steps, prediction, same_noise):
+    """Spacings that end at timestep 0, where theirs adds no noise. Theirs has the channels at axis 1."""
+    same_noise("ddpm", steps)
+    theirs, ours = scheduler(
+        diffusers.DDPMScheduler, schedule, spacing=spacing, prediction=prediction, variance_type="learned_range"
+    )
+    theirs.set_timesteps(steps)
+    z = torch.from_numpy(Z_T)
+    for t in theirs.timesteps:
+        said = [f(z.numpy(), float(t), np) for f in (network, spread)]
+        z = theirs.step(torch.from_numpy(np.concatenate(said, axis=1)), t, z).prev_sample.double()
+    table = make_table("ddpm", ours, steps, prediction=prediction, spacing=spacing, variance="learned")
+    wide = lambda z, t, _: jnp.concatenate([f(z, t.reshape(-1, 1, 1, 1)) for f in (network, spread)], -1)  # noqa: E731
+    denoise = from_network(wide, prediction, ours.alpha_bar)
+    got, _ = jax.jit(lambda table: solve(lambda z, level: denoise(z, level, None), Z_T, table, KEYS))(table)
+    assert_same(got, z.numpy())
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])

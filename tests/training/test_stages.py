@@ -12,10 +12,13 @@ import tiny
 
 from ldm_jax import builders
 from ldm_jax.data.pixels import to_pixels
+from ldm_jax.diffusion.likelihood import bound_term
+from ldm_jax.diffusion.process import level_at, q_sample, target, to_z0
 from ldm_jax.interop.lpips_weights import load_lpips
+from ldm_jax.training.diffusion import STREAM
 from ldm_jax.training.loop import first_nonfinite
 from ldm_jax.training.parallel import parallel_step, replicate, shard
-from ldm_jax.training.state import TrainState
+from ldm_jax.training.state import TrainState, example_keys
 
 IMAGES, LABELS = tiny.pictures(16)
 
@@ -231,6 +234,51 @@ def test_the_diffusion_model_learns_one_example(name):
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all()
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5]), losses
+
+
+def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
+    """Of the last layer, the half of the mean has the gradient of L_simple alone, that of the variance the bound's."""
+    small = {"unet__block_out_channels": (8,), "unet__attention": (False,), "diffusion__timesteps": 1000}
+    c = config(**small, diffusion__variance="learned", diffusion__bound_weight=0.1, diffusion__prediction="v")
+    stage, unet, alpha_bar = builders.build_diffusion_stage(c, 4), builders.build_unet(c), builders.build_schedule(c)[1]
+    rng, batch = np.random.default_rng(0), moments_batch(8)
+    shapes = jax.eval_shape(stage.init, jax.random.key(0)).params
+    params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(p.dtype), shapes)
+    seen = jax.jit(stage.trace)(TrainState(np.int32(0), params, params, ()), FROZEN, batch, np.uint32(0))
+    z0, z_t = seen["z0"], seen["z_t"]
+
+    @jax.jit
+    def drawn(ids):
+        keys = jax.vmap(partial(jax.random.split, num=4))(example_keys(np.uint32(0), STREAM, 0, ids))
+        t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=1000))(keys[:, 1])
+        return t, jax.vmap(partial(jax.random.normal, shape=(4, 4, 2)))(keys[:, 2])
+
+    t, eps = drawn(batch["id"])
+    np.testing.assert_allclose(z_t, q_sample(z0, t, eps, alpha_bar), rtol=1e-4, atol=1e-5)
+
+    def simple(output):
+        return ((output[..., :2] - target("v", z0, eps, t, alpha_bar)) ** 2).mean()
+
+    def bound(output, mean=jax.lax.stop_gradient):
+        z0_hat = mean(to_z0("v", output[..., :2], z_t, level_at(t, alpha_bar)))
+        return bound_term(z0, z_t, z0_hat, t, alpha_bar, variance="learned", learned=output[..., 2:]).mean()
+
+    @jax.jit
+    def gradients(params):
+        output, back = jax.vjp(lambda p: unet.apply({"params": p}, z_t, t, seen["context"]), params)
+        heads = (simple, bound, partial(bound, mean=lambda z0_hat: z0_hat))
+        return simple(output), bound(output), jax.vmap(back)(jnp.stack([jax.grad(head)(output) for head in heads]))
+
+    simple_value, bound_value, (every,) = gradients(params["unet"])
+    np.testing.assert_allclose(seen["loss"], simple_value + 100 * bound_value, rtol=1e-4)  # 0.1 T
+    of_simple, of_bound, through_the_mean = (every["conv_out"]["kernel"][i] for i in range(3))
+    got = seen["gradient"]["unet"]["conv_out"]["kernel"]
+    np.testing.assert_allclose(got[..., :2], of_simple[..., :2], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(got[..., 2:], 100 * of_bound[..., 2:], rtol=1e-3, atol=1e-5)
+    assert not of_simple[..., 2:].any() and not of_bound[..., :2].any()
+    assert np.abs(100 * through_the_mean[..., :2]).max() > 0.1 * np.abs(of_simple).max()  # it would have shown
+    expected = jax.tree.map(lambda g: g[0] + 100 * g[1], every)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-4), seen["gradient"]["unet"], expected)
 
 
 def test_pixels_without_labels_are_diffused_by_the_same_stage():
