@@ -10,11 +10,10 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from ldm_jax.data.pixels import flip_images, to_pixels
 from ldm_jax.diffusion.losses import diffusion_loss
-from ldm_jax.diffusion.process import q_sample
-from ldm_jax.first_stage import FirstStage, to_latents
-from ldm_jax.training.state import TrainState, ema_update, example_keys, keep_if
+from ldm_jax.first_stage import FirstStage
+from ldm_jax.training.noising import make_noising, split_keys
+from ldm_jax.training.state import TrainState, example_keys, update_if_finite
 
 STREAM, VALIDATION_STREAM = 2, 3  # of `example_keys`; stage 1 has 1
 
@@ -24,7 +23,7 @@ class DiffusionStage(NamedTuple):
 
     init: Callable[[jax.Array], TrainState]
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    validate: Callable[..., jax.Array]
+    validate: Callable[..., dict[str, jax.Array]]
     trace: Callable[..., dict[str, Any]]
 
 
@@ -48,8 +47,8 @@ def make_diffusion_stage(
     A batch holds `id` [B] int32, `label` [B] int32 (absent in unlabelled sets) and either `moments`
     [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8.
     """
-    T = alpha_bar.shape[0]
     null_label = conditioner.null
+    add_noise = make_noising(first_stage=first_stage, alpha_bar=alpha_bar, flip=flip)
 
     def init(rng: jax.Array) -> TrainState:
         rng_unet, rng_conditioner = jax.random.split(rng)
@@ -61,31 +60,17 @@ def make_diffusion_stage(
         ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
-    def latents(batch: dict, frozen: dict, keys: jax.Array) -> jax.Array:
-        key_flip, key_raw = _split(keys, 2)
-        if "moments" in batch:
-            side = jax.vmap(jax.random.bernoulli)(key_flip).astype(jnp.int32) * (batch["moments"].shape[1] - 1)
-            moments = jax.vmap(lambda m, s: m[s])(batch["moments"], side)
-        else:
-            x = to_pixels(batch["x"])
-            moments = first_stage.encode(frozen["autoencoder"], flip_images(x, key_flip) if flip else x)
-        return to_latents(first_stage.draw(moments, key_raw), frozen["shift"], frozen["scale"])
-
     def predict(params: dict, z_t: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
         context = conditioner.apply({"params": params["conditioner"]}, label)
         return unet.apply({"params": params["unet"]}, z_t, t, context)
 
     def noised(batch: dict, frozen: dict, keys: jax.Array, t: jax.Array | None = None) -> dict:
         """Everything the loss needs; `t` is drawn uniformly from [0, T) unless given."""
-        key_latents, key_t, key_noise, key_label = _split(keys, 4)
-        z0 = latents(batch, frozen, key_latents)
-        if t is None:
-            t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=T))(key_t)
-        eps = jax.vmap(partial(jax.random.normal, shape=z0.shape[1:]))(key_noise)
-        label = batch.get("label", jnp.full(t.shape, null_label, jnp.int32))
+        *noising_keys, key_label = split_keys(keys, 4)
+        example = add_noise(batch, frozen, noising_keys, t)
+        label = batch.get("label", jnp.full(example["t"].shape, null_label, jnp.int32))
         dropped = jax.vmap(partial(jax.random.bernoulli, p=label_dropout))(key_label)
-        return {"z0": z0, "t": t, "eps": eps, "z_t": q_sample(z0, t, eps, alpha_bar),
-                "label": label, "dropped": jnp.where(dropped, null_label, label)}  # fmt: skip
+        return example | {"label": label, "dropped": jnp.where(dropped, null_label, label)}
 
     per_example = partial(diffusion_loss, alpha_bar=alpha_bar, prediction=prediction)
 
@@ -100,19 +85,14 @@ def make_diffusion_stage(
         loss, grads = jax.value_and_grad(loss_fn)(state.params, noised(batch, frozen, keys))
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (batch["step"] == state.step)
-        state = keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state)
+        state, grad_norm = update_if_finite(state, batch["step"], loss, grads, optimizer=optimizer, ema_decay=ema_decay)
         return state, {"loss": loss, "grad_norm": grad_norm}
 
     def validate(params, frozen, batch, seed):
-        """Unweighted loss of each example [B] at the batch's own timesteps `t` [B]; no label is dropped."""
+        """{"loss": unweighted, of each example [B]} at the batch's own timesteps `t` [B]; no label is dropped."""
         example = noised(batch, frozen, example_keys(seed, VALIDATION_STREAM, 0, batch["id"]), batch["t"])
         output = predict(params, example["z_t"], example["t"], example["label"])
-        return per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")
+        return {"loss": per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")}
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
@@ -126,8 +106,3 @@ def make_diffusion_stage(
                 "unet": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
 
     return DiffusionStage(init, step, validate, trace)
-
-
-def _split(keys: jax.Array, n: int) -> list[jax.Array]:
-    """[B] keys -> n arrays of [B] keys."""
-    return list(jnp.moveaxis(jax.vmap(partial(jax.random.split, num=n))(keys), 1, 0))
