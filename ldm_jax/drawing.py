@@ -17,7 +17,7 @@ from ldm_jax.diffusion.schedules import EVEN
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.generate import Generator, Request, request, smallest_batch
-from ldm_jax.trained import Trained
+from ldm_jax.trained import Guide, Trained
 from ldm_jax.training.parallel import replicate
 
 
@@ -35,6 +35,8 @@ class Drawing(NamedTuple):
     spacing: str | list[int]
     eta: float
     churn: float
+    classifier: str = ""  # a run folder with a classifier that guides as well
+    classifier_scale: float = 0.0
     negative_label: int = -1
     init_image: str = ""  # begin from this picture, not from noise alone
     strength: float = 1.0  # the share of the steps that is done from there
@@ -69,6 +71,8 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
     if values.batch_size and values.batch_size % devices:
         raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
+    if values.classifier_scale is not None and not values.classifier:
+        raise InputError("--classifier_scale needs --classifier, a run folder with a classifier")
     sampler, spacing = _or(values.sampler, sampling.sampler), _or(values.spacing, sampling.spacing)
     if values.timesteps is not None:
         if values.steps or values.spacing:
@@ -87,6 +91,8 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         spacing=spacing,
         eta=_or(values.eta, sampling.eta if own else 0.0),
         churn=_or(values.churn, sampling.churn if own else 0.0),
+        classifier=values.classifier or "",
+        classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
     )
 
 
@@ -137,7 +143,7 @@ def from_recipe(model: Trained, path: Path) -> Drawing:
     if recipe.get("model") != trained.fingerprint(model):
         raise InputError(f"--from_recipe={path} was drawn by another model ({recipe.get('model')}) than --model")
     drawing = Drawing(**{name: recipe[name] for name in Drawing._fields})
-    for file, digest in _digests(drawing).items():
+    for file, digest in _digests(drawing, _guide(model, drawing)).items():
         if recipe["inputs"].get(file) != digest:
             raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
     return drawing
@@ -160,10 +166,10 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
         resample=drawing.resample,
         jump=drawing.resample_jump,
     )
-    image, mask = _read_inputs(model, drawing)
+    (image, mask), guide = _read_inputs(model, drawing), _guide(model, drawing)
     batch_size = smallest_batch(drawing.num, batch_size, jax.local_device_count())
-    generator = trained.build_generator(model.config, len(model.class_names), batch_size)
-    params = replicate(model.params)
+    generator = trained.build_generator(model.config, len(model.class_names), batch_size, guide)
+    params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
     wanted = request(
         drawing.num,
         drawing.labels,
@@ -172,6 +178,7 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
         negative=drawing.negative_label,
         interval=tuple(drawing.guidance_interval),
         rescale=drawing.guidance_rescale,
+        classifier_scale=np.full(drawing.num, drawing.classifier_scale, np.float32),
     )
     wanted = wanted._replace(**_beginning(model, drawing, generator, params, wanted, image, mask))
     images = []
@@ -180,7 +187,7 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
             images.append(some if mask is None else np.where(mask[..., None], some, image))
             bar.update(len(some))
     few = min(drawing.num, 2 * max(len(drawing.labels), 8))
-    recipe = {"model": trained.fingerprint(model), "step": model.step, "inputs": _digests(drawing)}
+    recipe = {"model": trained.fingerprint(model), "step": model.step, "inputs": _digests(drawing, guide)}
     return Drawn(
         np.concatenate(images),
         wanted.labels,
@@ -230,7 +237,7 @@ def _beginning(
         spacing = drawing.spacing if drawing.spacing in EVEN else "trailing"
         table = trained.build_inversion_table(model.config, drawing.steps, spacing)
         plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0)
-        plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32))
+        plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32), classifier_scale=None)
         noise = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
         return {"z_T": editing.slerp(*noise, shares)}
     z0 = generator.encode(params, image[None])[0]
@@ -239,10 +246,16 @@ def _beginning(
     return {"z0": z0, "mask": editing.mask_of_latents(mask, len(mask) // shape[0])}
 
 
-def _digests(drawing: Drawing) -> dict[str, str]:
+def _guide(model: Trained, drawing: Drawing) -> Guide | None:
+    """The classifier that guides a drawing, if one does."""
+    return trained.load_guide(Path(drawing.classifier), model) if drawing.classifier else None
+
+
+def _digests(drawing: Drawing, guide: Guide | None) -> dict[str, str]:
     """File -> hash, of all that a drawing reads; a file that is not there has none."""
     files = [file for file in (drawing.init_image, drawing.mask, drawing.to_image, drawing.init_latents) if file]
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
+    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
+    return digests | ({drawing.classifier: trained.fingerprint(guide)} if guide else {})
 
 
 def _or(value: Any, default: Any) -> Any:
