@@ -8,7 +8,7 @@ import jobs
 import numpy as np
 import pytest
 
-from ldm_jax import builders, commands, evaluate, sample, trained
+from ldm_jax import builders, commands, sample, trained
 from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, from_network
 from ldm_jax.diffusion.sampling import sample_keys, solve
 from ldm_jax.evaluation.pictures import read_recipe
@@ -164,7 +164,7 @@ def test_a_generator_without_a_classifier_refuses_a_scale(trained_run):
         next(generator.latents(model.params, WANTED, trained.build_table(model.config)))
 
 
-def test_the_commands_take_a_classifier(trained_run, classifier_run, tmp_path, capsys):
+def test_the_command_takes_a_classifier(trained_run, classifier_run, tmp_path, capsys):
     def draw(out, *flags):
         command = ["sample", f"--model={trained_run}", f"--out={tmp_path / out}", *flags]
         assert commands.run(sample.main, command) == 0, capsys.readouterr().err
@@ -177,9 +177,6 @@ def test_the_commands_take_a_classifier(trained_run, classifier_run, tmp_path, c
     assert recipe["classifier_scale"] == 300
     assert recipe["inputs"] == {str(other): trained.fingerprint(trained.load_classifier(classifier_run))}
     np.testing.assert_array_equal(draw("again", f"--from_recipe={tmp_path / 'guided' / 'samples.png'}"), guided)
-    command = ["evaluate", f"--model={trained_run}", f"--classifier={other}", "--num=8", f"--out={tmp_path / 'scores'}"]
-    assert commands.run(evaluate.main, command) == 0
-    assert read_json(tmp_path / "scores" / "evaluation.json")["recipe"]["classifier_scale"] == 1.0
     shutil.rmtree(other / "classifier" / "8")  # what is left is another classifier: that of step 4
     capsys.readouterr()
     command = ["sample", f"--model={trained_run}", f"--out={tmp_path / 'no'}"]
