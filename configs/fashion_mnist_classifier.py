@@ -1,10 +1,10 @@
 """A classifier of noisy latents, to guide the main job's model by: sized for a CPU of two cores.
 
-python -m ldm_jax.train --config=configs/fashion_mnist_classifier.py
+    python -m ldm_jax.train --config=configs/fashion_mnist_classifier.py
 
 On the latents of runs/fashion_mnist, in about 4 minutes (measured while other work shared the cores), it reads 73 % of
-the noised test images rightly: 88 % in the first tenth of the timesteps, 23 % in the last. The unconditional model led by
-it alone (`--guidance=0 --guidance_interval=0,1`) draws what `experiments/judge` reads as intended to 45 % at
+the noised test images rightly: 88 % in the first tenth of the timesteps, 23 % in the last. The unconditional model led
+by it alone (`--guidance=0 --guidance_interval=0,1`) draws what `experiments/judge` reads as intended to 45 % at
 `--classifier_scale=2`, 64 % at 4 and 79 % at 8, against 12 % without it and 83 % by the conditional model.
 """
 
