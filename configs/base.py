@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     """The defaults: every field that exists, so that an unknown one is an error."""
     config = ConfigDict()
     config.seed = 0  # all randomness comes from here, indexed by (stage, step, example)
+    config.stages = ("autoencoder", "diffusion")  # what is trained, in this order; classifier: one that guides sampling
     config.dtype = "float32"  # the networks' arithmetic: float32 | bfloat16; parameters and statistics stay float32
 
     data = config.data = ConfigDict()
@@ -81,6 +82,14 @@ def get_config() -> ConfigDict:
     unet.norm_num_groups = 32
     unet.context_dim = 128  # width of the conditioning tokens tau(y)
     unet.context_tokens = 1  # learned tokens for each class
+
+    classifier = config.classifier = ConfigDict()  # of noised latents; its schedule is that of diffusion
+    classifier.block_out_channels = (64, 128)
+    classifier.attention = (False, True)  # self-attention at this resolution?
+    classifier.layers_per_block = 1
+    classifier.attention_heads = 4
+    classifier.norm_num_groups = 16
+    _training(classifier, steps=100_000, batch_size=128, learning_rate=3e-4)
 
     sampling = config.sampling = ConfigDict()
     sampling.num = 10_000  # pictures at the end of the run, the same number of each class

@@ -5,17 +5,23 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ldm_jax.data.datasets import Dataset, load_dataset
+from ldm_jax.diffusion.classification import Classify, make_classify
 from ldm_jax.diffusion.schedules import Schedule, make_schedule
 from ldm_jax.first_stage import FirstStage, make_first_stage
 from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
+from ldm_jax.models.classifier import NoisyClassifier
 from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.unet import UNet
 from ldm_jax.training.autoencoder import AutoencoderStage, make_autoencoder_stage
+from ldm_jax.training.classifier import ClassifierStage, make_classifier_stage
 from ldm_jax.training.diffusion import DiffusionStage, make_diffusion_stage
 from ldm_jax.training.state import make_optimizer
+
+# The fields of config.diffusion that the noise schedule is made of.
+SCHEDULE = ("schedule", "timesteps", "beta_start", "beta_end", "zero_terminal_snr")
 
 
 def load_split(config: ConfigDict, split: str) -> Dataset:
@@ -126,6 +132,25 @@ def build_conditioner(config: ConfigDict, num_classes: int) -> ClassEmbedder:
     return ClassEmbedder(num_classes, config.unet.context_dim, config.unet.context_tokens)
 
 
+def build_classifier(config: ConfigDict, num_classes: int) -> NoisyClassifier:
+    """The classifier of the config's noised latents."""
+    classifier = config.classifier
+    return NoisyClassifier(
+        num_classes=num_classes,
+        block_out_channels=classifier.block_out_channels,
+        attention=classifier.attention,
+        layers_per_block=classifier.layers_per_block,
+        attention_heads=classifier.attention_heads,
+        norm_num_groups=classifier.norm_num_groups,
+        dtype=jnp.dtype(config.dtype),
+    )
+
+
+def build_classify(config: ConfigDict, num_classes: int) -> Classify:
+    """(params, z_t, t) -> log p(y | z_t) of the config's classifier."""
+    return make_classify(build_classifier(config, num_classes).apply, build_schedule(config).alpha_bar)
+
+
 def build_lpips(config: ConfigDict) -> LPIPS | None:
     """The perceptual distance of stage 1, or None where its weight is 0."""
     loss = config.autoencoder.loss
@@ -177,6 +202,19 @@ def build_diffusion_stage(config: ConfigDict, num_classes: int) -> DiffusionStag
         ema_decay=diffusion.ema_decay,
         bound_weight=diffusion.bound_weight if diffusion.variance == "learned" else 0.0,
         levels=pixel_levels(config),
+    )
+
+
+def build_classifier_stage(config: ConfigDict, num_classes: int) -> ClassifierStage:
+    """The stage of the config's classifier."""
+    return make_classifier_stage(
+        classifier=build_classifier(config, num_classes),
+        first_stage=build_first_stage(config),
+        latent_shape=latent_shape(config),
+        alpha_bar=build_schedule(config).alpha_bar,
+        flip=config.data.flip,
+        optimizer=make_optimizer(**_optimizer_fields(config.classifier)),
+        ema_decay=config.classifier.ema_decay,
     )
 
 

@@ -74,6 +74,10 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
     flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_string("classifier", None, "a run folder with a classifier, to guide by as well", flag_values=values)
+    flags.DEFINE_float(
+        "classifier_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values
+    )
     flags.DEFINE(
         _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
     )

@@ -39,6 +39,9 @@ SAMPLERS = (
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
 
+# Everything that can be trained, in the order in which it may be.
+STAGES = ("autoencoder", "diffusion", "classifier")
+
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.channels": (1, 3),
@@ -47,6 +50,7 @@ _CHOICES = {
     "autoencoder.loss.perceptual_net": ("vgg16", "alexnet"),
     "autoencoder.decay": ("constant", "cosine"),
     "diffusion.decay": ("constant", "cosine"),
+    "classifier.decay": ("constant", "cosine"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine"),
     "diffusion.prediction": ("eps", "v", "z0"),
     "diffusion.weighting": ("uniform", "min_snr"),
@@ -88,6 +92,9 @@ _RANGES = {
     "unet.norm_num_groups": (1, None),
     "unet.context_dim": (1, None),
     "unet.context_tokens": (1, None),
+    "classifier.layers_per_block": (1, None),
+    "classifier.attention_heads": (1, None),
+    "classifier.norm_num_groups": (1, None),
     "sampling.num": (0, None),
     "sampling.steps": (1, None),
     "sampling.eta": (0.0, 1.0),
@@ -105,7 +112,7 @@ _RANGES = {
     "keep_checkpoints": (1, None),
 } | {
     f"{stage}.{field}": bounds
-    for stage in ("autoencoder", "diffusion")
+    for stage in STAGES
     for field, bounds in {
         "steps": (1, None),
         "batch_size": (1, None),
@@ -122,7 +129,7 @@ _RANGES = {
 def validate(config: ConfigDict) -> None:
     """Raises InputError for values that no run could have, before anything is compiled or written."""
     fields = flatten(config)
-    for name in (*_CHOICES, *_RANGES, *_INTERVALS):
+    for name in ("stages", *_CHOICES, *_RANGES, *_INTERVALS):
         if name not in fields:
             raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
     for name, choices in _CHOICES.items():
@@ -136,6 +143,7 @@ def validate(config: ConfigDict) -> None:
             raise InputError(f"config.{name} is {value}; it must be {bounds}")
     for name in _INTERVALS:
         check_interval(f"config.{name}", fields[name])
+    _validate_stages(config)
     _validate_shapes(config)
     diffusion, loss = config.diffusion, config.autoencoder.loss
     if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end:
@@ -194,6 +202,22 @@ def check_interval(name: str, value: Any) -> None:
         raise InputError(f"{name} is {value}; it must be two rising numbers from 0 to 1, e.g. 0.15,0.85")
 
 
+def _validate_stages(config: ConfigDict) -> None:
+    """Pixel diffusion (autoencoder.kind none) has no first stage to train, though its name may stand there."""
+    stages, pixels = config.stages, config.autoencoder.kind == "none"
+    for stage in stages if isinstance(stages, tuple) else (stages,):
+        check_choice("config.stages", stage, STAGES)
+    if not isinstance(stages, tuple) or stages != tuple(stage for stage in STAGES if stage in stages):
+        raise InputError(f"config.stages is {stages}; it must be some of {', '.join(STAGES)}, each once, in this order")
+    if not set(stages) - ({"autoencoder"} if pixels else set()):
+        raise InputError(f"config.stages is {stages}: there is nothing to train")
+    if stages[0] != "autoencoder" and not pixels:
+        raise InputError(
+            f"config.stages is {stages}; what is trained on latents needs 'autoencoder' before it "
+            "(config.autoencoder.checkpoint takes another run's)"
+        )
+
+
 def _validate_shapes(config: ConfigDict) -> None:
     size = config.data.image_size
     if config.autoencoder.kind != "none":
@@ -206,24 +230,31 @@ def _validate_shapes(config: ConfigDict) -> None:
             )
         _divides("autoencoder.norm_num_groups", config.autoencoder.norm_num_groups, channels)
         size //= factor
-    unet = config.unet
-    _positive("unet.block_out_channels", unet.block_out_channels)
-    if len(unet.attention) != len(unet.block_out_channels):
+    _validate_levels("unet", config.unet, size)
+    if "classifier" in config.stages:
+        _validate_levels("classifier", config.classifier, size)
+
+
+def _validate_levels(name: str, network: ConfigDict, size: int) -> None:
+    """The resolutions of `network`, the section `name`, for latents of `size` pixels."""
+    channels = network.block_out_channels
+    _positive(f"{name}.block_out_channels", channels)
+    if len(network.attention) != len(channels):
         raise InputError(
-            f"config.unet.attention has {len(unet.attention)} entries, config.unet.block_out_channels "
-            f"{len(unet.block_out_channels)}; they must be equally long"
+            f"config.{name}.attention has {len(network.attention)} entries, config.{name}.block_out_channels "
+            f"{len(channels)}; they must be equally long"
         )
-    _divides("unet.norm_num_groups", unet.norm_num_groups, unet.block_out_channels)
-    if unet.norm_num_groups in unet.block_out_channels:
+    _divides(f"{name}.norm_num_groups", network.norm_num_groups, channels)
+    if network.norm_num_groups in channels:
         raise InputError(
-            f"config.unet.norm_num_groups is {unet.norm_num_groups}, as many as there are channels at a resolution of "
-            f"config.unet.block_out_channels {unet.block_out_channels}; a norm of single channels erases the time "
+            f"config.{name}.norm_num_groups is {network.norm_num_groups}, as many as there are channels at a "
+            f"resolution of config.{name}.block_out_channels {channels}; a norm of single channels erases the time "
             "embedding, so it must be less"
         )
-    _divides("unet.attention_heads", unet.attention_heads, unet.block_out_channels)
-    if size < 2 ** (len(unet.block_out_channels) - 1):
+    _divides(f"{name}.attention_heads", network.attention_heads, channels)
+    if size < 2 ** (len(channels) - 1):
         raise InputError(
-            f"config.unet.block_out_channels has {len(unet.block_out_channels)} resolutions; latents of {size}x{size} "
+            f"config.{name}.block_out_channels has {len(channels)} resolutions; latents of {size}x{size} "
             "cannot be halved so often"
         )
 
@@ -243,8 +274,9 @@ def _divides(name: str, divisor: int, channels: tuple) -> None:
 
 def validate_devices(config: ConfigDict, devices: int) -> None:
     """Raises InputError if a batch cannot be shared out evenly."""
-    for name in ("autoencoder.batch_size", "diffusion.batch_size", "sampling.batch_size", "evaluation.batch_size"):
-        value = flatten(config)[name]
+    fields = flatten(config)
+    for name in (f"{part}.batch_size" for part in (*config.stages, "sampling", "evaluation")):
+        value = fields[name]
         if value % devices:
             raise InputError(f"config.{name} is {value}; it must be a multiple of the {devices} devices")
 

@@ -20,7 +20,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.generate import Generator, Request, request, smallest_batch
 from ldm_jax.given import Given, from_map, from_masked, from_split, keep_known, shown
-from ldm_jax.trained import Trained
+from ldm_jax.trained import Guide, Trained
 from ldm_jax.training.parallel import replicate
 
 
@@ -39,6 +39,8 @@ class Drawing(NamedTuple):
     eta: float
     churn: float
     variance: str
+    classifier: str = ""  # a run folder with a classifier that guides as well
+    classifier_scale: float = 0.0
     negative_label: int = -1
     init_image: str = ""  # begin from this picture, not from noise alone
     strength: float = 1.0  # the share of the steps that is done from there
@@ -77,6 +79,8 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
     if values.batch_size and values.batch_size % devices:
         raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
+    if values.classifier_scale is not None and not values.classifier:
+        raise InputError("--classifier_scale needs --classifier, a run folder with a classifier")
     sampler, spacing = _or(values.sampler, sampling.sampler), _or(values.spacing, sampling.spacing)
     if values.timesteps is not None:
         if values.steps or values.spacing:
@@ -95,6 +99,8 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Drawing
         spacing=spacing,
         eta=_or(values.eta, sampling.eta if own else 0.0),
         churn=_or(values.churn, sampling.churn if own else 0.0),
+        classifier=values.classifier or "",
+        classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
         variance=_or(values.variance, sampling.variance if own else "fixed_small"),
         map_split=_map_split(model.config),
     )
@@ -165,7 +171,7 @@ def from_recipe(model: Trained, path: Path) -> Drawing:
     if recipe.get("model") != trained.fingerprint(model):
         raise InputError(f"--from_recipe={path} was drawn by another model ({recipe.get('model')}) than --model")
     drawing = Drawing(**{name: recipe[name] for name in Drawing._fields})
-    for file, digest in _digests(drawing).items():
+    for file, digest in _digests(drawing, _guide(model, drawing)).items():
         if recipe["inputs"].get(file) != digest:
             raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
     return drawing
@@ -189,11 +195,11 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
         resample=drawing.resample,
         jump=drawing.resample_jump,
     )
-    image, mask = _read_inputs(model, drawing)
+    (image, mask), guide = _read_inputs(model, drawing), _guide(model, drawing)
     given = _given(model.config, drawing, image, mask)
     batch_size = smallest_batch(drawing.num, batch_size, jax.local_device_count())
-    generator = trained.build_generator(model.config, len(model.class_names), batch_size)
-    params = replicate(model.params)
+    generator = trained.build_generator(model.config, len(model.class_names), batch_size, guide)
+    params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
     wanted = request(
         drawing.num,
         drawing.labels,
@@ -202,6 +208,7 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
         negative=drawing.negative_label,
         interval=tuple(drawing.guidance_interval),
         rescale=drawing.guidance_rescale,
+        classifier_scale=np.full(drawing.num, drawing.classifier_scale, np.float32),
     )
     if given is not None:
         maps = generator.maps(params, given.known)
@@ -214,7 +221,7 @@ def draw(model: Trained, drawing: Drawing, *, batch_size: int, film: bool = True
             bar.update(len(some))
     images = keep_known(given, np.concatenate(images))
     few = min(drawing.num, 2 * max(len(drawing.labels), 8))
-    recipe = {"model": trained.fingerprint(model), "step": model.step, "inputs": _digests(drawing)}
+    recipe = {"model": trained.fingerprint(model), "step": model.step, "inputs": _digests(drawing, guide)}
     return Drawn(
         images,
         wanted.labels,
@@ -277,7 +284,7 @@ def _beginning(
         spacing = drawing.spacing if drawing.spacing in EVEN else "trailing"
         table = trained.build_inversion_table(model.config, drawing.steps, spacing)
         plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0)
-        plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32))
+        plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32), classifier_scale=None)
         noise = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
         return {"z_T": editing.slerp(*noise, shares)}
     if model.config.concat.kind == "inpainting" and drawing.strength == 1:  # its map says all that is known
@@ -288,11 +295,17 @@ def _beginning(
     return {"z0": z0, "mask": editing.mask_of_latents(mask, len(mask) // shape[0])}
 
 
-def _digests(drawing: Drawing) -> dict[str, str]:
+def _guide(model: Trained, drawing: Drawing) -> Guide | None:
+    """The classifier that guides a drawing, if one does."""
+    return trained.load_guide(Path(drawing.classifier), model) if drawing.classifier else None
+
+
+def _digests(drawing: Drawing, guide: Guide | None) -> dict[str, str]:
     """File -> hash, of all that a drawing reads; a file that is not there has none."""
     names = ("init_image", "mask", "to_image", "init_latents", "map")
     files = [getattr(drawing, name) for name in names if getattr(drawing, name)]
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
+    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
+    return digests | ({drawing.classifier: trained.fingerprint(guide)} if guide else {})
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -80,25 +80,65 @@ def check_weights(path: str | None, name: str) -> None:
 
 
 def score_run(workdir: Path, train_set: "Dataset", test_set: "Dataset") -> None:
-    """Scores the samples that ended a run: leaves evaluation.json in the run folder."""
+    """Scores the samples that ended a run, and its classifier: leaves evaluation.json in the run folder."""
     import numpy as np
 
     from ldm_jax import trained
     from ldm_jax.evaluation.pictures import read_recipe
     from ldm_jax.given import from_split
 
-    model, cards = trained.load(workdir), {}
-    if model.config.sampling.num:
+    config, cards = configuration.from_json(workdir / "config.json"), {}
+    if "diffusion" in config.stages and config.sampling.num:
         with np.load(workdir / "samples.npz") as samples:
-            images, config = samples["images"], model.config
+            images = samples["images"]
         restores = config.concat.kind != "none"
         restored_from = from_split(config, test_set, len(images), config.seed) if restores else None
-        cards = score(model, images, train_set, test_set, restored_from)
-    cards["model"] = score_model(model, test_set, workdir)
-    cards["asked"] = _asked(model.config)
+        cards = score(trained.load(workdir), images, train_set, test_set, restored_from)
+    if "diffusion" in config.stages:
+        cards["model"] = score_model(trained.load(workdir), test_set, workdir)
+    if "classifier" in config.stages:
+        cards["classifier"] = score_classifier(workdir, test_set)
+    cards["asked"] = _asked(config)
     if cards.get("samples"):
         cards["recipe"] = read_recipe(workdir / "samples.png")
     run_folder.write_json(workdir / "evaluation.json", cards)
+
+
+def score_classifier(workdir: Path, test_set: "Dataset") -> dict[str, Any]:
+    """{"accuracy": card, "accuracy_by_t": [10], from clean to noise} of a run's classifier on noised test images."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from ldm_jax import builders, trained
+    from ldm_jax.evaluation.cards import Card
+    from ldm_jax.evaluation.features import fingerprint
+    from ldm_jax.training.validation import BUCKETS, examples_used, make_validation
+
+    guide = trained.load_classifier(workdir)
+    config, num_classes = guide.config, test_set.num_classes
+    how_many = {"num": config.evaluation.num_reference, "batch_size": config.evaluation.batch_size}
+    validate = make_validation(
+        builders.build_classifier_stage(config, num_classes),
+        test_set,
+        T=config.diffusion.timesteps,
+        null_label=num_classes,
+        **how_many,
+    )
+    measured = validate({"classifier": guide.params}, trained.load_first_stage(workdir, config), config.seed)
+    n = examples_used(test_set, **how_many)
+    card = Card(
+        score="accuracy",
+        value=float(measured["validation_accuracy"]),
+        better="higher",
+        n=n,
+        reference=test_set.split,
+        reference_n=n,
+        reference_sha256=fingerprint(test_set[np.arange(n) % len(test_set)]["x"]),
+        method="share of noised latents, t evenly over [0, T), whose own label is the most probable",
+    )
+    names = (f"validation_accuracy_{k}" for k in range(BUCKETS))
+    return {"accuracy": asdict(card), "accuracy_by_t": [float(measured[n]) for n in names if n in measured]}
 
 
 def is_done(workdir: Path, config: "ConfigDict") -> bool:

@@ -10,7 +10,8 @@ import numpy as np
 from flax import linen as nn
 
 from ldm_jax.data.pixels import to_pixels, to_uint8
-from ldm_jax.diffusion.guidance import classifier_free, clip_z0, from_network, keep_known
+from ldm_jax.diffusion.classification import Classify, log_probability
+from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, clip_z0, from_network, keep_known
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.tables import Table
 from ldm_jax.first_stage import FirstStage, from_latents, to_latents
@@ -31,12 +32,13 @@ class Request(NamedTuple):
     negative: int = -1  # the label that guidance leads away from; -1 = no label
     interval: tuple[float, float] = (0.0, 1.0)  # the share t / T of the timesteps that are guided
     rescale: float = 0.0  # see `classifier_free`
+    classifier_scale: np.ndarray | None = None  # [N] float32: of `classifier_guided`; None = 0, as without a label
     maps: np.ndarray | None = None  # [N, h, w, k] float32, of a model with a map condition: see `Generator.maps`
 
     def first(self, num: int) -> "Request":
         """The same for the first `num` samples only."""
-        per_sample = {name: getattr(self, name) for name in ("ids", "labels", "guidance", "z_T", "maps")}
-        return self._replace(**{name: None if values is None else values[:num] for name, values in per_sample.items()})
+        names = ("ids", "labels", "guidance", "z_T", "classifier_scale", "maps")
+        return self._replace(**{name: value[:num] for name in names if (value := getattr(self, name)) is not None})
 
 
 def request(num: int, labels: list[int], *, guidance: float, seed: int, **rest: Any) -> Request:
@@ -90,10 +92,12 @@ def make_generator(
     clip: float,
     batch_size: int,
     snapshots: int,
+    classify: Classify | None = None,
 ) -> Generator:
     """Builds a generator for replicated `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}.
 
     Seed, labels, guidance, solver and steps are arguments of the compiled calls. z0_hat is kept within [-clip, clip].
+    With `classify`, which takes params["classifier"], a request's `classifier_scale` guides as well.
     """
 
     def solve_batch(params, batch, table, seed, options):
@@ -115,6 +119,14 @@ def make_generator(
             rescale=options["rescale"],
             prediction=prediction,
         )
+        if classify is not None:
+            label = jnp.maximum(batch["label"], 0)
+            guided = classifier_guided(
+                guided,
+                lambda z_t, t: log_probability(classify(params["classifier"], z_t, t), label),
+                jnp.where(batch["label"] < 0, 0.0, batch["classifier_scale"]),
+                interval=options["interval"],
+            )
         z, on_the_way = solve(
             clip_z0(guided, clip),
             batch["z_T"],
@@ -146,6 +158,9 @@ def make_generator(
             "z0": np.zeros(latent_shape, np.float32) if request.z0 is None else request.z0,
             "mask": np.ones((*latent_shape[:2], 1), bool) if request.mask is None else request.mask,
         }
+        scale = np.zeros(len(request.ids), np.float32) if request.classifier_scale is None else request.classifier_scale
+        if scale.any() and classify is None:
+            raise ValueError("a request with classifier_scale needs a generator with a classifier")
         for start in range(0, len(request.ids), batch_size):
             rows = np.arange(start, min(start + batch_size, len(request.ids)))
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
@@ -161,6 +176,8 @@ def make_generator(
             }
             if map_condition:
                 batch["map"] = request.maps[padded]
+            if classify is not None:
+                batch["classifier_scale"] = scale[padded]
             z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed), options)
             yield z[: len(rows)], on_the_way[: len(rows)]
 

@@ -15,7 +15,7 @@ from ldm_jax.data.images import fit_segments
 from ldm_jax.errors import InputError
 from ldm_jax.training.state import example_keys
 
-STREAM = 9  # of `example_keys`: which parts of a picture are hidden
+STREAM = 7  # of `example_keys`: which parts of a picture are hidden
 GREY = 128  # how a hidden part is shown
 
 

@@ -64,6 +64,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     describe_models(config, train_set.num_classes)
     if config.autoencoder.kind != "none" and config.autoencoder.checkpoint:
         adopted_autoencoder(config)  # for its errors, before anything is written
+        adopted_scale(config)
     if dry_run:
         return
     if workdir.exists() and evaluate.is_done(workdir, config):
@@ -87,9 +88,13 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
             if config.autoencoder.kind != "none":
                 _timed(run, clock, "autoencoder", train_autoencoder)
                 _timed(run, clock, "latents", measure_latents)
-            _timed(run, clock, "diffusion", train_diffusion)
+            if "diffusion" in config.stages:
+                _timed(run, clock, "diffusion", train_diffusion)
+            if "classifier" in config.stages:
+                _timed(run, clock, "classifier", train_classifier)
             if primary:
-                _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir))
+                if "diffusion" in config.stages:
+                    _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir))
                 _timed(run, clock, "scoring", lambda run: evaluate.score_run(run.workdir, run.train_set, run.test_set))
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
@@ -118,8 +123,11 @@ def describe_models(config: ConfigDict, num_classes: int) -> None:
     try:
         if config.autoencoder.kind != "none":
             stages["autoencoder"] = builders.build_autoencoder_stage(config)
-        stages["diffusion"] = builders.build_diffusion_stage(config, num_classes)
-        trained.build_table(config)
+        if "diffusion" in config.stages:
+            stages["diffusion"] = builders.build_diffusion_stage(config, num_classes)
+            trained.build_table(config)
+        if "classifier" in config.stages:
+            stages["classifier"] = builders.build_classifier_stage(config, num_classes)
         for name, stage in stages.items():
             for part, params in jax.eval_shape(stage.init, jax.random.key(0)).params.items():
                 print(
@@ -190,12 +198,24 @@ def adopted_autoencoder(config: ConfigDict) -> dict[str, Any]:
     return unflatten(flatten(params), like, where=f"config.autoencoder.checkpoint={other}")
 
 
+def adopted_scale(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, str] | None:
+    """Shift, scale and what they were measured on, of the run that a classifier takes its autoencoder from: it must see
+    the very latents that it is to guide, and a measurement on other devices may round otherwise. None = to be measured.
+    """
+    other = config.autoencoder.checkpoint
+    return trained.load_scale(Path(other)) if other and "classifier" in config.stages else None
+
+
 def measure_latents(run: Run) -> None:
     """Between the stages: leaves the cache in latents/ and the latents' shift and scale beside the autoencoder."""
     cache = encode_train_set(run)
-    shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=run.config.autoencoder.kind == "kl")
+    if adopted := adopted_scale(run.config):
+        shift, scale, measured_on = adopted
+    else:
+        measured_on = f"{run.train_set.name}/{run.train_set.split}"
+        shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=run.config.autoencoder.kind == "kl")
     if jax.process_index() == 0:
-        trained.save_scale(run.workdir, shift, scale, measured_on=f"{run.train_set.name}/{run.train_set.split}")
+        trained.save_scale(run.workdir, shift, scale, measured_on=measured_on)
     wait_for_hosts("scale")  # which the others read
     print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
 
@@ -215,10 +235,6 @@ def encode_train_set(run: Run) -> latents.Latents:
 def train_diffusion(run: Run) -> None:
     """Stage 2: leaves diffusion/ in the run folder, and sample grids in progress/."""
     config, num_classes = run.config, run.train_set.num_classes
-    stage = builders.build_diffusion_stage(config, num_classes)
-    from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
-    source = run.train_set if from_pixels else encode_train_set(run)
-    frozen = trained.load_first_stage(run.workdir, config)
     batch_size = smallest_batch(config.sampling.num or 1, config.sampling.batch_size, jax.local_device_count())
     generator = trained.build_generator(config, num_classes, batch_size)
     table = trained.build_table(config)
@@ -232,37 +248,55 @@ def train_diffusion(run: Run) -> None:
     given = None
     if config.concat.kind != "none":
         given = from_split(config, run.test_set, len(grid.ids), config.seed)
-        grid = grid._replace(maps=generator.maps(replicate(frozen), given.known))
+        first_stage = replicate(trained.load_first_stage(run.workdir, config))
+        grid = grid._replace(maps=generator.maps(first_stage, given.known))
+
+    def show(step: int, params: Any) -> None:
+        images = keep_known(given, np.concatenate(list(generator.images(replicate(params), grid, table))))
+        picture = drawing.picture(config, images, grid.labels, run.train_set.class_names, given)
+        pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
+
+    train_on_latents(run, "diffusion", builders.build_diffusion_stage(config, num_classes), show)
+
+
+def train_classifier(run: Run) -> None:
+    """Beside it: leaves classifier/ in the run folder."""
+    stage = builders.build_classifier_stage(run.config, run.train_set.num_classes)
+    train_on_latents(run, "classifier", stage, lambda step, params: None)
+
+
+def train_on_latents(run: Run, name: str, stage: Any, show: Callable[[int, Any], None]) -> None:
+    """Trains a stage behind the autoencoder, with a look at the test set, and `show(step, params)`, now and then."""
+    config, fields = run.config, run.config[name]
+    from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
+    source = run.train_set if from_pixels else encode_train_set(run)
+    frozen = trained.load_first_stage(run.workdir, config)
     validate = make_validation(
         stage,
         run.test_set,
         num=config.diffusion.validation_examples,
         batch_size=config.evaluation.batch_size,
         T=config.diffusion.timesteps,
-        null_label=num_classes,
+        null_label=run.train_set.num_classes,
     )
 
-    def show(step: int, state: Any) -> None:
+    def look(step: int, state: Any) -> None:
         every = config.sampling.progress_every
-        if not every or (step % every and step != config.diffusion.steps) or jax.process_index():
+        if not every or (step % every and step != fields.steps) or jax.process_index():
             return
-        params = replicate(state.ema_params) | replicate(frozen)
-        run.log("diffusion", step, **validate(state.ema_params, frozen, config.seed))
-        images = keep_known(given, np.concatenate(list(generator.images(params, grid, table))))
-        picture = drawing.picture(config, images, grid.labels, run.train_set.class_names, given)
-        pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
+        run.log(name, step, **validate(state.ema_params, frozen, config.seed))
+        show(step, state.ema_params | frozen)
 
-    with Checkpoints(
-        run.workdir / "diffusion", keep=config.keep_checkpoints, identity=_identity(config, DIFFUSION_FIELDS)
-    ) as checkpoints:
+    identity = _identity(config, IDENTITY_FIELDS[name])
+    with Checkpoints(run.workdir / name, keep=config.keep_checkpoints, identity=identity) as checkpoints:
         train(
-            "diffusion",
+            name,
             stage,
-            steps=config.diffusion.steps,
-            feed=make_feed(config, source, config.diffusion.batch_size),
+            steps=fields.steps,
+            feed=make_feed(config, source, fields.batch_size),
             frozen=frozen,
             checkpoints=checkpoints,
-            after_step=show,
+            after_step=look,
             **_loop_fields(run),
         )
 
@@ -274,7 +308,11 @@ def _loop_fields(run: Run) -> dict[str, Any]:
 
 # What a stage's checkpoints depend on; another run's are refused.
 AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
-DIFFUSION_FIELDS = (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat")
+SCHEDULE_FIELDS = tuple(f"diffusion.{name}" for name in builders.SCHEDULE)
+IDENTITY_FIELDS = {
+    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat"),
+    "classifier": (*AUTOENCODER_FIELDS, *SCHEDULE_FIELDS, "classifier"),
+}
 
 
 def _identity(config: ConfigDict, fields: tuple[str, ...]) -> dict[str, str]:

@@ -4,7 +4,7 @@ config.json       the resolved config            latents/        cached moments,
 metrics.jsonl     one line a measurement         progress/       sample grids made while training
 events.out.*      the same for TensorBoard       samples.npz, samples.png, denoising.gif
 autoencoder/      stage 1: checkpoints, scale    evaluation.json, bound.json, report.html
-diffusion/        stage 2: checkpoints
+diffusion/        stage 2: checkpoints           classifier/     its checkpoints, where one is trained
 """
 
 import hashlib

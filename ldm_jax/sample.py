@@ -10,6 +10,7 @@
     ... --to_seed=1                                     from the noise of one seed to that of another
     ... --init_latents=FILE.npy                         from given noise
     ... --map=FILE                                      a small picture or a map of segments, for models of these
+    ... --classifier=FOLDER --classifier_scale=2        guided by a classifier's run folder as well
     ... --from_recipe=samples.png                       the same pictures again
 
 Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, but for --nosave_trajectory,

@@ -23,6 +23,13 @@ SCALE = "scale.json"  # beside the checkpoints of the autoencoder
 SNAPSHOTS = 24  # frames of denoising.gif
 
 
+class Guide(NamedTuple):
+    """A classifier of noisy latents, to guide sampling by."""
+
+    config: ConfigDict
+    params: Any  # the averaged ones
+
+
 class Trained(NamedTuple):
     """Everything that makes pictures."""
 
@@ -40,14 +47,67 @@ def load(path: Path) -> Trained:
     config = configuration.from_json(path / "config.json")
     configuration.validate(config)
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
+    if "diffusion" not in config.stages:
+        raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
-    ema_params = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
-    params = unflatten(ema_params, like, where=str(path / "diffusion")) | load_first_stage(path, config)
+    params = _averaged(flat, like, path / "diffusion") | load_first_stage(path, config)
     return Trained(config, class_names, params, int(flat["step"]))
 
 
-def fingerprint(model: Trained) -> str:
+def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
+    """The averaged parameters of a stage's checkpoint, in the structure of `like`."""
+    ema_params = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
+    return unflatten(ema_params, like, where=str(where))
+
+
+def load_classifier(path: Path) -> Guide:
+    """Reads the classifier of a run folder; raises InputError if there is none, or it does not fit its own config."""
+    if not path.is_dir():
+        raise InputError(f"--classifier={path} does not exist; it must be a run folder with a classifier")
+    config = configuration.from_json(path / "config.json")
+    configuration.validate(config)
+    if "classifier" not in config.stages:
+        raise InputError(f"--classifier={path} has no classifier: its config.stages are {', '.join(config.stages)}")
+    num_classes = len(run_folder.read_json(path / "data.json", "class_names")["class_names"])
+    flat = load_latest(path / "classifier")
+    like = jax.eval_shape(builders.build_classifier_stage(config, num_classes).init, jax.random.key(0)).ema_params
+    return Guide(config, _averaged(flat, like, path / "classifier")["classifier"])
+
+
+def load_guide(path: Path, model: Trained) -> Guide:
+    """The classifier of a run folder, if it can guide `model`.
+
+    Raises:
+      InputError: as `load_classifier`, or it knows other classes, another noise schedule or other latents.
+    """
+    guide = load_classifier(path)
+    class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
+    if class_names != model.class_names:
+        raise InputError(
+            f"--classifier={path} tells {len(class_names)} classes apart ({', '.join(class_names)}); those of --model "
+            f"are {len(model.class_names)} ({', '.join(model.class_names)})"
+        )
+    schedules = [builders.build_schedule(config).alpha_bar for config in (guide.config, model.config)]
+    if not np.array_equal(*schedules):
+        theirs, ours = guide.config.diffusion, model.config.diffusion
+        unlike = [f"{n} {theirs[n]} and {ours[n]}" for n in builders.SCHEDULE if theirs[n] != ours[n]]
+        raise InputError(f"--classifier={path} and --model have other noise schedules: {'; '.join(unlike)}")
+    if _latents_of(load_first_stage(path, guide.config), guide.config) != _latents_of(model.params, model.config):
+        raise InputError(
+            f"--classifier={path} knows other latents than those of --model, of another autoencoder or scale; it "
+            "must be trained with --config.autoencoder.checkpoint set to the run that it is to guide"
+        )
+    return guide
+
+
+def _latents_of(params: dict[str, Any], config: ConfigDict) -> str:
+    """A hash of all that latents depend on: equal means the same z of the same picture."""
+    parts = {name: params[name] for name in ("autoencoder", "shift", "scale")}
+    return content_hash(parts, str(builders.latent_shape(config)))
+
+
+def fingerprint(model: Trained | Guide) -> str:
     """A hash of all parameters: equal means the same model."""
     return content_hash(model.params)
 
@@ -57,14 +117,19 @@ def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
     if config.autoencoder.kind == "none":
         channels = config.data.channels
         return {"autoencoder": {}, "shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
-    stored = run_folder.read_json(path / "autoencoder" / SCALE, "shift", "scale")
-    scale = {name: np.asarray(stored[name], np.float32) for name in ("shift", "scale")}
-    return {"autoencoder": load_autoencoder_params(path)} | scale
+    shift, scale, _ = load_scale(path)
+    return {"autoencoder": load_autoencoder_params(path), "shift": shift, "scale": scale}
 
 
 def load_autoencoder_params(path: Path) -> dict[str, Any]:
     """The averaged parameters of a run folder's autoencoder; raises InputError if it has none."""
     return subtree(load_latest(path / "autoencoder"), "ema_params/autoencoder")
+
+
+def load_scale(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """The latents' shift and scale, each [c], of a run folder, and what they were measured on."""
+    stored = run_folder.read_json(path / "autoencoder" / SCALE, "shift", "scale", "measured_on")
+    return np.asarray(stored["shift"], np.float32), np.asarray(stored["scale"], np.float32), stored["measured_on"]
 
 
 def save_scale(path: Path, shift: np.ndarray, scale: np.ndarray, *, measured_on: str) -> None:
@@ -82,7 +147,7 @@ def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.n
     return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
 
 
-def build_generator(config: ConfigDict, num_classes: int, batch_size: int) -> Generator:
+def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guide: Guide | None = None) -> Generator:
     """The generator of a config (see `generate.make_generator`)."""
     return make_generator(
         unet=builders.build_unet(config),
@@ -95,6 +160,7 @@ def build_generator(config: ConfigDict, num_classes: int, batch_size: int) -> Ge
         clip=1.0 if config.autoencoder.kind == "none" else float("inf"),
         batch_size=batch_size,
         snapshots=SNAPSHOTS,
+        classify=builders.build_classify(guide.config, num_classes) if guide else None,
     )
 
 

@@ -61,6 +61,17 @@ def trained_run(tiny_data, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def classifier_run(tiny_data, trained_run, tmp_path_factory):
+    """The run folder of a classifier of the trained run's latents."""
+    import jobs
+
+    workdir = tmp_path_factory.mktemp("classifier") / "run"
+    changes = (*jobs.CLASSIFIER, f"--config.autoencoder.checkpoint={trained_run}")
+    assert jobs.train_here(tiny_data, workdir, *changes) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
 def one_device_run(tiny_data, tmp_path_factory):
     """The same on one device, in a process of its own."""
     import jobs

@@ -24,6 +24,8 @@ SMALL = (
     "--config.sampling.progress_every=0",
 )
 
+CLASSIFIER = ("--config.stages=('autoencoder','classifier')", "--config.sampling.progress_every=4")
+
 
 def flags(data, workdir, *changes):
     """The command line of a small job, the name of the command left out."""

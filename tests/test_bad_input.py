@@ -109,6 +109,37 @@ TRAIN = {  # flags -> what the line must say
         "--process_id is 2",
     ),
     "a coordinator without a port": ([TINY, "--coordinator=localhost", "--num_processes=2"], "host:port"),
+    "an unknown stage": ([TINY, "--config.stages=('autoencoder','difusion')"], "did you mean diffusion?"),
+    "a stage twice": ([TINY, "--config.stages=('autoencoder','diffusion','diffusion')"], "each once, in this order"),
+    "stages in another order": ([TINY, "--config.stages=('diffusion','autoencoder')"], "each once, in this order"),
+    "no stages": ([TINY, "--config.stages=()"], "nothing to train"),
+    "nothing but the autoencoder of pixels": (
+        [TINY, "--config.stages=('autoencoder',)", "--config.autoencoder.kind=none"],
+        "nothing to train",
+    ),
+    "latents of no autoencoder": ([TINY, "--config.stages=('diffusion',)"], "needs 'autoencoder' before it"),
+    "a classifier without classes": ([TINY, jobs.CLASSIFIER[0], "--config.data.label_key=none"], "2 or more classes"),
+    "a classifier whose groups do not divide": (
+        [TINY, jobs.CLASSIFIER[0], "--config.classifier.norm_num_groups=3"],
+        "config.classifier.norm_num_groups is 3, which does not divide 8",
+    ),
+    "a classifier's attention for other resolutions": (
+        [TINY, jobs.CLASSIFIER[0], "--config.classifier.attention=(True,False)"],
+        "config.classifier.attention has 2 entries",
+    ),
+    "a classifier deeper than the latents": (
+        [
+            TINY,
+            jobs.CLASSIFIER[0],
+            "--config.classifier.block_out_channels=(8,8,8,8)",
+            "--config.classifier.attention=(False,False,False,False)",
+        ],
+        "config.classifier.block_out_channels has 4 resolutions",
+    ),
+    "a classifier's batch that does not divide over devices": (
+        [TINY, jobs.CLASSIFIER[0], "--config.classifier.batch_size=6"],
+        "config.classifier.batch_size is 6",
+    ),
     "an autoencoder that is not there": ([TINY, "--config.autoencoder.checkpoint=nowhere"], "nowhere"),
 }
 
@@ -284,7 +315,64 @@ def test_a_model_is_refused(case, run_copy, tmp_path, capsys):
         assert contents(tmp_path) == before
 
 
+# What is done to the run of a classifier, or to the config of the model, -> what the line must say
+CLASSIFIERS = {
+    "not there": (shutil.rmtree, "does not exist"),
+    "no run folder": (lambda run: (run / "config.json").unlink(), "is no run folder: it has no config.json"),
+    "without a checkpoint": (lambda run: shutil.rmtree(run / "classifier"), "no readable checkpoint"),
+    "of another shape": (lambda run: set_config(run, "classifier", "layers_per_block", 2), "belongs to another model"),
+    "of another schedule": (
+        lambda run: set_config(run, "diffusion", "schedule", "cosine"),
+        "have other noise schedules: schedule cosine and linear",
+    ),
+    "of fewer timesteps": (
+        lambda run: set_config(run, "diffusion", "timesteps", 19),
+        "have other noise schedules: timesteps 19 and 20",
+    ),
+    "of other classes": (
+        lambda run: set_field(run / "data.json", class_names=["a", "b", "c", "d"]),
+        "tells 4 classes apart (a, b, c, d); those of --model are 4 (horizontal, vertical, bright, dark)",
+    ),
+    "of latents at another scale": (
+        lambda run: set_field(run / "autoencoder" / "scale.json", shift=[0.0, 1.0]),
+        "must be trained with --config.autoencoder.checkpoint set to the run",
+    ),
+    "of pictures of another size": (lambda run: set_config(run, "data", "image_size", 16), "knows other latents"),
+}
+
+
+@pytest.mark.parametrize("case", CLASSIFIERS)
+def test_a_classifier_is_refused(case, classifier_run, trained_run, tmp_path, capsys, monkeypatch, loaded_once):
+    monkeypatch.setattr(trained, "load", loaded_once)
+    damage, expected = CLASSIFIERS[case]
+    run = shutil.copytree(classifier_run, tmp_path / "run")
+    damage(run)
+    before = contents(tmp_path)
+    flags = [f"--model={trained_run}", f"--classifier={run}", f"--out={tmp_path / 'out'}", "--num=4"]
+    for command in (sample.main, evaluate.main):
+        assert expected in fails(command, flags, capsys)
+        assert contents(tmp_path) == before
+
+
+def test_a_classifier_is_no_model(classifier_run, tmp_path, capsys):
+    line = fails(sample.main, [f"--model={classifier_run}", f"--out={tmp_path / 'out'}"], capsys)
+    assert "has no diffusion model: its config.stages are autoencoder, classifier" in line
+
+
+def test_a_classifier_adopts_no_autoencoder_without_its_scale(run_copy, tiny_data, tmp_path, capsys):
+    (run_copy / "autoencoder" / "scale.json").unlink()
+    changes = [*jobs.CLASSIFIER, f"--config.autoencoder.checkpoint={run_copy}"]
+    assert "scale.json" in fails(train.main, jobs.flags(tiny_data, tmp_path / "new", *changes), capsys)
+    assert not (tmp_path / "new").exists()
+
+
 BOTH = {  # flags -> what the line must say
+    "a classifier's scale without a classifier": (
+        ["--model=MODEL", "--classifier_scale=2"],
+        "--classifier_scale needs --classifier",
+    ),
+    "a negative scale": (["--model=MODEL", "--classifier=MODEL", "--classifier_scale=-1"], "classifier_scale"),
+    "a model for a classifier": (["--model=MODEL", "--classifier=MODEL"], "has no classifier: its config.stages are"),
     "no model": ([], "--model is missing"),
     "an unknown flag": (["--model=MODEL", "--stepz=3"], "did you mean steps?"),
     "a stray word": (["--model=MODEL", "faster"], "'faster' is no flag"),

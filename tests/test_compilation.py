@@ -53,6 +53,22 @@ def test_a_sweep_of_sampling_compiles_each_part_once(trained_run, clock):
     assert clock.count - start == first
 
 
+def test_a_sweep_of_classifier_guidance_compiles_once(trained_run, clock):
+    model = trained.load(trained_run)
+    params = jax.jit(builders.build_classifier_stage(model.config, 4).init)(jax.random.key(0)).params
+    guide = trained.Guide(model.config, params["classifier"])
+    generator = trained.build_generator(model.config, 4, 8, guide)
+    params, table = replicate(model.params | params), trained.build_table(model.config)
+    counts = []
+    for scale, guidance, labels in ((0.0, 1.0, [0]), (2.0, 1.0, [1]), (9.0, 0.0, []), (0.5, 3.0, [2, 3])):
+        scales = np.full(8, scale, np.float32) * np.arange(8)
+        rest = {"classifier_scale": scales, "interval": (0.0, 0.1 + scale / 10)}
+        wanted = request(8, labels, guidance=guidance, seed=0, **rest)
+        list(generator.latents(params, wanted, table))
+        counts.append(clock.count)
+    assert counts == counts[:1] * 4
+
+
 @pytest.mark.parametrize("which", ["autoencoder", "diffusion"])
 def test_training_compiles_one_step(which, clock):
     config = tiny.get_config()

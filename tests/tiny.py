@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     autoencoder.loss.adversarial = 0.0
     autoencoder.discriminator.channels = 8
     autoencoder.discriminator.layers = 1
-    for stage in (autoencoder, config.diffusion):
+    for stage in (autoencoder, config.diffusion, config.classifier):
         stage.steps = 8
         stage.batch_size = 8
         stage.warmup_steps = 2
@@ -39,6 +39,10 @@ def get_config() -> ConfigDict:
     config.unet.attention_heads = 2
     config.unet.norm_num_groups = 4
     config.unet.context_dim = 8
+    config.classifier.block_out_channels = (8,)
+    config.classifier.attention = (True,)
+    config.classifier.attention_heads = 2
+    config.classifier.norm_num_groups = 4
     config.sampling.num = 8
     config.sampling.steps = 4
     config.sampling.batch_size = 8

@@ -130,25 +130,42 @@ def _rescaled(
 
 
 def classifier_guided(
-    denoise: Denoiser, log_probability: Callable[[jax.Array, jax.Array], jax.Array], scale: jax.Array
+    denoise: Denoiser,
+    log_probability: Callable[[jax.Array, jax.Array], jax.Array],
+    scale: jax.Array,
+    *,
+    interval: jax.Array | tuple[float, float] = (0, np.inf),
 ) -> Denoiser:
     """Classifier guidance (Dhariwal & Nichol 2021, algorithm 2): eps - sigma scale grad log p(y | z_t).
 
-    For z0 that is z0_hat + sigma^2 / alpha scale grad log p(y | z_t). Costs a gradient of the classifier in each call.
+    For z0 that is z0_hat + sigma^2 / alpha scale grad log p(y | z_t). Costs a gradient of the classifier in each call
+    but where every scale is 0 or t lies outside the interval: decided at run time, so that neither recompiles.
+
+    Towards alpha = 0 the factor grows beyond all bounds while the true gradient fades as alpha does, which is left to
+    `log_probability` (see `models/classifier.py`). At alpha = 0, where z_t tells nothing of y, nothing is added.
 
     Args:
       denoise: what is guided; itself guided, perhaps.
       log_probability: `(z_t [B, ...], t [B]) -> log p(y | z_t) [B]`, differentiable, of a classifier of noisy latents.
       scale: scalar or [B], may be traced. 1 = the true posterior of a perfect classifier and an unconditional denoiser.
+      interval: the first and the last timestep that are guided, may be traced.
     """
 
     def guided(z_t: jax.Array, level: Level) -> jax.Array:
         t = jnp.broadcast_to(level.t, z_t.shape[:1])
-        gradient = jax.grad(lambda z: log_probability(z, t).sum())(z_t)
         alpha, sigma = level.beside(z_t)
-        weight = jnp.asarray(scale, jnp.float32)
-        weight = weight.reshape(weight.shape + (1,) * (z_t.ndim - weight.ndim))
-        return on_z0(lambda z0: z0 + sigma**2 / alpha * weight * gradient, denoise(z_t, level))
+        within = (interval[0] <= t) & (t <= interval[1])
+        weight = jnp.where(within, jnp.asarray(scale, jnp.float32), 0.0)
+
+        def push(z0: jax.Array) -> jax.Array:
+            gradient = jax.grad(lambda z: log_probability(z, t).sum())(z_t)
+            factor = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
+            return z0 + factor * weight.reshape(-1, *[1] * (z_t.ndim - 1)) * gradient
+
+        def push_if_it_matters(z0: jax.Array) -> jax.Array:
+            return jax.lax.cond(jnp.any(weight != 0), push, lambda z0: z0, z0)
+
+        return on_z0(push_if_it_matters, denoise(z_t, level))
 
     return guided
 

@@ -24,7 +24,7 @@ from ldm_jax.map_condition import MapCondition
 from ldm_jax.training.parallel import map_in_batches, parallel_map
 from ldm_jax.training.state import example_keys
 
-STREAM = 4  # of `example_keys`; the training stages have 1 to 3
+STREAM = 6  # of `example_keys`; the training stages have 1 to 5
 
 
 class Bound(NamedTuple):
@@ -68,7 +68,7 @@ def make_bound(
 ) -> Callable[[Any, dict[str, np.ndarray], int], Bound]:
     """`measure(params, examples, seed)` -> Bound, for replicated `params` as `generate.make_generator` takes them.
 
-    `examples` holds `x` uint8 [N, H, W, C], in labelled sets `label` [N], and what `map_condition` needs. z0_hat is kept
+    `examples` holds `x` uint8 [N, H, W, C], in labelled sets `label` [N], and what `map_condition` needs. z0_hat stays
     within [-clip, clip]; `levels` is that of `likelihood.bound_term`. The variance is the learned one if the UNet has
     it, else fixed_large.
     """

@@ -21,6 +21,7 @@ PARTS = {
     "autoencoder": "Stage 1: autoencoder",
     "latents": "Latents: cache and scale",
     "diffusion": "Stage 2: diffusion model",
+    "classifier": "Classifier of noisy latents",
     "sampling": "Drawing the samples",
     "scoring": "Scores",
 }
@@ -69,7 +70,9 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _title(config: Mapping[str, Any], workdir: Path) -> str:
     name = config.get("data", {}).get("name", workdir.name).replace("_", " ")
-    pixels = config.get("autoencoder", {}).get("kind") == "none"
+    stages, pixels = config.get("stages", ["diffusion"]), config.get("autoencoder", {}).get("kind") == "none"
+    if "diffusion" not in stages:
+        return f"{' and '.join(stages).capitalize()} of {name}"
     return f"{'Pixel' if pixels else 'Latent'} diffusion on {name}"
 
 
@@ -192,34 +195,41 @@ def _series(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> tupl
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
-    validation = Series("validation", *_series(metrics, "diffusion", "validation_loss"), trend=False)
-    training = Series("training", *_series(metrics, "diffusion", "loss"))
     panels = [
-        ("Diffusion loss", line_chart([training, validation], x_label="step", y_label="loss")),
-        ("Validation loss by timestep", _buckets(metrics)),
+        ("Diffusion loss", _training_and_validation(metrics, "diffusion", "loss")),
+        ("Validation loss by timestep", _buckets(metrics, "diffusion", "loss")),
+        ("Classifier: cross-entropy", _training_and_validation(metrics, "classifier", "loss")),
+        ("Classifier: accuracy", _training_and_validation(metrics, "classifier", "accuracy")),
+        ("Classifier: validation accuracy by timestep", _buckets(metrics, "classifier", "accuracy")),
     ]
     for name, caption in AUTOENCODER_TERMS.items():
         term = Series(name, *_series(metrics, "autoencoder", name))
         panels.append((caption, line_chart([term], x_label="step", y_label=name)))
-    for stage in ("autoencoder", "diffusion"):
+    for stage in ("autoencoder", "diffusion", "classifier"):
         speed = Series(stage, *_series(metrics, stage, "examples_per_second"))
         chart = line_chart([speed], x_label="step", y_label="images / s", from_zero=True)
         panels.append((f"Training speed, {stage}", chart))
     return page.section("Curves", page.columns(*(page.panel(caption, chart) for caption, chart in panels)))
 
 
-def _buckets(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """Validation loss of each range of timesteps, when first measured and when last."""
-    measured = [line for line in metrics if "validation_loss_0" in line]
+def _training_and_validation(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> str:
+    validation = Series("validation", *_series(metrics, stage, f"validation_{name}"), trend=False)
+    training = Series("training", *_series(metrics, stage, name))
+    return line_chart([training, validation], x_label="step", y_label=name)
+
+
+def _buckets(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> str:
+    """What validation measured in each range of timesteps, first and last."""
+    measured = [line for line in metrics if line["stage"] == stage and f"validation_{name}_0" in line]
     if not measured:
         return ""
     names = sorted(
-        (n for n in measured[-1] if re.fullmatch(r"validation_loss_\d+", n)), key=lambda n: int(n.split("_")[-1])
+        (n for n in measured[-1] if re.fullmatch(rf"validation_{name}_\d+", n)), key=lambda n: int(n.split("_")[-1])
     )
     groups = [f"{k / len(names):g}–{(k + 1) / len(names):g}" for k in range(len(names))]
     shown = [measured[-1]] if len(measured) == 1 else [measured[-1], measured[0]]
     series = [(f"step {line['step']:,}", [line.get(name, float("nan")) for name in names]) for line in shown]
-    return bar_chart(groups, series, x_label="t / T, from clean to noise", y_label="loss")
+    return bar_chart(groups, series, x_label="t / T, from clean to noise", y_label=name)
 
 
 def _timings(metrics: Sequence[Mapping[str, Any]]) -> str:

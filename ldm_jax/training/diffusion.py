@@ -10,12 +10,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from ldm_jax.data.pixels import flip_images, to_pixels
 from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
-from ldm_jax.diffusion.process import q_sample
-from ldm_jax.first_stage import FirstStage, to_latents
+from ldm_jax.first_stage import FirstStage
 from ldm_jax.map_condition import MapCondition
-from ldm_jax.training.state import TrainState, ema_update, example_keys, keep_if
+from ldm_jax.training.noising import make_noising, split_keys
+from ldm_jax.training.state import TrainState, example_keys, update_if_finite
 
 STREAM, VALIDATION_STREAM = 2, 3  # of `example_keys`; stage 1 has 1
 
@@ -25,7 +24,7 @@ class DiffusionStage(NamedTuple):
 
     init: Callable[[jax.Array], TrainState]
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    validate: Callable[..., jax.Array]
+    validate: Callable[..., dict[str, jax.Array]]
     trace: Callable[..., dict[str, Any]]
 
 
@@ -56,8 +55,8 @@ def make_diffusion_stage(
     [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with a map
     condition it is `x`, and `segments` [B, H, W, 1] uint8 where that is the map.
     """
-    T = alpha_bar.shape[0]
     null_label = conditioner.null
+    add_noise = make_noising(first_stage=first_stage, alpha_bar=alpha_bar, flip=flip)
 
     def init(rng: jax.Array) -> TrainState:
         rng_unet, rng_conditioner = jax.random.split(rng)
@@ -71,21 +70,6 @@ def make_diffusion_stage(
         ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
-    def one_side(batch: dict, keys: jax.Array) -> dict:
-        """Each example as it is or mirrored, by the coin of its own key."""
-        if "moments" in batch:
-            side = jax.vmap(jax.random.bernoulli)(keys).astype(jnp.int32) * (batch["moments"].shape[1] - 1)
-            return batch | {"moments": jax.vmap(lambda m, s: m[s])(batch["moments"], side)}
-        pictures = [name for name in ("x", "segments") if flip and name in batch]
-        return batch | {name: flip_images(batch[name], keys) for name in pictures}
-
-    def latents(batch: dict, frozen: dict, keys: jax.Array) -> jax.Array:
-        if "moments" in batch:
-            moments = batch["moments"]
-        else:
-            moments = first_stage.encode(frozen["autoencoder"], to_pixels(batch["x"]))
-        return to_latents(first_stage.draw(moments, keys), frozen["shift"], frozen["scale"])
-
     def predict(params: dict, example: dict, label: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         context = conditioner.apply({"params": params["conditioner"]}, label)
         output = unet.apply({"params": params["unet"]}, example["seen"], example["t"], context)
@@ -93,21 +77,15 @@ def make_diffusion_stage(
 
     def noised(batch: dict, frozen: dict, keys: jax.Array, t: jax.Array | None = None) -> dict:
         """Everything the loss needs; `t` is drawn uniformly from [0, T) unless given."""
-        key_latents, key_t, key_noise, key_label, key_map = _split(keys, 5)
-        key_side, key_raw = _split(key_latents, 2)
-        batch = one_side(batch, key_side)
-        z0 = latents(batch, frozen, key_raw)
-        if t is None:
-            t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=T))(key_t)
-        eps = jax.vmap(partial(jax.random.normal, shape=z0.shape[1:]))(key_noise)
-        label = batch.get("label", jnp.full(t.shape, null_label, jnp.int32))
+        *noising_keys, key_label, key_map = split_keys(keys, 5)
+        example = add_noise(batch, frozen, noising_keys, t)
+        label = batch.get("label", jnp.full(example["t"].shape, null_label, jnp.int32))
         dropped = jax.vmap(partial(jax.random.bernoulli, p=label_dropout))(key_label)
-        seen = z_t = q_sample(z0, t, eps, alpha_bar)
+        seen = example["z_t"]
         if map_condition:
-            beside = map_condition.to_map(frozen, map_condition.know(batch, key_map))
-            seen = jnp.concatenate([z_t, beside], axis=-1)
-        return {"z0": z0, "t": t, "eps": eps, "z_t": z_t, "seen": seen,
-                "label": label, "dropped": jnp.where(dropped, null_label, label)}  # fmt: skip
+            beside = map_condition.to_map(frozen, map_condition.know(example, key_map))
+            seen = jnp.concatenate([seen, beside], axis=-1)
+        return example | {"seen": seen, "label": label, "dropped": jnp.where(dropped, null_label, label)}
 
     per_example = partial(diffusion_loss, alpha_bar=alpha_bar, prediction=prediction)
 
@@ -118,7 +96,7 @@ def make_diffusion_stage(
         if spread is None:
             return simple, {}
         terms = variance_loss(output, spread, z0, z_t, t, prediction=prediction, alpha_bar=alpha_bar, levels=levels)
-        bound = T * terms.mean()
+        bound = len(alpha_bar) * terms.mean()
         return simple + bound_weight * bound, {"simple": simple, "bound": bound}
 
     def step(state, frozen, batch, seed, *, axis_name=None):
@@ -126,19 +104,14 @@ def make_diffusion_stage(
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, noised(batch, frozen, keys))
         if axis_name is not None:
             loss, terms, grads = jax.lax.pmean((loss, terms, grads), axis_name)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (batch["step"] == state.step)
-        state = keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state)
+        state, grad_norm = update_if_finite(state, batch["step"], loss, grads, optimizer=optimizer, ema_decay=ema_decay)
         return state, {"loss": loss, "grad_norm": grad_norm} | terms
 
     def validate(params, frozen, batch, seed):
-        """Unweighted loss of each example [B] at the batch's own timesteps `t` [B]; no label is dropped."""
+        """{"loss": unweighted, of each example [B]} at the batch's own timesteps `t` [B]; no label is dropped."""
         example = noised(batch, frozen, example_keys(seed, VALIDATION_STREAM, 0, batch["id"]), batch["t"])
         output, _ = predict(params, example, example["label"])
-        return per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")
+        return {"loss": per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")}
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
@@ -153,8 +126,3 @@ def make_diffusion_stage(
                 "unet": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
 
     return DiffusionStage(init, step, validate, trace)
-
-
-def _split(keys: jax.Array, n: int) -> list[jax.Array]:
-    """[B] keys -> n arrays of [B] keys."""
-    return list(jnp.moveaxis(jax.vmap(partial(jax.random.split, num=n))(keys), 1, 0))

@@ -59,6 +59,24 @@ def keep_if(good: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
 
+def update_if_finite(
+    state: TrainState,
+    number: jax.Array,
+    loss: jax.Array,
+    grads: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> tuple[TrainState, jax.Array]:
+    """The state after update `number`, and the norm of the gradient; see `keep_if` for when it stays as it was."""
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (number == state.step)
+    return keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state), grad_norm
+
+
 def example_keys(seed: jax.Array, stream: int, step: jax.Array, ids: jax.Array) -> jax.Array:
     """One key an example, [B]: fold_in(fold_in(fold_in(key(seed), stream), step), id).
 

@@ -1,4 +1,4 @@
-"""The diffusion loss on held-out images, for each range of timesteps: it shows overfitting and where the error lies."""
+"""What a stage measures on held-out images, for each range of timesteps: it shows overfitting and where errors lie."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,33 +6,41 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.training.diffusion import DiffusionStage
 from ldm_jax.training.parallel import parallel_map, replicate
 
 BUCKETS = 10
 
 
 def make_validation(
-    stage: DiffusionStage, dataset: Dataset, *, num: int, batch_size: int, T: int, null_label: int
+    stage: Any, dataset: Dataset, *, num: int, batch_size: int, T: int, null_label: int
 ) -> Callable[[Any, dict, int], dict[str, float]]:
     """`validate(params, frozen, seed)` -> {"validation_loss", "validation_loss_0" ... "_9"}.
 
-    Bucket k holds the timesteps from k T / 10 on. Images, timesteps and noise are the same each time: the first `num`
-    examples of `dataset`, whose timesteps go evenly through [0, T).
+    The same for all else that `stage.validate` measures. Bucket k holds the timesteps from k T / 10 on. Images,
+    timesteps and noise are the same each time: the first `examples_used` of `dataset`, whose timesteps go evenly
+    through [0, T).
     """
-    num = min(num, len(dataset)) // batch_size * batch_size or batch_size
+    num = examples_used(dataset, num, batch_size)
     t = ((np.arange(num) * 2 + 1) * T // (2 * num)).astype(np.int32)
     compiled = parallel_map(lambda fixed, batch, seed: stage.validate(fixed["params"], fixed["frozen"], batch, seed))
 
     def validate(params: Any, frozen: dict, seed: int) -> dict[str, float]:
-        losses = np.zeros(num)
+        measured: dict[str, np.ndarray] = {}
         fixed = {"params": params, "frozen": replicate(frozen)}
         # Batch j takes every (num / batch_size)-th timestep, so that even one batch goes through all of [0, T).
         for rows in np.arange(num).reshape(batch_size, -1).T:
             unlabelled = {"label": np.full(batch_size, null_label, np.int32)}
             batch = unlabelled | dataset[rows % len(dataset)] | {"id": rows.astype(np.int32), "t": t[rows]}
-            losses[rows] = compiled(fixed, batch, np.uint32(seed))
-        buckets = [losses[t * BUCKETS // T == k].mean() for k in range(BUCKETS) if (t * BUCKETS // T == k).any()]
-        return {"validation_loss": losses.mean()} | {f"validation_loss_{k}": loss for k, loss in enumerate(buckets)}
+            for name, values in compiled(fixed, batch, np.uint32(seed)).items():
+                measured.setdefault(f"validation_{name}", np.zeros(num))[rows] = values
+        within = [rows for k in range(BUCKETS) if (rows := t * BUCKETS // T == k).any()]
+        return {name: values.mean() for name, values in measured.items()} | {
+            f"{name}_{k}": values[rows].mean() for name, values in measured.items() for k, rows in enumerate(within)
+        }
 
     return validate
+
+
+def examples_used(dataset: Dataset, num: int, batch_size: int) -> int:
+    """How many examples are measured on: whole batches, and at least one."""
+    return min(num, len(dataset)) // batch_size * batch_size or batch_size

@@ -185,6 +185,39 @@ def test_classifier_guidance_has_a_scale_for_each_example_and_composes():
     np.testing.assert_allclose(got, jnp.clip(inner(Z, level) + push, -5, 5), rtol=1e-4, atol=1e-4)
 
 
+def test_classifier_guidance_costs_nothing_where_it_does_nothing():
+    calls = []
+    unguided = lambda z_t, level: plain(z_t, level, CONTEXT)  # noqa: E731
+
+    def log_probability(z_t, t):
+        jax.debug.callback(lambda: calls.append(1))
+        return z_t.sum((1, 2, 3))
+
+    guided = jax.jit(lambda z, *rest: classifier_guided(unguided, log_probability, rest[0], interval=rest[1])(z, LEVEL))
+    plainly = np.asarray(jax.jit(lambda z: unguided(z, LEVEL))(Z))
+    everywhere, nowhere = jnp.array([0.0, 99.0]), jnp.array([1.0, 49.0])
+    for scale, interval in ((jnp.zeros(3), everywhere), (jnp.full(3, 2.0), nowhere)):
+        np.testing.assert_array_equal(guided(Z, scale, interval), plainly)
+    jax.effects_barrier()
+    assert calls == []
+    some = np.asarray(guided(Z, jnp.array([1.0, 2.0, 3.0]), jnp.array([50.0, 98.0])))  # t = 0, 50, 99
+    np.testing.assert_array_equal(some[::2], plainly[::2])
+    alpha, sigma = LEVEL.beside(Z)
+    np.testing.assert_allclose(some[1] - plainly[1], np.full(Z.shape[1:], 2 * sigma[1] ** 2 / alpha[1]), rtol=1e-3)
+    jax.effects_barrier()
+    assert calls
+
+
+def test_classifier_guidance_of_pure_noise_adds_nothing():
+    level = level_at(jnp.array([99, 99, 50]), make_schedule("linear", 100, zero_terminal_snr=True).alpha_bar)
+    assert level.alpha[0] == 0
+    denoise = lambda z_t, level: 0.5 * z_t  # noqa: E731
+    got = classifier_guided(denoise, lambda z_t, t: z_t.sum((1, 2, 3)), jnp.ones(3))(Z, level)
+    np.testing.assert_array_equal(got[:2], 0.5 * Z[:2])
+    assert np.isfinite(got).all()
+    assert (got[2] != 0.5 * Z[2]).all()
+
+
 def test_dynamic_thresholding_by_hand():
     """|z0| = .5, 1, 2, 4, 8: at the 75 % quantile s = 4, so that 8 becomes 1 and .5 an eighth; at most 2, a quarter."""
     z0 = jnp.array([[0.5, -1.0, 2.0, -4.0, 8.0], [0.1, 0.2, -0.3, 0.4, 0.5]])

@@ -33,9 +33,11 @@ class Compiled(NamedTuple):
 
 @cache
 def compiled(which, **changes):
-    """The stage "autoencoder" or "diffusion" of the tiny config with these fields changed ("a__b" is a.b)."""
+    """A stage of the tiny config with these fields changed ("a__b" is a.b)."""
     if which == "diffusion":
         stage = builders.build_diffusion_stage(config(**changes), 4)
+    elif which == "classifier":
+        stage = builders.build_classifier_stage(config(**changes), 4)
     else:
         stage = builders.build_autoencoder_stage(config(**changes))
     init = jax.jit(stage.init)
@@ -291,6 +293,43 @@ def test_pixels_without_labels_are_diffused_by_the_same_stage():
     assert int(state.step) == 1
 
 
+CLASSIFIER = {"classifier__steps": 150, "classifier__learning_rate": 1e-2}
+
+
+def test_the_classifier_learns_one_batch():
+    """Moments without spread, whose four classes lie apart: all but the noisiest z_t tell their class."""
+    _, state, step = compiled("classifier", **CLASSIFIER)
+    batch = moments_batch(16)
+    means = 2.0 * np.random.default_rng(1).normal(size=(4, 1, 4, 4, 2))[batch["label"]]
+    batch["moments"] = np.concatenate([means, np.full(means.shape, -30)], axis=-1).astype(np.float32)
+    metrics = []
+    for number in range(150):
+        state, measured = step(state, FROZEN, batch | {"step": np.int32(number)}, np.uint32(0))
+        metrics.append(measured)
+    losses, accuracies, norms = (
+        np.array([float(m[name]) for m in metrics]) for name in ("loss", "accuracy", "grad_norm")
+    )
+    assert abs(losses[0] - np.log(4)) < 1.0
+    assert np.mean(losses[-10:]) < 0.3 * losses[0], losses
+    assert np.mean(accuracies[-10:]) > 0.9, accuracies
+    assert (norms > 0).all()
+    assert np.isfinite(norms).all()
+
+
+def test_the_classifier_is_validated_at_the_batch_s_own_timesteps():
+    """At the last, where there is no signal, the prior alone speaks."""
+    stage, state, _ = compiled("classifier", **CLASSIFIER, diffusion__zero_terminal_snr=True)
+    batch = moments_batch(16) | {"t": np.full(16, 19, np.int32)}
+    params = {"classifier": state.params["classifier"] | {"prior": jnp.array([0.0, 3.0, 0.0, 0.0])}}
+    validate = jax.jit(stage.validate)
+    measured = validate(params, FROZEN, batch, np.uint32(0))
+    np.testing.assert_array_equal(measured["accuracy"], batch["label"] == 1)
+    expected = np.log(3 + np.exp(3)) - 3.0 * (batch["label"] == 1)
+    np.testing.assert_allclose(measured["loss"], expected, rtol=1e-5)
+    early = validate(params, FROZEN, batch | {"t": np.full(16, 2, np.int32)}, np.uint32(0))
+    assert (early["loss"] != measured["loss"]).all()
+
+
 def noised(stage, state, batch):
     """What the stage makes of a batch before it is given to the network."""
     return jax.jit(lambda *arguments: {k: v for k, v in stage.trace(*arguments).items() if k in ("z0", "context")})(
@@ -320,10 +359,12 @@ def test_the_label_is_dropped_at_its_rate():
     assert abs(dropped - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
 
 
-@pytest.mark.parametrize("which", [*list(AUTOENCODERS)[1:], "diffusion"])
+@pytest.mark.parametrize("which", [*list(AUTOENCODERS)[1:], "diffusion", "classifier"])
 def test_four_devices_take_the_same_step_as_one(which):
     if which == "diffusion":
         (stage, one, step_one), batch, frozen = compiled("diffusion", **SMALL), moments_batch(16), FROZEN
+    elif which == "classifier":
+        (stage, one, step_one), batch, frozen = compiled("classifier", **CLASSIFIER), moments_batch(16), FROZEN
     else:
         (stage, one, step_one), batch, frozen = compiled_autoencoder(which), autoencoder_batch(), {}
     many, step_many = replicate(jax.device_get(one)), parallel_step(stage.step)  # a copy: it is donated
@@ -348,17 +389,20 @@ def test_the_average_follows_the_parameters_after_the_update():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.ema_params, expected)
 
 
-@pytest.mark.parametrize("which", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("which", ["autoencoder", "diffusion", "classifier"])
 def test_a_step_that_is_not_finite_freezes_the_state(which):
     if which == "diffusion":
         stage, state, step = compiled("diffusion", **SMALL)
+        batch, frozen, layer = partial(moments_batch, 16), FROZEN, "conv_in"
+    elif which == "classifier":
+        stage, state, step = compiled("classifier", **CLASSIFIER)
         batch, frozen, layer = partial(moments_batch, 16), FROZEN, "conv_in"
     else:
         stage, state, step = compiled_autoencoder("kl")
         batch, frozen, layer = autoencoder_batch, {}, "quant_conv"
     state, _ = step(state, frozen, batch(), np.uint32(0))
     broken = jax.tree.map(lambda a: a, state)  # new dicts around the same arrays
-    broken.params["unet" if which == "diffusion" else "autoencoder"][layer]["bias"] *= np.nan
+    broken.params["unet" if which == "diffusion" else which][layer]["bias"] *= np.nan
     frozen_state, metrics = step(broken, frozen, batch(step=1), np.uint32(0))
     assert not np.isfinite(metrics["loss"])
     assert int(frozen_state.step) == 1
@@ -366,7 +410,11 @@ def test_a_step_that_is_not_finite_freezes_the_state(which):
     later, _ = step(state, frozen, batch(step=2), np.uint32(0))
     jax.tree.map(np.testing.assert_array_equal, later, state)
     name = first_nonfinite(stage.trace(broken, frozen, batch(step=1), np.uint32(0)))
-    assert name in ("params/unet/conv_in/bias", "params/autoencoder/quant_conv/bias")
+    assert name in (
+        "params/unet/conv_in/bias",
+        "params/autoencoder/quant_conv/bias",
+        "params/classifier/conv_in/bias",
+    )
 
 
 def test_the_first_tensor_that_is_not_finite_is_the_first_to_arise():

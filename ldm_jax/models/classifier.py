@@ -1,0 +1,92 @@
+"""The classifier of noisy latents that guides sampling: the way down of a UNet (Dhariwal & Nichol 2021, section 4)."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from ldm_jax.models.attention import SelfAttention2D
+from ldm_jax.models.layers import (
+    Downsample,
+    Dtype,
+    ResnetBlock,
+    TimestepEmbedding,
+    check_groups,
+    conv,
+    group_norm,
+    linear,
+    timestep_embedding,
+)
+from ldm_jax.models.unet_blocks import DownBlock, Layer, MidBlock
+
+EPS = 1e-5
+
+
+class NoisyClassifier(nn.Module):
+    """Logits of p(y | z_t): `apply({"params": p}, z_t, t, alpha)`. Blocks and names are the UNet's.
+
+    Fields:
+      num_classes: 2 or more.
+      block_out_channels: width of each level; each level but the last halves the size.
+      attention: for each level, whether self-attention follows each of its ResNet blocks; the middle goes by the last.
+      layers_per_block: ResNet blocks per level.
+      attention_heads: their number; must divide the width of each level with attention.
+      norm_num_groups: must divide every width.
+      dtype: type of the computation; None means that of the input. The logits are float32.
+    """
+
+    num_classes: int
+    block_out_channels: Sequence[int]
+    attention: Sequence[bool]
+    layers_per_block: int = 1
+    attention_heads: int = 4
+    norm_num_groups: int = 32
+    dtype: Dtype = None
+
+    def setup(self):
+        """Checks the fields."""
+        if self.num_classes < 2:
+            raise ValueError(f"a classifier needs data of 2 or more classes; got {self.num_classes}")
+        if len(self.attention) != len(self.block_out_channels) or not self.attention:
+            raise ValueError(f"attention must have one entry for each of block_out_channels; got {self.attention}")
+        check_groups(self.block_out_channels, self.norm_num_groups)
+
+    @nn.compact
+    def __call__(self, z_t: Array, t: Array, alpha: Array) -> Array:
+        """One evaluation of the network.
+
+        At high noise the true logits are prior(y) + alpha f(z_t, y), f of order 1: what z_t tells of y fades with its
+        share of signal. So the network gives f and the prior. Its gradient then fades with alpha as well, and guidance,
+        which divides by alpha, does not blow its errors up.
+
+        Args:
+          z_t: [B, h, w, c].
+          t: integer or float, [B].
+          alpha: [B], sqrt(alpha_bar) of t.
+
+        Returns:
+          [B, num_classes] float32.
+        """
+        width, last = self.block_out_channels[0], len(self.block_out_channels) - 1
+        temb = TimestepEmbedding(4 * width, dtype=self.dtype, name="time_embedding")(timestep_embedding(t, width))
+        h = conv(width, dtype=self.dtype, name="conv_in")(z_t)
+        for i, features in enumerate(self.block_out_channels):
+            downsample = partial(Downsample, features, (1, 1), dtype=self.dtype) if i < last else None
+            layers = self._resnet(features), self._attention(i), self.layers_per_block, downsample
+            h, _ = DownBlock(*layers, name=f"down_blocks_{i}")(h, temb, None, True)
+        h = MidBlock(self._resnet(features), self._attention(last), name="mid_block")(h, temb, None, True)
+        h = nn.silu(group_norm(self.norm_num_groups, EPS, dtype=self.dtype, name="norm_out")(h)).mean((1, 2))
+        f = linear(self.num_classes, use_bias=False, dtype=jnp.float32, name="head")(h)
+        return alpha[:, None] * f + self.param("prior", nn.initializers.zeros, (self.num_classes,))
+
+    def _resnet(self, features: int) -> Layer:
+        return partial(ResnetBlock, features, self.norm_num_groups, EPS, dtype=self.dtype)
+
+    def _attention(self, level: int) -> Layer | None:
+        """Self-attention as the blocks call it: with a context, of which there is none here."""
+        if not self.attention[level]:
+            return None
+        fields = self.norm_num_groups, EPS, self.attention_heads
+        return lambda name: lambda h, context: SelfAttention2D(*fields, dtype=self.dtype, name=name)(h)
