@@ -5,7 +5,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ldm_jax.configuration import SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, flatten, nearest
+from ldm_jax.config_rules import SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, nearest
+from ldm_jax.configuration import flatten
 from ldm_jax.errors import InputError
 
 
@@ -82,6 +83,9 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
         _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
     )
     flags.DEFINE_float("guidance_rescale", None, "keep the contrast: 0 no ... 1 yes", 0.0, 1.0, flag_values=values)
+    flags.DEFINE_float(
+        "threshold", None, "pixel models: quantile that bounds z0, e.g. 0.995", 0.0, 1.0, flag_values=values
+    )
     flags.DEFINE_string("spacing", None, f"of the steps: {', '.join(SPACINGS)}", flag_values=values)
     flags.DEFINE_list("timesteps", None, "the timesteps themselves, falling, e.g. 999,500,0", flag_values=values)
     flags.DEFINE_float("churn", None, "edm: the noise added on the way", lower_bound=0.0, flag_values=values)
@@ -103,6 +107,7 @@ def define_editing_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     string("mask", None, "a picture as large as init_image: its white part is drawn, the rest kept", flag_values=values)
+    string("outpaint", None, "continue init_image on a side by so many pixels, e.g. right:8", flag_values=values)
     integer("resample", None, "with a mask: how often each part of the way is gone (RePaint)", 1, flag_values=values)
     integer("resample_jump", None, "and of how many steps a part is; default 1", 1, flag_values=values)
     flags.DEFINE_boolean("invert", None, "begin from init_image's own noise (DDIM inversion)", flag_values=values)

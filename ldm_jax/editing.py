@@ -8,6 +8,8 @@ from PIL import Image
 from ldm_jax.data.images import decode, fit
 from ldm_jax.errors import InputError
 
+SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis, before the picture?
+
 
 def read_image(path: Path, flag: str, *, size: int, channels: int, crop: str) -> np.ndarray:
     """A picture as the model takes it, uint8 [size, size, channels]; raises InputError if it is none."""
@@ -39,6 +41,42 @@ def read_mask(path: Path, image_path: Path, *, size: int, crop: str) -> np.ndarr
     if not mask.any():
         raise InputError(f"--mask={path} has no white part; white is what is drawn anew")
     return mask
+
+
+def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a model sees of a picture that is to be continued: as much of its edge as fits, and what is to be drawn.
+
+    Args:
+      image: uint8 [S, S, C].
+      where: a side and a number of pixels, e.g. "right:8".
+
+    Returns:
+      uint8 [S, S, C], the new part like the edge for now, and bool [S, S], True there.
+
+    Raises:
+      InputError: no such side, or not from 1 to S - 1 pixels.
+    """
+    side, _, pixels = where.partition(":")
+    size = len(image)
+    if side not in SIDES or not pixels.isdigit() or not 0 < int(pixels) < size:
+        raise InputError(f"--outpaint={where} must be {', '.join(SIDES)}, and 1 to {size - 1} pixels, e.g. right:8")
+    axis, before = SIDES[side]
+    grown = [(0, 0)] * 3
+    grown[axis] = (int(pixels), 0) if before else (0, int(pixels))
+    new = np.pad(np.zeros(image.shape, bool), grown, constant_values=True)
+    kept = [slice(None)] * 3
+    kept[axis] = slice(size) if before else slice(-size, None)
+    return np.pad(image, grown, mode="edge")[tuple(kept)], new[tuple(kept)][..., 0]
+
+
+def outpainted(image: np.ndarray, drawn: np.ndarray, where: str) -> np.ndarray:
+    """The whole picture [S, S, C] and, on its side, what was drawn in the window [N, S, S, C]: [N, S or more, ...]."""
+    side, _, pixels = where.partition(":")
+    axis, before = SIDES[side]
+    new = [slice(None)] * 4
+    new[axis + 1] = slice(int(pixels)) if before else slice(-int(pixels), None)
+    parts = [drawn[tuple(new)], np.broadcast_to(image, drawn.shape)]
+    return np.concatenate(parts if before else parts[::-1], axis=axis + 1)
 
 
 def read_latents(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -49,13 +49,13 @@ def main(argv: list[str]) -> None:
     commands.start_devices(values)
     check_weights(values.inception_weights, "--inception_weights")
 
-    from ldm_jax import builders, drawing, trained
+    from ldm_jax import builders, drawing, recipe, trained
 
     model = trained.load(Path(values.model))
     config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
-    wanted = drawing.from_flags(model, values, labels=list(range(len(model.class_names))))
+    wanted = recipe.from_flags(model, values, labels=list(range(len(model.class_names))))
     train_set, test_set = (builders.load_split(config, s) for s in (config.data.train_split, config.data.test_split))
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)

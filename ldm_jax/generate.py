@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from ldm_jax.data.pixels import to_pixels, to_uint8
 from ldm_jax.diffusion.classification import Classify, log_probability
-from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, clip_z0, from_network, keep_known
+from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, from_network, keep_known, threshold_z0
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.tables import Table
 from ldm_jax.first_stage import FirstStage, from_latents, to_latents
@@ -32,6 +32,7 @@ class Request(NamedTuple):
     negative: int = -1  # the label that guidance leads away from; -1 = no label
     interval: tuple[float, float] = (0.0, 1.0)  # the share t / T of the timesteps that are guided
     rescale: float = 0.0  # see `classifier_free`
+    threshold: float = 0.0  # of pixels: the quantile of `threshold_z0`; 0 = clipped at 1
     classifier_scale: np.ndarray | None = None  # [N] float32: of `classifier_guided`; None = 0, as without a label
     maps: np.ndarray | None = None  # [N, h, w, k] float32, of a model with a map condition: see `Generator.maps`
 
@@ -89,15 +90,16 @@ def make_generator(
     latent_shape: tuple[int, int, int],
     alpha_bar: np.ndarray,
     prediction: str,
-    clip: float,
+    pixels: bool,
     batch_size: int,
     snapshots: int,
     classify: Classify | None = None,
 ) -> Generator:
     """Builds a generator for replicated `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}.
 
-    Seed, labels, guidance, solver and steps are arguments of the compiled calls. z0_hat is kept within [-clip, clip].
-    With `classify`, which takes params["classifier"], a request's `classifier_scale` guides as well.
+    Seed, labels, guidance, solver and steps are arguments of the compiled calls. Of `pixels`, z0_hat is kept within
+    [-1, 1], by dynamic thresholding if the request asks for it; latents know no bounds. With `classify`, which takes
+    params["classifier"], a request's `classifier_scale` guides as well.
     """
 
     def solve_batch(params, batch, table, seed, options):
@@ -128,7 +130,7 @@ def make_generator(
                 interval=options["interval"],
             )
         z, on_the_way = solve(
-            clip_z0(guided, clip),
+            threshold_z0(guided, options["threshold"]) if pixels else guided,
             batch["z_T"],
             table,
             sample_keys(seed, batch["id"]),
@@ -155,6 +157,7 @@ def make_generator(
             "negative": np.int32(request.negative),
             "interval": np.asarray(request.interval, np.float32) * len(alpha_bar),
             "rescale": np.float32(request.rescale),
+            "threshold": np.float32(request.threshold),
             "z0": np.zeros(latent_shape, np.float32) if request.z0 is None else request.z0,
             "mask": np.ones((*latent_shape[:2], 1), bool) if request.mask is None else request.mask,
         }

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, drawing, evaluate, run_folder, trained
+from ldm_jax import builders, config_rules, configuration, drawing, evaluate, run_folder, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
       InputError: data or weights that are missing or do not fit, another run's folder.
       RunError: a loss that is not finite, a checkpoint that cannot be written.
     """
-    configuration.validate_devices(config, jax.device_count())
+    config_rules.validate_devices(config, jax.device_count())
     evaluate.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
     train_set, test_set = (
         builders.load_split(config, split) for split in (config.data.train_split, config.data.test_split)

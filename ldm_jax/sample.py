@@ -5,6 +5,7 @@
 
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
+    ... --init_image=FILE --outpaint=right:8            continued on one side
     ... --init_image=FILE --invert                      from the picture's own noise (DDIM inversion)
     ... --init_image=FILE --to_image=FILE               from one picture to another
     ... --to_seed=1                                     from the noise of one seed to that of another
@@ -48,15 +49,15 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import drawing, trained
+    from ldm_jax import drawing, recipe, trained
 
     model = trained.load(Path(values.model))
     if values.from_recipe:
         check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "save_trajectory"))
-        wanted = drawing.from_recipe(model, Path(values.from_recipe))
+        wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
-        wanted = drawing.with_edits(drawing.from_flags(model, values, labels), values, model.config.concat.kind)
+        wanted = recipe.with_edits(recipe.from_flags(model, values, labels), values, model.config.concat.kind)
         if values.negative_label is not None:
             away_from = find_labels("--negative_label", [values.negative_label], model.class_names)
             wanted = wanted._replace(negative_label=away_from[0])

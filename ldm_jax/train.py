@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import command_line, commands, configuration, run_folder
+from ldm_jax import command_line, commands, config_rules, configuration, run_folder
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         return
     command_line.parse(flag_values, argv, config=True)
     config = flag_values.config
-    configuration.validate(config)
+    config_rules.validate(config)
     if flag_values.print_config:
         print(configuration.to_json(config), end="")
         return

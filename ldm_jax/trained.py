@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, run_folder
+from ldm_jax import builders, config_rules, configuration, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
@@ -45,7 +45,7 @@ def load(path: Path) -> Trained:
         problem = "is a file" if path.exists() else "does not exist"
         raise InputError(f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist")
     config = configuration.from_json(path / "config.json")
-    configuration.validate(config)
+    config_rules.validate(config)
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
@@ -66,7 +66,7 @@ def load_classifier(path: Path) -> Guide:
     if not path.is_dir():
         raise InputError(f"--classifier={path} does not exist; it must be a run folder with a classifier")
     config = configuration.from_json(path / "config.json")
-    configuration.validate(config)
+    config_rules.validate(config)
     if "classifier" not in config.stages:
         raise InputError(f"--classifier={path} has no classifier: its config.stages are {', '.join(config.stages)}")
     num_classes = len(run_folder.read_json(path / "data.json", "class_names")["class_names"])
@@ -157,7 +157,7 @@ def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guide
         latent_shape=builders.latent_shape(config),
         alpha_bar=builders.build_schedule(config).alpha_bar,
         prediction=config.diffusion.prediction,
-        clip=1.0 if config.autoencoder.kind == "none" else float("inf"),
+        pixels=config.autoencoder.kind == "none",
         batch_size=batch_size,
         snapshots=SNAPSHOTS,
         classify=builders.build_classify(guide.config, num_classes) if guide else None,

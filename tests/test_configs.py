@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ldm_jax import configuration, job
+from ldm_jax import config_rules, job
 
 NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("[a-z]*.py"))
 
@@ -13,8 +13,8 @@ NAMES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_config_is_sound(name, capsys):
     config = importlib.import_module(f"configs.{name}").get_config()
-    configuration.validate(config)
+    config_rules.validate(config)
     for devices in (1, 2, 4, 8, 16):  # the batches of 16 of the smallest end there
-        configuration.validate_devices(config, devices)
+        config_rules.validate_devices(config, devices)
     job.describe_models(config, num_classes=10)
     assert ("unet" if "diffusion" in config.stages else "classifier") in capsys.readouterr().out

@@ -7,10 +7,10 @@ from PIL import Image
 from scipy.stats import kstest
 
 from ldm_jax import commands, editing, sample, trained
-from ldm_jax.configuration import SAMPLERS, SPACINGS
+from ldm_jax.config_rules import SAMPLERS, SPACINGS
 from ldm_jax.diffusion import schedules, solvers
-from ldm_jax.drawing import Drawing
 from ldm_jax.evaluation.pictures import read_recipe, save_png
+from ldm_jax.recipe import Recipe
 from ldm_jax.training.parallel import replicate
 
 
@@ -38,6 +38,24 @@ def test_mask_of_latents_by_hand():
     mask[3, 2] = True
     assert editing.mask_of_latents(mask, 2)[..., 0].tolist() == [[False] * 3, [False, True, False]]
     np.testing.assert_array_equal(editing.mask_of_latents(mask, 1)[..., 0], mask)
+
+
+@pytest.mark.parametrize("where", ["left:2", "right:2", "up:2", "down:2"])
+def test_outpainting_by_hand(where):
+    image = np.arange(16, dtype=np.uint8).reshape(4, 4, 1)
+    window, new = editing.outpaint_window(image, where)
+    assert new.sum() == 8
+    drawn = np.where(new[None, ..., None], np.uint8(100), window[None])
+    whole = editing.outpainted(image, drawn, where)[0, ..., 0]
+    grown = {"left": (0, 6, 2), "right": (0, 6, 0), "up": (2, 4, 0), "down": (0, 4, 0)}[where.split(":")[0]]
+    top, width, left = grown
+    assert whole.shape == (24 // width, width)
+    np.testing.assert_array_equal(whole[top : top + 4, left : left + 4], image[..., 0])
+    assert (whole == 100).sum() == 8
+    beside = {"left": (slice(None), slice(2, 4)), "right": (slice(None), slice(2)),
+              "up": (slice(2, 4), slice(None)), "down": (slice(2), slice(None))}[where.split(":")[0]]  # fmt: skip
+    kept = {"left": image[:, :2], "right": image[:, 2:], "up": image[:2], "down": image[2:]}[where.split(":")[0]]
+    np.testing.assert_array_equal(window[beside], kept)
 
 
 @pytest.fixture
@@ -101,6 +119,14 @@ def test_what_the_mask_keeps_comes_back_to_the_bit(draw, files):
         assert (images[0] != images[4]).any()  # the same class, another sample
 
 
+def test_outpainting_leaves_the_picture_and_adds_to_it(draw, files):
+    original = np.asarray(Image.open(files / "a.png"))[..., None]
+    images = draw("outpainted", f"--init_image={files}/a.png", "--outpaint=left:3", "--sampler=ddpm", "--resample=2")
+    assert images.shape == (8, 8, 11, 1)
+    np.testing.assert_array_equal(images[:, :, 3:], np.broadcast_to(original, (8, 8, 8, 1)))
+    assert (images[0, :, :3] != images[4, :, :3]).any()
+
+
 def test_inversion_and_back_is_the_decoded_picture(draw, files, decoded):
     flags = [f"--init_image={files}/a.png", "--invert", "--sampler=ddim", "--steps=20", "--guidance=1", "--label=0"]
     images = draw("inverted", *flags)
@@ -151,7 +177,7 @@ def test_a_recipe_of_changed_inputs_is_refused(draw, files, trained_run, tmp_pat
     ],
 )
 def test_a_recipe_is_refused(flags, expected, files, trained_run, tmp_path, capsys):
-    drawn_by_another = dict.fromkeys(Drawing._fields, 0) | {"model": "0123"}
+    drawn_by_another = dict.fromkeys(Recipe._fields, 0) | {"model": "0123"}
     for name, recipe in (("other", drawn_by_another), ("old", {"seed": 3})):
         save_png(Image.new("L", (8, 8)), files / f"{name}.png", recipe)
     flags = [flag.replace("FILES", str(files)) for flag in flags]

@@ -5,7 +5,7 @@ import jobs
 import numpy as np
 import pytest
 
-from ldm_jax import command_line, commands, drawing, evaluate, sample, trained
+from ldm_jax import command_line, commands, evaluate, recipe, sample, trained
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
@@ -196,6 +196,17 @@ def test_pixel_space(pixel_run):
     assert (pixel_run / "report.html").stat().st_size
 
 
+def test_pixels_are_bounded_by_clipping_or_by_a_quantile(pixel_run, tmp_path):
+    """Strong guidance drives z0_hat beyond the pixels' range, where the two differ."""
+    images = []
+    for name, more in (("clipped", []), ("thresholded", ["--threshold=0.8"])):
+        command = ["sample", f"--model={pixel_run}", f"--out={tmp_path / name}", "--num=4", "--guidance=30", *more]
+        assert commands.run(sample.main, [*command, "--nosave_trajectory"]) == 0
+        images.append(jobs.samples(tmp_path / name)["images"])
+        assert read_recipe(tmp_path / name / "samples.png")["threshold"] == (0.8 if more else 0.0)
+    assert (images[0] != images[1]).any()
+
+
 def test_the_job_logs_both_losses_and_reports_the_bound(pixel_run):
     lines = read_metrics(pixel_run / "metrics.jsonl")
     training = [line for line in lines if "simple" in line]
@@ -242,7 +253,7 @@ def test_the_variance_matters_to_ddpm_alone_and_compiles_nothing(pixel_run):
 def test_the_variance_is_that_of_the_config_or_of_the_flag(pixel_run, flags, variance):
     values = sample.define_flags()
     command_line.parse(values, ["sample", *flags])
-    assert drawing.from_flags(trained.load(pixel_run), values, []).variance == variance
+    assert recipe.from_flags(trained.load(pixel_run), values, []).variance == variance
 
 
 def test_the_bound_of_latents(trained_run, tiny_data, tmp_path):

@@ -205,10 +205,15 @@ def threshold_z0(
     """Dynamic thresholding (Saharia 2022, section 2.3), for pixels in [-1, 1] under strong guidance.
 
     In each example z0_hat is kept within [-s, s] and divided by s, the quantile of |z0_hat|, from 1 to `highest`.
+    quantile may be traced; 0 is plain clipping at 1, and costs no more than that.
     """
 
     def thresholded(z0_hat: jax.Array) -> jax.Array:
-        s = jnp.quantile(jnp.abs(z0_hat), quantile, axis=tuple(range(1, z0_hat.ndim)), keepdims=True)
+        one = jnp.ones((len(z0_hat), *[1] * (z0_hat.ndim - 1)))
+        axes = tuple(range(1, z0_hat.ndim))
+        s = jax.lax.cond(
+            quantile > 0, lambda: jnp.quantile(jnp.abs(z0_hat), quantile, axis=axes, keepdims=True), lambda: one
+        )
         s = jnp.clip(s, 1.0, highest)
         return jnp.clip(z0_hat, -s, s) / s
 

@@ -223,6 +223,7 @@ def test_dynamic_thresholding_by_hand():
     z0 = jnp.array([[0.5, -1.0, 2.0, -4.0, 8.0], [0.1, 0.2, -0.3, 0.4, 0.5]])
     threshold = jax.jit(lambda q, highest: threshold_z0(lambda z, level: z0, q, highest)(z0, level_at(0, ALPHA_BAR)))
     np.testing.assert_allclose(threshold(0.75, jnp.inf), [[0.125, -0.25, 0.5, -1, 1], z0[1]], rtol=1e-6)
+    np.testing.assert_array_equal(threshold(0.0, jnp.inf), np.clip(z0, -1, 1))
     np.testing.assert_allclose(threshold(0.75, 2.0), [[0.25, -0.5, 1, -1, 1], z0[1]], rtol=1e-6)
 
 

@@ -1,0 +1,274 @@
+"""What a config may say: choices, ranges, and which fields must fit each other, checked before anything is compiled."""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ldm_jax.configuration import flatten
+from ldm_jax.errors import InputError
+
+# As in diffusion/, which imports JAX: too slow for --help.
+SAMPLERS = (
+    "ddpm",
+    "ddim",
+    "plms",
+    "euler",
+    "euler_a",
+    "heun",
+    "edm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "unipc",
+    "lcm",
+)
+SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
+VARIANCES = ("fixed_small", "fixed_large", "learned")
+
+# Everything that can be trained, in the order in which it may be.
+STAGES = ("autoencoder", "diffusion", "classifier")
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "data.channels": (1, 3),
+    "data.crop": ("center", "none"),
+    "autoencoder.kind": ("kl", "vq", "none"),
+    "autoencoder.loss.perceptual_net": ("vgg16", "alexnet"),
+    "autoencoder.decay": ("constant", "cosine"),
+    "diffusion.decay": ("constant", "cosine"),
+    "classifier.decay": ("constant", "cosine"),
+    "diffusion.schedule": ("linear", "scaled_linear", "cosine"),
+    "diffusion.prediction": ("eps", "v", "z0"),
+    "diffusion.weighting": ("uniform", "min_snr"),
+    "concat.kind": ("none", "low_resolution", "inpainting", "segments"),
+    "diffusion.variance": ("fixed", "learned"),
+    "sampling.sampler": SAMPLERS,
+    "sampling.spacing": SPACINGS,
+    "sampling.variance": VARIANCES,
+}
+
+# Fields that are two rising numbers from 0 to 1.
+_INTERVALS = ("sampling.guidance_interval",)
+
+# Fields with a range: (lowest, highest), both allowed; None = no bound.
+_RANGES = {
+    "seed": (0, 2**32 - 1),
+    "data.image_size": (4, None),
+    "data.memory_limit_gb": (0.0, None),
+    "autoencoder.latent_channels": (1, None),
+    "autoencoder.layers_per_block": (1, None),
+    "autoencoder.norm_num_groups": (1, None),
+    "autoencoder.codebook_size": (2, None),
+    "autoencoder.loss.perceptual_every": (1, None),
+    "autoencoder.loss.perceptual_size": (0, None),
+    "autoencoder.discriminator.channels": (1, None),
+    "autoencoder.discriminator.layers": (1, None),
+    "diffusion.timesteps": (2, None),
+    "diffusion.beta_start": (0.0, 1.0),
+    "diffusion.beta_end": (0.0, 0.999),
+    "diffusion.label_dropout": (0.0, 1.0),
+    "diffusion.validation_examples": (1, None),
+    "diffusion.bound_weight": (0.0, None),
+    "diffusion.snr_gamma": (0.0, None),
+    "concat.factor": (2, None),
+    "concat.num_segments": (2, 256),
+    "unet.layers_per_block": (1, None),
+    "unet.attention_heads": (1, None),
+    "unet.transformer_layers": (1, None),
+    "unet.norm_num_groups": (1, None),
+    "unet.context_dim": (1, None),
+    "unet.context_tokens": (1, None),
+    "classifier.layers_per_block": (1, None),
+    "classifier.attention_heads": (1, None),
+    "classifier.norm_num_groups": (1, None),
+    "sampling.num": (0, None),
+    "sampling.steps": (1, None),
+    "sampling.eta": (0.0, 1.0),
+    "sampling.churn": (0.0, None),
+    "sampling.guidance_rescale": (0.0, 1.0),
+    "sampling.threshold": (0.0, 1.0),
+    "sampling.guidance": (0.0, None),
+    "sampling.batch_size": (1, None),
+    "sampling.progress_every": (0, None),
+    "evaluation.num_reference": (2, None),
+    "evaluation.bound_examples": (0, None),
+    "evaluation.resize": (16, None),
+    "evaluation.batch_size": (1, None),
+    "log_every": (1, None),
+    "checkpoint_every": (1, None),
+    "keep_checkpoints": (1, None),
+} | {
+    f"{stage}.{field}": bounds
+    for stage in STAGES
+    for field, bounds in {
+        "steps": (1, None),
+        "batch_size": (1, None),
+        "learning_rate": (0.0, None),
+        "warmup_steps": (0, None),
+        "adam_b2": (0.0, 1.0),
+        "weight_decay": (0.0, None),
+        "clip_norm": (0.0, None),
+        "ema_decay": (0.0, 1.0),
+    }.items()
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises InputError for values that no run could have, before anything is compiled or written."""
+    fields = flatten(config)
+    for name in ("stages", *_CHOICES, *_RANGES, *_INTERVALS):
+        if name not in fields:
+            raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
+    for name, choices in _CHOICES.items():
+        check_choice(f"config.{name}", fields[name], choices)
+    for name, (low, high) in _RANGES.items():
+        value = fields[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(f"config.{name} is {value!r}; it must be a number")
+        if not ((low is None or value >= low) and (high is None or value <= high)):
+            bounds = f"{low} or more" if high is None else f"from {low} to {high}"
+            raise InputError(f"config.{name} is {value}; it must be {bounds}")
+    for name in _INTERVALS:
+        check_interval(f"config.{name}", fields[name])
+    _validate_stages(config)
+    _validate_shapes(config)
+    diffusion, loss = config.diffusion, config.autoencoder.loss
+    if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end:
+        raise InputError(
+            f"config.diffusion.beta_start is {diffusion.beta_start}, beta_end {diffusion.beta_end}; "
+            "they must rise from above 0"
+        )
+    if config.autoencoder.batch_size % loss.perceptual_every:
+        raise InputError(
+            f"config.autoencoder.loss.perceptual_every is {loss.perceptual_every}; it must divide "
+            f"config.autoencoder.batch_size = {config.autoencoder.batch_size}"
+        )
+    concat = config.concat
+    if concat.kind == "low_resolution" and config.data.image_size % concat.factor:
+        raise InputError(
+            f"config.concat.factor is {concat.factor}; it must divide config.data.image_size = {config.data.image_size}"
+        )
+    if concat.kind == "segments" and config.data.segments_key == "none":
+        raise InputError(
+            "config.concat.kind is 'segments'; config.data.segments_key must name the feature with the map"
+        )
+    if config.diffusion.zero_terminal_snr and config.diffusion.prediction == "eps":
+        raise InputError(
+            "config.diffusion.prediction is 'eps' with zero_terminal_snr, where eps tells nothing of z0 at the last "
+            "timestep; use --config.diffusion.prediction=v or z0"
+        )
+    if diffusion.variance == "learned" and not diffusion.bound_weight:
+        raise InputError(
+            "config.diffusion.bound_weight is 0, by which no variance is learned; it must be above 0 with "
+            "config.diffusion.variance=learned, e.g. 0.001"
+        )
+    if config.sampling.threshold and config.autoencoder.kind != "none":
+        raise InputError(
+            f"config.sampling.threshold is {config.sampling.threshold}; it is for pixels "
+            "(config.autoencoder.kind=none), latents know no bounds"
+        )
+    if config.sampling.steps > config.diffusion.timesteps:
+        raise InputError(
+            f"config.sampling.steps is {config.sampling.steps}; there are config.diffusion.timesteps = "
+            f"{config.diffusion.timesteps} timesteps to choose from"
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple) -> None:
+    """Raises InputError unless `value` is one of `choices`."""
+    if value not in choices:
+        near = nearest(str(value), [str(choice) for choice in choices])
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}{near}")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The end of an error's line: which of the known names may have been meant, if one is near."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_interval(name: str, value: Any) -> None:
+    """Raises InputError unless `value` is two rising numbers from 0 to 1."""
+    numbers = isinstance(value, (tuple, list)) and all(isinstance(number, (int, float)) for number in value)
+    if not numbers or len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
+        raise InputError(f"{name} is {value}; it must be two rising numbers from 0 to 1, e.g. 0.15,0.85")
+
+
+def _validate_stages(config: ConfigDict) -> None:
+    """Pixel diffusion (autoencoder.kind none) has no first stage to train, though its name may stand there."""
+    stages, pixels = config.stages, config.autoencoder.kind == "none"
+    for stage in stages if isinstance(stages, tuple) else (stages,):
+        check_choice("config.stages", stage, STAGES)
+    if not isinstance(stages, tuple) or stages != tuple(stage for stage in STAGES if stage in stages):
+        raise InputError(f"config.stages is {stages}; it must be some of {', '.join(STAGES)}, each once, in this order")
+    if not set(stages) - ({"autoencoder"} if pixels else set()):
+        raise InputError(f"config.stages is {stages}: there is nothing to train")
+    if stages[0] != "autoencoder" and not pixels:
+        raise InputError(
+            f"config.stages is {stages}; what is trained on latents needs 'autoencoder' before it "
+            "(config.autoencoder.checkpoint takes another run's)"
+        )
+
+
+def _validate_shapes(config: ConfigDict) -> None:
+    size = config.data.image_size
+    if config.autoencoder.kind != "none":
+        channels, factor = config.autoencoder.block_out_channels, 2 ** (len(config.autoencoder.block_out_channels) - 1)
+        _positive("autoencoder.block_out_channels", channels)
+        if size % factor:
+            raise InputError(
+                f"config.data.image_size is {size}; an autoencoder of {len(channels)} resolutions needs a multiple "
+                f"of {factor}"
+            )
+        _divides("autoencoder.norm_num_groups", config.autoencoder.norm_num_groups, channels)
+        size //= factor
+    _validate_levels("unet", config.unet, size)
+    if "classifier" in config.stages:
+        _validate_levels("classifier", config.classifier, size)
+
+
+def _validate_levels(name: str, network: ConfigDict, size: int) -> None:
+    """The resolutions of `network`, the section `name`, for latents of `size` pixels."""
+    channels = network.block_out_channels
+    _positive(f"{name}.block_out_channels", channels)
+    if len(network.attention) != len(channels):
+        raise InputError(
+            f"config.{name}.attention has {len(network.attention)} entries, config.{name}.block_out_channels "
+            f"{len(channels)}; they must be equally long"
+        )
+    _divides(f"{name}.norm_num_groups", network.norm_num_groups, channels)
+    if network.norm_num_groups in channels:
+        raise InputError(
+            f"config.{name}.norm_num_groups is {network.norm_num_groups}, as many as there are channels at a "
+            f"resolution of config.{name}.block_out_channels {channels}; a norm of single channels erases the time "
+            "embedding, so it must be less"
+        )
+    _divides(f"{name}.attention_heads", network.attention_heads, channels)
+    if size < 2 ** (len(channels) - 1):
+        raise InputError(
+            f"config.{name}.block_out_channels has {len(channels)} resolutions; latents of {size}x{size} "
+            "cannot be halved so often"
+        )
+
+
+def _positive(name: str, values: tuple) -> None:
+    if not values or not all(isinstance(value, int) and value > 0 for value in values):
+        raise InputError(f"config.{name} is {values}; it must be one positive whole number for each resolution")
+
+
+def _divides(name: str, divisor: int, channels: tuple) -> None:
+    for value in channels:
+        if value % divisor:
+            raise InputError(
+                f"config.{name} is {divisor}, which does not divide {value} of block_out_channels {channels}"
+            )
+
+
+def validate_devices(config: ConfigDict, devices: int) -> None:
+    """Raises InputError if a batch cannot be shared out evenly."""
+    fields = flatten(config)
+    for name in (f"{part}.batch_size" for part in (*config.stages, "sampling", "evaluation")):
+        value = fields[name]
+        if value % devices:
+            raise InputError(f"config.{name} is {value}; it must be a multiple of the {devices} devices")

@@ -1,0 +1,213 @@
+"""What is asked of a trained model: every choice that its pictures depend on, written into each of them."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl.flags import FlagValues
+from ml_collections import ConfigDict
+
+from ldm_jax import trained
+from ldm_jax.errors import InputError
+from ldm_jax.evaluation import pictures
+from ldm_jax.trained import Guide, Trained
+
+
+class Recipe(NamedTuple):
+    """`num` pictures, whose classes go round `labels` ([] = no class), made as the rest says."""
+
+    num: int
+    labels: list[int]
+    seed: int
+    guidance: float
+    guidance_interval: list[float]
+    guidance_rescale: float
+    threshold: float
+    sampler: str
+    steps: int
+    spacing: str | list[int]
+    eta: float
+    churn: float
+    variance: str
+    classifier: str = ""  # a run folder with a classifier that guides as well
+    classifier_scale: float = 0.0
+    negative_label: int = -1
+    init_image: str = ""  # begin from this picture, not from noise alone
+    strength: float = 1.0  # the share of the steps that is done from there
+    mask: str = ""  # the white part of init_image is drawn, the rest kept
+    outpaint: str = ""  # init_image is continued on this side by so many pixels, e.g. "right:8"
+    resample: int = 1  # RePaint: how often each part of the way is gone
+    resample_jump: int = 1  # and of how many steps a part is
+    to_seed: int = -1  # from the noise of `seed` to that of this one
+    to_image: str = ""  # from the noise of init_image to that of this one
+    invert: bool = False  # begin from init_image's own noise
+    init_latents: str = ""  # the noise itself
+    map: str = ""  # of a model with a map condition: the small picture, or the map of segments
+    map_split: str = ""  # or the split that sample i's map is taken from, of its picture number i
+
+
+def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
+    """What a command line asks for (see `command_line.define_drawing_flags`); what it leaves out is as in the config.
+
+    Raises:
+      InputError: guidance for a model without classes, a batch that does not divide over the devices, or timesteps
+        that are no numbers.
+    """
+    sampling, devices = model.config.sampling, jax.local_device_count()
+    if values.guidance not in (None, 1.0) and not model.class_names:
+        raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
+    if values.batch_size and values.batch_size % devices:
+        raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
+    if values.threshold and model.config.autoencoder.kind != "none":
+        raise InputError(
+            f"--threshold={values.threshold} is for models of pixels; the latents of this one know no bounds"
+        )
+    if values.classifier_scale is not None and not values.classifier:
+        raise InputError("--classifier_scale needs --classifier, a run folder with a classifier")
+    sampler, spacing = _or(values.sampler, sampling.sampler), _or(values.spacing, sampling.spacing)
+    if values.timesteps is not None:
+        if values.steps or values.spacing:
+            raise InputError("--timesteps says it all; leave out --steps and --spacing")
+        spacing = _whole_numbers("--timesteps", values.timesteps)
+    own = sampler == sampling.sampler  # the config's eta, churn and variance are its own sampler's
+    return Recipe(
+        num=values.num,
+        labels=labels,
+        seed=values.seed,
+        guidance=_or(values.guidance, sampling.guidance),
+        guidance_interval=_or(values.guidance_interval, list(sampling.guidance_interval)),
+        guidance_rescale=_or(values.guidance_rescale, sampling.guidance_rescale),
+        threshold=_or(values.threshold, sampling.threshold),
+        sampler=sampler,
+        steps=len(spacing) if isinstance(spacing, list) else _or(values.steps, sampling.steps),
+        spacing=spacing,
+        eta=_or(values.eta, sampling.eta if own else 0.0),
+        churn=_or(values.churn, sampling.churn if own else 0.0),
+        classifier=values.classifier or "",
+        classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
+        variance=_or(values.variance, sampling.variance if own else "fixed_small"),
+        map_split=_map_split(model.config),
+    )
+
+
+def _map_split(config: ConfigDict) -> str:
+    """Where maps come from unless a user gives one."""
+    return "" if config.concat.kind == "none" else config.data.test_split
+
+
+def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
+    """The recipe with what the flags of `command_line.define_editing_flags` ask for; `kind` is of the model's map.
+
+    Raises:
+      InputError: flags that do not go together, or not with the model.
+    """
+    needs = {"strength": "init_image", "mask": "init_image", "invert": "init_image", "to_image": "init_image",
+             "outpaint": "init_image", "resample_jump": "resample"}  # fmt: skip
+    for flag, other in needs.items():
+        if values[flag].value and not values[other].value:
+            raise InputError(f"--{flag} needs --{other}")
+    if values.mask and values.outpaint:
+        raise InputError("--mask and --outpaint both say what to draw; choose one")
+    masked = values.mask or values.outpaint
+    if values.resample and not masked:
+        raise InputError("--resample needs --mask or --outpaint")
+    noises = [n for n in ("init_latents", "to_seed", "to_image", "invert") if values[n].value not in (None, False)]
+    if len(noises) > 1:
+        raise InputError(f"--{noises[0]} and --{noises[1]} both say what noise to begin from; choose one")
+    own_noise = values.invert or values.to_image
+    for flag in ("strength", "mask", "outpaint"):
+        if own_noise and values[flag].value:
+            raise InputError(f"--{flag} and --{'invert' if values.invert else 'to_image'} do not go together")
+    strength = 1.0
+    if values.init_image and not own_noise:
+        strength = _or(values.strength, 1.0 if masked else 0.6)
+    return recipe._replace(
+        init_image=values.init_image or "",
+        strength=strength,
+        mask=values.mask or "",
+        outpaint=values.outpaint or "",
+        resample=_or(values.resample, 1),
+        resample_jump=_or(values.resample_jump, 1),
+        to_seed=_or(values.to_seed, -1),
+        to_image=values.to_image or "",
+        invert=bool(values.invert),
+        init_latents=values.init_latents or "",
+        map=values.map or "",
+        map_split="" if _is_given_a_map(values, kind) else recipe.map_split,
+    )
+
+
+def _is_given_a_map(values: FlagValues, kind: str) -> bool:
+    """Whether the flags say what the model's map is; raises InputError for a map that it does not take, or lacks."""
+    if values.map and kind in ("none", "inpainting"):
+        takes = "no map" if kind == "none" else "--init_image and --mask"
+        raise InputError(f"--map={values.map} is for models of super-resolution or segments; this one takes {takes}")
+    given = (values.mask or values.outpaint) if kind == "inpainting" else values.map
+    if kind != "none" and values.init_image and not given:
+        raise InputError(f"--init_image needs {'--mask' if kind == 'inpainting' else '--map'} with this model")
+    return bool(given)
+
+
+def from_picture(model: Trained, path: Path) -> Recipe:
+    """The recipe that made a picture.
+
+    Raises:
+      InputError: the picture has no recipe, or another model drew it, or one of its inputs has changed since.
+    """
+    found = pictures.read_recipe(path)
+    missing = [name for name in Recipe._fields if name not in found]
+    if missing:
+        raise InputError(f"--from_recipe={path} is of another version: it says nothing of {', '.join(missing)}")
+    if found.get("model") != trained.fingerprint(model):
+        raise InputError(f"--from_recipe={path} was drawn by another model ({found.get('model')}) than --model")
+    recipe = Recipe(**{name: found[name] for name in Recipe._fields})
+    for file, digest in digests(recipe, guide_of(model, recipe)).items():
+        if found["inputs"].get(file) != digest:
+            raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
+    return recipe
+
+
+def of_config(model: Trained) -> Recipe:
+    """The recipe that ends a run: as its config has it."""
+    sampling = model.config.sampling
+    return Recipe(
+        num=sampling.num,
+        labels=list(range(len(model.class_names))),
+        seed=model.config.seed,
+        guidance=sampling.guidance,
+        guidance_interval=list(sampling.guidance_interval),
+        guidance_rescale=sampling.guidance_rescale,
+        threshold=sampling.threshold,
+        sampler=sampling.sampler,
+        steps=sampling.steps,
+        spacing=sampling.spacing,
+        eta=sampling.eta,
+        churn=sampling.churn,
+        variance=sampling.variance,
+        map_split=_map_split(model.config),
+    )
+
+
+def guide_of(model: Trained, recipe: Recipe) -> Guide | None:
+    """The classifier that guides what is drawn, if one does."""
+    return trained.loadguide_of(Path(recipe.classifier), model) if recipe.classifier else None
+
+
+def digests(recipe: Recipe, guide: Guide | None) -> dict[str, str]:
+    """File -> hash, of all that a recipe reads; a file that is not there has none."""
+    names = ("init_image", "mask", "to_image", "init_latents", "map")
+    files = [getattr(recipe, name) for name in names if getattr(recipe, name)]
+    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
+    return digests | ({recipe.classifier: trained.fingerprint(guide)} if guide else {})
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _whole_numbers(flag: str, words: list[str]) -> list[int]:
+    try:
+        return [int(word) for word in words]
+    except ValueError:
+        raise InputError(f"{flag}={','.join(words)} must be whole numbers, e.g. 999,700,400") from None
