@@ -47,6 +47,11 @@ def section(heading: str, *blocks: str, note: str = "") -> str:
     return f"<section><h2>{escape(heading)}</h2>{note}{content}</section>"
 
 
+def group(heading: str, content: str) -> str:
+    """A part of a section, with a heading if that is not empty."""
+    return (f'<h3 class="group">{escape(heading)}</h3>' if heading else "") + content
+
+
 def columns(*blocks: str) -> str:
     """Blocks side by side where there is room, below each other on a phone."""
     content = "".join(block for block in blocks if block)

@@ -25,6 +25,15 @@ PARTS = {
     "sampling": "Drawing the samples",
     "scoring": "Scores",
 }
+# Groups of cards in evaluation.json.
+GROUPS = {
+    "samples": "The samples",
+    "restored": "Restored test images",
+    "baseline": "The same by interpolation",
+    "autoencoder": "The autoencoder alone",
+    "model": "The model's likelihood",
+    "classifier": "The classifier",
+}
 # The terms of the autoencoder's loss worth a chart of their own, as they are named in metrics.jsonl.
 AUTOENCODER_TERMS = {
     "l1": "Reconstruction: mean |x - x_hat|",
@@ -123,10 +132,11 @@ def cards(evaluation: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _scores(evaluation: Mapping[str, Any]) -> str:
-    boxes = "".join(_card(card) for card in cards(evaluation))
+    groups = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
+    boxes = {name: "".join(map(_card, cards(group))) for name, group in groups.items()}
     return page.section(
         "Scores",
-        f'<div class="cards">{boxes}</div>' if boxes else "",
+        *(page.group(GROUPS.get(name, ""), f'<div class="cards">{box}</div>') for name, box in boxes.items() if box),
         note="Compare only scores with the same images, reference, resize and weights. The floor is what real training "
         "images score.",
     )

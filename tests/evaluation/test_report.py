@@ -206,6 +206,13 @@ def test_cards_are_found_however_they_are_grouped():
     assert list(cards({})) == []
 
 
+def test_cards_stand_under_the_name_of_their_group(workdir):
+    (workdir / "evaluation.json").write_text(json.dumps({"restored": {"PSNR": CARD}, "baseline": {"PSNR": CARD}}))
+    html = write_report(workdir).read_text()
+    places = [html.index(text) for text in ("Restored test images", 'class="card"', "The same by interpolation")]
+    assert places == sorted(places)
+
+
 def test_a_card_below_zero_and_without_companions(workdir):
     bare = {key: value for key, value in CARD.items() if key in ("score", "n", "reference", "reference_n")}
     kid = CARD | {"score": "KID", "value": -0.001, "std": 0.002, "floor": -0.002, "autoencoder": None}
