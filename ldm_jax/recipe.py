@@ -191,7 +191,7 @@ def of_config(model: Trained) -> Recipe:
 
 def guide_of(model: Trained, recipe: Recipe) -> Guide | None:
     """The classifier that guides what is drawn, if one does."""
-    return trained.loadguide_of(Path(recipe.classifier), model) if recipe.classifier else None
+    return trained.load_guide(Path(recipe.classifier), model) if recipe.classifier else None
 
 
 def digests(recipe: Recipe, guide: Guide | None) -> dict[str, str]:

@@ -28,8 +28,9 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
-    """Whole jobs first: they take longest, and what runs last should be short, so that no worker waits for another."""
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    """Whole jobs first, then stages: what runs last should be short, so that no worker waits for another."""
+    here = Path(__file__).parent
+    items.sort(key=lambda item: [here, here / "training", item.path.parent].index(item.path.parent))
 
 
 @pytest.fixture(scope="module", autouse=True)

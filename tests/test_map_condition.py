@@ -4,15 +4,20 @@ import jax
 import jax.numpy as jnp
 import jobs
 import numpy as np
+import optax
 import pytest
 import tiny
+from flax import linen as nn
 from PIL import Image
 
 from ldm_jax import builders, commands, evaluate, given, sample, trained
+from ldm_jax.diffusion.schedules import make_schedule
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.first_stage import make_first_stage
 from ldm_jax.map_condition import inpainting, low_resolution, make_map_condition, random_boxes, segments_map
+from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.run_folder import read_json
+from ldm_jax.training.diffusion import make_diffusion_stage
 
 IMAGES, _ = tiny.pictures(16)
 KEYS = jax.random.split(jax.random.key(0), 16)
@@ -84,14 +89,34 @@ def test_an_unknown_kind_is_refused():
         make_map_condition("depth", first_stage=PIXELS, latent_shape=(4, 4, 1), channels=1, factor=2, segments=2)
 
 
+class Pointwise(nn.Module):
+    """The smallest network that is a UNet to the stage: it compiles at once."""
+
+    @nn.compact
+    def __call__(self, z_t, t, context):
+        return nn.Conv(1, (1, 1))(z_t)
+
+
 def test_in_training_the_map_lies_beside_its_own_picture():
     """Also when that is mirrored: in pixel space, so that the latents are the picture."""
-    config = tiny.get_config().unlock()
-    config.autoencoder.kind, config.concat.kind, config.concat.factor = "none", "low_resolution", 2
-    config.data.flip = True
-    stage, condition = builders.build_diffusion_stage(config, 4), builders.build_map_condition(config)
+    condition = low_resolution((8, 8, 1), channels=1, factor=2)
+    stage = make_diffusion_stage(
+        unet=Pointwise(),
+        conditioner=ClassEmbedder(4, 2),
+        map_condition=condition,
+        first_stage=PIXELS,
+        latent_shape=(8, 8, 1),
+        alpha_bar=make_schedule("linear", 20).alpha_bar,
+        prediction="eps",
+        weighting="uniform",
+        snr_gamma=5.0,
+        label_dropout=0.1,
+        flip=True,
+        optimizer=optax.sgd(0.1),
+        ema_decay=0.9,
+    )
     batch = {"x": IMAGES, "label": np.zeros(16, np.int32), "id": np.arange(16, dtype=np.int32), "step": np.int32(0)}
-    seen = jax.jit(stage.trace)(jax.jit(stage.init)(jax.random.key(0)), PLAIN, batch, np.uint32(0))
+    seen = jax.jit(stage.trace)(stage.init(jax.random.key(0)), PLAIN, batch, np.uint32(0))
     pictures = np.asarray((seen["z0"] + 1) * 127.5).round().astype(np.uint8)
     beside = condition.to_map(PLAIN, condition.know({"x": pictures}, KEYS))
     np.testing.assert_allclose(seen["map"], beside, atol=1e-5)
@@ -119,15 +144,15 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def run_of(tiny_data, tmp_path_factory):
+def run_of(tiny_data, trained_run, tmp_path_factory):
     """The run folder of a small job of a kind, made once."""
     made = {}
 
     def make(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind) / "run"
-            few = ("--config.autoencoder.steps=2", "--config.diffusion.steps=2")
-            assert jobs.train_here(tiny_data, made[kind], *KINDS[kind], *few) == 0
+            few = ("--config.diffusion.steps=2", f"--config.autoencoder.checkpoint={trained_run}")
+            assert jobs.train_here(tiny_data, made[kind], *few, *KINDS[kind]) == 0
         return made[kind]
 
     return make
