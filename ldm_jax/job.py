@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, drawing, evaluate, run_folder, trained
+from ldm_jax import builders, config_rules, configuration, drawing, run_folder, scoring, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
       RunError: a loss that is not finite, a checkpoint that cannot be written.
     """
     config_rules.validate_devices(config, jax.device_count())
-    evaluate.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
+    scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
     train_set, test_set = (
         builders.load_split(config, split) for split in (config.data.train_split, config.data.test_split)
     )
@@ -67,7 +67,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
         adopted_scale(config)
     if dry_run:
         return
-    if workdir.exists() and evaluate.is_done(workdir, config):
+    if workdir.exists() and scoring.is_done(workdir, config):
         print(f"All is done: {workdir / 'report.html'}")
         return
     primary = jax.process_index() == 0
@@ -95,7 +95,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
             if primary:
                 if "diffusion" in config.stages:
                     _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir))
-                _timed(run, clock, "scoring", lambda run: evaluate.score_run(run.workdir, run.train_set, run.test_set))
+                _timed(run, clock, "scoring", lambda run: scoring.score_run(run.workdir, run.train_set, run.test_set))
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
         return

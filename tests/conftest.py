@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
@@ -51,14 +52,24 @@ def tiny_data(tmp_path_factory):
     return folder
 
 
+def made_once(name, tmp_path_factory, make):
+    """A run folder that the first test process to need it makes (`make(folder)` returns 0), and the others copy."""
+    mine = tmp_path_factory.mktemp(name) / "run"
+    shared = tmp_path_factory.getbasetemp().parent / f"{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}_{name}"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            assert make(mine) == 0
+            shutil.copytree(mine, shared)
+            return mine
+    return shutil.copytree(shared, mine)
+
+
 @pytest.fixture(scope="session")
 def trained_run(tiny_data, tmp_path_factory):
-    """The run folder of a whole small job on 4 devices, made in this process. Read it, or copy it: it is shared."""
+    """The run folder of a whole small job on 4 devices, made in a test process. Read it, or copy it: it is shared."""
     import jobs
 
-    workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert jobs.train_here(tiny_data, workdir) == 0
-    return workdir
+    return made_once("trained", tmp_path_factory, lambda workdir: jobs.train_here(tiny_data, workdir))
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +77,8 @@ def classifier_run(tiny_data, trained_run, tmp_path_factory):
     """The run folder of a classifier of the trained run's latents."""
     import jobs
 
-    workdir = tmp_path_factory.mktemp("classifier") / "run"
     changes = (*jobs.CLASSIFIER, f"--config.autoencoder.checkpoint={trained_run}")
-    assert jobs.train_here(tiny_data, workdir, *changes) == 0
-    return workdir
+    return made_once("classifier", tmp_path_factory, lambda workdir: jobs.train_here(tiny_data, workdir, *changes))
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +86,7 @@ def one_device_run(tiny_data, tmp_path_factory):
     """The same on one device, in a process of its own."""
     import jobs
 
-    workdir = tmp_path_factory.mktemp("one_device") / "run"
-    assert "Done: " in jobs.finish(jobs.start(tiny_data, workdir))
-    return workdir
+    def train_alone(workdir):
+        return 0 if "Done: " in jobs.finish(jobs.start(tiny_data, workdir)) else 1
+
+    return made_once("one_device", tmp_path_factory, train_alone)

@@ -75,9 +75,9 @@ def stop_when(process, condition, number=signal.SIGKILL, timeout=180):
     process.send_signal(number)
 
 
-def assert_same_training(one, other, **tolerance):
+def assert_same_training(one, other, *, stages=("autoencoder", "diffusion"), **tolerance):
     """The last checkpoints of two run folders are equal: to the last bit, or within a tolerance."""
-    for stage in ("autoencoder", "diffusion"):
+    for stage in stages:
         a, b = load_latest(one / stage), load_latest(other / stage)
         assert a.keys() == b.keys()
         assert {name.split("/")[0] for name in a} == {"step", "params", "ema_params", "opt_state"}

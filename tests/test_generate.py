@@ -5,7 +5,7 @@ import jobs
 import numpy as np
 import pytest
 
-from ldm_jax import command_line, commands, evaluate, recipe, sample, trained
+from ldm_jax import command_line, commands, recipe, sample, scoring, trained
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
@@ -260,9 +260,9 @@ def test_the_bound_of_latents(trained_run, tiny_data, tmp_path):
     model = trained.load(trained_run)
     config = model.config.copy_and_resolve_references().unlock()
     test_set = load_dataset("tiny", "test", data_dir=tiny_data, image_size=8, channels=1)
-    assert evaluate.score_model(model, test_set, tmp_path) == {}
+    assert scoring.score_model(model, test_set, tmp_path) == {}
     config.evaluation.bound_examples = 99  # more than there are
-    ((name, card),) = evaluate.score_model(model._replace(config=config), test_set, tmp_path).items()
+    ((name, card),) = scoring.score_model(model._replace(config=config), test_set, tmp_path).items()
     assert name == "bits/dim (latents)"
     assert (card["n"], card["reference"]) == (16, "test")
     assert np.isfinite(card["value"]) and card["std"] > 0

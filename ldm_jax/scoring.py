@@ -1,0 +1,145 @@
+"""The scores of a trained model, as cards: of its samples, of what it restores, of its parts, of its likelihood."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, configuration, run_folder, trained
+from ldm_jax.data.datasets import Dataset
+from ldm_jax.errors import InputError
+from ldm_jax.evaluation.bound import bound_card
+from ldm_jax.evaluation.cards import Card, evaluate_images, evaluate_reconstructions
+from ldm_jax.evaluation.features import fingerprint, inception_features, lpips_distance, vgg16_features
+from ldm_jax.evaluation.pictures import read_recipe
+from ldm_jax.given import Given, baseline, from_split
+from ldm_jax.interop.inception_weights import load_inception
+from ldm_jax.trained import Trained
+from ldm_jax.training.parallel import replicate
+from ldm_jax.training.validation import BUCKETS, examples_used, make_validation
+from ldm_jax.xla import cache_folder
+
+
+def check_weights(path: str | None, name: str) -> None:
+    """Raises InputError, before hours of work, if the file of weights that `name` asks for is missing or damaged."""
+    if not path:
+        return
+    if not Path(path).is_file():
+        raise InputError(f"{name}={path} does not exist; it must be a file with the FID Inception's weights")
+    load_inception(Path(path))
+
+
+def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
+    """Scores the samples that ended a run, and its classifier: leaves evaluation.json in the run folder."""
+    config, cards = configuration.from_json(workdir / "config.json"), {}
+    if "diffusion" in config.stages:
+        model = trained.load(workdir)
+        if config.sampling.num:
+            with np.load(workdir / "samples.npz") as samples:
+                images = samples["images"]
+            given = from_split(config, test_set, len(images), config.seed) if config.concat.kind != "none" else None
+            cards = score(model, images, train_set, test_set, given)
+        cards["model"] = score_model(model, test_set, workdir)
+    if "classifier" in config.stages:
+        cards["classifier"] = score_classifier(workdir, test_set)
+    cards["asked"] = _asked(config)
+    if cards.get("samples"):
+        cards["recipe"] = read_recipe(workdir / "samples.png")
+    run_folder.write_json(workdir / "evaluation.json", cards)
+
+
+def score_classifier(workdir: Path, test_set: Dataset) -> dict[str, Any]:
+    """{"accuracy": card, "accuracy_by_t": [10], from clean to noise} of a run's classifier on noised test images."""
+    guide = trained.load_classifier(workdir)
+    config, num_classes = guide.config, test_set.num_classes
+    how_many = {"num": config.evaluation.num_reference, "batch_size": config.evaluation.batch_size}
+    validate = make_validation(
+        builders.build_classifier_stage(config, num_classes),
+        test_set,
+        T=config.diffusion.timesteps,
+        null_label=num_classes,
+        **how_many,
+    )
+    measured = validate({"classifier": guide.params}, trained.load_first_stage(workdir, config), config.seed)
+    n = examples_used(test_set, **how_many)
+    card = Card(
+        score="accuracy",
+        value=float(measured["validation_accuracy"]),
+        better="higher",
+        n=n,
+        reference=test_set.split,
+        reference_n=n,
+        reference_sha256=fingerprint(test_set[np.arange(n) % len(test_set)]["x"]),
+        method="share of noised latents, t evenly over [0, T), whose own label is the most probable",
+    )
+    names = (f"validation_accuracy_{k}" for k in range(BUCKETS))
+    return {"accuracy": asdict(card), "accuracy_by_t": [float(measured[n]) for n in names if n in measured]}
+
+
+def is_done(workdir: Path, config: ConfigDict) -> bool:
+    """Whether the run folder has the scores and the report of this config."""
+    path = workdir / "evaluation.json"
+    if not path.exists() or not (workdir / "report.html").exists():
+        return False
+    return run_folder.read_json(path).get("asked") == _asked(config)
+
+
+def _asked(config: ConfigDict) -> str:
+    """A hash of all that the end of a run depends on."""
+    return configuration.identity(config, ("sampling", "evaluation"))
+
+
+def score(
+    model: Trained, images: np.ndarray, train_set: Dataset, test_set: Dataset, given: Given | None
+) -> dict[str, dict[str, Any]]:
+    """{"samples": cards, "autoencoder": cards} of generated images uint8 [N, H, W, C]; see `evaluation.cards`.
+
+    With Inception weights in the config, FID and its kin are among the cards. If the images were made of what is known
+    of others, "restored" has how near they come to these, and "baseline" how near the same comes without a model.
+    """
+    fields, cache = model.config.evaluation, cache_folder() / "features"
+    reference = test_set[np.arange(min(fields.num_reference, len(test_set)))]["x"]
+    train = train_set[np.arange(min(len(train_set), 6 * len(images)))]["x"]
+    extractors = [vgg16_features(resize=fields.resize, batch_size=fields.batch_size)]
+    if fields.inception_weights:
+        extractors.append(inception_features(Path(fields.inception_weights), batch_size=fields.batch_size))
+    reconstructions = trained.reconstructions(model, reference, fields.batch_size)
+    resize = 16 if model.config.data.image_size < 16 else None  # VGG16 sees no smaller ones
+    lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
+    cards: dict[str, dict[str, Any]] = {"samples": {}, "autoencoder": {}}
+    for extractor in extractors:
+        cards["samples"] |= evaluate_images(
+            images, reference, extractor=extractor, reference_split=test_set.split, train=train,
+            reconstructions=reconstructions, seed=model.config.seed, cache=cache
+        )  # fmt: skip
+        if reconstructions is not None:
+            cards["autoencoder"] |= evaluate_reconstructions(
+                reference, reconstructions, extractor=extractor, lpips=lpips, split=test_set.split, cache=cache
+            )
+        plain = None if given is None else baseline(model.config, given)
+        if plain is not None and given.originals is not None:
+            pair = {"extractor": extractor, "lpips": lpips, "split": test_set.split, "cache": cache}
+            for group, restored in (("restored", images), ("baseline", plain)):
+                found = evaluate_reconstructions(given.originals, restored, **pair)
+                cards[group] = cards.get(group, {}) | found
+    return cards
+
+
+def score_model(model: Trained, test_set: Dataset, folder: Path) -> dict[str, dict[str, Any]]:
+    """The card of the model's variational bound on test images, whose terms go to bound.json in `folder`."""
+    config, num = model.config, min(model.config.evaluation.bound_examples, len(test_set))
+    if not num:
+        return {}
+    examples = test_set[np.arange(num)]
+    bound = trained.build_bound(config, len(model.class_names))(replicate(model.params), examples, config.seed)
+    run_folder.write_json(folder / "bound.json", bound._asdict())
+    return bound_card(
+        bound,
+        examples["x"],
+        split=test_set.split,
+        latents=config.autoencoder.kind != "none",
+        labelled=bool(model.class_names),
+        learned=config.diffusion.variance == "learned",
+    )
