@@ -2,9 +2,10 @@
 
     python -m ldm_jax.train --config=configs/fashion_mnist_superres.py
 
-The small picture lies beside the latents as one more channel of the UNet's input; no class is told. As long as the main
-job, or, with --config.autoencoder.checkpoint=runs/fashion_mnist, two thirds of that. LPIPS 0.121 and FD-VGG16 12.1 of the
-10,000 test images, where bicubic interpolation has 0.383 and 147.2 (experiments/super_resolution).
+The small picture lies beside the latents as one more channel of the UNet's input; no class is told. Trains an
+autoencoder of its own, or takes the main job's by --config.autoencoder.checkpoint=runs/fashion_mnist. The 10,000 test
+images then have LPIPS 0.121 and FD-VGG16 12.1, where bicubic interpolation has 0.383 and 147.2
+(experiments/super_resolution).
 """
 
 from ml_collections import ConfigDict
