@@ -12,15 +12,19 @@ def cache_folder() -> Path:
 
 
 # XLA's YNN library makes convolutions on CPUs slower, not faster (experiments/throughput); an empty list of fusions
-# turns it off. An unknown flag ends the process, so it is given only to the versions that are known to have it.
+# turns it off.
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-VERSIONS_WITH_CPU_FLAG = ("0.10.", "0.11.")
+
+
+def knows_cpu_flags() -> bool:
+    """Whether this version of XLA is known to have its flags for CPUs: an unknown flag ends the process."""
+    return version("jaxlib").startswith(("0.10.", "0.11."))
 
 
 def configure() -> None:
     """Sets up XLA; call it before JAX is imported."""
     given = os.environ.get("XLA_FLAGS", "")
-    if version("jaxlib").startswith(VERSIONS_WITH_CPU_FLAG) and "ynn_fusion_type" not in given:
+    if knows_cpu_flags() and "ynn_fusion_type" not in given:
         os.environ["XLA_FLAGS"] = f"{given} {CPU_FLAG}".strip()
 
     import jax

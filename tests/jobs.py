@@ -24,12 +24,16 @@ SMALL = (
     "--config.sampling.progress_every=0",
 )
 
+# For jobs that tell the network no class: it compiles in half the time.
+NO_ATTENTION = "--config.unet.attention=(False,)"
+
 CLASSIFIER = ("--config.stages=('autoencoder','classifier')", "--config.sampling.progress_every=4")
 
 
 def flags(data, workdir, *changes):
-    """The command line of a small job, the name of the command left out."""
-    return [*SMALL, f"--config.data.dir={data}", f"--workdir={workdir}", *changes]
+    """The command line of a small job, the name of the command left out; of a flag given twice, the last counts."""
+    given = dict(flag.split("=", 1) for flag in [*SMALL, f"--config.data.dir={data}", f"--workdir={workdir}", *changes])
+    return [f"{name}={value}" for name, value in given.items()]
 
 
 def train_here(data, workdir, *changes):

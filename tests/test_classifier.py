@@ -20,6 +20,12 @@ from ldm_jax.training.parallel import replicate
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 
+def command_of(run):
+    """The flags that made it: the autoencoder that it names may be another test process's."""
+    checkpoint = read_json(run / "config.json")["autoencoder"]["checkpoint"]
+    return *jobs.CLASSIFIER, f"--config.autoencoder.checkpoint={checkpoint}"
+
+
 def test_the_job_leaves_a_classifier_and_its_scores(classifier_run, trained_run, tiny_data, capsys):
     assert not (classifier_run / "diffusion").exists()
     assert not (classifier_run / "samples.npz").exists()
@@ -40,17 +46,16 @@ def test_the_job_leaves_a_classifier_and_its_scores(classifier_run, trained_run,
     assert "<h1>Autoencoder and classifier of tiny</h1>" in report
     assert "Classifier: accuracy" in report
     assert "Classifier of noisy latents" in report
-    flags = (*jobs.CLASSIFIER, f"--config.autoencoder.checkpoint={trained_run}")
     capsys.readouterr()
-    assert jobs.train_here(tiny_data, classifier_run, *flags) == 0
+    assert jobs.train_here(tiny_data, classifier_run, *command_of(classifier_run)) == 0
     assert "All is done: " in capsys.readouterr().out
 
 
-def test_a_classifier_resumes_exactly_and_knows_its_own(classifier_run, trained_run, tiny_data, tmp_path, capsys):
+def test_a_classifier_resumes_exactly_and_knows_its_own(classifier_run, tiny_data, tmp_path, capsys):
     run = shutil.copytree(classifier_run, tmp_path / "run")
     shutil.rmtree(run / "classifier" / "8")
     (run / "report.html").unlink()
-    flags = (*jobs.CLASSIFIER, f"--config.autoencoder.checkpoint={trained_run}")
+    flags = command_of(classifier_run)
     assert jobs.train_here(tiny_data, run, *flags) == 0
     again, whole = load_latest(run / "classifier"), load_latest(classifier_run / "classifier")
     assert again.keys() == whole.keys()

@@ -273,7 +273,7 @@ def test_colour_pictures_without_labels_through_a_codebook(tiny_data, tmp_path):
     run = tmp_path / "run"
     changes = ["autoencoder.kind=vq", "data.channels=3", "data.label_key=none", "data.flip=True", "diffusion.steps=2"]
     changes += ["sampling.progress_every=2", "autoencoder.steps=2"]
-    assert jobs.train_here(tiny_data, run, *(f"--config.{change}" for change in changes)) == 0
+    assert jobs.train_here(tiny_data, run, jobs.NO_ATTENTION, *(f"--config.{change}" for change in changes)) == 0
     drawn = jobs.samples(run)
     assert drawn["images"].shape == (8, 8, 8, 3)
     assert (drawn["labels"] == -1).all()
@@ -301,11 +301,7 @@ def test_data_on_disk_train_the_same_model(tiny_data, trained_run, tmp_path):
 def test_an_adopted_autoencoder(tiny_data, trained_run, tmp_path):
     """Another run's autoencoder serves as it is, with the scale that this run measures."""
     run = tmp_path / "run"
-    changes = [
-        f"--config.autoencoder.checkpoint={trained_run}",
-        "--config.sampling.num=0",
-        "--config.diffusion.steps=2",
-    ]
+    changes = f"--config.autoencoder.checkpoint={trained_run}", "--config.sampling.num=0"
     assert jobs.train_here(tiny_data, run, *changes) == 0
     theirs, ours = load_latest(trained_run / "autoencoder"), load_latest(run / "autoencoder")
     averaged = [name for name in theirs if name.startswith("ema_params/")]

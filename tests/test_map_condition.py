@@ -151,7 +151,7 @@ def run_of(tiny_data, trained_run, tmp_path_factory):
     def make(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp(kind) / "run"
-            few = ("--config.diffusion.steps=2", f"--config.autoencoder.checkpoint={trained_run}")
+            few = (jobs.NO_ATTENTION, "--config.diffusion.steps=2", f"--config.autoencoder.checkpoint={trained_run}")
             assert jobs.train_here(tiny_data, made[kind], *few, *KINDS[kind]) == 0
         return made[kind]
 

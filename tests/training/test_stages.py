@@ -216,11 +216,12 @@ SMALL = {
     "diffusion__ema_decay": 0.9,
     "diffusion__label_dropout": 0.25,
 }
+NO_ATTENTION = {"unet__attention": (False,)}
 DIFFUSIONS = {
     "eps": {},
-    "v with zero terminal SNR": {"diffusion__prediction": "v", "diffusion__zero_terminal_snr": True},
-    "z0, cosine": {"diffusion__prediction": "z0", "diffusion__schedule": "cosine"},
-    "min-SNR, scaled linear": {"diffusion__weighting": "min_snr", "diffusion__schedule": "scaled_linear"},
+    "v with zero terminal SNR": NO_ATTENTION | {"diffusion__prediction": "v", "diffusion__zero_terminal_snr": True},
+    "z0, cosine": NO_ATTENTION | {"diffusion__prediction": "z0", "diffusion__schedule": "cosine"},
+    "min-SNR": NO_ATTENTION | {"diffusion__weighting": "min_snr", "diffusion__schedule": "scaled_linear"},
 }
 
 
@@ -284,7 +285,7 @@ def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
 
 
 def test_pixels_without_labels_are_diffused_by_the_same_stage():
-    c = config(autoencoder__kind="none", data__flip=True, **SMALL)
+    c = config(autoencoder__kind="none", data__flip=True, **SMALL | NO_ATTENTION)
     stage = builders.build_diffusion_stage(c, 0)
     state = jax.jit(stage.init)(jax.random.key(0))
     frozen = {"autoencoder": {}, "shift": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
