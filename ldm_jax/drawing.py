@@ -70,6 +70,8 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     if given is not None:
         maps = generator.maps(params, given.known)
         wanted = wanted._replace(maps=np.broadcast_to(maps, (recipe.num, *maps.shape[1:])))
+        if given.labels is not None:
+            wanted = wanted._replace(labels=given.labels)
     wanted = wanted._replace(**_beginning(model, recipe, generator, params, wanted, image, mask))
     images = []
     with tqdm(total=recipe.num, unit="image", desc="    sampling", unit_scale=False) as bar:

@@ -13,6 +13,8 @@ from ldm_jax import builders, editing
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.images import fit_segments
 from ldm_jax.errors import InputError
+from ldm_jax.generate import smallest_batch
+from ldm_jax.training.parallel import map_in_batches, parallel_map
 from ldm_jax.training.state import example_keys
 
 STREAM = 7  # of `example_keys`: which parts of a picture are hidden
@@ -24,15 +26,18 @@ class Given(NamedTuple):
 
     known: dict[str, np.ndarray]  # uint8 [N or 1, ...], as `MapCondition.know` has it
     originals: np.ndarray | None = None  # uint8 [N, H, W, C], if they are there to compare with
+    labels: np.ndarray | None = None  # int32 [N], their classes, in labelled sets
 
 
 def from_split(config: ConfigDict, dataset: Dataset, num: int, seed: int) -> Given:
     """What is known of the first `num` pictures of a data set, which goes round; for inpainting, hidden by the seed."""
     condition, rows = builders.build_map_condition(config), np.arange(num)
     examples = dataset[rows % len(dataset)]
-    know = jax.jit(lambda examples, ids, seed: condition.know(examples, example_keys(seed, STREAM, 0, ids)))
-    known = know(examples, rows.astype(np.int32), np.uint32(seed))
-    return Given(jax.tree.map(np.asarray, known), examples["x"])
+    know = parallel_map(lambda seed, batch: condition.know(batch, example_keys(seed, STREAM, 0, batch["id"])))
+    batch = examples | {"id": rows.astype(np.int32)}
+    batch_size = smallest_batch(num, config.evaluation.batch_size, jax.local_device_count())
+    known = map_in_batches(know, np.uint32(seed), batch, batch_size)
+    return Given(known, examples["x"], examples.get("label"))
 
 
 def check_segments(config: ConfigDict, dataset: Dataset) -> None:

@@ -249,7 +249,8 @@ def train_diffusion(run: Run) -> None:
     if config.concat.kind != "none":
         given = from_split(config, run.test_set, len(grid.ids), config.seed)
         first_stage = replicate(trained.load_first_stage(run.workdir, config))
-        grid = grid._replace(maps=generator.maps(first_stage, given.known))
+        labels = grid.labels if given.labels is None else given.labels
+        grid = grid._replace(maps=generator.maps(first_stage, given.known), labels=labels)
 
     def show(step: int, params: Any) -> None:
         images = keep_known(given, np.concatenate(list(generator.images(replicate(params), grid, table))))

@@ -27,6 +27,9 @@ from absl import flags
 from ldm_jax import command_line, commands, run_folder
 from ldm_jax.errors import InputError
 
+# How a picture is given to a model of each kind of map.
+MAP_FLAGS = {"low_resolution": "--map", "segments": "--map", "inpainting": "--init_image and --mask"}
+
 
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
@@ -58,6 +61,11 @@ def main(argv: list[str]) -> None:
     else:
         labels = find_labels("--label", values.label, model.class_names)
         wanted = recipe.with_edits(recipe.from_flags(model, values, labels), values, model.config.concat.kind)
+        if values.label is not None and wanted.map_split:
+            raise InputError(
+                f"--label={','.join(values.label)}: without a picture of yours this model restores test pictures, "
+                f"which have classes of their own; give {MAP_FLAGS[model.config.concat.kind]}"
+            )
         if values.negative_label is not None:
             away_from = find_labels("--negative_label", [values.negative_label], model.class_names)
             wanted = wanted._replace(negative_label=away_from[0])

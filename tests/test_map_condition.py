@@ -164,6 +164,7 @@ def test_a_job_ends_with_restored_test_pictures(run_of):
     images, test_set = jobs.samples(run)["images"], builders.load_split(config, "test")
     known = given.from_split(config, test_set, len(images), config.seed)
     np.testing.assert_array_equal(known.originals, test_set[np.arange(8)]["x"])
+    np.testing.assert_array_equal(jobs.samples(run)["labels"], test_set[np.arange(8)]["label"])
     recipe, cards = read_recipe(run / "samples.png"), read_json(run / "evaluation.json")
     assert (recipe["map"], recipe["map_split"]) == ("", "test")
     for group in ("restored", "baseline"):
@@ -226,6 +227,7 @@ REFUSED = {
     "a map that is not there": ("low_resolution", ["--map=FILES/no.png"], "no.png: No such file"),
     "a map that is no picture": ("low_resolution", ["--map=FILES/text.png"], "text.png: not a picture"),
     "a class too many": ("segments", ["--map=FILES/small.png"], "has a pixel of class 200; the model knows 0 to 2"),
+    "a class for test pictures": ("segments", ["--label=dark"], "--label=dark: without a picture of yours this model"),
     "segments in colour": ("segments", ["--map=FILES/colour.png"], "must be grey or have a palette, not RGB"),
 }
 

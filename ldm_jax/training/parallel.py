@@ -72,13 +72,13 @@ def parallel_map(function: Callable) -> Callable:
     return call
 
 
-def map_in_batches(mapped: Callable, params: Any, batch: dict[str, np.ndarray], batch_size: int) -> np.ndarray:
+def map_in_batches(mapped: Callable, params: Any, batch: dict[str, np.ndarray], batch_size: int) -> Any:
     """`mapped`, from `parallel_map`, over any number of rows, `batch_size` at a time; the last batch is filled up."""
     n, parts = len(next(iter(batch.values()))), []
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
         parts.append(mapped(params, {name: values[rows] for name, values in batch.items()}))
-    return np.concatenate(parts)[:n]
+    return jax.tree.map(lambda *some: np.concatenate(some)[:n], *parts)
 
 
 def wait_for_hosts(name: str) -> None:

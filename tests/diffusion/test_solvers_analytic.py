@@ -177,6 +177,20 @@ def test_order_of_convergence_on_the_gaussian_flow(solver):
     np.testing.assert_allclose(orders, ORDERS[solver], atol=0.15)
 
 
+def test_unipc_is_of_third_order_up_to_its_last_row():
+    """Zhao 2023, theorem 3.1: the corrector adds one to the order 2 of the predictor. The last row has order 1."""
+    schedule = uniform_log_snr()
+    z_T = np.random.default_rng(0).standard_normal((4, 4))
+    errors = []
+    for steps in (60, 120, 240):
+        table = make_table("unipc", schedule, steps, spacing="linspace", set_alpha_to_one=False)
+        table = table._replace(rows=table.rows - 1)
+        ends = np.array([table.alpha_bar[table.rows - 1], schedule.alpha_bar[-1]])
+        errors.append(np.abs(in_float64(table, z_T) - gaussian_flow(ends, z_T, *moments(GAUSSIAN))).max())
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])
+    np.testing.assert_allclose(orders, 3, atol=0.15)
+
+
 def in_float64(table, z):
     """A table of a deterministic solver, with the exact denoiser of GAUSSIAN."""
     mean, std = moments(GAUSSIAN)
