@@ -1,5 +1,9 @@
 """From config fields to data, modules, schedules and stages with plain keyword arguments."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -130,6 +134,12 @@ def pixel_levels(config: ConfigDict) -> int | None:
 def build_conditioner(config: ConfigDict, num_classes: int) -> ClassEmbedder:
     """tau: labels -> context tokens. Unlabelled sets have num_classes 0: the null row alone."""
     return ClassEmbedder(num_classes, config.unet.context_dim, config.unet.context_tokens)
+
+
+def build_tau(config: ConfigDict, num_classes: int) -> tuple[Callable[[Any, Any], dict[str, jax.Array]], int | None]:
+    """(params, y) -> the arguments by which the UNet is told of y, and the y that stands for nothing."""
+    conditioner = build_conditioner(config, num_classes)
+    return lambda params, label: {"context": conditioner.apply({"params": params}, label)}, conditioner.null
 
 
 def build_classifier(config: ConfigDict, num_classes: int) -> NoisyClassifier:

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ldm_jax.config_rules import SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, nearest
+from ldm_jax.config_rules import DTYPES, SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, nearest
 from ldm_jax.configuration import flatten
 from ldm_jax.errors import InputError
 
@@ -46,11 +46,11 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
 
 
 def require(values: flags.FlagValues, *names: str) -> None:
-    """Raises InputError for flags that are missing, and for an unknown --sampler, --spacing or --variance."""
+    """Raises InputError for flags that are missing, and for an unknown sampler, spacing, variance or dtype."""
     for name in names:
         if not values[name].value:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
-    for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("variance", VARIANCES)):
+    for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("variance", VARIANCES), ("dtype", DTYPES)):
         if values[name].value is not None:
             check_choice(f"--{name}", values[name].value, choices)
 
@@ -69,9 +69,12 @@ def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bo
 
 def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     """Of which model to draw what, how, and where to; None = as in the model's config."""
-    flags.DEFINE_string("model", None, "a run folder", flag_values=values)
+    flags.DEFINE_string("model", None, "a run folder, or a diffusers folder", flag_values=values)
     flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
+    flags.DEFINE_multi_string("prompt", None, "models of texts: what to draw; one picture each", flag_values=values)
+    flags.DEFINE_string("negative_prompt", None, "models of texts: what guidance leads away from", flag_values=values)
+    flags.DEFINE_string("dtype", None, f"of the arithmetic: {' or '.join(DTYPES)}", flag_values=values)
     flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
     flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)

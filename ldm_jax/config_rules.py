@@ -25,12 +25,13 @@ SAMPLERS = (
 )
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
+DTYPES = ("float32", "bfloat16")
 
 # Everything that can be trained, in the order in which it may be.
 STAGES = ("autoencoder", "diffusion", "classifier")
 
 _CHOICES = {
-    "dtype": ("float32", "bfloat16"),
+    "dtype": DTYPES,
     "data.channels": (1, 3),
     "data.crop": ("center", "none"),
     "autoencoder.kind": ("kl", "vq", "none"),

@@ -1,5 +1,6 @@
 """From a recipe to pictures, and to the files they go to."""
 
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +12,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_jax import builders, editing, run_folder, trained
+from ldm_jax import builders, editing, pretrained, run_folder, trained
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import EVEN
+from ldm_jax.diffusion.tables import Table
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.generate import Generator, Request, request, smallest_batch
@@ -41,8 +43,8 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     Raises:
       InputError: a solver or step count that the model does not take, or an input that is missing or does not fit.
     """
-    table = trained.build_table(
-        model.config,
+    table = trained.table_of(
+        model,
         sampler=recipe.sampler,
         steps=recipe.steps,
         spacing=recipe.spacing if isinstance(recipe.spacing, str) else tuple(recipe.spacing),
@@ -54,7 +56,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         whole, (image, mask) = image, editing.outpaint_window(image, recipe.outpaint)
     given = _given(model.config, recipe, image, mask)
     batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
-    generator = trained.build_generator(model.config, len(model.class_names), batch_size, guide)
+    generator = trained.generator_of(model, batch_size, guide)
     params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
     wanted = request(
         recipe.num,
@@ -67,6 +69,8 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         threshold=recipe.threshold,
         classifier_scale=np.full(recipe.num, recipe.classifier_scale, np.float32),
     )
+    if model.pretrained:
+        wanted = wanted._replace(**_of_pretrained(model, recipe, table))
     if given is not None:
         maps = generator.maps(params, given.known)
         wanted = wanted._replace(maps=np.broadcast_to(maps, (recipe.num, *maps.shape[1:])))
@@ -92,6 +96,21 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         given,
         picture(model.config, images, wanted.labels, model.class_names, given),
     )
+
+
+def _of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, Any]:
+    """The fields of a Request that a diffusers model has beside: its texts, and what its scheduler wants."""
+    scheduler = pretrained.scheduler_of(model.pretrained, recipe.sampler)
+    fields = {"start": scheduler.start(table), "clip": scheduler.clip}
+    if not recipe.prompts:
+        return fields
+    size = model.config.data.image_size
+    texts, cut = pretrained.texts_of(model.pretrained, recipe.prompts, recipe.negative_prompt, size)
+    if cut:
+        print(
+            f"warning: {cut} of the prompts are longer than the model reads; their ends are left out", file=sys.stderr
+        )
+    return fields | {"texts": texts}
 
 
 def _read_inputs(model: Trained, recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -143,7 +162,7 @@ def _beginning(
             )
         z0 = generator.encode(params, np.stack([image, end]))
         spacing = recipe.spacing if recipe.spacing in EVEN else "trailing"
-        table = trained.build_inversion_table(model.config, recipe.steps, spacing)
+        table = trained.inversion_table_of(model, recipe.steps, spacing)
         plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0)
         plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32), classifier_scale=None)
         noise = np.concatenate([z for z, _ in generator.latents(params, plain, table)])

@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
     from ldm_jax import builders, drawing, recipe, scoring, trained
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
-    model = trained.load(Path(values.model))
+    model = trained.load(Path(values.model), values.dtype)
+    if model.pretrained:
+        raise InputError(f"--model={values.model} is a diffusers folder, which names no test images; it must be a run")
     config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights

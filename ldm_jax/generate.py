@@ -11,7 +11,14 @@ from flax import linen as nn
 
 from ldm_jax.data.pixels import to_pixels, to_uint8
 from ldm_jax.diffusion.classification import Classify, log_probability
-from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, from_network, keep_known, threshold_z0
+from ldm_jax.diffusion.guidance import (
+    classifier_free,
+    classifier_guided,
+    clip_z0,
+    from_network,
+    keep_known,
+    threshold_z0,
+)
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
 from ldm_jax.diffusion.tables import Table
 from ldm_jax.first_stage import FirstStage, from_latents, to_latents
@@ -23,16 +30,19 @@ class Request(NamedTuple):
     """What to draw: sample i has the number ids[i], and depends on it, its label, its guidance and the seed alone."""
 
     ids: np.ndarray  # [N] int32
-    labels: np.ndarray  # [N] int32; -1 = no label
+    labels: np.ndarray  # [N] int32; -1 = no label; of a model of texts the row of `texts` that each is drawn by
     guidance: np.ndarray  # [N] float32
     seed: int
     z_T: np.ndarray | None = None  # [N, h, w, c] float32 noise; None = drawn from the seed
+    start: float = 1.0  # what z_T is multiplied by
     z0: np.ndarray | None = None  # [h, w, c] clean latents: begin from these, noised to the table's first level
     mask: np.ndarray | None = None  # bool [h, w, 1]: where to draw; elsewhere z0 is kept
-    negative: int = -1  # the label that guidance leads away from; -1 = no label
+    negative: int = -1  # the label (or row of `texts`) that guidance leads away from; -1 = no label (the last row)
+    texts: Any = None  # of a model of texts: tree of arrays [P, ...], what its `tau` takes of each
     interval: tuple[float, float] = (0.0, 1.0)  # the share t / T of the timesteps that are guided
     rescale: float = 0.0  # see `classifier_free`
     threshold: float = 0.0  # of pixels: the quantile of `threshold_z0`; 0 = clipped at 1
+    clip: float = np.inf  # of latents: z0_hat is kept within [-clip, clip]
     classifier_scale: np.ndarray | None = None  # [N] float32: of `classifier_guided`; None = 0, as without a label
     maps: np.ndarray | None = None  # [N, h, w, k] float32, of a model with a map condition: see `Generator.maps`
 
@@ -84,7 +94,8 @@ class Generator(NamedTuple):
 def make_generator(
     *,
     unet: nn.Module,
-    conditioner: nn.Module,
+    tau: Callable[[Any, Any], dict[str, jax.Array]],
+    null: int | None,
     map_condition: MapCondition | None,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
@@ -97,25 +108,26 @@ def make_generator(
 ) -> Generator:
     """Builds a generator for replicated `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}.
 
+    `tau` makes of params["conditioner"] and y [B, ...] the arguments by which the UNet is told of y (Rombach 2022,
+    section 3.3). y is a label, of which `null` stands for none, or with `null` None a row of the request's texts.
+
     Seed, labels, guidance, solver and steps are arguments of the compiled calls. Of `pixels`, z0_hat is kept within
-    [-1, 1], by dynamic thresholding if the request asks for it; latents know no bounds. With `classify`, which takes
+    [-1, 1], by dynamic thresholding if the request asks for it; latents by its `clip`. With `classify`, which takes
     params["classifier"], a request's `classifier_scale` guides as well.
     """
 
     def solve_batch(params, batch, table, seed, options):
         def network(z_t, t, condition):
             seen = jnp.concatenate([z_t, condition["map"]], axis=-1) if map_condition else z_t
-            return unet.apply({"params": params["unet"]}, seen, t, condition["context"])
+            return unet.apply({"params": params["unet"]}, seen, t, **condition["told"])
 
-        def tau(label):
-            context = conditioner.apply({"params": params["conditioner"]}, label)
-            return {"context": context} | ({"map": batch["map"]} if map_condition else {})
+        def condition(y):
+            return {"told": tau(params["conditioner"], y)} | ({"map": batch["map"]} if map_condition else {})
 
-        null = jnp.full_like(batch["label"], conditioner.null)
         guided = classifier_free(
             from_network(network, prediction, alpha_bar),
-            tau(jnp.where(batch["label"] < 0, null, batch["label"])),
-            tau(jnp.where(options["negative"] < 0, null, options["negative"])),
+            condition(batch["y"]),
+            condition(options["negative"]),
             batch["guidance"],
             interval=options["interval"],
             rescale=options["rescale"],
@@ -130,7 +142,7 @@ def make_generator(
                 interval=options["interval"],
             )
         z, on_the_way = solve(
-            threshold_z0(guided, options["threshold"]) if pixels else guided,
+            threshold_z0(guided, options["threshold"]) if pixels else clip_z0(guided, options["clip"]),
             batch["z_T"],
             table,
             sample_keys(seed, batch["id"]),
@@ -152,12 +164,18 @@ def make_generator(
     compiled_to_map = parallel_map(map_condition.to_map) if map_condition else None
     draw = jax.jit(lambda seed, ids: initial_latents(sample_keys(seed, ids), latent_shape))
 
+    def y_of(request: Request, labels: np.ndarray) -> Any:
+        if null is None:
+            return jax.tree.map(lambda rows: rows[labels], request.texts)
+        return np.where(labels < 0, np.int32(null), labels)
+
     def latents(params: Any, request: Request, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         options = {
-            "negative": np.int32(request.negative),
+            "negative": y_of(request, np.array([request.negative], np.int32)),
             "interval": np.asarray(request.interval, np.float32) * len(alpha_bar),
             "rescale": np.float32(request.rescale),
             "threshold": np.float32(request.threshold),
+            "clip": np.float32(request.clip),
             "z0": np.zeros(latent_shape, np.float32) if request.z0 is None else request.z0,
             "mask": np.ones((*latent_shape[:2], 1), bool) if request.mask is None else request.mask,
         }
@@ -169,11 +187,13 @@ def make_generator(
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
             ids = request.ids[padded]
             z_T = draw(np.uint32(request.seed), ids) if request.z_T is None else request.z_T[padded]
+            z_T = np.float32(request.start) * np.asarray(z_T)
             if request.z0 is not None:
-                z_T = table.alpha[0] * request.z0 + table.sigma[0] * np.asarray(z_T)
+                z_T = table.alpha[0] * request.z0 + table.sigma[0] * z_T
             batch = {
                 "id": ids,
                 "label": request.labels[padded],
+                "y": y_of(request, request.labels[padded]),
                 "guidance": request.guidance[padded],
                 "z_T": np.asarray(z_T, np.float32),
             }

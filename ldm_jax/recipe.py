@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 from absl.flags import FlagValues
-from ml_collections import ConfigDict
 
 from ldm_jax import trained
 from ldm_jax.errors import InputError
@@ -15,10 +14,11 @@ from ldm_jax.trained import Guide, Trained
 
 
 class Recipe(NamedTuple):
-    """`num` pictures, whose classes go round `labels` ([] = no class), made as the rest says."""
+    """`num` pictures, whose classes go round `labels` ([] = no class) or `prompts`, made as the rest says."""
 
     num: int
     labels: list[int]
+    prompts: list[str]
     seed: int
     guidance: float
     guidance_interval: list[float]
@@ -30,6 +30,8 @@ class Recipe(NamedTuple):
     eta: float
     churn: float
     variance: str
+    dtype: str
+    negative_prompt: str | None = None  # what guidance leads away from; None = nothing
     classifier: str = ""  # a run folder with a classifier that guides as well
     classifier_scale: float = 0.0
     negative_label: int = -1
@@ -55,7 +57,8 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
         that are no numbers.
     """
     sampling, devices = model.config.sampling, jax.local_device_count()
-    if values.guidance not in (None, 1.0) and not model.class_names:
+    prompts = _prompts(model, values)
+    if values.guidance not in (None, 1.0) and not (model.class_names or prompts):
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
     if values.batch_size and values.batch_size % devices:
         raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
@@ -65,15 +68,17 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
         )
     if values.classifier_scale is not None and not values.classifier:
         raise InputError("--classifier_scale needs --classifier, a run folder with a classifier")
-    sampler, spacing = _or(values.sampler, sampling.sampler), _or(values.spacing, sampling.spacing)
+    sampler = _or(values.sampler, sampling.sampler)
+    defaults = trained.defaults_of(model, sampler)
+    spacing = _or(values.spacing, defaults["spacing"])
     if values.timesteps is not None:
         if values.steps or values.spacing:
             raise InputError("--timesteps says it all; leave out --steps and --spacing")
         spacing = _whole_numbers("--timesteps", values.timesteps)
-    own = sampler == sampling.sampler  # the config's eta, churn and variance are its own sampler's
     return Recipe(
-        num=values.num,
-        labels=labels,
+        num=len(prompts) if prompts and not values["num"].present else values.num,
+        labels=list(range(len(prompts))) or labels,
+        prompts=prompts,
         seed=values.seed,
         guidance=_or(values.guidance, sampling.guidance),
         guidance_interval=_or(values.guidance_interval, list(sampling.guidance_interval)),
@@ -82,18 +87,35 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
         sampler=sampler,
         steps=len(spacing) if isinstance(spacing, list) else _or(values.steps, sampling.steps),
         spacing=spacing,
-        eta=_or(values.eta, sampling.eta if own else 0.0),
-        churn=_or(values.churn, sampling.churn if own else 0.0),
+        eta=_or(values.eta, defaults["eta"]),
+        churn=_or(values.churn, defaults["churn"]),
         classifier=values.classifier or "",
         classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
-        variance=_or(values.variance, sampling.variance if own else "fixed_small"),
-        map_split=_map_split(model.config),
+        variance=_or(values.variance, defaults["variance"]),
+        dtype=model.config.dtype,
+        negative_prompt=values.negative_prompt,
+        map_split=_map_split(model),
     )
 
 
-def _map_split(config: ConfigDict) -> str:
-    """Where maps come from unless a user gives one."""
-    return "" if config.concat.kind == "none" else config.data.test_split
+def _prompts(model: Trained, values: FlagValues) -> list[str]:
+    """The prompts of a command line; raises InputError for a model that wants none, or lacks one."""
+    texts = bool(model.pretrained and model.pretrained.encoders)
+    for flag in ("prompt", "negative_prompt"):
+        if values[flag].value is not None and not texts:
+            raise InputError(f"--{flag} is for models of texts; this one draws {_what_it_draws(model)}")
+    if texts and not values.prompt:
+        raise InputError('--prompt is missing; it must be a text to draw, e.g. --prompt="a photo of a cat"')
+    return list(values.prompt or [])
+
+
+def _what_it_draws(model: Trained) -> str:
+    return f"classes: {', '.join(model.class_names)}" if model.class_names else "without being told anything"
+
+
+def _map_split(model: Trained) -> str:
+    """Where maps come from unless a user gives one; a diffusers model knows no data set."""
+    return "" if model.config.concat.kind == "none" or model.pretrained else model.config.data.test_split
 
 
 def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
@@ -115,6 +137,9 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
     noises = [n for n in ("init_latents", "to_seed", "to_image", "invert") if values[n].value not in (None, False)]
     if len(noises) > 1:
         raise InputError(f"--{noises[0]} and --{noises[1]} both say what noise to begin from; choose one")
+    given = _is_given_a_map(values, kind)
+    if kind != "none" and not given and not recipe.map_split:
+        raise InputError("this model inpaints; it must be given a picture and what to draw of it: --init_image --mask")
     own_noise = values.invert or values.to_image
     for flag in ("strength", "mask", "outpaint"):
         if own_noise and values[flag].value:
@@ -134,7 +159,7 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
         invert=bool(values.invert),
         init_latents=values.init_latents or "",
         map=values.map or "",
-        map_split="" if _is_given_a_map(values, kind) else recipe.map_split,
+        map_split="" if given else recipe.map_split,
     )
 
 
@@ -162,6 +187,8 @@ def from_picture(model: Trained, path: Path) -> Recipe:
     if found.get("model") != trained.fingerprint(model):
         raise InputError(f"--from_recipe={path} was drawn by another model ({found.get('model')}) than --model")
     recipe = Recipe(**{name: found[name] for name in Recipe._fields})
+    if recipe.dtype != model.config.dtype:
+        raise InputError(f"--from_recipe={path} was drawn in {recipe.dtype}; add --dtype={recipe.dtype}")
     for file, digest in digests(recipe, guide_of(model, recipe)).items():
         if found["inputs"].get(file) != digest:
             raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
@@ -174,6 +201,7 @@ def of_config(model: Trained) -> Recipe:
     return Recipe(
         num=sampling.num,
         labels=list(range(len(model.class_names))),
+        prompts=[],
         seed=model.config.seed,
         guidance=sampling.guidance,
         guidance_interval=list(sampling.guidance_interval),
@@ -185,7 +213,8 @@ def of_config(model: Trained) -> Recipe:
         eta=sampling.eta,
         churn=sampling.churn,
         variance=sampling.variance,
-        map_split=_map_split(model.config),
+        dtype=model.config.dtype,
+        map_split=_map_split(model),
     )
 
 

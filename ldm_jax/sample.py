@@ -54,9 +54,9 @@ def main(argv: list[str]) -> None:
 
     from ldm_jax import drawing, recipe, trained
 
-    model = trained.load(Path(values.model))
+    model = trained.load(Path(values.model), values.dtype)
     if values.from_recipe:
-        check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "save_trajectory"))
+        check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "dtype", "save_trajectory"))
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
@@ -70,7 +70,8 @@ def main(argv: list[str]) -> None:
             away_from = find_labels("--negative_label", [values.negative_label], model.class_names)
             wanted = wanted._replace(negative_label=away_from[0])
     batch_size = values.batch_size or model.config.sampling.batch_size
-    drawn = drawing.draw(model, wanted, batch_size=batch_size, film=values.save_trajectory)
+    film = values.save_trajectory and (values["save_trajectory"].present or not model.pretrained)  # it decodes a lot
+    drawn = drawing.draw(model, wanted, batch_size=batch_size, film=bool(film))
     drawing.save(out, drawn)
     print(f"{wanted.num} pictures: {out / 'samples.png'}")
 

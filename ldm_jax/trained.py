@@ -8,13 +8,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, run_folder
+from ldm_jax import builders, config_rules, configuration, pretrained, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import Bound, make_bound
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import Generator, make_generator
+from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
 from ldm_jax.training.checkpoint import load_latest, subtree, unflatten
 from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
@@ -37,15 +38,26 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...]  # () for unlabelled sets
     params: dict[str, Any]  # unet, conditioner, autoencoder, shift, scale: what `generate` takes
     step: int  # updates behind the parameters
+    pretrained: Pretrained | None = None  # what a diffusers folder holds beside; None for a run of ours
 
 
-def load(path: Path) -> Trained:
-    """Reads a run folder; raises InputError if it is none, is not trained yet, or does not fit its own config."""
+def load(path: Path, dtype: str | None = None) -> Trained:
+    """Reads a run folder or a diffusers folder; `dtype` of its arithmetic, unless it is as in the config.
+
+    Raises:
+      InputError: it is neither, is not trained yet, or does not fit its own config.
+    """
+    if pretrained.is_folder(path):
+        model, config, params = pretrained.load(path, dtype or "float32")
+        return Trained(config, (), params, 0, model)
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
         raise InputError(f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist")
     config = configuration.from_json(path / "config.json")
     config_rules.validate(config)
+    if dtype is not None:
+        with config.unlocked():
+            config.dtype = dtype
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
@@ -147,11 +159,20 @@ def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.n
     return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
 
 
+def generator_of(model: Trained, batch_size: int, guide: Guide | None = None) -> Generator:
+    """The generator of a trained model."""
+    if model.pretrained:
+        return pretrained.build_generator(model.pretrained, builders.latent_shape(model.config), batch_size, SNAPSHOTS)
+    return build_generator(model.config, len(model.class_names), batch_size, guide)
+
+
 def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guide: Guide | None = None) -> Generator:
     """The generator of a config (see `generate.make_generator`)."""
+    tau, null = builders.build_tau(config, num_classes)
     return make_generator(
         unet=builders.build_unet(config),
-        conditioner=builders.build_conditioner(config, num_classes),
+        tau=tau,
+        null=null,
         map_condition=builders.build_map_condition(config),
         first_stage=builders.build_first_stage(config),
         latent_shape=builders.latent_shape(config),
@@ -180,6 +201,25 @@ def build_bound(config: ConfigDict, num_classes: int) -> Callable[[Any, dict[str
     )
 
 
+def defaults_of(model: Trained, sampler: str) -> dict[str, Any]:
+    """What `sampler` is told unless the user says otherwise: the config's if it is the config's own sampler."""
+    sampling = model.config.sampling
+    own = {name: sampling[name] for name in ("spacing", "eta", "churn", "variance")}
+    if sampler == sampling.sampler:
+        return own
+    plain = {"eta": 0.0, "churn": 0.0, "variance": "fixed_small"}
+    options = pretrained.scheduler_of(model.pretrained, sampler).options if model.pretrained else {}
+    return own | plain | {name: value for name, value in options.items() if name in own}
+
+
+def table_of(model: Trained, **choices: Any) -> Table:
+    """The solver table of a trained model; choices and errors as in `build_table`."""
+    if not model.pretrained:
+        return build_table(model.config, **choices)
+    sampler, steps, resample, jump = (choices.pop(name) for name in ("sampler", "steps", "resample", "jump"))
+    return _resampled(pretrained.scheduler_of(model.pretrained, sampler).table(steps, **choices), resample, jump)
+
+
 def build_table(config: ConfigDict, *, resample: int = 1, jump: int = 1, **changes: object) -> Table:
     """The solver table of `config.sampling`, with `changes`: `sampler` and arguments of `make_table`.
 
@@ -203,14 +243,25 @@ def build_table(config: ConfigDict, *, resample: int = 1, jump: int = 1, **chang
             prediction=config.diffusion.prediction,
             **fields,
         )
-        return table if resample == 1 else with_resampling(table, resample, jump)
+    except ValueError as error:
+        raise InputError(f"sampling: {error}") from error
+    return _resampled(table, resample, jump)
+
+
+def _resampled(table: Table, times: int, jump: int) -> Table:
+    try:
+        return table if times == 1 else with_resampling(table, times, jump)
     except ValueError as error:
         raise InputError(f"sampling: {error}") from error
 
 
-def build_inversion_table(config: ConfigDict, steps: int, spacing: str) -> Table:
+def inversion_table_of(model: Trained, steps: int, spacing: str) -> Table:
     """The table that leads from clean latents to their noise in `steps` steps of DDIM; raises InputError."""
+    if model.pretrained:
+        schedule = pretrained.scheduler_of(model.pretrained).schedule
+    else:
+        schedule = builders.build_schedule(model.config)
     try:
-        return make_inversion_table(builders.build_schedule(config), steps, spacing=spacing)
+        return make_inversion_table(schedule, steps, spacing=spacing)
     except ValueError as error:
         raise InputError(f"inversion: {error}") from error

@@ -3,6 +3,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ from ldm_jax.xla import knows_cpu_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
-# XLA's older code generator for fusions compiles in four fifths of the time (whatever it then runs like).
-if knows_cpu_flags():
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+# Most tests compile for longer than they compute: what XLA can leave out of a compilation it leaves out.
+FAST = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_cpu_parallel_codegen_split_count=1"
+if knows_cpu_flags():  # an unknown flag ends the process
+    older = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}{older}".strip()
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that every test is a test of data parallelism too
-jax.config.update("jax_disable_most_optimizations", True)  # most tests compile for longer than they compute
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # One compilation cache for the whole session, its workers and the processes that tests start. JAX looks once, at its

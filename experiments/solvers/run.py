@@ -22,12 +22,16 @@ from ldm_jax.training.parallel import replicate
 from ldm_jax.xla import configure
 
 HERE = Path(__file__).parent
-SOLVERS = ("ddpm", "ddim", "plms", "euler_a", "heun", "edm", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc")
-OPTIONS = {"edm": {"churn": 10.0}}
-BUDGETS = {  # pictures, and for how many network calls which solvers
-    "smoke": (100, {5: SOLVERS}),
-    "cpu": (1000, {10: SOLVERS, 5: SOLVERS, 250: ("ddpm",), 20: SOLVERS, 50: ("ddpm", "ddim", "dpmpp_2m", "unipc")}),
-    "gpu": (10_000, dict.fromkeys((5, 10, 20, 50, 250), SOLVERS)),
+PLAIN = ("ddpm", "ddim", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc")
+WITH_EPS = ("plms", "heun", "edm")  # also with leading steps, which leave the last timesteps out
+SETTINGS = {name: {"sampler": name, "eta": 0.0} for name in (*PLAIN, *WITH_EPS)}
+SETTINGS["edm"]["churn"] = 10.0
+SETTINGS |= {f"{name} leading": SETTINGS[name] | {"spacing": "leading"} for name in WITH_EPS}
+CALLS = (10, 5, 20, 50, 250)
+BUDGETS = {  # pictures, and for how many network calls
+    "smoke": (100, (5,)),
+    "cpu": (1000, CALLS),
+    "gpu": (10_000, CALLS),
 }
 
 
@@ -45,17 +49,17 @@ def main() -> None:
     configure()
     path = HERE / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    court, model, (num, plan) = open_court(args.data_dir), trained.load(args.run), BUDGETS[args.budget]
+    court, model, (num, all_calls) = open_court(args.data_dir), trained.load(args.run), BUDGETS[args.budget]
     extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=250)
     reference = extractor(court.test_set["x"])
     generator, params = trained.build_generator(model.config, 10, 250), replicate(model.params)
     sampling = model.config.sampling
-    for calls, solvers in plan.items():
-        for solver in solvers:
-            name = f"{args.budget} {calls} {solver}"
+    for calls in all_calls:
+        for setting, options in SETTINGS.items():
+            name = f"{args.budget} {calls} {setting}"
             if name not in results:
-                changes = {"sampler": solver, "steps": steps_for(solver, calls), "eta": 0.0, **OPTIONS.get(solver, {})}
-                table = trained.build_table(model.config, **changes)
+                steps = steps_for(options["sampler"], calls)
+                table = trained.build_table(model.config, steps=steps, **options)
                 wanted = request(
                     num,
                     list(range(10)),

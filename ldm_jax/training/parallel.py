@@ -21,13 +21,14 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[B, ...] -> [local devices, B / local devices, ...]; raises ValueError if B does not divide."""
+def shard(batch: dict[str, Any]) -> dict[str, Any]:
+    """[B, ...] -> [local devices, B / local devices, ...], leaf by leaf; raises ValueError if B does not divide."""
     devices = jax.local_device_count()
     for name, value in batch.items():
-        if len(value) % devices:
-            raise ValueError(f"a batch of {len(value)} ({name}) does not divide over {devices} devices")
-    return {name: value.reshape(devices, -1, *value.shape[1:]) for name, value in batch.items()}
+        n = len(jax.tree.leaves(value)[0])
+        if n % devices:
+            raise ValueError(f"a batch of {n} ({name}) does not divide over {devices} devices")
+    return jax.tree.map(lambda value: value.reshape(devices, -1, *value.shape[1:]), batch)
 
 
 def unshard(values: jax.Array) -> np.ndarray:
