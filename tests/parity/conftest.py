@@ -1,4 +1,4 @@
-"""The networks' parity tests: random weights in a torch oracle, the same weights in our module."""
+"""What the parity tests share: the same random weights in two networks, the same noise in two samplers."""
 
 import pytest
 
@@ -28,3 +28,17 @@ def transplant():
         return params_from_state_dict(state, target)
 
     return give
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """A function (module, calls) that makes a scheduler draw our noise, call after call."""
+    import torch
+    from parity.fixed_network import row_noise
+
+    def patch(module, calls):
+        rows = iter(range(calls))
+        name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
+        monkeypatch.setattr(name, lambda *_, **__: torch.from_numpy(row_noise(next(rows))))
+
+    return patch
