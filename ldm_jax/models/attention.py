@@ -12,12 +12,13 @@ from jax import Array
 from ldm_jax.models.layers import Dtype, conv, group_norm, layer_norm, linear
 
 
-def attend(q: Array, k: Array, v: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), the softmax in float32.
 
     Args:
       q: [B, Lq, N, D], with N heads.
       k, v: [B, L, N, D].
+      causal: query i sees keys 0 to i only.
 
     Returns:
       [B, Lq, N, D]; or [B, 1, N, D], the same for each query, if there is but one key.
@@ -25,8 +26,10 @@ def attend(q: Array, k: Array, v: Array) -> Array:
     if k.shape[1] == 1:  # the softmax over one key is 1 whatever the query
         return v
     if _cudnn_takes(q, k):
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnqk,bknd->bqnd", weights, v)
 

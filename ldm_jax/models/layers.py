@@ -52,9 +52,9 @@ def group_norm(groups: int, eps: float, *, dtype: Dtype = None, name: str | None
     return GroupNorm(groups, eps, dtype=dtype, name=name)
 
 
-def layer_norm(*, dtype: Dtype = None, name: str | None = None) -> LayerNorm:
-    """Layer normalisation with PyTorch's eps, 1e-5."""
-    return LayerNorm(1e-5, dtype=dtype, name=name)
+def layer_norm(eps: float = 1e-5, *, dtype: Dtype = None, name: str | None = None) -> LayerNorm:
+    """Layer normalisation (Ba 2016), with PyTorch's eps unless told otherwise."""
+    return LayerNorm(eps, dtype=dtype, name=name)
 
 
 def check_groups(channels: Sequence[int], groups: int) -> None:

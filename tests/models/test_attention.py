@@ -31,6 +31,12 @@ def test_attend_against_a_slow_loop():
     np.testing.assert_allclose(attend(q, k, v), slow_attention(q, k, v), atol=1e-5)
 
 
+def test_causal_attention_sees_no_later_key():
+    q, k, v = draw((2, 5, 3, 4), (2, 5, 3, 4), (2, 5, 3, 4))
+    rows = [slow_attention(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1]) for i in range(5)]
+    np.testing.assert_allclose(attend(q, k, v, causal=True), np.concatenate(rows, axis=1), atol=1e-5)
+
+
 def test_attend_to_one_key_is_its_value():
     q, k, v = draw((2, 5, 3, 4), (2, 1, 3, 4), (2, 1, 3, 4))
     np.testing.assert_allclose(jnp.broadcast_to(attend(q, k, v), q.shape), slow_attention(q, k, v), atol=1e-6)
@@ -60,14 +66,17 @@ def test_softmax_is_float32_in_half_precision():
         (jnp.bfloat16, 64, 64, 64, False, False),
     ],
 )
-def test_fused_attention_is_asked_for_where_it_exists(monkeypatch, dtype, queries, keys, head_size, device, fused):
+@pytest.mark.parametrize("causal", [False, True])
+def test_fused_attention_is_asked_for_where_it_exists(
+    monkeypatch, dtype, queries, keys, head_size, device, fused, causal
+):
     asked = []
-    fake = lambda q, k, v, implementation: asked.append(implementation) or q  # noqa: E731
+    fake = lambda q, k, v, is_causal, implementation: asked.append((is_causal, implementation)) or q  # noqa: E731
     monkeypatch.setattr(attention, "_on_ampere_or_later", lambda: device)
     monkeypatch.setattr(jax.nn, "dot_product_attention", fake)
     q, kv = jnp.ones((1, queries, 2, head_size), dtype), jnp.ones((1, keys, 2, head_size), dtype)
-    assert attend(q, kv, kv).shape == q.shape
-    assert asked == (["cudnn"] if fused else [])
+    assert attend(q, kv, kv, causal=causal).shape == q.shape
+    assert asked == ([(causal, "cudnn")] if fused else [])
 
 
 @pytest.mark.parametrize("version, capability, expected", [("cuda 12090", "9.0", True), ("cuda 12090", "7.5", False)])
@@ -93,6 +102,15 @@ def test_fused_attention_is_right():
     q, k, v = (a.astype(jnp.bfloat16) for a in draw((2, 64, 2, 32), (2, 16, 2, 32), (2, 16, 2, 32)))
     assert attention._cudnn_takes(q, k)
     np.testing.assert_allclose(attend(q, k, v).astype(np.float32), slow_attention(q, k, v), atol=0.03)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_fused_causal_attention_is_right():
+    q, k, v = (a.astype(jnp.bfloat16) for a in draw((2, 16, 2, 32), (2, 16, 2, 32), (2, 16, 2, 32)))
+    assert attention._cudnn_takes(q, k)
+    rows = [slow_attention(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1]) for i in range(16)]
+    fused = attend(q, k, v, causal=True).astype(np.float32)
+    np.testing.assert_allclose(fused, np.concatenate(rows, axis=1), atol=0.03)
 
 
 def test_multi_head_attention_by_hand(random_params):

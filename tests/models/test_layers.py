@@ -88,6 +88,7 @@ def test_layer_norm_eps():
     params = {"params": {"scale": np.ones(2, np.float32), "bias": np.zeros(2, np.float32)}}
     x = np.array([[-1e-3, 1e-3]], np.float32)  # variance 1e-6, eps 1e-5: 1e-3 / sqrt(1.1e-5)
     np.testing.assert_allclose(layer_norm().apply(params, x)[0, 1], 0.301511, rtol=1e-5)
+    np.testing.assert_allclose(layer_norm(3e-6).apply(params, x)[0, 1], 0.5, rtol=1e-5)  # 1e-3 / sqrt(4e-6)
 
 
 def test_timestep_embedding_by_hand():

@@ -1,20 +1,17 @@
-"""The networks' parity tests: random weights in a torch oracle, the same weights in our module."""
+"""What the parity tests share: the same random weights in two networks, the same noise in two samplers."""
 
 import pytest
 
 
 @pytest.fixture
-def transplant():
-    """A function (torch_model, our_module, *inputs, **inputs) -> our parameters, after giving the torch model weights.
+def redraw():
+    """A function torch_model -> its state dict as NumPy arrays, after drawing all its weights anew.
 
-    All weights are drawn anew, so that nothing that either side starts at 0 or 1 hides a difference.
+    So nothing that either side starts at 0 or 1 hides a difference.
     """
-    import jax
     import torch
 
-    from ldm_jax.interop.diffusers import params_from_state_dict
-
-    def give(torch_model, module, *args, **kwargs):
+    def give(torch_model):
         torch_model.eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for name, p in torch_model.named_parameters():
@@ -23,8 +20,34 @@ def transplant():
                 p.mul_((p[0].numel()) ** -0.5)
             elif name.endswith("weight"):
                 p.mul_(0.2).add_(1.0)
-        state = {name: p.numpy() for name, p in torch_model.state_dict().items()}
-        target = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
-        return params_from_state_dict(state, target)
+        return {name: p.numpy() for name, p in torch_model.state_dict().items()}
 
     return give
+
+
+@pytest.fixture
+def transplant(redraw):
+    """A function (torch_model, our_module, *inputs, **inputs) -> our parameters, after drawing the torch model's."""
+    import jax
+
+    from ldm_jax.interop.diffusers import params_from_state_dict
+
+    def give(torch_model, module, *args, **kwargs):
+        target = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
+        return params_from_state_dict(redraw(torch_model), target)
+
+    return give
+
+
+@pytest.fixture
+def same_noise(monkeypatch):
+    """A function (module, calls) that makes a scheduler draw our noise, call after call."""
+    import torch
+    from parity.fixed_network import row_noise
+
+    def patch(module, calls):
+        rows = iter(range(calls))
+        name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
+        monkeypatch.setattr(name, lambda *_, **__: torch.from_numpy(row_noise(next(rows))))
+
+    return patch

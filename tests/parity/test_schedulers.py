@@ -4,7 +4,6 @@ torch and diffusers are oracles and no requirement of the program: `make parity`
 """
 
 import inspect
-from functools import cache
 
 import diffusers
 import jax
@@ -12,36 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from parity.fixed_network import (
+    KEYS,
+    Z_T,
+    assert_same,
+    network,
+    row_noise,
+    run_ours,
+    run_theirs,
+    share_alpha_bar,
+    solver,
+    spread,
+)
 
-from ldm_jax.diffusion.guidance import clip_z0, from_network
-from ldm_jax.diffusion.sampling import sample_keys, solve
+from ldm_jax.diffusion.guidance import from_network
+from ldm_jax.diffusion.sampling import solve
 from ldm_jax.diffusion.schedules import make_schedule, timesteps
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 
 THEIR_SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 THEIR_PREDICTION = {"eps": "epsilon", "v": "v_prediction", "z0": "sample"}
-SHAPE = (4, 4, 3)
-KEYS = sample_keys(0, jnp.arange(2))
-Z_T = np.random.default_rng(0).standard_normal((2, *SHAPE))
-
-
-def network(z_t, t, xp=jnp):
-    """A fixed linear network, different for each t and entry."""
-    gain = 0.5 + 0.3 * xp.sin(xp.arange(SHAPE[-1]) + 0.01 * t)
-    return gain * z_t + 0.1
-
-
-def spread(z_t, t, xp=jnp):
-    """Of a learned variance."""
-    return 1.2 * xp.cos(z_t + 0.01 * t)
-
-
-def row_noise(i):
-    return np.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in KEYS]).astype(np.float64)
 
 
 def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", offset=0, prediction="eps", **options):
-    """Theirs, with its table of alpha_bar made again in float64 so that rounding does not hide a real difference."""
+    """Theirs, with our table of alpha_bar, and the schedule that it is of."""
     options = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -57,53 +50,8 @@ def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", off
     theirs = kind(**{name: value for name, value in options.items() if name in known})
     ours = make_schedule(schedule, 1000, zero_terminal_snr=zero_terminal_snr)
     np.testing.assert_allclose(theirs.betas.numpy(), ours.beta, rtol=0, atol=1e-5)  # theirs are 1 - ratio in float32
-    if not (zero_terminal_snr and kind is diffusers.DPMSolverMultistepScheduler):
-        np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), ours.alpha_bar, rtol=0, atol=1e-5)
-    theirs.alphas_cumprod = torch.from_numpy(ours.alpha_bar)
-    if hasattr(theirs, "final_alpha_cumprod") and not options.get("set_alpha_to_one", True):
-        theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+    share_alpha_bar(theirs, ours)
     return theirs, ours
-
-
-def run_theirs(theirs, steps, **step_options):
-    theirs.set_timesteps(steps)
-    z = torch.from_numpy(Z_T)
-    if hasattr(theirs, "is_scale_input_called") or isinstance(theirs, diffusers.HeunDiscreteScheduler):
-        z = z * (theirs.sigmas[0].double() ** 2 + 1) ** 0.5  # these hold z / alpha; the network sees z
-    for i, t in enumerate(theirs.timesteps):
-        options = {name: value(i) if callable(value) else value for name, value in step_options.items()}
-        seen = theirs.scale_model_input(z, t)
-        z = theirs.step(torch.from_numpy(network(seen.numpy(), float(t), np)), t, z, **options).prev_sample.double()
-    return z.numpy()
-
-
-@pytest.fixture
-def same_noise(monkeypatch):
-    """A function (module, calls) that makes a scheduler draw our noise, call after call."""
-
-    def patch(module, calls):
-        rows = iter(range(calls))
-        name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
-        monkeypatch.setattr(name, lambda *_, **__: torch.from_numpy(row_noise(next(rows))))
-
-    return patch
-
-
-@cache
-def solver(alpha_bar, prediction):
-    denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), prediction, np.array(alpha_bar))
-    plain = lambda z, level: denoise(z, level, None)  # noqa: E731
-    return jax.jit(lambda table, bound: solve(clip_z0(plain, bound), Z_T, table, KEYS)[0])
-
-
-def run_ours(schedule, prediction, bound=np.inf, **options):
-    table = make_table(schedule=schedule, prediction=prediction, **options)
-    return np.asarray(solver(tuple(schedule.alpha_bar), prediction)(table, bound))
-
-
-def assert_same(ours, theirs):
-    """1e-5 of the largest value: eps prediction divides by sqrt(alpha_bar), which makes large intermediate values."""
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1.0, np.abs(theirs).max()))
 
 
 @pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])

@@ -1,0 +1,125 @@
+"""CLIP's tokenizer from a model's folder: prompts to token ids.
+
+The work is done by transformers' CLIPTokenizer, so that ids are the ones the model was trained on, down to Unicode
+normalisation. It takes a second to import, so that waits until a folder is loaded; it needs no torch.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ldm_jax.errors import InputError
+
+CONFIG = "tokenizer_config.json"
+# The vocabulary in either layout; transformers 5 writes the second one alone, and reads it if both are there.
+LAYOUTS = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+OTHER_FILES = ("special_tokens_map.json", "added_tokens.json")
+CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
+
+MIN_LENGTH = 3  # begin, one token, end
+MAX_LENGTH = 10_000  # transformers writes 10^30 where it did not know
+
+
+class Tokens(NamedTuple):
+    """What a tokenizer makes of N prompts.
+
+    Fields:
+      ids: int32 [N, max_length]: begin, tokens, end, padding.
+      cut: bool [N]: whether the prompt had more tokens than that, so that its end was left out.
+    """
+
+    ids: np.ndarray
+    cut: np.ndarray
+
+
+class Tokenizer:
+    """A function from prompts to `Tokens`, made by `load_tokenizer`.
+
+    Attributes:
+      max_length: the number of ids of every prompt.
+      vocab_size: all ids are below it; the text encoder must have as many.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.max_length: int = tokenizer.model_max_length
+        self.vocab_size: int = len(tokenizer)
+
+    def __call__(self, prompts: Sequence[str]) -> Tokens:
+        """One prompt or more to `Tokens`.
+
+        Raises:
+          InputError: for a prompt that is not Unicode text, as a command line in another encoding may be.
+        """
+        for prompt in prompts:
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise InputError(f"the prompt {prompt!a} is not Unicode text; give it in UTF-8")
+        # What does not fit comes back in further rows, each with the number of its prompt.
+        rows = self._tokenizer(list(prompts), padding="max_length", truncation=True, return_overflowing_tokens=True)
+        _, first, count = np.unique(rows["overflow_to_sample_mapping"], return_index=True, return_counts=True)
+        return Tokens(np.array(rows["input_ids"], np.int32)[first], count > 1)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder such as Stable Diffusion's `tokenizer/`, with its own padding and maximum length.
+
+    Raises:
+      InputError: for a missing or damaged file, another kind of tokenizer, or a folder that lacks the maximum length.
+    """
+    folder = Path(folder)
+    _check_files(folder)
+    with _quiet():
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # damaged files can raise nearly anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{folder}: not readable as a CLIP tokenizer: {reason}") from error
+    if tokenizer.pad_token is None:
+        raise InputError(f"{folder}: the tokenizer has no pad_token; {CONFIG} must name one")
+    return Tokenizer(tokenizer)
+
+
+def _check_files(folder: Path) -> None:
+    """What transformers would pass over: without a vocabulary it makes a tokenizer that knows no words."""
+    config = _read_json(folder / CONFIG)
+    if "tokenizer_class" in config and config["tokenizer_class"] not in CLASSES:
+        raise InputError(f"{folder}: the tokenizer must be a {CLASSES[0]}; got {config['tokenizer_class']!r}")
+    length = config.get("model_max_length")
+    if not isinstance(length, int) or not MIN_LENGTH <= length <= MAX_LENGTH:
+        raise InputError(f"{folder / CONFIG}: model_max_length must be a number of tokens, 77 for CLIP; got {length!r}")
+    if not any(all((folder / name).is_file() for name in layout) for layout in LAYOUTS):
+        layouts = " or ".join(" and ".join(layout) for layout in LAYOUTS)
+        raise InputError(f"{folder}: the tokenizer's vocabulary is missing; there must be {layouts}")
+    for name in (*sum(LAYOUTS, ()), *OTHER_FILES):
+        if name.endswith(".json") and (folder / name).exists():
+            _read_json(folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the tokenizer's file: {error.strerror}") from error
+    except ValueError as error:  # of JSON or of UTF-8
+        raise InputError(f"{path}: damaged: {error}") from error
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: damaged: not a JSON object")
+    return tree
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers logs when it is imported without torch, and when it meets older files."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,335 @@
+"""Scheduler configs: what published ones come to, what is refused, and the way back."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scheduler_configs import PUBLISHED
+
+from ldm_jax.diffusion.process import Level
+from ldm_jax.diffusion.schedules import SCHEDULES, SPACINGS, make_schedule
+from ldm_jax.diffusion.solvers import SOLVERS, make_table
+from ldm_jax.errors import InputError
+from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
+
+SD_END = {"spacing": "leading", "between": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+PLAIN = {"spacing": "leading", "between": "leading", "steps_offset": 0, "set_alpha_to_one": True}
+LINSPACE = {"spacing": "linspace", "between": "linspace", "steps_offset": 0, "set_alpha_to_one": True}
+
+
+def timesteps(scheduler, steps):
+    table = scheduler.table(steps)
+    return table.t[: table.rows].tolist()
+
+
+@pytest.mark.parametrize(
+    "model, sampler, prediction, options, last_alpha_bar",
+    [
+        ("sd15", "plms", "eps", SD_END, 0.004660),
+        ("sd21_v", "ddim", "v", SD_END, 0.004660),
+        ("sdxl", "euler", "eps", SD_END | {"set_alpha_to_one": True}, 0.004660),
+        ("sd15_inpainting", "ddim", "eps", SD_END, 0.004660),
+        ("sd2_inpainting", "plms", "eps", SD_END, 0.004660),
+        ("x4_upscaler", "ddim", "v", SD_END, 0.0007334),
+        ("x4_upscaler_low_res", "ddpm", "eps", PLAIN | {"variance": "fixed_small"}, 0.0007334),
+        ("ldm_celebahq", "ddim", "eps", PLAIN, 0.0001423),
+        ("dit", "ddim", "eps", PLAIN, 0.00004036),
+    ],
+)
+def test_published_models(model, sampler, prediction, options, last_alpha_bar):
+    scheduler = scheduler_from_config(PUBLISHED[model])
+    assert (scheduler.sampler, scheduler.prediction, scheduler.options) == (sampler, prediction, options)
+    assert scheduler.schedule.alpha_bar.shape == (1000,)
+    assert scheduler.schedule.alpha_bar[-1] == pytest.approx(last_alpha_bar, rel=1e-3)
+    assert scheduler.clip == (1.0 if model == "x4_upscaler_low_res" else np.inf)
+    assert scheduler.threshold is None
+    assert scheduler.start(scheduler.table(5)) == 1.0
+
+
+def test_timesteps_of_stable_diffusion():
+    assert timesteps(scheduler_from_config(PUBLISHED["sd15_inpainting"]), 5) == [801, 601, 401, 201, 1]
+    assert timesteps(scheduler_from_config(PUBLISHED["sd15"]), 5) == [801, 601, 601, 401, 201, 1]
+    assert timesteps(scheduler_from_config(PUBLISHED["sdxl"]), 2) == [501, 1]
+    assert timesteps(scheduler_from_config(PUBLISHED["sdxl"], "unipc"), 4) == [801, 601, 401, 201]
+
+
+def test_another_sampler_has_its_own_defaults():
+    """SD1.5's file says nothing of spacing, so that its PNDM has leading and Euler linspace."""
+    scheduler = scheduler_from_config(PUBLISHED["sd15"], "euler")
+    assert scheduler.options == LINSPACE | {"steps_offset": 1}
+    assert scheduler.table(3).t[:3].tolist() == [999, 499.5, 0]
+    assert scheduler_from_config(PUBLISHED["sdxl"], "euler_a").options["spacing"] == "leading"
+    assert scheduler_from_config({"_class_name": "PNDMScheduler"}, "ddim").clip == 1.0
+    assert scheduler_from_config({"_class_name": "EulerDiscreteScheduler"}, "heun").schedule.beta[0] == 0.00085
+
+
+def test_a_field_of_another_class_carries_over():
+    """PNDM has no clip_sample, but SD1.5's file states it, for DDIM."""
+    assert scheduler_from_config(PUBLISHED["sd15"], "ddim").clip == np.inf
+    assert scheduler_from_config(PUBLISHED["sd15"], "ddim").options == SD_END
+
+
+def test_every_sampler_of_every_published_model():
+    for model, config in PUBLISHED.items():
+        for sampler in SOLVERS:
+            if sampler == "plms" and "skip_prk_steps" not in config:
+                with pytest.raises(InputError, match="skip_prk_steps = False is not supported; supported: True"):
+                    scheduler_from_config(config, sampler)
+                continue
+            scheduler = scheduler_from_config(config, sampler)
+            assert scheduler.sampler == sampler, model
+            assert np.isfinite(scheduler.table(5).weights).all()
+
+
+def test_the_pipelines_of_stable_diffusion_have_their_own_offset_and_clipping():
+    old = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"}
+    scheduler = scheduler_from_config(old, pipeline="StableDiffusionPipeline")
+    assert scheduler.clip == np.inf
+    assert scheduler.options["steps_offset"] == 1
+    assert scheduler_from_config(old).clip == 1.0
+    assert scheduler_from_config(old).options["steps_offset"] == 0
+    # As diffusers takes the pipeline's values for defaults, another class does not hear of them, unless the file spoke.
+    assert scheduler_from_config(old, "lcm", pipeline="StableDiffusionPipeline").options["steps_offset"] == 0
+    stated = old | {"steps_offset": 0}
+    assert scheduler_from_config(stated, "lcm", pipeline="StableDiffusionPipeline").options["steps_offset"] == 1
+    pndm = {"_class_name": "PNDMScheduler"}
+    assert scheduler_from_config(pndm, pipeline="StableDiffusionInpaintPipeline").sampler == "plms"
+    with pytest.raises(InputError, match="skip_prk_steps"):
+        scheduler_from_config(pndm, pipeline="StableDiffusionPipeline")
+
+
+def test_start_is_the_first_level_of_data_that_are_0_unless_spacing_is_leading():
+    for sampler in ("euler", "euler_a", "heun", "edm"):
+        scheduler = scheduler_from_config(PUBLISHED["sd15"], sampler)
+        assert scheduler.start(scheduler.table(5)) == pytest.approx((1 - 0.004660) ** 0.5, abs=1e-6)
+        assert scheduler.start(scheduler.table(1)) == pytest.approx(0.00085**0.5)  # linspace alone ends at 0: begins
+        leading = scheduler_from_config(PUBLISHED["sdxl"], sampler)
+        assert leading.start(leading.table(5)) == 1.0
+    for sampler in ("dpmpp_2m", "unipc", "ddim", "lcm"):
+        scheduler = scheduler_from_config(PUBLISHED["sd15"], sampler)
+        assert scheduler.start(scheduler.table(5)) == 1.0
+
+
+def test_algorithm_type_and_sampler():
+    sde = {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}
+    assert scheduler_from_config(sde).sampler == "dpmpp_2m_sde"
+    assert scheduler_from_config(sde | {"algorithm_type": "dpmsolver++"}).sampler == "dpmpp_2m"
+    assert scheduler_from_config(sde | {"algorithm_type": "deis"}).sampler == "dpmpp_2m"
+    assert scheduler_from_config(sde, "dpmpp_2m").sampler == "dpmpp_2m"
+    assert scheduler_from_config(sde, "dpmpp_2s").sampler == "dpmpp_2s"
+    old = sde | {"algorithm_type": "dpmsolver"}
+    assert scheduler_from_config(old, "dpmpp_2m_sde").sampler == "dpmpp_2m_sde"
+
+
+@pytest.mark.parametrize("field, spacing", [("use_karras_sigmas", "karras"), ("use_exponential_sigmas", "exponential")])
+def test_uneven_sigmas(field, spacing):
+    config = PUBLISHED["sdxl"] | {field: True}
+    assert scheduler_from_config(config).options == PLAIN | {"spacing": spacing, "steps_offset": 1}
+    assert scheduler_from_config(config, "dpmpp_2m").options["spacing"] == spacing
+    assert scheduler_from_config(config, "ddim").options["spacing"] == "leading"  # has no such field
+    with pytest.raises(InputError, match=r"sigma_max = 80\.0 is not supported"):
+        scheduler_from_config(config | {"sigma_max": 80.0})
+
+
+def test_the_end():
+    dpm = {"_class_name": "DPMSolverMultistepScheduler", "final_sigmas_type": "sigma_min"}
+    assert not scheduler_from_config(dpm).options["set_alpha_to_one"]
+    assert not scheduler_from_config(dpm, "unipc").options["set_alpha_to_one"]
+    assert not scheduler_from_config(dpm, "dpmpp_2s").options["set_alpha_to_one"]
+    assert scheduler_from_config(dpm, "ddim").options["set_alpha_to_one"]
+    assert scheduler_from_config(PUBLISHED["sd15"], "lcm").options["set_alpha_to_one"]
+    whole = {"_class_name": "DPMSolverMultistepScheduler", "lower_order_final": False, "euler_at_final": True}
+    assert scheduler_from_config(whole).options["set_alpha_to_one"]  # at sigma 0 these two say nothing
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
+def test_zero_terminal_snr(sampler):
+    config = PUBLISHED["sd21_v"] | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    assert scheduler_from_config(config, sampler).schedule.alpha_bar[-1] == 0
+    with pytest.raises(InputError, match="eps"):
+        scheduler_from_config(config | {"prediction_type": "epsilon"}, sampler)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_zero_terminal_snr_with_a_floor(sampler):
+    config = PUBLISHED["sd21_v"] | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    beta, alpha_bar = scheduler_from_config(config, sampler).schedule
+    assert alpha_bar[-1] == 2**-24
+    np.testing.assert_allclose(np.cumprod(1 - beta), alpha_bar, rtol=1e-9)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "plms", "dpmpp_2s"])
+def test_classes_that_cannot_rescale(sampler):
+    config = PUBLISHED["sd21_v"] | {"rescale_betas_zero_snr": True}
+    assert scheduler_from_config(config, sampler).schedule.alpha_bar[-1] == pytest.approx(0.00466, rel=1e-3)
+
+
+def test_trained_betas():
+    beta = np.linspace(0.01, 0.3, 20)
+    config = {"_class_name": "DDIMScheduler", "trained_betas": beta.tolist(), "num_train_timesteps": 20}
+    np.testing.assert_array_equal(scheduler_from_config(config).schedule.beta, beta)
+    rescaled = config | {"rescale_betas_zero_snr": True, "prediction_type": "sample"}
+    assert scheduler_from_config(rescaled).schedule.alpha_bar[-1] == 0
+    for wrong in (beta[:-1].tolist(), [0.0, *beta[1:]], "many"):
+        with pytest.raises(InputError):
+            scheduler_from_config(config | {"trained_betas": wrong})
+
+
+@pytest.mark.parametrize(
+    "told, variance",
+    [("fixed_small", "fixed_small"), ("fixed_small_log", "fixed_small"), (None, "fixed_small"),
+     ("fixed_large", "fixed_large"), ("learned_range", "learned")],
+)  # fmt: skip
+def test_variances(told, variance):
+    config = {"_class_name": "DDPMScheduler", "variance_type": told}
+    assert scheduler_from_config(config).options["variance"] == variance
+    assert "variance" not in scheduler_from_config(config, "ddim").options
+
+
+def test_bounds():
+    level, far = Level(jnp.zeros(()), jnp.ones(()), jnp.zeros(())), jnp.asarray([[-3.0, 0.5, 2.0, 1.0]])
+
+    def bounded(**fields):
+        scheduler = scheduler_from_config({"_class_name": "DDPMScheduler", **fields})
+        return scheduler.bounded(lambda z_t, level: z_t)(far, level).tolist()
+
+    assert bounded(clip_sample=False) == far.tolist()
+    assert bounded() == [[-1.0, 0.5, 1.0, 1.0]]
+    assert bounded(clip_sample_range=2.5) == [[-2.5, 0.5, 2.0, 1.0]]
+    thresholds = {"thresholding": True, "dynamic_thresholding_ratio": 1.0}
+    assert bounded(**thresholds, sample_max_value=2.0) == [[-1.0, 0.25, 1.0, 0.5]]
+    assert bounded(**thresholds) == [[-1.0, 0.5, 1.0, 1.0]]  # sample_max_value 1, whatever the quantile
+    assert scheduler_from_config({"_class_name": "EulerDiscreteScheduler", "clip_sample": True}).clip == np.inf
+
+
+DPM, UNIPC = {"_class_name": "DPMSolverMultistepScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
+EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMSolverSinglestepScheduler"}
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        ({}, "class None is not supported"),
+        ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' is not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
+        ({"_class_name": "LMSDiscreteScheduler"}, "choose one by --sampler"),
+        ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
+        (PUBLISHED["sd15"] | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'.*squaredcos_cap_v2"),
+        (PUBLISHED["sd15"] | {"beta_start": 0.5}, "beta_start"),
+        (PUBLISHED["sd15"] | {"beta_start": "0.5"}, "beta_start must be a number, got '0.5'"),
+        (PUBLISHED["sd15"] | {"steps_offset": True}, "steps_offset must be whole, got True"),
+        (PUBLISHED["sd15"] | {"num_train_timesteps": 0}, "T >= 1"),
+        (PUBLISHED["sd15"] | {"timestep_spacing": "logarithmic"}, "timestep_spacing = 'logarithmic'.*'trailing'"),
+        (DPM | {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'.*'v_prediction'"),
+        (DPM | {"solver_order": 3}, "DPMSolverMultistepScheduler: solver_order = 3 is not supported; supported: 2"),
+        (DPM | {"algorithm_type": "dpmsolver"}, "algorithm_type = 'dpmsolver'"),
+        (DPM | {"solver_type": "heun"}, "solver_type = 'heun'"),
+        (DPM | {"use_flow_sigmas": True}, "use_flow_sigmas = True is not supported; supported: False"),
+        (DPM | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
+        (DPM | {"use_lu_lambdas": True}, "use_lu_lambdas = True"),
+        (DPM | {"use_beta_sigmas": True}, "use_beta_sigmas = True"),
+        (DPM | {"use_karras_sigmas": True, "use_exponential_sigmas": True}, "cannot both be true"),
+        (DPM | {"lambda_min_clipped": -5.0}, "lambda_min_clipped = -5.0.*-5.059 and below"),
+        (DPM | {"final_sigmas_type": "sigma_min", "euler_at_final": True}, "euler_at_final = True"),
+        (DPM | {"final_sigmas_type": "sigma_min", "lower_order_final": False}, "lower_order_final = False"),
+        (SINGLE | {"final_sigmas_type": "sigma_min", "lower_order_final": True}, "lower_order_final = True"),
+        (SINGLE | {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type = 'sde-dpmsolver\\+\\+'"),
+        (UNIPC | {"solver_type": "bh1"}, "solver_type = 'bh1'"),
+        (UNIPC | {"predict_x0": False}, "predict_x0 = False"),
+        (UNIPC | {"disable_corrector": [0]}, "disable_corrector = \\[0\\]"),
+        (UNIPC | {"lower_order_final": False}, "lower_order_final = False"),
+        (EULER | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min'.*'zero'"),
+        (EULER | {"interpolation_type": "log_linear"}, "interpolation_type = 'log_linear'"),
+        (EULER | {"timestep_type": "continuous"}, "timestep_type = 'continuous'"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type = 'learned'.*'learned_range'"),
+        ({"_class_name": "LCMScheduler", "original_inference_steps": 100}, "original_inference_steps = 100"),
+        ({"_class_name": "LCMScheduler", "timestep_scaling": 1.0}, "timestep_scaling = 1.0"),
+    ],
+)
+def test_refusals(config, named):
+    with pytest.raises(InputError, match=named) as error:
+        scheduler_from_config(config)
+    assert "\n" not in str(error.value)
+
+
+def test_lambda_min_clipped_of_published_models_leaves_the_schedule_whole():
+    assert scheduler_from_config(DPM | {"lambda_min_clipped": -5.1}).sampler == "dpmpp_2m"
+
+
+def test_another_sampler_may_be_named_for_a_class_that_none_here_is():
+    deis = {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"}
+    for sampler in ("dpmpp_2m", "dpmpp_2s", "unipc", "ddim"):
+        assert scheduler_from_config(deis, sampler).sampler == sampler
+    with pytest.raises(InputError, match=r"sampler must be one of ddpm, .*, got 'k_lms'"):
+        scheduler_from_config(deis, "k_lms")
+
+
+def test_a_table_that_cannot_be_is_an_input_error():
+    with pytest.raises(InputError, match=r"steps must lie in 1\.\.1000"):
+        scheduler_from_config(PUBLISHED["sd15"]).table(1001)
+    with pytest.raises(InputError, match="eta is for ddim only"):
+        scheduler_from_config(PUBLISHED["sd15"]).table(5, eta=1.0)
+    assert scheduler_from_config(PUBLISHED["sd15"], "ddim").table(5, eta=1.0).weights[0, -1] > 0
+
+
+OURS = {"T": 1000, "beta_start": 0.00085, "beta_end": 0.012, "zero_terminal_snr": False, "prediction": "v"}
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_export_and_back(name, sampler):
+    schedule = make_schedule(name, 1000)
+    for spacing in SPACINGS:
+        try:
+            expected = make_table(sampler, schedule, 12, prediction="v", spacing=spacing)
+            scheduler = scheduler_from_config(config_from_schedule(name, **OURS, sampler=sampler, spacing=spacing))
+        except (InputError, ValueError):
+            assert (sampler, spacing) in {
+                *((sampler, "karras") for sampler in ("ddpm", "ddim", "plms", "euler_a", "lcm")),
+                *((sampler, "exponential") for sampler in ("ddpm", "ddim", "plms", "euler_a", "lcm")),
+                ("dpmpp_2s", "leading"),
+                ("dpmpp_2s", "trailing"),
+            }
+            continue
+        assert scheduler.sampler == ("heun" if sampler == "edm" else sampler)
+        assert scheduler.prediction == "v"
+        np.testing.assert_array_equal(scheduler.schedule.alpha_bar, schedule.alpha_bar)
+        for got, wanted in zip(scheduler.table(12), expected):
+            np.testing.assert_array_equal(got, wanted)
+
+
+def test_export_of_other_options():
+    ours = OURS | {"name": "linear", "zero_terminal_snr": True, "steps_offset": 1, "set_alpha_to_one": False}
+    back = scheduler_from_config(config_from_schedule(**ours, clip=2.0))
+    np.testing.assert_array_equal(
+        back.schedule.alpha_bar, make_schedule("linear", 1000, zero_terminal_snr=True).alpha_bar
+    )
+    assert back.options == SD_END
+    assert back.clip == 2.0
+    assert not scheduler_from_config(config_from_schedule(**ours, sampler="unipc")).options["set_alpha_to_one"]
+    learned = config_from_schedule("linear", **OURS, sampler="ddpm", variance="learned")
+    assert scheduler_from_config(learned).options["variance"] == "learned"
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"sampler": "heun", "zero_terminal_snr": True}, "HeunDiscreteScheduler does not know rescale_betas_zero_snr"),
+        ({"sampler": "unipc", "clip": 1.0}, "UniPCMultistepScheduler does not know clip_sample = True"),
+        ({"sampler": "euler_a", "set_alpha_to_one": False}, "does not know set_alpha_to_one = False"),
+        ({"sampler": "euler", "set_alpha_to_one": False}, "final_sigmas_type = 'sigma_min' is not supported"),
+        ({"sampler": "dpmpp_2s", "spacing": "trailing"}, "does not know timestep_spacing = 'trailing'"),
+        ({"sampler": "euler_a", "spacing": "karras"}, "does not know use_karras_sigmas = True"),
+    ],
+)
+def test_what_diffusers_has_no_field_for(change, named):
+    with pytest.raises(InputError, match=named):
+        config_from_schedule("linear", **(OURS | change))
+
+
+def test_an_exported_config_means_the_same_with_another_sampler():
+    config = config_from_schedule("cosine", **OURS, sampler="unipc", spacing="trailing")
+    for sampler in ("ddim", "ddpm", "plms", "euler", "heun", "dpmpp_2m"):
+        scheduler = scheduler_from_config(config, sampler)
+        assert scheduler.options["spacing"] == "trailing"
+        assert scheduler.options["set_alpha_to_one"]
+        assert scheduler.clip == np.inf

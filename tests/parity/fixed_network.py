@@ -1,0 +1,76 @@
+"""One fixed network, run through a scheduler of diffusers and through our table, from the same noise."""
+
+from functools import cache
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from ldm_jax.diffusion.guidance import clip_z0, from_network
+from ldm_jax.diffusion.sampling import sample_keys, solve
+from ldm_jax.diffusion.solvers import make_table
+
+SHAPE = (4, 4, 3)
+KEYS = sample_keys(0, jnp.arange(2))
+Z_T = np.random.default_rng(0).standard_normal((2, *SHAPE))
+
+
+def network(z_t, t, xp=jnp):
+    """A fixed linear network, different for each t and entry."""
+    gain = 0.5 + 0.3 * xp.sin(xp.arange(SHAPE[-1]) + 0.01 * t)
+    return gain * z_t + 0.1
+
+
+def spread(z_t, t, xp=jnp):
+    """Of a learned variance."""
+    return 1.2 * xp.cos(z_t + 0.01 * t)
+
+
+def row_noise(i):
+    return np.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in KEYS]).astype(np.float64)
+
+
+def share_alpha_bar(theirs, schedule):
+    """Gives theirs our table of alpha_bar, in float64, so that rounding does not hide a real difference."""
+    np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), schedule.alpha_bar, rtol=0, atol=1e-5)
+    theirs.alphas_cumprod = torch.from_numpy(schedule.alpha_bar)
+    if hasattr(theirs, "final_alpha_cumprod") and not theirs.config.set_alpha_to_one:
+        theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+
+
+def unit_start(theirs):
+    """The factor by which what the network sees first is the noise itself; some hold z / alpha."""
+    if hasattr(theirs, "is_scale_input_called") or isinstance(theirs, diffusers.HeunDiscreteScheduler):
+        return (theirs.sigmas[0].double() ** 2 + 1) ** 0.5
+    return 1.0
+
+
+def run_theirs(theirs, steps, start=unit_start, network=network, **step_options):
+    """Their latents in float64. A step option may be a function of the step's number; `start` is one of theirs."""
+    theirs.set_timesteps(steps)
+    z = torch.from_numpy(Z_T) * start(theirs)
+    for i, t in enumerate(theirs.timesteps):
+        options = {name: value(i) if callable(value) else value for name, value in step_options.items()}
+        seen = theirs.scale_model_input(z, t)
+        z = theirs.step(torch.from_numpy(network(seen.numpy(), float(t), np)), t, z, **options).prev_sample.double()
+    return z.numpy()
+
+
+@cache
+def solver(alpha_bar, prediction):
+    """The compiled loop for one schedule and prediction: (table, bound of z0_hat, z_T) -> latents."""
+    denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), prediction, np.array(alpha_bar))
+    plain = lambda z, level: denoise(z, level, None)  # noqa: E731
+    return jax.jit(lambda table, bound, z_T=Z_T: solve(clip_z0(plain, bound), z_T, table, KEYS)[0])
+
+
+def run_ours(schedule, prediction, bound=np.inf, **options):
+    table = make_table(schedule=schedule, prediction=prediction, **options)
+    return np.asarray(solver(tuple(schedule.alpha_bar), prediction)(table, bound))
+
+
+def assert_same(ours, theirs):
+    """1e-5 of the largest value: eps prediction divides by sqrt(alpha_bar), which makes large intermediate values."""
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(1.0, np.abs(theirs).max()))

@@ -1,0 +1,189 @@
+"""Our CLIP text encoder and tokenizer against transformers'."""
+
+import json
+import random
+import string
+import warnings
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from bpe import learn_merges, write_tokenizer
+from safetensors.numpy import load_file, save_file
+
+from ldm_jax.interop.clip_weights import (
+    state_dict_from_text_params,
+    text_encoder_from_config,
+    text_params_from_state_dict,
+)
+from ldm_jax.interop.tokenizer import load_tokenizer
+
+QUICK = {"xla_backend_optimization_level": 0}
+
+# What the three have in common with Stable Diffusion's encoders is all but the sizes: the activation, the heads' size,
+# four times the width between, the rule for the end of a text. Class, config, id that ends a text.
+LEGACY, NEW = {"eos_token_id": 2}, {"eos_token_id": 58}
+CASES = {
+    "CLIP-L": ("CLIPTextModel", {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 12} | LEGACY),
+    "OpenCLIP-H": (
+        "CLIPTextModel",
+        {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "gelu"} | NEW,
+    ),
+    "OpenCLIP-bigG": (
+        "CLIPTextModelWithProjection",
+        {
+            "hidden_size": 40,
+            "num_attention_heads": 5,
+            "hidden_act": "gelu",
+            "projection_dim": 40,
+            "num_hidden_layers": 2,
+        }
+        | LEGACY,
+    ),
+    "narrower projection, another eps": (
+        "CLIPTextModelWithProjection",
+        {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "projection_dim": 24}
+        | {"layer_norm_eps": 1e-3, "intermediate_size": 72}
+        | NEW,
+    ),
+}
+
+
+def token_ids():
+    """Texts that end at once, early and at the last position; the first has an id above the one that ends it."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 57, (4, 77))
+    for row, end in zip(ids, (9, 1, 40, 76)):
+        row[end:] = 58
+    ids[0, 20] = 59
+    ids[2, 41:] = 0  # another padding
+    return ids.astype(np.int32)
+
+
+def make_theirs(case):
+    kind, config = CASES[case]
+    config = {"intermediate_size": 4 * config["hidden_size"], "vocab_size": 60, "bos_token_id": 57} | config
+    return getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
+
+
+def call_theirs(model, ids):
+    """`last`, `penultimate` and `pooled`."""
+    out = model(torch.from_numpy(ids).long(), output_hidden_states=True)
+    pooled = out.text_embeds if "text_embeds" in out else out.pooler_output
+    return out.last_hidden_state, out.hidden_states[-2], pooled
+
+
+def read_folder(folder):
+    """Our module and its parameters, from config.json and model.safetensors."""
+    encoder = text_encoder_from_config(json.loads((folder / "config.json").read_text()))
+    target = jax.eval_shape(encoder.init, jax.random.key(0), token_ids())["params"]
+    return encoder, text_params_from_state_dict(load_file(folder / "model.safetensors"), target)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_text_encoder(case, redraw, tmp_path):
+    theirs = make_theirs(case)
+    redraw(theirs)
+    theirs.save_pretrained(tmp_path)
+    encoder, params = read_folder(tmp_path)
+    ids = token_ids()
+    ours = jax.jit(encoder.apply)({"params": params}, ids)
+    for name, a, b in zip(ours._fields, ours, call_theirs(theirs, ids)):
+        assert a.shape == b.shape and a.dtype == np.float32
+        error = np.abs(np.asarray(a) - b.numpy()).max() / np.abs(b.numpy()).max()
+        print(f"{name}: relative error {error:.1e}")
+        assert error <= 1e-4
+
+
+@pytest.mark.parametrize("case", ["CLIP-L", "OpenCLIP-bigG"])
+def test_transformers_reads_what_we_write(case, redraw, tmp_path):
+    theirs = make_theirs(case)
+    redraw(theirs)
+    theirs.save_pretrained(tmp_path)
+    _, params = read_folder(tmp_path)
+    written = state_dict_from_text_params(params)
+    assert {key.split(".")[0] for key in written} <= {"text_model", "text_projection"}
+    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    state = theirs.state_dict()
+    assert again.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+
+
+def test_gradients(redraw, tmp_path):
+    """The backward pass agrees too, for every parameter."""
+    theirs = make_theirs("OpenCLIP-bigG")
+    redraw(theirs)
+    theirs.save_pretrained(tmp_path)
+    encoder, params = read_folder(tmp_path)
+    ids = token_ids()[:, :12]
+
+    def loss(p):
+        return sum((features**2).mean() for features in encoder.apply({"params": p}, ids))
+
+    grads = jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+    theirs.requires_grad_(True)
+    sum((features**2).mean() for features in call_theirs(theirs, ids)).backward()
+    their_grads = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+    largest = max(np.abs(grad).max() for grad in their_grads.values())
+    for name, grad in state_dict_from_text_params(grads).items():
+        scale = max(np.abs(their_grads[name]).max(), 1e-4 * largest)  # the keys' bias has gradient 0 but for rounding
+        assert np.abs(grad - their_grads[name]).max() <= 1e-3 * scale, name
+
+
+@pytest.mark.parametrize("kind, projection", [("CLIPTextModel", False), ("CLIPTextModelWithProjection", True)])
+def test_defaults_of_the_config_class(kind, projection):
+    theirs = transformers.CLIPTextConfig()
+    ours = text_encoder_from_config({"architectures": [kind]})
+    fields = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*fields, "max_position_embeddings", "hidden_act", "layer_norm_eps", "eos_token_id"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.projection_dim == (theirs.projection_dim if projection else None)
+
+
+SENTENCE = "a photo of the low lower lowest widest newer cat cats dog sitting on a red blue sofa in the rain"
+WORDS = SENTENCE.split()
+SCRIPTS = ["äöüßñçÅ", "αβγδΩ", "абвгдЖ", "שלום", "سلام", "नमस्ते", "你好世界", "こんにちは", "한국어", "ﬁﬂ①²Ⅷ"]
+EMOJI = ["🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇨🇭", "❤️", "👍🏽"]
+ODD = ["\n", "\t", "  ", "\u00a0", "\u200b", "\u3000", "e\u0301", "\u0130", "\x00", "\x7f", "\ufeff", "\U000e0041"]
+SPECIAL = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|ENDOFTEXT|>",
+    "don't we'll I'D it's",
+    "&amp;",
+    "</w>",
+    "!",
+    "!!!",
+    "12345",
+]
+
+
+def strings():
+    """1,000 texts: ordinary ones, everything awkward, the empty one, very long ones."""
+    draw = random.Random(0)
+    pieces = [*WORDS, *SCRIPTS, *EMOJI, *ODD, *SPECIAL, *string.punctuation]
+    texts = ["", " ", "low " * 3000, "x" * 5000, "🙂" * 700]
+    while len(texts) < 1000:
+        chosen = draw.choices(WORDS if draw.random() < 0.3 else pieces, k=draw.choice([1, 3, 10, 40, 120]))
+        texts.append(draw.choice(["", " "]).join(chosen))
+    return texts
+
+
+@pytest.mark.parametrize("special_tokens_map", [None, {"pad_token": "!"}])
+def test_token_ids(special_tokens_map, tmp_path):
+    """As diffusers calls it: padded and cut at the maximum; what it warns of as cut is what we tell."""
+    write_tokenizer(tmp_path, learn_merges(WORDS, 40), length=77, special_tokens_map=special_tokens_map)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    texts = strings()
+    tokens = load_tokenizer(tmp_path)(texts)
+    expected = theirs(texts, padding="max_length", max_length=77, truncation=True, return_tensors="np").input_ids
+    assert np.array_equal(tokens.ids, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lengths = [len(ids) for ids in theirs(texts, padding=False, truncation=False).input_ids]
+    assert np.array_equal(tokens.cut, np.array(lengths) > 77)
+    assert 50 < tokens.cut.sum() < 950 and 77 in lengths

@@ -1,0 +1,240 @@
+"""Scheduler configs against diffusers: the same latents from the same noise, theirs read by diffusers, ours by us."""
+
+import inspect
+import json
+from functools import partial
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from parity.fixed_network import (
+    KEYS,
+    Z_T,
+    assert_same,
+    network,
+    row_noise,
+    run_ours,
+    run_theirs,
+    share_alpha_bar,
+    solver,
+)
+from scheduler_configs import PUBLISHED
+
+from ldm_jax.diffusion.guidance import from_network
+from ldm_jax.diffusion.sampling import solve
+from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.solvers import SOLVERS
+from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
+from ldm_jax.interop.scheduler_fields import ALGORITHM, CLASS_OF, DEFAULTS, fields_of
+
+NOISY = {
+    "ddpm": "ddpm",
+    "euler_a": "euler_ancestral_discrete",
+    "dpmpp_2m_sde": "dpmsolver_multistep",
+    "lcm": "lcm",
+}
+
+
+def own_scheduler(config):
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def their_scheduler(config, sampler):
+    """As a user of diffusers takes another scheduler for a model's own."""
+    algorithm = {"algorithm_type": ALGORITHM[sampler]} if sampler in ALGORITHM else {}
+    return getattr(diffusers, CLASS_OF[sampler]).from_config(own_scheduler(config).config, **algorithm)
+
+
+def pipeline_start(theirs):
+    return theirs.init_noise_sigma
+
+
+def latents_of(ours, steps):
+    table = ours.table(steps)
+    return np.asarray(
+        solver(tuple(ours.schedule.alpha_bar), ours.prediction)(table, ours.clip, Z_T * ours.start(table))
+    )
+
+
+def latents_of_both(config, sampler, steps, same_noise):
+    ours = scheduler_from_config(config, sampler)
+    theirs = own_scheduler(config) if sampler is None else their_scheduler(config, sampler)
+    if ours.sampler in NOISY:
+        same_noise(NOISY[ours.sampler], steps)
+    options = {"use_clipped_model_output": True} if ours.sampler == "ddim" and np.isfinite(ours.clip) else {}
+    return latents_of(ours, steps), run_theirs(theirs, steps, start=pipeline_start, **options)
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize(
+    "model, sampler",
+    [
+        (model, sampler)
+        for model, config in PUBLISHED.items()
+        for sampler in (None, *SOLVERS)
+        # PNDM is run with skip_prk_steps only, and with v theirs errs.
+        if sampler != "plms" or ("skip_prk_steps" in config and config.get("prediction_type") != "v_prediction")
+    ],
+)
+def test_published_models(model, sampler, steps, same_noise):
+    assert_same(*latents_of_both(PUBLISHED[model], sampler, steps, same_noise))
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timestep_spacing": "trailing"},
+        {"timestep_spacing": "linspace", "use_karras_sigmas": True},
+        {"use_karras_sigmas": True},
+    ],
+)
+def test_spacings_and_the_noise_they_start_from(change, sampler, steps, same_noise):
+    assert_same(*latents_of_both(PUBLISHED["sdxl"] | change, sampler, steps, same_noise))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_the_end_at_sigma_min(spacing, sampler, same_noise):
+    end = {"timestep_spacing": spacing, "final_sigmas_type": "sigma_min"}
+    config = PUBLISHED["sdxl"] | {"_class_name": "DPMSolverMultistepScheduler"} | end
+    for steps in (6, 15, 16):
+        assert_same(*latents_of_both(config, sampler, steps, same_noise))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "euler_a"])
+def test_zero_terminal_snr(sampler, same_noise):
+    config = PUBLISHED["sd21_v"] | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    got, expected = latents_of_both(config, sampler, 10, same_noise)
+    # With the floor z / alpha is 4096 at first; k-diffusion's samplers hold it in float32 and keep fewer digits.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3 if "euler" in sampler else 1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "lcm", "dpmpp_2m", "unipc"])
+def test_dynamic_thresholding(sampler, same_noise):
+    thresholds = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5}
+    config = PUBLISHED["ldm_celebahq"] | thresholds
+    ours, theirs = scheduler_from_config(config, sampler), their_scheduler(config, sampler)
+    share_alpha_bar(theirs, ours.schedule)
+    if sampler in NOISY:
+        same_noise(NOISY[sampler], 8)
+    denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), ours.prediction, ours.schedule.alpha_bar)
+    bounded = ours.bounded(lambda z, level: denoise(z, level, None))
+    got, _ = jax.jit(lambda table: solve(bounded, Z_T, table, KEYS))(ours.table(8))
+    assert_same(got, run_theirs(theirs, 8, start=pipeline_start))
+
+
+@pytest.mark.parametrize("model", ["sd21_v", "x4_upscaler"])
+def test_plms_of_v_is_theirs_of_the_eps_that_v_means(model):
+    ours = scheduler_from_config(PUBLISHED[model], "plms")
+    theirs = diffusers.PNDMScheduler.from_config(own_scheduler(PUBLISHED[model]).config, prediction_type="epsilon")
+    share_alpha_bar(theirs, ours.schedule)
+
+    def eps(z, t, xp):
+        alpha_bar = ours.schedule.alpha_bar[int(t)]
+        return alpha_bar**0.5 * network(z, t, xp) + (1 - alpha_bar) ** 0.5 * z
+
+    assert_same(latents_of(ours, 10), run_theirs(theirs, 10, network=eps))
+
+
+def test_ddim_with_eta(same_noise):
+    ours, theirs = (make(PUBLISHED["sd15"], "ddim") for make in (scheduler_from_config, their_scheduler))
+    share_alpha_bar(theirs, ours.schedule)
+    expected = run_theirs(theirs, 10, eta=0.7, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
+    got = solver(tuple(ours.schedule.alpha_bar), ours.prediction)(ours.table(10, eta=0.7), ours.clip)
+    assert_same(np.asarray(got), expected)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_those_of_the_class(name):
+    parameters = inspect.signature(getattr(diffusers, name)).parameters
+    assert {field: parameter.default for field, parameter in parameters.items()} == DEFAULTS[name]
+
+
+ODD = {
+    "old DDIM": {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"},
+    "DPM-Solver": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "thresholding": True,
+        "final_sigmas_type": "sigma_min",
+        "timestep_spacing": "trailing",
+        "use_karras_sigmas": True,
+        "variance_type": None,
+    },
+    "Heun": {"_class_name": "HeunDiscreteScheduler", "clip_sample": True, "clip_sample_range": 2.0, "not_a_field": 3},
+    "LCM": {"_class_name": "LCMScheduler", "steps_offset": 1, "set_alpha_to_one": False},
+    "UniPC": {"_class_name": "UniPCMultistepScheduler", "rescale_betas_zero_snr": True, "solver_order": 3},
+    "DEIS": {"_class_name": "DEISMultistepScheduler", "beta_end": 0.01, "solver_order": 3},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_fields_that_carry_over(name):
+    for config in (PUBLISHED | ODD).values():
+        theirs = getattr(diffusers, name).from_config(own_scheduler(config).config).config
+        ours = fields_of(config, name)
+        assert {field: theirs[field] for field in DEFAULTS[name]} == {field: ours[field] for field in DEFAULTS[name]}
+
+
+@pytest.mark.parametrize(
+    "kind", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"]
+)
+@pytest.mark.parametrize(
+    "config", [ODD["old DDIM"], ODD["old DDIM"] | {"steps_offset": 0, "clip_sample": True}, PUBLISHED["sd15"]]
+)
+def test_pipelines_that_change_their_schedulers_config(config, kind):
+    parts = ("vae", "text_encoder", "tokenizer", "unet", "safety_checker", "feature_extractor")
+    pipeline = getattr(diffusers, kind)(
+        **dict.fromkeys(parts), scheduler=own_scheduler(config), requires_safety_checker=False
+    )
+    read = partial(scheduler_from_config, config, pipeline=kind)
+    for theirs, ours in [
+        (pipeline.scheduler, read()),
+        (diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), read("ddim")),
+        (diffusers.LCMScheduler.from_config(pipeline.scheduler.config), read("lcm")),
+    ]:
+        assert theirs.config.steps_offset == ours.options["steps_offset"]
+        assert theirs.config.clip_sample == np.isfinite(ours.clip)
+
+
+def test_cosine_is_theirs_to_a_rounding():
+    theirs = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2").betas.numpy()
+    np.testing.assert_array_max_ulp(make_schedule("cosine", 1000).beta.astype(np.float32), theirs, maxulp=1)
+
+
+EXPORTS = [
+    *((sampler, "leading", "scaled_linear", "v") for sampler in SOLVERS if sampler not in ("dpmpp_2s", "plms")),
+    *((sampler, "leading", "cosine", "eps") for sampler in SOLVERS if sampler != "dpmpp_2s"),
+    *((sampler, "trailing", "linear", "eps") for sampler in ("ddpm", "ddim", "euler", "dpmpp_2m", "unipc")),
+    *((sampler, "karras", "linear", "eps") for sampler in ("euler", "heun", "dpmpp_2m", "dpmpp_2s", "unipc")),
+    ("euler", "exponential", "linear", "eps"),
+    ("dpmpp_2s", "linspace", "linear", "z0"),
+]
+
+
+@pytest.mark.parametrize("sampler, spacing, schedule, prediction", EXPORTS)
+def test_exported_configs_in_diffusers(sampler, spacing, schedule, prediction, tmp_path, same_noise):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012}
+    config = config_from_schedule(
+        schedule, 1000, **betas, zero_terminal_snr=False, prediction=prediction, sampler=sampler, spacing=spacing
+    )
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
+    ours = make_schedule(schedule, 1000, **betas)
+    share_alpha_bar(theirs, ours)
+    if sampler in NOISY:
+        same_noise(NOISY[sampler], 10)
+    assert_same(run_ours(ours, prediction, solver=sampler, steps=10, spacing=spacing), run_theirs(theirs, 10))
+
+
+@pytest.mark.parametrize("prediction", ["v", "z0"])
+def test_exported_zero_terminal_snr_in_diffusers(prediction, tmp_path):
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "zero_terminal_snr": True}
+    config = config_from_schedule("linear", 1000, **betas, prediction=prediction, spacing="trailing")
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    theirs, ours = diffusers.DDIMScheduler.from_pretrained(tmp_path), make_schedule("linear", 1000, **betas)
+    share_alpha_bar(theirs, ours)
+    assert_same(run_ours(ours, prediction, solver="ddim", steps=10, spacing="trailing"), run_theirs(theirs, 10))

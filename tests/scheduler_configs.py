@@ -1,0 +1,64 @@
+"""scheduler_config.json of published models, as far as it bears on the samples."""
+
+_STABLE_DIFFUSION = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+_UPSCALER = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+PUBLISHED = {
+    "sd15": {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", **_STABLE_DIFFUSION},
+    "sd21_v": {"_class_name": "DDIMScheduler", **_STABLE_DIFFUSION, "prediction_type": "v_prediction"},
+    "sdxl": {
+        "_class_name": "EulerDiscreteScheduler",
+        **_STABLE_DIFFUSION,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "interpolation_type": "linear",
+        "sample_max_value": 1.0,
+        "use_karras_sigmas": False,
+    },
+    "sd15_inpainting": {"_class_name": "DDIMScheduler", **_STABLE_DIFFUSION},
+    "sd2_inpainting": {"_class_name": "PNDMScheduler", **_STABLE_DIFFUSION, "prediction_type": "epsilon"},
+    "x4_upscaler": {
+        "_class_name": "DDIMScheduler",
+        **_UPSCALER,
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+    },
+    "x4_upscaler_low_res": {
+        "_class_name": "DDPMScheduler",
+        **_UPSCALER,
+        "clip_sample": True,
+        "variance_type": "fixed_small",
+    },
+    "ldm_celebahq": {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.0.4",
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+        "timestep_values": None,
+        "trained_betas": None,
+    },
+    "dit": {
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "clip_sample": False,
+        "num_train_timesteps": 1000,
+    },
+}
