@@ -146,14 +146,15 @@ def _beginning(
 ) -> dict[str, Any]:
     """The fields of a Request that say what it begins from: noise, latents and where they are kept."""
     shape, shares = builders.latent_shape(model.config), np.linspace(0, 1, recipe.num)
+    noise: dict[str, Any] = {}
     if recipe.init_latents:
-        return {"z_T": editing.read_latents(Path(recipe.init_latents), (recipe.num, *shape))}
+        noise = {"z_T": editing.read_latents(Path(recipe.init_latents), (recipe.num, *shape))}
     if recipe.to_seed >= 0:
         ends = [initial_latents(sample_keys(np.uint32(s), np.zeros(1, int)), shape)[0]
                 for s in (recipe.seed, recipe.to_seed)]  # fmt: skip
-        return {"z_T": editing.slerp(*ends, shares)}
+        noise = {"z_T": editing.slerp(*ends, shares)}
     if image is None:
-        return {}
+        return noise
     if recipe.invert or recipe.to_image:
         end, data = image, model.config.data
         if recipe.to_image:
@@ -165,14 +166,14 @@ def _beginning(
         table = trained.inversion_table_of(model, recipe.steps, spacing)
         plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0)
         plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32), classifier_scale=None)
-        noise = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
-        return {"z_T": editing.slerp(*noise, shares)}
+        ends = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
+        return {"z_T": editing.slerp(*ends, shares)}
     if model.config.concat.kind == "inpainting" and recipe.strength == 1:  # its map says all that is known
-        return {}
+        return noise
     z0 = generator.encode(params, image[None])[0]
     if mask is None or model.config.concat.kind == "inpainting":
-        return {"z0": z0}
-    return {"z0": z0, "mask": editing.mask_of_latents(mask, len(mask) // shape[0])}
+        return noise | {"z0": z0}
+    return noise | {"z0": z0, "mask": editing.mask_of_latents(mask, len(mask) // shape[0])}
 
 
 def save(folder: Path, drawn: Drawn) -> None:

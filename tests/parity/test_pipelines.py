@@ -1,0 +1,234 @@
+"""Whole pipelines: a diffusers folder drawn by our command and by diffusers, from the same noise, to the same pictures."""
+
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
+
+from bpe import learn_merges, make_vocab, write_tokenizer
+
+from ldm_jax import commands, sample
+
+PROMPTS = ["a red cat", "two small dogs, sleeping"]
+NEGATIVE = "a blurry picture"
+SIZE, LENGTH = 16, 16  # of the latents; of the texts
+MERGES = learn_merges([*" ".join([*PROMPTS, NEGATIVE]).replace(",", " ,").split()] * 2, 40)
+VOCAB = len(make_vocab(MERGES))
+
+UNET = {
+    "sample_size": SIZE,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 32,
+}
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": LENGTH,
+    "eos_token_id": 2,
+    "bos_token_id": VOCAB - 2,
+}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SD2 = {"use_linear_projection": True, "attention_head_dim": (2, 4)}
+SCHEDULERS = {
+    "SD1": diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
+    "SD2-v": diffusers.DDIMScheduler(
+        **BETAS, prediction_type="v_prediction", set_alpha_to_one=False, steps_offset=1, clip_sample=False
+    ),
+    "SDXL": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
+}
+
+
+def vae(factor):
+    """An autoencoder that halves the size."""
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=8,
+        scaling_factor=factor,
+    )
+
+
+def text_encoder(**changes):
+    kind = transformers.CLIPTextModelWithProjection if "projection_dim" in changes else transformers.CLIPTextModel
+    return kind(transformers.CLIPTextConfig(**TEXT | changes))
+
+
+@pytest.fixture
+def build(tmp_path, redraw):
+    """build(name, in_channels, pipeline class) -> the diffusers pipeline and the folder that it was saved to."""
+
+    def tokenizer(name, pad):
+        write_tokenizer(tmp_path / name, MERGES, length=LENGTH, pad_token=pad)
+        return transformers.CLIPTokenizer.from_pretrained(tmp_path / name)
+
+    def make(name, in_channels=4, kind=None):
+        if name == "SDXL":
+            parts = {
+                "unet": diffusers.UNet2DConditionModel(
+                    **UNET | SD2 | {"cross_attention_dim": 72},
+                    in_channels=in_channels,
+                    addition_embed_type="text_time",
+                    addition_time_embed_dim=8,
+                    projection_class_embeddings_input_dim=24 + 6 * 8,
+                ),
+                "vae": vae(0.13025),
+                "text_encoder": text_encoder(),
+                "text_encoder_2": text_encoder(hidden_size=40, hidden_act="gelu", projection_dim=24),
+                "tokenizer": tokenizer("one", "<|endoftext|>"),
+                "tokenizer_2": tokenizer("two", "!"),
+            }
+            kind = kind or diffusers.StableDiffusionXLPipeline
+        else:
+            changes = SD2 if name == "SD2-v" else {}
+            act = {"hidden_act": "gelu"} if name == "SD2-v" else {}
+            parts = {
+                "unet": diffusers.UNet2DConditionModel(**UNET | changes, in_channels=in_channels),
+                "vae": vae(0.18215),
+                "text_encoder": text_encoder(**act),
+                "tokenizer": tokenizer("one", "!" if name == "SD2-v" else "<|endoftext|>"),
+                "safety_checker": None,
+                "feature_extractor": None,
+                "requires_safety_checker": False,
+            }
+            kind = kind or diffusers.StableDiffusionPipeline
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                redraw(part)
+        pipe = kind(**parts, scheduler=SCHEDULERS[name])
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(tmp_path / "model")
+        return pipe, tmp_path / "model"
+
+    return make
+
+
+@pytest.fixture
+def noise(tmp_path):
+    """The unit noise that both begin with, as --init_latents has it."""
+    z_T = np.random.default_rng(0).standard_normal((2, SIZE, SIZE, 4)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", z_T)
+    return z_T
+
+
+@pytest.fixture
+def draw(tmp_path, noise):
+    """draw(folder, *flags) -> the images of our command, float [2, H, W, 3] of 255."""
+
+    def run(folder, *flags):
+        out = tmp_path / "out"
+        command = ["sample", f"--model={folder}", f"--out={out}", "--steps=20", *map("--prompt={}".format, PROMPTS)]
+        assert commands.run(sample.main, [*command, f"--init_latents={tmp_path}/noise.npy", *flags]) == 0
+        with np.load(out / "samples.npz") as samples:
+            return samples["images"].astype(float)
+
+    return run
+
+
+def theirs(pipe, noise, **arguments):
+    """diffusers' images, uint8 values as float [2, H, W, 3]."""
+    beginning = {} if "image" in arguments else {"latents": torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())}
+    images = pipe(PROMPTS, num_inference_steps=20, output_type="np", **beginning, **arguments).images
+    return (images * 255).round()
+
+
+def assert_same(ours, expected):
+    """Within one step of 255, and of pictures that are no flat grey."""
+    assert expected.std() > 10
+    assert np.abs(ours - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_text_to_image(name, build, draw, noise):
+    pipe, folder = build(name)
+    assert_same(
+        draw(folder, "--guidance=7.5", f"--negative_prompt={NEGATIVE}"),
+        theirs(pipe, noise, guidance_scale=7.5, negative_prompt=[NEGATIVE] * 2),
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_without_a_negative_prompt_and_with_the_defaults(name, build, draw, noise):
+    """SDXL tells of nothing by zeros; guidance is the pipeline's own."""
+    pipe, folder = build(name)
+    assert_same(draw(folder), theirs(pipe, noise))
+
+
+@pytest.mark.parametrize(
+    "sampler, scheduler",
+    [
+        ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler),
+        ("unipc", diffusers.UniPCMultistepScheduler),
+        ("euler", diffusers.EulerDiscreteScheduler),  # whose noise begins scaled
+    ],
+)
+def test_another_sampler(sampler, scheduler, build, draw, noise):
+    pipe, folder = build("SD1")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    assert_same(draw(folder, f"--sampler={sampler}"), theirs(pipe, noise))
+
+
+@pytest.fixture
+def without_chance(monkeypatch, noise):
+    """without_chance(module): their pipeline takes the noise that is ours, and the most likely latents of a picture."""
+
+    def patch(module):
+        where = f"diffusers.pipelines.{module}"
+        given = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+        monkeypatch.setattr(f"{where}.randn_tensor", lambda *_, **__: given)
+        monkeypatch.setattr(f"{where}.retrieve_latents", lambda encoded, *_, **__: encoded.latent_dist.mode())
+
+    return patch
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """A picture, and a mask of its middle, as files."""
+    rng = np.random.default_rng(1)
+    small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8))
+    image = small.resize((2 * SIZE, 2 * SIZE), Image.Resampling.BICUBIC)
+    mask = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)
+    mask[8:24, 4:28] = 255
+    image.save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return image, Image.fromarray(mask)
+
+
+@pytest.mark.parametrize("name", ["SD2-v", "SDXL"])
+def test_image_to_image(name, build, draw, noise, without_chance, picture, tmp_path):
+    xl = name == "SDXL"
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline
+    family = "stable_diffusion_xl" if xl else "stable_diffusion"
+    without_chance(f"{family}.pipeline_{family}_img2img")
+    pipe, folder = build(name, kind=kind)
+    expected = theirs(pipe, noise, image=picture[0], strength=0.6)
+    assert_same(draw(folder, f"--init_image={tmp_path}/image.png", "--strength=0.6"), expected)
+
+
+def test_inpainting(build, draw, noise, without_chance, picture, tmp_path):
+    """Where the mask is white; theirs gives the rest through the autoencoder, ours bit by bit."""
+    without_chance("stable_diffusion.pipeline_stable_diffusion_inpaint")
+    pipe, folder = build("SD1", in_channels=9, kind=diffusers.StableDiffusionInpaintPipeline)
+    image, mask = picture
+    size = {"height": 2 * SIZE, "width": 2 * SIZE}
+    expected = theirs(pipe, noise, image=image, mask_image=mask, strength=1.0, **size)
+    ours = draw(folder, f"--init_image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png")
+    white = np.asarray(mask) > 0
+    assert_same(ours[:, white], expected[:, white])
+    np.testing.assert_array_equal(ours[:, ~white], np.broadcast_to(np.asarray(image)[~white], ours[:, ~white].shape))
