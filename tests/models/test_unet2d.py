@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+from ldm_jax.models import attention
 from ldm_jax.models.unet2d import UNet2D
 
 TINY = {
@@ -79,10 +80,8 @@ def test_samples_are_independent_and_time_matters(random_params):
 
 
 @pytest.mark.parametrize("size, heads", [(4, 2), (8, 1), (2, 4), (None, 1)])
-def test_the_size_of_heads(size, heads, random_params, monkeypatch):
+def test_the_size_of_heads(size, heads, monkeypatch):
     """attention_head_dim is the size of a head, not their number."""
-    from ldm_jax.models import attention
-
     seen, attend = set(), attention.attend
     monkeypatch.setattr(attention, "attend", lambda q, k, v: seen.add(q.shape[2:]) or attend(q, k, v))
     abstract(UNet2D(**TINY | {"attention_head_dim": size}), *inputs())
