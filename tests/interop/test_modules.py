@@ -335,14 +335,27 @@ def test_other_classes(read_config, known):
     read_config(known)
 
 
+ONE_LEVEL = {
+    "block_out_channels": (8,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "mid_block_type": None,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+ADDITION = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 29,
+}
 MODULES = {
-    "SDXL": OURS_OF_SDXL,
-    "celebahq": OURS_OF_CELEBAHQ,
-    "labels": UNet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-                   mid_block_type=None, norm_num_groups=4, num_class_embeds=5),
-    "KL": AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4),
-    "VQ": VQModel(block_out_channels=(8, 16, 16), norm_num_groups=4),
-}  # fmt: skip
+    "addition": UNet(**ONE_LEVEL, **ADDITION),
+    "labels": UNet(**ONE_LEVEL, num_class_embeds=5),
+    "context": UNet(**ONE_LEVEL | {"down_block_types": ("CrossAttnDownBlock2D",)}, attention_heads=2),
+    "no context": UNet2D(**ONE_LEVEL),
+    "KL": AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1),
+    "VQ": VQModel(block_out_channels=(8, 8, 16), norm_num_groups=4, layers_per_block=1),
+}
 
 
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES.keys())
