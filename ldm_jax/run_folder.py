@@ -9,10 +9,7 @@ diffusion/        stage 2: checkpoints           classifier/     its checkpoints
 
 import hashlib
 import json
-import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +18,9 @@ from ml_collections import ConfigDict
 
 from ldm_jax import configuration
 from ldm_jax.errors import InputError
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` that takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")  # other hosts may write it too
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.filename is None:  # a write that failed, on a full disk, does not say where
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as readable JSON, whole or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path, *wanted: str) -> Any:
-    """Reads a JSON file, one with the fields `wanted`; raises InputError if it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"there is no {path}") from None
-    except ValueError as error:  # of JSON or of UTF-8
-        raise InputError(f"{path} is damaged: {error}") from error
-    missing = [name for name in wanted if not (isinstance(value, dict) and name in value)]
-    if missing:
-        raise InputError(f"{path} is damaged: it has no {' and no '.join(missing)}")
-    return value
+from ldm_jax.files import atomic
+from ldm_jax.files import read_json as read_json  # what the record is read and written by
+from ldm_jax.files import write_json as write_json
 
 
 def check_folder(flag: str, path: Path) -> None:

@@ -19,7 +19,7 @@ if knows_cpu_flags():  # an unknown flag ends the process
     older = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}{older}".strip()
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)  # so that every test is a test of data parallelism too
 jax.config.update("jax_disable_most_optimizations", True)

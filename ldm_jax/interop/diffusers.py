@@ -24,9 +24,9 @@ Path = tuple[str, ...]
 # `linear_1` and `linear_2` (time embedding) are names; every other `name_N` is entry N of a list, `name.N` in torch.
 _LIST_ENTRY = re.compile(r"(?!linear_)(.+)_(\d+)")
 
-# What diffusers before 0.16 called the layers of the autoencoders' attention.
+# What diffusers before 0.16 called the layers of plain self-attention.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_NAME = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(_OLD_NAMES)})(?=\.)")
+_OLD_NAME = re.compile(rf"(?<=\.attentions\.\d\.)({'|'.join(_OLD_NAMES)})(?=\.)")
 
 # Kernels by number of axes: ours from torch's, and back.
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.attention import SelfAttention2D
 from ldm_jax.models.layers import (
     Downsample,
     Dtype,
@@ -19,9 +18,7 @@ from ldm_jax.models.layers import (
     linear,
     timestep_embedding,
 )
-from ldm_jax.models.unet_blocks import DownBlock, Layer, MidBlock
-
-EPS = 1e-5
+from ldm_jax.models.unet_blocks import EPS, DownBlock, Layer, MidBlock, self_attention
 
 
 class NoisyClassifier(nn.Module):
@@ -85,8 +82,4 @@ class NoisyClassifier(nn.Module):
         return partial(ResnetBlock, features, self.norm_num_groups, EPS, dtype=self.dtype)
 
     def _attention(self, level: int) -> Layer | None:
-        """Self-attention as the blocks call it: with a context, of which there is none here."""
-        if not self.attention[level]:
-            return None
-        fields = self.norm_num_groups, EPS, self.attention_heads
-        return lambda name: lambda h, context: SelfAttention2D(*fields, dtype=self.dtype, name=name)(h)
+        return self_attention(self.norm_num_groups, self.attention_heads, self.dtype) if self.attention[level] else None

@@ -88,6 +88,19 @@ def test_old_attention_layers():
     assert_trees_equal(params_from_state_dict(state, target), params)
 
 
+def test_old_names_in_every_layer_of_a_level():
+    """UNet2DModel has several attentions a level; a transformer's layers never had such names."""
+    names = ("to_q", "to_k", "to_v", "to_out_0")
+    params = {"up_blocks_0": {"attentions_2": {name: {"kernel": draw(3, 3)} for name in names}}}
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = {}
+    for key, value in state_dict_from_params(params).items():
+        _, level, _, layer, *name, leaf = key.split(".")
+        state[f"up_blocks.{level}.attentions.{layer}.{old['.'.join(name)]}.{leaf}"] = value
+    assert "up_blocks.0.attentions.2.proj_attn.weight" in state
+    assert_trees_equal(params_from_state_dict(state, params), params)
+
+
 def test_all_that_is_wrong_is_named():
     state = dict(STATE)
     del state["conv_norm_out.weight"], state["time_embedding.linear_1.weight"]

@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from ldm_jax.models.unet import UNet
+from ldm_jax.models.unet import Added, UNet
 
 TINY = {
     "in_channels": 1,
@@ -122,6 +122,51 @@ def test_class_labels(random_params):
     assert changed[1] > 1e-3
 
 
+# Three time ids, each of four sinusoids, after five numbers of pooled text.
+ADDITION = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 17,
+}
+
+
+def extra():
+    rng = np.random.default_rng(1)
+    return Added(rng.normal(size=(2, 5)).astype(np.float32), rng.integers(0, 1024, (2, 3)).astype(np.float32))
+
+
+def test_added_embedding_by_hand(random_params):
+    """linear_2(silu(linear_1([pooled, cos 1, sin 1, cos 2, ...]))) is added to the time embedding: so to its bias."""
+    module, args, added = UNet(**TINY | PLAIN | ADDITION), inputs(), extra()
+    params = random_params(module, *args, added=added)
+    angles = added.time_ids[..., None] * np.array([1.0, 0.01])  # 10000^(-i/2), i = 0, 1
+    sinusoids = np.concatenate([np.cos(angles), np.sin(angles)], -1).reshape(2, 12)
+    h = np.concatenate([added.pooled, sinusoids], 1) @ params["add_embedding"]["linear_1"]["kernel"]
+    h += params["add_embedding"]["linear_1"]["bias"]
+    h = (
+        h / (1 + np.exp(-h)) @ params["add_embedding"]["linear_2"]["kernel"]
+        + params["add_embedding"]["linear_2"]["bias"]
+    )
+
+    out = jax.jit(module.apply)({"params": params}, *args, added=added)
+    plain = jax.jit(UNet(**TINY | PLAIN).apply)
+    for i in range(2):
+        time = params["time_embedding"]["linear_2"]
+        moved = params | {
+            "time_embedding": params["time_embedding"] | {"linear_2": time | {"bias": time["bias"] + h[i]}}
+        }
+        moved.pop("add_embedding")
+        np.testing.assert_allclose(plain({"params": moved}, *args)[i], out[i], atol=2e-4)
+
+
+def test_gradients_reach_the_added_embedding(random_params):
+    module, args, added = UNet(**TINY | PLAIN | ADDITION), inputs(), extra()
+    loss = lambda p: jnp.mean(module.apply({"params": p}, *args, added=added) ** 2)  # noqa: E731
+    grads = flatten_dict(jax.jit(jax.grad(loss), compiler_options=QUICK)(random_params(module, *args, added=added)))
+    assert [path for path, g in grads.items() if not np.abs(g).max() > 1e-7] == []
+    assert grads["add_embedding", "linear_1", "kernel"].shape == (17, 16)
+
+
 def test_dropout_is_off_unless_asked_for():
     """That it works is the ResNet block's test; here, that the rate and the switch reach all 8 blocks."""
     module, args = UNet(**TINY, dropout=0.5), inputs()
@@ -200,6 +245,10 @@ BAD_FIELDS = [
     ({"attention_heads": (2, 2, 2)}, "attention_heads must be one value or one for each of the 2 levels; got 3"),
     ({"transformer_layers_per_block": (1,)}, "transformer_layers_per_block must be one value or one for"),
     ({"only_cross_attention": (True,)}, "only_cross_attention must be one value or one for each"),
+    (ADDITION | {"addition_embed_type": "text"}, "addition_embed_type must be 'text_time' or None; got 'text'"),
+    (ADDITION | {"addition_embed_type": None}, "go with addition_embed_type; got 4, 17 and None"),
+    (ADDITION | {"addition_time_embed_dim": None}, "go with addition_embed_type; got None, 17 and 'text_time'"),
+    (ADDITION | {"addition_time_embed_dim": 3}, "addition_time_embed_dim must be even; got 3"),
 ]
 
 
@@ -217,13 +266,31 @@ BAD_INPUTS = [
     (lambda z, t, c: (z, t, c[:1]), {}, "got \\(1, 2, 3\\)"),
     (lambda z, t, c: (z, t, c[:, 0]), {}, "got \\(2, 3\\)"),
     (lambda z, t, c: (z, t, c), {"class_labels": np.array([0, 1])}, "num_class_embeds=None, labels given"),
+    (lambda z, t, c: (z, t, c), {"added": extra()}, "added goes with addition_embed_type; got None, added given"),
 ]
 
 
-@pytest.mark.parametrize("change, labels, message", BAD_INPUTS)
-def test_bad_inputs(change, labels, message):
+@pytest.mark.parametrize("change, more, message", BAD_INPUTS)
+def test_bad_inputs(change, more, message):
     with pytest.raises(ValueError, match=message):
-        abstract(UNet(**TINY), *change(*inputs()), **labels)
+        abstract(UNet(**TINY), *change(*inputs()), **more)
+
+
+@pytest.mark.parametrize(
+    "added, message",
+    [
+        (None, "got 'text_time', added not given"),
+        (
+            Added(extra().pooled[:1], extra().time_ids),
+            "pooled \\[2, P\\] and time_ids \\[2, N\\] with P \\+ 4 N = 17; got",
+        ),
+        (Added(extra().pooled, extra().time_ids[:, :2]), "got \\(2, 5\\) and \\(2, 2\\)"),
+        (Added(extra().pooled, extra().time_ids[0]), "got \\(2, 5\\) and \\(3,\\)"),
+    ],
+)
+def test_bad_added(added, message):
+    with pytest.raises(ValueError, match=message):
+        abstract(UNet(**TINY | ADDITION), *inputs(), added=added)
 
 
 def test_missing_class_labels():

@@ -4,14 +4,11 @@ import pytest
 
 
 @pytest.fixture
-def redraw():
-    """A function torch_model -> its state dict as NumPy arrays, after drawing all its weights anew.
-
-    So nothing that either side starts at 0 or 1 hides a difference.
-    """
+def draw_weights():
+    """A function (torch_model) that draws all weights anew, so that no 0 or 1 at the start hides a difference."""
     import torch
 
-    def give(torch_model):
+    def draw(torch_model):
         torch_model.eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for name, p in torch_model.named_parameters():
@@ -20,21 +17,22 @@ def redraw():
                 p.mul_((p[0].numel()) ** -0.5)
             elif name.endswith("weight"):
                 p.mul_(0.2).add_(1.0)
-        return {name: p.numpy() for name, p in torch_model.state_dict().items()}
+        return torch_model
 
-    return give
+    return draw
 
 
 @pytest.fixture
-def transplant(redraw):
-    """A function (torch_model, our_module, *inputs, **inputs) -> our parameters, after drawing the torch model's."""
+def transplant(draw_weights):
+    """A function (torch_model, our_module, *inputs, **inputs) -> our parameters, after `draw_weights` on the former."""
     import jax
 
     from ldm_jax.interop.diffusers import params_from_state_dict
 
     def give(torch_model, module, *args, **kwargs):
+        state = {name: p.numpy() for name, p in draw_weights(torch_model).state_dict().items()}
         target = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
-        return params_from_state_dict(redraw(torch_model), target)
+        return params_from_state_dict(state, target)
 
     return give
 

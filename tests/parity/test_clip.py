@@ -83,9 +83,9 @@ def read_folder(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_text_encoder(case, redraw, tmp_path):
+def test_text_encoder(case, draw_weights, tmp_path):
     theirs = make_theirs(case)
-    redraw(theirs)
+    draw_weights(theirs)
     theirs.save_pretrained(tmp_path)
     encoder, params = read_folder(tmp_path)
     ids = token_ids()
@@ -98,9 +98,9 @@ def test_text_encoder(case, redraw, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["CLIP-L", "OpenCLIP-bigG"])
-def test_transformers_reads_what_we_write(case, redraw, tmp_path):
+def test_transformers_reads_what_we_write(case, draw_weights, tmp_path):
     theirs = make_theirs(case)
-    redraw(theirs)
+    draw_weights(theirs)
     theirs.save_pretrained(tmp_path)
     _, params = read_folder(tmp_path)
     written = state_dict_from_text_params(params)
@@ -113,10 +113,10 @@ def test_transformers_reads_what_we_write(case, redraw, tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
 
 
-def test_gradients(redraw, tmp_path):
+def test_gradients(draw_weights, tmp_path):
     """The backward pass agrees too, for every parameter."""
     theirs = make_theirs("OpenCLIP-bigG")
-    redraw(theirs)
+    draw_weights(theirs)
     theirs.save_pretrained(tmp_path)
     encoder, params = read_folder(tmp_path)
     ids = token_ids()[:, :12]

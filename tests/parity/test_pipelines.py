@@ -1,4 +1,4 @@
-"""Whole pipelines: a diffusers folder drawn by our command and by diffusers, from the same noise, to the same pictures."""
+"""Whole pipelines: one folder, drawn by our command and by diffusers, from the same noise to the same pictures."""
 
 import sys
 from pathlib import Path
@@ -71,7 +71,7 @@ def text_encoder(**changes):
 
 
 @pytest.fixture
-def build(tmp_path, redraw):
+def build(tmp_path, draw_weights):
     """build(name, in_channels, pipeline class) -> the diffusers pipeline and the folder that it was saved to."""
 
     def tokenizer(name, pad):
@@ -110,7 +110,7 @@ def build(tmp_path, redraw):
             kind = kind or diffusers.StableDiffusionPipeline
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
-                redraw(part)
+                draw_weights(part)
         pipe = kind(**parts, scheduler=SCHEDULERS[name])
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(tmp_path / "model")
