@@ -111,6 +111,9 @@ def build(tmp_path, draw_weights):
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
                 draw_weights(part)
+        # As of a trained model, what the networks say is no larger than it should be: pictures are not black and white.
+        for layer in (parts["unet"].conv_out, parts["vae"].decoder.conv_out):
+            layer.weight *= 0.3
         pipe = kind(**parts, scheduler=SCHEDULERS[name])
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(tmp_path / "model")
@@ -151,6 +154,7 @@ def theirs(pipe, noise, **arguments):
 def assert_same(ours, expected):
     """Within one step of 255, and of pictures that are no flat grey."""
     assert expected.std() > 10
+    assert ((expected > 0) & (expected < 255)).mean() > 0.5
     assert np.abs(ours - expected).max() <= 1
 
 
