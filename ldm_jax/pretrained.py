@@ -194,9 +194,9 @@ def make_tau(encoders: tuple[CLIPTextEncoder, ...]) -> Callable[[Any, Any], dict
     """
 
     def tau(params: Any, texts: Any) -> dict[str, Any]:
-        said = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(encoders, params, texts["ids"])]
-        if not said:
+        if not encoders:
             return {}
+        said = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(encoders, params, texts["ids"])]
         if len(said) == 1:
             return {"context": said[0].last}
         told = (jnp.concatenate([features.penultimate for features in said], axis=-1), said[-1].pooled)

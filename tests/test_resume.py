@@ -89,10 +89,15 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit])
-def test_a_damaged_newest_checkpoint_is_put_aside(damage, run_copy, trained_run, tiny_data, capsys):
+def test_a_damaged_newest_checkpoint_is_not_read(damage, run_copy):
     for path in array_files(run_copy / "diffusion" / "8"):
         damage(path)
     assert load_latest(run_copy / "diffusion")["step"] == 4  # for sample and evaluate: the one before
+
+
+def test_a_damaged_newest_checkpoint_is_put_aside(run_copy, trained_run, tiny_data, capsys):
+    for path in array_files(run_copy / "diffusion" / "8"):
+        flip_a_bit(path)
     assert jobs.train_here(tiny_data, run_copy, "--config.sampling.num=0") == 0
     output = capsys.readouterr().out
     assert "8 is damaged" in output

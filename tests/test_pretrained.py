@@ -1,0 +1,244 @@
+"""Diffusers folders drawn by the command: what pictures depend on, and what is refused."""
+
+import json
+import shutil
+
+import diffusers_folder
+import jax
+import jobs
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_jax import commands, evaluate, pretrained, sample, trained
+from ldm_jax.evaluation.pictures import read_recipe
+
+KINDS = {
+    "plain": diffusers_folder.write_stable_diffusion,
+    "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),
+    "inpainting": lambda folder: diffusers_folder.write_stable_diffusion(folder, inpainting=True),
+    "unconditional": diffusers_folder.write_unconditional,
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """folder_of(kind): made once; to be read or copied."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            made[kind] = KINDS[kind](tmp_path_factory.mktemp(kind) / "model")
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """draw(model, name, *flags) -> samples.npz, of four steps."""
+
+    def run(model, name, *flags):
+        command = ["sample", f"--model={model}", f"--out={tmp_path / name}", "--steps=4", *flags]
+        assert commands.run(sample.main, command) == 0
+        return jobs.samples(tmp_path / name)
+
+    return run
+
+
+def test_prompts_and_negative_prompts_matter(folder_of, draw, tmp_path):
+    model = folder_of("plain")
+    drawn = draw(model, "two", "--prompt=low", "--prompt=lower")
+    assert drawn["images"].shape == (2, 16, 16, 3)
+    assert drawn["labels"].tolist() == [0, 1]
+    recipe = read_recipe(tmp_path / "two" / "samples.png")
+    assert (recipe["prompts"], recipe["guidance"], recipe["sampler"]) == (["low", "lower"], 7.5, "ddim")
+    assert not (tmp_path / "two" / "denoising.gif").exists()  # unless asked for: it decodes a lot
+
+    def changes(name, *flags):
+        images = draw(model, name, *flags)["images"].astype(int)
+        return np.abs(images - drawn["images"]).max((1, 2, 3)).tolist()
+
+    same, other = changes("prompt", "--prompt=low", "--prompt=wool")
+    assert same <= 1 and other > 2  # whatever else is drawn
+    assert min(changes("negative", "--prompt=low", "--prompt=lower", "--negative_prompt=wool")) > 2
+
+
+def test_more_pictures_than_prompts(folder_of, draw):
+    drawn = draw(folder_of("plain"), "out", "--prompt=low", "--prompt=lower", "--num=5", "--save_trajectory")
+    assert drawn["labels"].tolist() == [0, 1, 0, 1, 0]
+    assert len(drawn["images"]) == 5
+
+
+def test_a_recipe_makes_the_pictures_again(folder_of, draw, tmp_path):
+    flags = ["--prompt=low", "--negative_prompt=lower", "--num=4", "--sampler=euler", "--dtype=bfloat16"]
+    first = draw(folder_of("plain"), "first", *flags)
+    command = ["sample", f"--model={folder_of('plain')}", f"--from_recipe={tmp_path / 'first' / 'samples.png'}"]
+    assert commands.run(sample.main, [*command, f"--out={tmp_path / 'again'}", "--dtype=bfloat16"]) == 0
+    np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], first["images"])
+    assert commands.run(sample.main, [*command, f"--out={tmp_path / 'no'}"]) == 2  # in float32 it is another picture
+
+
+def test_bfloat16_is_near_float32(folder_of, draw):
+    exact, half = (draw(folder_of("plain"), t, "--prompt=low", f"--dtype={t}") for t in ("float32", "bfloat16"))
+    difference = np.abs(exact["images"].astype(int) - half["images"])
+    assert 0 < difference.mean() < 10
+
+
+def test_xl_tells_nothing_from_the_empty_text(folder_of, draw):
+    """No negative prompt is zeros, an empty one is not; a model may say that both are the empty text."""
+    nothing, empty = (draw(folder_of("xl"), name, "--prompt=low", *flags)["images"]
+                      for name, flags in (("nothing", []), ("empty", ["--negative_prompt="])))  # fmt: skip
+    assert (nothing != empty).any()
+
+
+def test_a_folder_may_say_that_nothing_is_the_empty_text(folder_of, draw, tmp_path):
+    other = shutil.copytree(folder_of("xl"), tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    nothing, empty = (draw(other, name, "--prompt=low", *flags)["images"]
+                      for name, flags in (("nothing", []), ("empty", ["--negative_prompt="])))  # fmt: skip
+    np.testing.assert_array_equal(nothing, empty)
+
+
+def test_xl_is_told_the_size(folder_of):
+    model = trained.load(folder_of("xl"))
+    tau = jax.jit(pretrained.make_tau(model.pretrained.encoders))
+    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, 16)
+    told = tau(model.params["conditioner"], texts)
+    assert cut == 0
+    np.testing.assert_array_equal(told["added"].time_ids, [[16, 16, 0, 0, 16, 16]] * 2)
+    assert told["context"].shape == (2, 8, 32)
+    assert np.asarray(told["context"][0]).any() and not np.asarray(told["context"][1]).any()
+    assert np.asarray(told["added"].pooled[0]).any() and not np.asarray(told["added"].pooled[1]).any()
+
+
+def test_an_unconditional_model(folder_of, draw):
+    assert draw(folder_of("unconditional"), "out", "--num=3", "--batch_size=4")["images"].shape == (3, 16, 16, 3)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A picture and a mask of its right half."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def test_inpainting_keeps_the_rest_to_the_bit(folder_of, draw, files):
+    original = np.asarray(Image.open(files / "image.png"))
+    edit = [f"--init_image={files}/image.png", f"--mask={files}/mask.png", "--prompt=low", "--num=2"]
+    for kind in ("inpainting", "plain"):  # a model for it; and any model, by blending
+        images = draw(folder_of(kind), kind, *edit)["images"]
+        np.testing.assert_array_equal(images[:, :, :8], np.broadcast_to(original[:, :8], (2, 16, 8, 3)))
+        assert (images[0, :, 8:] != images[1, :, 8:]).any()
+
+
+def test_given_noise_is_what_a_picture_is_noised_by(folder_of, draw, files):
+    image = [f"--init_image={files}/image.png", "--strength=0.75", "--prompt=low"]
+    z_T = np.random.default_rng(0).standard_normal((2, 1, 8, 8, 4)).astype(np.float32)
+    for name, noise in zip("ab", z_T):
+        np.save(files / f"{name}.npy", noise)
+    a, b = (draw(folder_of("plain"), name, *image, f"--init_latents={files}/{name}.npy")["images"] for name in "ab")
+    assert (a != b).any()
+    assert (a != draw(folder_of("plain"), "no image", "--prompt=low", f"--init_latents={files}/a.npy")["images"]).any()
+
+
+def test_a_long_prompt_is_cut_with_a_warning(folder_of, draw, capsys):
+    cut = draw(folder_of("plain"), "cut", "--prompt=" + "low " * 3000)["images"]
+    assert "warning: 1 of the prompts are longer than the model reads" in capsys.readouterr().err
+    shorter = draw(folder_of("plain"), "shorter", "--prompt=" + "low " * 6)["images"]
+    np.testing.assert_array_equal(cut, shorter)
+    assert "warning" not in capsys.readouterr().err
+
+
+def edit(name, **changes):
+    """A damage: fields of a JSON file changed, None for removed."""
+
+    def damage(folder):
+        fields = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+
+    return damage
+
+
+def cut_short(name):
+    def damage(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+def remove(name):
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
+    "no index": ("plain", remove("model_index.json"), [], "is no run folder"),
+    "a damaged index": ("plain", cut_short("model_index.json"), [], "model_index.json is damaged"),
+    "an index of nothing": ("plain", lambda f: (f / "model_index.json").write_text("{}"), [], "names no component"),
+    "another pipeline": ("plain", edit("model_index.json", _class_name="FluxPipeline"), [], "is a FluxPipeline"),
+    "no pipeline": ("plain", edit("model_index.json", _class_name=None), [], "supported are StableDiffusionPipeline"),
+    "an index without a unet": ("plain", edit("model_index.json", unet=None), [], "names no unet"),
+    "an index without an encoder": ("plain", edit("model_index.json", text_encoder=None), [], "text_encoder"),
+    "no unet": ("plain", remove("unet"), [], "there is no folder"),
+    "no unet config": ("plain", remove("unet/config.json"), [], "unet/config.json"),
+    "a damaged unet config": ("plain", cut_short("unet/config.json"), [], "unet/config.json"),
+    "unknown blocks": ("plain", edit("unet/config.json", down_block_types=["A", "B"]), [], "down_block_types"),
+    "an unknown activation": ("plain", edit("unet/config.json", act_fn="mish"), [], "act_fn"),
+    "another width": ("plain", edit("unet/config.json", block_out_channels=[8, 24]), [], "of the wrong shape"),
+    "another class": ("plain", edit("unet/config.json", _class_name="FluxTransformer"), [], "FluxTransformer"),
+    "no weights": ("plain", remove(f"unet/{WEIGHTS}"), [], "unet"),
+    "half the weights": ("plain", cut_short(f"unet/{WEIGHTS}"), [], WEIGHTS),
+    "half the autoencoder": ("plain", cut_short(f"vae/{WEIGHTS}"), [], WEIGHTS),
+    "half the text encoder": ("plain", cut_short("text_encoder/model.safetensors"), [], "model.safetensors"),
+    "texts of another width": (
+        "plain", lambda f: diffusers_folder.write_text_encoder(f / "text_encoder", projection=None)
+        or edit("unet/config.json", cross_attention_dim=8)(f), [], "of the wrong shape"),
+    "no vocabulary": ("plain", remove("tokenizer/vocab.json"), [], "vocabulary is missing"),
+    "a damaged vocabulary": ("plain", cut_short("tokenizer/vocab.json"), [], "damaged"),
+    "a text encoder of another kind": (
+        "plain", edit("text_encoder/config.json", architectures=["T5EncoderModel"]), [], "architectures"),
+    "no scheduler": ("plain", remove("scheduler"), [], "scheduler"),
+    "an unknown scheduler": (
+        "plain", edit("scheduler/scheduler_config.json", _class_name="Fancy"), [], "class 'Fancy' is not supported"),
+    "an unknown schedule": (
+        "plain", edit("scheduler/scheduler_config.json", beta_schedule="sigmoid"), [], "beta_schedule"),
+    "no prompt": ("plain", None, None, "--prompt is missing"),
+    "a class": ("plain", None, ["--label=3"], "the model knows no classes"),
+    "a prompt for none": ("unconditional", None, [], "--prompt is for models of texts"),
+    "a negative prompt for none": ("unconditional", None, None, "this one draws without being told anything"),
+    "nothing to inpaint": ("inpainting", None, [], "it must be given a picture and what to draw"),
+    "a picture that is none": ("plain", None, ["--init_image=FOLDER/unet/config.json"], "not a picture"),
+    "an unknown type": ("plain", None, ["--dtype=float8"], "--dtype"),
+    "more steps than there are": ("plain", None, ["--steps=5000"], "steps"),
+    "a sampler without what it needs": ("plain", None, ["--sampler=plms"], "skip_prk_steps"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_sample_refuses(case, folder_of, tmp_path, capsys):
+    kind, damage, flags, expected = REFUSED[case]
+    folder = shutil.copytree(folder_of(kind), tmp_path / "model")
+    if damage:
+        damage(folder)
+    if case == "a negative prompt for none":
+        flags = ["--negative_prompt=low"]
+    elif flags is not None:
+        flags = [*(flag.replace("FOLDER", str(folder)) for flag in flags), "--prompt=low"]
+    command = ["sample", f"--model={folder}", f"--out={tmp_path / 'out'}", "--steps=4", *(flags or [])]
+    assert commands.run(sample.main, command) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert expected in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluate_wants_a_run(folder_of, tmp_path, capsys):
+    assert commands.run(evaluate.main, ["evaluate", f"--model={folder_of('plain')}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "is a diffusers folder, which names no test images" in capsys.readouterr().err
