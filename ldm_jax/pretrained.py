@@ -96,7 +96,10 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     _check_widths(path, model, len(scale))
     params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
     params["conditioner"] = [text_params for _, text_params in texts]
-    return model, _config(model, folder.component_config(path, "unet"), guidance, dtype), params
+    size = folder.component_config(path, "unet").get("sample_size")
+    if not isinstance(size, int):
+        raise InputError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; it must be that of square latents")
+    return model, _config(model, size, guidance, dtype), params
 
 
 def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
@@ -122,8 +125,8 @@ def _check_widths(path: Path, model: Pretrained, channels: int) -> None:
             )
 
 
-def _config(model: Pretrained, unet_config: Mapping[str, Any], guidance: float, dtype: str) -> ConfigDict:
-    """The fields of configs/base.py that drawing looks at."""
+def _config(model: Pretrained, size: int, guidance: float, dtype: str) -> ConfigDict:
+    """The fields of configs/base.py that drawing looks at, for latents of `size` pixels."""
     scheduler, autoencoder = scheduler_of(model), model.autoencoder
     levels = len(autoencoder.block_out_channels)
     return ConfigDict(
@@ -131,7 +134,7 @@ def _config(model: Pretrained, unet_config: Mapping[str, Any], guidance: float, 
             "seed": 0,
             "dtype": dtype,
             "data": {
-                "image_size": int(unet_config["sample_size"]) * 2 ** (levels - 1),
+                "image_size": size * 2 ** (levels - 1),
                 "channels": autoencoder.in_channels,
                 "crop": "center",
             },

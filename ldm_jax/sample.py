@@ -3,6 +3,7 @@
     python -m ldm_jax.sample --model=runs/fashion_mnist --out=samples [--num=64] [--label=3,7] [--sampler=ddim]
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
+    ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
     ... --init_image=FILE --outpaint=right:8            continued on one side
@@ -15,7 +16,8 @@
     ... --from_recipe=samples.png                       the same pictures again
 
 Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, but for --nosave_trajectory,
-denoising.gif to --out. What is left out is as in the model's config. Picture k depends on the seed, k and its label
+denoising.gif to --out (of a diffusers folder only with --save_trajectory). What is left out is as in the model's config
+or, of a diffusers folder, as in diffusers. Picture k depends on the seed, k and its label
 alone, not on the batch around it.
 """
 

@@ -192,6 +192,7 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "unknown blocks": ("plain", edit("unet/config.json", down_block_types=["A", "B"]), [], "down_block_types"),
     "an unknown activation": ("plain", edit("unet/config.json", act_fn="mish"), [], "act_fn"),
     "another width": ("plain", edit("unet/config.json", block_out_channels=[8, 24]), [], "of the wrong shape"),
+    "no size": ("plain", edit("unet/config.json", sample_size=None), [], "sample_size is None; it must be"),
     "another class": ("plain", edit("unet/config.json", _class_name="FluxTransformer"), [], "FluxTransformer"),
     "no weights": ("plain", remove(f"unet/{WEIGHTS}"), [], "unet"),
     "half the weights": ("plain", cut_short(f"unet/{WEIGHTS}"), [], WEIGHTS),
