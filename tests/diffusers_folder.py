@@ -16,12 +16,8 @@ from ldm_jax.models.unet2d import UNet2D
 
 LENGTH, WIDTH = 8, 16  # of texts in tokens; of what is said of each
 SIZE = 8  # of the latents; pictures have twice that
-BLOCKS = {
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "out_channels": 4,
-}
+BLOCKS = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "out_channels": 4}
+HALVING = {"block_out_channels": (8, 8), "out_channels": 3, "mid_block_add_attention": False}
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 0.00085,
@@ -77,15 +73,16 @@ def write_stable_diffusion(folder, *, xl=False, inpainting=False):
     }
     unet = UNet(
         in_channels=9 if inpainting else 4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D",),
         attention_heads=2,
         cross_attention_dim=WIDTH * (2 if xl else 1),
         **BLOCKS,
         **(added if xl else {}),
     )
     write_module(folder / "unet", unet, config_from_unet(unet, SIZE))
-    vae = AutoencoderKL(**BLOCKS | {"out_channels": 3})
+    vae = AutoencoderKL(**BLOCKS | HALVING)
     scale = np.full(4, 0.18215, np.float32)
     write_module(folder / "vae", vae, config_from_autoencoder(vae, np.zeros(4, np.float32), scale, 2 * SIZE))
     names = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
@@ -100,13 +97,13 @@ def write_unconditional(folder):
     """An LDMPipeline: a UNet2DModel on the latents of a VQModel."""
     unet = UNet2D(
         in_channels=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
         attention_head_dim=8,
         **BLOCKS,
     )
     write_module(folder / "unet", unet, config_from_unet(unet, SIZE))
-    vae = VQModel(latent_channels=4, num_vq_embeddings=16, **BLOCKS | {"out_channels": 3})
+    vae = VQModel(latent_channels=4, num_vq_embeddings=16, **BLOCKS | HALVING)
     shift, scale = np.zeros(4, np.float32), np.ones(4, np.float32)
     write_module(folder / "vqvae", vae, config_from_autoencoder(vae, shift, scale, 2 * SIZE))
     return write_index(folder, "LDMPipeline", ["unet", "vqvae"])

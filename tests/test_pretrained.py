@@ -160,7 +160,8 @@ def edit(name, **changes):
 
     def damage(folder):
         fields = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+        removed = {field for field, value in changes.items() if value is None}
+        (folder / name).write_text(json.dumps({k: v for k, v in fields.items() if k not in removed}))
 
     return damage
 
@@ -189,9 +190,9 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "no unet": ("plain", remove("unet"), [], "there is no folder"),
     "no unet config": ("plain", remove("unet/config.json"), [], "unet/config.json"),
     "a damaged unet config": ("plain", cut_short("unet/config.json"), [], "unet/config.json"),
-    "unknown blocks": ("plain", edit("unet/config.json", down_block_types=["A", "B"]), [], "down_block_types"),
+    "unknown blocks": ("plain", edit("unet/config.json", down_block_types=["A"]), [], "down_block_types"),
     "an unknown activation": ("plain", edit("unet/config.json", act_fn="mish"), [], "act_fn"),
-    "another width": ("plain", edit("unet/config.json", block_out_channels=[8, 24]), [], "of the wrong shape"),
+    "another width": ("plain", edit("unet/config.json", block_out_channels=[24]), [], "of the wrong shape"),
     "no size": ("plain", edit("unet/config.json", sample_size=None), [], "sample_size is None; it must be"),
     "another class": ("plain", edit("unet/config.json", _class_name="FluxTransformer"), [], "FluxTransformer"),
     "no weights": ("plain", remove(f"unet/{WEIGHTS}"), [], "unet"),
