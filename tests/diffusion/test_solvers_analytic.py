@@ -38,6 +38,10 @@ def exact_z0(data, z_t, a):
     return jnp.sum(responsibility * (m + a * s**2 / variance * centred), axis=-1)
 
 
+# Unlike most tests these compute for longer than they compile.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
+
 @cache
 def sampler(prediction):
     """n = 16,384 independent draws as 64 latents of [16, 16, 1], by a network that answers in `prediction` exactly."""
@@ -48,7 +52,7 @@ def sampler(prediction):
 
     keys = sample_keys(0, jnp.arange(64))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=OPTIMIZED)
     def sample(table, data):
         z, _ = solve(lambda z_t, level: denoise(z_t, level, data), initial_latents(keys, (16, 16, 1)), table, keys)
         return z.ravel()
