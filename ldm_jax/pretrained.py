@@ -35,7 +35,7 @@ PIPELINES = {
     "StableDiffusionInpaintPipeline": SD,
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
-    "StableDiffusionXLInpaintPipeline": XL,
+    "StableDiffusionXLInpaintPipeline": (*XL[:2], 7.5),
     "LDMPipeline": ((), "vqvae", 1.0),
 }
 STEPS = 50  # diffusers' own default

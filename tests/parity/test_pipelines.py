@@ -1,5 +1,6 @@
 """Whole pipelines: one folder, drawn by our command and by diffusers, from the same noise to the same pictures."""
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
 from bpe import learn_merges, make_vocab, write_tokenizer
 
 from ldm_jax import commands, sample
+from ldm_jax.pretrained import PIPELINES, STEPS
 
 PROMPTS = ["a red cat", "two small dogs, sleeping"]
 NEGATIVE = "a blurry picture"
@@ -156,6 +158,13 @@ def assert_same(ours, expected):
     assert expected.std() > 10
     assert ((expected > 0) & (expected < 255)).mean() > 0.5
     assert np.abs(ours - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_left_out_is_as_theirs(name):
+    arguments = inspect.signature(getattr(diffusers, name).__call__).parameters
+    assert arguments["num_inference_steps"].default == STEPS
+    assert PIPELINES[name][-1] == (arguments["guidance_scale"].default if "guidance_scale" in arguments else 1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
