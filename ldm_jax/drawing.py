@@ -164,10 +164,10 @@ def _beginning(
         z0 = generator.encode(params, np.stack([image, end]))
         spacing = recipe.spacing if recipe.spacing in EVEN else "trailing"
         table = trained.inversion_table_of(model, recipe.steps, spacing)
-        plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0)
+        plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0, start=1.0)
         plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32), classifier_scale=None)
         ends = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
-        return {"z_T": editing.slerp(*ends, shares)}
+        return {"z_T": editing.slerp(*ends, shares), "start": 1.0}
     if model.config.concat.kind == "inpainting" and recipe.strength == 1:  # its map says all that is known
         return noise
     z0 = generator.encode(params, image[None])[0]

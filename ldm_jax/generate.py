@@ -34,7 +34,7 @@ class Request(NamedTuple):
     guidance: np.ndarray  # [N] float32
     seed: int
     z_T: np.ndarray | None = None  # [N, h, w, c] float32 noise; None = drawn from the seed
-    start: float = 1.0  # what z_T is multiplied by
+    start: float = 1.0  # what noise that is all there is, without z0, is multiplied by
     z0: np.ndarray | None = None  # [h, w, c] clean latents: begin from these, noised to the table's first level
     mask: np.ndarray | None = None  # bool [h, w, 1]: where to draw; elsewhere z0 is kept
     negative: int = -1  # the label (or row of `texts`) that guidance leads away from; -1 = no label (the last row)
@@ -187,9 +187,10 @@ def make_generator(
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
             ids = request.ids[padded]
             z_T = draw(np.uint32(request.seed), ids) if request.z_T is None else request.z_T[padded]
-            z_T = np.float32(request.start) * np.asarray(z_T)
             if request.z0 is not None:
-                z_T = table.alpha[0] * request.z0 + table.sigma[0] * z_T
+                z_T = table.alpha[0] * request.z0 + table.sigma[0] * np.asarray(z_T)
+            elif request.start != 1:
+                z_T = request.start * np.asarray(z_T)
             batch = {
                 "id": ids,
                 "label": request.labels[padded],

@@ -23,6 +23,7 @@ from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.map_condition import inpainting
+from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.unet import Added
 
@@ -139,7 +140,7 @@ def _config(model: Pretrained, size: int, guidance: float, dtype: str) -> Config
                 "crop": "center",
             },
             "autoencoder": {
-                "kind": "kl" if hasattr(autoencoder, "use_quant_conv") else "vq",
+                "kind": "kl" if isinstance(autoencoder, AutoencoderKL) else "vq",
                 "block_out_channels": tuple(autoencoder.block_out_channels),
                 "latent_channels": model.unet.out_channels,
             },

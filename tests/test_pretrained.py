@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm_jax import commands, evaluate, pretrained, sample, trained
 from ldm_jax.evaluation.pictures import read_recipe
+from ldm_jax.interop.scheduler_config import Scheduler
 
 KINDS = {
     "plain": diffusers_folder.write_stable_diffusion,
@@ -145,6 +146,22 @@ def test_given_noise_is_what_a_picture_is_noised_by(folder_of, draw, files):
     a, b = (draw(folder_of("plain"), name, *image, f"--init_latents={files}/{name}.npy")["images"] for name in "ab")
     assert (a != b).any()
     assert (a != draw(folder_of("plain"), "no image", "--prompt=low", f"--init_latents={files}/a.npy")["images"]).any()
+
+
+def test_a_scheduler_scales_the_noise_that_is_all_there_is(folder_of, draw, files, monkeypatch):
+    """Not what a picture is noised by, nor the noise that it was inverted to."""
+
+    def images(name):
+        image = f"--init_image={files}/image.png"
+        kinds = {"plain": [], "noised": [image, "--strength=0.5"], "inverted": [image, "--invert", "--guidance=1"]}
+        return {k: draw(folder_of("plain"), f"{name} {k}", "--prompt=low", *v)["images"] for k, v in kinds.items()}
+
+    before = images("before")
+    monkeypatch.setattr(Scheduler, "start", lambda scheduler, table: 3.0)
+    after = images("after")
+    assert (before["plain"] != after["plain"]).any()
+    for kind in ("noised", "inverted"):
+        np.testing.assert_array_equal(before[kind], after[kind])
 
 
 def test_a_long_prompt_is_cut_with_a_warning(folder_of, draw, capsys):
