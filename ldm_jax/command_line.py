@@ -101,6 +101,8 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
 def define_editing_flags(values: flags.FlagValues) -> None:
     """What to begin from, if not from noise alone."""
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
+    integer("height", None, "of the pictures, in pixels: diffusers models; default: the model's", 1, flag_values=values)
+    integer("width", None, "the same", 1, flag_values=values)
     string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)
     string("init_image", None, "begin from this picture, noised", flag_values=values)
     flags.DEFINE_float(

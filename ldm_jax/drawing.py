@@ -43,6 +43,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     Raises:
       InputError: a solver or step count that the model does not take, or an input that is missing or does not fit.
     """
+    model = trained.at_size(model, tuple(recipe.size))
     table = trained.table_of(
         model,
         sampler=recipe.sampler,
@@ -104,7 +105,7 @@ def _of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, An
     fields = {"start": scheduler.start(table), "clip": scheduler.clip}
     if not recipe.prompts:
         return fields
-    size = model.config.data.image_size
+    size = builders.picture_size(model.config)
     texts, cut = pretrained.texts_of(model.pretrained, recipe.prompts, recipe.negative_prompt, size)
     if cut:
         print(
@@ -117,7 +118,7 @@ def _read_inputs(model: Trained, recipe: Recipe) -> tuple[np.ndarray | None, np.
     """The picture and the mask that are begun from, uint8 [H, W, C] and bool [H, W], or None."""
     data, image, mask = model.config.data, None, None
     if recipe.init_image:
-        path, like = Path(recipe.init_image), {"size": data.image_size, "crop": data.crop}
+        path, like = Path(recipe.init_image), {"size": builders.picture_size(model.config), "crop": data.crop}
         image = editing.read_image(path, "--init_image", channels=data.channels, **like)
         if recipe.mask:
             mask = editing.read_mask(Path(recipe.mask), path, **like)
@@ -158,9 +159,8 @@ def _beginning(
     if recipe.invert or recipe.to_image:
         end, data = image, model.config.data
         if recipe.to_image:
-            end = editing.read_image(
-                Path(recipe.to_image), "--to_image", size=data.image_size, channels=data.channels, crop=data.crop
-            )
+            like = {"size": image.shape[:2], "channels": data.channels, "crop": data.crop}
+            end = editing.read_image(Path(recipe.to_image), "--to_image", **like)
         z0 = generator.encode(params, np.stack([image, end]))
         spacing = recipe.spacing if recipe.spacing in EVEN else "trailing"
         table = trained.inversion_table_of(model, recipe.steps, spacing)

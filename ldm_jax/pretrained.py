@@ -97,10 +97,19 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     _check_widths(path, model, len(scale))
     params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
     params["conditioner"] = [text_params for _, text_params in texts]
+    return model, _config(model, _latent_size(path), guidance, dtype), params
+
+
+def _latent_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the latents that the UNet is made for; raises InputError if its config does not say."""
     size = folder.component_config(path, "unet").get("sample_size")
-    if not isinstance(size, int):
-        raise InputError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; it must be that of square latents")
-    return model, _config(model, size, guidance, dtype), params
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(
+            f"{path / 'unet' / 'config.json'}: sample_size is {size}; it must be that of the latents, one number or "
+            "height and width"
+        )
+    return tuple(sides)
 
 
 def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
@@ -126,16 +135,15 @@ def _check_widths(path: Path, model: Pretrained, channels: int) -> None:
             )
 
 
-def _config(model: Pretrained, size: int, guidance: float, dtype: str) -> ConfigDict:
-    """The fields of configs/base.py that drawing looks at, for latents of `size` pixels."""
+def _config(model: Pretrained, size: tuple[int, int], guidance: float, dtype: str) -> ConfigDict:
+    """The fields of configs/base.py that drawing looks at, for latents of this (height, width)."""
     scheduler, autoencoder = scheduler_of(model), model.autoencoder
-    levels = len(autoencoder.block_out_channels)
     return ConfigDict(
         {
             "seed": 0,
             "dtype": dtype,
             "data": {
-                "image_size": size * 2 ** (levels - 1),
+                "image_size": tuple(side * autoencoder.downsampling for side in size),
                 "channels": autoencoder.in_channels,
                 "crop": "center",
             },
@@ -171,13 +179,15 @@ def scheduler_of(model: Pretrained, sampler: str | None = None) -> Scheduler:
     return scheduler
 
 
-def texts_of(model: Pretrained, prompts: Sequence[str], negative: str | None, size: int) -> tuple[dict[str, Any], int]:
+def texts_of(
+    model: Pretrained, prompts: Sequence[str], negative: str | None, size: tuple[int, int]
+) -> tuple[dict[str, Any], int]:
     """What `tau` takes of each prompt, and in the last row of the negative one: [P + 1, ...].
 
     Args:
       prompts: one or more.
       negative: what guidance leads away from; None = nothing.
-      size: of the pictures in pixels, which SDXL is told.
+      size: (height, width) of the pictures in pixels, which SDXL is told.
 
     Returns:
       The arrays, and how many prompts were longer than the model reads.
@@ -185,7 +195,7 @@ def texts_of(model: Pretrained, prompts: Sequence[str], negative: str | None, si
     said = [tokenizer([*prompts, negative or ""]) for tokenizer in model.tokenizers]
     n = len(prompts) + 1
     nothing = np.arange(n) == n - 1 if negative is None and model.zeros_for_nothing else np.zeros(n, bool)
-    sizes = np.tile(np.float32([size, size, 0, 0, size, size]), (n, 1))  # original, crop from top and left, target
+    sizes = np.tile(np.float32([*size, 0, 0, *size]), (n, 1))  # original, crop from top and left, target
     cut = np.any([tokens.cut for tokens in said], axis=0)
     return {"ids": [tokens.ids for tokens in said], "nothing": nothing, "sizes": sizes}, int(cut.sum())
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from absl.flags import FlagValues
 
-from ldm_jax import trained
+from ldm_jax import builders, trained
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.trained import Guide, Trained
@@ -31,6 +31,7 @@ class Recipe(NamedTuple):
     churn: float
     variance: str
     dtype: str
+    size: list[int]  # height and width
     negative_prompt: str | None = None  # what guidance leads away from; None = nothing
     classifier: str = ""  # a run folder with a classifier that guides as well
     classifier_scale: float = 0.0
@@ -93,6 +94,7 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
         classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
         variance=_or(values.variance, defaults["variance"]),
         dtype=model.config.dtype,
+        size=list(builders.picture_size(model.config)),
         negative_prompt=values.negative_prompt,
         map_split=_map_split(model),
     )
@@ -163,6 +165,29 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
     )
 
 
+def with_size(recipe: Recipe, values: FlagValues, model: Trained) -> Recipe:
+    """The recipe with the size that --height and --width ask for, each as the model's own unless it is given.
+
+    Raises:
+      InputError: for a run of ours, or a size that the autoencoder cannot halve.
+    """
+    size = [_or(values[flag].value, side) for flag, side in zip(("height", "width"), recipe.size)]
+    factor = builders.downsampling(model.config)
+    for flag, side in zip(("height", "width"), size):
+        if values[flag].value is None:
+            continue
+        if not model.pretrained:
+            raise InputError(
+                f"--{flag}={side} is for diffusers models; this run draws {'x'.join(map(str, recipe.size))}"
+            )
+        if side % factor:
+            raise InputError(
+                f"--{flag}={side} must be a multiple of {factor}, as a latent of this autoencoder is "
+                f"{factor}x{factor} pixels; next to it is {max(side // factor, 1) * factor}"
+            )
+    return recipe._replace(size=size)
+
+
 def _is_given_a_map(values: FlagValues, kind: str) -> bool:
     """Whether the flags say what the model's map is; raises InputError for a map that it does not take, or lacks."""
     if values.map and kind in ("none", "inpainting"):
@@ -214,6 +239,7 @@ def of_config(model: Trained) -> Recipe:
         churn=sampling.churn,
         variance=sampling.variance,
         dtype=model.config.dtype,
+        size=list(builders.picture_size(model.config)),
         map_split=_map_split(model),
     )
 

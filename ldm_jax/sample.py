@@ -4,6 +4,7 @@
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
+    ... --height=512 --width=768                        of another size than the model's own: diffusers folders
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
     ... --init_image=FILE --outpaint=right:8            continued on one side
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> None:
     else:
         labels = find_labels("--label", values.label, model.class_names)
         wanted = recipe.with_edits(recipe.from_flags(model, values, labels), values, model.config.concat.kind)
+        wanted = recipe.with_size(wanted, values, model)
         if values.label is not None and wanted.map_split:
             raise InputError(
                 f"--label={','.join(values.label)}: without a picture of yours this model restores test pictures, "

@@ -159,6 +159,15 @@ def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.n
     return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
 
 
+def at_size(model: Trained, size: tuple[int, int]) -> Trained:
+    """The model for pictures of this (height, width); a run of ours has but one size."""
+    if tuple(size) == builders.picture_size(model.config):
+        return model
+    config = model.config.copy_and_resolve_references().unlock()
+    config.data.image_size = tuple(size)
+    return model._replace(config=config.lock())
+
+
 def generator_of(model: Trained, batch_size: int, guide: Guide | None = None) -> Generator:
     """The generator of a trained model."""
     if model.pretrained:

@@ -105,10 +105,10 @@ def test_a_folder_may_say_that_nothing_is_the_empty_text(folder_of, draw, tmp_pa
 def test_xl_is_told_the_size(folder_of):
     model = trained.load(folder_of("xl"))
     tau = jax.jit(pretrained.make_tau(model.pretrained.encoders))
-    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, 16)
+    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, (16, 24))
     told = tau(model.params["conditioner"], texts)
     assert cut == 0
-    np.testing.assert_array_equal(told["added"].time_ids, [[16, 16, 0, 0, 16, 16]] * 2)
+    np.testing.assert_array_equal(told["added"].time_ids, [[16, 24, 0, 0, 16, 24]] * 2)
     assert told["context"].shape == (2, 8, 32)
     assert np.asarray(told["context"][0]).any() and not np.asarray(told["context"][1]).any()
     assert np.asarray(told["added"].pooled[0]).any() and not np.asarray(told["added"].pooled[1]).any()
@@ -127,6 +127,26 @@ def files(tmp_path):
     Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / "image.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     return tmp_path
+
+
+def test_another_size(folder_of, draw, tmp_path):
+    drawn = draw(folder_of("plain"), "asked", "--height=12", "--width=20", "--prompt=low")["images"]
+    assert drawn.shape == (1, 12, 20, 3)
+    recipe = tmp_path / "asked" / "samples.png"
+    assert read_recipe(recipe)["size"] == [12, 20]
+    command = ["sample", f"--model={folder_of('plain')}", f"--from_recipe={recipe}", f"--out={tmp_path / 'again'}"]
+    assert commands.run(sample.main, command) == 0
+    np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], drawn)
+    wide = shutil.copytree(folder_of("plain"), tmp_path / "wide")
+    edit("unet/config.json", sample_size=[6, 10])(wide)
+    np.testing.assert_array_equal(draw(wide, "own", "--prompt=low")["images"], drawn)
+
+
+def test_pictures_are_cropped_to_another_size(folder_of, draw, files):
+    edits = [f"--init_image={files}/image.png", f"--mask={files}/mask.png", "--prompt=low", "--height=8"]
+    images = draw(folder_of("inpainting"), "inpainting", *edits)["images"]
+    assert images.shape == (1, 8, 16, 3)  # the width is the model's own
+    np.testing.assert_array_equal(images[0, :, :8], np.asarray(Image.open(files / "image.png"))[4:12, :8])
 
 
 def test_inpainting_keeps_the_rest_to_the_bit(folder_of, draw, files):
@@ -211,6 +231,11 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "an unknown activation": ("plain", edit("unet/config.json", act_fn="mish"), [], "act_fn"),
     "another width": ("plain", edit("unet/config.json", block_out_channels=[24]), [], "of the wrong shape"),
     "no size": ("plain", edit("unet/config.json", sample_size=None), [], "sample_size is None; it must be"),
+    "a size in words": ("plain", edit("unet/config.json", sample_size="large"), [], "sample_size is large; it must be"),
+    "a size of three": ("plain", edit("unet/config.json", sample_size=[8, 8, 8]), [], "sample_size is [8, 8, 8]"),
+    "a height that does not halve": ("plain", None, ["--height=17"], "--height=17 must be a multiple of 2"),
+    "no height": ("plain", None, ["--height=0"], "--height"),
+    "a width in words": ("plain", None, ["--width=wide"], "--width"),
     "another class": ("plain", edit("unet/config.json", _class_name="FluxTransformer"), [], "FluxTransformer"),
     "no weights": ("plain", remove(f"unet/{WEIGHTS}"), [], "unet"),
     "half the weights": ("plain", cut_short(f"unet/{WEIGHTS}"), [], WEIGHTS),

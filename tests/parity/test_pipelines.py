@@ -122,7 +122,7 @@ def build(tmp_path, draw_weights):
         pipe = kind(**parts, scheduler=SCHEDULERS[name])
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(tmp_path / "model")
-        # Read back: to `from_config` what a file states is stated, and what it leaves out is another class's own default.
+        # Read back: to `from_config` what a file states is stated, what it leaves out is another class's own default.
         pipe.scheduler = type(pipe.scheduler).from_pretrained(tmp_path / "model" / "scheduler")
         return pipe, tmp_path / "model"
 
@@ -195,6 +195,18 @@ def test_another_sampler(sampler, build, draw, noise):
     pipe, folder = build("SD1")
     pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
     assert_same(draw(folder, f"--sampler={sampler}"), theirs(pipe, noise))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_size(name, build, draw, noise, tmp_path):
+    """SDXL is told of it."""
+    pipe, folder = build(name)
+    size = {"height": 3 * SIZE // 2, "width": 2 * SIZE}
+    z_T = np.random.default_rng(2).standard_normal((2, 3 * SIZE // 4, SIZE, 4)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", z_T)
+    expected = theirs(pipe, z_T, **size)
+    assert expected.shape == (2, *size.values(), 3)
+    assert_same(draw(folder, *(f"--{flag}={side}" for flag, side in size.items())), expected)
 
 
 @pytest.fixture
