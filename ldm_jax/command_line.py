@@ -103,6 +103,9 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
     integer("height", None, "of the pictures, in pixels: diffusers models; default: the model's", 1, flag_values=values)
     integer("width", None, "the same", 1, flag_values=values)
+    flags.DEFINE_boolean(
+        "vae_tiling", False, "large pictures: to and from latents in tiles, for less memory", flag_values=values
+    )
     string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)
     string("init_image", None, "begin from this picture, noised", flag_values=values)
     flags.DEFINE_float(

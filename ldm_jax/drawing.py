@@ -57,7 +57,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         whole, (image, mask) = image, editing.outpaint_window(image, recipe.outpaint)
     given = _given(model.config, recipe, image, mask)
     batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
-    generator = trained.generator_of(model, batch_size, guide)
+    generator = trained.generator_of(model, batch_size, guide, vae_tiling=recipe.vae_tiling)
     params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
     wanted = request(
         recipe.num,

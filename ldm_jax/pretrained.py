@@ -26,6 +26,7 @@ from ldm_jax.map_condition import inpainting
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.unet import Added
+from ldm_jax.tiling import tiled
 
 # Class of the pipeline -> its text encoders, its autoencoder, and the guidance it has unless told otherwise.
 SD = (("text_encoder",), "vae", 7.5)
@@ -52,6 +53,7 @@ class Pretrained(NamedTuple):
     tokenizers: tuple[Tokenizer, ...]
     scheduler: Mapping[str, Any]  # its scheduler_config.json
     zeros_for_nothing: bool  # SDXL: no negative prompt is told by zeros, not by the empty text
+    tile: int  # side in pixels of what the autoencoder takes at a time, if asked to tile
 
 
 def is_folder(path: Path) -> bool:
@@ -93,6 +95,7 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
         tokenizers=tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in encoder_names),
         scheduler=folder.component_config(path, "scheduler"),
         zeros_for_nothing=bool(settings.get("force_zeros_for_empty_prompt", True)),
+        tile=_tile(path / autoencoder_name),
     )
     _check_widths(path, model, len(scale))
     params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
@@ -133,6 +136,15 @@ def _check_widths(path: Path, model: Pretrained, channels: int) -> None:
                 f"--model={path}: texts of {width} features do not go with a UNet whose cross_attention_dim is "
                 f"{model.unet.cross_attention_dim}"
             )
+
+
+def _tile(path: Path) -> int:
+    """The side of the pictures that the autoencoder was trained on, as its config tells; raises InputError."""
+    size = folder.component_config(path.parent, path.name).get("sample_size", 32)  # diffusers' default
+    side = size[0] if isinstance(size, list) and size else size
+    if not isinstance(side, int) or side < 1:
+        raise InputError(f"{path / 'config.json'}: sample_size is {size}; it must be the side of pictures in pixels")
+    return side
 
 
 def _config(model: Pretrained, size: tuple[int, int], guidance: float, dtype: str) -> ConfigDict:
@@ -226,10 +238,15 @@ def _beside(rows: jax.Array, array: jax.Array) -> jax.Array:
 
 
 def build_generator(
-    model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, snapshots: int
+    model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, snapshots: int, vae_tiling: bool
 ) -> Generator:
-    """Noise to pictures, as `generate.make_generator` makes it."""
+    """Noise to pictures, as `generate.make_generator` makes it; raises InputError for tiles of no whole latents."""
     first_stage, scheduler = make_first_stage(model.autoencoder), scheduler_of(model)
+    if vae_tiling:
+        try:
+            first_stage = tiled(first_stage, model.tile, model.autoencoder.downsampling)
+        except ValueError as error:
+            raise InputError(f"--vae_tiling: the autoencoder's sample_size says so, but {error}") from error
     masked = model.unet.in_channels != model.unet.out_channels
     return make_generator(
         unet=model.unet,

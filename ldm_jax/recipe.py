@@ -36,6 +36,7 @@ class Recipe(NamedTuple):
     classifier: str = ""  # a run folder with a classifier that guides as well
     classifier_scale: float = 0.0
     negative_label: int = -1
+    vae_tiling: bool = False  # pictures larger than the autoencoder was trained on go through it in tiles
     init_image: str = ""  # begin from this picture, not from noise alone
     strength: float = 1.0  # the share of the steps that is done from there
     mask: str = ""  # the white part of init_image is drawn, the rest kept
@@ -166,11 +167,13 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
 
 
 def with_size(recipe: Recipe, values: FlagValues, model: Trained) -> Recipe:
-    """The recipe with the size that --height and --width ask for, each as the model's own unless it is given.
+    """The recipe with the size that --height and --width ask for, and how --vae_tiling copes with a large one.
 
     Raises:
-      InputError: for a run of ours, or a size that the autoencoder cannot halve.
+      InputError: for a run of ours, a size that the autoencoder cannot halve, or tiles of a VQModel.
     """
+    if values.vae_tiling and not (model.pretrained and model.config.autoencoder.kind == "kl"):
+        raise InputError("--vae_tiling is for diffusers models with an AutoencoderKL; this model has none")
     size = [_or(values[flag].value, side) for flag, side in zip(("height", "width"), recipe.size)]
     factor = builders.downsampling(model.config)
     for flag, side in zip(("height", "width"), size):
@@ -185,7 +188,7 @@ def with_size(recipe: Recipe, values: FlagValues, model: Trained) -> Recipe:
                 f"--{flag}={side} must be a multiple of {factor}, as a latent of this autoencoder is "
                 f"{factor}x{factor} pixels; next to it is {max(side // factor, 1) * factor}"
             )
-    return recipe._replace(size=size)
+    return recipe._replace(size=size, vae_tiling=bool(values.vae_tiling))
 
 
 def _is_given_a_map(values: FlagValues, kind: str) -> bool:

@@ -4,7 +4,7 @@
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
-    ... --height=512 --width=768                        of another size than the model's own: diffusers folders
+    ... --height=512 --width=768 [--vae_tiling]         of another size than the model's own: diffusers folders
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
     ... --init_image=FILE --outpaint=right:8            continued on one side

@@ -142,6 +142,16 @@ def test_another_size(folder_of, draw, tmp_path):
     np.testing.assert_array_equal(draw(wide, "own", "--prompt=low")["images"], drawn)
 
 
+def test_large_pictures_in_tiles(folder_of, draw, tmp_path):
+    small = shutil.copytree(folder_of("plain"), tmp_path / "small")
+    edit("vae/config.json", sample_size=8)(small)
+    flags = ["--prompt=low", "--height=8", "--width=20"]
+    whole, tiles = (draw(small, name, *flags, *more)["images"].astype(int)
+                    for name, more in (("whole", []), ("tiles", ["--vae_tiling"])))  # fmt: skip
+    assert 0 < np.abs(tiles - whole).mean() < 30
+    assert read_recipe(tmp_path / "tiles" / "samples.png")["vae_tiling"]
+
+
 def test_pictures_are_cropped_to_another_size(folder_of, draw, files):
     edits = [f"--init_image={files}/image.png", f"--mask={files}/mask.png", "--prompt=low", "--height=8"]
     images = draw(folder_of("inpainting"), "inpainting", *edits)["images"]
@@ -236,6 +246,10 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "a height that does not halve": ("plain", None, ["--height=17"], "--height=17 must be a multiple of 2"),
     "no height": ("plain", None, ["--height=0"], "--height"),
     "a width in words": ("plain", None, ["--width=wide"], "--width"),
+    "tiles of a codebook's": ("unconditional", None, ["--vae_tiling"], "is for diffusers models with an AutoencoderKL"),
+    "tiles of no whole latents": (
+        "plain", edit("vae/config.json", sample_size=12), ["--vae_tiling"], "a tile of 12 pixels must be a multiple"),
+    "tiles of no size": ("plain", edit("vae/config.json", sample_size="all"), [], "sample_size is all; it must be"),
     "another class": ("plain", edit("unet/config.json", _class_name="FluxTransformer"), [], "FluxTransformer"),
     "no weights": ("plain", remove(f"unet/{WEIGHTS}"), [], "unet"),
     "half the weights": ("plain", cut_short(f"unet/{WEIGHTS}"), [], WEIGHTS),
@@ -253,10 +267,10 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
         "plain", edit("scheduler/scheduler_config.json", _class_name="Fancy"), [], "class 'Fancy' is not supported"),
     "an unknown schedule": (
         "plain", edit("scheduler/scheduler_config.json", beta_schedule="sigmoid"), [], "beta_schedule"),
-    "no prompt": ("plain", None, None, "--prompt is missing"),
+    "no prompt": ("plain", None, [], "--prompt is missing"),
     "a class": ("plain", None, ["--label=3"], "the model knows no classes"),
-    "a prompt for none": ("unconditional", None, [], "--prompt is for models of texts"),
-    "a negative prompt for none": ("unconditional", None, None, "this one draws without being told anything"),
+    "a prompt for none": ("unconditional", None, ["--prompt=low"], "--prompt is for models of texts"),
+    "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "draws without being told"),
     "nothing to inpaint": ("inpainting", None, [], "it must be given a picture and what to draw"),
     "a picture that is none": ("plain", None, ["--init_image=FOLDER/unet/config.json"], "not a picture"),
     "an unknown type": ("plain", None, ["--dtype=float8"], "--dtype"),
@@ -271,11 +285,10 @@ def test_sample_refuses(case, folder_of, tmp_path, capsys):
     folder = shutil.copytree(folder_of(kind), tmp_path / "model")
     if damage:
         damage(folder)
-    if case == "a negative prompt for none":
-        flags = ["--negative_prompt=low"]
-    elif flags is not None:
-        flags = [*(flag.replace("FOLDER", str(folder)) for flag in flags), "--prompt=low"]
-    command = ["sample", f"--model={folder}", f"--out={tmp_path / 'out'}", "--steps=4", *(flags or [])]
+    flags = [flag.replace("FOLDER", str(folder)) for flag in flags]
+    if kind != "unconditional" and case != "no prompt":
+        flags += ["--prompt=low"]
+    command = ["sample", f"--model={folder}", f"--out={tmp_path / 'out'}", "--steps=4", *flags]
     assert commands.run(sample.main, command) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.strip().splitlines()
