@@ -122,6 +122,7 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     string("to_image", None, "lead from init_image to this picture, by way of their noises", flag_values=values)
     integer("to_seed", None, "lead from the noise of --seed to that of this one", 0, 2**32 - 1, flag_values=values)
     string("map", None, "the model's map: a small picture, or segments (pixels = class numbers)", flag_values=values)
+    integer("noise_level", None, "diffusers' upscalers: how much --map is noised; default: 20", 0, flag_values=values)
     string("negative_label", None, "a class that guidance leads away from", flag_values=values)
     flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
     string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)

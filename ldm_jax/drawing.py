@@ -23,6 +23,7 @@ from ldm_jax.given import Given, from_map, from_masked, from_split, keep_known, 
 from ldm_jax.recipe import Recipe, digests, guide_of, of_config
 from ldm_jax.trained import Trained
 from ldm_jax.training.parallel import replicate
+from ldm_jax.upscaling import noised
 
 
 class Drawn(NamedTuple):
@@ -74,6 +75,8 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         wanted = wanted._replace(**_of_pretrained(model, recipe, table))
     if given is not None:
         maps = generator.maps(params, given.known)
+        if model.pretrained and model.pretrained.upscaling:
+            maps = noised(maps, recipe.noise_level, model.pretrained.upscaling, recipe.seed, recipe.num)
         wanted = wanted._replace(maps=np.broadcast_to(maps, (recipe.num, *maps.shape[1:])))
         if given.labels is not None:
             wanted = wanted._replace(labels=given.labels)
@@ -105,8 +108,8 @@ def _of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, An
     fields = {"start": scheduler.start(table), "clip": scheduler.clip}
     if not recipe.prompts:
         return fields
-    size = builders.picture_size(model.config)
-    texts, cut = pretrained.texts_of(model.pretrained, recipe.prompts, recipe.negative_prompt, size)
+    size, (prompts, negative) = builders.picture_size(model.config), (recipe.prompts, recipe.negative_prompt)
+    texts, cut = pretrained.texts_of(model.pretrained, prompts, negative, size, recipe.noise_level)
     if cut:
         print(
             f"warning: {cut} of the prompts are longer than the model reads; their ends are left out", file=sys.stderr

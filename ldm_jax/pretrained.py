@@ -1,4 +1,4 @@
-"""A diffusers folder as a trained model: Stable Diffusion 1, 2 and XL, their inpainting kin, unconditional LDMs.
+"""A diffusers folder as a trained model: Stable Diffusion 1, 2 and XL, their inpainting kin, x4 upscaler, LDMs.
 
 What `trained` makes of a run folder, this makes of other people's files: modules, parameters, and how their pictures
 are drawn unless one is told otherwise.
@@ -14,33 +14,47 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from ldm_jax import upscaling
 from ldm_jax.errors import InputError
-from ldm_jax.first_stage import make_first_stage
+from ldm_jax.first_stage import FirstStage, make_first_stage
 from ldm_jax.generate import Generator, make_generator
 from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
-from ldm_jax.map_condition import inpainting
+from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
-from ldm_jax.models.unet import Added
+from ldm_jax.models.unet import Added, UNet
 from ldm_jax.tiling import tiled
+from ldm_jax.upscaling import Upscaling
 
-# Class of the pipeline -> its text encoders, its autoencoder, and the guidance it has unless told otherwise.
-SD = (("text_encoder",), "vae", 7.5)
-XL = (("text_encoder", "text_encoder_2"), "vae", 5.0)
+
+class Family(NamedTuple):
+    """The components of a pipeline, and what it does unless told otherwise, as in diffusers."""
+
+    encoders: tuple[str, ...]
+    autoencoder: str
+    guidance: float
+    steps: int = 50
+    schedulers: tuple[str, ...] = ("scheduler",)
+
+
+SD = Family(("text_encoder",), "vae", 7.5)
+XL = Family(("text_encoder", "text_encoder_2"), "vae", 5.0)
 PIPELINES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
-    "StableDiffusionXLInpaintPipeline": (*XL[:2], 7.5),
-    "LDMPipeline": ((), "vqvae", 1.0),
+    "StableDiffusionXLInpaintPipeline": XL._replace(guidance=7.5),
+    "StableDiffusionUpscalePipeline": SD._replace(
+        guidance=9.0, steps=75, schedulers=("scheduler", "low_res_scheduler")
+    ),
+    "LDMPipeline": Family((), "vqvae", 1.0),
 }
-STEPS = 50  # diffusers' own default
 
 
 class Pretrained(NamedTuple):
@@ -54,6 +68,14 @@ class Pretrained(NamedTuple):
     scheduler: Mapping[str, Any]  # its scheduler_config.json
     zeros_for_nothing: bool  # SDXL: no negative prompt is told by zeros, not by the empty text
     tile: int  # side in pixels of what the autoencoder takes at a time, if asked to tile
+    upscaling: Upscaling | None  # of the x4 upscaler
+
+    @property
+    def map_kind(self) -> str:
+        """Of its map condition: see `map_condition.KINDS`; "none" without one."""
+        if self.upscaling:
+            return "low_resolution"
+        return "none" if self.unet.in_channels == self.unet.out_channels else "inpainting"
 
 
 def is_folder(path: Path) -> bool:
@@ -79,28 +101,34 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     pipeline = settings.get("_class_name")
     if pipeline not in PIPELINES:
         raise InputError(f"--model={path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
-    encoder_names, autoencoder_name, guidance = PIPELINES[pipeline]
-    for name in ("unet", "scheduler", autoencoder_name, *encoder_names):
+    family = PIPELINES[pipeline]
+    for name in ("unet", *family.schedulers, family.autoencoder, *family.encoders):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
     kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     unet, unet_params = folder.load_unet(path / "unet", **kind)
-    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / autoencoder_name, **kind)
-    texts = [_load_text_encoder(path / name, dtype) for name in encoder_names]
+    if isinstance(unet, UNet) != bool(family.encoders):
+        raise InputError(f"--model={path}: the class of its UNet, which unet/config.json names, is not a {pipeline}'s")
+    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **kind)
+    texts = [_load_text_encoder(path / name, dtype) for name in family.encoders]
+    upscales = "low_res_scheduler" in family.schedulers
     model = Pretrained(
         pipeline=pipeline,
         unet=unet,
         autoencoder=autoencoder,
         encoders=tuple(encoder for encoder, _ in texts),
-        tokenizers=tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in encoder_names),
+        tokenizers=tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in family.encoders),
         scheduler=folder.component_config(path, "scheduler"),
         zeros_for_nothing=bool(settings.get("force_zeros_for_empty_prompt", True)),
-        tile=_tile(path / autoencoder_name),
+        tile=_tile(path / family.autoencoder),
+        upscaling=upscaling.read(path, settings, unet.num_class_embeds) if upscales else None,
     )
     _check_widths(path, model, len(scale))
     params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
     params["conditioner"] = [text_params for _, text_params in texts]
-    return model, _config(model, _latent_size(path), guidance, dtype), params
+    if upscales:
+        params["scale"] = np.full_like(scale, upscaling.SCALE)
+    return model, _config(model, _latent_size(path), dtype), params
 
 
 def _latent_size(path: Path) -> tuple[int, int]:
@@ -123,13 +151,16 @@ def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[st
 
 def _check_widths(path: Path, model: Pretrained, channels: int) -> None:
     """Raises InputError unless the networks fit together."""
-    takes, gives = model.unet.in_channels, (channels, 2 * channels + 1)
-    if takes not in gives or model.unet.out_channels != channels:
+    # Beside the latents an upscaler sees the small picture, an inpainting model the mask and the masked latents.
+    fit = (channels + model.autoencoder.in_channels,) if model.upscaling else (channels, 2 * channels + 1)
+    if model.unet.in_channels not in fit or model.unet.out_channels != channels:
         raise InputError(
-            f"--model={path}: latents of {channels} channels do not go with a UNet of {takes} to "
-            f"{model.unet.out_channels}; it must be {channels}, or {2 * channels + 1} to {channels} for inpainting"
+            f"--model={path}: latents of {channels} channels do not go with a UNet of {model.unet.in_channels} to "
+            f"{model.unet.out_channels}; it must be {' or '.join(map(str, fit))} to {channels}"
         )
     if model.encoders:
+        if not model.upscaling and model.unet.num_class_embeds is not None:
+            raise InputError(f"--model={path}: a {model.pipeline} knows no classes, but its UNet has num_class_embeds")
         width = sum(encoder.hidden_size for encoder in model.encoders)
         if width != model.unet.cross_attention_dim:
             raise InputError(
@@ -147,9 +178,9 @@ def _tile(path: Path) -> int:
     return side
 
 
-def _config(model: Pretrained, size: tuple[int, int], guidance: float, dtype: str) -> ConfigDict:
+def _config(model: Pretrained, size: tuple[int, int], dtype: str) -> ConfigDict:
     """The fields of configs/base.py that drawing looks at, for latents of this (height, width)."""
-    scheduler, autoencoder = scheduler_of(model), model.autoencoder
+    scheduler, autoencoder, family = scheduler_of(model), model.autoencoder, PIPELINES[model.pipeline]
     return ConfigDict(
         {
             "seed": 0,
@@ -164,16 +195,16 @@ def _config(model: Pretrained, size: tuple[int, int], guidance: float, dtype: st
                 "block_out_channels": tuple(autoencoder.block_out_channels),
                 "latent_channels": model.unet.out_channels,
             },
-            "concat": {"kind": "none" if model.unet.in_channels == model.unet.out_channels else "inpainting"},
+            "concat": {"kind": model.map_kind, "factor": autoencoder.downsampling},
             "diffusion": {"timesteps": len(scheduler.schedule.alpha_bar), "prediction": scheduler.prediction},
             "sampling": {
                 "sampler": scheduler.sampler,
-                "steps": STEPS,
+                "steps": family.steps,
                 "spacing": scheduler.options["spacing"],
                 "eta": 0.0,
                 "variance": scheduler.options.get("variance", "fixed_small"),
                 "churn": 0.0,
-                "guidance": guidance,
+                "guidance": family.guidance,
                 "guidance_interval": (0.0, 1.0),
                 "guidance_rescale": 0.0,
                 "threshold": 0.0,
@@ -192,7 +223,7 @@ def scheduler_of(model: Pretrained, sampler: str | None = None) -> Scheduler:
 
 
 def texts_of(
-    model: Pretrained, prompts: Sequence[str], negative: str | None, size: tuple[int, int]
+    model: Pretrained, prompts: Sequence[str], negative: str | None, size: tuple[int, int], noise_level: int
 ) -> tuple[dict[str, Any], int]:
     """What `tau` takes of each prompt, and in the last row of the negative one: [P + 1, ...].
 
@@ -200,6 +231,7 @@ def texts_of(
       prompts: one or more.
       negative: what guidance leads away from; None = nothing.
       size: (height, width) of the pictures in pixels, which SDXL is told.
+      noise_level: of the picture that is enlarged, which the upscaler is told.
 
     Returns:
       The arrays, and how many prompts were longer than the model reads.
@@ -209,10 +241,13 @@ def texts_of(
     nothing = np.arange(n) == n - 1 if negative is None and model.zeros_for_nothing else np.zeros(n, bool)
     sizes = np.tile(np.float32([*size, 0, 0, *size]), (n, 1))  # original, crop from top and left, target
     cut = np.any([tokens.cut for tokens in said], axis=0)
-    return {"ids": [tokens.ids for tokens in said], "nothing": nothing, "sizes": sizes}, int(cut.sum())
+    texts = {"ids": [tokens.ids for tokens in said], "nothing": nothing, "sizes": sizes}
+    return texts | {"noise_level": np.full(n, noise_level, np.int32)}, int(cut.sum())
 
 
-def make_tau(encoders: tuple[CLIPTextEncoder, ...]) -> Callable[[Any, Any], dict[str, jax.Array]]:
+def make_tau(
+    encoders: tuple[CLIPTextEncoder, ...], *, upscales: bool = False
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
     """(params, rows of `texts_of`) -> the arguments by which the UNet is told of a text.
 
     Of one encoder, what its last layer says of each token (Rombach 2022, section 4.3.1); of two, what the layers before
@@ -224,7 +259,7 @@ def make_tau(encoders: tuple[CLIPTextEncoder, ...]) -> Callable[[Any, Any], dict
             return {}
         said = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(encoders, params, texts["ids"])]
         if len(said) == 1:
-            return {"context": said[0].last}
+            return {"context": said[0].last} | ({"class_labels": texts["noise_level"]} if upscales else {})
         told = (jnp.concatenate([features.penultimate for features in said], axis=-1), said[-1].pooled)
         context, pooled = (jnp.where(_beside(texts["nothing"], a), 0, a) for a in told)
         return {"context": context, "added": Added(pooled, texts["sizes"])}
@@ -237,6 +272,21 @@ def _beside(rows: jax.Array, array: jax.Array) -> jax.Array:
     return rows.reshape(-1, *[1] * (array.ndim - 1))
 
 
+def _map_condition(
+    model: Pretrained, first_stage: FirstStage, latent_shape: tuple[int, int, int]
+) -> MapCondition | None:
+    if model.map_kind == "none":
+        return None
+    return make_map_condition(
+        model.map_kind,
+        first_stage=first_stage,
+        latent_shape=latent_shape,
+        channels=model.autoencoder.in_channels,
+        factor=model.autoencoder.downsampling,
+        segments=0,
+    )
+
+
 def build_generator(
     model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, snapshots: int, vae_tiling: bool
 ) -> Generator:
@@ -247,12 +297,11 @@ def build_generator(
             first_stage = tiled(first_stage, model.tile, model.autoencoder.downsampling)
         except ValueError as error:
             raise InputError(f"--vae_tiling: the autoencoder's sample_size says so, but {error}") from error
-    masked = model.unet.in_channels != model.unet.out_channels
     return make_generator(
         unet=model.unet,
-        tau=make_tau(model.encoders),
+        tau=make_tau(model.encoders, upscales=model.upscaling is not None),
         null=None if model.encoders else 0,
-        map_condition=inpainting(first_stage, latent_shape) if masked else None,
+        map_condition=_map_condition(model, first_stage, latent_shape),
         first_stage=first_stage,
         latent_shape=latent_shape,
         alpha_bar=scheduler.schedule.alpha_bar,

@@ -12,7 +12,7 @@
     ... --init_image=FILE --to_image=FILE               from one picture to another
     ... --to_seed=1                                     from the noise of one seed to that of another
     ... --init_latents=FILE.npy                         from given noise
-    ... --map=FILE                                      a small picture or a map of segments, for models of these
+    ... --map=FILE [--noise_level=20]                   a small picture or a map of segments, for models of these
     ... --classifier=FOLDER --classifier_scale=2        guided by a classifier's run folder as well
     ... --from_recipe=samples.png                       the same pictures again
 
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     else:
         labels = find_labels("--label", values.label, model.class_names)
         wanted = recipe.with_edits(recipe.from_flags(model, values, labels), values, model.config.concat.kind)
-        wanted = recipe.with_size(wanted, values, model)
+        wanted = recipe.with_pretrained(wanted, values, model)
         if values.label is not None and wanted.map_split:
             raise InputError(
                 f"--label={','.join(values.label)}: without a picture of yours this model restores test pictures, "

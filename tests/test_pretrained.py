@@ -11,13 +11,16 @@ import pytest
 from PIL import Image
 
 from ldm_jax import commands, evaluate, pretrained, sample, trained
+from ldm_jax.diffusion.sampling import initial_latents, map_noise, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.interop.scheduler_config import Scheduler
+from ldm_jax.upscaling import Upscaling, noised
 
 KINDS = {
     "plain": diffusers_folder.write_stable_diffusion,
     "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),
     "inpainting": lambda folder: diffusers_folder.write_stable_diffusion(folder, inpainting=True),
+    "upscaling": lambda folder: diffusers_folder.write_stable_diffusion(folder, upscaling=True),
     "unconditional": diffusers_folder.write_unconditional,
 }
 
@@ -105,7 +108,7 @@ def test_a_folder_may_say_that_nothing_is_the_empty_text(folder_of, draw, tmp_pa
 def test_xl_is_told_the_size(folder_of):
     model = trained.load(folder_of("xl"))
     tau = jax.jit(pretrained.make_tau(model.pretrained.encoders))
-    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, (16, 24))
+    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, (16, 24), -1)
     told = tau(model.params["conditioner"], texts)
     assert cut == 0
     np.testing.assert_array_equal(told["added"].time_ids, [[16, 24, 0, 0, 16, 24]] * 2)
@@ -168,6 +171,35 @@ def test_inpainting_keeps_the_rest_to_the_bit(folder_of, draw, files):
         assert (images[0, :, 8:] != images[1, :, 8:]).any()
 
 
+def test_a_picture_four_times_as_large(folder_of, draw, tmp_path):
+    """Of any size; each sample's noise is its own, and how much there is of it matters."""
+    small = np.random.default_rng(0).integers(0, 255, (6, 10, 3), np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    flags = [f"--map={tmp_path}/small.png", "--prompt=low"]
+    drawn = draw(folder_of("upscaling"), "out", *flags, "--num=2")["images"].astype(int)
+    assert drawn.shape == (2, 24, 40, 3)
+    recipe = read_recipe(tmp_path / "out" / "samples.png")
+    assert (recipe["noise_level"], recipe["guidance"], recipe["size"]) == (20, 9.0, [24, 40])
+    again, other = (draw(folder_of("upscaling"), f"level {level}", *flags, f"--noise_level={level}")["images"]
+                    for level in (20, 350))  # fmt: skip
+    assert np.abs(again[0] - drawn[0]).max() <= 1 < np.abs(other[0] - drawn[0]).max()
+
+
+def test_an_upscalers_latents_have_the_scale_of_the_pipeline(folder_of):
+    assert "0.18215" in (folder_of("upscaling") / "vae" / "config.json").read_text()
+    np.testing.assert_array_equal(trained.load(folder_of("upscaling")).params["scale"], np.full(4, 0.08333, np.float32))
+
+
+def test_a_small_picture_is_noised_by_the_level():
+    maps, alpha_bar = np.full((1, 4, 6, 3), 0.5, np.float32), np.array([1.0, 0.36])
+    upscaling = Upscaling(alpha_bar, 1)
+    np.testing.assert_array_equal(noised(maps, 0, upscaling, 3, 2), maps.repeat(2, 0))
+    keys = sample_keys(np.uint32(3), np.arange(2))
+    noise = (noised(maps, 1, upscaling, 3, 2) - 0.3) / 0.8
+    np.testing.assert_allclose(noise, map_noise(keys, maps.shape[1:]), atol=1e-6)
+    assert abs(np.corrcoef(noise.ravel(), np.ravel(initial_latents(keys, maps.shape[1:])))[0, 1]) < 0.5
+
+
 def test_given_noise_is_what_a_picture_is_noised_by(folder_of, draw, files):
     image = [f"--init_image={files}/image.png", "--strength=0.75", "--prompt=low"]
     z_T = np.random.default_rng(0).standard_normal((2, 1, 8, 8, 4)).astype(np.float32)
@@ -225,6 +257,7 @@ def remove(name):
     return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
+MAP = "--map=FOLDER/map.png"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "no index": ("plain", remove("model_index.json"), [], "is no run folder"),
@@ -272,6 +305,24 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "a prompt for none": ("unconditional", None, ["--prompt=low"], "--prompt is for models of texts"),
     "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "draws without being told"),
     "nothing to inpaint": ("inpainting", None, [], "it must be given a picture and what to draw"),
+    "nothing to enlarge": ("upscaling", None, [], "this model enlarges; it must be given a small picture: --map"),
+    "no picture to enlarge": ("upscaling", None, ["--map=FOLDER/unet/config.json"], "config.json: not a picture"),
+    "a size beside the map's": ("upscaling", None, [MAP, "--height=64"], "is 4 times as large as --map; leave it out"),
+    "more noise than it knows": ("upscaling", None, [MAP, "--noise_level=351"], "must be from 0 to 350 for this model"),
+    "less than no noise": ("upscaling", None, [MAP, "--noise_level=-1"], "--noise_level"),
+    "noise for no upscaler": ("plain", None, ["--noise_level=20"], "is for diffusers' upscalers; this model is none"),
+    "a map for no upscaler": ("plain", None, [MAP], "this one takes no map"),
+    "an upscaler of more levels": (
+        "upscaling", edit("model_index.json", max_noise_level=400), [MAP], "max_noise_level is 400"),
+    "an upscaler without levels": (
+        "upscaling", edit("unet/config.json", num_class_embeds=300), [MAP], "of the wrong shape"),
+    "an upscaler that sees nothing": (
+        "upscaling", edit("model_index.json", _class_name="StableDiffusionPipeline"), [], "UNet of 7 to 4"),
+    "no upscaler at all": (
+        "plain", edit("model_index.json", _class_name="StableDiffusionUpscalePipeline"), [], "no low_res_scheduler"),
+    "an unconditional network": (
+        "unconditional", edit("model_index.json", _class_name="StableDiffusionPipeline", vae=["a", "b"],
+                              text_encoder=["a", "b"]), [], "the class of its UNet"),
     "a picture that is none": ("plain", None, ["--init_image=FOLDER/unet/config.json"], "not a picture"),
     "an unknown type": ("plain", None, ["--dtype=float8"], "--dtype"),
     "more steps than there are": ("plain", None, ["--steps=5000"], "steps"),
@@ -285,6 +336,7 @@ def test_sample_refuses(case, folder_of, tmp_path, capsys):
     folder = shutil.copytree(folder_of(kind), tmp_path / "model")
     if damage:
         damage(folder)
+    Image.new("RGB", (4, 4)).save(folder / "map.png")
     flags = [flag.replace("FOLDER", str(folder)) for flag in flags]
     if kind != "unconditional" and case != "no prompt":
         flags += ["--prompt=low"]
