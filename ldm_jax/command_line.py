@@ -69,7 +69,9 @@ def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bo
 
 def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     """Of which model to draw what, how, and where to; None = as in the model's config."""
-    flags.DEFINE_string("model", None, "a run folder, or a diffusers folder", flag_values=values)
+    flags.DEFINE_string(
+        "model", None, "a run folder, a diffusers folder, or a hub id such as org/name[@revision]", flag_values=values
+    )
     flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "models of texts: what to draw; one picture each", flag_values=values)

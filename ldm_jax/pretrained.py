@@ -83,6 +83,14 @@ def is_folder(path: Path) -> bool:
     return (path / folder.INDEX).is_file()
 
 
+def family_of(path: Path) -> tuple[str, Family]:
+    """The class of a folder's pipeline, and what that has; raises InputError for one that is not supported."""
+    pipeline = folder.read_settings(path).get("_class_name")
+    if pipeline not in PIPELINES:
+        raise InputError(f"{path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
+    return pipeline, PIPELINES[pipeline]
+
+
 def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
     """Reads a diffusers folder.
 
@@ -98,10 +106,7 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
       InputError: something is missing or damaged, or of a kind that is not supported; the line names it.
     """
     index, settings = folder.read_index(path), folder.read_settings(path)
-    pipeline = settings.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise InputError(f"--model={path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
-    family = PIPELINES[pipeline]
+    pipeline, family = family_of(path)
     for name in ("unet", *family.schedulers, family.autoencoder, *family.encoders):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")

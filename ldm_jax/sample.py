@@ -3,6 +3,7 @@
     python -m ldm_jax.sample --model=runs/fashion_mnist --out=samples [--num=64] [--label=3,7] [--sampler=ddim]
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
+    ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main]   a model of the hub, fetched unless it is in its cache
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
     ... --height=512 --width=768 [--vae_tiling]         of another size than the model's own: diffusers folders
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
@@ -55,9 +56,9 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import drawing, recipe, trained
+    from ldm_jax import drawing, hub, recipe, trained
 
-    model = trained.load(Path(values.model), values.dtype)
+    model = trained.load(hub.find(values.model), values.dtype)
     if values.from_recipe:
         check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "dtype", "save_trajectory"))
         wanted = recipe.from_picture(model, Path(values.from_recipe))
