@@ -3,9 +3,12 @@
     python -m ldm_jax.evaluate --model=runs/fashion_mnist [--num=10000] [--sampler=ddim] [--steps=50] [--guidance=2.0]
                                [--eta=0.0] [--seed=0] [--batch_size=100] [--inception_weights=FILE] [--out=FOLDER]
 
+    ... --model=FOLDER|org/name --config=FILE --out=FOLDER [--prompt=TEXT ...]   a diffusers model, which names no data:
+                               it is scored on those of the config, its data.* and evaluation.* (--config.FIELD=VALUE)
+
 Draws --num pictures and writes evaluation.json, in which every score stands on a card with all that one must know to
 compare it, and bound.json, the variational bound in bits per dimension term by term. Default --out: evaluation/ in the
-run folder.
+run folder. Of diffusers models there is no bound.
 """
 
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import command_line, commands, run_folder
+from ldm_jax import command_line, commands, config_rules, run_folder
 from ldm_jax.errors import InputError
 
 
@@ -31,21 +34,27 @@ def main(argv: list[str]) -> None:
     values = define_flags()
     if command_line.wants_help(argv, __doc__, values):
         return
-    command_line.parse(values, argv)
-    command_line.require(values, "model")
+    with_config = any(argument.split("=")[0].split(".")[0] == "--config" for argument in argv[1:])
+    command_line.parse(values, argv, config=with_config)
+    command_line.require(values, "model", *(["out"] if with_config else []))
+    if with_config:
+        config_rules.validate(values.config)
     if values.num < 4:
         raise InputError(f"--num={values.num} pictures are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import builders, drawing, recipe, scoring, trained
+    from ldm_jax import builders, drawing, hub, recipe, scoring, trained
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
-    model = trained.load(Path(values.model), values.dtype)
-    if model.pretrained:
-        raise InputError(f"--model={values.model} is a diffusers folder, which names no test images; it must be a run")
-    config = model.config.copy_and_resolve_references().unlock()
+    model = trained.load(hub.find(values.model) if with_config else Path(values.model), values.dtype)
+    if with_config:
+        config = scoring.with_data_of(model, values.config).unlock()
+    elif model.pretrained:
+        raise InputError(f"--model={values.model} is a diffusers folder, which names no test images; add --config=FILE")
+    else:
+        config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
     wanted = recipe.from_flags(model, values, labels=list(range(len(model.class_names))))
@@ -53,7 +62,8 @@ def main(argv: list[str]) -> None:
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)
     cards = scoring.score(model._replace(config=config.lock()), drawn.images, train_set, test_set, drawn.given)
-    cards["model"] = scoring.score_model(model, test_set, out)
+    if not model.pretrained:
+        cards["model"] = scoring.score_model(model, test_set, out)
     run_folder.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
     for group in ("samples", "restored", "baseline", "autoencoder", "model"):
         for name, card in cards.get(group, {}).items():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import commands, evaluate, pretrained, sample, trained
+from ldm_jax import commands, evaluate, pretrained, sample, scoring, trained
 from ldm_jax.diffusion.sampling import initial_latents, map_noise, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.interop.scheduler_config import Scheduler
@@ -348,6 +348,53 @@ def test_sample_refuses(case, folder_of, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_wants_a_run(folder_of, tmp_path, capsys):
-    assert commands.run(evaluate.main, ["evaluate", f"--model={folder_of('plain')}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "is a diffusers folder, which names no test images" in capsys.readouterr().err
+@pytest.fixture
+def evaluated(tmp_path, tiny_data):
+    """evaluated(model, *flags) -> the exit status of the command that scores it on the tiny data set."""
+    data = ["--config=tests/tiny.py", f"--config.data.dir={tiny_data}"]
+
+    def run(model, *flags):
+        return commands.run(evaluate.main, ["evaluate", f"--model={model}", f"--out={tmp_path / 'out'}", *data, *flags])
+
+    return run
+
+
+def test_evaluate_scores_on_the_data_of_a_config(folder_of, evaluated, monkeypatch, tmp_path):
+    """In the model's size and colours, which the data set has not; the prompts go round."""
+    seen = []
+
+    def score(model, images, train_set, test_set, given):
+        seen.append((model, images, train_set, test_set, given))
+        return {"samples": {"distance": {"value": 3.0}}}
+
+    monkeypatch.setattr(scoring, "score", score)
+    flags = ["--num=4", "--steps=2", "--config.evaluation.resize=20"]
+    assert evaluated(folder_of("plain"), *flags, "--prompt=low", "--prompt=wool") == 0
+    ((model, images, train_set, test_set, given),) = seen
+    assert images.shape == (4, 16, 16, 3) and given is None
+    assert train_set.shape[1:] == test_set.shape[1:] == (16, 16, 3)
+    assert (model.config.evaluation.resize, test_set.split) == (20, "test")
+    examples = test_set[np.arange(4)]["x"]
+    assert trained.reconstructions(model, examples, 4).shape == examples.shape
+    cards = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert cards["samples"]["distance"]["value"] == 3.0 and cards["recipe"]["labels"] == [0, 1]
+
+
+def test_evaluate_refuses(folder_of, evaluated, tmp_path, capsys):
+    wide = shutil.copytree(folder_of("unconditional"), tmp_path / "wide")
+    edit("unet/config.json", sample_size=[4, 6])(wide)
+    command = ["evaluate", f"--model={folder_of('unconditional')}"]
+    cases = {
+        "names no test images; add --config=FILE": lambda: commands.run(
+            evaluate.main, [*command, f"--out={tmp_path}/o"]
+        ),
+        "--out is missing": lambda: commands.run(evaluate.main, [*command, "--config=tests/tiny.py"]),
+        "draws from a picture that it is given": lambda: evaluated(folder_of("inpainting"), "--prompt=low"),
+        "draws pictures of 8x12; data sets are of square ones": lambda: evaluated(wide),
+        "config.evaluation.resize": lambda: evaluated(wide, "--config.evaluation.resize=0"),
+        "--prompt is missing": lambda: evaluated(folder_of("plain")),
+    }
+    for expected, run in cases.items():
+        assert run() == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert expected in line
