@@ -182,6 +182,7 @@ def assert_same(ours, expected):
     assert expected.std() > 10
     assert ((expected > 0) & (expected < 255)).mean() > 0.5
     off = np.abs(ours - expected)
+    print(f"off by at most {off.max():.0f} of 255, at {(off > 0).mean():.1e} of the values")
     assert off.max() <= 1
     assert (off > 0).mean() < 0.005
 
