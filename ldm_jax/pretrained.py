@@ -1,4 +1,4 @@
-"""A diffusers folder as a trained model: Stable Diffusion 1, 2 and XL, their inpainting kin, unconditional LDMs.
+"""A diffusers folder or a single file as a trained model: Stable Diffusion 1, 2 and XL, their inpainting kin, LDMs.
 
 What `trained` makes of a run folder, this makes of other people's files: modules, parameters, and how their pictures
 are drawn unless one is told otherwise.
@@ -15,9 +15,10 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ldm_jax.errors import InputError
+from ldm_jax.extras import NO_EXTRAS, Extras, find_tokenizers, other_autoencoder
 from ldm_jax.first_stage import make_first_stage
 from ldm_jax.generate import Generator, make_generator
-from ldm_jax.interop import folder
+from ldm_jax.interop import folder, single_file
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer
@@ -25,6 +26,7 @@ from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.map_condition import inpainting
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
+from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.models.unet import Added
 
 # Class of the pipeline -> its text encoders, its autoencoder, and the guidance it has unless told otherwise.
@@ -40,10 +42,11 @@ PIPELINES = {
     "LDMPipeline": ((), "vqvae", 1.0),
 }
 STEPS = 50  # diffusers' own default
+CLASS_GUIDANCE = 3.0  # that CompVis drew their class-conditional model's pictures with
 
 
 class Pretrained(NamedTuple):
-    """What a folder holds beside the parameters."""
+    """What a folder or file holds beside the parameters."""
 
     pipeline: str  # its class
     unet: nn.Module
@@ -52,19 +55,23 @@ class Pretrained(NamedTuple):
     tokenizers: tuple[Tokenizer, ...]
     scheduler: Mapping[str, Any]  # its scheduler_config.json
     zeros_for_nothing: bool  # SDXL: no negative prompt is told by zeros, not by the empty text
+    classes: ClassEmbedder | None = None  # of a class-conditional model
 
 
-def is_folder(path: Path) -> bool:
-    """Whether this is a diffusers folder rather than a run folder."""
-    return (path / folder.INDEX).is_file()
+def is_model(path: Path) -> bool:
+    """Whether this is a diffusers folder or a single file rather than a run folder."""
+    return (path / folder.INDEX).is_file() or (path.is_file() and path.suffix in single_file.SUFFIXES)
 
 
-def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
-    """Reads a diffusers folder.
+def load(
+    path: Path, dtype: str = "float32", extras: Extras = NO_EXTRAS
+) -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
+    """Reads a diffusers folder or a single file.
 
     Args:
-      path: with model_index.json.
+      path: a folder with model_index.json, or a .safetensors or .ckpt in the layout of CompVis and Stability AI.
       dtype: of parameters and arithmetic, float32 or bfloat16.
+      extras: what such a path does not say.
 
     Returns:
       What it is; a config with the fields of ours that say how it draws; params as `generate.make_generator` takes
@@ -73,11 +80,30 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     Raises:
       InputError: something is missing or damaged, or of a kind that is not supported; the line names it.
     """
+    if path.is_file():
+        model, params, size = _load_file(path, dtype, extras)
+    else:
+        given = [name for name in ("tokenizer", "prediction") if getattr(extras, name)]
+        if given:
+            raise InputError(f"--{given[0]} is for models in a single file; {path} says it itself")
+        model, params, size = _load_folder(path, dtype)
+    if extras.vae:
+        autoencoder, own = other_autoencoder(
+            Path(extras.vae), model.autoencoder, params["shift"], params["scale"], dtype
+        )
+        model, params = model._replace(autoencoder=autoencoder), params | {"autoencoder": own}
+    _check_widths(path, model, len(params["scale"]))
+    guidance = CLASS_GUIDANCE if model.classes else PIPELINES[model.pipeline][2]
+    return model, _config(model, size, guidance, dtype), params
+
+
+def _load_folder(path: Path, dtype: str) -> tuple[Pretrained, dict[str, Any], int]:
+    """The model, its parameters, and the size of its latents in pixels."""
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline = settings.get("_class_name")
     if pipeline not in PIPELINES:
         raise InputError(f"--model={path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
-    encoder_names, autoencoder_name, guidance = PIPELINES[pipeline]
+    encoder_names, autoencoder_name, _ = PIPELINES[pipeline]
     for name in ("unet", "scheduler", autoencoder_name, *encoder_names):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
@@ -94,13 +120,32 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
         scheduler=folder.component_config(path, "scheduler"),
         zeros_for_nothing=bool(settings.get("force_zeros_for_empty_prompt", True)),
     )
-    _check_widths(path, model, len(scale))
     params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
     params["conditioner"] = [text_params for _, text_params in texts]
     size = folder.component_config(path, "unet").get("sample_size")
     if not isinstance(size, int):
         raise InputError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; it must be that of square latents")
-    return model, _config(model, size, guidance, dtype), params
+    return model, params, size
+
+
+def _load_file(path: Path, dtype: str, extras: Extras) -> tuple[Pretrained, dict[str, Any], int]:
+    """As `_load_folder`, of a single file."""
+    kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
+    found = single_file.read(path, prediction=extras.prediction, **kind)
+    encoders = tuple(encoder for encoder, _ in found.texts)
+    model = Pretrained(
+        pipeline=found.pipeline,
+        unet=found.unet[0],
+        autoencoder=found.autoencoder[0],
+        encoders=encoders,
+        tokenizers=find_tokenizers(path, extras.tokenizer, encoders, found.pads),
+        scheduler=found.scheduler,
+        zeros_for_nothing=True,
+        classes=found.classes[0] if found.classes else None,
+    )
+    params = {"unet": found.unet[1], "autoencoder": found.autoencoder[1], "shift": found.shift, "scale": found.scale}
+    params["conditioner"] = found.classes[1] if found.classes else [text_params for _, text_params in found.texts]
+    return model, params, found.sample_size
 
 
 def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
@@ -210,6 +255,11 @@ def make_tau(encoders: tuple[CLIPTextEncoder, ...]) -> Callable[[Any, Any], dict
     return tau
 
 
+def make_class_tau(classes: ClassEmbedder) -> Callable[[Any, Any], dict[str, jax.Array]]:
+    """(params, labels) -> the arguments by which the UNet is told of a class."""
+    return lambda params, label: {"context": classes.apply({"params": params}, label)}
+
+
 def _beside(rows: jax.Array, array: jax.Array) -> jax.Array:
     """[B] in the shape [B, 1, ...] that goes with an array [B, ...]."""
     return rows.reshape(-1, *[1] * (array.ndim - 1))
@@ -221,10 +271,11 @@ def build_generator(
     """Noise to pictures, as `generate.make_generator` makes it."""
     first_stage, scheduler = make_first_stage(model.autoencoder), scheduler_of(model)
     masked = model.unet.in_channels != model.unet.out_channels
+    classes = model.classes
     return make_generator(
         unet=model.unet,
-        tau=make_tau(model.encoders),
-        null=None if model.encoders else 0,
+        tau=make_class_tau(classes) if classes else make_tau(model.encoders),
+        null=None if model.encoders else classes.null if classes else 0,
         map_condition=inpainting(first_stage, latent_shape) if masked else None,
         first_stage=first_stage,
         latent_shape=latent_shape,

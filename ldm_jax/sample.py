@@ -4,6 +4,8 @@
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
+    ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v]   one file in the layout of CompVis or Stability
+    ... --vae=PATH                                      another autoencoder than the folder's or file's own
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
     ... --init_image=FILE --outpaint=right:8            continued on one side
@@ -39,6 +41,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
     command_line.define_drawing_flags(values, num=64)
     command_line.define_editing_flags(values)
+    command_line.define_file_flags(values)
     command_line.define_device_flags(values)
     return values
 
@@ -55,10 +58,13 @@ def main(argv: list[str]) -> None:
     commands.start_devices(values)
 
     from ldm_jax import drawing, recipe, trained
+    from ldm_jax.extras import Extras
 
-    model = trained.load(Path(values.model), values.dtype)
+    extras = Extras(values.tokenizer, values.prediction, values.vae)
+    model = trained.load(Path(values.model), values.dtype, extras)
     if values.from_recipe:
-        check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "dtype", "save_trajectory"))
+        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", *extras._fields)
+        check_alone(values, "from_recipe", beside=beside)
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)

@@ -11,7 +11,7 @@ An index tells for each tensor which file has it.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.files import atomic, read_json
-from ldm_jax.interop.torch_pickle import load_tensors
+from ldm_jax.interop.torch_pickle import PickledTensors
 
 # (name, suffix) of the files with weights, the first that is there is taken.
 FILES = (
@@ -123,12 +123,8 @@ def _read_shards(index: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
 
 
 def _read_file(path: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, dtype)
-    tensors = load_tensors(path)
-    for name, array in tensors.items():
-        tensors[name] = array.astype(_cast(array.dtype, dtype), copy=False)
-    return tensors
+    file = open_weights(path)
+    return {name: file.read(name, dtype) for name in file.shapes}
 
 
 def _cast(stored: np.dtype, dtype: DTypeLike) -> np.dtype:
@@ -136,19 +132,46 @@ def _cast(stored: np.dtype, dtype: DTypeLike) -> np.dtype:
     return stored if dtype is None or not jnp.issubdtype(stored, jnp.floating) else np.dtype(dtype)
 
 
-def _read_safetensors(path: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
+class WeightFile(NamedTuple):
+    """A file of weights whose tensors are read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]  # by name
+    read: Callable[[str, DTypeLike], np.ndarray]  # (name, dtype) -> the tensor; `dtype` as in `read_state_dict`
+    step: int | None = None  # updates behind the weights, if the file tells
+
+
+def open_weights(path: Path) -> WeightFile:
+    """One file of weights: .safetensors, or else a pickle of PyTorch's (.bin, .ckpt, .pt, .pth).
+
+    Raises:
+      InputError: missing or damaged, or a pickle that holds anything but tensors; `read` raises it too.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    file = PickledTensors(path)
+
+    def read(name: str, dtype: DTypeLike) -> np.ndarray:
+        array = file.read(name)
+        return array.astype(_cast(array.dtype, dtype), copy=False)
+
+    return WeightFile(file.shapes, read, file.step)
+
+
+def _open_safetensors(path: Path) -> WeightFile:
     """A tensor that need not be cast is a view of the mapped file; another passes through memory by itself."""
     entries = _safetensors_entries(path)
     file = np.memmap(path, np.uint8, "r")
-    state = {}
-    for name, (stored, shape, start, stop) in entries.items():
+
+    def read(name: str, dtype: DTypeLike) -> np.ndarray:
+        stored, shape, start, stop = entries[name]
         wanted = _cast(stored, dtype)
         if wanted == stored:
-            state[name] = np.asarray(file[start:stop]).view(stored).reshape(shape)
-        else:
-            count = (stop - start) // stored.itemsize
-            state[name] = np.fromfile(path, stored, count, offset=start).reshape(shape).astype(wanted)
-    return state
+            return np.asarray(file[start:stop]).view(stored).reshape(shape)
+        count = (stop - start) // stored.itemsize
+        return np.fromfile(path, stored, count, offset=start).reshape(shape).astype(wanted)
+
+    return WeightFile({name: entry.shape for name, entry in entries.items()}, read)
 
 
 def _safetensors_entries(path: Path) -> dict[str, _Entry]:
