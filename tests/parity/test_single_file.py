@@ -142,9 +142,7 @@ def unet_to_ldm(state, config):
 def vae_to_ldm(state, levels):
     renamed = {}
     for name, tensor in state.items():
-        name = re.sub(
-            r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name
-        )
+        name = re.sub(r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
         for ours, theirs in (
             ("encoder.down_blocks", "encoder.down"),
             ("resnets", "block"),
