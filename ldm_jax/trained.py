@@ -133,8 +133,9 @@ def _latents_of(params: dict[str, Any], config: ConfigDict) -> str:
 
 
 def fingerprint(model: Trained | Guide) -> str:
-    """A hash of all parameters: equal means the same model."""
-    return content_hash(model.params)
+    """A hash of all parameters, and of what they predict if a user can say: equal means the same model."""
+    told = isinstance(model, Trained) and model.pretrained
+    return content_hash(model.params, *([model.config.diffusion.prediction] if told else []))
 
 
 def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:

@@ -6,6 +6,7 @@ diffusers' own converters.
 
 import re
 import zipfile
+from functools import cache
 
 import diffusers_folder
 import jax
@@ -212,9 +213,9 @@ PLAIN = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types
 CLASSES = 5
 
 
-def make_unet(family, **changes):
+def make_unet(family):
     kind = UNet2D if family == "unconditional LDM" else UNet
-    return kind(**BLOCKS | (PLAIN if kind is UNet2D else {}) | UNETS[family] | changes)
+    return kind(**BLOCKS | (PLAIN if kind is UNet2D else {}) | UNETS[family])
 
 
 def make_autoencoder(family):
@@ -240,9 +241,10 @@ def text_encoders(family):
     }.get(family, ())
 
 
-def states_of(family, **changes):
-    """(modules, their state dicts in diffusers' names) by component: random numbers."""
-    modules = {"unet": make_unet(family, **changes), "vae": make_autoencoder(family)}
+@cache
+def states_of(family):
+    """(modules, their state dicts in diffusers' names) by component: random numbers, not to be changed."""
+    modules = {"unet": make_unet(family), "vae": make_autoencoder(family)}
     states = {
         name: state_dict_from_params(diffusers_folder.random_params(abstract_params(module), seed))
         for seed, (name, module) in enumerate(modules.items())
@@ -280,18 +282,18 @@ def write_tokenizer_beside(folder):
     write_tokenizer(folder / "tokenizer", LOW_LOWER, length=LENGTH)
 
 
-def write_file(folder, family, **changes):
+def write_file(folder, family):
     """model.safetensors and, for families of texts, tokenizer/ beside it; returns the file."""
     folder.mkdir(parents=True)
     if text_encoders(family):
         write_tokenizer_beside(folder)
-    write_safetensors(folder / "model.safetensors", to_ldm(family, *states_of(family, **changes)))
+    write_safetensors(folder / "model.safetensors", to_ldm(family, *states_of(family)))
     return folder / "model.safetensors"
 
 
-def write_folder(folder, family, *, size=64, **changes):
+def write_folder(folder, family, *, size=64):
     """The same model as a diffusers folder; returns it."""
-    modules, states = states_of(family, **changes)
+    modules, states = states_of(family)
     fields = FAMILIES[family]
     write_component(folder / "unet", config_from_unet(modules["unet"], size), states["unet"])
     channels = modules["unet"].out_channels

@@ -1,5 +1,6 @@
 """Single files of CompVis and Stability AI: the models that they are read as, and the files that are refused."""
 
+import jax
 import ldm_files
 import ml_dtypes
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.interop import single_file
 from ldm_jax.interop.clip_weights import state_dict_from_text_params
-from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.interop.diffusers import names_of, params_from_state_dict, state_dict_from_params
 from ldm_jax.interop.ldm_names import autoencoder_source, open_clip_source, part, unet_source
 from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.models.attention import SelfAttention2D
 
 FAMILIES = [*ldm_files.UNETS]
 SD1, SD2, XL, CLASSES, PLAIN = FAMILIES
@@ -55,6 +57,8 @@ def test_a_file_is_the_model_that_it_was_made_of(family, made, write):
     assert (found.unet[0], found.autoencoder[0]) == (modules["unet"], modules["vae"])
     assert_equal(state_dict_from_params(found.unet[1]), states["unet"])
     assert_equal(state_dict_from_params(found.autoencoder[1]), states["vae"])
+    if family == SD2:  # unless told otherwise
+        assert _told(found) == ("DDIMScheduler", "v_prediction", 96)
     assert len(found.texts) == len(modules) - 2
     for name, (encoder, params) in zip(("text_encoder", "text_encoder_2"), found.texts):
         assert encoder == modules[name]
@@ -73,24 +77,19 @@ def test_nine_channels_inpaint(made, write):
     assert (found.scheduler["_class_name"], found.scheduler["prediction_type"]) == ("DDIMScheduler", "epsilon")
 
 
-def test_what_stable_diffusion_2_predicts(made, write, tmp_path):
-    """The base model and the other differ in nothing but the step at which the former was saved."""
-    path = write(made(SD2)[2])
-    assert _told(single_file.read(path)) == ("DDIMScheduler", "v_prediction", 96)
-    assert _told(single_file.read(path, prediction="eps")) == ("PNDMScheduler", "epsilon", 64)
-    base = ldm_files.write_checkpoint(tmp_path / "512-base-ema.ckpt", made(SD2)[2], step=875000)
-    assert _told(single_file.read(base)) == ("PNDMScheduler", "epsilon", 64)
+def test_a_checkpoint_is_read_without_what_its_training_kept(made, tmp_path):
+    """And the base model of Stable Diffusion 2, which predicts eps, is known by the step at which it was saved."""
+    _, states, tensors = made(SD2)
+    base = ldm_files.write_checkpoint(tmp_path / "512-base-ema.ckpt", tensors, step=875000)
+    found = single_file.read(base)
+    assert_equal(state_dict_from_params(found.unet[1]), states["unet"])
+    assert_equal(state_dict_from_text_params(found.texts[0][1]), states["text_encoder"])
+    assert _told(found) == ("PNDMScheduler", "epsilon", 64)
+    assert _told(single_file.read(base, prediction="v")) == ("DDIMScheduler", "v_prediction", 96)
 
 
 def _told(found):
     return found.scheduler["_class_name"], found.scheduler["prediction_type"], found.sample_size
-
-
-def test_a_checkpoint_is_read_without_what_its_training_kept(made, tmp_path):
-    _, states, tensors = made(SD1)
-    found = single_file.read(ldm_files.write_checkpoint(tmp_path / "m.ckpt", tensors))
-    assert_equal(state_dict_from_params(found.unet[1]), states["unet"])
-    assert_equal(state_dict_from_text_params(found.texts[0][1]), states["text_encoder"])
 
 
 @pytest.mark.parametrize("target", [np.float32, ml_dtypes.bfloat16])
@@ -162,6 +161,40 @@ def test_parts_of_a_tensor():
     np.testing.assert_array_equal(part(np.arange(6), 1), [2, 3])
     np.testing.assert_array_equal(part(np.arange(12), 2, heads=2), [4, 5, 10, 11])
     assert part(np.zeros((4, 2)), 0).shape == (4, 2)  # not three of anything: told of by its shape
+
+
+def test_plain_attention_is_that_of_compvis():
+    """Theirs by NumPy: [3 C, L] is split into heads, and only then each head into q, k and v."""
+    rng, (heads, size, height) = np.random.default_rng(0), (2, 32, 3)
+    c, length = heads * size, height * height
+    names = {"norm.weight": (c,), "norm.bias": (c,), "qkv.weight": (3 * c, c, 1), "qkv.bias": (3 * c,),
+             "proj_out.weight": (c, c, 1), "proj_out.bias": (c,)}  # fmt: skip
+    file = {f"input_blocks.1.1.{name}": rng.normal(size=s) * s[-2] ** -0.5 for name, s in names.items() if len(s) > 1}
+    file |= {f"input_blocks.1.1.{name}": rng.normal(size=shape) for name, shape in names.items() if len(shape) == 1}
+    x = rng.normal(size=(c, length)) + 1
+
+    def of(name):
+        return file[f"input_blocks.1.1.{name}"]
+
+    grouped = x.reshape(32, -1)
+    normal = ((grouped - grouped.mean(1, keepdims=True)) / np.sqrt(grouped.var(1, keepdims=True) + 1e-5)).reshape(c, -1)
+    h = normal * of("norm.weight")[:, None] + of("norm.bias")[:, None]
+    theirs = []
+    for head in (of("qkv.weight")[:, :, 0] @ h + of("qkv.bias")[:, None]).reshape(heads, 3 * size, length):
+        q, k, v = head[:size], head[size : 2 * size], head[2 * size :]
+        weight = np.exp(q.T @ k / np.sqrt(size))
+        theirs.append(v @ (weight / weight.sum(1, keepdims=True)).T)
+    theirs = x + of("proj_out.weight")[:, :, 0] @ np.concatenate(theirs) + of("proj_out.bias")[:, None]
+
+    module = SelfAttention2D(32, 1e-5, heads)
+    pixels = x.T.reshape(1, height, height, c).astype(np.float32)
+    target = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+    state = {}
+    for name in names_of(target):
+        source = unet_source(f"down_blocks.0.attentions.0.{name}", 2, [True], size, lambda name: c)
+        state[name] = source.take(file[source.name]).astype(np.float32)
+    ours = module.apply({"params": params_from_state_dict(state, target)}, pixels)
+    np.testing.assert_allclose(np.asarray(ours).reshape(length, c).T, theirs, rtol=1e-4, atol=1e-4)
 
 
 UNET = "model.diffusion_model."
