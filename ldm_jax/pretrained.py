@@ -110,7 +110,7 @@ def _load_folder(path: Path, dtype: str) -> tuple[Pretrained, dict[str, Any], in
     kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     unet, unet_params = folder.load_unet(path / "unet", **kind)
     autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / autoencoder_name, **kind)
-    texts = [_load_text_encoder(path / name, dtype) for name in encoder_names]
+    texts = [load_text_encoder(path / name, dtype) for name in encoder_names]
     model = Pretrained(
         pipeline=pipeline,
         unet=unet,
@@ -148,7 +148,8 @@ def _load_file(path: Path, dtype: str, extras: Extras) -> tuple[Pretrained, dict
     return model, params, found.sample_size
 
 
-def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
+def load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
+    """The network of a text encoder's folder, and its parameters, NumPy arrays; raises InputError."""
     encoder = text_encoder_from_config(folder.component_config(path.parent, path.name)).clone(dtype=jnp.dtype(dtype))
     target = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     return encoder, text_params_from_state_dict(read_state_dict(path, dtype=jnp.dtype(dtype)), target)

@@ -122,7 +122,7 @@ def build(tmp_path, draw_weights):
         pipe = kind(**parts, scheduler=SCHEDULERS[name])
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(tmp_path / "model")
-        # Read back: to `from_config` what a file states is stated, and what it leaves out is another class's own default.
+        # Read back: to `from_config` what a file states is stated, what it leaves out is the other class's own default.
         pipe.scheduler = type(pipe.scheduler).from_pretrained(tmp_path / "model" / "scheduler")
         return pipe, tmp_path / "model"
 
