@@ -42,9 +42,9 @@ def main(argv: list[str]) -> None:
     from ldm_jax import builders, drawing, pretrained, recipe, scoring, trained
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
-    if pretrained.is_model(Path(values.model)):
-        what = "a single file" if Path(values.model).is_file() else "a diffusers folder"
-        raise InputError(f"--model={values.model} is {what}, which names no test images; it must be a run")
+    for is_one, what in ((pretrained.is_single_file, "single file"), (pretrained.is_folder, "diffusers folder")):
+        if is_one(Path(values.model)):
+            raise InputError(f"--model={values.model} is a {what}, which names no test images; it must be a run")
     model = trained.load(Path(values.model), values.dtype)
     config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:

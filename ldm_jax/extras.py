@@ -29,6 +29,8 @@ def find_tokenizers(
 ) -> tuple[Tokenizer, ...]:
     """CLIP's one vocabulary for each text encoder: from --tokenizer, or the folder `tokenizer` beside the file."""
     if not encoders:
+        if given:
+            raise InputError(f"--tokenizer={given} is for models of texts; {path} is none")
         return ()
     where = Path(given) if given else path.parent / "tokenizer"
     if not where.is_dir():

@@ -58,9 +58,14 @@ class Pretrained(NamedTuple):
     classes: ClassEmbedder | None = None  # of a class-conditional model
 
 
-def is_model(path: Path) -> bool:
-    """Whether this is a diffusers folder or a single file rather than a run folder."""
-    return (path / folder.INDEX).is_file() or (path.is_file() and path.suffix in single_file.SUFFIXES)
+def is_folder(path: Path) -> bool:
+    """Whether this is a diffusers folder rather than a run folder."""
+    return (path / folder.INDEX).is_file()
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether this is a file that may hold a whole model."""
+    return path.is_file() and path.suffix in single_file.SUFFIXES
 
 
 def load(

@@ -53,7 +53,7 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    if pretrained.is_model(path):
+    if pretrained.is_folder(path) or pretrained.is_single_file(path):
         model, config, params = pretrained.load(path, dtype or "float32", extras)
         class_names = tuple(map(str, range(model.classes.num_classes))) if model.classes else ()
         return Trained(config, class_names, params, 0, model)

@@ -2,13 +2,15 @@
 
 import shutil
 
+import jax.numpy as jnp
 import jobs
 import ldm_files
 import numpy as np
 import pytest
 
 from ldm_jax import commands, evaluate, sample, trained
-from ldm_jax.extras import Extras
+from ldm_jax.errors import InputError
+from ldm_jax.extras import Extras, other_autoencoder
 from ldm_jax.interop import ldm_families
 from ldm_jax.interop.weights import write_safetensors
 
@@ -79,7 +81,21 @@ def test_a_model_of_classes_draws(file_of, tmp_path):
     assert commands.run(sample.main, [*again, f"--out={tmp_path / 'again'}"]) == 2  # of eps it is another model
 
 
-def write_autoencoder(folder, family, **changes):
+def test_another_autoencoder_from_a_folder(file_of, tmp_path):
+    """Its own, or that of a whole model."""
+    folder, own = ldm_files.write_folder(tmp_path / "folder", SD1), ldm_files.make_autoencoder(SD1)
+    shift, scale = np.zeros(4, np.float32), np.full(4, 0.18215, np.float32)
+    for path in (folder, folder / "vae"):
+        autoencoder, params = other_autoencoder(path, own, shift, scale, "bfloat16")
+        assert autoencoder == own.clone(dtype=jnp.dtype("bfloat16"))
+        assert params["decoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="their scale is"):
+        other_autoencoder(folder, own, shift, 2 * scale, "float32")
+    with pytest.raises(InputError, match="has other latents than --model: kind"):
+        other_autoencoder(folder, ldm_files.make_autoencoder(CLASSES), shift, scale, "float32")
+
+
+def write_autoencoder(folder, family):
     """A folder with an autoencoder alone."""
     whole = ldm_files.write_folder(folder / "whole", family)
     name = ldm_families.FAMILIES[family].autoencoder
@@ -90,6 +106,7 @@ REFUSED = {  # family, flags -> what the line must say
     "no tokenizer": (SD1, ["--prompt=low", "--tokenizer=nowhere"], "there is no folder --tokenizer=nowhere"),
     "no such prediction": (SD1, ["--prompt=low", "--prediction=z0"], "prediction"),
     "a class beyond the last": (CLASSES, ["--label=5"], "--label=5 is no class"),
+    "a tokenizer for no texts": (CLASSES, ["--tokenizer=some"], "--tokenizer=some is for models of texts"),
     "no such autoencoder": (SD1, ["--prompt=low", "--vae=nowhere"], "there is no folder nowhere"),
     "a model as an autoencoder": (SD1, ["--prompt=low", "--vae=MODEL"], "unexpected: cond_stage_model"),
     "an autoencoder of other latents": (SD1, ["--prompt=low", "--vae=OTHER"], "has other latents than --model"),

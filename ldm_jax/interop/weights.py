@@ -64,7 +64,7 @@ def read_state_dict(folder: Path, *, variant: str | None = None, dtype: DTypeLik
       folder: a component's folder, such as the unet/ of Stable Diffusion.
       variant: for instance "fp16"; None takes full precision if it is there, else half.
       dtype: what floats are cast to; None keeps theirs. Safetensors kept as they are stay in the file until they are
-        used (views of its mapped memory); cast ones are read one by one. A .bin is read whole, bfloat16 as float32.
+        used (views of its mapped memory); cast ones are read one by one, as are those of a .bin.
 
     Raises:
       InputError: if there are no such weights, a file is missing or damaged, or a pickle holds anything but tensors.
