@@ -173,10 +173,20 @@ def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.n
     return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
 
 
-def generator_of(model: Trained, batch_size: int, guide: Guide | None = None) -> Generator:
-    """The generator of a trained model."""
+def at_size(model: Trained, size: tuple[int, int]) -> Trained:
+    """The model for pictures of this (height, width); a run of ours has but one size."""
+    if tuple(size) == builders.picture_size(model.config):
+        return model
+    config = model.config.copy_and_resolve_references().unlock()
+    config.data.image_size = tuple(size)
+    return model._replace(config=config.lock())
+
+
+def generator_of(model: Trained, batch_size: int, guide: Guide | None = None, *, vae_tiling: bool = False) -> Generator:
+    """The generator of a trained model; `vae_tiling`: the autoencoder of a diffusers model works in tiles."""
     if model.pretrained:
-        return pretrained.build_generator(model.pretrained, builders.latent_shape(model.config), batch_size, SNAPSHOTS)
+        shape = builders.latent_shape(model.config)
+        return pretrained.build_generator(model.pretrained, shape, batch_size, SNAPSHOTS, vae_tiling)
     return build_generator(model.config, len(model.class_names), batch_size, guide)
 
 

@@ -11,7 +11,7 @@ An index tells for each tensor which file has it.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,13 +86,21 @@ def _names(variant: str | None) -> Iterator[str]:
         yield f"{name}{v}.{suffix}"
 
 
+def best_weights(names: Collection[str], variant: str | None = None) -> str | None:
+    """Which of the files in a component's folder is read: one with weights, or an index of shards; None if none is."""
+    for wanted in VARIANTS if variant is None else (variant,):
+        for name in _names(wanted):
+            if name in names:
+                return name
+    return None
+
+
 def _choose(folder: Path, variant: str | None) -> Path:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
-    for wanted in VARIANTS if variant is None else (variant,):
-        for name in _names(wanted):
-            if (folder / name).is_file():
-                return folder / name
+    best = best_weights({path.name for path in folder.iterdir() if path.is_file()}, variant)
+    if best is not None:
+        return folder / best
     there = ", ".join(weight_files(folder)) or "no weights at all"
     what = "weights" if variant is None else f"weights of the variant {variant!r}"
     raise InputError(f"{folder} has no {what}, for instance {[*_names(variant)][2]}; it has {there}")
