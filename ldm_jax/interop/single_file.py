@@ -101,10 +101,11 @@ def read(path: Path, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float3
         shapes = {name: shape for name, shape in file.shapes.items() if not IGNORED.fullmatch(name)}
         fields = _variant(family, shapes, prediction, file.step)
         _check_noise_levels(file, fields)
-        factor = float(file.read("scale_factor", np.float32)) if shapes.pop("scale_factor", None) == () else None
-        autoencoder, shift, scale = _autoencoder(
-            shapes, FIRST_STAGE, factor or fields.scaling_factor, fields.sample_size, dtype
-        )
+        factor = fields.scaling_factor
+        if shapes.get("scale_factor") == ():  # of latents that were measured in training
+            shapes.pop("scale_factor")
+            factor = float(file.read("scale_factor", np.float32))
+        autoencoder, shift, scale = _autoencoder(shapes, FIRST_STAGE, factor, fields.sample_size, dtype)
         texts = [_text(shapes, text, dtype) for text in fields.texts]
         pooled = texts[-1].module.projection_dim or 0 if texts else 0
         parts = {"unet": _unet(shapes, fields, pooled, dtype), fields.autoencoder: autoencoder}

@@ -71,10 +71,11 @@ def test_a_file_is_the_model_that_it_was_made_of(family, made, write):
 
 
 def test_nine_channels_inpaint(made, write):
-    """Here with a text encoder as transformers names its tensors since 5.6."""
+    """Here with a text encoder as transformers names its tensors since 5.6, and a scale that was measured."""
     tensors = {name.replace("transformer.text_model.", "transformer."): t for name, t in made(SD1)[2].items()}
     first = {"model.diffusion_model.input_blocks.0.0.weight": np.zeros((32, 9, 3, 3), np.float32)}
-    found = single_file.read(write(tensors | first))
+    found = single_file.read(write(tensors | first | {"scale_factor": np.array(0.25, np.float32)}))
+    np.testing.assert_array_equal(found.scale, np.full(4, 0.25, np.float32))
     assert (found.pipeline, found.unet[0].in_channels) == ("StableDiffusionInpaintPipeline", 9)
     assert (found.scheduler["_class_name"], found.scheduler["prediction_type"]) == ("DDIMScheduler", "epsilon")
 
@@ -230,6 +231,7 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
     "one tensor missing": (
         SD1, without(f"{UNET}out.0.bias"), f"1 missing: {UNET}out.0.bias (unet conv_norm_out.bias)"),
     "an unexpected tensor": (CLASSES, having(v_pred=()), "1 unexpected: v_pred"),
+    "two scales": (CLASSES, having(scale_factor=(2,)), "1 unexpected: scale_factor"),
     "another shape": (
         CLASSES, having(model__diffusion_model__time_embed__0__bias=(7,)),
         "unet: the weights are not those of this model: 1 of the wrong shape: time_embedding.linear_1.bias"),
