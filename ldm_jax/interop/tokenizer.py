@@ -6,6 +6,7 @@ normalisation. It takes a second to import, so that waits until a folder is load
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,8 +46,8 @@ class Tokenizer:
       vocab_size: all ids are below it; the text encoder must have as many.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, folder: Path):
+        self._tokenizer, self._folder = tokenizer, folder
         self.max_length: int = tokenizer.model_max_length
         self.vocab_size: int = len(tokenizer)
 
@@ -63,6 +64,13 @@ class Tokenizer:
         rows = self._tokenizer(list(prompts), padding="max_length", truncation=True, return_overflowing_tokens=True)
         _, first, count = np.unique(rows["overflow_to_sample_mapping"], return_index=True, return_counts=True)
         return Tokens(np.array(rows["input_ids"], np.int32)[first], count > 1)
+
+    def save(self, folder: Path) -> None:
+        """Copies the files that it was made of to a new folder."""
+        folder.mkdir(parents=True)
+        for name in (CONFIG, *sum(LAYOUTS, ()), *OTHER_FILES):
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, folder / name)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -83,7 +91,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             raise InputError(f"{folder}: not readable as a CLIP tokenizer: {reason}") from error
     if tokenizer.pad_token is None:
         raise InputError(f"{folder}: the tokenizer has no pad_token; {CONFIG} must name one")
-    return Tokenizer(tokenizer)
+    return Tokenizer(tokenizer, folder)
 
 
 def _check_files(folder: Path) -> None:
