@@ -75,7 +75,7 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     """
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline = settings.get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"--model={path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
     encoder_names, autoencoder_name, guidance = PIPELINES[pipeline]
     for name in ("unet", "scheduler", autoencoder_name, *encoder_names):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, pretrained, run_folder
+from ldm_jax import builders, config_rules, configuration, exported, pretrained, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
@@ -42,11 +42,19 @@ class Trained(NamedTuple):
 
 
 def load(path: Path, dtype: str | None = None) -> Trained:
-    """Reads a run folder or a diffusers folder; `dtype` of its arithmetic, unless it is as in the config.
+    """Reads a run folder, or what `convert` made of one, or a diffusers folder.
+
+    Args:
+      path: of the folder.
+      dtype: of the arithmetic; None: as in the config.
 
     Raises:
       InputError: it is neither, is not trained yet, or does not fit its own config.
     """
+    if exported.is_exported(path):
+        found = exported.load(path)
+        class_names = tuple(found.data["class_names"])
+        return Trained(_with_dtype(found.config, dtype), class_names, found.params, found.step)
     if pretrained.is_folder(path):
         model, config, params = pretrained.load(path, dtype or "float32")
         return Trained(config, (), params, 0, model)
@@ -55,16 +63,20 @@ def load(path: Path, dtype: str | None = None) -> Trained:
         raise InputError(f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist")
     config = configuration.from_json(path / "config.json")
     config_rules.validate(config)
-    if dtype is not None:
-        with config.unlocked():
-            config.dtype = dtype
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
     params = _averaged(flat, like, path / "diffusion") | load_first_stage(path, config)
-    return Trained(config, class_names, params, int(flat["step"]))
+    return Trained(_with_dtype(config, dtype), class_names, params, int(flat["step"]))
+
+
+def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
+    if dtype is not None:
+        with config.unlocked():
+            config.dtype = dtype
+    return config
 
 
 def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
