@@ -95,7 +95,7 @@ def is_single_file(path: Path) -> bool:
 def family_of(path: Path) -> tuple[str, Family]:
     """The class of a folder's pipeline, and what that has; raises InputError for one that is not supported."""
     pipeline = folder.read_settings(path).get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"{path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
     return pipeline, PIPELINES[pipeline]
 

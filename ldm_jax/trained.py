@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, pretrained, run_folder
+from ldm_jax import builders, config_rules, configuration, exported, pretrained, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
@@ -43,23 +43,28 @@ class Trained(NamedTuple):
 
 
 def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Trained:
-    """Reads a run folder, a diffusers folder or a single file.
+    """Reads a run folder, or what `convert` made of one, a diffusers folder or a single file.
 
     Args:
       path: of any of them.
-      dtype: of its arithmetic, unless it is as in the config.
+      dtype: of the arithmetic; None: as in the config.
       extras: what a diffusers folder or a single file does not say.
 
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    if pretrained.is_folder(path) or pretrained.is_single_file(path):
+    is_exported = exported.is_exported(path)
+    if not is_exported and (pretrained.is_folder(path) or pretrained.is_single_file(path)):
         model, config, params = pretrained.load(path, dtype or "float32", extras)
         class_names = tuple(map(str, range(model.classes.num_classes))) if model.classes else ()
         return Trained(config, class_names, params, 0, model)
     for name, value in extras._asdict().items():
         if value:
             raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
+    if is_exported:
+        found = exported.load(path)
+        class_names = tuple(found.data["class_names"])
+        return Trained(_with_dtype(found.config, dtype), class_names, found.params, found.step)
     if not path.is_dir():
         problem = "is a file of another kind" if path.exists() else "does not exist"
         raise InputError(
@@ -68,16 +73,20 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
         )
     config = configuration.from_json(path / "config.json")
     config_rules.validate(config)
-    if dtype is not None:
-        with config.unlocked():
-            config.dtype = dtype
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
     params = _averaged(flat, like, path / "diffusion") | load_first_stage(path, config)
-    return Trained(config, class_names, params, int(flat["step"]))
+    return Trained(_with_dtype(config, dtype), class_names, params, int(flat["step"]))
+
+
+def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
+    if dtype is not None:
+        with config.unlocked():
+            config.dtype = dtype
+    return config
 
 
 def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:

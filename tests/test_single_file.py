@@ -8,7 +8,7 @@ import ldm_files
 import numpy as np
 import pytest
 
-from ldm_jax import commands, evaluate, sample, trained
+from ldm_jax import commands, convert, evaluate, sample, trained
 from ldm_jax.errors import InputError
 from ldm_jax.extras import Extras, other_autoencoder
 from ldm_jax.interop import ldm_families
@@ -53,6 +53,24 @@ def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
         assert ours[name] == theirs[name], name
     for one, other in zip(ours["tokenizers"], theirs["tokenizers"], strict=True):
         np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
+
+
+@pytest.mark.parametrize("family", [SD2, XL])
+def test_a_file_becomes_a_folder(family, file_of, tmp_path):
+    """The same model to the bit, whose tokenizers fill up as they should: with ! in SD 2 and in SDXL's second."""
+    file, folder = file_of(family), tmp_path / "folder"
+    assert commands.run(convert.main, ["convert", f"--model={file}", f"--to={folder}"]) == 0
+    before, after = trained.load(file), trained.load(folder)
+    assert trained.fingerprint(before) == trained.fingerprint(after)
+    assert before.config.to_dict() == after.config.to_dict()
+    for one, other in zip(before.pretrained.tokenizers, after.pretrained.tokenizers, strict=True):
+        np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
+
+
+def test_a_model_of_classes_is_not_written(file_of, tmp_path, capsys):
+    assert commands.run(convert.main, ["convert", f"--model={file_of(CLASSES)}", f"--to={tmp_path / 'folder'}"]) == 2
+    assert "diffusers has no pipeline for it" in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_tokenizer_of_another_model(file_of, tmp_path):

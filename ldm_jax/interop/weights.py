@@ -224,6 +224,9 @@ def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
     state = {name: np.asarray(value, order="C") for name, value in state.items()}
     try:
         with atomic(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # of new files here; safetensors lets nobody but the owner read its own
             save_file(state, temporary, metadata={"format": "pt"})
+            temporary.chmod(mode)
     except SafetensorError as error:
         raise RunError(f"could not write {path}: {error}") from error
