@@ -9,6 +9,8 @@ from ldm_jax.config_rules import DTYPES, SAMPLERS, SPACINGS, VARIANCES, check_ch
 from ldm_jax.configuration import flatten
 from ldm_jax.errors import InputError
 
+MODEL = "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
+
 
 def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = False) -> None:
     """Parses the command line into `flag_values`, with --config=FILE and --config.FIELD=VALUE if `config`.
@@ -69,9 +71,7 @@ def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bo
 
 def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     """Of which model to draw what, how, and where to; None = as in the model's config."""
-    flags.DEFINE_string(
-        "model", None, "a run folder, a diffusers folder, or a hub id such as org/name[@revision]", flag_values=values
-    )
+    flags.DEFINE_string("model", None, MODEL, flag_values=values)
     flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "models of texts: what to draw; one picture each", flag_values=values)
@@ -128,6 +128,13 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     string("negative_label", None, "a class that guidance leads away from", flag_values=values)
     flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
     string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)
+
+
+def define_file_flags(values: flags.FlagValues) -> None:
+    """What models of other people may leave open; "" = as they say, or as is usual (see `extras.Extras`)."""
+    flags.DEFINE_string("tokenizer", "", "of a single file: a folder with CLIP's vocabulary", flag_values=values)
+    flags.DEFINE_enum("prediction", "", ["", "eps", "v"], "of a single file: what it predicts", flag_values=values)
+    flags.DEFINE_string("vae", "", "an autoencoder's folder or file instead of the model's own", flag_values=values)
 
 
 def define_device_flags(flag_values: flags.FlagValues) -> None:

@@ -47,6 +47,11 @@ def from_json(path: Path) -> ConfigDict:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(fields, dict):
         raise InputError(f"{path} is damaged: it holds no fields")
+    return from_fields(fields)
+
+
+def from_fields(fields: dict[str, Any]) -> ConfigDict:
+    """The config of what `to_json` wrote, parsed."""
     return ConfigDict(_tuples(fields)).lock()
 
 

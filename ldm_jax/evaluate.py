@@ -45,16 +45,15 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import builders, drawing, hub, recipe, scoring, trained
+    from ldm_jax import builders, drawing, hub, pretrained, recipe, scoring, trained
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
+    for is_one, what in ((pretrained.is_single_file, "single file"), (pretrained.is_folder, "diffusers folder")):
+        if not with_config and is_one(Path(values.model)):
+            raise InputError(f"--model={values.model} is a {what}, which names no test images; add --config=FILE")
     model = trained.load(hub.find(values.model) if with_config else Path(values.model), values.dtype)
-    if with_config:
-        config = scoring.with_data_of(model, values.config).unlock()
-    elif model.pretrained:
-        raise InputError(f"--model={values.model} is a diffusers folder, which names no test images; add --config=FILE")
-    else:
-        config = model.config.copy_and_resolve_references().unlock()
+    config = scoring.with_data_of(model, values.config) if with_config else model.config
+    config = config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
     wanted = recipe.from_flags(model, values, labels=list(range(len(model.class_names))))

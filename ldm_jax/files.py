@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,32 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
+    """Gives a temporary folder that becomes `path` when the block ends well; else nothing is left of it.
+
+    Raises:
+      InputError: `path` is a file, or a folder with something in it, or cannot be made; the line names --`flag`.
+    """
+    final = path.resolve()
+    if final.exists() and not final.is_dir():
+        raise InputError(f"--{flag}={path} is a file; it must be a new or an empty folder")
+    if final.is_dir() and any(final.iterdir()):
+        raise InputError(f"--{flag}={path} is not empty; choose a new or an empty folder")
+    above = next(parent for parent in final.parents if parent.exists())  # on the same disk as `final` will be
+    temporary = above / f".{final.name}.{secrets.token_hex(4)}"
+    try:
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"--{flag}={path}: no folder can be made in {above}: {error.strerror}") from error
+    try:
+        yield temporary
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""A diffusers folder as a trained model: Stable Diffusion 1, 2 and XL, their inpainting kin, x4 upscaler, LDMs.
+"""A diffusers folder or single file as a trained model: Stable Diffusion 1, 2, XL, inpainting, x4 upscaler, LDMs.
 
 What `trained` makes of a run folder, this makes of other people's files: modules, parameters, and how their pictures
 are drawn unless one is told otherwise.
@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from ldm_jax import upscaling
 from ldm_jax.errors import InputError
+from ldm_jax.extras import NO_EXTRAS, Extras, find_tokenizers, other_autoencoder
 from ldm_jax.first_stage import FirstStage, make_first_stage
 from ldm_jax.generate import Generator, make_generator
-from ldm_jax.interop import folder
+from ldm_jax.interop import folder, single_file
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +27,7 @@ from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
+from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.models.unet import Added, UNet
 from ldm_jax.tiling import tiled
 from ldm_jax.upscaling import Upscaling
@@ -55,10 +57,11 @@ PIPELINES = {
     ),
     "LDMPipeline": Family((), "vqvae", 1.0),
 }
+CLASS_GUIDANCE = 3.0  # that CompVis drew their class-conditional model's pictures with
 
 
 class Pretrained(NamedTuple):
-    """What a folder holds beside the parameters."""
+    """What a folder or file holds beside the parameters."""
 
     pipeline: str  # its class
     unet: nn.Module
@@ -69,6 +72,7 @@ class Pretrained(NamedTuple):
     zeros_for_nothing: bool  # SDXL: no negative prompt is told by zeros, not by the empty text
     tile: int  # side in pixels of what the autoencoder takes at a time, if asked to tile
     upscaling: Upscaling | None  # of the x4 upscaler
+    classes: ClassEmbedder | None = None  # of a class-conditional model
 
     @property
     def map_kind(self) -> str:
@@ -83,20 +87,28 @@ def is_folder(path: Path) -> bool:
     return (path / folder.INDEX).is_file()
 
 
+def is_single_file(path: Path) -> bool:
+    """Whether this is a file that may hold a whole model."""
+    return path.is_file() and path.suffix in single_file.SUFFIXES
+
+
 def family_of(path: Path) -> tuple[str, Family]:
     """The class of a folder's pipeline, and what that has; raises InputError for one that is not supported."""
     pipeline = folder.read_settings(path).get("_class_name")
-    if pipeline not in PIPELINES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"{path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
     return pipeline, PIPELINES[pipeline]
 
 
-def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
-    """Reads a diffusers folder.
+def load(
+    path: Path, dtype: str = "float32", extras: Extras = NO_EXTRAS
+) -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
+    """Reads a diffusers folder or a single file.
 
     Args:
-      path: with model_index.json.
+      path: a folder with model_index.json, or a .safetensors or .ckpt in the layout of CompVis and Stability AI.
       dtype: of parameters and arithmetic, float32 or bfloat16.
+      extras: what such a path does not say.
 
     Returns:
       What it is; a config with the fields of ours that say how it draws; params as `generate.make_generator` takes
@@ -105,6 +117,24 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     Raises:
       InputError: something is missing or damaged, or of a kind that is not supported; the line names it.
     """
+    if path.is_file():
+        model, params, size = _load_file(path, dtype, extras)
+    else:
+        given = [name for name in ("tokenizer", "prediction") if getattr(extras, name)]
+        if given:
+            raise InputError(f"--{given[0]} is for models in a single file; {path} says it itself")
+        model, params, size = _load_folder(path, dtype)
+    if extras.vae:
+        autoencoder, own = other_autoencoder(
+            Path(extras.vae), model.autoencoder, params["shift"], params["scale"], dtype
+        )
+        model, params = model._replace(autoencoder=autoencoder), params | {"autoencoder": own}
+    _check_widths(path, model, len(params["scale"]))
+    return model, _config(model, size, dtype), params
+
+
+def _load_folder(path: Path, dtype: str) -> tuple[Pretrained, dict[str, Any], tuple[int, int]]:
+    """The model, its parameters, and the (height, width) of its latents."""
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline, family = family_of(path)
     for name in ("unet", *family.schedulers, family.autoencoder, *family.encoders):
@@ -115,7 +145,7 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     if isinstance(unet, UNet) != bool(family.encoders):
         raise InputError(f"--model={path}: the class of its UNet, which unet/config.json names, is not a {pipeline}'s")
     autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **kind)
-    texts = [_load_text_encoder(path / name, dtype) for name in family.encoders]
+    texts = [load_text_encoder(path / name, dtype) for name in family.encoders]
     upscales = "low_res_scheduler" in family.schedulers
     model = Pretrained(
         pipeline=pipeline,
@@ -128,12 +158,11 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
         tile=_tile(path / family.autoencoder),
         upscaling=upscaling.read(path, settings, unet.num_class_embeds) if upscales else None,
     )
-    _check_widths(path, model, len(scale))
     params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
     params["conditioner"] = [text_params for _, text_params in texts]
     if upscales:
         params["scale"] = np.full_like(scale, upscaling.SCALE)
-    return model, _config(model, _latent_size(path), dtype), params
+    return model, params, _latent_size(path)
 
 
 def _latent_size(path: Path) -> tuple[int, int]:
@@ -148,7 +177,30 @@ def _latent_size(path: Path) -> tuple[int, int]:
     return tuple(sides)
 
 
-def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
+def _load_file(path: Path, dtype: str, extras: Extras) -> tuple[Pretrained, dict[str, Any], tuple[int, int]]:
+    """As `_load_folder`, of a single file."""
+    kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
+    found = single_file.read(path, prediction=extras.prediction, **kind)
+    encoders = tuple(encoder for encoder, _ in found.texts)
+    model = Pretrained(
+        pipeline=found.pipeline,
+        unet=found.unet[0],
+        autoencoder=found.autoencoder[0],
+        encoders=encoders,
+        tokenizers=find_tokenizers(path, extras.tokenizer, encoders, found.pads),
+        scheduler=found.scheduler,
+        zeros_for_nothing=True,
+        tile=found.sample_size * found.autoencoder[0].downsampling,
+        upscaling=None,
+        classes=found.classes[0] if found.classes else None,
+    )
+    params = {"unet": found.unet[1], "autoencoder": found.autoencoder[1], "shift": found.shift, "scale": found.scale}
+    params["conditioner"] = found.classes[1] if found.classes else [text_params for _, text_params in found.texts]
+    return model, params, (found.sample_size, found.sample_size)
+
+
+def load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
+    """The network of a text encoder's folder, and its parameters, NumPy arrays; raises InputError."""
     encoder = text_encoder_from_config(folder.component_config(path.parent, path.name)).clone(dtype=jnp.dtype(dtype))
     target = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     return encoder, text_params_from_state_dict(read_state_dict(path, dtype=jnp.dtype(dtype)), target)
@@ -209,7 +261,7 @@ def _config(model: Pretrained, size: tuple[int, int], dtype: str) -> ConfigDict:
                 "eta": 0.0,
                 "variance": scheduler.options.get("variance", "fixed_small"),
                 "churn": 0.0,
-                "guidance": family.guidance,
+                "guidance": CLASS_GUIDANCE if model.classes else family.guidance,
                 "guidance_interval": (0.0, 1.0),
                 "guidance_rescale": 0.0,
                 "threshold": 0.0,
@@ -272,6 +324,11 @@ def make_tau(
     return tau
 
 
+def make_class_tau(classes: ClassEmbedder) -> Callable[[Any, Any], dict[str, jax.Array]]:
+    """(params, labels) -> the arguments by which the UNet is told of a class."""
+    return lambda params, label: {"context": classes.apply({"params": params}, label)}
+
+
 def _beside(rows: jax.Array, array: jax.Array) -> jax.Array:
     """[B] in the shape [B, 1, ...] that goes with an array [B, ...]."""
     return rows.reshape(-1, *[1] * (array.ndim - 1))
@@ -302,10 +359,11 @@ def build_generator(
             first_stage = tiled(first_stage, model.tile, model.autoencoder.downsampling)
         except ValueError as error:
             raise InputError(f"--vae_tiling: the autoencoder's sample_size says so, but {error}") from error
+    classes = model.classes
     return make_generator(
         unet=model.unet,
-        tau=make_tau(model.encoders, upscales=model.upscaling is not None),
-        null=None if model.encoders else 0,
+        tau=make_class_tau(classes) if classes else make_tau(model.encoders, upscales=model.upscaling is not None),
+        null=None if model.encoders else classes.null if classes else 0,
         map_condition=_map_condition(model, first_stage, latent_shape),
         first_stage=first_stage,
         latent_shape=latent_shape,

@@ -5,6 +5,8 @@
 
     ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main]   a model of the hub, fetched unless it is in its cache
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
+    ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v]   one file in the layout of CompVis or Stability
+    ... --vae=PATH                                      another autoencoder than the folder's or file's own
     ... --height=512 --width=768 [--vae_tiling]         of another size than the model's own: diffusers folders
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
@@ -41,6 +43,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
     command_line.define_drawing_flags(values, num=64)
     command_line.define_editing_flags(values)
+    command_line.define_file_flags(values)
     command_line.define_device_flags(values)
     return values
 
@@ -57,10 +60,13 @@ def main(argv: list[str]) -> None:
     commands.start_devices(values)
 
     from ldm_jax import drawing, hub, recipe, trained
+    from ldm_jax.extras import Extras
 
-    model = trained.load(hub.find(values.model), values.dtype)
+    extras = Extras(values.tokenizer, values.prediction, values.vae)
+    model = trained.load(hub.find(values.model), values.dtype, extras)
     if values.from_recipe:
-        check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "dtype", "save_trajectory"))
+        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", *extras._fields)
+        check_alone(values, "from_recipe", beside=beside)
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, pretrained, run_folder
+from ldm_jax import builders, config_rules, configuration, exported, pretrained, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import Bound, make_bound
+from ldm_jax.extras import NO_EXTRAS, Extras
 from ldm_jax.first_stage import make_first_stage, reconstruct
 from ldm_jax.generate import Generator, make_generator
 from ldm_jax.pretrained import Pretrained
@@ -38,33 +39,54 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...]  # () for unlabelled sets
     params: dict[str, Any]  # unet, conditioner, autoencoder, shift, scale: what `generate` takes
     step: int  # updates behind the parameters
-    pretrained: Pretrained | None = None  # what a diffusers folder holds beside; None for a run of ours
+    pretrained: Pretrained | None = None  # what a diffusers folder or file holds beside; None for a run of ours
 
 
-def load(path: Path, dtype: str | None = None) -> Trained:
-    """Reads a run folder or a diffusers folder; `dtype` of its arithmetic, unless it is as in the config.
+def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Trained:
+    """Reads a run folder, or what `convert` made of one, a diffusers folder or a single file.
+
+    Args:
+      path: of any of them.
+      dtype: of the arithmetic; None: as in the config.
+      extras: what a diffusers folder or a single file does not say.
 
     Raises:
-      InputError: it is neither, is not trained yet, or does not fit its own config.
+      InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    if pretrained.is_folder(path):
-        model, config, params = pretrained.load(path, dtype or "float32")
-        return Trained(config, (), params, 0, model)
+    is_exported = exported.is_exported(path)
+    if not is_exported and (pretrained.is_folder(path) or pretrained.is_single_file(path)):
+        model, config, params = pretrained.load(path, dtype or "float32", extras)
+        class_names = tuple(map(str, range(model.classes.num_classes))) if model.classes else ()
+        return Trained(config, class_names, params, 0, model)
+    for name, value in extras._asdict().items():
+        if value:
+            raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
+    if is_exported:
+        found = exported.load(path)
+        class_names = tuple(found.data["class_names"])
+        return Trained(_with_dtype(found.config, dtype), class_names, found.params, found.step)
     if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist")
+        problem = "is a file of another kind" if path.exists() else "does not exist"
+        raise InputError(
+            f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist, a diffusers folder, or a "
+            "model in one .safetensors or .ckpt"
+        )
     config = configuration.from_json(path / "config.json")
     config_rules.validate(config)
-    if dtype is not None:
-        with config.unlocked():
-            config.dtype = dtype
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
     params = _averaged(flat, like, path / "diffusion") | load_first_stage(path, config)
-    return Trained(config, class_names, params, int(flat["step"]))
+    return Trained(_with_dtype(config, dtype), class_names, params, int(flat["step"]))
+
+
+def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
+    if dtype is not None:
+        with config.unlocked():
+            config.dtype = dtype
+    return config
 
 
 def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
@@ -120,8 +142,9 @@ def _latents_of(params: dict[str, Any], config: ConfigDict) -> str:
 
 
 def fingerprint(model: Trained | Guide) -> str:
-    """A hash of all parameters: equal means the same model."""
-    return content_hash(model.params)
+    """A hash of all parameters, and of what they predict if a user can say: equal means the same model."""
+    told = isinstance(model, Trained) and model.pretrained
+    return content_hash(model.params, *([model.config.diffusion.prediction] if told else []))
 
 
 def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:

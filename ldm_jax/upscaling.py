@@ -26,6 +26,7 @@ class Upscaling(NamedTuple):
 
     alpha_bar: np.ndarray  # [T] float64
     max_noise_level: int
+    scheduler: Mapping[str, Any]  # the scheduler_config.json that says so
 
 
 def read(path: Path, settings: Mapping[str, Any], levels: int | None) -> Upscaling:
@@ -39,14 +40,15 @@ def read(path: Path, settings: Mapping[str, Any], levels: int | None) -> Upscali
     Raises:
       InputError: no such scheduler, or a highest level that it or the UNet does not know.
     """
-    alpha_bar = scheduler_from_config(folder.component_config(path, "low_res_scheduler")).schedule.alpha_bar
+    scheduler = folder.component_config(path, "low_res_scheduler")
+    alpha_bar = scheduler_from_config(scheduler).schedule.alpha_bar
     highest, known = settings.get("max_noise_level", MAX_NOISE_LEVEL), min(levels or 0, len(alpha_bar))
     if not isinstance(highest, int) or not 0 <= highest < known:
         raise InputError(
             f"{path / folder.INDEX}: max_noise_level is {highest}; the UNet's num_class_embeds and low_res_scheduler "
             f"know {known} levels, from 0"
         )
-    return Upscaling(alpha_bar, highest)
+    return Upscaling(alpha_bar, highest, scheduler)
 
 
 def noised(maps: np.ndarray, noise_level: int, upscaling: Upscaling, seed: int, num: int) -> np.ndarray:

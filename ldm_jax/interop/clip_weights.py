@@ -60,6 +60,14 @@ def text_encoder_from_config(config: Mapping[str, Any]) -> CLIPTextEncoder:
     return encoder
 
 
+def config_from_text_encoder(encoder: CLIPTextEncoder) -> dict[str, Any]:
+    """The inverse of `text_encoder_from_config`: a config.json for transformers."""
+    projects = encoder.projection_dim is not None
+    architecture = next(name for name, has in ARCHITECTURES.items() if has == projects)
+    fields = {name: getattr(encoder, name) for name in KEYS if name != "projection_dim" or projects}
+    return {"architectures": [architecture], "model_type": "clip_text_model"} | fields
+
+
 def text_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
     """A text encoder's parameters from a state dict of transformers, with or without the prefix `text_model.`.
 

@@ -211,6 +211,11 @@ def defaults(name: str) -> dict[str, Any]:
     return {field: default for field, (default, _) in TABLES[name].items()}
 
 
+def hints(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields of a config of the diffusers class `name` that change nothing here, but may in diffusers."""
+    return {field: config[field] for field, (_, kind) in TABLES[name].items() if kind is IGNORED and field in config}
+
+
 def class_name(config: Mapping[str, Any], known: Collection[str]) -> str:
     """The diffusers class that a config is of; raises InputError unless it is one of `known`."""
     name = config.get("_class_name")

@@ -34,7 +34,7 @@ def read_index(path: Path) -> dict[str, tuple[str, str]]:
     components = {
         name: tuple(entry)
         for name, entry in entries.items()
-        if _is_component(entry) and None not in entry and name not in SKIPPED
+        if _is_component(name, entry) and None not in entry and name not in SKIPPED
     }
     if not components:
         raise InputError(f"{Path(path) / INDEX} is damaged: it names no component")
@@ -44,11 +44,17 @@ def read_index(path: Path) -> dict[str, tuple[str, str]]:
 def read_settings(path: Path) -> dict[str, Any]:
     """What else a pipeline's model_index.json says: `_class_name` and options; same errors as `read_index`."""
     entries = _read_object(path, INDEX)
-    return {name: entry for name, entry in entries.items() if not _is_component(entry)}
+    return {name: entry for name, entry in entries.items() if not _is_component(name, entry)}
 
 
-def _is_component(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str | None) for e in entry)
+def _is_component(name: str, entry: Any) -> bool:
+    """A custom pipeline's own class is such a pair too: the file that has it, and its name."""
+    return (
+        name != "_class_name"
+        and isinstance(entry, list)
+        and len(entry) == 2
+        and all(isinstance(e, str | None) for e in entry)
+    )
 
 
 def component_config(path: Path, name: str) -> dict[str, Any]:

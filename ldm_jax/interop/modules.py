@@ -150,8 +150,7 @@ def config_from_autoencoder(
         if shift[0]:
             fields["shift_factor"] = _shortest(shift[0])
     else:
-        per_channel = {"latents_mean": shift, "latents_std": 1 / np.asarray(scale, np.float64)}
-        fields |= {field: [_shortest(x) for x in values] for field, values in per_channel.items()}
+        fields |= {"latents_mean": [_shortest(x) for x in shift], "latents_std": [_inverse(x) for x in scale]}
         fields["scaling_factor"] = 1.0
     return _config(name, fields)
 
@@ -192,9 +191,16 @@ def _one(value: int | tuple[int, ...]) -> int:
     return value if isinstance(value, int) else value[0]
 
 
-def _shortest(value: np.floating) -> float:
+def _shortest(value: float | np.floating) -> float:
     """A float32 as the shortest decimal that means it: 0.18215 rather than 0.18215000629425049."""
     return float(str(np.float32(value)))
+
+
+def _inverse(scale: np.floating) -> float:
+    """1 / scale as a decimal of which the inverse is that scale again: a short one if it will do."""
+    exact = 1 / float(scale)
+    short = _shortest(exact)
+    return short if np.float32(1 / short) == np.float32(scale) else exact
 
 
 def _config(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ normalisation. It takes a second to import, so that waits until a folder is load
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import write_json
 
 CONFIG = "tokenizer_config.json"
 # The vocabulary in either layout; transformers 5 writes the second one alone, and reads it if both are there.
@@ -45,8 +47,9 @@ class Tokenizer:
       vocab_size: all ids are below it; the text encoder must have as many.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, folder: Path, told: Mapping[str, Any] | None = None):
+        """`told` are the fields of its config, unless the folder has that."""
+        self._tokenizer, self._folder, self._told = tokenizer, folder, told
         self.max_length: int = tokenizer.model_max_length
         self.vocab_size: int = len(tokenizer)
 
@@ -63,6 +66,15 @@ class Tokenizer:
         rows = self._tokenizer(list(prompts), padding="max_length", truncation=True, return_overflowing_tokens=True)
         _, first, count = np.unique(rows["overflow_to_sample_mapping"], return_index=True, return_counts=True)
         return Tokens(np.array(rows["input_ids"], np.int32)[first], count > 1)
+
+    def save(self, folder: Path) -> None:
+        """Writes a new folder: the files that it was made of, or of a vocabulary alone that and what it was told."""
+        folder.mkdir(parents=True)
+        for name in (*sum(LAYOUTS, ()), *(() if self._told else (CONFIG, *OTHER_FILES))):
+            if (self._folder / name).is_file():
+                shutil.copyfile(self._folder / name, folder / name)
+        if self._told:
+            write_json(folder / CONFIG, {"tokenizer_class": CLASSES[0], **self._told})
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -83,7 +95,59 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             raise InputError(f"{folder}: not readable as a CLIP tokenizer: {reason}") from error
     if tokenizer.pad_token is None:
         raise InputError(f"{folder}: the tokenizer has no pad_token; {CONFIG} must name one")
-    return Tokenizer(tokenizer)
+    return Tokenizer(tokenizer, folder)
+
+
+def tokenizer_of_vocabulary(folder: Path, *, pad_token: str, max_length: int) -> Tokenizer:
+    """CLIP's tokenizer of the vocabulary in a folder, whatever padding and length the folder is set to.
+
+    Args:
+      folder: such as Stable Diffusion's `tokenizer/`; vocabulary and merges are enough.
+      pad_token: what prompts are filled up with. As a token of its own it is told apart from the letters around it.
+      max_length: number of ids of every prompt.
+
+    Raises:
+      InputError: for a missing or damaged file, or a vocabulary without CLIP's special tokens or `pad_token`.
+    """
+    folder = Path(folder)
+    vocab, merges = _read_vocabulary(folder)
+    for token in ("<|startoftext|>", "<|endoftext|>", pad_token):
+        if token not in vocab:
+            raise InputError(f"{folder}: the vocabulary has no token {token!r}, as CLIP's has")
+    told = {"pad_token": pad_token, "model_max_length": max_length}
+    with _quiet():
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, **told)
+        except Exception as error:  # damaged files can raise nearly anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{folder}: not readable as a CLIP tokenizer: {reason}") from error
+    return Tokenizer(tokenizer, folder, told)
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id, and the pairs that are merged, in their order; of either layout."""
+    if all((folder / name).is_file() for name in LAYOUTS[0]):
+        vocab = _read_json(folder / "vocab.json")
+        try:
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'merges.txt'}: cannot read the tokenizer's file: {error}") from error
+        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    elif (folder / "tokenizer.json").is_file():
+        model = _read_json(folder / "tokenizer.json").get("model")
+        model = model if isinstance(model, dict) else {}
+        vocab, pairs = model.get("vocab"), model.get("merges")
+        if not isinstance(vocab, dict) or not isinstance(pairs, list):
+            raise InputError(f"{folder / 'tokenizer.json'}: damaged: it holds no vocabulary and merges")
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs]
+    else:
+        layouts = " or ".join(" and ".join(layout) for layout in LAYOUTS)
+        raise InputError(f"{folder}: the tokenizer's vocabulary is missing; there must be {layouts}")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise InputError(f"{folder}: damaged: each of the tokenizer's merges must be a pair")
+    return vocab, [tuple(pair) for pair in pairs]
 
 
 def _check_files(folder: Path) -> None:

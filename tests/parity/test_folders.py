@@ -1,7 +1,6 @@
 """Folders that diffusers writes, opened here, and folders written here, opened by diffusers: the same networks."""
 
 import inspect
-import logging
 from functools import partial
 
 import diffusers
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from parity.quiet import open_quietly
 
 from ldm_jax.interop.config_fields import TABLES, defaults
 from ldm_jax.interop.diffusers import state_dict_from_params
@@ -133,32 +133,6 @@ def call_theirs(model, inputs):
 @partial(jax.jit, static_argnames=("module", "method"))
 def call(module, params, *args, method=None, **named):
     return module.apply({"params": params}, *args, method=method, **named)
-
-
-class Told(logging.Handler):
-    """Remembers what diffusers logs."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def open_quietly(name, folder):
-    """diffusers' model from a folder; it must neither miss a key nor find one too many, nor warn of anything."""
-    told, logger = Told(), logging.getLogger("diffusers")
-    logger.addHandler(told)
-    try:
-        model, info = getattr(diffusers, name).from_pretrained(
-            folder, output_loading_info=True, low_cpu_mem_usage=False, use_safetensors=True
-        )
-    finally:
-        logger.removeHandler(told)
-    assert told.lines == []
-    assert not any(info.values())
-    return model.eval().requires_grad_(False)
 
 
 def public(model):

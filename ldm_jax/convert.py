@@ -1,0 +1,75 @@
+"""Writes a model in another shape.
+
+    python -m ldm_jax.convert --model=runs/fashion_mnist --to=FOLDER    a run as a diffusers folder
+    python -m ldm_jax.convert --model=FOLDER --to=runs/again            such a folder as a run again
+    python -m ldm_jax.convert --model=FOLDER --to=OTHER                 any other diffusers folder anew: current names,
+                                                                        safetensors, [--dtype=bfloat16]
+    python -m ldm_jax.convert --model=FILE.ckpt --to=FOLDER             a single file, or a model of the hub, likewise
+
+A run becomes unet/, vae/, scheduler/, model_index.json, the pipeline.py that diffusers draws with, a model card and
+recipe.json, from which the run is made again to the bit. --to appears whole or not at all.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from ldm_jax import command_line, commands
+from ldm_jax.config_rules import DTYPES, check_choice
+from ldm_jax.errors import InputError
+from ldm_jax.files import new_folder
+
+
+def define_flags() -> flags.FlagValues:
+    """The flags of this command, not yet parsed."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", None, command_line.MODEL, flag_values=values)
+    flags.DEFINE_string("to", None, "the new folder to write to", flag_values=values)
+    flags.DEFINE_string("dtype", None, f"of the weights: {' or '.join(DTYPES)}; default float32", flag_values=values)
+    command_line.define_file_flags(values)
+    return values
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    values = define_flags()
+    if command_line.wants_help(argv, __doc__, values):
+        return
+    command_line.parse(values, argv)
+    for name in ("model", "to"):
+        if not values[name].value:
+            raise InputError(f"--{name} is missing; it must be {values[name].help}")
+    if values.dtype is not None:
+        check_choice("--dtype", values.dtype, DTYPES)
+    to = Path(values.to)
+    with new_folder(to, flag="to") as folder:
+        what = _convert(values, folder)
+    print(f"{what}: {to}")
+
+
+def _convert(values: flags.FlagValues, folder: Path) -> str:
+    """Writes the model to `folder`; returns what that is, in words."""
+    from ldm_jax.xla import configure
+
+    configure()
+
+    from ldm_jax import exported, exporting, hub, trained
+    from ldm_jax.extras import Extras
+
+    path, dtype = hub.find(values.model), values.dtype or "float32"
+    if exported.is_exported(path):
+        if dtype != "float32":
+            raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
+        exporting.write_run(folder, exported.load(path))
+        return "Run folder"
+    model = trained.load(path, dtype, Extras(values.tokenizer, values.prediction, values.vae))
+    if model.pretrained:
+        exporting.write_pretrained_anew(path, folder, model)
+        return f"{model.pretrained.pipeline} in {dtype}"
+    exporting.write_run_for_diffusers(path, folder, model, dtype)
+    return f"Diffusers folder in {dtype}"
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))

@@ -1,0 +1,100 @@
+"""A run of ours in the shape of a diffusers folder, as `convert` writes it: what is in it, and how it is read back.
+
+model_index.json   what diffusers opens, with the latents' shift and scale     unet/         with tau(y) in it
+pipeline.py        the class that diffusers draws with                         vae/          unless it is of pixels
+recipe.json        config and data of the run, and how far it was trained      scheduler/
+README.md          the model card
+
+The conditioner is part of the UNet there, so that diffusers' own class holds all that was learned: `encoder_hid_proj`
+is a linear map of one-hot vectors [B, L, (K + 1) L] to context, which is to look up the rows of an embedding.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, config_rules, configuration
+from ldm_jax.errors import InputError
+from ldm_jax.files import read_json
+from ldm_jax.interop import folder
+from ldm_jax.interop.diffusers import params_from_state_dict
+from ldm_jax.interop.modules import abstract_params
+from ldm_jax.interop.weights import read_state_dict
+
+RECIPE = "recipe.json"
+PROJECTION = "encoder_hid_proj"
+
+
+class Exported(NamedTuple):
+    """All of a run that such a folder keeps."""
+
+    config: ConfigDict
+    data: dict[str, Any]  # of data.json
+    params: dict[str, Any]  # as of `trained.Trained`
+    step: int  # updates behind the diffusion model
+    autoencoder_step: int  # and behind the autoencoder; 0 of a model of pixels
+    measured_on: str  # what the latents' scale was measured on
+
+
+# The fields of recipe.json.
+FIELDS = {"config": dict, "data": dict, "step": int, "autoencoder_step": int, "measured_on": str}
+
+
+def is_exported(path: Path) -> bool:
+    """Whether this is a diffusers folder that was written of a run of ours."""
+    return (path / RECIPE).is_file() and (path / folder.INDEX).is_file()
+
+
+def load(path: Path) -> Exported:
+    """Reads such a folder.
+
+    Raises:
+      InputError: something is missing or damaged, or does not fit the config in recipe.json.
+    """
+    recipe = read_json(path / RECIPE, *FIELDS)
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(recipe[name], kind)]
+    if wrong or not isinstance(recipe["data"].get("class_names"), list):
+        raise InputError(f"{path / RECIPE} is damaged: its {wrong[0] if wrong else 'data'} is of another kind")
+    config = configuration.from_fields(recipe["config"])
+    config_rules.validate(config)
+    params = _load_unet(path / "unet", config, len(recipe["data"]["class_names"])) | _load_first_stage(path, config)
+    return Exported(params=params, **{name: recipe[name] for name in FIELDS} | {"config": config})
+
+
+def _load_unet(path: Path, config: ConfigDict, num_classes: int) -> dict[str, Any]:
+    """{"unet", "conditioner"}."""
+    state = read_state_dict(path, dtype=np.float32)
+    tokens, width = config.unet.context_tokens, config.unet.context_dim
+    weight, bias = (state.pop(f"{PROJECTION}.{name}", None) for name in ("weight", "bias"))
+    expected = (width, (num_classes + 1) * tokens)
+    if weight is None or bias is None or (weight.shape, bias.shape) != (expected, (width,)):
+        raise InputError(f"{path}: the weights have no {PROJECTION} of {expected}, which {RECIPE} speaks of")
+    table = np.ascontiguousarray(weight.T) + bias if bias.any() else np.ascontiguousarray(weight.T)
+    return {
+        "unet": params_from_state_dict(state, abstract_params(builders.build_unet(config))),
+        "conditioner": {"embedding": {"embedding": table.reshape(num_classes + 1, tokens * width)}},
+    }
+
+
+def projection_of(table: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    """A conditioner's embedding [K + 1, L width] as the weights of a linear map of one-hot vectors."""
+    weight = np.ascontiguousarray(table.reshape(-1, width).T)
+    return {f"{PROJECTION}.weight": weight, f"{PROJECTION}.bias": np.zeros(width, table.dtype)}
+
+
+def _load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
+    """{"autoencoder", "shift", "scale"}."""
+    autoencoder, settings = builders.build_autoencoder(config), folder.read_settings(path)
+    channels = builders.latent_shape(config)[-1]
+    scaling = {}
+    for name in ("shift", "scale"):
+        values = settings.get(f"latents_{name}")
+        if not isinstance(values, list) or len(values) != channels:
+            raise InputError(f"{path / folder.INDEX} is damaged: latents_{name} must be {channels} numbers")
+        scaling[name] = np.array(values, np.float32)
+    if autoencoder is None:
+        return {"autoencoder": {}, **scaling}
+    state = read_state_dict(path / "vae", dtype=np.float32)
+    return {"autoencoder": params_from_state_dict(state, abstract_params(autoencoder)), **scaling}

@@ -1,0 +1,259 @@
+"""Models written to new folders: for diffusers and transformers to open, and what was a run of ours as a run again."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, configuration, exported, job, model_card, pretrained, trained
+from ldm_jax.diffusion.schedules import EVEN
+from ldm_jax.errors import InputError
+from ldm_jax.exported import Exported
+from ldm_jax.files import read_json, write_json
+from ldm_jax.interop import folder
+from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_from_text_params
+from ldm_jax.interop.config_fields import hints
+from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.interop.modules import VERSION, config_from_autoencoder, config_from_unet
+from ldm_jax.interop.scheduler_config import config_from_schedule
+from ldm_jax.pretrained import Pretrained
+from ldm_jax.training.checkpoint import Checkpoints, load_latest
+
+# The class that diffusers draws a run of ours with, and the file that has it: for PyTorch, nothing here imports it.
+PIPELINE = Path(folder.__file__).with_name("latent_diffusion_pipeline.py")
+PIPELINE_CLASS = "LatentDiffusionPipeline"
+
+# What is copied of a diffusers folder beside the model: words on it, and under what terms it may be used.
+WORDS = ("README*", "LICENSE*", "LICENCE*")
+
+
+def write_pretrained(
+    to: Path,
+    model: Pretrained,
+    params: Mapping[str, Any],
+    *,
+    size: tuple[int, int],
+    told: Mapping[str, dict[str, Any]],
+) -> None:
+    """Writes Stable Diffusion and its kin as a diffusers folder.
+
+    Args:
+      to: a new folder.
+      model, params: as of `pretrained.load`. The parameters are written in their own type.
+      size: (height, width) of the latents.
+      told: component -> fields of its config.json that change nothing here (see `config_fields.hints`), if known.
+
+    Raises:
+      InputError: of a class-conditional model, which no pipeline of diffusers draws.
+    """
+    if model.classes:
+        raise InputError("a class-conditional model of CompVis cannot be written: diffusers has no pipeline for it")
+    family = pretrained.PIPELINES[model.pipeline]
+    scaling, side = (params["shift"], params["scale"]), size[0] if size[0] == size[1] else list(size)
+    parts = {
+        "unet": (config_from_unet(model.unet, side), params["unet"]),
+        family.autoencoder: (
+            config_from_autoencoder(model.autoencoder, *scaling, model.tile),
+            params["autoencoder"],
+        ),
+    }
+    index = {"_class_name": model.pipeline, "_diffusers_version": VERSION}
+    for name, (config, tree) in parts.items():
+        folder.write_component(to / name, config | told.get(name, {}), state_dict_from_params(tree))
+        index[name] = ["diffusers", config["_class_name"]]
+    index |= _write_texts(to, family.encoders, model, params["conditioner"])
+    schedulers = {"scheduler": model.scheduler}
+    if model.upscaling:
+        schedulers["low_res_scheduler"] = model.upscaling.scheduler
+        index |= {"max_noise_level": model.upscaling.max_noise_level}
+        index |= {name: [None, None] for name in (*folder.SKIPPED, "watermarker")}
+    elif len(family.encoders) == 1:  # what judges pictures is no part of the model
+        index |= {name: [None, None] for name in folder.SKIPPED} | {"requires_safety_checker": False}
+    elif family.encoders:
+        index["force_zeros_for_empty_prompt"] = model.zeros_for_nothing
+    for name, config in schedulers.items():
+        write_json(to / name / "scheduler_config.json", dict(config))
+        index[name] = ["diffusers", config["_class_name"]]
+    write_json(to / folder.INDEX, index)
+
+
+def _write_texts(to: Path, names: tuple[str, ...], model: Pretrained, params: Sequence[Any]) -> dict[str, list[str]]:
+    """Writes the text encoders with their tokenizers; gives their entries in the index."""
+    index = {}
+    for name, encoder, tokenizer, tree in zip(names, model.encoders, model.tokenizers, params, strict=True):
+        state, tokenizer_name = state_dict_from_text_params(tree), name.replace("text_encoder", "tokenizer")
+        config = config_from_text_encoder(encoder)
+        config["dtype"] = str(next(iter(state.values())).dtype)
+        folder.write_component(to / name, config, state)
+        tokenizer.save(to / tokenizer_name)
+        index |= {name: ["transformers", config["architectures"][0]], tokenizer_name: ["transformers", "CLIPTokenizer"]}
+    return index
+
+
+def write_pretrained_anew(path: Path, to: Path, model: trained.Trained) -> None:
+    """Writes what was read from `path`, if that is a diffusers folder with its words on it; `to` is a new folder."""
+    told, words = {}, []
+    if pretrained.is_folder(path):
+        for name in ("unet", pretrained.PIPELINES[model.pretrained.pipeline].autoencoder):
+            config = folder.component_config(path, name)
+            told[name] = hints(config, config["_class_name"])
+        words = sorted(file for pattern in WORDS for file in path.glob(pattern) if file.is_file())
+    size = builders.latent_shape(model.config)[:2]
+    write_pretrained(to, model.pretrained, model.params, size=size, told=told)
+    for file in words:
+        shutil.copyfile(file, to / file.name)
+
+
+def write_run_for_diffusers(path: Path, to: Path, model: trained.Trained, dtype: str) -> None:
+    """Writes the run of ours that was read from `path` as a diffusers folder (see `exported`); `to` is a new folder.
+
+    Args:
+      path: a run folder.
+      to: where it goes.
+      model: what `trained.load` read of it.
+      dtype: that its parameters are written in, float32 or bfloat16.
+
+    Raises:
+      InputError: a map condition, which no pipeline of diffusers takes as we do.
+    """
+    config, data = model.config, read_json(path / "data.json")
+    check_exportable(path, config)
+    index = {"_class_name": ["pipeline", PIPELINE_CLASS], "_diffusers_version": VERSION}
+    index["unet"] = ["diffusers", _write_unet(to / "unet", model, dtype)]
+    index["vae"] = [None, None]
+    if config.autoencoder.kind != "none":
+        index["vae"] = ["diffusers", _write_autoencoder(to / "vae", model, dtype)]
+    scheduler, notes = scheduler_config(config)
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    write_json(to / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(to / folder.INDEX, index | _how_it_draws(model))
+    shutil.copyfile(PIPELINE, to / "pipeline.py")
+    recipe = {"config": configuration.from_json(path / "config.json").to_dict(), "data": data, "step": model.step}
+    write_json(to / exported.RECIPE, recipe | _about_first_stage(path, config))
+    if "classifier" in config.stages:
+        notes.append("The run's classifier of noisy latents is left out.")
+    evaluation = read_json(path / "evaluation.json") if (path / "evaluation.json").exists() else {}
+    counts = {name: sum(leaf.size for leaf in jax.tree.leaves(model.params[name])) for name in ("autoencoder", "unet")}
+    (to / "README.md").write_text(model_card.of_run(config, data, model.step, counts, evaluation, notes))
+
+
+def _write_unet(to: Path, model: trained.Trained, dtype: str) -> str:
+    """With tau(y) in it; returns its class."""
+    config, params = model.config, model.params
+    fields = config_from_unet(builders.build_unet(config), builders.latent_shape(config)[0])
+    rows = (len(model.class_names) + 1) * config.unet.context_tokens
+    fields |= {"encoder_hid_dim": rows, "encoder_hid_dim_type": "text_proj"}
+    table = params["conditioner"]["embedding"]["embedding"]
+    state = state_dict_from_params(params["unet"]) | exported.projection_of(table, config.unet.context_dim)
+    folder.write_component(to, fields, _cast(state, dtype))
+    return fields["_class_name"]
+
+
+def _write_autoencoder(to: Path, model: trained.Trained, dtype: str) -> str:
+    """Returns its class. A VQModel in diffusers has no fields for what model_index.json says of the latents."""
+    shift, scale = model.params["shift"], model.params["scale"]
+    if model.config.autoencoder.kind == "vq":
+        shift, scale = np.zeros_like(shift), np.ones_like(scale)
+    autoencoder = builders.build_autoencoder(model.config)
+    fields = config_from_autoencoder(autoencoder, shift, scale, model.config.data.image_size)
+    folder.write_component(to, fields, _cast(state_dict_from_params(model.params["autoencoder"]), dtype))
+    return fields["_class_name"]
+
+
+def _how_it_draws(model: trained.Trained) -> dict[str, Any]:
+    """The arguments of LatentDiffusionPipeline beside the components."""
+    sampling = model.config.sampling
+    return {
+        "id2label": {str(number): name for number, name in enumerate(model.class_names)},
+        "class_tokens": model.config.unet.context_tokens,
+        "latents_shift": model.params["shift"].tolist(),
+        "latents_scale": model.params["scale"].tolist(),
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance,
+        "guidance_interval": list(sampling.guidance_interval),
+        "guidance_rescale": sampling.guidance_rescale,
+        "eta": sampling.eta,
+    }
+
+
+def check_exportable(path: Path, config: ConfigDict) -> None:
+    """Raises InputError for a model that cannot be told to diffusers."""
+    if config.concat.kind != "none":
+        raise InputError(
+            f"--model={path} cannot be exported: its UNet sees a map beside the latents (config.concat.kind = "
+            f"{config.concat.kind}), and no pipeline of diffusers makes that map as it was made in training"
+        )
+
+
+def _about_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
+    if config.autoencoder.kind == "none":
+        return {"autoencoder_step": 0, "measured_on": ""}
+    step = int(load_latest(path / "autoencoder")["step"])
+    return {"autoencoder_step": step, "measured_on": trained.load_scale(path)[2]}
+
+
+def _cast(state: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    return {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in state.items()}
+
+
+def scheduler_config(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+    """The scheduler with which diffusers draws as `config.sampling` says, and what of that it does otherwise, in words.
+
+    DDIM without noise is Euler's method, and that class of diffusers takes the steps right whatever their spacing; its
+    DDIM does for leading ones (diffusers#9261). A solver that no class of diffusers is falls back to DDIM.
+    """
+    diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.kind == "none"
+    schedule = {
+        "name": diffusion.schedule,
+        "T": diffusion.timesteps,
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "zero_terminal_snr": diffusion.zero_terminal_snr,
+        "prediction": diffusion.prediction,
+        "clip": 1.0 if pixels else np.inf,
+    }
+    notes = []
+    if sampling.threshold and pixels:
+        notes.append("Without dynamic thresholding: z0 is clipped at 1 instead.")
+    sampler, spacing = sampling.sampler, sampling.spacing
+    as_euler = spacing != "leading" and not (sampling.eta or pixels or diffusion.zero_terminal_snr)
+    if sampler == "ddim" and as_euler:
+        sampler = "euler"
+    try:
+        if sampling.churn:
+            raise InputError("diffusers' HeunDiscreteScheduler adds no noise on the way")
+        fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing, variance=sampling.variance)
+    except InputError as error:
+        sampler, spacing = "ddim", spacing if spacing in EVEN else "trailing"
+        notes.append(f"By DDIM with {spacing} steps rather than by {sampling.sampler}: {error}.")
+        fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing)
+    if sampler in ("ddim", "plms") and spacing != "leading":
+        notes.append(
+            f"diffusers' {fields['_class_name']} takes {diffusion.timesteps} // steps for each step (diffusers#9261): "
+            f"with {spacing} steps it draws as ldm_jax does only where that is so."
+        )
+    return fields, notes
+
+
+def write_run(to: Path, found: Exported) -> None:
+    """Writes what was a run of ours as a run folder again: what draws and is scored, not what would train on."""
+    config, params = found.config, found.params
+    write_json(to / "config.json", config.to_dict())
+    write_json(to / "data.json", found.data)
+    if config.autoencoder.kind != "none":
+        with _checkpoints(to / "autoencoder", config, job.AUTOENCODER_FIELDS) as checkpoints:
+            ema_params = {"autoencoder": params["autoencoder"]}
+            checkpoints.save({"step": np.int32(found.autoencoder_step), "ema_params": ema_params})
+        trained.save_scale(to, params["shift"], params["scale"], measured_on=found.measured_on)
+    with _checkpoints(to / "diffusion", config, job.IDENTITY_FIELDS["diffusion"]) as checkpoints:
+        ema_params = {name: params[name] for name in ("unet", "conditioner")}
+        checkpoints.save({"step": np.int32(found.step), "ema_params": ema_params})
+
+
+def _checkpoints(path: Path, config: ConfigDict, fields: tuple[str, ...]) -> Checkpoints:
+    return Checkpoints(path, keep=1, identity={"config": configuration.identity(config, fields)})

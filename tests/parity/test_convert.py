@@ -1,0 +1,155 @@
+"""What `convert` writes, opened by diffusers: the same networks, and from the same noise the same pictures."""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from parity.quiet import open_quietly, without_warnings
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import random_runs`
+
+import diffusers_folder
+import random_runs
+import tiny
+
+from ldm_jax import commands, convert, sample
+
+LATENTS = {"diffusion.timesteps": 1000, "sampling.guidance": 3.0}
+RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
+    "codes, two tokens, ddim by uneven numbers": (
+        {
+            "autoencoder.kind": "vq",
+            "autoencoder.codebook_size": 64,
+            "unet.context_tokens": 2,
+            "sampling.steps": 7,
+            "diffusion.prediction": "z0",  # so that latents lie among the codes
+        },
+        tiny.CLASS_NAMES,
+        "EulerDiscreteScheduler",
+    ),
+    "unipc, guided in an interval, rescaled": (
+        {
+            "diffusion.schedule": "cosine",
+            "diffusion.prediction": "v",
+            "sampling.sampler": "unipc",
+            "sampling.steps": 8,
+            "sampling.guidance_interval": (0.1, 0.8),
+            "sampling.guidance_rescale": 0.7,
+        },
+        tiny.CLASS_NAMES,
+        "UniPCMultistepScheduler",
+    ),
+    "heun, two classes": (
+        {"sampling.sampler": "heun", "sampling.spacing": "karras", "diffusion.timesteps": 20},
+        ("cat", "dog"),
+        "HeunDiscreteScheduler",
+    ),
+    "no attention, no classes": (
+        {"unet.attention": (False, False), "sampling.sampler": "dpmpp_2m", "diffusion.prediction": "z0"},
+        (),
+        "DPMSolverMultistepScheduler",
+    ),
+    "pixels, a variance": (
+        {
+            "autoencoder.kind": "none",
+            "diffusion.variance": "learned",
+            "diffusion.prediction": "z0",
+            "sampling.spacing": "leading",
+        },
+        tiny.CLASS_NAMES,
+        "DDIMScheduler",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path, monkeypatch):
+    """Where diffusers copies a folder's own code to."""
+    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+def converted(model, to):
+    assert commands.run(convert.main, ["convert", f"--model={model}", f"--to={to}"]) == 0
+    return to
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
+    changes, class_names, scheduler = RUNS[kind]
+    contrast = 0.6 if "pixels" in kind else 0.4
+    made = random_runs.random_run(tmp_path / "run", LATENTS | changes, class_names, contrast=contrast)
+    folder = converted(made, tmp_path / "folder")
+    unet = open_quietly("UNet2DConditionModel", folder / "unet")
+    if (folder / "vae").exists():
+        open_quietly("VQModel" if "codes" in kind else "AutoencoderKL", folder / "vae")
+    size, c = unet.config.sample_size, unet.config.in_channels
+    noise = np.random.default_rng(0).standard_normal((8, size, size, c)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    command = ["sample", f"--model={made}", f"--out={tmp_path / 'out'}", f"--init_latents={tmp_path / 'noise.npy'}"]
+    assert commands.run(sample.main, [*command, "--num=8", "--batch_size=8", "--nosave_trajectory"]) == 0
+    with np.load(tmp_path / "out" / "samples.npz") as samples:
+        ours, labels = samples["images"].astype(float), samples["labels"].tolist()
+
+    with without_warnings():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == scheduler
+    z_T = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    told = {"class_labels": [class_names[label] for label in labels]} if class_names else {"num_images": 8}
+    theirs = (pipe(**told, latents=z_T, output_type="np").images * 255).round()
+
+    assert theirs.shape == ours.shape == (8, 8, 8, 1)
+    assert theirs.std() > 10 and ((theirs > 0) & (theirs < 255)).mean() > 0.5
+    off = np.abs(ours - theirs)
+    print(f"{(off > 0).mean():.2%} of the values differ, by {off.max():.0f} at most")
+    assert off.max() <= 1 and (off > 0).mean() < 0.005
+    if class_names:
+        other = (pipe([0] * 8, latents=z_T, output_type="np").images * 255).round()
+        assert (other != theirs).any()
+        with pytest.raises(ValueError, match="is no class"):
+            pipe(len(class_names))
+        assert pipe(class_names[0]).images[0].size == (8, 8)
+
+
+def test_what_diffusers_saves_again_draws_the_same(tmp_path):
+    """With the code of the folder, as diffusers leaves that out."""
+    folder = converted(random_runs.random_run(tmp_path / "run", contrast=0.2), tmp_path / "folder")
+    quick = {"trust_remote_code": True, "low_cpu_mem_usage": False}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **quick)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", custom_pipeline=str(folder), **quick)
+    one, other = (p([0, 3], generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (pipe, again))
+    assert torch.equal(one, other)
+    assert one.std() > 0
+
+
+FOLDERS = {
+    "StableDiffusionPipeline": diffusers_folder.write_stable_diffusion,
+    "StableDiffusionXLPipeline": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),
+    "StableDiffusionInpaintPipeline": lambda folder: diffusers_folder.write_stable_diffusion(folder, inpainting=True),
+    "LDMPipeline": diffusers_folder.write_unconditional,
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_diffusers_opens_what_is_written_anew(kind, tmp_path):
+    folder = converted(FOLDERS[kind](tmp_path / "old"), tmp_path / "new")
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in ("unet", "vqvae" if kind == "LDMPipeline" else "vae"):
+        open_quietly(index[name][1], folder / name)
+    for name in [name for name in index if name.startswith("text_encoder")]:
+        model = getattr(transformers, index[name][1])
+        _, info = model.from_pretrained(folder / name, output_loading_info=True)
+        assert not any(info.values())
+    with without_warnings():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+    assert type(pipe).__name__ == kind
+    pipe.set_progress_bar_config(disable=True)
+    if kind == "StableDiffusionPipeline":
+        images = pipe("low lower", height=16, width=16, num_inference_steps=2, output_type="np").images
+        assert images.shape == (1, 16, 16, 3)
