@@ -45,11 +45,12 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import builders, drawing, hub, pretrained, recipe, scoring, trained
+    from ldm_jax import builders, drawing, exported, hub, pretrained, recipe, scoring, trained
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
+    knows_data = with_config or exported.is_exported(Path(values.model))  # what was a run has its config still
     for is_one, what in ((pretrained.is_single_file, "single file"), (pretrained.is_folder, "diffusers folder")):
-        if not with_config and is_one(Path(values.model)):
+        if is_one(Path(values.model)) and not knows_data:
             raise InputError(f"--model={values.model} is a {what}, which names no test images; add --config=FILE")
     model = trained.load(hub.find(values.model) if with_config else Path(values.model), values.dtype)
     config = scoring.with_data_of(model, values.config) if with_config else model.config

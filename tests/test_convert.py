@@ -12,7 +12,7 @@ import pytest
 import random_runs
 import tiny
 
-from ldm_jax import commands, convert, exporting, sample, trained
+from ldm_jax import commands, convert, evaluate, exporting, sample, scoring, trained
 from ldm_jax.interop.weights import read_state_dict, write_safetensors
 from ldm_jax.training.checkpoint import load_latest
 
@@ -62,6 +62,16 @@ def test_a_run_there_and_back_is_the_same_to_the_bit(trained_run, exported, agai
     assert trained.fingerprint(trained.load(trained_run)) == trained.fingerprint(trained.load(exported))
     for name in ("config.json", "data.json", "autoencoder/scale.json"):
         assert (again / name).read_bytes() == (trained_run / name).read_bytes()
+
+
+def test_an_exported_run_is_scored_on_its_own_data(exported, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(scoring, "score", lambda model, images, train, test, given: seen.append(test.name) or {})
+    monkeypatch.setattr(scoring, "score_model", lambda *_: {})
+    command = ["evaluate", f"--model={exported}", f"--out={tmp_path / 'out'}", "--num=4", "--steps=2"]
+    assert commands.run(evaluate.main, command) == 0
+    assert seen == ["tiny"]
+    assert commands.run(evaluate.main, [*command, "--config=tests/tiny.py"]) == 2
 
 
 def test_what_an_exported_run_holds(trained_run, exported):
