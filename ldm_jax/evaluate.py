@@ -3,9 +3,12 @@
     python -m ldm_jax.evaluate --model=runs/fashion_mnist [--num=10000] [--sampler=ddim] [--steps=50] [--guidance=2.0]
                                [--eta=0.0] [--seed=0] [--batch_size=100] [--inception_weights=FILE] [--out=FOLDER]
 
+    ... --model=FOLDER|FILE|org/name --config=FILE --out=FOLDER [--prompt=TEXT ...]   a diffusers model names no data:
+                               it is scored on those of the config, its data.* and evaluation.* (--config.FIELD=VALUE)
+
 Draws --num pictures and writes evaluation.json, in which every score stands on a card with all that one must know to
 compare it, and bound.json, the variational bound in bits per dimension term by term. Default --out: evaluation/ in the
-run folder.
+run folder. Of diffusers models there is no bound.
 """
 
 import sys
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import command_line, commands, run_folder
+from ldm_jax import command_line, commands, config_rules, run_folder
 from ldm_jax.errors import InputError
 
 
@@ -22,6 +25,7 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
     command_line.define_drawing_flags(values, num=10_000)
+    command_line.define_file_flags(values)
     command_line.define_device_flags(values)
     return values
 
@@ -31,22 +35,29 @@ def main(argv: list[str]) -> None:
     values = define_flags()
     if command_line.wants_help(argv, __doc__, values):
         return
-    command_line.parse(values, argv)
-    command_line.require(values, "model")
+    with_config = any(argument.split("=")[0].split(".")[0] == "--config" for argument in argv[1:])
+    command_line.parse(values, argv, config=with_config)
+    command_line.require(values, "model", *(["out"] if with_config else []))
+    if with_config:
+        config_rules.validate(values.config)
     if values.num < 4:
         raise InputError(f"--num={values.num} pictures are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import builders, drawing, pretrained, recipe, scoring, trained
+    from ldm_jax import builders, drawing, hub, recipe, scoring, trained
+    from ldm_jax.extras import Extras
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
-    for is_one, what in ((pretrained.is_single_file, "single file"), (pretrained.is_folder, "diffusers folder")):
-        if is_one(Path(values.model)):
-            raise InputError(f"--model={values.model} is a {what}, which names no test images; it must be a run")
-    model = trained.load(Path(values.model), values.dtype)
-    config = model.config.copy_and_resolve_references().unlock()
+    extras = Extras(values.tokenizer, values.prediction, values.vae)
+    model = trained.load(hub.find(values.model) if with_config else Path(values.model), values.dtype, extras)
+    if with_config:
+        config = scoring.with_data_of(model, values.config).unlock()
+    elif model.pretrained:
+        raise InputError(f"--model={values.model} is none of our runs and names no test images; add --config=FILE")
+    else:
+        config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
     wanted = recipe.from_flags(model, values, labels=list(range(len(model.class_names))))
@@ -54,7 +65,8 @@ def main(argv: list[str]) -> None:
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)
     cards = scoring.score(model._replace(config=config.lock()), drawn.images, train_set, test_set, drawn.given)
-    cards["model"] = scoring.score_model(model, test_set, out)
+    if not model.pretrained:
+        cards["model"] = scoring.score_model(model, test_set, out)
     run_folder.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
     for group in ("samples", "restored", "baseline", "autoencoder", "model"):
         for name, card in cards.get(group, {}).items():

@@ -31,6 +31,26 @@ def check_weights(path: str | None, name: str) -> None:
     load_inception(Path(path))
 
 
+def with_data_of(model: Trained, given: ConfigDict) -> ConfigDict:
+    """A diffusers model's config with the data set and the evaluation of `given`, in the model's own size and colours.
+
+    Raises:
+      InputError: the model is a run, must be given a picture to draw from, or draws no square ones.
+    """
+    if not model.pretrained:
+        raise InputError("--config is for diffusers models; a run is scored on the data set of its own config")
+    if model.config.concat.kind != "none":
+        raise InputError(f"a {model.pretrained.pipeline} draws from a picture that it is given; it cannot be scored")
+    height, width = builders.picture_size(model.config)
+    if height != width:
+        raise InputError(f"the model draws pictures of {height}x{width}; data sets are of square ones")
+    config = model.config.copy_and_resolve_references().unlock()
+    given = given.copy_and_resolve_references().unlock()
+    given.data.update(image_size=height, channels=config.data.channels)
+    config.data, config.evaluation = given.data, given.evaluation
+    return config.lock()
+
+
 def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
     """Scores the samples that ended a run, and its classifier: leaves evaluation.json in the run folder."""
     config, cards = configuration.from_json(workdir / "config.json"), {}

@@ -14,7 +14,7 @@ from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import Bound, make_bound
 from ldm_jax.extras import NO_EXTRAS, Extras
-from ldm_jax.first_stage import reconstruct
+from ldm_jax.first_stage import make_first_stage, reconstruct
 from ldm_jax.generate import Generator, make_generator
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
@@ -177,7 +177,8 @@ def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.n
     """Images uint8 [N, H, W, C] through the autoencoder and back; None in pixel space, which has none."""
     if model.config.autoencoder.kind == "none":
         return None
-    first_stage = builders.build_first_stage(model.config)
+    autoencoder = model.pretrained.autoencoder if model.pretrained else builders.build_autoencoder(model.config)
+    first_stage = make_first_stage(autoencoder)
     decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
     return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
 

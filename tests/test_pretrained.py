@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import commands, evaluate, pretrained, sample, trained
+from ldm_jax import commands, evaluate, pretrained, sample, scoring, trained
 from ldm_jax.diffusion.sampling import initial_latents, map_noise, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.interop.scheduler_config import Scheduler
+from ldm_jax.training.parallel import replicate
 from ldm_jax.upscaling import Upscaling, noised
 
 KINDS = {
@@ -132,27 +133,38 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_another_size(folder_of, draw, tmp_path):
-    drawn = draw(folder_of("plain"), "asked", "--height=12", "--width=20", "--prompt=low")["images"]
+@pytest.fixture
+def small_tiles(folder_of, tmp_path):
+    """A model whose autoencoder is for pictures of 8 pixels."""
+    folder = shutil.copytree(folder_of("plain"), tmp_path / "tiles")
+    edit("vae/config.json", sample_size=8)(folder)
+    return folder
+
+
+def test_a_model_of_wide_pictures_and_a_recipe_of_another_size(small_tiles, draw, tmp_path):
+    wide = shutil.copytree(small_tiles, tmp_path / "wide")
+    edit("unet/config.json", sample_size=[6, 10])(wide)
+    drawn = draw(wide, "own", "--prompt=low", "--vae_tiling")["images"]
     assert drawn.shape == (1, 12, 20, 3)
-    recipe = tmp_path / "asked" / "samples.png"
-    assert read_recipe(recipe)["size"] == [12, 20]
-    command = ["sample", f"--model={folder_of('plain')}", f"--from_recipe={recipe}", f"--out={tmp_path / 'again'}"]
+    recipe = tmp_path / "own" / "samples.png"
+    assert (read_recipe(recipe)["size"], read_recipe(recipe)["vae_tiling"]) == ([12, 20], True)
+    command = ["sample", f"--model={small_tiles}", f"--from_recipe={recipe}", f"--out={tmp_path / 'again'}"]
     assert commands.run(sample.main, command) == 0
     np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], drawn)
-    wide = shutil.copytree(folder_of("plain"), tmp_path / "wide")
-    edit("unet/config.json", sample_size=[6, 10])(wide)
-    np.testing.assert_array_equal(draw(wide, "own", "--prompt=low")["images"], drawn)
 
 
-def test_large_pictures_in_tiles(folder_of, draw, tmp_path):
-    small = shutil.copytree(folder_of("plain"), tmp_path / "small")
-    edit("vae/config.json", sample_size=8)(small)
-    flags = ["--prompt=low", "--height=8", "--width=20"]
-    whole, tiles = (draw(small, name, *flags, *more)["images"].astype(int)
-                    for name, more in (("whole", []), ("tiles", ["--vae_tiling"])))  # fmt: skip
-    assert 0 < np.abs(tiles - whole).mean() < 30
-    assert read_recipe(tmp_path / "tiles" / "samples.png")["vae_tiling"]
+def test_large_pictures_in_tiles(small_tiles):
+    """Nearly the same pictures, and exactly those where they are no larger than a tile."""
+    model = trained.load(small_tiles)
+    params, z = replicate(model.params), np.random.default_rng(0).standard_normal((4, 4, 10, 4)).astype(np.float32)
+    for width, off in ((8, (0, 0)), (20, (0.1, 30))):
+        wide = trained.at_size(model, (8, width))
+        whole, tiles = (
+            trained.generator_of(wide, 4, vae_tiling=tiling).decode(params, z[:, :, : width // 2]).astype(int)
+            for tiling in (False, True)
+        )
+        assert whole.shape == (4, 8, width, 3)
+        assert off[0] <= np.abs(tiles - whole).mean() <= off[1]
 
 
 def test_pictures_are_cropped_to_another_size(folder_of, draw, files):
@@ -172,7 +184,7 @@ def test_inpainting_keeps_the_rest_to_the_bit(folder_of, draw, files):
 
 
 def test_a_picture_four_times_as_large(folder_of, draw, tmp_path):
-    """Of any size; each sample's noise is its own, and how much there is of it matters."""
+    """Of any size; how much it is noised matters."""
     small = np.random.default_rng(0).integers(0, 255, (6, 10, 3), np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
     flags = [f"--map={tmp_path}/small.png", "--prompt=low"]
@@ -180,9 +192,8 @@ def test_a_picture_four_times_as_large(folder_of, draw, tmp_path):
     assert drawn.shape == (2, 24, 40, 3)
     recipe = read_recipe(tmp_path / "out" / "samples.png")
     assert (recipe["noise_level"], recipe["guidance"], recipe["size"]) == (20, 9.0, [24, 40])
-    again, other = (draw(folder_of("upscaling"), f"level {level}", *flags, f"--noise_level={level}")["images"]
-                    for level in (20, 350))  # fmt: skip
-    assert np.abs(again[0] - drawn[0]).max() <= 1 < np.abs(other[0] - drawn[0]).max()
+    other = draw(folder_of("upscaling"), "more noise", *flags, "--num=2", "--noise_level=350")["images"]
+    assert np.abs(other - drawn).max((1, 2, 3)).min() > 1
 
 
 def test_an_upscalers_latents_have_the_scale_of_the_pipeline(folder_of):
@@ -348,6 +359,53 @@ def test_sample_refuses(case, folder_of, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluate_wants_a_run(folder_of, tmp_path, capsys):
-    assert commands.run(evaluate.main, ["evaluate", f"--model={folder_of('plain')}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "is a diffusers folder, which names no test images" in capsys.readouterr().err
+@pytest.fixture
+def evaluated(tmp_path, tiny_data):
+    """evaluated(model, *flags) -> the exit status of the command that scores it on the tiny data set."""
+    data = ["--config=tests/tiny.py", f"--config.data.dir={tiny_data}"]
+
+    def run(model, *flags):
+        return commands.run(evaluate.main, ["evaluate", f"--model={model}", f"--out={tmp_path / 'out'}", *data, *flags])
+
+    return run
+
+
+def test_evaluate_scores_on_the_data_of_a_config(folder_of, evaluated, monkeypatch, tmp_path):
+    """In the model's size and colours, which the data set has not; the prompts go round."""
+    seen = []
+
+    def score(model, images, train_set, test_set, given):
+        seen.append((model, images, train_set, test_set, given))
+        return {"samples": {"distance": {"value": 3.0}}}
+
+    monkeypatch.setattr(scoring, "score", score)
+    flags = ["--num=4", "--steps=2", "--config.evaluation.resize=20"]
+    assert evaluated(folder_of("plain"), *flags, "--prompt=low", "--prompt=wool") == 0
+    ((model, images, train_set, test_set, given),) = seen
+    assert images.shape == (4, 16, 16, 3) and given is None
+    assert train_set.shape[1:] == test_set.shape[1:] == (16, 16, 3)
+    assert (model.config.evaluation.resize, test_set.split) == (20, "test")
+    examples = test_set[np.arange(4)]["x"]
+    assert trained.reconstructions(model, examples, 4).shape == examples.shape
+    cards = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert cards["samples"]["distance"]["value"] == 3.0 and cards["recipe"]["labels"] == [0, 1]
+
+
+def test_evaluate_refuses(folder_of, evaluated, tmp_path, capsys):
+    wide = shutil.copytree(folder_of("unconditional"), tmp_path / "wide")
+    edit("unet/config.json", sample_size=[4, 6])(wide)
+    command = ["evaluate", f"--model={folder_of('unconditional')}"]
+    cases = {
+        "names no test images; add --config=FILE": lambda: commands.run(
+            evaluate.main, [*command, f"--out={tmp_path}/o"]
+        ),
+        "--out is missing": lambda: commands.run(evaluate.main, [*command, "--config=tests/tiny.py"]),
+        "draws from a picture that it is given": lambda: evaluated(folder_of("inpainting"), "--prompt=low"),
+        "draws pictures of 8x12; data sets are of square ones": lambda: evaluated(wide),
+        "config.evaluation.resize": lambda: evaluated(wide, "--config.evaluation.resize=0"),
+        "--prompt is missing": lambda: evaluated(folder_of("plain")),
+    }
+    for expected, run in cases.items():
+        assert run() == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert expected in line
