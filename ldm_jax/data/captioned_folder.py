@@ -103,7 +103,8 @@ def _metadata(path: Path) -> Iterator[tuple[Path, str]]:
         fields = [entry.get(name) if isinstance(entry, dict) else None for name in ("file_name", "text")]
         if not all(isinstance(field, str) for field in fields):
             raise InputError(
-                f'{path}, line {number} must have a file_name and a text, e.g. {{"file_name": "1.png", "text": "a cat"}}'
+                f"{path}, line {number} must have a file_name and a text, "
+                'e.g. {"file_name": "1.png", "text": "a cat"}'
             )
         yield (path.parent / fields[0]).resolve(), fields[1].strip()
 

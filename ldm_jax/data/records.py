@@ -31,8 +31,8 @@ class Records:
         image_key: the feature with the picture, or "auto" for the only one there is.
         label_key: the `ClassLabel` feature, "auto" for the only one if there is one, or "none".
         segments_key: the feature with a map of classes, an image whose pixels are their numbers, or "none".
-        caption_key: the feature with a text, "auto" for the only one there is, or "none". With a text, each that the data
-            set has, in whatever split, is a class of its own, and the label is its number.
+        caption_key: the feature with a text, "auto" for the only one there is, or "none". With a text, each that the
+            data set has, in whatever split, is a class of its own, and the label is its number.
 
     Attributes:
         shape: (N, H, W, C).
