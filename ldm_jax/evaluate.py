@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     scoring.check_weights(values.inception_weights, "--inception_weights")
     model = trained.load(Path(values.model), values.dtype)
     if model.pretrained:
-        raise InputError(f"--model={values.model} is a diffusers folder, which names no test images; it must be a run")
+        kind = "fine-tuned from a diffusers folder" if model.step else "a diffusers folder, which names no test images"
+        raise InputError(f"--model={values.model} is {kind}; it must be a run that began with nothing")
     config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, pretrained, run_folder
+from ldm_jax import builders, config_rules, configuration, finetune, pretrained, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
@@ -61,10 +61,25 @@ def load(path: Path, dtype: str | None = None) -> Trained:
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
+    if config.init_from:
+        return _load_fine_tuned(path, config)
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
     params = _averaged(flat, like, path / "diffusion") | load_first_stage(path, config)
     return Trained(config, class_names, params, int(flat["step"]))
+
+
+def _load_fine_tuned(path: Path, config: ConfigDict) -> Trained:
+    """The model that the run began with, which must still be there, with what the run has made of it."""
+    base, config = finetune.load_base(config, config.dtype)
+    stored = run_folder.read_json(path / "data.json", "init_from_fingerprint")["init_from_fingerprint"]
+    if stored != base.fingerprint:
+        raise InputError(
+            f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
+        )
+    flat = load_latest(path / "diffusion")
+    params = finetune.with_trained(base, _averaged(flat, finetune.trained_shapes(config, base), path / "diffusion"))
+    return Trained(config, (), params, int(flat["step"]), base.model)
 
 
 def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:

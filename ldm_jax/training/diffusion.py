@@ -54,10 +54,9 @@ def labelled(unet: nn.Module, conditioner: nn.Module, seen_shape: tuple[int, int
 
 class DiffusionStage(NamedTuple):
     """The pure functions of stage 2. `frozen` are arrays that do not learn: {"autoencoder", "shift", "scale"}, and what
-    the network wants. `begin` makes the first state of given parameters, `init` of drawn ones."""
+    the network wants."""
 
     init: Callable[[jax.Array], TrainState]
-    begin: Callable[[Any], TrainState]
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     validate: Callable[..., dict[str, jax.Array]]
     trace: Callable[..., dict[str, Any]]
@@ -91,7 +90,8 @@ def make_diffusion_stage(
     """
     add_noise = make_noising(first_stage=first_stage, alpha_bar=alpha_bar, flip=flip)
 
-    def begin(params: Any) -> TrainState:
+    def init(rng: jax.Array) -> TrainState:
+        params = network.init(rng)
         ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
@@ -152,4 +152,4 @@ def make_diffusion_stage(
                 "map": example["seen"][..., latent_shape[-1] :],
                 "unet": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
 
-    return DiffusionStage(lambda rng: begin(network.init(rng)), begin, step, validate, trace)
+    return DiffusionStage(init, step, validate, trace)
