@@ -18,6 +18,7 @@ from ldm_jax import builders, pretrained
 from ldm_jax.errors import InputError
 from ldm_jax.files import atomic
 from ldm_jax.first_stage import make_first_stage
+from ldm_jax.interop import lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
 from ldm_jax.training.checkpoint import flatten, unflatten
@@ -101,13 +102,21 @@ def _resolved(config: ConfigDict, model: Pretrained, theirs: ConfigDict) -> Conf
 
 def build_network(config: ConfigDict, base: Base, num_texts: int) -> Network:
     """What is trained. Its `frozen` has "told", from `tell_of`, and for LoRA "unet", the model's own parameters."""
+    rank, unet = config.lora.rank, base.params["unet"]
     return Network(
         module=base.model.unet,
-        init=lambda rng: {"unet": base.params["unet"]},
-        unet=lambda params, frozen: params["unet"],
+        init=lambda rng: {"lora": lora.init_lora(rng, unet, rank)} if rank else {"unet": unet},
+        unet=lambda params, frozen: (
+            lora.merge(frozen["unet"], params["lora"], lora_scale(config)) if rank else params["unet"]
+        ),
         tell=lambda params, frozen, label: jax.tree.map(lambda rows: rows[label], frozen["told"]),
         null=num_texts,
     )
+
+
+def lora_scale(config: ConfigDict) -> float:
+    """What B A is multiplied by (Hu 2021, section 4.1)."""
+    return config.lora.alpha / config.lora.rank
 
 
 def build_stage(config: ConfigDict, base: Base, num_texts: int) -> DiffusionStage:
@@ -132,14 +141,20 @@ def build_stage(config: ConfigDict, base: Base, num_texts: int) -> DiffusionStag
 def frozen_arrays(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -> dict[str, Any]:
     """What the stage's steps need beside what they train; see `build_network`."""
     first_stage = {name: base.params[name] for name in ("autoencoder", "shift", "scale")}
-    return first_stage | {"told": tell_of(config, base, texts, cache)}
+    unet = {"unet": base.params["unet"]} if config.lora.rank else {}
+    return first_stage | unet | {"told": tell_of(config, base, texts, cache)}
+
+
+def _rows(config: ConfigDict, base: Base, texts: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """What the text encoders take of each text and, in the last row, of nothing; how many of them are too long."""
+    return pretrained.texts_of(base.model, texts, None, config.data.image_size)
 
 
 def check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:
     """Raises InputError if what the model is told of all texts takes more than `config.data.memory_limit_gb`."""
     if not base.model.encoders:
         return
-    one, _ = pretrained.texts_of(base.model, texts[:1], None, config.data.image_size)
+    one, _ = _rows(config, base, texts[:1])
     told = jax.eval_shape(pretrained.make_tau(base.model.encoders), base.params["conditioner"], one)
     size = 4 * sum(leaf.size / 2 for leaf in jax.tree.leaves(told)) * (len(texts) + 1) / 2**30
     if size > config.data.memory_limit_gb:
@@ -156,7 +171,7 @@ def tell_of(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -
     """
     if not base.model.encoders:
         return {}
-    rows, cut = pretrained.texts_of(base.model, texts, None, config.data.image_size)
+    rows, cut = _rows(config, base, texts)
     if cut:
         print(f"     {cut} of the {len(texts)} captions are longer than the model reads; their ends are left out")
     tau, params = pretrained.make_tau(base.model.encoders), base.params["conditioner"]
@@ -179,7 +194,8 @@ def trained_shapes(config: ConfigDict, base: Base) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), shapes)
 
 
-def with_trained(base: Base, trained: dict[str, Any]) -> dict[str, Any]:
-    """The model's parameters with those that were trained in the place of its own, in the type of these."""
-    as_before = jax.tree.map(lambda new, old: np.asarray(new, old.dtype), trained["unet"], base.params["unet"])
-    return base.params | {"unet": as_before}
+def with_trained(config: ConfigDict, base: Base, trained: dict[str, Any]) -> dict[str, Any]:
+    """The model's parameters with what was trained in the place of its own, or added to them, in the type of these."""
+    before, trained = base.params["unet"], jax.device_get(trained)
+    after = lora.merge(before, trained["lora"], lora_scale(config)) if config.lora.rank else trained["unet"]
+    return base.params | {"unet": jax.tree.map(lambda new, old: np.asarray(new, old.dtype), after, before)}

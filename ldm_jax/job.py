@@ -22,6 +22,7 @@ from ldm_jax.evaluation.report import write_report
 from ldm_jax.first_stage import make_first_stage, reconstruct
 from ldm_jax.generate import request, smallest_batch
 from ldm_jax.given import check_segments, from_split, keep_known
+from ldm_jax.interop import lora
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.recipe import of_config
 from ldm_jax.run_folder import Log
@@ -282,7 +283,9 @@ def fine_tune(run: Run) -> None:
     stage = finetune.build_stage(config, base, len(texts))
     frozen = finetune.frozen_arrays(config, base, texts, run.workdir / "latents")
     initial = stage.init(jax.random.fold_in(jax.random.key(config.seed), 0))
-    train_on_latents(run, "diffusion", stage, show_prompts(run), frozen=frozen, initial=initial)
+    state = train_on_latents(run, "diffusion", stage, show_prompts(run), frozen=frozen, initial=initial)
+    if config.lora.rank and jax.process_index() == 0:
+        lora.save_lora(run.workdir / lora.FILE, state.ema_params["lora"], finetune.lora_scale(config))
 
 
 def show_prompts(run: Run) -> Callable[[int, Any], None]:
@@ -297,7 +300,7 @@ def show_prompts(run: Run) -> Callable[[int, Any], None]:
     grid = grid._replace(rescale=wanted.guidance_rescale, **drawing.of_pretrained(model, wanted, table))
 
     def show(step: int, params: Any) -> None:
-        drawn = replicate(finetune.with_trained(run.base, params))
+        drawn = replicate(finetune.with_trained(config, run.base, params))
         images = np.concatenate(list(generator.images(drawn, grid, table)))
         picture = drawing.picture(config, images, grid.labels, (), None)
         pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")

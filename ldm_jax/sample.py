@@ -4,6 +4,7 @@
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
+    ... --lora=FILE [--lora_scale=1]                    with a LoRA file of diffusers
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
     ... --init_image=FILE --outpaint=right:8            continued on one side
@@ -37,6 +38,8 @@ def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
+    flags.DEFINE_string("lora", None, "a file of diffusers with LoRA of the UNet, added to it", flag_values=values)
+    flags.DEFINE_float("lora_scale", None, "how strongly; default 1", flag_values=values)
     command_line.define_drawing_flags(values, num=64)
     command_line.define_editing_flags(values)
     command_line.define_device_flags(values)
@@ -52,13 +55,19 @@ def main(argv: list[str]) -> None:
     command_line.require(values, "model", "out")
     out = Path(values.out)
     run_folder.check_folder("out", out)
+    if values.lora_scale is not None and not values.lora:
+        raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
     commands.start_devices(values)
 
     from ldm_jax import drawing, recipe, trained
 
     model = trained.load(Path(values.model), values.dtype)
+    if values.lora:
+        scale = 1.0 if values.lora_scale is None else values.lora_scale
+        model = trained.with_lora(model, Path(values.lora), scale)
     if values.from_recipe:
-        check_alone(values, "from_recipe", beside=("model", "out", "batch_size", "dtype", "save_trajectory"))
+        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", "lora", "lora_scale")
+        check_alone(values, "from_recipe", beside=beside)
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)

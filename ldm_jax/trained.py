@@ -15,6 +15,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import Bound, make_bound
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import Generator, make_generator
+from ldm_jax.interop.lora import add_lora, read_lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
 from ldm_jax.training.checkpoint import load_latest, subtree, unflatten
@@ -78,8 +79,16 @@ def _load_fine_tuned(path: Path, config: ConfigDict) -> Trained:
             f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
         )
     flat = load_latest(path / "diffusion")
-    params = finetune.with_trained(base, _averaged(flat, finetune.trained_shapes(config, base), path / "diffusion"))
+    params = finetune.with_trained(
+        config, base, _averaged(flat, finetune.trained_shapes(config, base), path / "diffusion")
+    )
     return Trained(config, (), params, int(flat["step"]), base.model)
+
+
+def with_lora(model: Trained, path: Path, scale: float) -> Trained:
+    """The model with a file's LoRA added to its UNet, `scale` times; raises InputError for one of another model."""
+    unet = add_lora(model.params["unet"], read_lora(path), scale, where=f"--lora={path}")
+    return model._replace(params=model.params | {"unet": unet})
 
 
 def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
