@@ -4,15 +4,22 @@ import json
 import shutil
 
 import diffusers_folder
+import jax
 import jobs
 import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import commands, evaluate, sample, train, trained
+from configs import finetune as finetune_config
+from ldm_jax import commands, evaluate, finetune, pretrained, sample, train, trained
 from ldm_jax.run_folder import read_json, read_metrics
+from ldm_jax.training.checkpoint import load_latest
 
 CAPTIONS = ("low", "lower", "low low", "wool")
+
+
+WHOLE = ("--config.sampling.progress_every=4", "--config.checkpoint_every=2")
+LORA = ("--config.lora.rank=2", "--config.lora.alpha=6.0", "--config.sampling.num=0")
 
 
 def write_pictures(folder):
@@ -65,8 +72,15 @@ def fine_tune(home, run, *changes):
 @pytest.fixture(scope="module")
 def run(home):
     """The run folder of a whole small job."""
-    assert fine_tune(home, "run", "--config.sampling.progress_every=4") == 0
+    assert fine_tune(home, "run", *WHOLE) == 0
     return home / "run"
+
+
+@pytest.fixture(scope="module")
+def lora_run(home):
+    """The same by LoRA, without pictures."""
+    assert fine_tune(home, "lora", *LORA) == 0
+    return home / "lora"
 
 
 def draw(model, out, *flags):
@@ -98,8 +112,6 @@ def test_the_unet_has_learnt_and_the_rest_stays(home, run):
 
 
 def leaves(tree):
-    import jax
-
     return jax.tree.leaves(tree)
 
 
@@ -107,41 +119,91 @@ def test_the_run_is_drawn_by_prompts_as_its_model_is(home, run, tmp_path):
     before, after = draw(home / "model", tmp_path / "before"), draw(run, tmp_path / "after")
     assert before.shape == after.shape == (1, 16, 16, 3)
     assert (before != after).any()
-    half = draw(run, tmp_path / "half", "--dtype=bfloat16")
-    assert 0 < np.abs(half - after).mean() < 10
 
 
 def test_the_same_command_again_says_that_all_is_done(home, run, capsys):
-    assert fine_tune(home, "run", "--config.sampling.progress_every=4") == 0
+    assert fine_tune(home, "run", *WHOLE) == 0
     assert "All is done" in capsys.readouterr().out
 
 
 def test_resumed_it_ends_as_one_that_was_left_alone(home, run):
-    """Both of the same length, the second from a checkpoint of the first half."""
-    rest = ["--config.checkpoint_every=2", "--config.sampling.progress_every=4"]
-    assert fine_tune(home, "again", *rest) == 0
-    for name in ("samples.npz", "samples.png", "evaluation.json", "report.html"):
-        (home / "again" / name).unlink()
+    shutil.copytree(run, home / "again")
     shutil.rmtree(home / "again" / "diffusion" / "4")
-    assert fine_tune(home, "again", *rest) == 0
+    (home / "again" / "evaluation.json").unlink()
+    assert fine_tune(home, "again", "--config.checkpoint_every=2") == 0
     jobs.assert_same_training(home / "again", run, stages=("diffusion",))
+    assert (home / "again" / "samples.npz").stat().st_mtime == (run / "samples.npz").stat().st_mtime  # not drawn anew
 
 
-def test_captions_matter(home, run):
-    """Another caption for every picture, and other weights come of it."""
-    shutil.copytree(home / "pictures", home / "others")
-    for i in range(8):
-        (home / "others" / f"{i}.txt").write_text("lower low wool")
-    assert fine_tune(home, "other", f"--config.data.path={home}/others", "--config.sampling.num=0") == 0
-    one, other = trained.load(run).params["unet"], trained.load(home / "other").params["unet"]
-    assert any(map(lambda a, b: (a != b).any(), leaves(one), leaves(other)))
+@pytest.fixture(scope="module")
+def base(home):
+    """The model, and a config of the small job."""
+    config = finetune_config.get_config().unlock()
+    config.init_from, config.data.image_size, config.evaluation.batch_size = str(home / "model"), 16, 8
+    config.lora.rank = 2
+    return finetune.load_base(config.lock())
 
 
-def another_model(home):
-    other = shutil.copytree(home / "model", home / "damaged")
-    index = json.loads((other / "model_index.json").read_text())
-    (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    return f"--config.init_from={other}"
+def test_what_the_model_is_told_of_each_caption(home, base, tmp_path):
+    """One row each, the last of nothing; the second time from the cache."""
+    base, config = base
+    told = finetune.tell_of(config, base, CAPTIONS, tmp_path)
+    texts, _ = pretrained.texts_of(base.model, CAPTIONS, None, 16)
+    tau = pretrained.make_tau(base.model.encoders)
+    expected = jax.jit(tau)(base.params["conditioner"], texts)["context"]
+    assert told["context"].shape == (5, 8, 16)
+    np.testing.assert_allclose(told["context"], expected, atol=1e-5)
+    (cached,) = tmp_path.glob("*.texts.npz")
+    before = cached.stat().st_mtime_ns
+    np.testing.assert_array_equal(finetune.tell_of(config, base, CAPTIONS, tmp_path)["context"], told["context"])
+    assert cached.stat().st_mtime_ns == before
+    finetune.tell_of(config, base, CAPTIONS[:3], tmp_path)
+    assert len([*tmp_path.glob("*.texts.npz")]) == 2
+    network = finetune.build_network(config, base, len(CAPTIONS))
+    rows = network.tell({}, {"told": told}, np.array([1, network.null]))["context"]
+    np.testing.assert_array_equal(rows, told["context"][[1, 4]])
+
+
+def test_lora_begins_as_the_model_itself(base):
+    base, config = base
+    params = finetune.build_network(config, base, 4).init(jax.random.key(0))
+    down, up = (params["lora"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_k"]["lora"][name]
+                for name in ("down", "up"))  # fmt: skip
+    assert down["kernel"].shape == (16, 2) and up["kernel"].shape == (2, 8)
+    assert np.asarray(down["kernel"]).any() and not np.asarray(up["kernel"]).any()
+    with_lora = finetune.with_trained(config, base, params)
+    jax.tree.map(np.testing.assert_array_equal, with_lora, base.params)
+
+
+def test_only_the_lora_is_trained_and_kept(lora_run):
+    names = {name.split("/")[1] for name in load_latest(lora_run / "diffusion") if name.startswith(("params", "ema"))}
+    assert names == {"lora"}
+    assert not (lora_run / "samples.npz").exists()
+
+
+def test_the_lora_file_draws_as_the_run_does(home, lora_run, tmp_path):
+    file = f"--lora={lora_run / 'pytorch_lora_weights.safetensors'}"
+    by_run, by_file = draw(lora_run, tmp_path / "run"), draw(home / "model", tmp_path / "file", file)
+    assert np.abs(by_run - by_file).max() <= 1
+
+
+def test_a_lora_is_added_as_strongly_as_asked(home, lora_run):
+    model, file = trained.load(home / "model"), lora_run / "pytorch_lora_weights.safetensors"
+    plain, half, whole = (trained.with_lora(model, file, scale).params["unet"] for scale in (0.0, 0.5, 1.0))
+    jax.tree.map(np.testing.assert_array_equal, plain, model.params["unet"])
+    assert any((a != b).any() for a, b in zip(leaves(plain), leaves(whole)))
+    jax.tree.map(lambda *p: np.testing.assert_allclose((p[0] + p[2]) / 2, p[1], atol=1e-6), plain, half, whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--lora=gone.safetensors"], "does not exist"), (["--lora_scale=2"], "--lora_scale needs --lora")],
+)
+def test_sample_refuses(flags, expected, home, tmp_path, capsys):
+    command = ["sample", f"--model={home / 'model'}", f"--out={tmp_path / 'out'}", "--prompt=low", *flags]
+    assert commands.run(sample.main, command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
 
 
 REFUSED = {  # flags -> what the line must say
