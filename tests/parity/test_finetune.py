@@ -32,11 +32,12 @@ from ldm_jax.training.state import example_keys
 TEXTS = ("low", "lower low", "wool")
 N, RATE, DECAY, B2, DROPOUT = 4, 1e-3, 0.01, 0.999, 0.4
 RANK, ALPHA = 3, 6.0
-CASES = {  # prediction, weighting
-    "eps": ("epsilon", "uniform"),
-    "eps, min-SNR": ("epsilon", "min_snr"),
-    "v": ("v_prediction", "uniform"),
-    "v, min-SNR": ("v_prediction", "min_snr"),
+CASES = {  # prediction, weighting, whether it is an SDXL
+    "eps": ("epsilon", "uniform", False),
+    "eps, min-SNR": ("epsilon", "min_snr", False),
+    "v": ("v_prediction", "uniform", False),
+    "v, min-SNR": ("v_prediction", "min_snr", False),
+    "SDXL": ("epsilon", "uniform", True),
 }
 
 
@@ -90,12 +91,22 @@ def nchw(x):
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
 
 
-def encoded(folder, texts):
-    """What the model's text encoder says of each."""
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
-    ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return encoder(ids).last_hidden_state
+def told(folder, texts):
+    """What the UNet is told of each: context and added conditions. SDXL is told of no text by zeros."""
+    names = {"text_encoder": transformers.CLIPTextModel}
+    if (folder / "text_encoder_2").exists():
+        names["text_encoder_2"] = transformers.CLIPTextModelWithProjection
+    said = []
+    for name, kind in names.items():
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / name.replace("text_encoder", "tokenizer"))
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        said.append(kind.from_pretrained(folder / name)(ids, output_hidden_states=True))
+    if len(said) == 1:
+        return said[0].last_hidden_state, None
+    there = torch.tensor([float(text != "") for text in texts])[:, None]
+    context = torch.cat([features.hidden_states[-2] for features in said], -1) * there[:, :, None]
+    sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(texts))
+    return context, {"text_embeds": said[1].text_embeds * there, "time_ids": sizes}
 
 
 def their_loss(folder, unet, seen, weighting):
@@ -105,11 +116,11 @@ def their_loss(folder, unet, seen, weighting):
     with torch.no_grad():
         latents = vae.encode(nchw(seen["x"].astype(np.float32) / 127.5 - 1)).latent_dist
         z0 = (latents.mean + latents.std * nchw(seen["raw_noise"])) * vae.config.scaling_factor
-        context = encoded(folder, seen["texts"])
+        context, added = told(folder, seen["texts"])
     t, eps = torch.from_numpy(seen["t"].astype(np.int64)), nchw(seen["eps"])
     is_v = scheduler.config.prediction_type == "v_prediction"
     wanted = scheduler.get_velocity(z0, eps, t) if is_v else eps
-    output = unet(scheduler.add_noise(z0, eps, t), t, context).sample
+    output = unet(scheduler.add_noise(z0, eps, t), t, context, added_cond_kwargs=added).sample
     each = ((output - wanted) ** 2).mean((1, 2, 3))
     if weighting == "min_snr":
         snr = diffusers.training_utils.compute_snr(scheduler, t)
@@ -147,8 +158,8 @@ def their_steps(folder, unet, trained, seen, losses, weighting):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_move_the_weights_as_in_torch(case, tmp_path):
-    prediction, weighting = CASES[case]
-    folder = write_folder(tmp_path / "model", prediction)
+    prediction, weighting, xl = CASES[case]
+    folder = write_folder(tmp_path / "model", prediction, xl=xl)
     seen, losses, before, after = ours(folder, weighting, tmp_path)
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").train()
     theirs = their_steps(folder, unet, dict(unet.named_parameters()), seen, losses, weighting)
