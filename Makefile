@@ -23,6 +23,8 @@ endif
 REQUIREMENTS := $(wildcard requirements.txt requirements-dev.txt)
 IDX_FILES := usr/share/datasets/fashion-mnist
 INSTALLED := /$(IDX_FILES)
+# Python compiles what is imported, when it is: half of what there is never is.
+QUIETLY := --quiet --disable-pip-version-check --no-compile
 
 help:
 	@sed -n 's/^# \?//p; /^$$/q' Makefile
@@ -58,7 +60,7 @@ clean:
 	@$(functions)
 	make_venv .venv
 	echo "Installing $(REQUIREMENTS) into .venv ..."
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(REQUIREMENTS:%=-r %)
+	.venv/bin/python -m pip install $(QUIETLY) $(REQUIREMENTS:%=-r %)
 	touch $@
 
 # torch first and by exact version: the index then offers the plain build. The program itself needs none of the three.
@@ -66,7 +68,7 @@ clean:
 	@$(functions)
 	make_venv .venv-parity
 	echo "Installing torch, diffusers, transformers and $(REQUIREMENTS) into .venv-parity ..."
-	pip() { .venv-parity/bin/python -m pip install --quiet --disable-pip-version-check "$$@"; }
+	pip() { .venv-parity/bin/python -m pip install $(QUIETLY) "$$@"; }
 	pip torch==2.13.0
 	pip torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 $(REQUIREMENTS:%=-r %)
 	pip --no-deps torch-fidelity==0.4.0

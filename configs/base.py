@@ -11,8 +11,8 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # all randomness comes from here, indexed by (stage, step, example)
     config.stages = ("autoencoder", "diffusion")  # what is trained, in this order; classifier: one that guides sampling
-    # A diffusers folder that is fine-tuned: its networks, latents, noise schedule and prediction then take the place of
-    # those below, of which only data, lora, sampling and how diffusion is trained are looked at.
+    # A diffusers folder, or its name on the hub, that is fine-tuned: its networks, latents, noise schedule and prediction
+    # then take the place of those below, of which only data, lora, sampling and how diffusion is trained are looked at.
     config.init_from = ""
     config.dtype = "float32"  # the networks' arithmetic: float32 | bfloat16; parameters and statistics stay float32
 

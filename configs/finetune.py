@@ -1,11 +1,12 @@
 """A diffusers model, trained on with your own pictures and captions: for one GPU.
 
-    python -m ldm_jax.train --config=configs/finetune.py --config.init_from=FOLDER --config.data.path=DIR
+    python -m ldm_jax.train --config=configs/finetune.py [--config.init_from=FOLDER] --config.data.path=DIR
 
-FOLDER is a diffusers folder, such as Stable Diffusion 1.5's; DIR has pictures, with a metadata.jsonl or a .txt file
-beside each (see `ldm_jax/data/captioned_folder.py`). With `--config.lora.rank=8` only small matrices beside the
-attention's are trained, and the run folder gets a `pytorch_lora_weights.safetensors` for diffusers. Held-out pictures:
-`--config.data.train_split=train[:90%] --config.data.test_split=train[90%:]`. Then:
+FOLDER is a diffusers folder, or a name on the hub; Stable Diffusion 1.5 if it is left out. DIR has pictures, with a
+metadata.jsonl or a .txt file beside each (see `ldm_jax/data/captioned_folder.py`). With `--config.lora.rank=8` only
+small matrices beside the attention's are trained, and the run folder gets a `pytorch_lora_weights.safetensors` for
+diffusers. Held-out pictures: `--config.data.train_split=train[:90%]
+--config.data.test_split=train[90%:]`. Then:
 
     python -m ldm_jax.sample --model=runs/finetune --prompt=TEXT --out=samples
 """
@@ -18,7 +19,7 @@ from configs import base
 def get_config() -> ConfigDict:
     """Full fine-tuning at a low rate; the model's own size and sampler."""
     config = base.get_config().unlock()
-    config.init_from = "models/stable-diffusion-v1-5"
+    config.init_from = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     config.stages = ("diffusion",)
 
     data = config.data

@@ -84,13 +84,24 @@ def build_first_stage(config: ConfigDict) -> FirstStage:
     return make_first_stage(build_autoencoder(config))
 
 
+def picture_size(config: ConfigDict) -> tuple[int, int]:
+    """(H, W) of the pictures: a run's are square, and have one number in its config; a diffusers model's have two."""
+    size = config.data.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
     """(h, w, c) of one example's latents."""
-    size, channels = config.data.image_size, config.data.channels
-    if config.autoencoder.kind != "none":
-        size //= 2 ** (len(config.autoencoder.block_out_channels) - 1)
-        channels = config.autoencoder.latent_channels
-    return size, size, channels
+    height, width = picture_size(config)
+    if config.autoencoder.kind == "none":
+        return height, width, config.data.channels
+    factor = downsampling(config)
+    return height // factor, width // factor, config.autoencoder.latent_channels
+
+
+def downsampling(config: ConfigDict) -> int:
+    """How many pixels a latent is high and wide."""
+    return 2 ** (len(config.autoencoder.block_out_channels) - 1) if config.autoencoder.kind != "none" else 1
 
 
 def build_map_condition(config: ConfigDict) -> MapCondition | None:

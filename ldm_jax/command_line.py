@@ -69,7 +69,12 @@ def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bo
 
 def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     """Of which model to draw what, how, and where to; None = as in the model's config."""
-    flags.DEFINE_string("model", None, "a run folder, or a diffusers folder", flag_values=values)
+    flags.DEFINE_string(
+        "model",
+        None,
+        "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]",
+        flag_values=values,
+    )
     flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "models of texts: what to draw; one picture each", flag_values=values)
@@ -101,6 +106,11 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
 def define_editing_flags(values: flags.FlagValues) -> None:
     """What to begin from, if not from noise alone."""
     string, integer = flags.DEFINE_string, flags.DEFINE_integer
+    integer("height", None, "of the pictures, in pixels: diffusers models; default: the model's", 1, flag_values=values)
+    integer("width", None, "the same", 1, flag_values=values)
+    flags.DEFINE_boolean(
+        "vae_tiling", False, "large pictures: to and from latents in tiles, for less memory", flag_values=values
+    )
     string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)
     string("init_image", None, "begin from this picture, noised", flag_values=values)
     flags.DEFINE_float(
@@ -117,9 +127,17 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     string("to_image", None, "lead from init_image to this picture, by way of their noises", flag_values=values)
     integer("to_seed", None, "lead from the noise of --seed to that of this one", 0, 2**32 - 1, flag_values=values)
     string("map", None, "the model's map: a small picture, or segments (pixels = class numbers)", flag_values=values)
+    integer("noise_level", None, "diffusers' upscalers: how much --map is noised; default: 20", 0, flag_values=values)
     string("negative_label", None, "a class that guidance leads away from", flag_values=values)
     flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
     string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)
+
+
+def define_file_flags(values: flags.FlagValues) -> None:
+    """What models of other people may leave open; "" = as they say, or as is usual (see `extras.Extras`)."""
+    flags.DEFINE_string("tokenizer", "", "of a single file: a folder with CLIP's vocabulary", flag_values=values)
+    flags.DEFINE_enum("prediction", "", ["", "eps", "v"], "of a single file: what it predicts", flag_values=values)
+    flags.DEFINE_string("vae", "", "an autoencoder's folder or file instead of the model's own", flag_values=values)
 
 
 def define_device_flags(flag_values: flags.FlagValues) -> None:

@@ -23,6 +23,7 @@ from ldm_jax.given import Given, from_map, from_masked, from_split, keep_known, 
 from ldm_jax.recipe import Recipe, digests, guide_of, of_config
 from ldm_jax.trained import Trained
 from ldm_jax.training.parallel import replicate
+from ldm_jax.upscaling import noised
 
 
 class Drawn(NamedTuple):
@@ -43,13 +44,14 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     Raises:
       InputError: a solver or step count that the model does not take, or an input that is missing or does not fit.
     """
+    model = trained.at_size(model, tuple(recipe.size))
     table = table_for(model, recipe)
     (image, mask), guide = _read_inputs(model, recipe), guide_of(model, recipe)
     if recipe.outpaint:
         whole, (image, mask) = image, editing.outpaint_window(image, recipe.outpaint)
     given = _given(model.config, recipe, image, mask)
     batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
-    generator = trained.generator_of(model, batch_size, guide)
+    generator = trained.generator_of(model, batch_size, guide, vae_tiling=recipe.vae_tiling)
     params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
     wanted = request(
         recipe.num,
@@ -66,6 +68,8 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         wanted = wanted._replace(**of_pretrained(model, recipe, table))
     if given is not None:
         maps = generator.maps(params, given.known)
+        if model.pretrained and model.pretrained.upscaling:
+            maps = noised(maps, recipe.noise_level, model.pretrained.upscaling, recipe.seed, recipe.num)
         wanted = wanted._replace(maps=np.broadcast_to(maps, (recipe.num, *maps.shape[1:])))
         if given.labels is not None:
             wanted = wanted._replace(labels=given.labels)
@@ -109,8 +113,8 @@ def of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, Any
     fields = {"start": scheduler.start(table), "clip": scheduler.clip}
     if not recipe.prompts:
         return fields
-    size = model.config.data.image_size
-    texts, cut = pretrained.texts_of(model.pretrained, recipe.prompts, recipe.negative_prompt, size)
+    size, (prompts, negative) = builders.picture_size(model.config), (recipe.prompts, recipe.negative_prompt)
+    texts, cut = pretrained.texts_of(model.pretrained, prompts, negative, size, recipe.noise_level)
     if cut:
         print(
             f"warning: {cut} of the prompts are longer than the model reads; their ends are left out", file=sys.stderr
@@ -122,7 +126,7 @@ def _read_inputs(model: Trained, recipe: Recipe) -> tuple[np.ndarray | None, np.
     """The picture and the mask that are begun from, uint8 [H, W, C] and bool [H, W], or None."""
     data, image, mask = model.config.data, None, None
     if recipe.init_image:
-        path, like = Path(recipe.init_image), {"size": data.image_size, "crop": data.crop}
+        path, like = Path(recipe.init_image), {"size": builders.picture_size(model.config), "crop": data.crop}
         image = editing.read_image(path, "--init_image", channels=data.channels, **like)
         if recipe.mask:
             mask = editing.read_mask(Path(recipe.mask), path, **like)
@@ -163,9 +167,8 @@ def _beginning(
     if recipe.invert or recipe.to_image:
         end, data = image, model.config.data
         if recipe.to_image:
-            end = editing.read_image(
-                Path(recipe.to_image), "--to_image", size=data.image_size, channels=data.channels, crop=data.crop
-            )
+            like = {"size": image.shape[:2], "channels": data.channels, "crop": data.crop}
+            end = editing.read_image(Path(recipe.to_image), "--to_image", **like)
         z0 = generator.encode(params, np.stack([image, end]))
         spacing = recipe.spacing if recipe.spacing in EVEN else "trailing"
         table = trained.inversion_table_of(model, recipe.steps, spacing)

@@ -11,8 +11,8 @@ from ldm_jax.errors import InputError
 SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis, before the picture?
 
 
-def read_image(path: Path, flag: str, *, size: int, channels: int, crop: str) -> np.ndarray:
-    """A picture as the model takes it, uint8 [size, size, channels]; raises InputError if it is none."""
+def read_image(path: Path, flag: str, *, size: tuple[int, int], channels: int, crop: str) -> np.ndarray:
+    """A picture as the model takes it, uint8 [*size, channels]; raises InputError if it is none."""
     return fit(read_picture(path, flag), size=size, channels=channels, crop=crop)
 
 
@@ -25,8 +25,8 @@ def read_picture(path: Path, flag: str) -> Image.Image:
         raise InputError(f"{flag}={path}: {reason}") from error
 
 
-def read_mask(path: Path, image_path: Path, *, size: int, crop: str) -> np.ndarray:
-    """Where to draw, bool [size, size]: the mask's white (or bright) parts, cropped as the picture it belongs to.
+def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str) -> np.ndarray:
+    """Where to draw, bool [*size]: the mask's white (or bright) parts, cropped as the picture it belongs to.
 
     Raises:
       InputError: no picture, of another size than the one it belongs to, or nothing of it is white.
@@ -47,20 +47,20 @@ def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarr
     """What a model sees of a picture that is to be continued: as much of its edge as fits, and what is to be drawn.
 
     Args:
-      image: uint8 [S, S, C].
+      image: uint8 [H, W, C].
       where: a side and a number of pixels, e.g. "right:8".
 
     Returns:
-      uint8 [S, S, C], the new part like the edge for now, and bool [S, S], True there.
+      uint8 [H, W, C], the new part like the edge for now, and bool [H, W], True there.
 
     Raises:
-      InputError: no such side, or not from 1 to S - 1 pixels.
+      InputError: no such side, or not from 1 pixel to one less than there are.
     """
     side, _, pixels = where.partition(":")
-    size = len(image)
+    axis, before = SIDES.get(side, (0, True))
+    size = image.shape[axis]
     if side not in SIDES or not pixels.isdigit() or not 0 < int(pixels) < size:
         raise InputError(f"--outpaint={where} must be {', '.join(SIDES)}, and 1 to {size - 1} pixels, e.g. right:8")
-    axis, before = SIDES[side]
     grown = [(0, 0)] * 3
     grown[axis] = (int(pixels), 0) if before else (0, int(pixels))
     new = np.pad(np.zeros(image.shape, bool), grown, constant_values=True)
@@ -70,7 +70,7 @@ def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarr
 
 
 def outpainted(image: np.ndarray, drawn: np.ndarray, where: str) -> np.ndarray:
-    """The whole picture [S, S, C] and, on its side, what was drawn in the window [N, S, S, C]: [N, S or more, ...]."""
+    """The whole picture [H, W, C] and, on its side, what was drawn in the window [N, H, W, C]: [N, H or more, ...]."""
     side, _, pixels = where.partition(":")
     axis, before = SIDES[side]
     new = [slice(None)] * 4

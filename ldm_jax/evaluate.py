@@ -39,13 +39,17 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import builders, drawing, recipe, scoring, trained
+    from ldm_jax import builders, drawing, pretrained, recipe, scoring, trained
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
+    for is_one, what in ((pretrained.is_single_file, "single file"), (pretrained.is_folder, "diffusers folder")):
+        if is_one(Path(values.model)):
+            raise InputError(f"--model={values.model} is a {what}, which names no test images; it must be a run")
     model = trained.load(Path(values.model), values.dtype)
     if model.pretrained:
-        kind = "fine-tuned from a diffusers folder" if model.step else "a diffusers folder, which names no test images"
-        raise InputError(f"--model={values.model} is {kind}; it must be a run that began with nothing")
+        raise InputError(
+            f"--model={values.model} was fine-tuned by texts, and scores are by test images; see its report"
+        )
     config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights

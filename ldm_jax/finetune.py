@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, pretrained
+from ldm_jax import builders, hub, pretrained
 from ldm_jax.errors import InputError
 from ldm_jax.files import atomic
 from ldm_jax.first_stage import make_first_stage
@@ -50,7 +50,7 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigD
     Raises:
       InputError: there is no such model, or what the config asks for does not fit it.
     """
-    path = Path(config.init_from)
+    path = hub.find(config.init_from)
     if not pretrained.is_folder(path):
         raise InputError(f"config.init_from={path} must be a diffusers folder, with a model_index.json; it is not")
     try:
@@ -147,7 +147,7 @@ def frozen_arrays(config: ConfigDict, base: Base, texts: Sequence[str], cache: P
 
 def _rows(config: ConfigDict, base: Base, texts: Sequence[str]) -> tuple[dict[str, Any], int]:
     """What the text encoders take of each text and, in the last row, of nothing; how many of them are too long."""
-    return pretrained.texts_of(base.model, texts, None, config.data.image_size)
+    return pretrained.texts_of(base.model, texts, None, builders.picture_size(config), 0)
 
 
 def check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:

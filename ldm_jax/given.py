@@ -58,12 +58,12 @@ def from_map(config: ConfigDict, path: Path) -> Given:
     Raises:
       InputError: it cannot be read, or has classes that the model does not know.
     """
-    data, concat = config.data, config.concat
+    data, concat, (height, width) = config.data, config.concat, builders.picture_size(config)
     if concat.kind == "low_resolution":
-        size = data.image_size // concat.factor
-        small = editing.read_image(path, "--map", size=size, channels=data.channels, crop=data.crop)
+        small_size = (height // concat.factor, width // concat.factor)
+        small = editing.read_image(path, "--map", size=small_size, channels=data.channels, crop=data.crop)
         return Given({"small": small[None]})
-    segments = fit_segments(editing.read_picture(path, "--map"), size=data.image_size, crop=data.crop)
+    segments = fit_segments(editing.read_picture(path, "--map"), size=(height, width), crop=data.crop)
     if segments.max() >= concat.num_segments:
         raise InputError(
             f"--map={path} has a pixel of class {segments.max()}; the model knows 0 to {concat.num_segments - 1}"
@@ -78,13 +78,14 @@ def from_masked(image: np.ndarray, mask: np.ndarray) -> Given:
 
 def shown(config: ConfigDict, given: Given) -> np.ndarray:
     """What is known, for people: uint8 [N, H, W, C]."""
-    known, size, channels = given.known, config.data.image_size, config.data.channels
+    known = given.known
     if config.concat.kind == "low_resolution":
         return known["small"].repeat(config.concat.factor, 1).repeat(config.concat.factor, 2)
     if config.concat.kind == "inpainting":
         return np.where(known["mask"] == 1, np.uint8(GREY), known["x"])
     brightness = np.linspace(0, 255, config.concat.num_segments).astype(np.uint8)
-    return np.broadcast_to(brightness[known["segments"]], (len(known["segments"]), size, size, channels))
+    grey = brightness[known["segments"]]
+    return np.broadcast_to(grey, (*grey.shape[:3], config.data.channels))
 
 
 def keep_known(given: Given | None, images: np.ndarray) -> np.ndarray:
@@ -100,14 +101,15 @@ def baseline(config: ConfigDict, given: Given) -> np.ndarray | None:
     None for segments, of which there is none.
     """
     if config.concat.kind == "low_resolution":
-        size = (config.data.image_size,) * 2
-        return np.stack([_enlarged(small, size) for small in given.known["small"]])
+        size = builders.picture_size(config)
+        return np.stack([_enlarged(small, size[::-1]) for small in given.known["small"]])
     if config.concat.kind == "inpainting":
         return np.stack([_filled(x, mask[..., 0] == 1) for x, mask in zip(given.known["x"], given.known["mask"])])
     return None
 
 
 def _enlarged(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """To (width, height)."""
     planes = [Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC) for plane in np.moveaxis(small, -1, 0)]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 

@@ -1,4 +1,4 @@
-"""A diffusers folder as a trained model: Stable Diffusion 1, 2 and XL, their inpainting kin, unconditional LDMs.
+"""A diffusers folder or single file as a trained model: Stable Diffusion 1, 2, XL, inpainting, x4 upscaler, LDMs.
 
 What `trained` makes of a run folder, this makes of other people's files: modules, parameters, and how their pictures
 are drawn unless one is told otherwise.
@@ -14,36 +14,54 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from ldm_jax import upscaling
 from ldm_jax.errors import InputError
-from ldm_jax.first_stage import make_first_stage
+from ldm_jax.extras import NO_EXTRAS, Extras, find_tokenizers, other_autoencoder
+from ldm_jax.first_stage import FirstStage, make_first_stage
 from ldm_jax.generate import Generator, make_generator
-from ldm_jax.interop import folder
+from ldm_jax.interop import folder, single_file
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
-from ldm_jax.map_condition import inpainting
+from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
-from ldm_jax.models.unet import Added
+from ldm_jax.models.conditioning import ClassEmbedder
+from ldm_jax.models.unet import Added, UNet
+from ldm_jax.tiling import tiled
+from ldm_jax.upscaling import Upscaling
 
-# Class of the pipeline -> its text encoders, its autoencoder, and the guidance it has unless told otherwise.
-SD = (("text_encoder",), "vae", 7.5)
-XL = (("text_encoder", "text_encoder_2"), "vae", 5.0)
+
+class Family(NamedTuple):
+    """The components of a pipeline, and what it does unless told otherwise, as in diffusers."""
+
+    encoders: tuple[str, ...]
+    autoencoder: str
+    guidance: float
+    steps: int = 50
+    schedulers: tuple[str, ...] = ("scheduler",)
+
+
+SD = Family(("text_encoder",), "vae", 7.5)
+XL = Family(("text_encoder", "text_encoder_2"), "vae", 5.0)
 PIPELINES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
-    "StableDiffusionXLInpaintPipeline": (*XL[:2], 7.5),
-    "LDMPipeline": ((), "vqvae", 1.0),
+    "StableDiffusionXLInpaintPipeline": XL._replace(guidance=7.5),
+    "StableDiffusionUpscalePipeline": SD._replace(
+        guidance=9.0, steps=75, schedulers=("scheduler", "low_res_scheduler")
+    ),
+    "LDMPipeline": Family((), "vqvae", 1.0),
 }
-STEPS = 50  # diffusers' own default
+CLASS_GUIDANCE = 3.0  # that CompVis drew their class-conditional model's pictures with
 
 
 class Pretrained(NamedTuple):
-    """What a folder holds beside the parameters."""
+    """What a folder or file holds beside the parameters."""
 
     pipeline: str  # its class
     unet: nn.Module
@@ -52,6 +70,16 @@ class Pretrained(NamedTuple):
     tokenizers: tuple[Tokenizer, ...]
     scheduler: Mapping[str, Any]  # its scheduler_config.json
     zeros_for_nothing: bool  # SDXL: no negative prompt is told by zeros, not by the empty text
+    tile: int  # side in pixels of what the autoencoder takes at a time, if asked to tile
+    upscaling: Upscaling | None  # of the x4 upscaler
+    classes: ClassEmbedder | None = None  # of a class-conditional model
+
+    @property
+    def map_kind(self) -> str:
+        """Of its map condition: see `map_condition.KINDS`; "none" without one."""
+        if self.upscaling:
+            return "low_resolution"
+        return "none" if self.unet.in_channels == self.unet.out_channels else "inpainting"
 
 
 def is_folder(path: Path) -> bool:
@@ -59,12 +87,28 @@ def is_folder(path: Path) -> bool:
     return (path / folder.INDEX).is_file()
 
 
-def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
-    """Reads a diffusers folder.
+def is_single_file(path: Path) -> bool:
+    """Whether this is a file that may hold a whole model."""
+    return path.is_file() and path.suffix in single_file.SUFFIXES
+
+
+def family_of(path: Path) -> tuple[str, Family]:
+    """The class of a folder's pipeline, and what that has; raises InputError for one that is not supported."""
+    pipeline = folder.read_settings(path).get("_class_name")
+    if pipeline not in PIPELINES:
+        raise InputError(f"{path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
+    return pipeline, PIPELINES[pipeline]
+
+
+def load(
+    path: Path, dtype: str = "float32", extras: Extras = NO_EXTRAS
+) -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
+    """Reads a diffusers folder or a single file.
 
     Args:
-      path: with model_index.json.
+      path: a folder with model_index.json, or a .safetensors or .ckpt in the layout of CompVis and Stability AI.
       dtype: of parameters and arithmetic, float32 or bfloat16.
+      extras: what such a path does not say.
 
     Returns:
       What it is; a config with the fields of ours that say how it draws; params as `generate.make_generator` takes
@@ -73,37 +117,90 @@ def load(path: Path, dtype: str = "float32") -> tuple[Pretrained, ConfigDict, di
     Raises:
       InputError: something is missing or damaged, or of a kind that is not supported; the line names it.
     """
+    if path.is_file():
+        model, params, size = _load_file(path, dtype, extras)
+    else:
+        given = [name for name in ("tokenizer", "prediction") if getattr(extras, name)]
+        if given:
+            raise InputError(f"--{given[0]} is for models in a single file; {path} says it itself")
+        model, params, size = _load_folder(path, dtype)
+    if extras.vae:
+        autoencoder, own = other_autoencoder(
+            Path(extras.vae), model.autoencoder, params["shift"], params["scale"], dtype
+        )
+        model, params = model._replace(autoencoder=autoencoder), params | {"autoencoder": own}
+    _check_widths(path, model, len(params["scale"]))
+    return model, _config(model, size, dtype), params
+
+
+def _load_folder(path: Path, dtype: str) -> tuple[Pretrained, dict[str, Any], tuple[int, int]]:
+    """The model, its parameters, and the (height, width) of its latents."""
     index, settings = folder.read_index(path), folder.read_settings(path)
-    pipeline = settings.get("_class_name")
-    if pipeline not in PIPELINES:
-        raise InputError(f"--model={path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
-    encoder_names, autoencoder_name, guidance = PIPELINES[pipeline]
-    for name in ("unet", "scheduler", autoencoder_name, *encoder_names):
+    pipeline, family = family_of(path)
+    for name in ("unet", *family.schedulers, family.autoencoder, *family.encoders):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
     kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     unet, unet_params = folder.load_unet(path / "unet", **kind)
-    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / autoencoder_name, **kind)
-    texts = [_load_text_encoder(path / name, dtype) for name in encoder_names]
+    if isinstance(unet, UNet) != bool(family.encoders):
+        raise InputError(f"--model={path}: the class of its UNet, which unet/config.json names, is not a {pipeline}'s")
+    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **kind)
+    texts = [load_text_encoder(path / name, dtype) for name in family.encoders]
+    upscales = "low_res_scheduler" in family.schedulers
     model = Pretrained(
         pipeline=pipeline,
         unet=unet,
         autoencoder=autoencoder,
         encoders=tuple(encoder for encoder, _ in texts),
-        tokenizers=tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in encoder_names),
+        tokenizers=tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in family.encoders),
         scheduler=folder.component_config(path, "scheduler"),
         zeros_for_nothing=bool(settings.get("force_zeros_for_empty_prompt", True)),
+        tile=_tile(path / family.autoencoder),
+        upscaling=upscaling.read(path, settings, unet.num_class_embeds) if upscales else None,
     )
-    _check_widths(path, model, len(scale))
     params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
     params["conditioner"] = [text_params for _, text_params in texts]
+    if upscales:
+        params["scale"] = np.full_like(scale, upscaling.SCALE)
+    return model, params, _latent_size(path)
+
+
+def _latent_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the latents that the UNet is made for; raises InputError if its config does not say."""
     size = folder.component_config(path, "unet").get("sample_size")
-    if not isinstance(size, int):
-        raise InputError(f"{path / 'unet' / 'config.json'}: sample_size is {size}; it must be that of square latents")
-    return model, _config(model, size, guidance, dtype), params
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(
+            f"{path / 'unet' / 'config.json'}: sample_size is {size}; it must be that of the latents, one number or "
+            "height and width"
+        )
+    return tuple(sides)
 
 
-def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
+def _load_file(path: Path, dtype: str, extras: Extras) -> tuple[Pretrained, dict[str, Any], tuple[int, int]]:
+    """As `_load_folder`, of a single file."""
+    kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
+    found = single_file.read(path, prediction=extras.prediction, **kind)
+    encoders = tuple(encoder for encoder, _ in found.texts)
+    model = Pretrained(
+        pipeline=found.pipeline,
+        unet=found.unet[0],
+        autoencoder=found.autoencoder[0],
+        encoders=encoders,
+        tokenizers=find_tokenizers(path, extras.tokenizer, encoders, found.pads),
+        scheduler=found.scheduler,
+        zeros_for_nothing=True,
+        tile=found.sample_size * found.autoencoder[0].downsampling,
+        upscaling=None,
+        classes=found.classes[0] if found.classes else None,
+    )
+    params = {"unet": found.unet[1], "autoencoder": found.autoencoder[1], "shift": found.shift, "scale": found.scale}
+    params["conditioner"] = found.classes[1] if found.classes else [text_params for _, text_params in found.texts]
+    return model, params, (found.sample_size, found.sample_size)
+
+
+def load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
+    """The network of a text encoder's folder, and its parameters, NumPy arrays; raises InputError."""
     encoder = text_encoder_from_config(folder.component_config(path.parent, path.name)).clone(dtype=jnp.dtype(dtype))
     target = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     return encoder, text_params_from_state_dict(read_state_dict(path, dtype=jnp.dtype(dtype)), target)
@@ -111,13 +208,16 @@ def _load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[st
 
 def _check_widths(path: Path, model: Pretrained, channels: int) -> None:
     """Raises InputError unless the networks fit together."""
-    takes, gives = model.unet.in_channels, (channels, 2 * channels + 1)
-    if takes not in gives or model.unet.out_channels != channels:
+    # Beside the latents an upscaler sees the small picture, an inpainting model the mask and the masked latents.
+    fit = (channels + model.autoencoder.in_channels,) if model.upscaling else (channels, 2 * channels + 1)
+    if model.unet.in_channels not in fit or model.unet.out_channels != channels:
         raise InputError(
-            f"--model={path}: latents of {channels} channels do not go with a UNet of {takes} to "
-            f"{model.unet.out_channels}; it must be {channels}, or {2 * channels + 1} to {channels} for inpainting"
+            f"--model={path}: latents of {channels} channels do not go with a UNet of {model.unet.in_channels} to "
+            f"{model.unet.out_channels}; it must be {' or '.join(map(str, fit))} to {channels}"
         )
     if model.encoders:
+        if not model.upscaling and model.unet.num_class_embeds is not None:
+            raise InputError(f"--model={path}: a {model.pipeline} knows no classes, but its UNet has num_class_embeds")
         width = sum(encoder.hidden_size for encoder in model.encoders)
         if width != model.unet.cross_attention_dim:
             raise InputError(
@@ -126,16 +226,24 @@ def _check_widths(path: Path, model: Pretrained, channels: int) -> None:
             )
 
 
-def _config(model: Pretrained, size: int, guidance: float, dtype: str) -> ConfigDict:
-    """The fields of configs/base.py that drawing looks at, for latents of `size` pixels."""
-    scheduler, autoencoder = scheduler_of(model), model.autoencoder
-    levels = len(autoencoder.block_out_channels)
+def _tile(path: Path) -> int:
+    """The side of the pictures that the autoencoder was trained on, as its config tells; raises InputError."""
+    size = folder.component_config(path.parent, path.name).get("sample_size", 32)  # diffusers' default
+    side = size[0] if isinstance(size, list) and size else size
+    if not isinstance(side, int) or side < 1:
+        raise InputError(f"{path / 'config.json'}: sample_size is {size}; it must be the side of pictures in pixels")
+    return side
+
+
+def _config(model: Pretrained, size: tuple[int, int], dtype: str) -> ConfigDict:
+    """The fields of configs/base.py that drawing looks at, for latents of this (height, width)."""
+    scheduler, autoencoder, family = scheduler_of(model), model.autoencoder, PIPELINES[model.pipeline]
     return ConfigDict(
         {
             "seed": 0,
             "dtype": dtype,
             "data": {
-                "image_size": size * 2 ** (levels - 1),
+                "image_size": tuple(side * autoencoder.downsampling for side in size),
                 "channels": autoencoder.in_channels,
                 "crop": "center",
             },
@@ -144,16 +252,16 @@ def _config(model: Pretrained, size: int, guidance: float, dtype: str) -> Config
                 "block_out_channels": tuple(autoencoder.block_out_channels),
                 "latent_channels": model.unet.out_channels,
             },
-            "concat": {"kind": "none" if model.unet.in_channels == model.unet.out_channels else "inpainting"},
+            "concat": {"kind": model.map_kind, "factor": autoencoder.downsampling},
             "diffusion": {"timesteps": len(scheduler.schedule.alpha_bar), "prediction": scheduler.prediction},
             "sampling": {
                 "sampler": scheduler.sampler,
-                "steps": STEPS,
+                "steps": family.steps,
                 "spacing": scheduler.options["spacing"],
                 "eta": 0.0,
                 "variance": scheduler.options.get("variance", "fixed_small"),
                 "churn": 0.0,
-                "guidance": guidance,
+                "guidance": CLASS_GUIDANCE if model.classes else family.guidance,
                 "guidance_interval": (0.0, 1.0),
                 "guidance_rescale": 0.0,
                 "threshold": 0.0,
@@ -171,13 +279,16 @@ def scheduler_of(model: Pretrained, sampler: str | None = None) -> Scheduler:
     return scheduler
 
 
-def texts_of(model: Pretrained, prompts: Sequence[str], negative: str | None, size: int) -> tuple[dict[str, Any], int]:
+def texts_of(
+    model: Pretrained, prompts: Sequence[str], negative: str | None, size: tuple[int, int], noise_level: int
+) -> tuple[dict[str, Any], int]:
     """What `tau` takes of each prompt, and in the last row of the negative one: [P + 1, ...].
 
     Args:
       prompts: one or more.
       negative: what guidance leads away from; None = nothing.
-      size: of the pictures in pixels, which SDXL is told.
+      size: (height, width) of the pictures in pixels, which SDXL is told.
+      noise_level: of the picture that is enlarged, which the upscaler is told.
 
     Returns:
       The arrays, and how many prompts were longer than the model reads.
@@ -185,12 +296,15 @@ def texts_of(model: Pretrained, prompts: Sequence[str], negative: str | None, si
     said = [tokenizer([*prompts, negative or ""]) for tokenizer in model.tokenizers]
     n = len(prompts) + 1
     nothing = np.arange(n) == n - 1 if negative is None and model.zeros_for_nothing else np.zeros(n, bool)
-    sizes = np.tile(np.float32([size, size, 0, 0, size, size]), (n, 1))  # original, crop from top and left, target
+    sizes = np.tile(np.float32([*size, 0, 0, *size]), (n, 1))  # original, crop from top and left, target
     cut = np.any([tokens.cut for tokens in said], axis=0)
-    return {"ids": [tokens.ids for tokens in said], "nothing": nothing, "sizes": sizes}, int(cut.sum())
+    texts = {"ids": [tokens.ids for tokens in said], "nothing": nothing, "sizes": sizes}
+    return texts | {"noise_level": np.full(n, noise_level, np.int32)}, int(cut.sum())
 
 
-def make_tau(encoders: tuple[CLIPTextEncoder, ...]) -> Callable[[Any, Any], dict[str, jax.Array]]:
+def make_tau(
+    encoders: tuple[CLIPTextEncoder, ...], *, upscales: bool = False
+) -> Callable[[Any, Any], dict[str, jax.Array]]:
     """(params, rows of `texts_of`) -> the arguments by which the UNet is told of a text.
 
     Of one encoder, what its last layer says of each token (Rombach 2022, section 4.3.1); of two, what the layers before
@@ -202,7 +316,7 @@ def make_tau(encoders: tuple[CLIPTextEncoder, ...]) -> Callable[[Any, Any], dict
             return {}
         said = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(encoders, params, texts["ids"])]
         if len(said) == 1:
-            return {"context": said[0].last}
+            return {"context": said[0].last} | ({"class_labels": texts["noise_level"]} if upscales else {})
         told = (jnp.concatenate([features.penultimate for features in said], axis=-1), said[-1].pooled)
         context, pooled = (jnp.where(_beside(texts["nothing"], a), 0, a) for a in told)
         return {"context": context, "added": Added(pooled, texts["sizes"])}
@@ -210,22 +324,47 @@ def make_tau(encoders: tuple[CLIPTextEncoder, ...]) -> Callable[[Any, Any], dict
     return tau
 
 
+def make_class_tau(classes: ClassEmbedder) -> Callable[[Any, Any], dict[str, jax.Array]]:
+    """(params, labels) -> the arguments by which the UNet is told of a class."""
+    return lambda params, label: {"context": classes.apply({"params": params}, label)}
+
+
 def _beside(rows: jax.Array, array: jax.Array) -> jax.Array:
     """[B] in the shape [B, 1, ...] that goes with an array [B, ...]."""
     return rows.reshape(-1, *[1] * (array.ndim - 1))
 
 
+def _map_condition(
+    model: Pretrained, first_stage: FirstStage, latent_shape: tuple[int, int, int]
+) -> MapCondition | None:
+    if model.map_kind == "none":
+        return None
+    return make_map_condition(
+        model.map_kind,
+        first_stage=first_stage,
+        latent_shape=latent_shape,
+        channels=model.autoencoder.in_channels,
+        factor=model.autoencoder.downsampling,
+        segments=0,
+    )
+
+
 def build_generator(
-    model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, snapshots: int
+    model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, snapshots: int, vae_tiling: bool
 ) -> Generator:
-    """Noise to pictures, as `generate.make_generator` makes it."""
+    """Noise to pictures, as `generate.make_generator` makes it; raises InputError for tiles of no whole latents."""
     first_stage, scheduler = make_first_stage(model.autoencoder), scheduler_of(model)
-    masked = model.unet.in_channels != model.unet.out_channels
+    if vae_tiling:
+        try:
+            first_stage = tiled(first_stage, model.tile, model.autoencoder.downsampling)
+        except ValueError as error:
+            raise InputError(f"--vae_tiling: the autoencoder's sample_size says so, but {error}") from error
+    classes = model.classes
     return make_generator(
         unet=model.unet,
-        tau=make_tau(model.encoders),
-        null=None if model.encoders else 0,
-        map_condition=inpainting(first_stage, latent_shape) if masked else None,
+        tau=make_class_tau(classes) if classes else make_tau(model.encoders, upscales=model.upscaling is not None),
+        null=None if model.encoders else classes.null if classes else 0,
+        map_condition=_map_condition(model, first_stage, latent_shape),
         first_stage=first_stage,
         latent_shape=latent_shape,
         alpha_bar=scheduler.schedule.alpha_bar,

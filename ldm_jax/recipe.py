@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 import jax
 from absl.flags import FlagValues
 
-from ldm_jax import trained
+from ldm_jax import builders, editing, trained
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.trained import Guide, Trained
+from ldm_jax.upscaling import NOISE_LEVEL
+
+# What a model with a map condition must be given, if it knows no data set to take it from.
+GIVEN = {
+    "inpainting": "inpaints; it must be given a picture and what to draw of it: --init_image --mask",
+    "low_resolution": "enlarges; it must be given a small picture: --map",
+}
 
 
 class Recipe(NamedTuple):
@@ -31,10 +38,12 @@ class Recipe(NamedTuple):
     churn: float
     variance: str
     dtype: str
+    size: list[int]  # height and width
     negative_prompt: str | None = None  # what guidance leads away from; None = nothing
     classifier: str = ""  # a run folder with a classifier that guides as well
     classifier_scale: float = 0.0
     negative_label: int = -1
+    vae_tiling: bool = False  # pictures larger than the autoencoder was trained on go through it in tiles
     init_image: str = ""  # begin from this picture, not from noise alone
     strength: float = 1.0  # the share of the steps that is done from there
     mask: str = ""  # the white part of init_image is drawn, the rest kept
@@ -46,6 +55,7 @@ class Recipe(NamedTuple):
     invert: bool = False  # begin from init_image's own noise
     init_latents: str = ""  # the noise itself
     map: str = ""  # of a model with a map condition: the small picture, or the map of segments
+    noise_level: int = -1  # of the map of a diffusers upscaler; -1 = the model is none
     map_split: str = ""  # or the split that sample i's map is taken from, of its picture number i
 
 
@@ -93,6 +103,7 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
         classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
         variance=_or(values.variance, defaults["variance"]),
         dtype=model.config.dtype,
+        size=list(builders.picture_size(model.config)),
         negative_prompt=values.negative_prompt,
         map_split=_map_split(model),
     )
@@ -139,7 +150,7 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
         raise InputError(f"--{noises[0]} and --{noises[1]} both say what noise to begin from; choose one")
     given = _is_given_a_map(values, kind)
     if kind != "none" and not given and not recipe.map_split:
-        raise InputError("this model inpaints; it must be given a picture and what to draw of it: --init_image --mask")
+        raise InputError(f"this model {GIVEN[kind]}")
     own_noise = values.invert or values.to_image
     for flag in ("strength", "mask", "outpaint"):
         if own_noise and values[flag].value:
@@ -161,6 +172,57 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
         map=values.map or "",
         map_split="" if given else recipe.map_split,
     )
+
+
+def with_pretrained(recipe: Recipe, values: FlagValues, model: Trained) -> Recipe:
+    """The recipe with what is asked of diffusers models alone: --height and --width, --vae_tiling, --noise_level.
+
+    Raises:
+      InputError: for a model that does not take them, or a size that the autoencoder cannot halve.
+    """
+    if values.vae_tiling and not (model.pretrained and model.config.autoencoder.kind == "kl"):
+        raise InputError("--vae_tiling is for diffusers models with an AutoencoderKL; this model has none")
+    return recipe._replace(
+        size=_size(recipe, values, model),
+        vae_tiling=bool(values.vae_tiling),
+        noise_level=_noise_level(values.noise_level, model),
+    )
+
+
+def _size(recipe: Recipe, values: FlagValues, model: Trained) -> list[int]:
+    """Height and width: the model's own unless they are given, or a multiple of those of the picture to enlarge."""
+    asked = {flag: values[flag].value for flag in ("height", "width") if values[flag].value is not None}
+    factor = builders.downsampling(model.config)
+    for flag, side in asked.items():
+        if not model.pretrained:
+            raise InputError(
+                f"--{flag}={side} is for diffusers models; this run draws {'x'.join(map(str, recipe.size))}"
+            )
+        if model.pretrained.upscaling:
+            raise InputError(
+                f"--{flag}={side}: what this model draws is {factor} times as large as --map; leave it out"
+            )
+        if side % factor:
+            raise InputError(
+                f"--{flag}={side} must be a multiple of {factor}, as a latent of this autoencoder is "
+                f"{factor}x{factor} pixels; next to it is {max(side // factor, 1) * factor}"
+            )
+    if model.pretrained and model.pretrained.upscaling:
+        small = editing.read_picture(Path(recipe.map), "--map")
+        return [factor * small.height, factor * small.width]
+    return [asked.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]
+
+
+def _noise_level(asked: int | None, model: Trained) -> int:
+    upscaling = model.pretrained.upscaling if model.pretrained else None
+    if upscaling is None:
+        if asked is not None:
+            raise InputError(f"--noise_level={asked} is for diffusers' upscalers; this model is none")
+        return -1
+    level = _or(asked, NOISE_LEVEL)
+    if level > upscaling.max_noise_level:
+        raise InputError(f"--noise_level={level} must be from 0 to {upscaling.max_noise_level} for this model")
+    return level
 
 
 def _is_given_a_map(values: FlagValues, kind: str) -> bool:
@@ -216,6 +278,7 @@ def of_config(model: Trained) -> Recipe:
         churn=sampling.churn,
         variance=sampling.variance,
         dtype=model.config.dtype,
+        size=list(builders.picture_size(model.config)),
         map_split=_map_split(model),
     )
 

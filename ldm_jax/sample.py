@@ -3,7 +3,11 @@
     python -m ldm_jax.sample --model=runs/fashion_mnist --out=samples [--num=64] [--label=3,7] [--sampler=ddim]
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
+    ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main]   a model of the hub, fetched unless it is in its cache
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
+    ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v]   one file in the layout of CompVis or Stability
+    ... --vae=PATH                                      another autoencoder than the folder's or file's own
+    ... --height=512 --width=768 [--vae_tiling]         of another size than the model's own: diffusers folders
     ... --lora=FILE [--lora_scale=1]                    with a LoRA file of diffusers
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
@@ -12,7 +16,7 @@
     ... --init_image=FILE --to_image=FILE               from one picture to another
     ... --to_seed=1                                     from the noise of one seed to that of another
     ... --init_latents=FILE.npy                         from given noise
-    ... --map=FILE                                      a small picture or a map of segments, for models of these
+    ... --map=FILE [--noise_level=20]                   a small picture or a map of segments, for models of these
     ... --classifier=FOLDER --classifier_scale=2        guided by a classifier's run folder as well
     ... --from_recipe=samples.png                       the same pictures again
 
@@ -42,6 +46,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_float("lora_scale", None, "how strongly; default 1", flag_values=values)
     command_line.define_drawing_flags(values, num=64)
     command_line.define_editing_flags(values)
+    command_line.define_file_flags(values)
     command_line.define_device_flags(values)
     return values
 
@@ -59,19 +64,22 @@ def main(argv: list[str]) -> None:
         raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
     commands.start_devices(values)
 
-    from ldm_jax import drawing, recipe, trained
+    from ldm_jax import drawing, hub, recipe, trained
+    from ldm_jax.extras import Extras
 
-    model = trained.load(Path(values.model), values.dtype)
+    extras = Extras(values.tokenizer, values.prediction, values.vae)
+    model = trained.load(hub.find(values.model), values.dtype, extras)
     if values.lora:
         scale = 1.0 if values.lora_scale is None else values.lora_scale
         model = trained.with_lora(model, Path(values.lora), scale)
     if values.from_recipe:
-        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", "lora", "lora_scale")
+        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", "lora", "lora_scale", *extras._fields)
         check_alone(values, "from_recipe", beside=beside)
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
         wanted = recipe.with_edits(recipe.from_flags(model, values, labels), values, model.config.concat.kind)
+        wanted = recipe.with_pretrained(wanted, values, model)
         if values.label is not None and wanted.map_split:
             raise InputError(
                 f"--label={','.join(values.label)}: without a picture of yours this model restores test pictures, "

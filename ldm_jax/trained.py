@@ -13,6 +13,7 @@ from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import Bound, make_bound
+from ldm_jax.extras import NO_EXTRAS, Extras
 from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import Generator, make_generator
 from ldm_jax.interop.lora import add_lora, read_lora
@@ -39,21 +40,33 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...]  # () for unlabelled sets
     params: dict[str, Any]  # unet, conditioner, autoencoder, shift, scale: what `generate` takes
     step: int  # updates behind the parameters
-    pretrained: Pretrained | None = None  # what a diffusers folder holds beside; None for a run of ours
+    pretrained: Pretrained | None = None  # what a diffusers folder or file holds beside; None for a run of ours
 
 
-def load(path: Path, dtype: str | None = None) -> Trained:
-    """Reads a run folder or a diffusers folder; `dtype` of its arithmetic, unless it is as in the config.
+def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Trained:
+    """Reads a run folder, a diffusers folder or a single file.
+
+    Args:
+      path: of any of them.
+      dtype: of its arithmetic, unless it is as in the config.
+      extras: what a diffusers folder or a single file does not say.
 
     Raises:
-      InputError: it is neither, is not trained yet, or does not fit its own config.
+      InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    if pretrained.is_folder(path):
-        model, config, params = pretrained.load(path, dtype or "float32")
-        return Trained(config, (), params, 0, model)
+    if pretrained.is_folder(path) or pretrained.is_single_file(path):
+        model, config, params = pretrained.load(path, dtype or "float32", extras)
+        class_names = tuple(map(str, range(model.classes.num_classes))) if model.classes else ()
+        return Trained(config, class_names, params, 0, model)
+    for name, value in extras._asdict().items():
+        if value:
+            raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
     if not path.is_dir():
-        problem = "is a file" if path.exists() else "does not exist"
-        raise InputError(f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist")
+        problem = "is a file of another kind" if path.exists() else "does not exist"
+        raise InputError(
+            f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist, a diffusers folder, or a "
+            "model in one .safetensors or .ckpt"
+        )
     config = configuration.from_json(path / "config.json")
     config_rules.validate(config)
     if dtype is not None:
@@ -144,8 +157,9 @@ def _latents_of(params: dict[str, Any], config: ConfigDict) -> str:
 
 
 def fingerprint(model: Trained | Guide) -> str:
-    """A hash of all parameters: equal means the same model."""
-    return content_hash(model.params)
+    """A hash of all parameters, and of what they predict if a user can say: equal means the same model."""
+    told = isinstance(model, Trained) and model.pretrained
+    return content_hash(model.params, *([model.config.diffusion.prediction] if told else []))
 
 
 def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
@@ -183,10 +197,20 @@ def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.n
     return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
 
 
-def generator_of(model: Trained, batch_size: int, guide: Guide | None = None) -> Generator:
-    """The generator of a trained model."""
+def at_size(model: Trained, size: tuple[int, int]) -> Trained:
+    """The model for pictures of this (height, width); a run of ours has but one size."""
+    if tuple(size) == builders.picture_size(model.config):
+        return model
+    config = model.config.copy_and_resolve_references().unlock()
+    config.data.image_size = tuple(size)
+    return model._replace(config=config.lock())
+
+
+def generator_of(model: Trained, batch_size: int, guide: Guide | None = None, *, vae_tiling: bool = False) -> Generator:
+    """The generator of a trained model; `vae_tiling`: the autoencoder of a diffusers model works in tiles."""
     if model.pretrained:
-        return pretrained.build_generator(model.pretrained, builders.latent_shape(model.config), batch_size, SNAPSHOTS)
+        shape = builders.latent_shape(model.config)
+        return pretrained.build_generator(model.pretrained, shape, batch_size, SNAPSHOTS, vae_tiling)
     return build_generator(model.config, len(model.class_names), batch_size, guide)
 
 

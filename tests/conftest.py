@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from ldm_jax.xla import knows_cpu_flags
+from ldm_jax.xla import OBJECTS_PER_COLLECTION, knows_cpu_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
@@ -21,6 +21,7 @@ if knows_cpu_flags():  # an unknown flag ends the process
 
 import jax  # noqa: E402
 
+gc.set_threshold(OBJECTS_PER_COLLECTION)
 jax.config.update("jax_num_cpu_devices", 4)  # so that every test is a test of data parallelism too
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

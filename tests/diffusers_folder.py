@@ -64,7 +64,7 @@ def write_text_encoder(folder, projection=None):
     write_component(folder, config, state_dict_from_text_params(random_params(shapes, 1)))
 
 
-def write_stable_diffusion(folder, *, xl=False, inpainting=False):
+def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=False):
     """model_index.json and all that it names; returns the folder."""
     added = {
         "addition_embed_type": "text_time",
@@ -72,7 +72,8 @@ def write_stable_diffusion(folder, *, xl=False, inpainting=False):
         "projection_class_embeddings_input_dim": 12 + 6 * 4,
     }
     unet = UNet(
-        in_channels=9 if inpainting else 4,
+        in_channels=9 if inpainting else 7 if upscaling else 4,
+        num_class_embeds=400 if upscaling else None,
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",),
@@ -82,15 +83,18 @@ def write_stable_diffusion(folder, *, xl=False, inpainting=False):
         **(added if xl else {}),
     )
     write_module(folder / "unet", unet, config_from_unet(unet, SIZE))
-    vae = AutoencoderKL(**BLOCKS | HALVING)
+    vae = AutoencoderKL(**BLOCKS | HALVING | ({"block_out_channels": (8, 8, 8)} if upscaling else {}))
     scale = np.full(4, 0.18215, np.float32)
     write_module(folder / "vae", vae, config_from_autoencoder(vae, np.zeros(4, np.float32), scale, 2 * SIZE))
     names = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
     for name in names:
         write_text_encoder(folder / name, projection=12 if name.endswith("2") else None)
         write_tokenizer(folder / name.replace("text_encoder", "tokenizer"), LOW_LOWER, length=LENGTH)
-    kind = "StableDiffusion" + ("XL" if xl else "") + ("Inpaint" if inpainting else "") + "Pipeline"
-    return write_index(folder, kind, ["unet", "vae", *names])
+    kind = "StableDiffusion" + ("XL" if xl else "") + ("Inpaint" if inpainting else "")
+    if upscaling:
+        write_json(folder / "low_res_scheduler" / "scheduler_config.json", SCHEDULER | {"_class_name": "DDPMScheduler"})
+        return write_index(folder, f"{kind}UpscalePipeline", ["unet", "vae", *names, "low_res_scheduler"])
+    return write_index(folder, f"{kind}Pipeline", ["unet", "vae", *names])
 
 
 def write_unconditional(folder):

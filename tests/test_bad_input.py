@@ -449,6 +449,8 @@ SAMPLE = {
         ["--init_image=PICTURE", "--mask=WHITE", "--resample=99", "--sampler=ddpm", "--steps=20"],
         "a table holds 40 network calls",
     ),
+    "a height of a run": (["--height=16"], "--height=16 is for diffusers models; this run draws 8x8"),
+    "tiles of a run": (["--vae_tiling"], "--vae_tiling is for diffusers models"),
     "outpainting of nothing": (["--outpaint=up:2"], "--outpaint needs --init_image"),
     "outpainting and a mask": (["--init_image=PICTURE", "--mask=WHITE", "--outpaint=up:2"], "choose one"),
     "outpainting to nowhere": (["--init_image=PICTURE", "--outpaint=top:2"], "must be left, right, up, down"),

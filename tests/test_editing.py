@@ -9,6 +9,7 @@ from scipy.stats import kstest
 from ldm_jax import commands, editing, sample, trained
 from ldm_jax.config_rules import SAMPLERS, SPACINGS
 from ldm_jax.diffusion import schedules, solvers
+from ldm_jax.errors import InputError
 from ldm_jax.evaluation.pictures import read_recipe, save_png
 from ldm_jax.recipe import Recipe
 from ldm_jax.training.parallel import replicate
@@ -56,6 +57,16 @@ def test_outpainting_by_hand(where):
               "up": (slice(2, 4), slice(None)), "down": (slice(2), slice(None))}[where.split(":")[0]]  # fmt: skip
     kept = {"left": image[:, :2], "right": image[:, 2:], "up": image[:2], "down": image[2:]}[where.split(":")[0]]
     np.testing.assert_array_equal(window[beside], kept)
+
+
+@pytest.mark.parametrize("where, shape", [("left:5", (4, 11)), ("down:3", (7, 6))])
+def test_a_side_of_a_wide_picture_is_outpainted(where, shape):
+    image = np.arange(24, dtype=np.uint8).reshape(4, 6, 1)
+    window, new = editing.outpaint_window(image, where)
+    assert window.shape == (4, 6, 1) and new.shape == (4, 6)
+    assert editing.outpainted(image, window[None], where).shape == (1, *shape, 1)
+    with pytest.raises(InputError, match="1 to 3 pixels" if "down" in where else "1 to 5 pixels"):
+        editing.outpaint_window(image, where.replace("5", "6").replace("3", "4"))
 
 
 @pytest.fixture

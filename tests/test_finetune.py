@@ -150,7 +150,7 @@ def test_what_the_model_is_told_of_each_caption(home, base, tmp_path):
     """One row each, the last of nothing; the second time from the cache."""
     base, config = base
     told = finetune.tell_of(config, base, CAPTIONS, tmp_path)
-    texts, _ = pretrained.texts_of(base.model, CAPTIONS, None, 16)
+    texts, _ = pretrained.texts_of(base.model, CAPTIONS, None, (16, 16), 0)
     tau = pretrained.make_tau(base.model.encoders)
     expected = jax.jit(tau)(base.params["conditioner"], texts)["context"]
     assert told["context"].shape == (5, 8, 16)
@@ -268,4 +268,4 @@ def test_a_run_whose_model_has_changed_is_refused(home, run, tmp_path, capsys):
 
 def test_evaluate_wants_a_run_of_our_own(run, tmp_path, capsys):
     assert commands.run(evaluate.main, ["evaluate", f"--model={run}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "is fine-tuned from a diffusers folder" in capsys.readouterr().err
+    assert "was fine-tuned by texts" in capsys.readouterr().err

@@ -11,13 +11,16 @@ import pytest
 from PIL import Image
 
 from ldm_jax import commands, evaluate, pretrained, sample, trained
+from ldm_jax.diffusion.sampling import initial_latents, map_noise, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.interop.scheduler_config import Scheduler
+from ldm_jax.upscaling import Upscaling, noised
 
 KINDS = {
     "plain": diffusers_folder.write_stable_diffusion,
     "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),
     "inpainting": lambda folder: diffusers_folder.write_stable_diffusion(folder, inpainting=True),
+    "upscaling": lambda folder: diffusers_folder.write_stable_diffusion(folder, upscaling=True),
     "unconditional": diffusers_folder.write_unconditional,
 }
 
@@ -105,10 +108,10 @@ def test_a_folder_may_say_that_nothing_is_the_empty_text(folder_of, draw, tmp_pa
 def test_xl_is_told_the_size(folder_of):
     model = trained.load(folder_of("xl"))
     tau = jax.jit(pretrained.make_tau(model.pretrained.encoders))
-    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, 16)
+    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, (16, 24), -1)
     told = tau(model.params["conditioner"], texts)
     assert cut == 0
-    np.testing.assert_array_equal(told["added"].time_ids, [[16, 16, 0, 0, 16, 16]] * 2)
+    np.testing.assert_array_equal(told["added"].time_ids, [[16, 24, 0, 0, 16, 24]] * 2)
     assert told["context"].shape == (2, 8, 32)
     assert np.asarray(told["context"][0]).any() and not np.asarray(told["context"][1]).any()
     assert np.asarray(told["added"].pooled[0]).any() and not np.asarray(told["added"].pooled[1]).any()
@@ -129,6 +132,36 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_another_size(folder_of, draw, tmp_path):
+    drawn = draw(folder_of("plain"), "asked", "--height=12", "--width=20", "--prompt=low")["images"]
+    assert drawn.shape == (1, 12, 20, 3)
+    recipe = tmp_path / "asked" / "samples.png"
+    assert read_recipe(recipe)["size"] == [12, 20]
+    command = ["sample", f"--model={folder_of('plain')}", f"--from_recipe={recipe}", f"--out={tmp_path / 'again'}"]
+    assert commands.run(sample.main, command) == 0
+    np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], drawn)
+    wide = shutil.copytree(folder_of("plain"), tmp_path / "wide")
+    edit("unet/config.json", sample_size=[6, 10])(wide)
+    np.testing.assert_array_equal(draw(wide, "own", "--prompt=low")["images"], drawn)
+
+
+def test_large_pictures_in_tiles(folder_of, draw, tmp_path):
+    small = shutil.copytree(folder_of("plain"), tmp_path / "small")
+    edit("vae/config.json", sample_size=8)(small)
+    flags = ["--prompt=low", "--height=8", "--width=20"]
+    whole, tiles = (draw(small, name, *flags, *more)["images"].astype(int)
+                    for name, more in (("whole", []), ("tiles", ["--vae_tiling"])))  # fmt: skip
+    assert 0 < np.abs(tiles - whole).mean() < 30
+    assert read_recipe(tmp_path / "tiles" / "samples.png")["vae_tiling"]
+
+
+def test_pictures_are_cropped_to_another_size(folder_of, draw, files):
+    edits = [f"--init_image={files}/image.png", f"--mask={files}/mask.png", "--prompt=low", "--height=8"]
+    images = draw(folder_of("inpainting"), "inpainting", *edits)["images"]
+    assert images.shape == (1, 8, 16, 3)  # the width is the model's own
+    np.testing.assert_array_equal(images[0, :, :8], np.asarray(Image.open(files / "image.png"))[4:12, :8])
+
+
 def test_inpainting_keeps_the_rest_to_the_bit(folder_of, draw, files):
     original = np.asarray(Image.open(files / "image.png"))
     edit = [f"--init_image={files}/image.png", f"--mask={files}/mask.png", "--prompt=low", "--num=2"]
@@ -136,6 +169,35 @@ def test_inpainting_keeps_the_rest_to_the_bit(folder_of, draw, files):
         images = draw(folder_of(kind), kind, *edit)["images"]
         np.testing.assert_array_equal(images[:, :, :8], np.broadcast_to(original[:, :8], (2, 16, 8, 3)))
         assert (images[0, :, 8:] != images[1, :, 8:]).any()
+
+
+def test_a_picture_four_times_as_large(folder_of, draw, tmp_path):
+    """Of any size; each sample's noise is its own, and how much there is of it matters."""
+    small = np.random.default_rng(0).integers(0, 255, (6, 10, 3), np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    flags = [f"--map={tmp_path}/small.png", "--prompt=low"]
+    drawn = draw(folder_of("upscaling"), "out", *flags, "--num=2")["images"].astype(int)
+    assert drawn.shape == (2, 24, 40, 3)
+    recipe = read_recipe(tmp_path / "out" / "samples.png")
+    assert (recipe["noise_level"], recipe["guidance"], recipe["size"]) == (20, 9.0, [24, 40])
+    again, other = (draw(folder_of("upscaling"), f"level {level}", *flags, f"--noise_level={level}")["images"]
+                    for level in (20, 350))  # fmt: skip
+    assert np.abs(again[0] - drawn[0]).max() <= 1 < np.abs(other[0] - drawn[0]).max()
+
+
+def test_an_upscalers_latents_have_the_scale_of_the_pipeline(folder_of):
+    assert "0.18215" in (folder_of("upscaling") / "vae" / "config.json").read_text()
+    np.testing.assert_array_equal(trained.load(folder_of("upscaling")).params["scale"], np.full(4, 0.08333, np.float32))
+
+
+def test_a_small_picture_is_noised_by_the_level():
+    maps, alpha_bar = np.full((1, 4, 6, 3), 0.5, np.float32), np.array([1.0, 0.36])
+    upscaling = Upscaling(alpha_bar, 1)
+    np.testing.assert_array_equal(noised(maps, 0, upscaling, 3, 2), maps.repeat(2, 0))
+    keys = sample_keys(np.uint32(3), np.arange(2))
+    noise = (noised(maps, 1, upscaling, 3, 2) - 0.3) / 0.8
+    np.testing.assert_allclose(noise, map_noise(keys, maps.shape[1:]), atol=1e-6)
+    assert abs(np.corrcoef(noise.ravel(), np.ravel(initial_latents(keys, maps.shape[1:])))[0, 1]) < 0.5
 
 
 def test_given_noise_is_what_a_picture_is_noised_by(folder_of, draw, files):
@@ -195,6 +257,7 @@ def remove(name):
     return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
+MAP = "--map=FOLDER/map.png"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "no index": ("plain", remove("model_index.json"), [], "is no run folder"),
@@ -211,6 +274,15 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
     "an unknown activation": ("plain", edit("unet/config.json", act_fn="mish"), [], "act_fn"),
     "another width": ("plain", edit("unet/config.json", block_out_channels=[24]), [], "of the wrong shape"),
     "no size": ("plain", edit("unet/config.json", sample_size=None), [], "sample_size is None; it must be"),
+    "a size in words": ("plain", edit("unet/config.json", sample_size="large"), [], "sample_size is large; it must be"),
+    "a size of three": ("plain", edit("unet/config.json", sample_size=[8, 8, 8]), [], "sample_size is [8, 8, 8]"),
+    "a height that does not halve": ("plain", None, ["--height=17"], "--height=17 must be a multiple of 2"),
+    "no height": ("plain", None, ["--height=0"], "--height"),
+    "a width in words": ("plain", None, ["--width=wide"], "--width"),
+    "tiles of a codebook's": ("unconditional", None, ["--vae_tiling"], "is for diffusers models with an AutoencoderKL"),
+    "tiles of no whole latents": (
+        "plain", edit("vae/config.json", sample_size=12), ["--vae_tiling"], "a tile of 12 pixels must be a multiple"),
+    "tiles of no size": ("plain", edit("vae/config.json", sample_size="all"), [], "sample_size is all; it must be"),
     "another class": ("plain", edit("unet/config.json", _class_name="FluxTransformer"), [], "FluxTransformer"),
     "no weights": ("plain", remove(f"unet/{WEIGHTS}"), [], "unet"),
     "half the weights": ("plain", cut_short(f"unet/{WEIGHTS}"), [], WEIGHTS),
@@ -228,11 +300,29 @@ REFUSED = {  # kind, what is done to the folder, flags -> what the line must say
         "plain", edit("scheduler/scheduler_config.json", _class_name="Fancy"), [], "class 'Fancy' is not supported"),
     "an unknown schedule": (
         "plain", edit("scheduler/scheduler_config.json", beta_schedule="sigmoid"), [], "beta_schedule"),
-    "no prompt": ("plain", None, None, "--prompt is missing"),
+    "no prompt": ("plain", None, [], "--prompt is missing"),
     "a class": ("plain", None, ["--label=3"], "the model knows no classes"),
-    "a prompt for none": ("unconditional", None, [], "--prompt is for models of texts"),
-    "a negative prompt for none": ("unconditional", None, None, "this one draws without being told anything"),
+    "a prompt for none": ("unconditional", None, ["--prompt=low"], "--prompt is for models of texts"),
+    "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "draws without being told"),
     "nothing to inpaint": ("inpainting", None, [], "it must be given a picture and what to draw"),
+    "nothing to enlarge": ("upscaling", None, [], "this model enlarges; it must be given a small picture: --map"),
+    "no picture to enlarge": ("upscaling", None, ["--map=FOLDER/unet/config.json"], "config.json: not a picture"),
+    "a size beside the map's": ("upscaling", None, [MAP, "--height=64"], "is 4 times as large as --map; leave it out"),
+    "more noise than it knows": ("upscaling", None, [MAP, "--noise_level=351"], "must be from 0 to 350 for this model"),
+    "less than no noise": ("upscaling", None, [MAP, "--noise_level=-1"], "--noise_level"),
+    "noise for no upscaler": ("plain", None, ["--noise_level=20"], "is for diffusers' upscalers; this model is none"),
+    "a map for no upscaler": ("plain", None, [MAP], "this one takes no map"),
+    "an upscaler of more levels": (
+        "upscaling", edit("model_index.json", max_noise_level=400), [MAP], "max_noise_level is 400"),
+    "an upscaler without levels": (
+        "upscaling", edit("unet/config.json", num_class_embeds=300), [MAP], "of the wrong shape"),
+    "an upscaler that sees nothing": (
+        "upscaling", edit("model_index.json", _class_name="StableDiffusionPipeline"), [], "UNet of 7 to 4"),
+    "no upscaler at all": (
+        "plain", edit("model_index.json", _class_name="StableDiffusionUpscalePipeline"), [], "no low_res_scheduler"),
+    "an unconditional network": (
+        "unconditional", edit("model_index.json", _class_name="StableDiffusionPipeline", vae=["a", "b"],
+                              text_encoder=["a", "b"]), [], "the class of its UNet"),
     "a picture that is none": ("plain", None, ["--init_image=FOLDER/unet/config.json"], "not a picture"),
     "an unknown type": ("plain", None, ["--dtype=float8"], "--dtype"),
     "more steps than there are": ("plain", None, ["--steps=5000"], "steps"),
@@ -246,11 +336,11 @@ def test_sample_refuses(case, folder_of, tmp_path, capsys):
     folder = shutil.copytree(folder_of(kind), tmp_path / "model")
     if damage:
         damage(folder)
-    if case == "a negative prompt for none":
-        flags = ["--negative_prompt=low"]
-    elif flags is not None:
-        flags = [*(flag.replace("FOLDER", str(folder)) for flag in flags), "--prompt=low"]
-    command = ["sample", f"--model={folder}", f"--out={tmp_path / 'out'}", "--steps=4", *(flags or [])]
+    Image.new("RGB", (4, 4)).save(folder / "map.png")
+    flags = [flag.replace("FOLDER", str(folder)) for flag in flags]
+    if kind != "unconditional" and case != "no prompt":
+        flags += ["--prompt=low"]
+    command = ["sample", f"--model={folder}", f"--out={tmp_path / 'out'}", "--steps=4", *flags]
     assert commands.run(sample.main, command) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.strip().splitlines()

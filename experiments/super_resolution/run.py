@@ -47,8 +47,11 @@ def main() -> None:
     generator = trained.build_generator(config, len(model.class_names), COLUMNS)
     params = replicate(model.params)
     table, maps = trained.build_table(config), generator.maps(params, known.known)
+    sampling, labels = config.sampling, known.labels.tolist() if model.class_names else []
     for seed in range(DRAWINGS):
-        asked = request(COLUMNS, [], guidance=1.0, seed=seed, maps=maps)
+        asked = request(
+            COLUMNS, labels, guidance=sampling.guidance, seed=seed, interval=sampling.guidance_interval, maps=maps
+        )
         images = np.concatenate(list(generator.images(params, asked, table)))
         rows["drawn" + " " * seed] = given.keep_known(known, images)
     rows["original"] = known.originals

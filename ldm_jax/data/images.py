@@ -27,41 +27,42 @@ def decode(content: bytes) -> Image.Image:
         raise InputError(f"not a readable picture ({error})") from None
 
 
-def fit(image: Image.Image | np.ndarray, *, size: int | None, channels: int, crop: str) -> np.ndarray:
+def fit(image: Image.Image | np.ndarray, *, size: int | tuple[int, int] | None, channels: int, crop: str) -> np.ndarray:
     """The picture as the model takes it.
 
     Args:
         image: from `decode`, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
-        size: height and width of the result; None leaves them as they are.
+        size: of the result: one number for both sides, or (height, width); None leaves them as they are.
         channels: 1 (ITU-R 601 luma) or 3. Transparent pictures are laid on white first.
-        crop: "center" takes the largest square in the middle, "none" the whole picture, out of proportion if need be.
-            Either is then resized by Pillow's bicubic filter, which averages (antialiases) when it shrinks.
+        crop: "center" takes the largest part in the middle that has the result's proportions, "none" the whole
+            picture, out of proportion if need be. Either is then resized by Pillow's bicubic filter, which averages
+            (antialiases) when it shrinks.
 
     Returns:
-        uint8 [size, size, channels].
+        uint8 [height, width, channels].
     """
+    shape = _both_sides(size)
     if isinstance(image, np.ndarray):
         if image.ndim == 2:
             image = image[:, :, None]
-        if image.shape[2] == channels and (size is None or image.shape[:2] == (size, size)):
+        if image.shape[2] == channels and shape in (None, image.shape[:2]):
             return image
         image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
     image = _opaque(_eight_bit(image)).convert(MODES[channels])
-    if size is not None:
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=_box(image.size, crop))
+    if shape is not None:
+        image = image.resize(shape[::-1], Image.Resampling.BICUBIC, box=_box(image.size, crop, shape))
     return np.asarray(image).reshape(image.height, image.width, channels)
 
 
-def fit_segments(image: Image.Image | np.ndarray, *, size: int | None, crop: str) -> np.ndarray:
+def fit_segments(image: Image.Image | np.ndarray, *, size: int | tuple[int, int] | None, crop: str) -> np.ndarray:
     """A map of classes as the model takes it: cropped as its picture by `fit`, but never mixed.
 
     Args:
         image: from `decode`, grey or with a palette, or uint8 [H, W] or [H, W, 1]: pixels are the classes' numbers.
-        size: height and width of the result; None leaves them as they are.
-        crop: see `fit`.
+        size, crop: see `fit`.
 
     Returns:
-        uint8 [size, size, 1].
+        uint8 [height, width, 1].
 
     Raises:
         InputError: a picture in colour.
@@ -70,19 +71,27 @@ def fit_segments(image: Image.Image | np.ndarray, *, size: int | None, crop: str
         image = Image.fromarray(image.reshape(image.shape[:2]))
     if image.mode not in ("L", "P", "1"):
         raise InputError(f"a map of classes must be grey or have a palette, not {image.mode}")
-    if size is not None:
-        image = image.resize((size, size), Image.Resampling.NEAREST, box=_box(image.size, crop))
+    shape = _both_sides(size)
+    if shape is not None:
+        image = image.resize(shape[::-1], Image.Resampling.NEAREST, box=_box(image.size, crop, shape))
     return np.asarray(image, np.uint8)[..., None]
 
 
-def _box(size: tuple[int, int], crop: str) -> tuple[int, int, int, int]:
-    """Left, upper, right and lower edge of what is kept of a picture of (width, height)."""
+def _both_sides(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """(height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def _box(size: tuple[int, int], crop: str, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, upper, right and lower edge of what is kept of a picture of (width, height) to become (height, width)."""
     width, height = size
     if crop == "none":
         return 0, 0, width, height
-    side = min(size)
-    left, upper = (width - side) // 2, (height - side) // 2  # whole numbers: nothing is shifted by half a pixel
-    return left, upper, left + side, upper + side
+    # Whole numbers: nothing is shifted by half a pixel.
+    kept_width = max(1, min(width, height * shape[1] // shape[0]))
+    kept_height = max(1, min(height, width * shape[0] // shape[1]))
+    left, upper = (width - kept_width) // 2, (height - kept_height) // 2
+    return left, upper, left + kept_width, upper + kept_height
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -15,7 +15,7 @@ from ldm_jax.diffusion.process import Level
 from ldm_jax.diffusion.tables import HISTORY, Table
 
 # Names of the random streams, far above any row or step number. A key that has children is never drawn from.
-_SAMPLES, _INITIAL, _PROJECT = 2**32 - 1, 2**32 - 2, 2**32 - 3
+_SAMPLES, _INITIAL, _PROJECT, _MAP = 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4
 
 
 class Trajectory(NamedTuple):
@@ -34,6 +34,11 @@ def sample_keys(seed: jax.Array | int, index: jax.Array) -> jax.Array:
 def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """z_T ~ N(0, I): [B, *shape] float32, sample k from keys[k] alone."""
     return _normal(_fold(keys, _INITIAL), shape)
+
+
+def map_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise for what a sample is told of as a map: [B, *shape] float32, from keys[k] alone, apart from its z_T."""
+    return _normal(_fold(keys, _MAP), shape)
 
 
 def solve(

@@ -78,6 +78,11 @@ def state_dict_from_params(params: Params) -> dict[str, np.ndarray]:
     return state
 
 
+def names_of(params: Params) -> list[str]:
+    """The names that a tree of parameters has in a diffusers state dict."""
+    return [_torch_name(path) for path in flatten_dict(params)]
+
+
 def _torch_name(path: Path) -> str:
     """("down_blocks_0", "conv_in", "kernel") -> "down_blocks.0.conv_in.weight"."""
     *modules, leaf = path

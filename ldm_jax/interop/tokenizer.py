@@ -86,6 +86,57 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(tokenizer)
 
 
+def tokenizer_of_vocabulary(folder: Path, *, pad_token: str, max_length: int) -> Tokenizer:
+    """CLIP's tokenizer of the vocabulary in a folder, whatever padding and length the folder is set to.
+
+    Args:
+      folder: such as Stable Diffusion's `tokenizer/`; vocabulary and merges are enough.
+      pad_token: what prompts are filled up with. As a token of its own it is told apart from the letters around it.
+      max_length: number of ids of every prompt.
+
+    Raises:
+      InputError: for a missing or damaged file, or a vocabulary without CLIP's special tokens or `pad_token`.
+    """
+    folder = Path(folder)
+    vocab, merges = _read_vocabulary(folder)
+    for token in ("<|startoftext|>", "<|endoftext|>", pad_token):
+        if token not in vocab:
+            raise InputError(f"{folder}: the vocabulary has no token {token!r}, as CLIP's has")
+    with _quiet():
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=max_length)
+        except Exception as error:  # damaged files can raise nearly anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{folder}: not readable as a CLIP tokenizer: {reason}") from error
+    return Tokenizer(tokenizer)
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id, and the pairs that are merged, in their order; of either layout."""
+    if all((folder / name).is_file() for name in LAYOUTS[0]):
+        vocab = _read_json(folder / "vocab.json")
+        try:
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / 'merges.txt'}: cannot read the tokenizer's file: {error}") from error
+        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    elif (folder / "tokenizer.json").is_file():
+        model = _read_json(folder / "tokenizer.json").get("model")
+        model = model if isinstance(model, dict) else {}
+        vocab, pairs = model.get("vocab"), model.get("merges")
+        if not isinstance(vocab, dict) or not isinstance(pairs, list):
+            raise InputError(f"{folder / 'tokenizer.json'}: damaged: it holds no vocabulary and merges")
+        pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs]
+    else:
+        layouts = " or ".join(" and ".join(layout) for layout in LAYOUTS)
+        raise InputError(f"{folder}: the tokenizer's vocabulary is missing; there must be {layouts}")
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise InputError(f"{folder}: damaged: each of the tokenizer's merges must be a pair")
+    return vocab, [tuple(pair) for pair in pairs]
+
+
 def _check_files(folder: Path) -> None:
     """What transformers would pass over: without a vocabulary it makes a tokenizer that knows no words."""
     config = _read_json(folder / CONFIG)

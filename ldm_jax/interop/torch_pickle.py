@@ -3,6 +3,9 @@
 `torch.save` writes a pickle in which tensors are calls of a rebuild function on storages kept beside it: since 1.6 in a
 zip archive, before that one after the other behind the pickle. Both are read here; of all names in the pickle only
 those of storages, of the rebuild functions and of the ordered dict are known, and most are stand-ins of ours.
+
+Training checkpoints keep callbacks, counters and hyper-parameters beside the weights. The names that these are known to
+ask for all become `Inert`, which does nothing; any other name is refused, as is an `Inert` among the weights.
 """
 
 import math
@@ -67,8 +70,61 @@ ALLOWED = {
 } | {("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()}
 
 
+# What training checkpoints hold beside the weights, seen in those of CompVis and of pytorch_lightning: packages, and
+# single names.
+INERT_PACKAGES = (
+    "pytorch_lightning",
+    "lightning",
+    "lightning_fabric",
+    "lightning_utilities",
+    "omegaconf",
+    "numpy",
+    "ldm",
+)
+_PLAIN = ("object", "dict", "list", "tuple", "set", "frozenset", "int", "float", "complex", "bool", "str", "bytes")
+INERT_NAMES = {
+    *((module, name) for module in ("builtins", "__builtin__") for name in _PLAIN),
+    *(("collections", name) for name in ("defaultdict", "deque", "Counter")),
+    *((module, "_reconstructor") for module in ("copyreg", "copy_reg")),
+    ("_codecs", "encode"),
+    ("typing", "Any"),
+    ("torch", "device"),
+    ("torch", "Size"),
+}
+
+
+class Inert:
+    """Stands in for a class or function whose result is not wanted: takes whatever the pickle does, and drops it."""
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        """What the pickle takes for a call of the function, or for an object of the class."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """As of a kind of dict."""
+
+    def __setstate__(self, state: Any) -> None:
+        """As of an object with fields."""
+
+    def append(self, item: Any) -> None:
+        """As of a kind of list."""
+
+    extend = add = append
+
+
+def _is_inert(module: str, name: str) -> bool:
+    return module.split(".")[0] in INERT_PACKAGES or (module, name) in INERT_NAMES
+
+
 class _TensorUnpickler(WhitelistUnpickler):
     """Reads storages by reference; ("storage", type, key, device, number of elements ...) -> (key, dtype, number)."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What is on the list, or an `Inert`; `pickle.UnpicklingError` for any other name."""
+        return Inert if _is_inert(module, name) else super().find_class(module, name)
 
     def persistent_load(self, reference: tuple) -> tuple[str, np.dtype, int]:
         kind, dtype, key, _, numel, *_ = reference
@@ -77,34 +133,52 @@ class _TensorUnpickler(WhitelistUnpickler):
         return str(key), dtype, int(numel)
 
 
-def load_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a weight file by name, floats of 16 bits and less as float32 where NumPy lacks the type.
+class PickledTensors:
+    """The tensors of a pickle of PyTorch's, each read when it is asked for.
 
     A file that keeps them below "state_dict", as training checkpoints do, gives those.
+
+    Attributes:
+        shapes: name -> shape.
+        step: how many updates the training had made, if the file says so beside its "state_dict".
+    """
+
+    def __init__(self, path: Path):
+        """Raises InputError: missing, damaged or foreign file, or one whose pickle asks for anything but tensors."""
+        self._path = Path(path)
+        if not self._path.is_file():
+            raise InputError(f"there is no file of weights {path}")
+        whole, self._read_storage = (_open_zip if zipfile.is_zipfile(path) else _open_legacy)(self._path)
+        tree = whole.get("state_dict", whole) if isinstance(whole, dict) else whole
+        if not isinstance(tree, dict) or not any(isinstance(value, Tensor) for value in tree.values()):
+            raise InputError(f"{path}: holds no dict of tensors")
+        for name, value in tree.items():
+            if isinstance(value, Inert) or value is Inert:
+                raise InputError(f"{path}: {name!r} is no tensor, but something that only its training knows")
+        self._tensors = {str(name): value for name, value in tree.items() if isinstance(value, Tensor)}
+        self.shapes = {name: tensor.size for name, tensor in self._tensors.items()}
+        step = whole.get("global_step")
+        self.step = step if isinstance(step, int) else None
+        self._last = ("", np.empty(0))  # tensors that share a storage mostly follow each other
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor's own contiguous copy, bfloat16 as float32; InputError if the file is damaged there."""
+        tensor = self._tensors[name]
+        if tensor.key != self._last[0]:
+            self._last = (tensor.key, _storage(self._read_storage(tensor.key), tensor, self._path))
+        return tensor.array(self._last[1])
+
+
+def load_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a weight file by name, floats of 16 bits and less as float32 where NumPy lacks the type.
 
     Raises:
         InputError: missing, damaged or foreign file, or one whose pickle asks for anything but tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"there is no file of weights {path}")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    if zipfile.is_zipfile(path):
-        tree, read_storage = _open_zip(path)
-    else:
-        tree, read_storage = _open_legacy(path)
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else tree
-    if not isinstance(tree, dict) or not any(isinstance(value, Tensor) for value in tree.values()):
-        raise InputError(f"{path}: holds no dict of tensors")
-    storages: dict[str, np.ndarray] = {}
-    tensors = {}
-    for name, tensor in tree.items():
-        if isinstance(tensor, Tensor):
-            if tensor.key not in storages:
-                storages[tensor.key] = _storage(read_storage(tensor.key), tensor, path)
-            tensors[str(name)] = tensor.array(storages[tensor.key])
-    return tensors
+    if Path(path).suffix == ".safetensors" and Path(path).is_file():
+        return _load_safetensors(Path(path))
+    file = PickledTensors(path)
+    return {name: file.read(name) for name in file.shapes}
 
 
 def _storage(data: bytes, tensor: Tensor, path: Path) -> np.ndarray:

@@ -11,7 +11,7 @@ An index tells for each tensor which file has it.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike
 
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.files import atomic, read_json
-from ldm_jax.interop.torch_pickle import load_tensors
+from ldm_jax.interop.torch_pickle import PickledTensors
 
 # (name, suffix) of the files with weights, the first that is there is taken.
 FILES = (
@@ -64,7 +64,7 @@ def read_state_dict(folder: Path, *, variant: str | None = None, dtype: DTypeLik
       folder: a component's folder, such as the unet/ of Stable Diffusion.
       variant: for instance "fp16"; None takes full precision if it is there, else half.
       dtype: what floats are cast to; None keeps theirs. Safetensors kept as they are stay in the file until they are
-        used (views of its mapped memory); cast ones are read one by one. A .bin is read whole, bfloat16 as float32.
+        used (views of its mapped memory); cast ones are read one by one, as are those of a .bin.
 
     Raises:
       InputError: if there are no such weights, a file is missing or damaged, or a pickle holds anything but tensors.
@@ -86,13 +86,21 @@ def _names(variant: str | None) -> Iterator[str]:
         yield f"{name}{v}.{suffix}"
 
 
+def best_weights(names: Collection[str], variant: str | None = None) -> str | None:
+    """Which of the files in a component's folder is read: one with weights, or an index of shards; None if none is."""
+    for wanted in VARIANTS if variant is None else (variant,):
+        for name in _names(wanted):
+            if name in names:
+                return name
+    return None
+
+
 def _choose(folder: Path, variant: str | None) -> Path:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
-    for wanted in VARIANTS if variant is None else (variant,):
-        for name in _names(wanted):
-            if (folder / name).is_file():
-                return folder / name
+    best = best_weights({path.name for path in folder.iterdir() if path.is_file()}, variant)
+    if best is not None:
+        return folder / best
     there = ", ".join(weight_files(folder)) or "no weights at all"
     what = "weights" if variant is None else f"weights of the variant {variant!r}"
     raise InputError(f"{folder} has no {what}, for instance {[*_names(variant)][2]}; it has {there}")
@@ -123,12 +131,8 @@ def _read_shards(index: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
 
 
 def _read_file(path: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, dtype)
-    tensors = load_tensors(path)
-    for name, array in tensors.items():
-        tensors[name] = array.astype(_cast(array.dtype, dtype), copy=False)
-    return tensors
+    file = open_weights(path)
+    return {name: file.read(name, dtype) for name in file.shapes}
 
 
 def _cast(stored: np.dtype, dtype: DTypeLike) -> np.dtype:
@@ -136,19 +140,46 @@ def _cast(stored: np.dtype, dtype: DTypeLike) -> np.dtype:
     return stored if dtype is None or not jnp.issubdtype(stored, jnp.floating) else np.dtype(dtype)
 
 
-def _read_safetensors(path: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
+class WeightFile(NamedTuple):
+    """A file of weights whose tensors are read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]  # by name
+    read: Callable[[str, DTypeLike], np.ndarray]  # (name, dtype) -> the tensor; `dtype` as in `read_state_dict`
+    step: int | None = None  # updates behind the weights, if the file tells
+
+
+def open_weights(path: Path) -> WeightFile:
+    """One file of weights: .safetensors, or else a pickle of PyTorch's (.bin, .ckpt, .pt, .pth).
+
+    Raises:
+      InputError: missing or damaged, or a pickle that holds anything but tensors; `read` raises it too.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    file = PickledTensors(path)
+
+    def read(name: str, dtype: DTypeLike) -> np.ndarray:
+        array = file.read(name)
+        return array.astype(_cast(array.dtype, dtype), copy=False)
+
+    return WeightFile(file.shapes, read, file.step)
+
+
+def _open_safetensors(path: Path) -> WeightFile:
     """A tensor that need not be cast is a view of the mapped file; another passes through memory by itself."""
     entries = _safetensors_entries(path)
     file = np.memmap(path, np.uint8, "r")
-    state = {}
-    for name, (stored, shape, start, stop) in entries.items():
+
+    def read(name: str, dtype: DTypeLike) -> np.ndarray:
+        stored, shape, start, stop = entries[name]
         wanted = _cast(stored, dtype)
         if wanted == stored:
-            state[name] = np.asarray(file[start:stop]).view(stored).reshape(shape)
-        else:
-            count = (stop - start) // stored.itemsize
-            state[name] = np.fromfile(path, stored, count, offset=start).reshape(shape).astype(wanted)
-    return state
+            return np.asarray(file[start:stop]).view(stored).reshape(shape)
+        count = (stop - start) // stored.itemsize
+        return np.fromfile(path, stored, count, offset=start).reshape(shape).astype(wanted)
+
+    return WeightFile({name: entry.shape for name, entry in entries.items()}, read)
 
 
 def _safetensors_entries(path: Path) -> dict[str, _Entry]:

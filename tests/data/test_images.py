@@ -25,6 +25,20 @@ def test_what_fits_is_handed_on_untouched():
     assert fit(x[:, :3], size=None, channels=3, crop="center").shape == (4, 3, 3)
 
 
+@pytest.mark.parametrize(
+    "size, rows, columns", [((3, 6), (2, 5), (0, 6)), ((8, 2), (0, 8), (2, 4)), (6, (1, 7), (0, 6))]
+)
+def test_what_is_cropped_has_the_proportions_of_the_result(size, rows, columns):
+    """Of 8x6 (height x width): the largest part in the middle; twice the size is of the same part."""
+    x = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
+    part = x[slice(*rows), slice(*columns)]
+    np.testing.assert_array_equal(fit(x, size=size, channels=3, crop="center"), part)
+    np.testing.assert_array_equal(fit_segments(x[..., 0], size=size, crop="center"), part[..., :1])
+    twice = tuple(2 * side for side in part.shape[:2])
+    np.testing.assert_array_equal(fit_segments(x[..., 0], size=twice, crop="center")[::2, ::2], part[..., :1])
+    assert fit(x, size=twice, channels=3, crop="none").shape == (*twice, 3)
+
+
 def test_segments_are_cropped_like_their_picture_and_never_mixed():
     x = grey([[0, 0, 7, 7, 3, 3], [0, 0, 7, 7, 3, 3], [1, 1, 2, 2, 3, 3], [1, 1, 2, 2, 3, 3]])
     assert fit_segments(x, size=2, crop="none").shape == (2, 2, 1)

@@ -10,7 +10,7 @@ from bpe import BEGIN, END, write_tokenizer
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop import tokenizer as tokenizer_module
-from ldm_jax.interop.tokenizer import load_tokenizer
+from ldm_jax.interop.tokenizer import load_tokenizer, tokenizer_of_vocabulary
 
 REPOSITORY = Path(tokenizer_module.__file__).parents[2]
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
@@ -98,7 +98,7 @@ def test_nothing_is_imported_or_printed_before_or_while_loading(tmp_path):
     write_tokenizer(tmp_path, special_tokens_map={"pad_token": "!"})
     code = f"""if True:
         import sys
-        from ldm_jax.interop.tokenizer import load_tokenizer
+        from ldm_jax.interop.tokenizer import load_tokenizer, tokenizer_of_vocabulary
         assert "transformers" not in sys.modules
         load_tokenizer({str(tmp_path)!r})(["low " * 20])
         assert "transformers" in sys.modules and "torch" not in sys.modules
@@ -186,3 +186,45 @@ def test_a_prompt_that_is_not_unicode(tmp_path):
     prompt = b"caf\xe9".decode("utf-8", "surrogateescape")  # as Python reads a command line in Latin-1
     with pytest.raises(InputError, match=r"the prompt 'caf\\udce9' is not Unicode text"):
         load_tokenizer(tmp_path)(["low", prompt])
+
+
+PROMPTS = ["low! lower", "low ! !wow", "a!!", "", "é 42"]
+
+
+@pytest.mark.parametrize("pad", [END, "!"])
+def test_of_a_vocabulary_alone(pad, tmp_path):
+    """It says what the folder of a model says whose files name that padding, whatever this folder names."""
+    write_tokenizer(tmp_path / "whole", length=8, pad_token=pad)
+    expected = load_tokenizer(tmp_path / "whole")(PROMPTS)
+    vocab = write_tokenizer(tmp_path / "other", length=20, pad_token="!" if pad == END else END)
+    (tmp_path / "other" / "tokenizer_config.json").unlink()
+    fused = {"model": {"vocab": vocab, "merges": ["l o", ["lo", "w</w>"], ["e", "r</w>"]]}}
+    (tmp_path / "fused").mkdir()
+    (tmp_path / "fused" / "tokenizer.json").write_text(json.dumps(fused))
+    for folder in ("whole", "other", "fused"):
+        tokenizer = tokenizer_of_vocabulary(tmp_path / folder, pad_token=pad, max_length=8)
+        assert (tokenizer.max_length, tokenizer.vocab_size) == (8, len(vocab))
+        found = tokenizer(PROMPTS)
+        assert found.ids.tolist() == expected.ids.tolist()
+        assert found.cut.tolist() == expected.cut.tolist()
+
+
+NO_VOCABULARY = {
+    "nothing": ({}, "vocabulary is missing; there must be vocab.json and merges.txt or tokenizer.json"),
+    "half of it": ({"vocab.json": "{}"}, "vocabulary is missing"),
+    "no words": ({"vocab.json": "{}", "merges.txt": ""}, "has no token '<|startoftext|>'"),
+    "merges of three": ({"vocab.json": "{}", "merges.txt": "#version: 0.2\na b c\n"}, "must be a pair"),
+    "merges in Latin-1": ({"vocab.json": "{}", "merges.txt": b"\xe9 a\n"}, "merges.txt: cannot read"),
+    "a damaged JSON": ({"vocab.json": "{", "merges.txt": ""}, "vocab.json: damaged"),
+    "no model": ({"tokenizer.json": '{"model": 3}'}, "it holds no vocabulary and merges"),
+}
+
+
+@pytest.mark.parametrize("case", NO_VOCABULARY)
+def test_a_folder_without_a_vocabulary(case, tmp_path):
+    files, words = NO_VOCABULARY[case]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        tokenizer_of_vocabulary(tmp_path, pad_token=END, max_length=8)
+    assert words in str(caught.value) and str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_jax.first_stage import make_first_stage
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
+from ldm_jax.tiling import tiled
 
 X = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
 
@@ -61,6 +63,24 @@ def test_autoencoder_kl(case, transplant):
     back = state_dict_from_params(params)
     assert back.keys() == theirs.state_dict().keys()
     assert all(np.array_equal(back[k], v.numpy()) for k, v in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("height, width", [(40, 28), (16, 30), (22, 16)])
+def test_in_tiles(height, width, transplant):
+    """Tiles of 16 pixels, the last ones smaller; a picture no larger than one tile is not cut."""
+    shared = {"latent_channels": 4, "norm_num_groups": 8, "block_out_channels": (16, 32), "layers_per_block": 1}
+    theirs = diffusers.AutoencoderKL(**shared | widths_and_types((16, 32)), sample_size=16)
+    theirs.enable_tiling()
+    ours = AutoencoderKL(**shared)
+    first_stage, params = tiled(make_first_stage(ours), 16, 2), transplant(theirs, ours, X)
+    x = np.random.default_rng(2).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+    moments = jax.jit(first_stage.encode)(params, x)
+    assert_equal_nchw(moments, theirs._encode(nchw(x)))
+    raw = np.random.default_rng(1).normal(size=(*moments.shape[:3], 4)).astype(np.float32)
+    decoded = jax.jit(first_stage.decode)(params, raw)
+    assert_equal_nchw(decoded, theirs.decode(nchw(raw)).sample)
+    whole = call(ours, params, "decode", raw)
+    assert np.abs(whole - decoded).max() > 0.05 * np.abs(whole).max()
 
 
 @pytest.mark.parametrize("vq_embed_dim", [None, 5])

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
 from bpe import learn_merges, make_vocab, write_tokenizer
 
 from ldm_jax import commands, sample
-from ldm_jax.pretrained import PIPELINES, STEPS
+from ldm_jax.diffusion.sampling import map_noise, sample_keys
+from ldm_jax.pretrained import PIPELINES
 
 PROMPTS = ["a red cat", "two small dogs, sleeping"]
 NEGATIVE = "a blurry picture"
@@ -60,12 +61,12 @@ OTHERS = {
 }
 
 
-def vae(factor):
-    """An autoencoder that halves the size."""
+def vae(factor, levels=2):
+    """An autoencoder that halves the size between its levels."""
     return diffusers.AutoencoderKL(
-        block_out_channels=(16, 32),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32, 32)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         norm_num_groups=8,
         scaling_factor=factor,
@@ -78,12 +79,39 @@ def text_encoder(**changes):
 
 
 @pytest.fixture
-def build(tmp_path, draw_weights):
-    """build(name, in_channels, pipeline class) -> the diffusers pipeline and the folder that it was saved to."""
+def tokenizer(tmp_path):
+    """tokenizer(name of a folder, what it pads with) -> theirs."""
 
-    def tokenizer(name, pad):
+    def make(name, pad):
         write_tokenizer(tmp_path / name, MERGES, length=LENGTH, pad_token=pad)
         return transformers.CLIPTokenizer.from_pretrained(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def saved(tmp_path, draw_weights):
+    """saved(pipeline class, parts) -> diffusers' pipeline, its weights drawn, and the folder that it was saved to."""
+
+    def save(kind, parts):
+        for part in parts.values():
+            if isinstance(part, torch.nn.Module):
+                draw_weights(part)
+        for p in parts["vae"].decoder.conv_out.parameters():
+            p *= 0.3  # so that pictures are not black and white
+        pipe = kind(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.save_pretrained(tmp_path / "model")
+        # Read back: to `from_config` what a file states is stated, what it leaves out is another class's own default.
+        pipe.scheduler = type(pipe.scheduler).from_pretrained(tmp_path / "model" / "scheduler")
+        return pipe, tmp_path / "model"
+
+    return save
+
+
+@pytest.fixture
+def build(tokenizer, saved):
+    """build(name, in_channels, pipeline class) -> the diffusers pipeline and the folder that it was saved to."""
 
     def make(name, in_channels=4, kind=None):
         if name == "SDXL":
@@ -115,16 +143,7 @@ def build(tmp_path, draw_weights):
                 "requires_safety_checker": False,
             }
             kind = kind or diffusers.StableDiffusionPipeline
-        for part in parts.values():
-            if isinstance(part, torch.nn.Module):
-                draw_weights(part)
-        parts["vae"].decoder.conv_out.weight *= 0.3  # so that pictures are not black and white
-        pipe = kind(**parts, scheduler=SCHEDULERS[name])
-        pipe.set_progress_bar_config(disable=True)
-        pipe.save_pretrained(tmp_path / "model")
-        # Read back: to `from_config` what a file states is stated, and what it leaves out is another class's own default.
-        pipe.scheduler = type(pipe.scheduler).from_pretrained(tmp_path / "model" / "scheduler")
-        return pipe, tmp_path / "model"
+        return saved(kind, parts | {"scheduler": SCHEDULERS[name]})
 
     return make
 
@@ -170,8 +189,8 @@ def assert_same(ours, expected):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_what_is_left_out_is_as_theirs(name):
     arguments = inspect.signature(getattr(diffusers, name).__call__).parameters
-    assert arguments["num_inference_steps"].default == STEPS
-    assert PIPELINES[name][-1] == (arguments["guidance_scale"].default if "guidance_scale" in arguments else 1.0)
+    assert arguments["num_inference_steps"].default == PIPELINES[name].steps
+    assert PIPELINES[name].guidance == (arguments["guidance_scale"].default if "guidance_scale" in arguments else 1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -195,6 +214,18 @@ def test_another_sampler(sampler, build, draw, noise):
     pipe, folder = build("SD1")
     pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
     assert_same(draw(folder, f"--sampler={sampler}"), theirs(pipe, noise))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_another_size(name, build, draw, noise, tmp_path):
+    """SDXL is told of it."""
+    pipe, folder = build(name)
+    size = {"height": 3 * SIZE // 2, "width": 2 * SIZE}
+    z_T = np.random.default_rng(2).standard_normal((2, 3 * SIZE // 4, SIZE, 4)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", z_T)
+    expected = theirs(pipe, z_T, **size)
+    assert expected.shape == (2, *size.values(), 3)
+    assert_same(draw(folder, *(f"--{flag}={side}" for flag, side in size.items())), expected)
 
 
 @pytest.fixture
@@ -248,3 +279,33 @@ def test_inpainting(build, draw, noise, without_chance, picture, tmp_path):
     white = np.asarray(mask) > 0
     assert_same(ours[:, white], expected[:, white])
     np.testing.assert_array_equal(ours[:, ~white], np.broadcast_to(np.asarray(image)[~white], ours[:, ~white].shape))
+
+
+def test_upscaling(tokenizer, saved, draw, noise, monkeypatch, tmp_path):
+    """A small picture, noised as ours is, to one of four times its size."""
+    unet = UNET | SD2 | {"only_cross_attention": (True, False), "num_class_embeds": 400, "in_channels": 7}
+    unet |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    unet |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    parts = {
+        "unet": diffusers.UNet2DConditionModel(**unet),
+        "vae": vae(0.08333, levels=3),
+        "text_encoder": text_encoder(hidden_act="gelu"),
+        "tokenizer": tokenizer("one", "!"),
+        "scheduler": SCHEDULERS["SD2-v"],
+        "low_res_scheduler": diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=1e-4, beta_end=0.02),
+    }
+    pipe, folder = saved(diffusers.StableDiffusionUpscalePipeline, parts)
+    small = np.random.default_rng(1).integers(0, 255, (16, 12, 3), np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    z_T = np.random.default_rng(2).standard_normal((2, 16, 12, 4)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", z_T)
+
+    ours_of_map = np.array(map_noise(sample_keys(np.uint32(0), np.arange(2)), small.shape)).transpose(0, 3, 1, 2)
+    where = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_upscale.randn_tensor"
+    monkeypatch.setattr(where, lambda *_, **__: torch.from_numpy(ours_of_map.copy()))
+    latents = torch.from_numpy(z_T.transpose(0, 3, 1, 2).copy())
+    for level in (20, 300):
+        images = [Image.fromarray(small)] * 2
+        expected = theirs(pipe, noise, image=images, latents=latents, noise_level=level)
+        assert expected.shape == (2, 64, 48, 3)
+        assert_same(draw(folder, f"--map={tmp_path}/small.png", f"--noise_level={level}"), expected)

@@ -1,0 +1,169 @@
+"""The names of tensors in the single files of CompVis and Stability AI, for those of diffusers and transformers.
+
+| diffusers, transformers                         | CompVis, OpenCLIP                                             |
+|-------------------------------------------------|---------------------------------------------------------------|
+| `down_blocks.I`, `mid_block`, `up_blocks.I`     | `input_blocks.N`, `middle_block.N`, `output_blocks.N`         |
+| `attentions.0.to_q`, `to_k`, `to_v` (UNet2D)    | `qkv`, heads one after the other, a convolution of one axis   |
+| `encoder.down_blocks.I`, `decoder.up_blocks.I`  | `encoder.down.I`, `decoder.up.N`, counted from the pixels     |
+| `self_attn.q_proj`, `k_proj`, `v_proj`          | `attn.in_proj_weight`, `in_proj_bias`, one after the other    |
+| `text_projection.weight`                        | `text_projection`, transposed                                 |
+
+The UNet's blocks are numbered through: block 0 is the first convolution, then on each level come its ResNet blocks and
+what halves the size.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Source(NamedTuple):
+    """Where a tensor of ours is in a file."""
+
+    name: str
+    take: Callable[[np.ndarray], np.ndarray]  # the tensor in the file -> ours
+
+
+def whole(tensor: np.ndarray) -> np.ndarray:
+    """The tensor as it is."""
+    return tensor
+
+
+def part(tensor: np.ndarray, number: int, heads: int = 1) -> np.ndarray:
+    """Queries, keys or values (`number` 0, 1, 2) out of one tensor [3 C, ...] -> [C, ...].
+
+    With more than one head it has the three of the first head, then those of the second, and so on. If there is no
+    such part, the tensor is left as it is: its shape will be told of.
+    """
+    if tensor.ndim == 0 or tensor.shape[0] % (3 * heads):
+        return tensor
+    return tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, number].reshape(-1, *tensor.shape[1:])
+
+
+def flat(tensor: np.ndarray) -> np.ndarray:
+    """A convolution of one axis and size 1, [O, I, 1], as a linear map [O, I]."""
+    return tensor[:, :, 0] if tensor.ndim == 3 and tensor.shape[2] == 1 else tensor
+
+
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding": "label_emb",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_THREE = {"q": 0, "k": 1, "v": 2}
+
+
+def unet_source(
+    name: str, layers: int, attends: Sequence[bool], head_size: int, width_of: Callable[[str], int]
+) -> Source:
+    """Where a UNet's tensor is.
+
+    Args:
+      name: in diffusers' UNet2DConditionModel or UNet2DModel.
+      layers: ResNet blocks per level on the way down.
+      attends: for each level from the finest, whether attention follows its ResNet blocks.
+      head_size: of a UNet2DModel's attention.
+      width_of: from the name of a qkv tensor in the file to the width C of its attention.
+    """
+    block = _BLOCK.fullmatch(name)
+    if not block:
+        module, leaf = name.rsplit(".", 1)
+        return Source(f"{_UNET_ENDS[module]}.{leaf}", whole)
+    way, level, kind, number, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
+    first = {"down": 1 + level * (layers + 1), "up": level * (layers + 1), None: 0}[way]
+    if kind == "downsamplers":
+        return Source(f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}", whole)
+    if kind == "upsamplers":
+        slot = 2 if attends[len(attends) - 1 - level] else 1
+        return Source(f"output_blocks.{first + layers}.{slot}.{rest}", whole)
+    if way is None:
+        where = f"middle_block.{2 * number + (kind == 'attentions')}"
+    else:
+        where = f"{'input' if way == 'down' else 'output'}_blocks.{first + number}.{int(kind == 'attentions')}"
+    if kind == "resnets":
+        module, leaf = rest.rsplit(".", 1)
+        return Source(f"{where}.{_RESNET[module]}.{leaf}", whole)
+    return _attention_source(where, rest, head_size, width_of)
+
+
+def _attention_source(where: str, rest: str, head_size: int, width_of: Callable[[str], int]) -> Source:
+    """Of a transformer, whose names are the same, or of plain self-attention."""
+    module, leaf = rest.rsplit(".", 1)
+    if module == "group_norm":
+        return Source(f"{where}.norm.{leaf}", whole)
+    if module == "to_out.0":
+        return Source(f"{where}.proj_out.{leaf}", flat)
+    if module in ("to_q", "to_k", "to_v"):
+        source, number = f"{where}.qkv.{leaf}", _THREE[module[-1]]
+        heads = max(1, width_of(source) // head_size)
+        return Source(source, lambda tensor: part(flat(tensor), number, heads))
+    return Source(f"{where}.{rest}", whole)
+
+
+_AUTOENCODER = (
+    (r"(encoder|decoder)\.conv_norm_out\.", r"\1.norm_out."),
+    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.(down|up)_blocks\.(\d+)\.resnets\.", r".\1.\2.block."),
+    (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
+    (r"\.up_blocks\.(\d+)\.upsamplers\.0\.", r".up.\1.upsample."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+)
+
+
+def autoencoder_source(name: str, levels: int) -> Source:
+    """Where the tensor of an AutoencoderKL or VQModel of so many levels is; attention may be kept as convolutions."""
+    for pattern, replacement in _AUTOENCODER:
+        name = re.sub(pattern, replacement, name)
+    return Source(re.sub(r"\.up\.(\d+)", lambda level: f".up.{levels - 1 - int(level[1])}", name), whole)
+
+
+_OPEN_CLIP = (
+    (r"embeddings\.token_embedding\.", "token_embedding."),
+    (r"embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"final_layer_norm\.", "ln_final."),
+    (r"encoder\.layers\.", "transformer.resblocks."),
+    (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."),
+)
+_IN_PROJECTION = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
+
+
+def open_clip_source(name: str) -> Source:
+    """Where a text encoder's tensor is in OpenCLIP's layout; `name` without the prefix "text_model."."""
+    if name == "text_projection.weight":
+        return Source("text_projection", np.transpose)
+    fused = _IN_PROJECTION.fullmatch(name)
+    if fused:
+        source = f"transformer.resblocks.{fused[1]}.attn.in_proj_{fused[3]}"
+        return Source(source, partial(part, number=_THREE[fused[2]]))
+    for pattern, replacement in _OPEN_CLIP:
+        name = re.sub(pattern, replacement, name)
+    return Source(name, whole)
+
+
+def same_source(name: str) -> Source:
+    """Of what is kept under transformers' own names."""
+    return Source(name, whole)

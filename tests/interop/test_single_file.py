@@ -1,0 +1,306 @@
+"""Single files of CompVis and Stability AI: the models that they are read as, and the files that are refused."""
+
+import jax
+import ldm_files
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ldm_jax.errors import InputError
+from ldm_jax.interop import single_file
+from ldm_jax.interop.clip_weights import state_dict_from_text_params
+from ldm_jax.interop.diffusers import names_of, params_from_state_dict, state_dict_from_params
+from ldm_jax.interop.ldm_names import autoencoder_source, open_clip_source, part, unet_source
+from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.models.attention import SelfAttention2D
+
+FAMILIES = [*ldm_files.UNETS]
+SD1, SD2, XL, CLASSES, PLAIN = FAMILIES
+
+
+@pytest.fixture(scope="module")
+def made():
+    """made(family) -> modules, states, tensors of the file; made once, not to be changed."""
+    known = {}
+
+    def make(family):
+        if family not in known:
+            modules, states = ldm_files.states_of(family)
+            known[family] = (modules, states, ldm_files.to_ldm(family, modules, states))
+        return known[family]
+
+    return make
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(tensors) -> the path of a .safetensors that has them."""
+
+    def save(tensors):
+        write_safetensors(tmp_path / "m.safetensors", tensors)
+        return tmp_path / "m.safetensors"
+
+    return save
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_is_the_model_that_it_was_made_of(family, made, write):
+    modules, states, tensors = made(family)
+    found = single_file.read(write(tensors))
+    assert found.family == family
+    assert (found.unet[0], found.autoencoder[0]) == (modules["unet"], modules["vae"])
+    assert_equal(state_dict_from_params(found.unet[1]), states["unet"])
+    assert_equal(state_dict_from_params(found.autoencoder[1]), states["vae"])
+    if family == SD2:  # unless told otherwise
+        assert _told(found) == ("DDIMScheduler", "v_prediction", 96)
+    assert len(found.texts) == len(modules) - 2
+    for name, (encoder, params) in zip(("text_encoder", "text_encoder_2"), found.texts):
+        assert encoder == modules[name]
+        assert_equal(state_dict_from_text_params(params), states[name])
+    assert (found.classes is not None) == (family == CLASSES)
+    if found.classes:
+        classes, params = found.classes
+        assert (classes.num_classes, classes.dim) == (ldm_files.CLASSES, 16)
+        np.testing.assert_array_equal(params["embedding"]["embedding"], tensors["cond_stage_model.embedding.weight"])
+
+
+def test_nine_channels_inpaint(made, write):
+    """Here with a text encoder as transformers names its tensors since 5.6, and a scale that was measured."""
+    tensors = {name.replace("transformer.text_model.", "transformer."): t for name, t in made(SD1)[2].items()}
+    first = {"model.diffusion_model.input_blocks.0.0.weight": np.zeros((32, 9, 3, 3), np.float32)}
+    found = single_file.read(write(tensors | first | {"scale_factor": np.array(0.25, np.float32)}))
+    np.testing.assert_array_equal(found.scale, np.full(4, 0.25, np.float32))
+    assert (found.pipeline, found.unet[0].in_channels) == ("StableDiffusionInpaintPipeline", 9)
+    assert (found.scheduler["_class_name"], found.scheduler["prediction_type"]) == ("DDIMScheduler", "epsilon")
+
+
+def test_a_checkpoint_is_read_without_what_its_training_kept(made, tmp_path):
+    """And the base model of Stable Diffusion 2, which predicts eps, is known by the step at which it was saved."""
+    _, states, tensors = made(SD2)
+    base = ldm_files.write_checkpoint(tmp_path / "512-base-ema.ckpt", tensors, step=875000)
+    found = single_file.read(base)
+    assert_equal(state_dict_from_params(found.unet[1]), states["unet"])
+    assert_equal(state_dict_from_text_params(found.texts[0][1]), states["text_encoder"])
+    assert _told(found) == ("PNDMScheduler", "epsilon", 64)
+    assert _told(single_file.read(base, prediction="v")) == ("DDIMScheduler", "v_prediction", 96)
+
+
+def _told(found):
+    return found.scheduler["_class_name"], found.scheduler["prediction_type"], found.sample_size
+
+
+@pytest.mark.parametrize("target", [np.float32, ml_dtypes.bfloat16])
+def test_halves_are_cast(target, made, write):
+    """An autoencoder alone, with the prefix of a whole model or without, and with its losses."""
+    _, states, _ = made(SD1)
+    halves = {name: value.astype(np.float16) for name, value in states["vae"].items()}
+    prefix = "first_stage_model." if target == np.float32 else ""
+    tensors = ldm_files.autoencoder_to_ldm(halves, 2, prefix) | {f"{prefix}loss.logvar": np.zeros(1, np.float32)}
+    _, params = single_file.read_autoencoder(write(tensors), params_dtype=target)
+    assert_equal(state_dict_from_params(params), {k: v.astype(target) for k, v in halves.items()})
+
+
+def test_what_need_not_be_cast_stays_in_the_file(made, write):
+    found = single_file.read(write(made(XL)[2]))
+    attention = found.texts[1][1]["encoder"]["layers_0"]["self_attn"]
+    q, k = (attention[name]["kernel"] for name in ("q_proj", "k_proj"))
+    assert not q.flags.owndata and not q.flags.writeable
+    assert abs(q.ctypes.data - k.ctypes.data) == q.nbytes  # rows of one tensor
+
+
+NAMES = {  # of Stable Diffusion 1 but for the last: names in diffusers -> in the file
+    "conv_in.bias": "input_blocks.0.0.bias",
+    "time_embedding.linear_2.weight": "time_embed.2.weight",
+    "down_blocks.0.resnets.1.time_emb_proj.weight": "input_blocks.2.0.emb_layers.1.weight",
+    "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.3.0.op.weight",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight",  # noqa: E501
+    "down_blocks.3.resnets.1.conv2.bias": "input_blocks.11.0.out_layers.3.bias",
+    "mid_block.attentions.0.proj_in.weight": "middle_block.1.proj_in.weight",
+    "mid_block.resnets.1.norm1.weight": "middle_block.2.in_layers.0.weight",
+    "up_blocks.0.upsamplers.0.conv.weight": "output_blocks.2.1.conv.weight",
+    "up_blocks.1.upsamplers.0.conv.weight": "output_blocks.5.2.conv.weight",
+    "up_blocks.3.resnets.2.conv_shortcut.weight": "output_blocks.11.0.skip_connection.weight",
+    "up_blocks.3.attentions.2.transformer_blocks.0.ff.net.0.proj.bias": "output_blocks.11.1.transformer_blocks.0.ff.net.0.proj.bias",  # noqa: E501
+    "conv_norm_out.weight": "out.0.weight",
+}
+
+
+def test_names_of_the_published_unets():
+    for ours, theirs in NAMES.items():
+        assert unet_source(ours, 2, [True, True, True, False], 64, len).name == theirs
+    xl = unet_source("up_blocks.0.upsamplers.0.conv.weight", 2, [False, True, True], 64, len)
+    assert xl.name == "output_blocks.2.2.conv.weight"
+    plain = unet_source("down_blocks.1.attentions.0.to_k.bias", 2, [False, True], 32, lambda name: 64)
+    assert plain.name == "input_blocks.4.1.qkv.bias"
+    np.testing.assert_array_equal(plain.take(np.arange(192)), [*range(32, 64), *range(128, 160)])
+
+
+def test_names_of_the_published_autoencoders_and_texts():
+    for ours, theirs in {
+        "encoder.down_blocks.2.downsamplers.0.conv.bias": "encoder.down.2.downsample.conv.bias",
+        "encoder.mid_block.attentions.0.to_out.0.weight": "encoder.mid.attn_1.proj_out.weight",
+        "decoder.up_blocks.0.upsamplers.0.conv.weight": "decoder.up.3.upsample.conv.weight",
+        "decoder.up_blocks.3.resnets.0.conv_shortcut.weight": "decoder.up.0.block.0.nin_shortcut.weight",
+        "decoder.conv_norm_out.bias": "decoder.norm_out.bias",
+        "quantize.embedding.weight": "quantize.embedding.weight",
+    }.items():
+        assert autoencoder_source(ours, 4).name == theirs
+    for ours, theirs in {
+        "encoder.layers.22.self_attn.k_proj.bias": "transformer.resblocks.22.attn.in_proj_bias",
+        "encoder.layers.22.mlp.fc2.weight": "transformer.resblocks.22.mlp.c_proj.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm.weight": "ln_final.weight",
+    }.items():
+        assert open_clip_source(ours).name == theirs
+
+
+def test_parts_of_a_tensor():
+    np.testing.assert_array_equal(part(np.arange(6), 1), [2, 3])
+    np.testing.assert_array_equal(part(np.arange(12), 2, heads=2), [4, 5, 10, 11])
+    assert part(np.zeros((4, 2)), 0).shape == (4, 2)  # not three of anything: told of by its shape
+
+
+def test_plain_attention_is_that_of_compvis():
+    """Theirs by NumPy: [3 C, L] is split into heads, and only then each head into q, k and v."""
+    rng, (heads, size, height) = np.random.default_rng(0), (2, 32, 3)
+    c, length = heads * size, height * height
+    names = {"norm.weight": (c,), "norm.bias": (c,), "qkv.weight": (3 * c, c, 1), "qkv.bias": (3 * c,),
+             "proj_out.weight": (c, c, 1), "proj_out.bias": (c,)}  # fmt: skip
+    file = {f"input_blocks.1.1.{name}": rng.normal(size=s) * s[-2] ** -0.5 for name, s in names.items() if len(s) > 1}
+    file |= {f"input_blocks.1.1.{name}": rng.normal(size=shape) for name, shape in names.items() if len(shape) == 1}
+    x = rng.normal(size=(c, length)) + 1
+
+    def of(name):
+        return file[f"input_blocks.1.1.{name}"]
+
+    grouped = x.reshape(32, -1)
+    normal = ((grouped - grouped.mean(1, keepdims=True)) / np.sqrt(grouped.var(1, keepdims=True) + 1e-5)).reshape(c, -1)
+    h = normal * of("norm.weight")[:, None] + of("norm.bias")[:, None]
+    theirs = []
+    for head in (of("qkv.weight")[:, :, 0] @ h + of("qkv.bias")[:, None]).reshape(heads, 3 * size, length):
+        q, k, v = head[:size], head[size : 2 * size], head[2 * size :]
+        weight = np.exp(q.T @ k / np.sqrt(size))
+        theirs.append(v @ (weight / weight.sum(1, keepdims=True)).T)
+    theirs = x + of("proj_out.weight")[:, :, 0] @ np.concatenate(theirs) + of("proj_out.bias")[:, None]
+
+    module = SelfAttention2D(32, 1e-5, heads)
+    pixels = x.T.reshape(1, height, height, c).astype(np.float32)
+    target = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+    state = {}
+    for name in names_of(target):
+        source = unet_source(f"down_blocks.0.attentions.0.{name}", 2, [True], size, lambda name: c)
+        state[name] = source.take(file[source.name]).astype(np.float32)
+    ours = module.apply({"params": params_from_state_dict(state, target)}, pixels)
+    np.testing.assert_allclose(np.asarray(ours).reshape(length, c).T, theirs, rtol=1e-4, atol=1e-4)
+
+
+UNET = "model.diffusion_model."
+
+
+def without(name):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def only(*prefixes):
+    return lambda tensors: {key: value for key, value in tensors.items() if key.startswith(prefixes)}
+
+
+def having(**more):
+    arrays = {name.replace("__", "."): np.zeros(shape, np.float32) for name, shape in more.items()}
+    return lambda tensors: tensors | arrays
+
+
+REFUSED = {  # family, what is done to the tensors -> what the line must say
+    "a LoRA": (
+        SD1, lambda t: {"lora_unet_down_blocks_0_attentions_0.lora_up.weight": np.zeros((4, 4), np.float32)},
+        "is a LoRA, which changes a model"),
+    "a part of a folder": (SD1, lambda t: {"down_blocks.0.a": np.zeros(1, np.float32)}, "must be that folder"),
+    "a ControlNet": (SD1, having(control_model__zero_convs=(1,)), "is a ControlNet"),
+    "the refiner": (XL, having(conditioner__embedders__0__model__ln_final__weight=(1,)), "is the refiner"),
+    "averaged weights alone": (SD1, only("model_ema.", "first_stage_model.", "cond_stage"), "averaged weights alone"),
+    "an autoencoder": (SD1, only("first_stage_model."), "is an autoencoder alone; it goes beside a model, by --vae"),
+    "an unknown layout": (SD1, lambda t: {"joint_blocks.0.x": np.zeros(1, np.float32)}, "none of the layouts"),
+    "an unknown text encoder": (SD1, only(UNET, "first_stage_model."), "none of the layouts"),
+    "no middle": (SD1, without(f"{UNET}middle_block.1.proj_in.weight"), f"lacks {UNET}middle_block.1.proj_in.weight"),
+    "one tensor missing": (
+        SD1, without(f"{UNET}out.0.bias"), f"1 missing: {UNET}out.0.bias (unet conv_norm_out.bias)"),
+    "an unexpected tensor": (CLASSES, having(v_pred=()), "1 unexpected: v_pred"),
+    "two scales": (CLASSES, having(scale_factor=(2,)), "1 unexpected: scale_factor"),
+    "another shape": (
+        CLASSES, having(model__diffusion_model__time_embed__0__bias=(7,)),
+        "unet: the weights are not those of this model: 1 of the wrong shape: time_embedding.linear_1.bias"),
+    "a shape of no network": (SD1, having(model__diffusion_model__out__2__weight=()), "of no network that is known"),
+    "levels of several widths": (
+        SD1, having(model__diffusion_model__input_blocks__2__0__out_layers__3__weight=(48, 1)), "they are 32, 48"),
+    "another size of heads": (
+        SD2, having(model__diffusion_model__input_blocks__1__0__out_layers__3__weight=(96, 1)), "heads of 64"),
+    "another kind of CLIP": (
+        SD1, having(cond_stage_model__transformer__text_model__embeddings__token_embedding__weight=(9, 65)),
+        "does not divide into heads of 64"),
+    "other noise levels": (PLAIN, having(betas=(1000,)), "was trained with other noise levels than its kind"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_are_refused(case, made, write):
+    family, change, words = REFUSED[case]
+    path = write(change(made(family)[2]))
+    with pytest.raises(InputError) as caught:
+        single_file.read(path)
+    assert words in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_autoencoder_must_be_one(made, write):
+    with pytest.raises(InputError, match="has no autoencoder in the layout of CompVis"):
+        single_file.read_autoencoder(write(only(UNET)(made(SD1)[2])))
+    with pytest.raises(InputError, match=f"{len(only(UNET)(made(SD1)[2]))} unexpected: {UNET}"):
+        single_file.read_autoencoder(write(only(UNET, "first_stage_model.")(made(SD1)[2])))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_truncated_files_are_refused(share, made, write, tmp_path):
+    tensors = only("first_stage_model.")(made(SD1)[2])
+    for path in (write(tensors), ldm_files.write_checkpoint(tmp_path / "m.ckpt", tensors)):
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(InputError, match=path.name):
+            single_file.read_autoencoder(path)
+
+
+CODE = {  # opcodes beside the state_dict that call something
+    "a shell": "Vcallbacks\ncposix\nsystem\n(Vtouch WITNESS\ntRs",
+    "an import": "Vcallbacks\ncbuiltins\n__import__\n(Vos\ntRs",
+    "eval": "Vcallbacks\ncbuiltins\neval\n(Vopen('WITNESS', 'w')\ntRs",
+    "a method of a stand-in": "Vcallbacks\ncbuiltins\ngetattr\n(cnumpy\nndarray\nVtofile\ntRs",
+    "a folder": "Vcallbacks\ncos\nmkdir\n(VWITNESS\ntRs",
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_beside_the_weights_does_not_run(case, made, tmp_path):
+    witness = tmp_path / "witness"
+    path = tmp_path / "m.ckpt"
+    tensors = {"decoder.conv_in.weight": np.zeros((1, 1), np.float32)}
+    ldm_files.write_checkpoint(path, tensors, more=CODE[case].replace("WITNESS", str(witness)))
+    with pytest.raises(InputError, match=r"it asks for .*, which a file of weights has no need of"):
+        single_file.read(path)
+    assert not witness.exists()
+
+
+def test_stand_ins_do_nothing_and_are_no_weights(made, tmp_path):
+    """What looks like NumPy's or lightning's is taken, but not looked up: here it would write a file."""
+    witness, tensors = tmp_path / "witness", {"decoder.conv_in.weight": np.zeros((1, 1), np.float32)}
+    call = f"cnumpy\nsave\n(V{witness}\nI1\ntR"
+    path = ldm_files.write_checkpoint(tmp_path / "m.ckpt", tensors, more=f"Vcallbacks\n{call}s")
+    with pytest.raises(InputError, match="is an autoencoder alone"):
+        single_file.read(path)
+    path = ldm_files.write_checkpoint(tmp_path / "m.ckpt", tensors, inside=f"Vweight\n{call}s")
+    with pytest.raises(InputError, match="'weight' is no tensor, but something that only its training knows"):
+        single_file.read(path)
+    assert not list(tmp_path.glob("witness*"))

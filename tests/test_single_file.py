@@ -1,0 +1,170 @@
+"""Single files drawn by the command: as the same model's folder, and what is refused."""
+
+import shutil
+
+import jax.numpy as jnp
+import jobs
+import ldm_files
+import numpy as np
+import pytest
+
+from ldm_jax import commands, evaluate, sample, trained
+from ldm_jax.errors import InputError
+from ldm_jax.extras import Extras, other_autoencoder
+from ldm_jax.interop import ldm_families
+from ldm_jax.interop.weights import write_safetensors
+
+SD1, SD2, XL, CLASSES, PLAIN = ldm_files.UNETS
+
+
+@pytest.fixture(scope="module")
+def file_of(tmp_path_factory):
+    """file_of(family): a tiny single file, its tokenizer beside it; made once, to be read or copied."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            made[family] = ldm_files.write_file(tmp_path_factory.mktemp("file") / "model", family)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """The sizes are those of the published models."""
+    for family, fields in ldm_families.FAMILIES.items():
+        monkeypatch.setitem(ldm_families.FAMILIES, family, fields._replace(sample_size=8))
+
+
+def run(model, out, *flags):
+    return commands.run(sample.main, ["sample", f"--model={model}", f"--out={out}", "--steps=2", *flags])
+
+
+@pytest.mark.parametrize("family", [XL, PLAIN])
+def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
+    """The same modules, parameters, tokenizers and scheduler, and so the same pictures."""
+    file = trained.load(file_of(family))
+    folder = trained.load(ldm_files.write_folder(tmp_path / "folder", family, size=8))
+    assert trained.fingerprint(file) == trained.fingerprint(folder)
+    assert file.config.to_dict() == folder.config.to_dict()
+    ours, theirs = file.pretrained._asdict(), folder.pretrained._asdict()
+    for name in ("unet", "autoencoder", "encoders", "scheduler", "zeros_for_nothing", "pipeline"):
+        assert ours[name] == theirs[name], name
+    for one, other in zip(ours["tokenizers"], theirs["tokenizers"], strict=True):
+        np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
+
+
+def test_a_tokenizer_of_another_model(file_of, tmp_path):
+    """The folder of a tokenizer, or of a model that has one; its own padding is of no matter."""
+    alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
+    ldm_files.write_tokenizer(tmp_path / "other" / "tokenizer", length=20, pad_token="!")
+    said = [
+        trained.load(path, None, Extras(tokenizer=given)).pretrained.tokenizers[0](["low! lower"])
+        for path, given in ((file_of(SD1), ""), (alone, str(tmp_path / "other")))
+    ]
+    np.testing.assert_array_equal(said[0].ids, said[1].ids)
+
+
+def test_a_model_of_classes_draws(file_of, tmp_path):
+    """By their numbers; here with another autoencoder, which knows no red, and told that it predicts v."""
+    states = ldm_files.states_of(CLASSES)[1]["vae"]
+    no_red = states | {"decoder.conv_out.bias": np.array([-100, 0, 0], np.float32)}
+    write_safetensors(tmp_path / "vae.safetensors", ldm_files.autoencoder_to_ldm(no_red, 2, ""))
+    model, more = file_of(CLASSES), [f"--vae={tmp_path}/vae.safetensors", "--prediction=v"]
+    assert run(model, tmp_path / "out", "--label=1,3", "--num=4", *more) == 0
+    drawn = jobs.samples(tmp_path / "out")
+    assert drawn["labels"].tolist() == [1, 3, 1, 3]
+    assert drawn["images"].shape == (4, 16, 16, 3) and not drawn["images"][..., 0].any()
+    assert (drawn["images"][0] != drawn["images"][1]).any()
+    again = ["sample", f"--model={model}", f"--from_recipe={tmp_path / 'out' / 'samples.png'}", more[0]]
+    assert commands.run(sample.main, [*again, f"--out={tmp_path / 'again'}"]) == 2  # of eps it is another model
+
+
+def test_another_autoencoder_from_a_folder(file_of, tmp_path):
+    """Its own, or that of a whole model."""
+    folder, own = ldm_files.write_folder(tmp_path / "folder", SD1), ldm_files.make_autoencoder(SD1)
+    shift, scale = np.zeros(4, np.float32), np.full(4, 0.18215, np.float32)
+    for path in (folder, folder / "vae"):
+        autoencoder, params = other_autoencoder(path, own, shift, scale, "bfloat16")
+        assert autoencoder == own.clone(dtype=jnp.dtype("bfloat16"))
+        assert params["decoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="their scale is"):
+        other_autoencoder(folder, own, shift, 2 * scale, "float32")
+    with pytest.raises(InputError, match="has other latents than --model: kind"):
+        other_autoencoder(folder, ldm_files.make_autoencoder(CLASSES), shift, scale, "float32")
+
+
+def write_autoencoder(folder, family):
+    """A folder with an autoencoder alone."""
+    whole = ldm_files.write_folder(folder / "whole", family)
+    name = ldm_families.FAMILIES[family].autoencoder
+    return shutil.move(whole / name, folder / "other")
+
+
+REFUSED = {  # family, flags -> what the line must say
+    "no tokenizer": (SD1, ["--prompt=low", "--tokenizer=nowhere"], "there is no folder --tokenizer=nowhere"),
+    "no such prediction": (SD1, ["--prompt=low", "--prediction=z0"], "prediction"),
+    "a class beyond the last": (CLASSES, ["--label=5"], "--label=5 is no class"),
+    "a tokenizer for no texts": (CLASSES, ["--tokenizer=some"], "--tokenizer=some is for models of texts"),
+    "no such autoencoder": (SD1, ["--prompt=low", "--vae=nowhere"], "there is no folder nowhere"),
+    "a model as an autoencoder": (SD1, ["--prompt=low", "--vae=MODEL"], "unexpected: cond_stage_model"),
+    "an autoencoder of other latents": (SD1, ["--prompt=low", "--vae=OTHER"], "has other latents than --model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_sample_refuses(case, file_of, tmp_path, capsys):
+    family, flags, words = REFUSED[case]
+    other = write_autoencoder(tmp_path, XL) if "--vae=OTHER" in flags else ""
+    flags = [flag.replace("MODEL", str(file_of(family))).replace("OTHER", str(other)) for flag in flags]
+    assert_refused(file_of(family), flags, words, tmp_path, capsys)
+
+
+def assert_refused(model, flags, words, tmp_path, capsys):
+    assert run(model, tmp_path / "out", *flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_a_tokenizer(file_of, tmp_path, capsys):
+    alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
+    words = "has no tokenizer in it, nor beside it; give a folder with CLIP's vocab.json and merges.txt, by --tokenizer"
+    assert_refused(alone, ["--prompt=low"], words, tmp_path, capsys)
+
+
+def test_a_tokenizer_of_another_vocabulary(file_of, tmp_path, capsys):
+    ldm_files.write_tokenizer(tmp_path / "tokenizer", [("l", "o")])
+    flags = ["--prompt=low", f"--tokenizer={tmp_path}"]
+    assert_refused(file_of(SD1), flags, "the tokenizer has 515 tokens; the text encoder of", tmp_path, capsys)
+
+
+def test_code_is_not_run(tmp_path, capsys):
+    more = f"Vcallbacks\ncposix\nsystem\n(Vtouch {tmp_path}/witness\ntRs"
+    path = ldm_files.write_checkpoint(tmp_path / "m.ckpt", {"a": np.zeros(1, np.float32)}, more=more)
+    assert_refused(path, ["--prompt=low"], "it asks for posix.system", tmp_path, capsys)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_files_that_are_none(tmp_path, capsys):
+    for name, content, words in (
+        ("m.safetensors", b"", "is damaged: it ends within its header"),
+        ("m.ckpt", b"hello", "not readable as a file of weights"),
+        ("m.png", b"", "is a file of another kind; it must be a run folder"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert_refused(tmp_path / name, ["--prompt=low"], words, tmp_path, capsys)
+
+
+def test_what_folders_say_themselves(tmp_path, capsys):
+    folder = ldm_files.write_folder(tmp_path / "folder", SD1)
+    words = "--prediction is for models in a single file"
+    assert_refused(folder, ["--prompt=low", "--prediction=v"], words, tmp_path, capsys)
+    assert_refused(tmp_path, ["--vae=some"], "--vae is for diffusers folders and single files", tmp_path, capsys)
+
+
+def test_evaluate_wants_a_run(file_of, tmp_path, capsys):
+    command = ["evaluate", f"--model={file_of(PLAIN)}", f"--out={tmp_path / 'out'}"]
+    assert commands.run(evaluate.main, command) == 2
+    assert "is a single file, which names no test images" in capsys.readouterr().err
