@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     if with_config:
         config = scoring.with_data_of(model, values.config).unlock()
     elif model.pretrained:
-        raise InputError(f"--model={values.model} is none of our runs and names no test images; add --config=FILE")
+        raise InputError(f"--model={values.model} is a diffusers model, which names no test images; add --config=FILE")
     else:
         config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
