@@ -11,15 +11,23 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # all randomness comes from here, indexed by (stage, step, example)
     config.stages = ("autoencoder", "diffusion")  # what is trained, in this order; classifier: one that guides sampling
+    # A diffusers folder, or its name on the hub, that is fine-tuned: its networks, latents, noise schedule and kind of
+    # prediction take the place of those below; only data, lora, sampling and how diffusion is trained are looked at.
+    config.init_from = ""
     config.dtype = "float32"  # the networks' arithmetic: float32 | bfloat16; parameters and statistics stay float32
 
     data = config.data = ConfigDict()
-    data.name = "fashion_mnist"  # a TFDS data set prepared as ArrayRecord; this one is prepared when it is not there
+    data.name = (
+        "fashion_mnist"  # a TFDS data set prepared as ArrayRecord, or one that is prepared when it is not there:
+    )
+    # this one, or folder, your own pictures and captions in data.path
+    data.path = ""  # where the files lie that folder (or fashion_mnist) is prepared from
     data.dir = "data"  # where prepared data sets lie
     data.train_split = "train"
     data.test_split = "test"  # for validation loss and scores
     data.image_key = "auto"  # the feature with the picture; auto = the only image
     data.label_key = "auto"  # the feature with the class; auto = the only class label, if any; none = do without
+    data.caption_key = "none"  # the feature with a text, which then takes the class's place; auto = the only text; none
     data.segments_key = "none"  # the feature with a map of classes, an image whose pixels are their numbers; none
     data.image_size = 28  # pixels; images are cropped to a square and resized
     data.crop = "center"  # center (the largest square) | none (all of it, squeezed)
@@ -91,10 +99,14 @@ def get_config() -> ConfigDict:
     classifier.norm_num_groups = 16
     _training(classifier, steps=100_000, batch_size=128, learning_rate=3e-4)
 
+    lora = config.lora = ConfigDict()  # init_from only: small matrices beside the attention's (Hu 2021)
+    lora.rank = 0  # of B A, which is all that is trained; 0 = none, all of the UNet is trained
+    lora.alpha = 8.0  # B A is multiplied by alpha / rank
+
     sampling = config.sampling = ConfigDict()
     sampling.num = 10_000  # pictures at the end of the run, the same number of each class
     sampling.sampler = "ddim"  # see diffusion/solvers.py: ddpm | ddim | plms | euler | euler_a | heun | edm |
-    # dpmpp_2m | dpmpp_2m_sde | dpmpp_2s | unipc | lcm
+    # dpmpp_2m | dpmpp_2m_sde | dpmpp_2s | unipc | lcm; own (init_from only) = the model's, and what goes with it
     sampling.steps = 50
     sampling.spacing = "trailing"  # of the steps: leading | trailing | linspace | karras | exponential
     sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
@@ -104,6 +116,7 @@ def get_config() -> ConfigDict:
     sampling.guidance_interval = (0.0, 1.0)  # the share t / T of the timesteps that guidance acts on
     sampling.guidance_rescale = 0.0  # how far guidance may not change the contrast (Lin 2023): 0 freely, 1 not at all
     sampling.threshold = 0.0  # pixel space only: z0_hat is bounded by this quantile of it (Saharia 2022); 0 = by 1
+    sampling.prompts = ()  # init_from only: what is drawn while training and at the end, in turn
     sampling.batch_size = 512
     sampling.progress_every = 2_000  # steps between the sample grids made while training; 0 = none
 

@@ -21,7 +21,7 @@ from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.unet import UNet
 from ldm_jax.training.autoencoder import AutoencoderStage, make_autoencoder_stage
 from ldm_jax.training.classifier import ClassifierStage, make_classifier_stage
-from ldm_jax.training.diffusion import DiffusionStage, make_diffusion_stage
+from ldm_jax.training.diffusion import DiffusionStage, labelled, make_diffusion_stage
 from ldm_jax.training.state import make_optimizer
 
 # The fields of config.diffusion that the noise schedule is made of.
@@ -35,12 +35,14 @@ def load_split(config: ConfigDict, split: str) -> Dataset:
         data.name,
         split,
         data_dir=data.dir,
+        manual_dir=data.path or None,
         image_size=data.image_size,
         channels=data.channels,
         crop=data.crop,
         image_key=data.image_key,
         label_key=data.label_key,
         segments_key=data.segments_key,
+        caption_key=data.caption_key,
         memory_limit=int(data.memory_limit_gb * 2**30),
     )
 
@@ -181,7 +183,7 @@ def build_lpips(config: ConfigDict) -> LPIPS | None:
 def build_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
     """Stage 1 of the config."""
     autoencoder, channels = config.autoencoder, config.data.channels
-    adversary, optimizer = autoencoder.discriminator, _optimizer_fields(autoencoder)
+    adversary, optimizer = autoencoder.discriminator, optimizer_fields(autoencoder)
     discriminator = PatchDiscriminator(
         in_channels=channels,
         features=adversary.channels,
@@ -206,10 +208,9 @@ def build_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
 
 def build_diffusion_stage(config: ConfigDict, num_classes: int) -> DiffusionStage:
     """Stage 2 of the config."""
-    diffusion = config.diffusion
+    diffusion, unet = config.diffusion, build_unet(config)
     return make_diffusion_stage(
-        unet=build_unet(config),
-        conditioner=build_conditioner(config, num_classes),
+        network=labelled(unet, build_conditioner(config, num_classes), (*latent_shape(config)[:2], unet.in_channels)),
         map_condition=build_map_condition(config),
         first_stage=build_first_stage(config),
         latent_shape=latent_shape(config),
@@ -219,7 +220,7 @@ def build_diffusion_stage(config: ConfigDict, num_classes: int) -> DiffusionStag
         snr_gamma=diffusion.snr_gamma,
         label_dropout=diffusion.label_dropout,
         flip=config.data.flip,
-        optimizer=make_optimizer(**_optimizer_fields(diffusion)),
+        optimizer=make_optimizer(**optimizer_fields(diffusion)),
         ema_decay=diffusion.ema_decay,
         bound_weight=diffusion.bound_weight if diffusion.variance == "learned" else 0.0,
         levels=pixel_levels(config),
@@ -234,11 +235,12 @@ def build_classifier_stage(config: ConfigDict, num_classes: int) -> ClassifierSt
         latent_shape=latent_shape(config),
         alpha_bar=build_schedule(config).alpha_bar,
         flip=config.data.flip,
-        optimizer=make_optimizer(**_optimizer_fields(config.classifier)),
+        optimizer=make_optimizer(**optimizer_fields(config.classifier)),
         ema_decay=config.classifier.ema_decay,
     )
 
 
-def _optimizer_fields(stage: ConfigDict) -> dict:
+def optimizer_fields(stage: ConfigDict) -> dict[str, Any]:
+    """The arguments of `make_optimizer` in the section of a stage."""
     names = ("steps", "learning_rate", "warmup_steps", "decay", "adam_b2", "weight_decay", "clip_norm")
     return {name: stage[name] for name in names}

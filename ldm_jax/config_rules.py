@@ -23,6 +23,7 @@ SAMPLERS = (
     "unipc",
     "lcm",
 )
+OWN = "own"  # the sampler of the model that is fine-tuned
 SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
 VARIANCES = ("fixed_small", "fixed_large", "learned")
 DTYPES = ("float32", "bfloat16")
@@ -44,7 +45,7 @@ _CHOICES = {
     "diffusion.weighting": ("uniform", "min_snr"),
     "concat.kind": ("none", "low_resolution", "inpainting", "segments"),
     "diffusion.variance": ("fixed", "learned"),
-    "sampling.sampler": SAMPLERS,
+    "sampling.sampler": (*SAMPLERS, OWN),
     "sampling.spacing": SPACINGS,
     "sampling.variance": VARIANCES,
 }
@@ -83,6 +84,8 @@ _RANGES = {
     "classifier.layers_per_block": (1, None),
     "classifier.attention_heads": (1, None),
     "classifier.norm_num_groups": (1, None),
+    "lora.rank": (0, None),
+    "lora.alpha": (0.0, None),
     "sampling.num": (0, None),
     "sampling.steps": (1, None),
     "sampling.eta": (0.0, 1.0),
@@ -118,7 +121,7 @@ _RANGES = {
 def validate(config: ConfigDict) -> None:
     """Raises InputError for values that no run could have, before anything is compiled or written."""
     fields = flatten(config)
-    for name in ("stages", *_CHOICES, *_RANGES, *_INTERVALS):
+    for name in ("stages", "init_from", "sampling.prompts", *_CHOICES, *_RANGES, *_INTERVALS):
         if name not in fields:
             raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
     for name, choices in _CHOICES.items():
@@ -132,8 +135,12 @@ def validate(config: ConfigDict) -> None:
             raise InputError(f"config.{name} is {value}; it must be {bounds}")
     for name in _INTERVALS:
         check_interval(f"config.{name}", fields[name])
-    _validate_stages(config)
-    _validate_shapes(config)
+    if config.init_from:
+        _validate_fine_tuning(config)
+    else:
+        _validate_own(config)
+        _validate_stages(config)
+        _validate_shapes(config)
     diffusion, loss = config.diffusion, config.autoencoder.loss
     if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end:
         raise InputError(
@@ -194,6 +201,29 @@ def check_interval(name: str, value: Any) -> None:
     numbers = isinstance(value, (tuple, list)) and all(isinstance(number, (int, float)) for number in value)
     if not numbers or len(value) != 2 or not 0 <= value[0] < value[1] <= 1:
         raise InputError(f"{name} is {value}; it must be two rising numbers from 0 to 1, e.g. 0.15,0.85")
+
+
+def _validate_fine_tuning(config: ConfigDict) -> None:
+    """The fields beside `init_from`, of which many are the model's own and not looked at."""
+    if config.stages != ("diffusion",):
+        raise InputError(f"config.stages is {config.stages}; with config.init_from it must be ('diffusion',)")
+    if config.diffusion.variance == "learned":
+        raise InputError("config.diffusion.variance is 'learned'; with config.init_from it must be fixed")
+    prompts = config.sampling.prompts
+    if not isinstance(prompts, tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"config.sampling.prompts is {prompts}; it must be texts, e.g. ('a cat', 'a dog')")
+    if config.lora.rank and not config.lora.alpha:
+        raise InputError("config.lora.alpha is 0, with which nothing is trained; it must be above 0")
+
+
+def _validate_own(config: ConfigDict) -> None:
+    """Raises InputError for a field that only fine-tuning has."""
+    sampling = config.sampling
+    asked = {"sampling.prompts": sampling.prompts, "lora.rank": config.lora.rank}
+    asked["sampling.sampler"] = OWN if sampling.sampler == OWN else ""
+    for name, value in asked.items():
+        if value:
+            raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers folder")
 
 
 def _validate_stages(config: ConfigDict) -> None:

@@ -45,14 +45,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
       InputError: a solver or step count that the model does not take, or an input that is missing or does not fit.
     """
     model = trained.at_size(model, tuple(recipe.size))
-    table = trained.table_of(
-        model,
-        sampler=recipe.sampler,
-        steps=recipe.steps,
-        spacing=recipe.spacing if isinstance(recipe.spacing, str) else tuple(recipe.spacing),
-        jump=recipe.resample_jump,
-        **{name: getattr(recipe, name) for name in ("eta", "churn", "variance", "strength", "resample")},
-    )
+    table = table_for(model, recipe)
     (image, mask), guide = _read_inputs(model, recipe), guide_of(model, recipe)
     if recipe.outpaint:
         whole, (image, mask) = image, editing.outpaint_window(image, recipe.outpaint)
@@ -72,7 +65,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         classifier_scale=np.full(recipe.num, recipe.classifier_scale, np.float32),
     )
     if model.pretrained:
-        wanted = wanted._replace(**_of_pretrained(model, recipe, table))
+        wanted = wanted._replace(**of_pretrained(model, recipe, table))
     if given is not None:
         maps = generator.maps(params, given.known)
         if model.pretrained and model.pretrained.upscaling:
@@ -102,7 +95,19 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     )
 
 
-def _of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, Any]:
+def table_for(model: Trained, recipe: Recipe) -> Table:
+    """The solver table of a recipe; raises InputError for one that the model does not take."""
+    return trained.table_of(
+        model,
+        sampler=recipe.sampler,
+        steps=recipe.steps,
+        spacing=recipe.spacing if isinstance(recipe.spacing, str) else tuple(recipe.spacing),
+        jump=recipe.resample_jump,
+        **{name: getattr(recipe, name) for name in ("eta", "churn", "variance", "strength", "resample")},
+    )
+
+
+def of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, Any]:
     """The fields of a Request that a diffusers model has beside: its texts, and what its scheduler wants."""
     scheduler = pretrained.scheduler_of(model.pretrained, recipe.sampler)
     fields = {"start": scheduler.start(table), "clip": scheduler.clip}

@@ -3,7 +3,7 @@
     python -m ldm_jax.evaluate --model=runs/fashion_mnist [--num=10000] [--sampler=ddim] [--steps=50] [--guidance=2.0]
                                [--eta=0.0] [--seed=0] [--batch_size=100] [--inception_weights=FILE] [--out=FOLDER]
 
-    ... --model=FOLDER|org/name --config=FILE --out=FOLDER [--prompt=TEXT ...]   a diffusers model, which names no data:
+    ... --model=FOLDER|FILE|org/name --config=FILE --out=FOLDER [--prompt=TEXT ...]   a diffusers model names no data:
                                it is scored on those of the config, its data.* and evaluation.* (--config.FIELD=VALUE)
 
 Draws --num pictures and writes evaluation.json, in which every score stands on a card with all that one must know to
@@ -25,6 +25,7 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
     command_line.define_drawing_flags(values, num=10_000)
+    command_line.define_file_flags(values)
     command_line.define_device_flags(values)
     return values
 
@@ -45,16 +46,18 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import builders, drawing, exported, hub, pretrained, recipe, scoring, trained
+    from ldm_jax import builders, drawing, hub, recipe, scoring, trained
+    from ldm_jax.extras import Extras
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
-    knows_data = with_config or exported.is_exported(Path(values.model))  # what was a run has its config still
-    for is_one, what in ((pretrained.is_single_file, "single file"), (pretrained.is_folder, "diffusers folder")):
-        if is_one(Path(values.model)) and not knows_data:
-            raise InputError(f"--model={values.model} is a {what}, which names no test images; add --config=FILE")
-    model = trained.load(hub.find(values.model) if with_config else Path(values.model), values.dtype)
-    config = scoring.with_data_of(model, values.config) if with_config else model.config
-    config = config.copy_and_resolve_references().unlock()
+    extras = Extras(values.tokenizer, values.prediction, values.vae)
+    model = trained.load(hub.find(values.model) if with_config else Path(values.model), values.dtype, extras)
+    if with_config:
+        config = scoring.with_data_of(model, values.config).unlock()
+    elif model.pretrained:
+        raise InputError(f"--model={values.model} is a diffusers model, which names no test images; add --config=FILE")
+    else:
+        config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
     wanted = recipe.from_flags(model, values, labels=list(range(len(model.class_names))))

@@ -13,17 +13,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, drawing, run_folder, scoring, trained
+from ldm_jax import builders, config_rules, configuration, drawing, finetune, run_folder, scoring, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.evaluation.report import write_report
-from ldm_jax.first_stage import reconstruct
+from ldm_jax.first_stage import make_first_stage, reconstruct
 from ldm_jax.generate import request, smallest_batch
 from ldm_jax.given import check_segments, from_split, keep_known
+from ldm_jax.interop import lora
 from ldm_jax.interop.lpips_weights import load_lpips
+from ldm_jax.recipe import of_config
 from ldm_jax.run_folder import Log
+from ldm_jax.trained import Trained
 from ldm_jax.training import latents
 from ldm_jax.training.checkpoint import Checkpoints, flatten, unflatten
 from ldm_jax.training.interrupt import Interrupted, InterruptWatch
@@ -42,6 +45,7 @@ class Run(NamedTuple):
     test_set: Dataset
     log: Log
     watch: InterruptWatch
+    base: finetune.Base | None  # the model that is fine-tuned, if one is
 
 
 def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
@@ -55,41 +59,47 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     """
     config_rules.validate_devices(config, jax.device_count())
     scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
+    asked = config  # is recorded; a model that is fine-tuned has fields of its own
+    base, config = finetune.load_base(asked) if asked.init_from else (None, asked)
     train_set, test_set = (
         builders.load_split(config, split) for split in (config.data.train_split, config.data.test_split)
     )
     print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
-          f"{train_set.num_classes} classes", flush=True)  # fmt: skip
+          f"{train_set.num_classes} {'classes' if config.data.caption_key == 'none' else 'captions'}",
+          flush=True)  # fmt: skip
     check_segments(config, train_set)
-    describe_models(config, train_set.num_classes)
-    if config.autoencoder.kind != "none" and config.autoencoder.checkpoint:
+    describe_models(config, train_set.num_classes, base)
+    if base:
+        finetune.check_texts(config, base, train_set.class_names)
+    if config.autoencoder.kind != "none" and config.autoencoder.checkpoint and not base:
         adopted_autoencoder(config)  # for its errors, before anything is written
         adopted_scale(config)
     if dry_run:
         return
-    if workdir.exists() and scoring.is_done(workdir, config):
+    if workdir.exists() and scoring.is_done(workdir, asked):
         print(f"All is done: {workdir / 'report.html'}")
         return
     primary = jax.process_index() == 0
     if primary:
         workdir.mkdir(parents=True, exist_ok=True)
-        run_folder.write_json(workdir / "config.json", config.to_dict())
+        run_folder.write_json(workdir / "config.json", asked.to_dict())
         run_folder.write_json(
             workdir / "data.json",
             {"class_names": train_set.class_names, "train": len(train_set), "test": len(test_set),
              "train_fingerprint": train_set.fingerprint, "test_fingerprint": test_set.fingerprint,
-             "device": describe_device(), "command": command},
+             "device": describe_device(), "command": command,
+             **({"init_from_fingerprint": base.fingerprint} if base else {})},
         )  # fmt: skip
     log = Log(workdir, write=primary)
     try:
         with InterruptWatch() as watch:
-            run = Run(config, workdir, train_set, test_set, log, watch)
+            run = Run(config, workdir, train_set, test_set, log, watch, base)
             clock = CompileClock()
-            if config.autoencoder.kind != "none":
+            if config.autoencoder.kind != "none" and not base:
                 _timed(run, clock, "autoencoder", train_autoencoder)
                 _timed(run, clock, "latents", measure_latents)
             if "diffusion" in config.stages:
-                _timed(run, clock, "diffusion", train_diffusion)
+                _timed(run, clock, "diffusion", fine_tune if base else train_diffusion)
             if "classifier" in config.stages:
                 _timed(run, clock, "classifier", train_classifier)
             if primary:
@@ -117,13 +127,16 @@ def _timed(run: Run, clock: CompileClock, name: str, part: Callable[[Run], None]
         print(f"{name:>12} took {seconds:.0f} s, {clock.seconds - compiling:.0f} s of it compiling", flush=True)
 
 
-def describe_models(config: ConfigDict, num_classes: int) -> None:
+def describe_models(config: ConfigDict, num_classes: int, base: finetune.Base | None = None) -> None:
     """Builds all models on paper and prints their sizes; raises InputError for one that cannot be built."""
     stages = {}
     try:
-        if config.autoencoder.kind != "none":
+        if base:
+            stages["diffusion"] = finetune.build_stage(config, base, num_classes)
+            drawing.table_for(_beginning(config, base), of_config(_beginning(config, base)))
+        elif config.autoencoder.kind != "none":
             stages["autoencoder"] = builders.build_autoencoder_stage(config)
-        if "diffusion" in config.stages:
+        if "diffusion" in config.stages and not base:
             stages["diffusion"] = builders.build_diffusion_stage(config, num_classes)
             trained.build_table(config)
         if "classifier" in config.stages:
@@ -222,10 +235,14 @@ def measure_latents(run: Run) -> None:
 
 def encode_train_set(run: Run) -> latents.Latents:
     """The cached latents of the training set; encodes it if they are not there yet."""
+    if run.base:
+        first_stage, params = make_first_stage(run.base.model.autoencoder), run.base.params["autoencoder"]
+    else:
+        first_stage, params = builders.build_first_stage(run.config), trained.load_autoencoder_params(run.workdir)
     return latents.cached_latents(
         run.workdir / "latents",
-        first_stage=builders.build_first_stage(run.config),
-        params=trained.load_autoencoder_params(run.workdir),
+        first_stage=first_stage,
+        params=params,
         dataset=run.train_set,
         flip=run.config.data.flip,
         batch_size=run.config.evaluation.batch_size,
@@ -260,18 +277,66 @@ def train_diffusion(run: Run) -> None:
     train_on_latents(run, "diffusion", builders.build_diffusion_stage(config, num_classes), show)
 
 
+def fine_tune(run: Run) -> None:
+    """Stage 2 from a diffusers model's parameters."""
+    config, base, texts = run.config, run.base, run.train_set.class_names
+    stage = finetune.build_stage(config, base, len(texts))
+    frozen = finetune.frozen_arrays(config, base, texts, run.workdir / "latents")
+    initial = stage.init(jax.random.fold_in(jax.random.key(config.seed), 0))
+    state = train_on_latents(run, "diffusion", stage, show_prompts(run), frozen=frozen, initial=initial)
+    if config.lora.rank and jax.process_index() == 0:
+        lora.save_lora(run.workdir / lora.FILE, state.ema_params["lora"], finetune.lora_scale(config))
+
+
+def show_prompts(run: Run) -> Callable[[int, Any], None]:
+    """`show(step, params)` leaves what a fine-tuned model draws by the config's prompts in progress/."""
+    config, model = run.config, _beginning(run.config, run.base)
+    wanted = of_config(model)
+    if not wanted.num:
+        return lambda step, params: None
+    num, table = min(wanted.num, 2 * max(len(wanted.prompts), 4)), drawing.table_for(model, wanted)
+    generator = trained.generator_of(model, smallest_batch(num, config.sampling.batch_size, jax.local_device_count()))
+    grid = request(num, wanted.labels, guidance=wanted.guidance, seed=wanted.seed, interval=wanted.guidance_interval)
+    grid = grid._replace(rescale=wanted.guidance_rescale, **drawing.of_pretrained(model, wanted, table))
+
+    def show(step: int, params: Any) -> None:
+        drawn = replicate(finetune.with_trained(config, run.base, params))
+        images = np.concatenate(list(generator.images(drawn, grid, table)))
+        picture = drawing.picture(config, images, grid.labels, (), None)
+        pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
+
+    return show
+
+
+def _beginning(config: ConfigDict, base: finetune.Base) -> Trained:
+    """The model that is fine-tuned, before it is."""
+    return Trained(config, (), base.params, 0, base.model)
+
+
 def train_classifier(run: Run) -> None:
     """Beside it: leaves classifier/ in the run folder."""
     stage = builders.build_classifier_stage(run.config, run.train_set.num_classes)
     train_on_latents(run, "classifier", stage, lambda step, params: None)
 
 
-def train_on_latents(run: Run, name: str, stage: Any, show: Callable[[int, Any], None]) -> None:
-    """Trains a stage behind the autoencoder, with a look at the test set, and `show(step, params)`, now and then."""
+def train_on_latents(
+    run: Run,
+    name: str,
+    stage: Any,
+    show: Callable[[int, Any], None],
+    *,
+    frozen: dict[str, Any] | None = None,
+    initial: Any = None,
+) -> Any:
+    """Trains a stage behind the autoencoder, with a look at the test set, and `show(step, params)`, now and then.
+
+    `frozen` are the arrays beside (None: the first stage's), `initial` is the state to begin from (None: drawn).
+    Returns the state.
+    """
     config, fields = run.config, run.config[name]
     from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
     source = run.train_set if from_pixels else encode_train_set(run)
-    frozen = trained.load_first_stage(run.workdir, config)
+    frozen = trained.load_first_stage(run.workdir, config) if frozen is None else frozen
     validate = make_validation(
         stage,
         run.test_set,
@@ -289,14 +354,17 @@ def train_on_latents(run: Run, name: str, stage: Any, show: Callable[[int, Any],
         show(step, state.ema_params | frozen)
 
     identity = _identity(config, IDENTITY_FIELDS[name])
+    if run.base:
+        identity["init_from"] = run.base.fingerprint
     with Checkpoints(run.workdir / name, keep=config.keep_checkpoints, identity=identity) as checkpoints:
-        train(
+        return train(
             name,
             stage,
             steps=fields.steps,
             feed=make_feed(config, source, fields.batch_size),
             frozen=frozen,
             checkpoints=checkpoints,
+            initial=initial,
             after_step=look,
             **_loop_fields(run),
         )
@@ -311,7 +379,7 @@ def _loop_fields(run: Run) -> dict[str, Any]:
 AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
 SCHEDULE_FIELDS = tuple(f"diffusion.{name}" for name in builders.SCHEDULE)
 IDENTITY_FIELDS = {
-    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat"),
+    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat", "init_from", "lora"),
     "classifier": (*AUTOENCODER_FIELDS, *SCHEDULE_FIELDS, "classifier"),
 }
 

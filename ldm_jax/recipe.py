@@ -260,10 +260,12 @@ def from_picture(model: Trained, path: Path) -> Recipe:
 def of_config(model: Trained) -> Recipe:
     """The recipe that ends a run: as its config has it."""
     sampling = model.config.sampling
+    prompts = list(sampling.prompts)
+    undescribed = bool(model.pretrained and model.pretrained.encoders and not prompts)
     return Recipe(
-        num=sampling.num,
-        labels=list(range(len(model.class_names))),
-        prompts=[],
+        num=0 if undescribed else sampling.num,
+        labels=list(range(len(prompts or model.class_names))),
+        prompts=prompts,
         seed=model.config.seed,
         guidance=sampling.guidance,
         guidance_interval=list(sampling.guidance_interval),

@@ -5,6 +5,7 @@ metrics.jsonl     one line a measurement         progress/       sample grids ma
 events.out.*      the same for TensorBoard       samples.npz, samples.png, denoising.gif
 autoencoder/      stage 1: checkpoints, scale    evaluation.json, bound.json, report.html
 diffusion/        stage 2: checkpoints           classifier/     its checkpoints, where one is trained
+pytorch_lora_weights.safetensors                 of a run that fine-tunes by LoRA: for diffusers
 """
 
 import hashlib

@@ -8,6 +8,7 @@
     ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v]   one file in the layout of CompVis or Stability
     ... --vae=PATH                                      another autoencoder than the folder's or file's own
     ... --height=512 --width=768 [--vae_tiling]         of another size than the model's own: diffusers folders
+    ... --lora=FILE [--lora_scale=1]                    with a LoRA file of diffusers
     ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
     ... --init_image=FILE --outpaint=right:8            continued on one side
@@ -41,6 +42,8 @@ def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
+    flags.DEFINE_string("lora", None, "a file of diffusers with LoRA of the UNet, added to it", flag_values=values)
+    flags.DEFINE_float("lora_scale", None, "how strongly; default 1", flag_values=values)
     command_line.define_drawing_flags(values, num=64)
     command_line.define_editing_flags(values)
     command_line.define_file_flags(values)
@@ -57,6 +60,8 @@ def main(argv: list[str]) -> None:
     command_line.require(values, "model", "out")
     out = Path(values.out)
     run_folder.check_folder("out", out)
+    if values.lora_scale is not None and not values.lora:
+        raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
     commands.start_devices(values)
 
     from ldm_jax import drawing, hub, recipe, trained
@@ -64,8 +69,11 @@ def main(argv: list[str]) -> None:
 
     extras = Extras(values.tokenizer, values.prediction, values.vae)
     model = trained.load(hub.find(values.model), values.dtype, extras)
+    if values.lora:
+        scale = 1.0 if values.lora_scale is None else values.lora_scale
+        model = trained.with_lora(model, Path(values.lora), scale)
     if values.from_recipe:
-        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", *extras._fields)
+        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", "lora", "lora_scale", *extras._fields)
         check_alone(values, "from_recipe", beside=beside)
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:

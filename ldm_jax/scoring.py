@@ -54,7 +54,7 @@ def with_data_of(model: Trained, given: ConfigDict) -> ConfigDict:
 def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
     """Scores the samples that ended a run, and its classifier: leaves evaluation.json in the run folder."""
     config, cards = configuration.from_json(workdir / "config.json"), {}
-    if "diffusion" in config.stages:
+    if "diffusion" in config.stages and not config.init_from:  # which is drawn by texts, not by test images
         model = trained.load(workdir)
         if config.sampling.num:
             with np.load(workdir / "samples.npz") as samples:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, exported, pretrained, run_folder
+from ldm_jax import builders, config_rules, configuration, exported, finetune, pretrained, run_folder
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
@@ -16,6 +16,7 @@ from ldm_jax.evaluation.bound import Bound, make_bound
 from ldm_jax.extras import NO_EXTRAS, Extras
 from ldm_jax.first_stage import make_first_stage, reconstruct
 from ldm_jax.generate import Generator, make_generator
+from ldm_jax.interop.lora import add_lora, read_lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
 from ldm_jax.training.checkpoint import load_latest, subtree, unflatten
@@ -76,6 +77,8 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
+    if config.init_from:
+        return _load_fine_tuned(path, _with_dtype(config, dtype))
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
     params = _averaged(flat, like, path / "diffusion") | load_first_stage(path, config)
@@ -87,6 +90,27 @@ def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
         with config.unlocked():
             config.dtype = dtype
     return config
+
+
+def _load_fine_tuned(path: Path, config: ConfigDict) -> Trained:
+    """The model that the run began with, which must still be there, with what the run has made of it."""
+    base, config = finetune.load_base(config, config.dtype)
+    stored = run_folder.read_json(path / "data.json", "init_from_fingerprint")["init_from_fingerprint"]
+    if stored != base.fingerprint:
+        raise InputError(
+            f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
+        )
+    flat = load_latest(path / "diffusion")
+    params = finetune.with_trained(
+        config, base, _averaged(flat, finetune.trained_shapes(config, base), path / "diffusion")
+    )
+    return Trained(config, (), params, int(flat["step"]), base.model)
+
+
+def with_lora(model: Trained, path: Path, scale: float) -> Trained:
+    """The model with a file's LoRA added to its UNet, `scale` times; raises InputError for one of another model."""
+    unet = add_lora(model.params["unet"], read_lora(path), scale, where=f"--lora={path}")
+    return model._replace(params=model.params | {"unet": unet})
 
 
 def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ldm_jax.first_stage import make_first_stage
 from ldm_jax.map_condition import inpainting, low_resolution, make_map_condition, random_boxes, segments_map
 from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.run_folder import read_json
-from ldm_jax.training.diffusion import make_diffusion_stage
+from ldm_jax.training.diffusion import labelled, make_diffusion_stage
 
 IMAGES, _ = tiny.pictures(16)
 KEYS = jax.random.split(jax.random.key(0), 16)
@@ -101,8 +101,7 @@ def test_in_training_the_map_lies_beside_its_own_picture():
     """Also when that is mirrored: in pixel space, so that the latents are the picture."""
     condition = low_resolution((8, 8, 1), channels=1, factor=2)
     stage = make_diffusion_stage(
-        unet=Pointwise(),
-        conditioner=ClassEmbedder(4, 2),
+        network=labelled(Pointwise(), ClassEmbedder(4, 2), (8, 8, 2)),
         map_condition=condition,
         first_stage=PIXELS,
         latent_shape=(8, 8, 1),

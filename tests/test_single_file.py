@@ -185,4 +185,4 @@ def test_what_folders_say_themselves(tmp_path, capsys):
 def test_evaluate_wants_a_run(file_of, tmp_path, capsys):
     command = ["evaluate", f"--model={file_of(PLAIN)}", f"--out={tmp_path / 'out'}"]
     assert commands.run(evaluate.main, command) == 2
-    assert "is a single file, which names no test images" in capsys.readouterr().err
+    assert "names no test images; add --config=FILE" in capsys.readouterr().err

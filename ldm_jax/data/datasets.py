@@ -19,7 +19,7 @@ class Dataset:
     name: str
     split: str
     shape: tuple[int, int, int, int]  # N, H, W, C
-    class_names: tuple[str, ...]  # empty: without labels
+    class_names: tuple[str, ...]  # empty: without labels; or the captions, each of which is a class of its own
     fingerprint: str  # equal means equal examples in equal order
     arrays: dict[str, np.ndarray] | None  # "x" uint8 [N, H, W, C], "label" int32 [N] if labelled ...; None: on the disk
     records: Records | None  # None: in memory
@@ -52,9 +52,10 @@ def load_dataset(
     image_key: str = "auto",
     label_key: str = "auto",
     segments_key: str = "none",
+    caption_key: str = "none",
     memory_limit: int = 2**31,
 ) -> Dataset:
-    """A split of "fashion_mnist", which is prepared here when it is not there, or of any prepared TFDS data set.
+    """A split of "fashion_mnist" or "folder", prepared here when they are not there, or of any prepared TFDS data set.
 
     Args:
         name: see `catalog.find`.
@@ -67,6 +68,7 @@ def load_dataset(
         image_key: the feature with the picture; "auto" finds it.
         label_key: the feature with the class; "auto" finds it, "none" goes without.
         segments_key: the feature with a map of classes, an image whose pixels are their numbers; "none" goes without.
+        caption_key: the feature with a text, which then is the class; "auto" finds it, "none" goes without.
         memory_limit: bytes of pixels above which the examples stay on the disk.
 
     Raises:
@@ -76,6 +78,7 @@ def load_dataset(
     folder = find(name, Path(data_dir).expanduser(), Path(manual_dir).expanduser() if manual_dir else None)
     options = {"image_size": image_size, "channels": channels, "crop": crop}
     keys = {"image_key": image_key, "label_key": label_key, "segments_key": segments_key}
+    keys["caption_key"] = caption_key
     records = Records(folder, split, **options, **keys)
     common = {"name": name, "split": split, "shape": records.shape, "class_names": records.class_names}
     if math.prod(records.shape) > memory_limit:

@@ -23,20 +23,26 @@ VERSION = "1.0.0"
 
 
 class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The builder. `splits` is from `find_pictures`; the rest of the arguments are TFDS's."""
+    """The builder. `splits` is from `find_pictures`, or with `captions` has a caption beside each path; the rest of the
+    arguments are TFDS's.
+    """
 
     VERSION = tfds.core.Version(VERSION)
     code_path = None  # as in `FashionMnist`
 
-    def __init__(self, *, name: str, splits: dict[str, list[tuple[Path, str | None]]], **kwargs):
+    def __init__(
+        self, *, name: str, splits: dict[str, list[tuple[Path, str | None]]], captions: bool = False, **kwargs
+    ):
         self.name = name
-        self._splits = splits
+        self._splits, self._captions = splits, captions
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {"image": tfds.features.Image()}  # encoded files; only arrays would need TensorFlow
         classes = sorted({label for pictures in self._splits.values() for _, label in pictures if label is not None})
-        if classes:
+        if self._captions:
+            features["caption"] = tfds.features.Text()
+        elif classes:
             features["label"] = tfds.features.ClassLabel(names=classes)
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -50,7 +56,8 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 decode(path.read_bytes())
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
-            yield str(path), {"image": path} | ({} if label is None else {"label": label})
+            told = {"caption" if self._captions else "label": label}
+            yield str(path), {"image": path} | ({} if label is None else told)
 
 
 def find_pictures(source: Path) -> dict[str, list[tuple[Path, str | None]]]:
@@ -59,12 +66,9 @@ def find_pictures(source: Path) -> dict[str, list[tuple[Path, str | None]]]:
     Raises:
         InputError: `source` has no pictures, or some with a class and some without.
     """
-    roots = {"train": source}
-    if (source / "train").is_dir():
-        roots = {folder.name: folder for folder in sorted(source.iterdir()) if folder.is_dir()}
     splits = {}
-    for split, root in roots.items():
-        paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    for split, root in roots_of(source).items():
+        paths = picture_files(root)
         parts = [path.relative_to(root).parts for path in paths]
         splits[split] = [(path, part[0] if len(part) > 1 else None) for path, part in zip(paths, parts)]
     labels = [label for pictures in splits.values() for _, label in pictures]
@@ -74,6 +78,18 @@ def find_pictures(source: Path) -> dict[str, list[tuple[Path, str | None]]]:
         path = next(path for pictures in splits.values() for path, label in pictures if label is None)
         raise InputError(f"{path} is in no class's folder, others in {source} are: all of them or none")
     return splits
+
+
+def roots_of(source: Path) -> dict[str, Path]:
+    """Split -> its folder."""
+    if (source / "train").is_dir():
+        return {folder.name: folder for folder in sorted(source.iterdir()) if folder.is_dir()}
+    return {"train": source}
+
+
+def picture_files(root: Path) -> list[Path]:
+    """The files below `root` that are pictures by their names, in the order of these."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
 def prepare(source: Path, name: str, data_dir: Path) -> Path:

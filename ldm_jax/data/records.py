@@ -31,6 +31,8 @@ class Records:
         image_key: the feature with the picture, or "auto" for the only one there is.
         label_key: the `ClassLabel` feature, "auto" for the only one if there is one, or "none".
         segments_key: the feature with a map of classes, an image whose pixels are their numbers, or "none".
+        caption_key: the feature with a text, "auto" for the only one there is, or "none". With a text, each that the
+            data set has, in whatever split, is a class of its own, and the label is its number.
 
     Attributes:
         shape: (N, H, W, C).
@@ -52,6 +54,7 @@ class Records:
         image_key: str = "auto",
         label_key: str = "auto",
         segments_key: str = "none",
+        caption_key: str = "none",
     ) -> None:
         _check_arguments(image_size, channels, crop)
         import tensorflow_datasets as tfds
@@ -60,15 +63,20 @@ class Records:
         info, self._source = _open(folder, split)
         features = info.features
         self._image_key = _choose(features, image_key, "image", _is_image, self._where)
-        self._label_key = None
-        if label_key != "none":
+        self._label_key = self._caption_key = None
+        if caption_key != "none":
+            self._caption_key = _choose(features, caption_key, "caption", _is_text, self._where)
+            if self._caption_key is None:
+                raise InputError(f"{self._where} has no texts, only {', '.join(sorted(features))}")
+        elif label_key != "none":
             self._label_key = _choose(features, label_key, "label", _is_class_label, self._where)
         if self._image_key is None:
             raise InputError(f"{self._where} has no pictures, only {', '.join(sorted(features))}")
         self._segments_key = None
         if segments_key != "none":
             self._segments_key = _choose(features, segments_key, "segments", _is_image, self._where)
-        used = {key: features[key] for key in (self._image_key, self._label_key, self._segments_key) if key}
+        keys = (self._image_key, self._label_key, self._segments_key, self._caption_key)
+        used = {key: features[key] for key in keys if key}
         self._features = tfds.features.FeaturesDict(used)  # the rest of a record is never decoded
         image = features[self._image_key]
         self._image_keys = [key for key in (self._image_key, self._segments_key) if key]
@@ -83,6 +91,9 @@ class Records:
             height, width = self._decode(0, self._source[0])["x"].shape[:2]  # `__getitem__` will see whether they agree
         self.shape = (len(self._source), height, width, self._fit["channels"])
         self.class_names = tuple(features[self._label_key].names) if self._label_key else ()
+        if self._caption_key:
+            self.class_names = _texts(folder, self._caption_key)
+            self._label_of = {caption: i for i, caption in enumerate(self.class_names)}
         self.fingerprint = _fingerprint(info.splits[split].file_instructions, [self.shape, self._fit, list(used)])
 
     def __len__(self) -> int:
@@ -118,6 +129,8 @@ class Records:
                 arrays["segments"] = fit_segments(images[self._segments_key], **place)
         except Exception as error:  # what a damaged record raises depends on where the damage is
             raise InputError(f"{self._where}: example {index} cannot be read: {_first_line(error)}") from error
+        if self._caption_key:
+            return arrays | {"label": np.int32(self._label_of[_text(example[self._caption_key])])}
         if self._label_key is None:
             return arrays
         label = np.int32(example[self._label_key])
@@ -128,7 +141,7 @@ class Records:
     def load(self) -> dict[str, np.ndarray]:
         """All examples in order, as `self[range(N)]` but by one thread per core and with a progress bar."""
         arrays = {"x": np.empty(self.shape, np.uint8)}
-        if self._label_key:
+        if self.class_names:
             arrays["label"] = np.empty(len(self), np.int32)
         if self._segments_key:
             arrays["segments"] = np.empty((*self.shape[:3], 1), np.uint8)
@@ -177,6 +190,23 @@ def _open(folder: Path, split: str) -> tuple[Any, Sequence[bytes]]:
     return builder.info, source
 
 
+def _texts(folder: Path, key: str) -> tuple[str, ...]:
+    """Every text that a data set has, in all its splits, once and in order."""
+    import tensorflow_datasets as tfds
+
+    info, source = _open(folder, "all")
+    alone = tfds.features.FeaturesDict({key: info.features[key]})
+    found = set()
+    for start in range(0, len(source), CHUNK):
+        for content in source.__getitems__(range(start, min(start + CHUNK, len(source)))):
+            found.add(_text(alone.deserialize_example_np(content)[key]))
+    return tuple(sorted(found))
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
 def _choose(features: Any, key: str, usual: str, fits: Callable[[Any], bool], where: str) -> str | None:
     """The feature that `key` asks for: itself, or for "auto" the usual or the only one that `fits`; None if none."""
     candidates = sorted(name for name, feature in features.items() if fits(feature))
@@ -202,6 +232,12 @@ def _is_class_label(feature: Any) -> bool:
     import tensorflow_datasets as tfds
 
     return isinstance(feature, tfds.features.ClassLabel) and feature.num_classes is not None
+
+
+def _is_text(feature: Any) -> bool:
+    import tensorflow_datasets as tfds
+
+    return isinstance(feature, tfds.features.Text)
 
 
 def _fingerprint(instructions: Sequence[Any], arguments: list) -> str:

@@ -215,6 +215,11 @@ def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
     return _Entry(dtype, shape, origin + start, origin + stop)
 
 
+def read_weights(path: Path, dtype: DTypeLike = None) -> dict[str, np.ndarray]:
+    """The weights in one file by name; `dtype` and errors as in `read_state_dict`."""
+    return _read_file(Path(path), dtype)
+
+
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes weights by name for PyTorch to read, whole or not at all; raises RunError if that fails."""
     from safetensors import SafetensorError

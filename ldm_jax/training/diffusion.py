@@ -19,8 +19,42 @@ from ldm_jax.training.state import TrainState, example_keys, update_if_finite
 STREAM, VALIDATION_STREAM = 2, 3  # of `example_keys`; stage 1 has 1
 
 
+class Network(NamedTuple):
+    """What is trained: a UNet that is told of labels, all of it or a part.
+
+    init: rng -> the parameters that learn.
+    unet: (params, frozen) -> those of the UNet.
+    tell: (params, frozen, label [B]) -> the arguments by which the UNet is told of it (Rombach 2022, section 3.3).
+    null: the label that stands for nothing.
+    """
+
+    module: nn.Module
+    init: Callable[[jax.Array], Any]
+    unet: Callable[[Any, dict], Any]
+    tell: Callable[[Any, dict, jax.Array], dict[str, Any]]
+    null: int
+
+
+def labelled(unet: nn.Module, conditioner: nn.Module, seen_shape: tuple[int, int, int]) -> Network:
+    """A UNet and the conditioner that tells it of classes, {"unet", "conditioner"}; `seen_shape` is of its input."""
+
+    def init(rng: jax.Array) -> dict[str, Any]:
+        rng_unet, rng_conditioner = jax.random.split(rng)
+        label = jnp.zeros((1,), jnp.int32)
+        conditioner_params = conditioner.init(rng_conditioner, label)["params"]
+        context = conditioner.apply({"params": conditioner_params}, label)
+        unet_params = unet.init(rng_unet, jnp.zeros((1, *seen_shape)), label, context)["params"]
+        return {"unet": unet_params, "conditioner": conditioner_params}
+
+    def tell(params: Any, frozen: dict, label: jax.Array) -> dict[str, Any]:
+        return {"context": conditioner.apply({"params": params["conditioner"]}, label)}
+
+    return Network(unet, init, lambda params, frozen: params["unet"], tell, conditioner.null)
+
+
 class DiffusionStage(NamedTuple):
-    """The pure functions of stage 2. `frozen` is {"autoencoder", "shift", "scale"}: arrays that do not learn."""
+    """The pure functions of stage 2. `frozen` are arrays that do not learn: {"autoencoder", "shift", "scale"}, and what
+    the network wants."""
 
     init: Callable[[jax.Array], TrainState]
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -30,8 +64,7 @@ class DiffusionStage(NamedTuple):
 
 def make_diffusion_stage(
     *,
-    unet: nn.Module,
-    conditioner: nn.Module,
+    network: Network,
     map_condition: MapCondition | None,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
@@ -55,43 +88,36 @@ def make_diffusion_stage(
     [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with a map
     condition it is `x`, and `segments` [B, H, W, 1] uint8 where that is the map.
     """
-    null_label = conditioner.null
     add_noise = make_noising(first_stage=first_stage, alpha_bar=alpha_bar, flip=flip)
 
     def init(rng: jax.Array) -> TrainState:
-        rng_unet, rng_conditioner = jax.random.split(rng)
-        label = jnp.zeros((1,), jnp.int32)
-        conditioner_params = conditioner.init(rng_conditioner, label)["params"]
-        context = conditioner.apply({"params": conditioner_params}, label)
-        h, w, c = latent_shape
-        seen = jnp.zeros((1, h, w, c + (map_condition.channels if map_condition else 0)))
-        unet_params = unet.init(rng_unet, seen, label, context)["params"]
-        params = {"unet": unet_params, "conditioner": conditioner_params}
+        params = network.init(rng)
         ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
-    def predict(params: dict, example: dict, label: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        context = conditioner.apply({"params": params["conditioner"]}, label)
-        output = unet.apply({"params": params["unet"]}, example["seen"], example["t"], context)
+    def predict(params: Any, frozen: dict, example: dict, label: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        told = network.tell(params, frozen, label)
+        unet_params = network.unet(params, frozen)
+        output = network.module.apply({"params": unet_params}, example["seen"], example["t"], **told)
         return tuple(jnp.split(output, 2, axis=-1)) if bound_weight else (output, None)
 
     def noised(batch: dict, frozen: dict, keys: jax.Array, t: jax.Array | None = None) -> dict:
         """Everything the loss needs; `t` is drawn uniformly from [0, T) unless given."""
         *noising_keys, key_label, key_map = split_keys(keys, 5)
         example = add_noise(batch, frozen, noising_keys, t)
-        label = batch.get("label", jnp.full(example["t"].shape, null_label, jnp.int32))
+        label = batch.get("label", jnp.full(example["t"].shape, network.null, jnp.int32))
         dropped = jax.vmap(partial(jax.random.bernoulli, p=label_dropout))(key_label)
         seen = example["z_t"]
         if map_condition:
             beside = map_condition.to_map(frozen, map_condition.know(example, key_map))
             seen = jnp.concatenate([seen, beside], axis=-1)
-        return example | {"seen": seen, "label": label, "dropped": jnp.where(dropped, null_label, label)}
+        return example | {"seen": seen, "label": label, "dropped": jnp.where(dropped, network.null, label)}
 
     per_example = partial(diffusion_loss, alpha_bar=alpha_bar, prediction=prediction)
 
-    def loss_fn(params: dict, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss_fn(params: Any, frozen: dict, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         z0, z_t, t = example["z0"], example["z_t"], example["t"]
-        output, spread = predict(params, example, example["dropped"])
+        output, spread = predict(params, frozen, example, example["dropped"])
         simple = per_example(output, z0, example["eps"], t, weighting=weighting, gamma=snr_gamma).mean()
         if spread is None:
             return simple, {}
@@ -101,7 +127,8 @@ def make_diffusion_stage(
 
     def step(state, frozen, batch, seed, *, axis_name=None):
         keys = example_keys(seed, STREAM, batch["step"], batch["id"])
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, noised(batch, frozen, keys))
+        example = noised(batch, frozen, keys)
+        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, example)
         if axis_name is not None:
             loss, terms, grads = jax.lax.pmean((loss, terms, grads), axis_name)
         state, grad_norm = update_if_finite(state, batch["step"], loss, grads, optimizer=optimizer, ema_decay=ema_decay)
@@ -110,18 +137,18 @@ def make_diffusion_stage(
     def validate(params, frozen, batch, seed):
         """{"loss": unweighted, of each example [B]} at the batch's own timesteps `t` [B]; no label is dropped."""
         example = noised(batch, frozen, example_keys(seed, VALIDATION_STREAM, 0, batch["id"]), batch["t"])
-        output, _ = predict(params, example, example["label"])
+        output, _ = predict(params, frozen, example, example["label"])
         return {"loss": per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")}
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
         example = noised(batch, frozen, example_keys(seed, STREAM, batch["step"], batch["id"]))
-        context = conditioner.apply({"params": state.params["conditioner"]}, example["dropped"])
-        _, seen = unet.apply(
-            {"params": state.params["unet"]}, example["seen"], example["t"], context, capture_intermediates=True
+        told, unet_params = network.tell(state.params, frozen, example["dropped"]), network.unet(state.params, frozen)
+        _, seen = network.module.apply(
+            {"params": unet_params}, example["seen"], example["t"], **told, capture_intermediates=True
         )
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example)
-        return {"params": state.params, "z0": example["z0"], "z_t": example["z_t"], "context": context,
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, example)
+        return {"params": state.params, "z0": example["z0"], "z_t": example["z_t"], **told,
                 "map": example["seen"][..., latent_shape[-1] :],
                 "unet": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
 

@@ -37,6 +37,7 @@ def train(
     watch: InterruptWatch,
     log_every: int,
     checkpoint_every: int,
+    initial: Any = None,
     variant: Callable[[int], dict[str, bool]] = lambda step: {},
     after_step: Callable[[int, Any], None] = lambda step, state: None,
 ) -> Any:
@@ -52,6 +53,7 @@ def train(
       checkpoints, log, watch: where progress is kept, told, and cut short.
       log_every: steps between lines of the log.
       checkpoint_every: steps between checkpoints.
+      initial: the state to begin from; None: one that `stage.init` draws.
       variant: of a step's number, the keyword arguments of `stage.step` that are compiled in. Each variant is a program
         of its own, as XLA's CPU compiler makes gradients inside a `lax.cond` many times slower.
       after_step: called with (steps made, state) after each step: samples while training.
@@ -60,9 +62,11 @@ def train(
       Interrupted: after saving, if the run was asked to stop.
       RunError: a loss or gradient was not finite, or a checkpoint could not be saved.
     """
-    # Run once, so the compiler need not try hard: it takes a third of the time this way.
-    init = jax.jit(stage.init, compiler_options={"xla_backend_optimization_level": 0})
-    state = init(jax.random.fold_in(jax.random.key(seed), 0))
+    state = initial
+    if state is None:
+        # Run once, so the compiler need not try hard: it takes a third of the time this way.
+        init = jax.jit(stage.init, compiler_options={"xla_backend_optimization_level": 0})
+        state = init(jax.random.fold_in(jax.random.key(seed), 0))
     restored = checkpoints.restore(state)
     state = replicate(state if restored is None else restored)
     start = int(state.step)

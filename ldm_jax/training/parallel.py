@@ -73,12 +73,12 @@ def parallel_map(function: Callable) -> Callable:
     return call
 
 
-def map_in_batches(mapped: Callable, params: Any, batch: dict[str, np.ndarray], batch_size: int) -> Any:
+def map_in_batches(mapped: Callable, params: Any, batch: dict[str, Any], batch_size: int) -> Any:
     """`mapped`, from `parallel_map`, over any number of rows, `batch_size` at a time; the last batch is filled up."""
-    n, parts = len(next(iter(batch.values()))), []
+    n, parts = len(jax.tree.leaves(batch)[0]), []
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
-        parts.append(mapped(params, {name: values[rows] for name, values in batch.items()}))
+        parts.append(mapped(params, jax.tree.map(lambda values, rows=rows: values[rows], batch)))
     return jax.tree.map(lambda *some: np.concatenate(some)[:n], *parts)
 
 

@@ -32,7 +32,9 @@ def make_optimizer(
     if decay == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, max(steps, warmup_steps + 1))
     elif decay == "constant":
-        rate = optax.schedules.warmup_constant_schedule(0.0, learning_rate, warmup_steps)
+        # Not optax's own warm-up to a constant, which without steps to warm up in stays at 0.
+        warmup, after = optax.linear_schedule(0.0, learning_rate, warmup_steps), optax.constant_schedule(learning_rate)
+        rate = optax.join_schedules([warmup, after], [warmup_steps])
     else:
         raise ValueError(f"decay is {decay!r}; it must be 'constant' or 'cosine'")
     return optax.chain(

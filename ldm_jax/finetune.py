@@ -1,0 +1,201 @@
+"""Fine-tuning: the UNet of a diffusers model trained on, or its LoRA; all else of the model stays as it is.
+
+A text is a class of its own (see `data.records.Records`): what the text encoders say of each is computed once, and the
+label picks the row.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax import builders, hub, pretrained
+from ldm_jax.errors import InputError
+from ldm_jax.files import atomic
+from ldm_jax.first_stage import make_first_stage
+from ldm_jax.interop import lora
+from ldm_jax.pretrained import Pretrained
+from ldm_jax.run_folder import content_hash
+from ldm_jax.training.checkpoint import flatten, unflatten
+from ldm_jax.training.diffusion import DiffusionStage, Network, make_diffusion_stage
+from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
+from ldm_jax.training.state import make_optimizer
+
+# The fields that are the model's, whatever the config says, by their sections.
+OF_THE_MODEL = {
+    "autoencoder": ("kind", "block_out_channels", "latent_channels"),
+    "concat": ("kind",),
+    "diffusion": ("timesteps", "prediction"),
+}
+SAMPLED_BYTES = 1 << 16  # at both ends of each file, for the fingerprint
+OF_ITS_SAMPLER = ("sampler", "spacing", "eta", "churn", "variance")
+
+
+class Base(NamedTuple):
+    """The model that is fine-tuned."""
+
+    model: Pretrained
+    params: dict[str, Any]  # as `pretrained.load` gives them
+    fingerprint: str  # equal means the same parameters
+
+
+def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigDict]:
+    """The model of `config.init_from`, its parameters of type `dtype`, and the config with the fields that are its own.
+
+    Raises:
+      InputError: there is no such model, or what the config asks for does not fit it.
+    """
+    path = hub.find(config.init_from)
+    if not pretrained.is_folder(path):
+        raise InputError(f"config.init_from={path} must be a diffusers folder, with a model_index.json; it is not")
+    try:
+        model, theirs, params = pretrained.load(path, dtype)
+    except InputError as error:
+        raise InputError(f"config.init_from={path}: {error}") from error
+    kind = jnp.dtype(config.dtype)
+    model = model._replace(
+        unet=model.unet.clone(dtype=kind),
+        autoencoder=model.autoencoder.clone(dtype=kind),
+        encoders=tuple(encoder.clone(dtype=kind) for encoder in model.encoders),
+    )
+    return Base(model, params, _fingerprint(path)), _resolved(config, model, theirs)
+
+
+def _fingerprint(path: Path) -> str:
+    """A hash of the names, sizes, beginnings and ends of the files with weights, of which there are gigabytes."""
+    digest = hashlib.sha256()
+    for file in sorted(file for suffix in ("safetensors", "bin") for file in path.rglob(f"*.{suffix}")):
+        digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(SAMPLED_BYTES))
+            content.seek(max(0, file.stat().st_size - SAMPLED_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
+
+
+def _resolved(config: ConfigDict, model: Pretrained, theirs: ConfigDict) -> ConfigDict:
+    """The config of a run with the fields that are its model's; raises InputError for others that do not fit these."""
+    where, data = f"config.init_from={config.init_from}", config.data
+    if theirs.concat.kind != "none":
+        raise InputError(f"{where} is a model for {theirs.concat.kind}; those of texts alone can be fine-tuned")
+    if data.channels != theirs.data.channels:
+        raise InputError(f"config.data.channels is {data.channels}; {where} takes pictures of {theirs.data.channels}")
+    factor = 2 ** (len(theirs.autoencoder.block_out_channels) - 1)
+    if data.image_size % factor:
+        raise InputError(f"config.data.image_size is {data.image_size}; {where} needs a multiple of {factor}")
+    if model.encoders and data.caption_key == "none":
+        raise InputError(f"{where} is a model of texts; config.data.caption_key must name the feature with these")
+    resolved = config.copy_and_resolve_references().unlock()
+    for section, names in OF_THE_MODEL.items():
+        for name in names:
+            resolved[section][name] = theirs[section][name]
+    if config.sampling.sampler == "own":
+        for name in OF_ITS_SAMPLER:
+            resolved.sampling[name] = theirs.sampling[name]
+    return resolved.lock()
+
+
+def build_network(config: ConfigDict, base: Base, num_texts: int) -> Network:
+    """What is trained. Its `frozen` has "told", from `tell_of`, and for LoRA "unet", the model's own parameters."""
+    rank, unet = config.lora.rank, base.params["unet"]
+    return Network(
+        module=base.model.unet,
+        init=lambda rng: {"lora": lora.init_lora(rng, unet, rank)} if rank else {"unet": unet},
+        unet=lambda params, frozen: (
+            lora.merge(frozen["unet"], params["lora"], lora_scale(config)) if rank else params["unet"]
+        ),
+        tell=lambda params, frozen, label: jax.tree.map(lambda rows: rows[label], frozen["told"]),
+        null=num_texts,
+    )
+
+
+def lora_scale(config: ConfigDict) -> float:
+    """What B A is multiplied by (Hu 2021, section 4.1)."""
+    return config.lora.alpha / config.lora.rank
+
+
+def build_stage(config: ConfigDict, base: Base, num_texts: int) -> DiffusionStage:
+    """Stage 2 from a model's parameters, on its own noise schedule and for its own kind of prediction."""
+    diffusion, scheduler = config.diffusion, pretrained.scheduler_of(base.model)
+    return make_diffusion_stage(
+        network=build_network(config, base, num_texts),
+        map_condition=None,
+        first_stage=make_first_stage(base.model.autoencoder),
+        latent_shape=builders.latent_shape(config),
+        alpha_bar=scheduler.schedule.alpha_bar,
+        prediction=scheduler.prediction,
+        weighting=diffusion.weighting,
+        snr_gamma=diffusion.snr_gamma,
+        label_dropout=diffusion.label_dropout,
+        flip=config.data.flip,
+        optimizer=make_optimizer(**builders.optimizer_fields(diffusion)),
+        ema_decay=diffusion.ema_decay,
+    )
+
+
+def frozen_arrays(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -> dict[str, Any]:
+    """What the stage's steps need beside what they train; see `build_network`."""
+    first_stage = {name: base.params[name] for name in ("autoencoder", "shift", "scale")}
+    unet = {"unet": base.params["unet"]} if config.lora.rank else {}
+    return first_stage | unet | {"told": tell_of(config, base, texts, cache)}
+
+
+def _rows(config: ConfigDict, base: Base, texts: Sequence[str]) -> tuple[dict[str, Any], int]:
+    """What the text encoders take of each text and, in the last row, of nothing; how many of them are too long."""
+    return pretrained.texts_of(base.model, texts, None, builders.picture_size(config), 0)
+
+
+def check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:
+    """Raises InputError if what the model is told of all texts takes more than `config.data.memory_limit_gb`."""
+    if not base.model.encoders:
+        return
+    one, _ = _rows(config, base, texts[:1])
+    told = jax.eval_shape(pretrained.make_tau(base.model.encoders), base.params["conditioner"], one)
+    size = 4 * sum(leaf.size / 2 for leaf in jax.tree.leaves(told)) * (len(texts) + 1) / 2**30
+    if size > config.data.memory_limit_gb:
+        raise InputError(
+            f"what the model is told of {len(texts):,} captions takes {size:.1f} GB, more than "
+            f"config.data.memory_limit_gb = {config.data.memory_limit_gb}"
+        )
+
+
+def tell_of(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -> dict[str, Any]:
+    """What the UNet is told of each text, and in the last row of nothing: trees of [P + 1, ...], float32.
+
+    It is computed unless the folder `cache` has it already, for these texts and these encoders.
+    """
+    if not base.model.encoders:
+        return {}
+    rows, cut = _rows(config, base, texts)
+    if cut:
+        print(f"     {cut} of the {len(texts)} captions are longer than the model reads; their ends are left out")
+    tau, params = pretrained.make_tau(base.model.encoders), base.params["conditioner"]
+    like = jax.eval_shape(tau, params, rows)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), like)
+    path = cache / f"{content_hash({'params': params, 'texts': rows}, config.dtype)}.texts.npz"
+    if not path.exists():
+        mapped = parallel_map(lambda params, batch: tau(params, batch["texts"]))
+        told = map_in_batches(mapped, replicate(params), {"texts": rows}, config.evaluation.batch_size)
+        flat = {name: values.astype(np.float32) for name, values in flatten(told).items()}
+        with atomic(path) as temporary:
+            np.savez(temporary, **flat)
+    with np.load(path) as arrays:
+        return unflatten(dict(arrays), like, where=str(path))
+
+
+def trained_shapes(config: ConfigDict, base: Base) -> Any:
+    """Shapes and types of what is trained, as checkpoints have it."""
+    shapes = jax.eval_shape(build_network(config, base, 0).init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), shapes)
+
+
+def with_trained(config: ConfigDict, base: Base, trained: dict[str, Any]) -> dict[str, Any]:
+    """The model's parameters with what was trained in the place of its own, or added to them, in the type of these."""
+    before, trained = base.params["unet"], jax.device_get(trained)
+    after = lora.merge(before, trained["lora"], lora_scale(config)) if config.lora.rank else trained["unet"]
+    return base.params | {"unet": jax.tree.map(lambda new, old: np.asarray(new, old.dtype), after, before)}

@@ -1,0 +1,255 @@
+"""One step of fine-tuning, from pictures and captions to the weights, against the same step by torch and diffusers."""
+
+import importlib.util
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
+
+import diffusers_folder
+
+from configs import finetune as finetune_config
+from ldm_jax import commands, finetune, sample
+from ldm_jax.first_stage import make_first_stage
+from ldm_jax.interop import lora
+from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.pretrained import scheduler_of
+from ldm_jax.training.diffusion import STREAM
+from ldm_jax.training.noising import make_noising, split_keys
+from ldm_jax.training.state import example_keys
+
+TEXTS = ("low", "lower low", "wool")
+N, RATE, DECAY, B2, DROPOUT = 4, 1e-3, 0.01, 0.999, 0.4
+RANK, ALPHA = 3, 6.0
+CASES = {  # prediction, weighting, whether it is an SDXL
+    "eps": ("epsilon", "uniform", False),
+    "eps, min-SNR": ("epsilon", "min_snr", False),
+    "v": ("v_prediction", "uniform", False),
+    "v, min-SNR": ("v_prediction", "min_snr", False),
+    "SDXL": ("epsilon", "uniform", True),
+}
+
+
+def write_folder(folder, prediction, **kind):
+    diffusers_folder.write_stable_diffusion(folder, **kind)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": prediction}))
+    return folder
+
+
+def config_of(folder, weighting, rank):
+    config = finetune_config.get_config().unlock()
+    config.init_from = str(folder)
+    config.data.image_size = 16
+    config.lora.rank, config.lora.alpha = rank, ALPHA
+    diffusion = config.diffusion
+    diffusion.learning_rate, diffusion.weight_decay, diffusion.adam_b2 = RATE, DECAY, B2
+    diffusion.warmup_steps, diffusion.label_dropout, diffusion.weighting = 0, DROPOUT, weighting
+    return config
+
+
+def ours(folder, weighting, tmp_path, rank=0):
+    """Two steps of our own: what they were made of, their losses, and what is trained before and after."""
+    base, config = finetune.load_base(config_of(folder, weighting, rank).lock())
+    stage = finetune.build_stage(config, base, len(TEXTS))
+    frozen = finetune.frozen_arrays(config, base, TEXTS, tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    batch = {"x": rng.integers(0, 256, (N, 16, 16, 3), np.uint8), "label": np.arange(N, dtype=np.int32) % len(TEXTS),
+             "id": np.arange(N, dtype=np.int32)}  # fmt: skip
+    state, step = stage.init(jax.random.key(0)), jax.jit(stage.step)
+    before = jax.device_get(state.params)
+    alpha_bar = scheduler_of(base.model).schedule.alpha_bar
+    add_noise = make_noising(first_stage=make_first_stage(base.model.autoencoder), alpha_bar=alpha_bar, flip=False)
+    seen, losses = [], []
+    for number in range(2):
+        batch |= {"step": np.int32(number)}
+        *noising_keys, key_label, _ = split_keys(example_keys(np.uint32(7), STREAM, np.int32(number), batch["id"]), 5)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, DROPOUT))(key_label)
+        noised = jax.device_get(add_noise(batch, frozen, noising_keys))
+        key_raw = split_keys(noising_keys[0], 2)[1]
+        raw_noise = jax.vmap(partial(jax.random.normal, shape=noised["z0"].shape[1:]))(key_raw)
+        texts = ["" if drop else TEXTS[label] for drop, label in zip(np.asarray(dropped), batch["label"])]
+        seen.append(noised | {"x": batch["x"], "raw_noise": np.asarray(raw_noise), "texts": texts})
+        state, metrics = step(state, frozen, batch, np.uint32(7))
+        losses.append(float(metrics["loss"]))
+    assert {text == "" for step_ in seen for text in step_["texts"]} == {True, False}
+    return seen, losses, before, jax.device_get(state.params)
+
+
+def nchw(x):
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def told(folder, texts):
+    """What the UNet is told of each: context and added conditions. SDXL is told of no text by zeros."""
+    names = {"text_encoder": transformers.CLIPTextModel}
+    if (folder / "text_encoder_2").exists():
+        names["text_encoder_2"] = transformers.CLIPTextModelWithProjection
+    said = []
+    for name, kind in names.items():
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / name.replace("text_encoder", "tokenizer"))
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        said.append(kind.from_pretrained(folder / name)(ids, output_hidden_states=True))
+    if len(said) == 1:
+        return said[0].last_hidden_state, None
+    there = torch.tensor([float(text != "") for text in texts])[:, None]
+    context = torch.cat([features.hidden_states[-2] for features in said], -1) * there[:, :, None]
+    sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]] * len(texts))
+    return context, {"text_embeds": said[1].text_embeds * there, "time_ids": sizes}
+
+
+def their_loss(folder, unet, seen, weighting):
+    """As diffusers' own training script has it."""
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    with torch.no_grad():
+        latents = vae.encode(nchw(seen["x"].astype(np.float32) / 127.5 - 1)).latent_dist
+        z0 = (latents.mean + latents.std * nchw(seen["raw_noise"])) * vae.config.scaling_factor
+        context, added = told(folder, seen["texts"])
+    t, eps = torch.from_numpy(seen["t"].astype(np.int64)), nchw(seen["eps"])
+    is_v = scheduler.config.prediction_type == "v_prediction"
+    wanted = scheduler.get_velocity(z0, eps, t) if is_v else eps
+    output = unet(scheduler.add_noise(z0, eps, t), t, context, added_cond_kwargs=added).sample
+    each = ((output - wanted) ** 2).mean((1, 2, 3))
+    if weighting == "min_snr":
+        snr = diffusers.training_utils.compute_snr(scheduler, t)
+        each = each * snr.clamp(max=5.0) / (snr + 1 if is_v else snr)
+    return each.mean()
+
+
+def moved(before, after):
+    """Each tensor's way, by its name in diffusers."""
+    before, after = state_dict_from_params(before), state_dict_from_params(after)
+    return {name: after[name] - before[name] for name in before}
+
+
+def assert_same_way(mine, theirs):
+    """Each tensor has gone where the other went, to a thousandth of the way."""
+    assert mine.keys() == theirs.keys()
+    errors = {k: np.linalg.norm(mine[k] - theirs[k]) / np.linalg.norm(theirs[k]) for k in mine}
+    print(f"relative error {max(errors.values()):.1e} in {max(errors, key=errors.get)}")
+    assert max(errors.values()) <= 1e-3
+
+
+def their_steps(folder, unet, trained, seen, losses, weighting):
+    """The same steps by torch, of the parameters `trained`; how far each has gone."""
+    start = {name: p.detach().numpy().copy() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), RATE, betas=(0.9, B2), eps=1e-8, weight_decay=DECAY)
+    for number, made_of in enumerate(seen):
+        loss = their_loss(folder, unet, made_of, weighting)
+        assert abs(loss.item() - losses[number]) <= 1e-4 * losses[number]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+    return {name: p.detach().numpy() - start[name] for name, p in trained.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_move_the_weights_as_in_torch(case, tmp_path):
+    prediction, weighting, xl = CASES[case]
+    folder = write_folder(tmp_path / "model", prediction, xl=xl)
+    seen, losses, before, after = ours(folder, weighting, tmp_path)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").train()
+    theirs = their_steps(folder, unet, dict(unet.named_parameters()), seen, losses, weighting)
+    assert_same_way(moved(before["unet"], after["unet"]), theirs)
+
+
+class WithLora(torch.nn.Module):
+    """A linear layer beside which B A learns."""
+
+    def __init__(self, layer, down, up):
+        super().__init__()
+        self.layer, self.down, self.up = layer, down, up
+
+    def forward(self, x):
+        return self.layer(x) + ALPHA / RANK * (x @ self.down.T @ self.up.T)
+
+
+def test_two_steps_move_a_lora_as_in_torch(tmp_path):
+    folder = write_folder(tmp_path / "model", "epsilon")
+    seen, losses, before, after = ours(folder, "uniform", tmp_path, RANK)
+    assert before.keys() == {"lora"}
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").requires_grad_(False).train()
+    start = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in state_dict_from_params(before["lora"]).items()}
+    layers = {name.rsplit(".lora.", 1)[0] for name in start}
+    assert layers == {name for name, _ in unet.named_modules() if re.search(r"attn\d\.to_(q|k|v|out\.0)$", name)}
+    for name in layers:
+        parent, _, child = name.rpartition(".")
+        pair = (start[f"{name}.lora.{side}.weight"] for side in ("down", "up"))
+        setattr(unet.get_submodule(parent), child, WithLora(unet.get_submodule(name), *pair))
+    theirs = their_steps(folder, unet, start, seen, losses, "uniform")
+    assert_same_way(moved(before["lora"], after["lora"]), theirs)
+
+
+def random_lora(folder, path):
+    """A file with LoRA of the folder's UNet, strong enough to be seen."""
+    base, config = finetune.load_base(config_of(folder, "uniform", RANK).lock())
+    params = finetune.build_network(config, base, 0).init(jax.random.key(0))["lora"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape, scale=0.5).astype(np.float32), params)
+    lora.save_lora(path, params, finetune.lora_scale(config))
+    return safetensors.numpy.load_file(path)
+
+
+def drawn(folder, path, out, *flags):
+    command = ["sample", f"--model={folder}", f"--out={out}", "--steps=10", "--prompt=low", f"--lora={path}"]
+    assert commands.run(sample.main, [*command, *flags]) == 0
+    with np.load(out / "samples.npz") as samples:
+        return samples["images"].astype(float)
+
+
+def pipeline(folder):
+    """diffusers' pipeline of a folder whose index names no classes."""
+    parts = {
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        "vae": diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        "text_encoder": transformers.CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        "tokenizer": transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+    }
+    others = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = diffusers.StableDiffusionPipeline(**parts, **others)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def theirs_drawn(pipe, z_T):
+    latents = torch.from_numpy(z_T.transpose(0, 3, 1, 2).copy())
+    images = pipe(["low"], latents=latents, num_inference_steps=10, guidance_scale=7.5, output_type="np").images
+    return (images * 255).round()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_lora_is_drawn_as_by_diffusers(scale, tmp_path):
+    folder = write_folder(tmp_path / "model", "epsilon")
+    state = random_lora(folder, tmp_path / lora.FILE)
+    z_T = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", z_T)
+    pipe = pipeline(folder)
+    plain = theirs_drawn(pipe, z_T)
+    if importlib.util.find_spec("peft"):
+        pipe.load_lora_weights(tmp_path, weight_name=lora.FILE)
+        pipe.fuse_lora(lora_scale=scale)
+    else:
+        for name, down in state.items():
+            if name.endswith("lora.down.weight"):
+                up = torch.from_numpy(state[name.replace(".down.", ".up.")])
+                weight = pipe.unet.get_submodule(name.removeprefix("unet.").removesuffix(".lora.down.weight")).weight
+                weight.data += scale * up @ torch.from_numpy(down)
+    expected = theirs_drawn(pipe, z_T)
+    images = drawn(folder, tmp_path / lora.FILE, tmp_path / "out", f"--lora_scale={scale}",
+                   f"--init_latents={tmp_path}/noise.npy")  # fmt: skip
+    assert np.abs(images - expected).max() <= 1
+    assert np.abs(images - plain).mean() > 2

@@ -1,0 +1,271 @@
+"""Fine-tuning of a diffusers folder by the train command: what learns, what is drawn, and what is refused."""
+
+import json
+import shutil
+
+import diffusers_folder
+import jax
+import jobs
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import finetune as finetune_config
+from ldm_jax import commands, evaluate, finetune, pretrained, sample, train, trained
+from ldm_jax.evaluation.pictures import read_recipe
+from ldm_jax.run_folder import read_json, read_metrics
+from ldm_jax.training.checkpoint import load_latest
+
+CAPTIONS = ("low", "lower", "low low", "wool")
+
+
+WHOLE = ("--config.sampling.progress_every=4", "--config.checkpoint_every=2")
+LORA = ("--config.lora.rank=2", "--config.lora.alpha=6.0", "--config.sampling.num=0")
+
+
+def write_pictures(folder):
+    """Eight small pictures of one colour each, and four captions."""
+    folder.mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (20, 16), (30 * i, 255 - 30 * i, 100)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i % 4])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model and with pictures; runs lie beside them."""
+    home = tmp_path_factory.mktemp("finetune")
+    diffusers_folder.write_stable_diffusion(home / "model")
+    write_pictures(home / "pictures")
+    return home
+
+
+def flags(home, run, *changes):
+    given = {
+        "--config": "configs/finetune.py",
+        "--workdir": home / run,
+        "--config.init_from": home / "model",
+        "--config.data.path": home / "pictures",
+        "--config.data.dir": home / "data",
+        "--config.data.image_size": 16,
+        "--config.diffusion.steps": 4,
+        "--config.diffusion.batch_size": 4,
+        "--config.diffusion.warmup_steps": 0,
+        "--config.diffusion.learning_rate": 1e-3,
+        "--config.diffusion.validation_examples": 8,
+        "--config.evaluation.batch_size": 8,
+        "--config.sampling.prompts": "('low','wool')",
+        "--config.sampling.num": 2,
+        "--config.sampling.steps": 2,
+        "--config.sampling.batch_size": 8,
+        "--config.sampling.progress_every": 0,
+        "--config.log_every": 1,
+    }
+    given |= dict(change.split("=", 1) for change in changes)
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def fine_tune(home, run, *changes):
+    return commands.run(train.main, ["train", *flags(home, run, *changes)])
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """The run folder of a whole small job."""
+    assert fine_tune(home, "run", *WHOLE) == 0
+    return home / "run"
+
+
+@pytest.fixture(scope="module")
+def lora_run(home):
+    """The same by LoRA, without pictures."""
+    assert fine_tune(home, "lora", *LORA) == 0
+    return home / "lora"
+
+
+def draw(model, out, *flags):
+    command = ["sample", f"--model={model}", f"--out={out}", "--steps=2", "--prompt=low", *flags]
+    assert commands.run(sample.main, command) == 0
+    return jobs.samples(out)["images"].astype(int)
+
+
+def test_a_run_leaves_what_other_runs_leave(run):
+    for name in ("report.html", "samples.png", "denoising.gif", "progress/diffusion_000004.png"):
+        assert (run / name).is_file()
+    assert jobs.samples(run)["labels"].tolist() == [0, 1]
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "diffusion"]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert any("validation_loss" in line for line in lines)
+    assert read_json(run / "data.json")["class_names"] == sorted(set(CAPTIONS))
+
+
+def test_the_unet_has_learnt_and_the_rest_stays(home, run):
+    before, after = trained.load(home / "model"), trained.load(run)
+    assert after.step == 4 and after.pretrained and before.pretrained
+    assert sorted(after.params) == sorted(before.params)
+    same = {
+        name: all(map(np.array_equal, leaves(before.params[name]), leaves(after.params[name]))) for name in after.params
+    }
+    assert [name for name, equal in same.items() if not equal] == ["unet"]
+    moved = [np.abs(a - b).max() for a, b in zip(leaves(before.params["unet"]), leaves(after.params["unet"]))]
+    assert 1e-4 < max(moved) < 1e-2
+
+
+def leaves(tree):
+    return jax.tree.leaves(tree)
+
+
+def test_the_run_is_drawn_by_prompts_as_its_model_is(run, tmp_path):
+    images = draw(run, tmp_path / "out", "--num=2")
+    assert images.shape == (2, 16, 16, 3)
+    recipe = read_recipe(tmp_path / "out" / "samples.png")
+    assert (recipe["sampler"], recipe["guidance"], recipe["step"]) == ("ddim", 7.5, 4)
+
+
+def test_the_same_command_again_says_that_all_is_done(home, run, capsys):
+    assert fine_tune(home, "run", *WHOLE) == 0
+    assert "All is done" in capsys.readouterr().out
+
+
+def test_resumed_it_ends_as_one_that_was_left_alone(home, run):
+    shutil.copytree(run, home / "again")
+    shutil.rmtree(home / "again" / "diffusion" / "4")
+    (home / "again" / "evaluation.json").unlink()
+    assert fine_tune(home, "again", "--config.checkpoint_every=2") == 0
+    jobs.assert_same_training(home / "again", run, stages=("diffusion",))
+    assert (home / "again" / "samples.npz").stat().st_mtime == (run / "samples.npz").stat().st_mtime  # not drawn anew
+
+
+@pytest.fixture(scope="module")
+def base(home):
+    """The model, and a config of the small job."""
+    config = finetune_config.get_config().unlock()
+    config.init_from, config.data.image_size, config.evaluation.batch_size = str(home / "model"), 16, 8
+    config.lora.rank = 2
+    return finetune.load_base(config.lock())
+
+
+def test_what_the_model_is_told_of_each_caption(home, base, tmp_path):
+    """One row each, the last of nothing; the second time from the cache."""
+    base, config = base
+    told = finetune.tell_of(config, base, CAPTIONS, tmp_path)
+    texts, _ = pretrained.texts_of(base.model, CAPTIONS, None, (16, 16), 0)
+    tau = pretrained.make_tau(base.model.encoders)
+    expected = jax.jit(tau)(base.params["conditioner"], texts)["context"]
+    assert told["context"].shape == (5, 8, 16)
+    np.testing.assert_allclose(told["context"], expected, atol=1e-5)
+    (cached,) = tmp_path.glob("*.texts.npz")
+    before = cached.stat().st_mtime_ns
+    np.testing.assert_array_equal(finetune.tell_of(config, base, CAPTIONS, tmp_path)["context"], told["context"])
+    assert cached.stat().st_mtime_ns == before
+    finetune.tell_of(config, base, CAPTIONS[:3], tmp_path)
+    assert len([*tmp_path.glob("*.texts.npz")]) == 2
+    network = finetune.build_network(config, base, len(CAPTIONS))
+    rows = network.tell({}, {"told": told}, np.array([1, network.null]))["context"]
+    np.testing.assert_array_equal(rows, told["context"][[1, 4]])
+
+
+def test_lora_begins_as_the_model_itself(base):
+    base, config = base
+    params = finetune.build_network(config, base, 4).init(jax.random.key(0))
+    down, up = (params["lora"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_k"]["lora"][name]
+                for name in ("down", "up"))  # fmt: skip
+    assert down["kernel"].shape == (16, 2) and up["kernel"].shape == (2, 8)
+    assert np.asarray(down["kernel"]).any() and not np.asarray(up["kernel"]).any()
+    with_lora = finetune.with_trained(config, base, params)
+    jax.tree.map(np.testing.assert_array_equal, with_lora, base.params)
+
+
+def test_only_the_lora_is_trained_and_kept(lora_run):
+    names = {name.split("/")[1] for name in load_latest(lora_run / "diffusion") if name.startswith(("params", "ema"))}
+    assert names == {"lora"}
+    assert not (lora_run / "samples.npz").exists()
+
+
+def test_the_lora_file_draws_as_the_run_does(home, lora_run, tmp_path):
+    file = f"--lora={lora_run / 'pytorch_lora_weights.safetensors'}"
+    by_run, by_file = draw(lora_run, tmp_path / "run"), draw(home / "model", tmp_path / "file", file)
+    assert np.abs(by_run - by_file).max() <= 1
+
+
+def test_a_lora_is_added_as_strongly_as_asked(home, lora_run):
+    model, file = trained.load(home / "model"), lora_run / "pytorch_lora_weights.safetensors"
+    plain, half, whole = (trained.with_lora(model, file, scale).params["unet"] for scale in (0.0, 0.5, 1.0))
+    jax.tree.map(np.testing.assert_array_equal, plain, model.params["unet"])
+    assert any((a != b).any() for a, b in zip(leaves(plain), leaves(whole)))
+    jax.tree.map(lambda *p: np.testing.assert_allclose((p[0] + p[2]) / 2, p[1], atol=1e-6), plain, half, whole)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(["--lora=gone.safetensors"], "does not exist"), (["--lora_scale=2"], "--lora_scale needs --lora")],
+)
+def test_sample_refuses(flags, expected, home, tmp_path, capsys):
+    command = ["sample", f"--model={home / 'model'}", f"--out={tmp_path / 'out'}", "--prompt=low", *flags]
+    assert commands.run(sample.main, command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
+
+
+REFUSED = {  # flags -> what the line must say
+    "no such model": (["--config.init_from=HOME/gone"], "must be a diffusers folder, with a model_index.json"),
+    "a model that is a file": (["--config.init_from=HOME/pictures/0.png"], "must be a diffusers folder"),
+    "a model of another kind": (["--config.init_from=HOME/flux"], "FluxPipeline; supported are"),
+    "a model that inpaints": (["--config.init_from=HOME/inpainting"], "is a model for inpainting"),
+    "a size that does not halve": (["--config.data.image_size=15"], "needs a multiple of 2"),
+    "grey pictures": (["--config.data.channels=1"], "takes pictures of 3"),
+    "no captions asked for": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
+    "no path": (["--config.data.path="], "needs config.data.path"),
+    "no pictures": (["--config.data.path=HOME/model/unet"], "has no picture with a caption"),
+    "too many captions": (["--config.data.memory_limit_gb=1e-7"], "captions takes"),
+    "a negative rank": (["--config.lora.rank=-1"], "config.lora.rank is -1; it must be 0 or more"),
+    "an alpha of nothing": (["--config.lora.rank=2", "--config.lora.alpha=0.0"], "config.lora.alpha is 0"),
+    "prompts that are numbers": (["--config.sampling.prompts=(1,2)"], "it must be texts"),
+    "another stage": (["--config.stages=('autoencoder','diffusion')"], "it must be ('diffusion',)"),
+    "a learned variance": (["--config.diffusion.variance=learned"], "it must be fixed"),
+    "a sampler that cannot": (["--config.sampling.sampler=plms"], "skip_prk_steps"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused_models(home):
+    diffusers_folder.write_stable_diffusion(home / "inpainting", inpainting=True)
+    flux = shutil.copytree(home / "model", home / "flux")
+    index = json.loads((flux / "model_index.json").read_text())
+    (flux / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, home, refused_models, capsys):
+    changes, expected = REFUSED[case]
+    assert fine_tune(home, "refused", *(change.replace("HOME", str(home)) for change in changes)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
+    assert not (home / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--config.lora.rank=2", "--config.sampling.prompts=('a',)", "--config.sampling.sampler=own"]
+)
+def test_what_only_fine_tuning_has(flag, tmp_path, capsys):
+    command = ["train", "--config=tests/tiny.py", f"--workdir={tmp_path / 'run'}", flag]
+    assert commands.run(train.main, command) == 2
+    assert "that needs config.init_from" in capsys.readouterr().err
+
+
+def test_a_run_whose_model_has_changed_is_refused(home, run, tmp_path, capsys):
+    copied = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"init_from": str(tmp_path / "model")}))
+    command = ["sample", f"--model={copied}", f"--out={tmp_path / 'out'}", "--prompt=low"]
+    assert commands.run(sample.main, command) == 2
+    assert "must be a diffusers folder" in capsys.readouterr().err
+    diffusers_folder.write_stable_diffusion(tmp_path / "model", xl=True)
+    assert commands.run(sample.main, command) == 2
+    assert "was fine-tuned from another model" in capsys.readouterr().err
+
+
+def test_evaluate_wants_a_run_of_our_own(run, tmp_path, capsys):
+    assert commands.run(evaluate.main, ["evaluate", f"--model={run}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "names no test images; add --config=FILE" in capsys.readouterr().err
