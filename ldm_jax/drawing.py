@@ -114,7 +114,7 @@ def of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, Any
     if not recipe.prompts:
         return fields
     size, (prompts, negative) = builders.picture_size(model.config), (recipe.prompts, recipe.negative_prompt)
-    texts, cut = pretrained.texts_of(model.pretrained, prompts, negative, size, recipe.noise_level)
+    texts, cut = model.pretrained.texts(prompts, negative, size, recipe.noise_level)
     if cut:
         print(
             f"warning: {cut} of the prompts are longer than the model reads; their ends are left out", file=sys.stderr

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, exported, job, model_card, pretrained, trained
+from ldm_jax import builders, configuration, exported, model_card, parts, pretrained, trained
 from ldm_jax.diffusion.schedules import EVEN
 from ldm_jax.errors import InputError
 from ldm_jax.exported import Exported
@@ -246,11 +246,11 @@ def write_run(to: Path, found: Exported) -> None:
     write_json(to / "config.json", config.to_dict())
     write_json(to / "data.json", found.data)
     if config.autoencoder.kind != "none":
-        with _checkpoints(to / "autoencoder", config, job.AUTOENCODER_FIELDS) as checkpoints:
+        with _checkpoints(to / "autoencoder", config, parts.AUTOENCODER_FIELDS) as checkpoints:
             ema_params = {"autoencoder": params["autoencoder"]}
             checkpoints.save({"step": np.int32(found.autoencoder_step), "ema_params": ema_params})
         trained.save_scale(to, params["shift"], params["scale"], measured_on=found.measured_on)
-    with _checkpoints(to / "diffusion", config, job.IDENTITY_FIELDS["diffusion"]) as checkpoints:
+    with _checkpoints(to / "diffusion", config, parts.IDENTITY_FIELDS["diffusion"]) as checkpoints:
         ema_params = {name: params[name] for name in ("unet", "conditioner")}
         checkpoints.save({"step": np.int32(found.step), "ema_params": ema_params})
 

@@ -21,6 +21,7 @@ from ldm_jax.first_stage import make_first_stage
 from ldm_jax.interop import lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
+from ldm_jax.text_condition import make_tau
 from ldm_jax.training.checkpoint import flatten, unflatten
 from ldm_jax.training.diffusion import DiffusionStage, Network, make_diffusion_stage
 from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
@@ -147,7 +148,7 @@ def frozen_arrays(config: ConfigDict, base: Base, texts: Sequence[str], cache: P
 
 def _rows(config: ConfigDict, base: Base, texts: Sequence[str]) -> tuple[dict[str, Any], int]:
     """What the text encoders take of each text and, in the last row, of nothing; how many of them are too long."""
-    return pretrained.texts_of(base.model, texts, None, builders.picture_size(config), 0)
+    return base.model.texts(texts, None, builders.picture_size(config), 0)
 
 
 def check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:
@@ -155,7 +156,7 @@ def check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:
     if not base.model.encoders:
         return
     one, _ = _rows(config, base, texts[:1])
-    told = jax.eval_shape(pretrained.make_tau(base.model.encoders), base.params["conditioner"], one)
+    told = jax.eval_shape(make_tau(base.model.encoders), base.params["conditioner"], one)
     size = 4 * sum(leaf.size / 2 for leaf in jax.tree.leaves(told)) * (len(texts) + 1) / 2**30
     if size > config.data.memory_limit_gb:
         raise InputError(
@@ -174,7 +175,7 @@ def tell_of(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -
     rows, cut = _rows(config, base, texts)
     if cut:
         print(f"     {cut} of the {len(texts)} captions are longer than the model reads; their ends are left out")
-    tau, params = pretrained.make_tau(base.model.encoders), base.params["conditioner"]
+    tau, params = make_tau(base.model.encoders), base.params["conditioner"]
     like = jax.eval_shape(tau, params, rows)
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), like)
     path = cache / f"{content_hash({'params': params, 'texts': rows}, config.dtype)}.texts.npz"

@@ -30,9 +30,9 @@ def find(model: str) -> Path:
       InputError: the hub has no such model, does not give it to everybody or cannot be reached, or a model of a kind
         that is not supported.
     """
-    named = ID.fullmatch(model)
-    if Path(model).exists() or not named:
-        return Path(model)
+    path, named = Path(model), ID.fullmatch(model)
+    if path.exists() or path.parent.is_dir() or not named:  # what is missing in a folder of one's own is no hub's
+        return path
     return _cached(**named.groupdict()) or _fetched(model, **named.groupdict())
 
 

@@ -7,45 +7,19 @@ on where the last one stopped.
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, drawing, finetune, run_folder, scoring, trained
-from ldm_jax.data.datasets import Dataset
-from ldm_jax.data.feeds import DeviceFeed, HostFeed
+from ldm_jax import builders, config_rules, drawing, finetune, parts, run_folder, scoring, trained
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation import pictures
 from ldm_jax.evaluation.report import write_report
-from ldm_jax.first_stage import make_first_stage, reconstruct
-from ldm_jax.generate import request, smallest_batch
-from ldm_jax.given import check_segments, from_split, keep_known
-from ldm_jax.interop import lora
-from ldm_jax.interop.lpips_weights import load_lpips
+from ldm_jax.given import check_segments
 from ldm_jax.recipe import of_config
 from ldm_jax.run_folder import Log
-from ldm_jax.trained import Trained
-from ldm_jax.training import latents
-from ldm_jax.training.checkpoint import Checkpoints, flatten, unflatten
 from ldm_jax.training.interrupt import Interrupted, InterruptWatch
-from ldm_jax.training.loop import train
-from ldm_jax.training.parallel import parallel_map, replicate, wait_for_hosts
-from ldm_jax.training.validation import make_validation
+from ldm_jax.training.parallel import wait_for_hosts
 from ldm_jax.xla import CompileClock
-
-
-class Run(NamedTuple):
-    """What the parts of a run share."""
-
-    config: ConfigDict
-    workdir: Path
-    train_set: Dataset
-    test_set: Dataset
-    log: Log
-    watch: InterruptWatch
-    base: finetune.Base | None  # the model that is fine-tuned, if one is
 
 
 def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
@@ -72,8 +46,8 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if base:
         finetune.check_texts(config, base, train_set.class_names)
     if config.autoencoder.kind != "none" and config.autoencoder.checkpoint and not base:
-        adopted_autoencoder(config)  # for its errors, before anything is written
-        adopted_scale(config)
+        parts.adopted_autoencoder(config)  # for its errors, before anything is written
+        parts.adopted_scale(config)
     if dry_run:
         return
     if workdir.exists() and scoring.is_done(workdir, asked):
@@ -93,15 +67,15 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     log = Log(workdir, write=primary)
     try:
         with InterruptWatch() as watch:
-            run = Run(config, workdir, train_set, test_set, log, watch, base)
+            run = parts.Run(config, workdir, train_set, test_set, log, watch, base)
             clock = CompileClock()
             if config.autoencoder.kind != "none" and not base:
-                _timed(run, clock, "autoencoder", train_autoencoder)
-                _timed(run, clock, "latents", measure_latents)
+                _timed(run, clock, "autoencoder", parts.train_autoencoder)
+                _timed(run, clock, "latents", parts.measure_latents)
             if "diffusion" in config.stages:
-                _timed(run, clock, "diffusion", fine_tune if base else train_diffusion)
+                _timed(run, clock, "diffusion", parts.fine_tune if base else parts.train_diffusion)
             if "classifier" in config.stages:
-                _timed(run, clock, "classifier", train_classifier)
+                _timed(run, clock, "classifier", parts.train_classifier)
             if primary:
                 if "diffusion" in config.stages:
                     _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir))
@@ -117,7 +91,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     wait_for_hosts("done")  # the others would leave, and a host that misses another ends with an error
 
 
-def _timed(run: Run, clock: CompileClock, name: str, part: Callable[[Run], None]) -> None:
+def _timed(run: parts.Run, clock: CompileClock, name: str, part: Callable[[parts.Run], None]) -> None:
     start, compiling, count = time.monotonic(), clock.seconds, clock.count
     part(run)
     seconds = time.monotonic() - start
@@ -133,7 +107,7 @@ def describe_models(config: ConfigDict, num_classes: int, base: finetune.Base | 
     try:
         if base:
             stages["diffusion"] = finetune.build_stage(config, base, num_classes)
-            drawing.table_for(_beginning(config, base), of_config(_beginning(config, base)))
+            drawing.table_for(parts.before_fine_tuning(config, base), of_config(parts.before_fine_tuning(config, base)))
         elif config.autoencoder.kind != "none":
             stages["autoencoder"] = builders.build_autoencoder_stage(config)
         if "diffusion" in config.stages and not base:
@@ -153,236 +127,3 @@ def describe_models(config: ConfigDict, num_classes: int, base: finetune.Base | 
 def describe_device() -> str:
     """For the record: how many of which device."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-
-
-def make_feed(config: ConfigDict, source: Any, batch_size: int) -> DeviceFeed | HostFeed:
-    """A feed that keeps `source` (a Dataset or Latents) on the device if it is small enough, else streams it."""
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    limit = config.data.memory_limit_gb * 2**30
-    if source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit:
-        arrays = {name: np.asarray(values) for name, values in source.arrays.items()}
-        return DeviceFeed(arrays, batch_size, config.seed, **place)
-    return HostFeed(source, batch_size, config.seed, **place)
-
-
-def train_autoencoder(run: Run) -> None:
-    """Stage 1: leaves autoencoder/ in the run folder, trained here or taken from another run."""
-    config, folder = run.config, run.workdir / "autoencoder"
-    stage = builders.build_autoencoder_stage(config)
-    if config.autoencoder.checkpoint:
-        with Checkpoints(folder, keep=1, identity=_identity(config, AUTOENCODER_FIELDS)) as checkpoints:
-            checkpoints.save({"step": np.int32(0), "ema_params": {"autoencoder": adopted_autoencoder(config)}})
-        return
-    first_stage, shown = builders.build_first_stage(config), run.test_set[np.arange(20) % len(run.test_set)]["x"]
-
-    decoded = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
-
-    def show(step: int, state: Any) -> None:
-        every = config.sampling.progress_every
-        if every and (step % every == 0 or step == config.autoencoder.steps) and jax.process_index() == 0:
-            devices = jax.local_device_count()
-            padded = shown[np.arange(-(-len(shown) // devices) * devices) % len(shown)]
-            images = decoded(state.ema_params["autoencoder"], {"x": padded})[: len(shown)]
-            strip = pictures.reconstruction_strip(shown, images)
-            pictures.save_png(strip, run.workdir / "progress" / f"autoencoder_{step:06d}.png")
-
-    loss, identity = config.autoencoder.loss, _identity(config, AUTOENCODER_FIELDS)
-    with Checkpoints(folder, keep=config.keep_checkpoints, identity=identity) as checkpoints:
-        train(
-            "autoencoder",
-            stage,
-            steps=config.autoencoder.steps,
-            feed=make_feed(config, run.train_set, config.autoencoder.batch_size),
-            frozen={"lpips": load_lpips(loss.perceptual_net)[0]} if loss.perceptual else {},
-            checkpoints=checkpoints,
-            variant=lambda step: {"adversarial": loss.adversarial > 0 and step >= loss.adversarial_start},
-            after_step=show,
-            **_loop_fields(run),
-        )
-
-
-def adopted_autoencoder(config: ConfigDict) -> dict[str, Any]:
-    """The trained parameters of `config.autoencoder.checkpoint`; raises InputError if they do not fit."""
-    other, stage = Path(config.autoencoder.checkpoint), builders.build_autoencoder_stage(config)
-    if not other.is_dir():
-        raise InputError(f"config.autoencoder.checkpoint={other} does not exist; it must be a run folder")
-    like = jax.eval_shape(stage.init, jax.random.key(0)).ema_params["autoencoder"]
-    params = trained.load_autoencoder_params(other)
-    return unflatten(flatten(params), like, where=f"config.autoencoder.checkpoint={other}")
-
-
-def adopted_scale(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, str] | None:
-    """Shift, scale and what they were measured on, of the run that a classifier takes its autoencoder from: it must see
-    the very latents that it is to guide, and a measurement on other devices may round otherwise. None = to be measured.
-    """
-    other = config.autoencoder.checkpoint
-    return trained.load_scale(Path(other)) if other and "classifier" in config.stages else None
-
-
-def measure_latents(run: Run) -> None:
-    """Between the stages: leaves the cache in latents/ and the latents' shift and scale beside the autoencoder."""
-    cache = encode_train_set(run)
-    if adopted := adopted_scale(run.config):
-        shift, scale, measured_on = adopted
-    else:
-        measured_on = f"{run.train_set.name}/{run.train_set.split}"
-        shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=run.config.autoencoder.kind == "kl")
-    if jax.process_index() == 0:
-        trained.save_scale(run.workdir, shift, scale, measured_on=measured_on)
-    wait_for_hosts("scale")  # which the others read
-    print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
-
-
-def encode_train_set(run: Run) -> latents.Latents:
-    """The cached latents of the training set; encodes it if they are not there yet."""
-    if run.base:
-        first_stage, params = make_first_stage(run.base.model.autoencoder), run.base.params["autoencoder"]
-    else:
-        first_stage, params = builders.build_first_stage(run.config), trained.load_autoencoder_params(run.workdir)
-    return latents.cached_latents(
-        run.workdir / "latents",
-        first_stage=first_stage,
-        params=params,
-        dataset=run.train_set,
-        flip=run.config.data.flip,
-        batch_size=run.config.evaluation.batch_size,
-    )
-
-
-def train_diffusion(run: Run) -> None:
-    """Stage 2: leaves diffusion/ in the run folder, and sample grids in progress/."""
-    config, num_classes = run.config, run.train_set.num_classes
-    batch_size = smallest_batch(config.sampling.num or 1, config.sampling.batch_size, jax.local_device_count())
-    generator = trained.build_generator(config, num_classes, batch_size)
-    table = trained.build_table(config)
-    grid = request(
-        10 * min(num_classes or 10, 10),
-        list(range(num_classes)),
-        guidance=config.sampling.guidance,
-        seed=config.seed,
-        interval=config.sampling.guidance_interval,
-    )
-    given = None
-    if config.concat.kind != "none":
-        given = from_split(config, run.test_set, len(grid.ids), config.seed)
-        first_stage = replicate(trained.load_first_stage(run.workdir, config))
-        labels = grid.labels if given.labels is None else given.labels
-        grid = grid._replace(maps=generator.maps(first_stage, given.known), labels=labels)
-
-    def show(step: int, params: Any) -> None:
-        images = keep_known(given, np.concatenate(list(generator.images(replicate(params), grid, table))))
-        picture = drawing.picture(config, images, grid.labels, run.train_set.class_names, given)
-        pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
-
-    train_on_latents(run, "diffusion", builders.build_diffusion_stage(config, num_classes), show)
-
-
-def fine_tune(run: Run) -> None:
-    """Stage 2 from a diffusers model's parameters."""
-    config, base, texts = run.config, run.base, run.train_set.class_names
-    stage = finetune.build_stage(config, base, len(texts))
-    frozen = finetune.frozen_arrays(config, base, texts, run.workdir / "latents")
-    initial = stage.init(jax.random.fold_in(jax.random.key(config.seed), 0))
-    state = train_on_latents(run, "diffusion", stage, show_prompts(run), frozen=frozen, initial=initial)
-    if config.lora.rank and jax.process_index() == 0:
-        lora.save_lora(run.workdir / lora.FILE, state.ema_params["lora"], finetune.lora_scale(config))
-
-
-def show_prompts(run: Run) -> Callable[[int, Any], None]:
-    """`show(step, params)` leaves what a fine-tuned model draws by the config's prompts in progress/."""
-    config, model = run.config, _beginning(run.config, run.base)
-    wanted = of_config(model)
-    if not wanted.num:
-        return lambda step, params: None
-    num, table = min(wanted.num, 2 * max(len(wanted.prompts), 4)), drawing.table_for(model, wanted)
-    generator = trained.generator_of(model, smallest_batch(num, config.sampling.batch_size, jax.local_device_count()))
-    grid = request(num, wanted.labels, guidance=wanted.guidance, seed=wanted.seed, interval=wanted.guidance_interval)
-    grid = grid._replace(rescale=wanted.guidance_rescale, **drawing.of_pretrained(model, wanted, table))
-
-    def show(step: int, params: Any) -> None:
-        drawn = replicate(finetune.with_trained(config, run.base, params))
-        images = np.concatenate(list(generator.images(drawn, grid, table)))
-        picture = drawing.picture(config, images, grid.labels, (), None)
-        pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
-
-    return show
-
-
-def _beginning(config: ConfigDict, base: finetune.Base) -> Trained:
-    """The model that is fine-tuned, before it is."""
-    return Trained(config, (), base.params, 0, base.model)
-
-
-def train_classifier(run: Run) -> None:
-    """Beside it: leaves classifier/ in the run folder."""
-    stage = builders.build_classifier_stage(run.config, run.train_set.num_classes)
-    train_on_latents(run, "classifier", stage, lambda step, params: None)
-
-
-def train_on_latents(
-    run: Run,
-    name: str,
-    stage: Any,
-    show: Callable[[int, Any], None],
-    *,
-    frozen: dict[str, Any] | None = None,
-    initial: Any = None,
-) -> Any:
-    """Trains a stage behind the autoencoder, with a look at the test set, and `show(step, params)`, now and then.
-
-    `frozen` are the arrays beside (None: the first stage's), `initial` is the state to begin from (None: drawn).
-    Returns the state.
-    """
-    config, fields = run.config, run.config[name]
-    from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
-    source = run.train_set if from_pixels else encode_train_set(run)
-    frozen = trained.load_first_stage(run.workdir, config) if frozen is None else frozen
-    validate = make_validation(
-        stage,
-        run.test_set,
-        num=config.diffusion.validation_examples,
-        batch_size=config.evaluation.batch_size,
-        T=config.diffusion.timesteps,
-        null_label=run.train_set.num_classes,
-    )
-
-    def look(step: int, state: Any) -> None:
-        every = config.sampling.progress_every
-        if not every or (step % every and step != fields.steps) or jax.process_index():
-            return
-        run.log(name, step, **validate(state.ema_params, frozen, config.seed))
-        show(step, state.ema_params | frozen)
-
-    identity = _identity(config, IDENTITY_FIELDS[name])
-    if run.base:
-        identity["init_from"] = run.base.fingerprint
-    with Checkpoints(run.workdir / name, keep=config.keep_checkpoints, identity=identity) as checkpoints:
-        return train(
-            name,
-            stage,
-            steps=fields.steps,
-            feed=make_feed(config, source, fields.batch_size),
-            frozen=frozen,
-            checkpoints=checkpoints,
-            initial=initial,
-            after_step=look,
-            **_loop_fields(run),
-        )
-
-
-def _loop_fields(run: Run) -> dict[str, Any]:
-    names = ("seed", "log_every", "checkpoint_every")
-    return {name: run.config[name] for name in names} | {"log": run.log, "watch": run.watch}
-
-
-# What a stage's checkpoints depend on; another run's are refused.
-AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
-SCHEDULE_FIELDS = tuple(f"diffusion.{name}" for name in builders.SCHEDULE)
-IDENTITY_FIELDS = {
-    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat", "init_from", "lora"),
-    "classifier": (*AUTOENCODER_FIELDS, *SCHEDULE_FIELDS, "classifier"),
-}
-
-
-def _identity(config: ConfigDict, fields: tuple[str, ...]) -> dict[str, str]:
-    return {"config": configuration.identity(config, fields)}

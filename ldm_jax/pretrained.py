@@ -4,7 +4,7 @@ What `trained` makes of a run folder, this makes of other people's files: module
 are drawn unless one is told otherwise.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.conditioning import ClassEmbedder
-from ldm_jax.models.unet import Added, UNet
+from ldm_jax.models.unet import UNet
+from ldm_jax.text_condition import make_class_tau, make_tau, texts_of
 from ldm_jax.tiling import tiled
 from ldm_jax.upscaling import Upscaling
 
@@ -80,6 +81,13 @@ class Pretrained(NamedTuple):
         if self.upscaling:
             return "low_resolution"
         return "none" if self.unet.in_channels == self.unet.out_channels else "inpainting"
+
+    def texts(
+        self, prompts: Sequence[str], negative: str | None, size: tuple[int, int], noise_level: int
+    ) -> tuple[dict[str, Any], int]:
+        """See `texts_of`."""
+        told = {"zeros_for_nothing": self.zeros_for_nothing, "size": size, "noise_level": noise_level}
+        return texts_of(self.tokenizers, prompts, negative, **told)
 
 
 def is_folder(path: Path) -> bool:
@@ -277,61 +285,6 @@ def scheduler_of(model: Pretrained, sampler: str | None = None) -> Scheduler:
     if scheduler.threshold is not None:
         raise InputError(f"the scheduler {model.scheduler['_class_name']} has thresholding, which latents are not for")
     return scheduler
-
-
-def texts_of(
-    model: Pretrained, prompts: Sequence[str], negative: str | None, size: tuple[int, int], noise_level: int
-) -> tuple[dict[str, Any], int]:
-    """What `tau` takes of each prompt, and in the last row of the negative one: [P + 1, ...].
-
-    Args:
-      prompts: one or more.
-      negative: what guidance leads away from; None = nothing.
-      size: (height, width) of the pictures in pixels, which SDXL is told.
-      noise_level: of the picture that is enlarged, which the upscaler is told.
-
-    Returns:
-      The arrays, and how many prompts were longer than the model reads.
-    """
-    said = [tokenizer([*prompts, negative or ""]) for tokenizer in model.tokenizers]
-    n = len(prompts) + 1
-    nothing = np.arange(n) == n - 1 if negative is None and model.zeros_for_nothing else np.zeros(n, bool)
-    sizes = np.tile(np.float32([*size, 0, 0, *size]), (n, 1))  # original, crop from top and left, target
-    cut = np.any([tokens.cut for tokens in said], axis=0)
-    texts = {"ids": [tokens.ids for tokens in said], "nothing": nothing, "sizes": sizes}
-    return texts | {"noise_level": np.full(n, noise_level, np.int32)}, int(cut.sum())
-
-
-def make_tau(
-    encoders: tuple[CLIPTextEncoder, ...], *, upscales: bool = False
-) -> Callable[[Any, Any], dict[str, jax.Array]]:
-    """(params, rows of `texts_of`) -> the arguments by which the UNet is told of a text.
-
-    Of one encoder, what its last layer says of each token (Rombach 2022, section 4.3.1); of two, what the layers before
-    the last say, side by side, and the second's summary of the whole text (Podell 2023, section 2.1).
-    """
-
-    def tau(params: Any, texts: Any) -> dict[str, Any]:
-        if not encoders:
-            return {}
-        said = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(encoders, params, texts["ids"])]
-        if len(said) == 1:
-            return {"context": said[0].last} | ({"class_labels": texts["noise_level"]} if upscales else {})
-        told = (jnp.concatenate([features.penultimate for features in said], axis=-1), said[-1].pooled)
-        context, pooled = (jnp.where(_beside(texts["nothing"], a), 0, a) for a in told)
-        return {"context": context, "added": Added(pooled, texts["sizes"])}
-
-    return tau
-
-
-def make_class_tau(classes: ClassEmbedder) -> Callable[[Any, Any], dict[str, jax.Array]]:
-    """(params, labels) -> the arguments by which the UNet is told of a class."""
-    return lambda params, label: {"context": classes.apply({"params": params}, label)}
-
-
-def _beside(rows: jax.Array, array: jax.Array) -> jax.Array:
-    """[B] in the shape [B, 1, ...] that goes with an array [B, ...]."""
-    return rows.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def _map_condition(

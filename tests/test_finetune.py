@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from configs import finetune as finetune_config
-from ldm_jax import commands, evaluate, finetune, pretrained, sample, train, trained
+from ldm_jax import commands, evaluate, finetune, sample, train, trained
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.run_folder import read_json, read_metrics
+from ldm_jax.text_condition import make_tau
 from ldm_jax.training.checkpoint import load_latest
 
 CAPTIONS = ("low", "lower", "low low", "wool")
@@ -150,8 +151,8 @@ def test_what_the_model_is_told_of_each_caption(home, base, tmp_path):
     """One row each, the last of nothing; the second time from the cache."""
     base, config = base
     told = finetune.tell_of(config, base, CAPTIONS, tmp_path)
-    texts, _ = pretrained.texts_of(base.model, CAPTIONS, None, (16, 16), 0)
-    tau = pretrained.make_tau(base.model.encoders)
+    texts, _ = base.model.texts(CAPTIONS, None, (16, 16), 0)
+    tau = make_tau(base.model.encoders)
     expected = jax.jit(tau)(base.params["conditioner"], texts)["context"]
     assert told["context"].shape == (5, 8, 16)
     np.testing.assert_allclose(told["context"], expected, atol=1e-5)

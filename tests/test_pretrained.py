@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import commands, evaluate, pretrained, sample, scoring, trained
+from ldm_jax import commands, evaluate, sample, scoring, trained
 from ldm_jax.diffusion.sampling import initial_latents, map_noise, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.interop.scheduler_config import Scheduler
+from ldm_jax.text_condition import make_tau
 from ldm_jax.training.parallel import replicate
 from ldm_jax.upscaling import Upscaling, noised
 
@@ -108,8 +109,8 @@ def test_a_folder_may_say_that_nothing_is_the_empty_text(folder_of, draw, tmp_pa
 
 def test_xl_is_told_the_size(folder_of):
     model = trained.load(folder_of("xl"))
-    tau = jax.jit(pretrained.make_tau(model.pretrained.encoders))
-    texts, cut = pretrained.texts_of(model.pretrained, ["low"], None, (16, 24), -1)
+    tau = jax.jit(make_tau(model.pretrained.encoders))
+    texts, cut = model.pretrained.texts(["low"], None, (16, 24), -1)
     told = tau(model.params["conditioner"], texts)
     assert cut == 0
     np.testing.assert_array_equal(told["added"].time_ids, [[16, 24, 0, 0, 16, 24]] * 2)
