@@ -17,10 +17,9 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # the networks' arithmetic: float32 | bfloat16; parameters and statistics stay float32
 
     data = config.data = ConfigDict()
-    data.name = (
-        "fashion_mnist"  # a TFDS data set prepared as ArrayRecord, or one that is prepared when it is not there:
-    )
-    # this one, or folder, your own pictures and captions in data.path
+    # A TFDS data set prepared as ArrayRecord, or one that is prepared when it is not there: fashion_mnist, or folder,
+    # your own pictures and captions in data.path.
+    data.name = "fashion_mnist"
     data.path = ""  # where the files lie that folder (or fashion_mnist) is prepared from
     data.dir = "data"  # where prepared data sets lie
     data.train_split = "train"
