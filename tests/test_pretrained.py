@@ -204,7 +204,7 @@ def test_an_upscalers_latents_have_the_scale_of_the_pipeline(folder_of):
 
 def test_a_small_picture_is_noised_by_the_level():
     maps, alpha_bar = np.full((1, 4, 6, 3), 0.5, np.float32), np.array([1.0, 0.36])
-    upscaling = Upscaling(alpha_bar, 1)
+    upscaling = Upscaling(alpha_bar, 1, {})
     np.testing.assert_array_equal(noised(maps, 0, upscaling, 3, 2), maps.repeat(2, 0))
     keys = sample_keys(np.uint32(3), np.arange(2))
     noise = (noised(maps, 1, upscaling, 3, 2) - 0.3) / 0.8
