@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     film = values.save_trajectory and (values["save_trajectory"].present or not model.pretrained)  # it decodes a lot
     drawn = drawing.draw(model, wanted, batch_size=batch_size, film=bool(film))
     drawing.save(out, drawn)
-    print(f"{wanted.num} pictures: {out / 'samples.png'}")
+    print(f"{wanted.num} {'picture' if wanted.num == 1 else 'pictures'}: {out / 'samples.png'}")
 
 
 def check_alone(values: flags.FlagValues, flag: str, *, beside: tuple[str, ...]) -> None:

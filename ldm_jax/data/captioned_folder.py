@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from ldm_jax.data.image_folder import VERSION, ImageFolder, picture_files, roots_of
@@ -47,8 +48,14 @@ def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
             build(ImageFolder(name=name, splits=splits, captions=True, **options))
         unreadable = [tuple(entry) for entry in read_json(data_dir / name / SKIPPED)]
     for line in report([*skipped, *unreadable]):
-        print(f"Skipped: {line}", flush=True)
+        tell(line)
     return data_dir / name / VERSION
+
+
+@cache
+def tell(line: str) -> None:
+    """Once, though the folder is looked through for each split."""
+    print(f"Skipped: {line}", flush=True)
 
 
 def find_captioned(source: Path) -> tuple[Splits, Skipped]:
