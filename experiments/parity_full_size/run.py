@@ -11,7 +11,6 @@ import argparse
 import json
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -50,8 +49,8 @@ def inputs_of(name: str) -> Outputs:
     return inputs
 
 
-def theirs(name: str, folder: Path) -> tuple[Outputs, float, int]:
-    """Writes the folder; gives diffusers' outputs, seconds for them, and the number of parameters."""
+def theirs(name: str, folder: Path) -> tuple[Outputs, int]:
+    """Writes the folder; gives diffusers' outputs and the number of parameters."""
     import diffusers
     import torch
     import transformers
@@ -73,7 +72,6 @@ def theirs(name: str, folder: Path) -> tuple[Outputs, float, int]:
 
     tensors = {k: torch.from_numpy(v) for k, v in inputs_of(name).items()}
     nchw = {k: tensors[k].permute(0, 3, 1, 2).contiguous() for k in ("x", "z", "z_t") if k in tensors}
-    begin = time.perf_counter()
     if kind.startswith("CLIP"):
         said = model(tensors["ids"].long(), output_hidden_states=True)
         pooled = said.text_embeds if "text_embeds" in said else said.pooler_output
@@ -87,14 +85,13 @@ def theirs(name: str, folder: Path) -> tuple[Outputs, float, int]:
             named["added_cond_kwargs"] = {"text_embeds": tensors["pooled"], "time_ids": tensors["sizes"]}
         named = {k: v for k, v in named.items() if v is not None}
         outputs = {"output": model(nchw["z_t"], tensors["t"], **named).sample}
-    seconds = time.perf_counter() - begin
     arrays = {k: v.numpy() for k, v in outputs.items()}
     channels_last = {k: np.moveaxis(v, 1, -1) if v.ndim == 4 else v for k, v in arrays.items()}
-    return channels_last, seconds, sum(p.numel() for p in model.parameters())
+    return channels_last, sum(p.numel() for p in model.parameters())
 
 
-def ours(name: str, folder: Path, dtype: str) -> tuple[Outputs, float, float]:
-    """Our outputs, seconds for them once compiled, and the most memory that loading took, as a multiple of the weights.
+def ours(name: str, folder: Path, dtype: str) -> tuple[Outputs, float]:
+    """Our outputs, and the most memory that loading took, as a multiple of the weights.
 
     Memory is that of the process itself, without the pages of the weight files, which the system may drop.
     """
@@ -112,15 +109,15 @@ def ours(name: str, folder: Path, dtype: str) -> tuple[Outputs, float, float]:
         calls = {"encode": (inputs["x"],), "decode": (inputs["z"],)}
         run = lambda params, args, method: module.apply({"params": params}, *args, method=method)  # noqa: E731
         run = jax.jit(run, static_argnums=2)
-        outputs, seconds = timed(lambda: {method: run(params, args, method) for method, args in calls.items()})
+        outputs = {method: run(params, args, method) for method, args in calls.items()}
     else:
         if "pooled" in inputs:
             inputs["added"] = Added(inputs.pop("pooled"), inputs.pop("sizes"))
         apply = jax.jit(lambda params, inputs: module.apply({"params": params}, **inputs))
-        outputs, seconds = timed(lambda: apply(params, inputs))
+        outputs = apply(params, inputs)
         outputs = outputs._asdict() if "ids" in inputs else {"output": outputs}
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return {k: np.asarray(v, np.float32) for k, v in outputs.items()}, seconds, peak.bytes / weights
+    return {k: np.asarray(v, np.float32) for k, v in outputs.items()}, peak.bytes / weights
 
 
 def load(name: str, folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -135,16 +132,6 @@ def load(name: str, folder: Path, dtype: str) -> tuple[Any, Any]:
         return load_text_encoder(folder, dtype)
     loader = load_autoencoder if kind in ("AutoencoderKL", "VQModel") else load_unet
     return loader(folder, dtype=jnp.dtype(dtype), params_dtype=jnp.dtype(dtype))[:2]
-
-
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and the seconds of a second call, when all is compiled."""
-    import jax
-
-    jax.block_until_ready(call())
-    begin = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return result, time.perf_counter() - begin
 
 
 class MemoryPeak:
@@ -182,17 +169,15 @@ def compare(name: str, folder: Path) -> dict[str, float]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             return process.submit(function, name, folder, *args).result()
 
-    expected, torch_seconds, parameters = alone(theirs)
-    exact, seconds, memory = alone(ours, "float32")
-    rough, _, rough_memory = alone(ours, "bfloat16")
+    expected, parameters = alone(theirs)
+    exact, memory = alone(ours, "float32")
+    rough, rough_memory = alone(ours, "bfloat16")
     return {
         "parameters": parameters,
         "float32": difference(exact, expected),
         "bfloat16": difference(rough, expected),
         "loading_memory": memory,
         "loading_memory_bfloat16": rough_memory,
-        "seconds": seconds,
-        "torch_seconds": torch_seconds,
     }
 
 
