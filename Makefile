@@ -63,14 +63,14 @@ clean:
 	.venv/bin/python -m pip install $(QUIETLY) $(REQUIREMENTS:%=-r %)
 	touch $@
 
-# torch first and by exact version: the index then offers the plain build. The program itself needs none of the three.
+# torch first and by exact version: the index then offers the plain build. The program itself needs none of these.
 .venv-parity/ready: $(REQUIREMENTS)
 	@$(functions)
 	make_venv .venv-parity
-	echo "Installing torch, diffusers, transformers and $(REQUIREMENTS) into .venv-parity ..."
+	echo "Installing torch, diffusers, transformers, peft and $(REQUIREMENTS) into .venv-parity ..."
 	pip() { .venv-parity/bin/python -m pip install $(QUIETLY) "$$@"; }
 	pip torch==2.13.0
-	pip torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 $(REQUIREMENTS:%=-r %)
+	pip torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 $(REQUIREMENTS:%=-r %)
 	pip --no-deps torch-fidelity==0.4.0
 	touch $@
 

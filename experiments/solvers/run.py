@@ -26,7 +26,8 @@ PLAIN = ("ddpm", "ddim", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "uni
 WITH_EPS = ("plms", "heun", "edm")  # also with leading steps, which leave the last timesteps out
 SETTINGS = {name: {"sampler": name, "eta": 0.0} for name in (*PLAIN, *WITH_EPS)}
 SETTINGS["edm"]["churn"] = 10.0
-SETTINGS |= {f"{name} leading": SETTINGS[name] | {"spacing": "leading"} for name in WITH_EPS}
+for name in WITH_EPS:
+    SETTINGS = {f"{name} leading": SETTINGS[name] | {"spacing": "leading"}} | SETTINGS
 CALLS = (10, 5, 20, 50, 250)
 BUDGETS = {  # pictures, and for how many network calls
     "smoke": (100, (5,)),
