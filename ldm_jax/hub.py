@@ -4,6 +4,7 @@ What a pipeline is made of is told by the names of its files alone, so that noth
 precision beside full safetensors, no safety checker, no weights of other frameworks.
 """
 
+import logging
 import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
@@ -103,6 +104,8 @@ def _fetched(model: str, name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     of_the_network = HfHubHTTPError.__bases__[0]  # of the library beneath, which is another from version to version
+    print(f"Looking for {name} on the hub ...", flush=True)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each of its five attempts
     try:
         names = list_repo_files(name, revision=revision)
         if folder.INDEX not in names:
@@ -128,7 +131,7 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
     )
 
     if isinstance(error, GatedRepoError):
-        return f"on the hub it is gated: accept its terms at https://huggingface.co/{name}, then run: hf auth login"
+        return "on the hub it is gated: accept the terms on its page there, then run: hf auth login"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has no such model, or it is private: for these, run: hf auth login"
     if isinstance(error, RevisionNotFoundError):
