@@ -51,7 +51,7 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigD
     Raises:
       InputError: there is no such model, or what the config asks for does not fit it.
     """
-    path = hub.find(config.init_from)
+    path = hub.find(config.init_from, flag="config.init_from")
     if not pretrained.is_folder(path):
         raise InputError(f"config.init_from={path} must be a diffusers folder, with a model_index.json; it is not")
     try:

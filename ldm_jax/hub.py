@@ -18,11 +18,12 @@ ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^\s@]+))?")
 SHARD = re.compile(r"-00001-of-(\d{5})(?=\.)")
 
 
-def find(model: str) -> Path:
-    """The folder or file that --model names: what is there under that name, else a model of the hub.
+def find(model: str, *, flag: str = "--model") -> Path:
+    """The folder or file that a user names: what is there under that name, else a model of the hub.
 
     Args:
       model: a path, or `organisation/name`, with `@revision` if it is not to be the newest: a branch, tag or commit.
+      flag: or field by which it was named, for errors.
 
     Returns:
       A path; that of a model of the hub has all the files that it needs. A name that can be none is returned as it is.
@@ -34,7 +35,7 @@ def find(model: str) -> Path:
     path, named = Path(model), ID.fullmatch(model)
     if path.exists() or path.parent.is_dir() or not named:  # what is missing in a folder of one's own is no hub's
         return path
-    return _cached(**named.groupdict()) or _fetched(model, **named.groupdict())
+    return _cached(**named.groupdict()) or _fetched(f"{flag}={model}", **named.groupdict())
 
 
 def needed_files(names: Collection[str], family: Family) -> list[str]:
@@ -98,8 +99,8 @@ def _cached(name: str, revision: str | None) -> Path | None:
     return path
 
 
-def _fetched(model: str, name: str, revision: str | None) -> Path:
-    """The model, fetched with a progress bar."""
+def _fetched(asked: str, name: str, revision: str | None) -> Path:
+    """The model, fetched with a progress bar; `asked` is the flag or field that named it, with its value."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -115,9 +116,9 @@ def _fetched(model: str, name: str, revision: str | None) -> Path:
         print(f"Fetching {name} from the hub, what is not in its cache yet: {len(files)} files", flush=True)
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except InputError as error:
-        raise InputError(f"--model={model}, on the hub: {error}") from error
+        raise InputError(f"{asked}, on the hub: {error}") from error
     except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, of_the_network) as error:
-        raise InputError(f"--model={model} is no folder or file here, and {_reason(error, name, revision)}") from error
+        raise InputError(f"{asked} is no folder or file here, and {_reason(error, name, revision)}") from error
 
 
 def _reason(error: Exception, name: str, revision: str | None) -> str:

@@ -246,6 +246,14 @@ def test_refused(case, home, refused_models, capsys):
     assert not (home / "refused").exists()
 
 
+def test_a_model_that_the_hub_does_not_have_is_told_of_by_its_field(home, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(home / "cache"))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["README.md"])
+    assert fine_tune(home, "refused", "--config.init_from=org/none") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "config.init_from=org/none, on the hub: there is no model_index.json" in line
+
+
 @pytest.mark.parametrize(
     "flag", ["--config.lora.rank=2", "--config.sampling.prompts=('a',)", "--config.sampling.sampler=own"]
 )

@@ -216,4 +216,4 @@ def test_another_kind_of_model(cache, folder, monkeypatch):
         hub.find("org/other")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["config.json", "model.safetensors"])
     with pytest.raises(InputError, match=r"--model=org/vae, on the hub: there is no model_index\.json"):
-        hub._fetched("org/vae", "org/vae", None)
+        hub._fetched("--model=org/vae", "org/vae", None)
