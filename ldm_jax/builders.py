@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
 from ldm_jax.data.datasets import Dataset, load_dataset
 from ldm_jax.diffusion.classification import Classify, make_classify
 from ldm_jax.diffusion.schedules import Schedule, make_schedule
+from ldm_jax.evaluation.bound import Bound, make_bound
 from ldm_jax.first_stage import FirstStage, make_first_stage
 from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
@@ -224,6 +226,22 @@ def build_diffusion_stage(config: ConfigDict, num_classes: int) -> DiffusionStag
         ema_decay=diffusion.ema_decay,
         bound_weight=diffusion.bound_weight if diffusion.variance == "learned" else 0.0,
         levels=pixel_levels(config),
+    )
+
+
+def build_bound(config: ConfigDict, num_classes: int) -> Callable[[Any, dict[str, np.ndarray], int], Bound]:
+    """The variational bound of a config's model (see `evaluation.bound.make_bound`)."""
+    levels = pixel_levels(config)
+    return make_bound(
+        unet=build_unet(config),
+        conditioner=build_conditioner(config, num_classes),
+        first_stage=build_first_stage(config),
+        alpha_bar=build_schedule(config).alpha_bar,
+        prediction=config.diffusion.prediction,
+        clip=1.0 if levels else float("inf"),
+        levels=levels,
+        batch_size=config.evaluation.batch_size,
+        map_condition=build_map_condition(config),
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ldm_jax.config_rules import DTYPES, SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, nearest
+from ldm_jax.config_ranges import DTYPES, SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, nearest
 from ldm_jax.configuration import flatten
 from ldm_jax.errors import InputError
 

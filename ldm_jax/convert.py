@@ -16,7 +16,7 @@ from pathlib import Path
 from absl import flags
 
 from ldm_jax import command_line, commands
-from ldm_jax.config_rules import DTYPES, check_choice
+from ldm_jax.config_ranges import DTYPES, check_choice
 from ldm_jax.errors import InputError
 from ldm_jax.files import new_folder
 

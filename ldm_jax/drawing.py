@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_jax import builders, editing, pretrained, run_folder, trained
+from ldm_jax import builders, editing, pretrained, run_folder, samplers, trained
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import EVEN
 from ldm_jax.diffusion.tables import Table
@@ -51,7 +51,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         whole, (image, mask) = image, editing.outpaint_window(image, recipe.outpaint)
     given = _given(model.config, recipe, image, mask)
     batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
-    generator = trained.generator_of(model, batch_size, guide, vae_tiling=recipe.vae_tiling)
+    generator = samplers.generator_of(model, batch_size, guide, vae_tiling=recipe.vae_tiling)
     params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
     wanted = request(
         recipe.num,
@@ -97,7 +97,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
 
 def table_for(model: Trained, recipe: Recipe) -> Table:
     """The solver table of a recipe; raises InputError for one that the model does not take."""
-    return trained.table_of(
+    return samplers.table_of(
         model,
         sampler=recipe.sampler,
         steps=recipe.steps,
@@ -171,7 +171,7 @@ def _beginning(
             end = editing.read_image(Path(recipe.to_image), "--to_image", **like)
         z0 = generator.encode(params, np.stack([image, end]))
         spacing = recipe.spacing if recipe.spacing in EVEN else "trailing"
-        table = trained.inversion_table_of(model, recipe.steps, spacing)
+        table = samplers.inversion_table_of(model, recipe.steps, spacing)
         plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0, start=1.0)
         plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32), classifier_scale=None)
         ends = np.concatenate([z for z, _ in generator.latents(params, plain, table)])

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import builders, drawing, hub, recipe, scoring, trained
+    from ldm_jax import asked, builders, drawing, hub, scoring, trained
     from ldm_jax.extras import Extras
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
-    wanted = recipe.from_flags(model, values, labels=list(range(len(model.class_names))))
+    wanted = asked.from_flags(model, values, labels=list(range(len(model.class_names))))
     train_set, test_set = (builders.load_split(config, s) for s in (config.data.train_split, config.data.test_split))
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, drawing, finetune, parts, run_folder, scoring, trained
+from ldm_jax import builders, config_rules, drawing, finetune, parts, run_folder, samplers, scoring
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.report import write_report
 from ldm_jax.given import check_segments
@@ -112,7 +112,7 @@ def describe_models(config: ConfigDict, num_classes: int, base: finetune.Base | 
             stages["autoencoder"] = builders.build_autoencoder_stage(config)
         if "diffusion" in config.stages and not base:
             stages["diffusion"] = builders.build_diffusion_stage(config, num_classes)
-            trained.build_table(config)
+            samplers.build_table(config)
         if "classifier" in config.stages:
             stages["classifier"] = builders.build_classifier_stage(config, num_classes)
         for name, stage in stages.items():

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, drawing, finetune, trained
+from ldm_jax import builders, configuration, drawing, finetune, samplers, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
@@ -139,8 +139,8 @@ def train_diffusion(run: Run) -> None:
     """Stage 2: leaves diffusion/ in the run folder, and sample grids in progress/."""
     config, num_classes = run.config, run.train_set.num_classes
     batch_size = smallest_batch(config.sampling.num or 1, config.sampling.batch_size, jax.local_device_count())
-    generator = trained.build_generator(config, num_classes, batch_size)
-    table = trained.build_table(config)
+    generator = samplers.build_generator(config, num_classes, batch_size)
+    table = samplers.build_table(config)
     grid = request(
         10 * min(num_classes or 10, 10),
         list(range(num_classes)),
@@ -181,7 +181,7 @@ def show_prompts(run: Run) -> Callable[[int, Any], None]:
     if not wanted.num:
         return lambda step, params: None
     num, table = min(wanted.num, 2 * max(len(wanted.prompts), 4)), drawing.table_for(model, wanted)
-    generator = trained.generator_of(model, smallest_batch(num, config.sampling.batch_size, jax.local_device_count()))
+    generator = samplers.generator_of(model, smallest_batch(num, config.sampling.batch_size, jax.local_device_count()))
     grid = request(num, wanted.labels, guidance=wanted.guidance, seed=wanted.seed, interval=wanted.guidance_interval)
     grid = grid._replace(rescale=wanted.guidance_rescale, **drawing.of_pretrained(model, wanted, table))
 

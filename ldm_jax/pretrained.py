@@ -17,20 +17,16 @@ from ml_collections import ConfigDict
 from ldm_jax import upscaling
 from ldm_jax.errors import InputError
 from ldm_jax.extras import NO_EXTRAS, Extras, find_tokenizers, other_autoencoder
-from ldm_jax.first_stage import FirstStage, make_first_stage
-from ldm_jax.generate import Generator, make_generator
 from ldm_jax.interop import folder, single_file
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
-from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.models.unet import UNet
-from ldm_jax.text_condition import make_class_tau, make_tau, texts_of
-from ldm_jax.tiling import tiled
+from ldm_jax.text_condition import texts_of
 from ldm_jax.upscaling import Upscaling
 
 
@@ -285,44 +281,3 @@ def scheduler_of(model: Pretrained, sampler: str | None = None) -> Scheduler:
     if scheduler.threshold is not None:
         raise InputError(f"the scheduler {model.scheduler['_class_name']} has thresholding, which latents are not for")
     return scheduler
-
-
-def _map_condition(
-    model: Pretrained, first_stage: FirstStage, latent_shape: tuple[int, int, int]
-) -> MapCondition | None:
-    if model.map_kind == "none":
-        return None
-    return make_map_condition(
-        model.map_kind,
-        first_stage=first_stage,
-        latent_shape=latent_shape,
-        channels=model.autoencoder.in_channels,
-        factor=model.autoencoder.downsampling,
-        segments=0,
-    )
-
-
-def build_generator(
-    model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, snapshots: int, vae_tiling: bool
-) -> Generator:
-    """Noise to pictures, as `generate.make_generator` makes it; raises InputError for tiles of no whole latents."""
-    first_stage, scheduler = make_first_stage(model.autoencoder), scheduler_of(model)
-    if vae_tiling:
-        try:
-            first_stage = tiled(first_stage, model.tile, model.autoencoder.downsampling)
-        except ValueError as error:
-            raise InputError(f"--vae_tiling: the autoencoder's sample_size says so, but {error}") from error
-    classes = model.classes
-    return make_generator(
-        unet=model.unet,
-        tau=make_class_tau(classes) if classes else make_tau(model.encoders, upscales=model.upscaling is not None),
-        null=None if model.encoders else classes.null if classes else 0,
-        map_condition=_map_condition(model, first_stage, latent_shape),
-        first_stage=first_stage,
-        latent_shape=latent_shape,
-        alpha_bar=scheduler.schedule.alpha_bar,
-        prediction=scheduler.prediction,
-        pixels=False,
-        batch_size=batch_size,
-        snapshots=snapshots,
-    )

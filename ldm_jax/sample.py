@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
     commands.start_devices(values)
 
-    from ldm_jax import drawing, hub, recipe, trained
+    from ldm_jax import asked, drawing, hub, recipe, trained
     from ldm_jax.extras import Extras
 
     extras = Extras(values.tokenizer, values.prediction, values.vae)
@@ -78,8 +78,8 @@ def main(argv: list[str]) -> None:
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
-        wanted = recipe.with_edits(recipe.from_flags(model, values, labels), values, model.config.concat.kind)
-        wanted = recipe.with_pretrained(wanted, values, model)
+        wanted = asked.with_edits(asked.from_flags(model, values, labels), values, model.config.concat.kind)
+        wanted = asked.with_pretrained(wanted, values, model)
         if values.label is not None and wanted.map_split:
             raise InputError(
                 f"--label={','.join(values.label)}: without a picture of yours this model restores test pictures, "

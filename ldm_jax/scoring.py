@@ -153,7 +153,7 @@ def score_model(model: Trained, test_set: Dataset, folder: Path) -> dict[str, di
     if not num:
         return {}
     examples = test_set[np.arange(num)]
-    bound = trained.build_bound(config, len(model.class_names))(replicate(model.params), examples, config.seed)
+    bound = builders.build_bound(config, len(model.class_names))(replicate(model.params), examples, config.seed)
     run_folder.write_json(folder / "bound.json", bound._asdict())
     return bound_card(
         bound,

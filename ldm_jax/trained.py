@@ -1,6 +1,5 @@
 """A trained model, read back from its run folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,13 +8,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, config_rules, configuration, exported, finetune, pretrained, run_folder
-from ldm_jax.diffusion.solvers import make_inversion_table, make_table
-from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation.bound import Bound, make_bound
 from ldm_jax.extras import NO_EXTRAS, Extras
 from ldm_jax.first_stage import make_first_stage, reconstruct
-from ldm_jax.generate import Generator, make_generator
 from ldm_jax.interop.lora import add_lora, read_lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
@@ -23,7 +18,6 @@ from ldm_jax.training.checkpoint import load_latest, subtree, unflatten
 from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
 
 SCALE = "scale.json"  # beside the checkpoints of the autoencoder
-SNAPSHOTS = 24  # frames of denoising.gif
 
 
 class Guide(NamedTuple):
@@ -214,112 +208,3 @@ def at_size(model: Trained, size: tuple[int, int]) -> Trained:
     config = model.config.copy_and_resolve_references().unlock()
     config.data.image_size = tuple(size)
     return model._replace(config=config.lock())
-
-
-def generator_of(model: Trained, batch_size: int, guide: Guide | None = None, *, vae_tiling: bool = False) -> Generator:
-    """The generator of a trained model; `vae_tiling`: the autoencoder of a diffusers model works in tiles."""
-    if model.pretrained:
-        shape = builders.latent_shape(model.config)
-        return pretrained.build_generator(model.pretrained, shape, batch_size, SNAPSHOTS, vae_tiling)
-    return build_generator(model.config, len(model.class_names), batch_size, guide)
-
-
-def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guide: Guide | None = None) -> Generator:
-    """The generator of a config (see `generate.make_generator`)."""
-    tau, null = builders.build_tau(config, num_classes)
-    return make_generator(
-        unet=builders.build_unet(config),
-        tau=tau,
-        null=null,
-        map_condition=builders.build_map_condition(config),
-        first_stage=builders.build_first_stage(config),
-        latent_shape=builders.latent_shape(config),
-        alpha_bar=builders.build_schedule(config).alpha_bar,
-        prediction=config.diffusion.prediction,
-        pixels=config.autoencoder.kind == "none",
-        batch_size=batch_size,
-        snapshots=SNAPSHOTS,
-        classify=builders.build_classify(guide.config, num_classes) if guide else None,
-    )
-
-
-def build_bound(config: ConfigDict, num_classes: int) -> Callable[[Any, dict[str, np.ndarray], int], Bound]:
-    """The variational bound of a config's model (see `evaluation.bound.make_bound`)."""
-    levels = builders.pixel_levels(config)
-    return make_bound(
-        unet=builders.build_unet(config),
-        conditioner=builders.build_conditioner(config, num_classes),
-        first_stage=builders.build_first_stage(config),
-        alpha_bar=builders.build_schedule(config).alpha_bar,
-        prediction=config.diffusion.prediction,
-        clip=1.0 if levels else float("inf"),
-        levels=levels,
-        batch_size=config.evaluation.batch_size,
-        map_condition=builders.build_map_condition(config),
-    )
-
-
-def defaults_of(model: Trained, sampler: str) -> dict[str, Any]:
-    """What `sampler` is told unless the user says otherwise: the config's if it is the config's own sampler."""
-    sampling = model.config.sampling
-    own = {name: sampling[name] for name in ("spacing", "eta", "churn", "variance")}
-    if sampler == sampling.sampler:
-        return own
-    plain = {"eta": 0.0, "churn": 0.0, "variance": "fixed_small"}
-    options = pretrained.scheduler_of(model.pretrained, sampler).options if model.pretrained else {}
-    return own | plain | {name: value for name, value in options.items() if name in own}
-
-
-def table_of(model: Trained, **choices: Any) -> Table:
-    """The solver table of a trained model; choices and errors as in `build_table`."""
-    if not model.pretrained:
-        return build_table(model.config, **choices)
-    sampler, steps, resample, jump = (choices.pop(name) for name in ("sampler", "steps", "resample", "jump"))
-    return _resampled(pretrained.scheduler_of(model.pretrained, sampler).table(steps, **choices), resample, jump)
-
-
-def build_table(config: ConfigDict, *, resample: int = 1, jump: int = 1, **changes: object) -> Table:
-    """The solver table of `config.sampling`, with `changes`: `sampler` and arguments of `make_table`.
-
-    `resample` and `jump` are RePaint's: see `with_resampling`.
-
-    Raises:
-      InputError: a combination that the solver does not take.
-    """
-    names = ("sampler", "steps", "eta", "churn", "variance", "spacing")
-    fields = {name: config.sampling[name] for name in names} | changes
-    if fields["variance"] == "learned" and config.diffusion.variance != "learned":
-        raise InputError(
-            "sampling: variance learned needs a model trained with --config.diffusion.variance=learned; this one's is "
-            "fixed, choose fixed_small or fixed_large"
-        )
-    try:
-        table = make_table(
-            fields.pop("sampler"),
-            builders.build_schedule(config),
-            fields.pop("steps"),
-            prediction=config.diffusion.prediction,
-            **fields,
-        )
-    except ValueError as error:
-        raise InputError(f"sampling: {error}") from error
-    return _resampled(table, resample, jump)
-
-
-def _resampled(table: Table, times: int, jump: int) -> Table:
-    try:
-        return table if times == 1 else with_resampling(table, times, jump)
-    except ValueError as error:
-        raise InputError(f"sampling: {error}") from error
-
-
-def inversion_table_of(model: Trained, steps: int, spacing: str) -> Table:
-    """The table that leads from clean latents to their noise in `steps` steps of DDIM; raises InputError."""
-    if model.pretrained:
-        schedule = pretrained.scheduler_of(model.pretrained).schedule
-    else:
-        schedule = builders.build_schedule(model.config)
-    try:
-        return make_inversion_table(schedule, steps, spacing=spacing)
-    except ValueError as error:
-        raise InputError(f"inversion: {error}") from error

@@ -8,7 +8,7 @@ import jobs
 import numpy as np
 import pytest
 
-from ldm_jax import builders, commands, sample, trained
+from ldm_jax import builders, commands, sample, samplers, trained
 from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, from_network
 from ldm_jax.diffusion.sampling import sample_keys, solve
 from ldm_jax.evaluation.pictures import read_recipe
@@ -81,10 +81,10 @@ class Model:
         self.guide = trained.load_guide(classifier_run, self.trained)
         changed = {part: shaken(self.trained.params[part]) for part in ("unet", "conditioner")}
         self.params = self.trained.params | changed | {"classifier": shaken(self.guide.params)}
-        self.generator = trained.build_generator(self.trained.config, 4, 8, self.guide)
+        self.generator = samplers.build_generator(self.trained.config, 4, 8, self.guide)
 
     def latents(self, wanted, generator=None):
-        table = trained.build_table(self.trained.config, sampler="ddpm", steps=5)
+        table = samplers.build_table(self.trained.config, sampler="ddpm", steps=5)
         drawn = (generator or self.generator).latents(replicate(self.params), wanted, table)
         return np.concatenate([z for z, _ in drawn])
 
@@ -108,7 +108,7 @@ class Model:
             from_network(network, "eps", alpha_bar), tau(wanted.labels), tau(np.full(8, 4)), wanted.guidance
         )
         guided = classifier_guided(guided, log_probability, scales)
-        table = trained.build_table(config, sampler="ddpm", steps=5)
+        table = samplers.build_table(config, sampler="ddpm", steps=5)
         keys = sample_keys(wanted.seed, wanted.ids)
         return jax.jit(lambda z_T: solve(guided, z_T, table, keys)[0])(wanted.z_T)
 
@@ -134,7 +134,7 @@ def test_the_compiled_call_is_the_composition_by_hand(model):
 
 def test_a_scale_of_zero_and_a_sample_without_label_are_not_guided(model):
     """To the last bit, and as a generator without a classifier draws them."""
-    plain = model.latents(UNGUIDED, trained.build_generator(model.trained.config, 4, 8))
+    plain = model.latents(UNGUIDED, samplers.build_generator(model.trained.config, 4, 8))
     np.testing.assert_array_equal(model.latents(UNGUIDED), plain)
     np.testing.assert_array_equal(model.latents(WANTED._replace(classifier_scale=0 * SCALES)), plain)
     nobody = np.full(8, -1, np.int32)
@@ -164,9 +164,9 @@ def test_the_first_few_keep_their_scales():
 
 def test_a_generator_without_a_classifier_refuses_a_scale(trained_run):
     model = trained.load(trained_run)
-    generator = trained.build_generator(model.config, 4, 8)
+    generator = samplers.build_generator(model.config, 4, 8)
     with pytest.raises(ValueError, match="needs a generator with a classifier"):
-        next(generator.latents(model.params, WANTED, trained.build_table(model.config)))
+        next(generator.latents(model.params, WANTED, samplers.build_table(model.config)))
 
 
 def test_the_command_takes_a_classifier(trained_run, classifier_run, tmp_path, capsys):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ldm_jax import builders, trained
+from ldm_jax import builders, samplers, trained
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.generate import request
 from ldm_jax.training.parallel import parallel_step, replicate, shard
@@ -20,7 +20,7 @@ def clock(trained_run):
 
 def test_a_sweep_of_sampling_compiles_each_part_once(trained_run, clock):
     model = trained.load(trained_run)
-    generator = trained.build_generator(model.config, 4, 8)
+    generator = samplers.build_generator(model.config, 4, 8)
     params = replicate(model.params)
     start = clock.count
 
@@ -28,7 +28,7 @@ def test_a_sweep_of_sampling_compiles_each_part_once(trained_run, clock):
         return list(generator.latents(params, request(num, labels, guidance=guidance, seed=seed), table_of(**table)))
 
     def table_of(**changes):
-        return trained.build_table(model.config, **changes)
+        return samplers.build_table(model.config, **changes)
 
     ((z, _),) = draw(8, [0, 1, 2, 3], guidance=1.0, seed=0, sampler="ddim", steps=2)
     generator.decode(params, z)
@@ -57,8 +57,8 @@ def test_a_sweep_of_classifier_guidance_compiles_once(trained_run, clock):
     model = trained.load(trained_run)
     params = jax.jit(builders.build_classifier_stage(model.config, 4).init)(jax.random.key(0)).params
     guide = trained.Guide(model.config, params["classifier"])
-    generator = trained.build_generator(model.config, 4, 8, guide)
-    params, table = replicate(model.params | params), trained.build_table(model.config)
+    generator = samplers.build_generator(model.config, 4, 8, guide)
+    params, table = replicate(model.params | params), samplers.build_table(model.config)
     counts = []
     for scale, guidance, labels in ((0.0, 1.0, [0]), (2.0, 1.0, [1]), (9.0, 0.0, []), (0.5, 3.0, [2, 3])):
         scales = np.full(8, scale, np.float32) * np.arange(8)

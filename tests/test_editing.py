@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 from scipy.stats import kstest
 
-from ldm_jax import commands, editing, sample, trained
-from ldm_jax.config_rules import SAMPLERS, SPACINGS
+from ldm_jax import commands, editing, sample, samplers, trained
+from ldm_jax.config_ranges import SAMPLERS, SPACINGS
 from ldm_jax.diffusion import schedules, solvers
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.pictures import read_recipe, save_png
@@ -106,7 +106,7 @@ def test_the_flags_are_in_the_recipe(draw, tmp_path):
 def decoded(files, trained_run):
     """What the autoencoder makes of a.png, [8, 8, 1]."""
     model = trained.load(trained_run)
-    generator = trained.build_generator(model.config, 4, 4)
+    generator = samplers.build_generator(model.config, 4, 4)
     params, original = replicate(model.params), np.asarray(Image.open(files / "a.png"))[None, ..., None]
     return generator.decode(params, generator.encode(params, original))[0].astype(float)
 

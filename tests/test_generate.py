@@ -5,7 +5,7 @@ import jobs
 import numpy as np
 import pytest
 
-from ldm_jax import command_line, commands, recipe, sample, scoring, trained
+from ldm_jax import asked, command_line, commands, sample, samplers, scoring, trained
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
@@ -32,11 +32,11 @@ class Model:
 
     def generator(self, batch_size):
         if batch_size not in self.generators:
-            self.generators[batch_size] = trained.build_generator(self.trained.config, 4, batch_size)
+            self.generators[batch_size] = samplers.build_generator(self.trained.config, 4, batch_size)
         return self.generators[batch_size]
 
     def latents(self, wanted, *, batch_size=8, **changes):
-        table = trained.build_table(self.trained.config, **{"sampler": "ddpm", "steps": 5, **changes})
+        table = samplers.build_table(self.trained.config, **{"sampler": "ddpm", "steps": 5, **changes})
         return np.concatenate([z for z, _ in self.generator(batch_size).latents(self.params, wanted, table)])
 
 
@@ -117,10 +117,10 @@ def test_the_command_takes_an_interval(trained_run, tmp_path):
 
 
 def test_frames_lead_from_noise_to_the_picture(model):
-    table = trained.build_table(model.trained.config, sampler="ddim", steps=20)
+    table = samplers.build_table(model.trained.config, sampler="ddim", steps=20)
     wanted = WANTED.first(9)
     frames = model.generator(8).denoising(model.params, wanted, table)
-    assert frames.shape == (trained.SNAPSHOTS, 9, 8, 8, 1)
+    assert frames.shape == (samplers.SNAPSHOTS, 9, 8, 8, 1)
     assert frames.dtype == np.uint8
     images = np.concatenate(list(model.generator(8).images(model.params, wanted, table)))
     np.testing.assert_array_equal(frames[-1], images)
@@ -227,11 +227,11 @@ def test_the_job_logs_both_losses_and_reports_the_bound(pixel_run):
 
 def test_the_variance_matters_to_ddpm_alone_and_compiles_nothing(pixel_run):
     model = trained.load(pixel_run)
-    generator, params = trained.build_generator(model.config, 4, 8), replicate(model.params)
+    generator, params = samplers.build_generator(model.config, 4, 8), replicate(model.params)
     wanted = request(8, [0, 1], guidance=2.0, seed=0)
 
     def draw(**changes):
-        ((z, _),) = generator.latents(params, wanted, trained.build_table(model.config, **changes))
+        ((z, _),) = generator.latents(params, wanted, samplers.build_table(model.config, **changes))
         return z
 
     clock = CompileClock()
@@ -253,7 +253,7 @@ def test_the_variance_matters_to_ddpm_alone_and_compiles_nothing(pixel_run):
 def test_the_variance_is_that_of_the_config_or_of_the_flag(pixel_run, flags, variance):
     values = sample.define_flags()
     command_line.parse(values, ["sample", *flags])
-    assert recipe.from_flags(trained.load(pixel_run), values, []).variance == variance
+    assert asked.from_flags(trained.load(pixel_run), values, []).variance == variance
 
 
 def test_the_bound_of_latents(trained_run, tiny_data, tmp_path):

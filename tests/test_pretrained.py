@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import commands, evaluate, sample, scoring, trained
+from ldm_jax import commands, evaluate, sample, samplers, scoring, trained
 from ldm_jax.diffusion.sampling import initial_latents, map_noise, sample_keys
 from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.interop.scheduler_config import Scheduler
@@ -161,7 +161,7 @@ def test_large_pictures_in_tiles(small_tiles):
     for width, off in ((8, (0, 0)), (20, (0.1, 30))):
         wide = trained.at_size(model, (8, width))
         whole, tiles = (
-            trained.generator_of(wide, 4, vae_tiling=tiling).decode(params, z[:, :, : width // 2]).astype(int)
+            samplers.generator_of(wide, 4, vae_tiling=tiling).decode(params, z[:, :, : width // 2]).astype(int)
             for tiling in (False, True)
         )
         assert whole.shape == (4, 8, width, 3)

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.judge.run import open_court
-from ldm_jax import trained
+from ldm_jax import samplers, trained
 from ldm_jax.evaluation.features import vgg16_features
 from ldm_jax.evaluation.metrics import frechet_distance, precision_recall
 from ldm_jax.generate import request
@@ -81,8 +81,8 @@ def main() -> None:
     guide = trained.load_guide(args.classifier, model)
     extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=BATCH)
     reference = extractor(court.test_set["x"])
-    generator = trained.build_generator(model.config, 10, BATCH, guide)
-    params, table = replicate(model.params | {"classifier": guide.params}), trained.build_table(model.config)
+    generator = samplers.build_generator(model.config, 10, BATCH, guide)
+    params, table = replicate(model.params | {"classifier": guide.params}), samplers.build_table(model.config)
     for setting in SETTINGS:
         name = f"{args.budget} {setting.arm} {setting.scale:g}"
         if name not in results:

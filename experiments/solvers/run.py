@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.judge.run import open_court
-from ldm_jax import trained
+from ldm_jax import samplers, trained
 from ldm_jax.evaluation.features import vgg16_features
 from ldm_jax.evaluation.metrics import frechet_distance
 from ldm_jax.generate import request
@@ -53,14 +53,14 @@ def main() -> None:
     court, model, (num, all_calls) = open_court(args.data_dir), trained.load(args.run), BUDGETS[args.budget]
     extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=250)
     reference = extractor(court.test_set["x"])
-    generator, params = trained.build_generator(model.config, 10, 250), replicate(model.params)
+    generator, params = samplers.build_generator(model.config, 10, 250), replicate(model.params)
     sampling = model.config.sampling
     for calls in all_calls:
         for setting, options in SETTINGS.items():
             name = f"{args.budget} {calls} {setting}"
             if name not in results:
                 steps = steps_for(options["sampler"], calls)
-                table = trained.build_table(model.config, steps=steps, **options)
+                table = samplers.build_table(model.config, steps=steps, **options)
                 wanted = request(
                     num,
                     list(range(10)),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_jax import builders, given, run_folder, trained
+from ldm_jax import builders, given, run_folder, samplers, trained
 from ldm_jax.evaluation import pictures
 from ldm_jax.generate import request
 from ldm_jax.training.parallel import replicate
@@ -44,9 +44,9 @@ def main() -> None:
     # The same pictures and hidden parts, drawn from other noise: all follows from the number of the sample.
     known = given.from_split(config, builders.load_split(config, config.data.test_split), COLUMNS, config.seed)
     rows = {"given": given.shown(config, known), "interpolated": given.baseline(config, known)}
-    generator = trained.build_generator(config, len(model.class_names), COLUMNS)
+    generator = samplers.build_generator(config, len(model.class_names), COLUMNS)
     params = replicate(model.params)
-    table, maps = trained.build_table(config), generator.maps(params, known.known)
+    table, maps = samplers.build_table(config), generator.maps(params, known.known)
     sampling, labels = config.sampling, known.labels.tolist() if model.class_names else []
     for seed in range(DRAWINGS):
         asked = request(

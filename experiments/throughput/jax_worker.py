@@ -11,7 +11,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs.fashion_mnist import get_config  # noqa: E402
-from ldm_jax import builders, trained  # noqa: E402
+from ldm_jax import builders, samplers  # noqa: E402
 from ldm_jax.generate import request  # noqa: E402
 from ldm_jax.training.parallel import parallel_step, replicate, shard  # noqa: E402
 
@@ -34,8 +34,8 @@ def main() -> None:
         }
     )
     step = parallel_step(stage.step)
-    generator = trained.build_generator(config, 10, BATCH)
-    table = trained.build_table(config, sampler="ddim", steps=STEPS)
+    generator = samplers.build_generator(config, 10, BATCH)
+    table = samplers.build_table(config, sampler="ddim", steps=STEPS)
     drawn = replicate(jax.tree.map(np.asarray, state.ema_params)) | frozen
     wanted, number = request(BATCH, list(range(10)), guidance=GUIDANCE, seed=0), 0
     print(f"ready {params}", flush=True)

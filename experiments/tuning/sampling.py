@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.judge.run import open_court
-from ldm_jax import trained
+from ldm_jax import samplers, trained
 from ldm_jax.evaluation.features import vgg16_features
 from ldm_jax.evaluation.metrics import frechet_distance
 from ldm_jax.generate import request
@@ -33,10 +33,10 @@ def main() -> None:
     model = trained.load(args.run)
     extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=250)
     reference = extractor(court.test_set["x"])
-    generator, params = trained.build_generator(model.config, 10, 200), replicate(model.params)
+    generator, params = samplers.build_generator(model.config, 10, 200), replicate(model.params)
     for setting in args.settings:
         sampler, steps, guidance, *interval = setting.split(":")
-        table = trained.build_table(model.config, sampler=sampler, steps=int(steps))
+        table = samplers.build_table(model.config, sampler=sampler, steps=int(steps))
         interval = tuple(float(share) for share in interval)
         wanted = request(args.num, list(range(10)), guidance=float(guidance), seed=0, interval=interval)
         start = time.perf_counter()
