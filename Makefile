@@ -37,7 +37,7 @@ train: .venv/ready data
 	@.venv/bin/python -m ldm_jax.train --config=configs/fashion_mnist.py $(ARGS)
 
 test: .venv/ready data emoji-data
-	@.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	@.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder -rs $(ARGS)
 
 check: .venv/ready
 	@.venv/bin/python -m ruff check .

@@ -63,7 +63,7 @@ class EmojiPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:
-    """The folder of the prepared data set under `data_dir`; prepares it at the first call (half a minute).
+    """The folder of the prepared data set under `data_dir`; prepares it at the first call (seconds).
 
     Args:
         data_dir: where data sets live; also searched for the two packages, unpacked there by `make emoji-data`.

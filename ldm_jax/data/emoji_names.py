@@ -19,6 +19,7 @@ TITLE = re.compile(r"# (?P<kind>group|subgroup): (?P<title>\S.*)")
 END = "#EOF"
 
 TEMPLATES = ("{name}", "an emoji of {name}", "{name}, from {group}", "{subgroup}: {name}")
+TYPED = str.maketrans("‘’“”", "''\"\"")  # as one types a prompt
 PLURALS = {
     "man": "men",
     "woman": "women",
@@ -118,7 +119,7 @@ def spoken(name: str) -> str:
     >>> spoken("person: medium skin tone, red hair"), spoken("flag: Chad"), spoken("family: man, boy")
     ('person with medium skin tone and red hair', 'flag of Chad', 'family of a man and a boy')
     """
-    head, _, tail = name.replace("&", "and").partition(": ")
+    head, _, tail = name.translate(TYPED).replace("&", "and").partition(": ")
     if head in ("flag", "keycap"):
         return f"flag of {tail}" if head == "flag" else f"keycap {tail}"
     parts = tail.split(", ") if tail else []
