@@ -35,7 +35,7 @@ KEYS = {"vocab_size": int, "max_position_embeddings": int, "eos_token_id": int} 
 IMAGE_KEYS = {"image_size": int, "patch_size": int, "num_channels": int} | LAYERS
 PROJECTION_DIM = 512  # the default of the three config classes; the others are the modules' own
 
-TEXT, IMAGE = "text_model.", "vision_model."  # prefixes of all but these:
+PREFIX, IMAGE_PREFIX = "text_model.", "vision_model."  # of all names but these:
 TEXT_PROJECTION, IMAGE_PROJECTION, LOGIT_SCALE = "text_projection.", "visual_projection.", "logit_scale"
 IGNORED = "embeddings.position_ids"  # 0, 1, 2 ...: a buffer that older files have
 
@@ -133,17 +133,17 @@ def text_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params)
     Args and errors are those of `params_from_state_dict`; its message names keys without the prefix. `position_ids` are
     left out.
     """
-    return _unprefixed(state, TEXT, target)
+    return _unprefixed(state, PREFIX, target)
 
 
 def image_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
     """The same of an image encoder, whose prefix is `vision_model.`."""
-    return _unprefixed(state, IMAGE, target)
+    return _unprefixed(state, IMAGE_PREFIX, target)
 
 
 def clip_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
     """The parameters {"text", "image", "logit_scale"} of CLIP from a CLIPModel's state dict; see the two above."""
-    of_image = {key: value for key, value in state.items() if key.startswith((IMAGE, IMAGE_PROJECTION))}
+    of_image = {key: value for key, value in state.items() if key.startswith((IMAGE_PREFIX, IMAGE_PROJECTION))}
     of_text = {key: value for key, value in state.items() if key not in of_image and key != LOGIT_SCALE}
     of_both = {key: value for key, value in state.items() if key == LOGIT_SCALE}
     return {
@@ -159,12 +159,12 @@ def _unprefixed(state: Mapping[str, np.ndarray], prefix: str, target: Params) ->
 
 def state_dict_from_text_params(params: Params) -> dict[str, np.ndarray]:
     """The inverse: a state dict of contiguous NumPy arrays, with the prefix."""
-    return _prefixed(params, TEXT, TEXT_PROJECTION)
+    return _prefixed(params, PREFIX, TEXT_PROJECTION)
 
 
 def state_dict_from_image_params(params: Params) -> dict[str, np.ndarray]:
     """The inverse: a state dict of contiguous NumPy arrays, with the prefix."""
-    return _prefixed(params, IMAGE, IMAGE_PROJECTION)
+    return _prefixed(params, IMAGE_PREFIX, IMAGE_PROJECTION)
 
 
 def state_dict_from_clip_params(params: Params) -> dict[str, np.ndarray]:
