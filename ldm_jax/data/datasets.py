@@ -20,9 +20,8 @@ class Dataset:
     split: str
     shape: tuple[int, int, int, int]  # N, H, W, C
     class_names: tuple[str, ...]  # empty: without labels; or the captions, each of which is a class of its own
-    captions: tuple[
-        tuple[str, ...], ...
-    ]  # of each class that is a caption, all that say the same; empty: without texts
+    captions: tuple[tuple[str, ...], ...]  # what can be said of a picture of each class; empty: without texts
+    present: tuple[int, ...]  # of these, what this split has
     fingerprint: str  # equal means equal examples in equal order
     arrays: dict[str, np.ndarray] | None  # "x" uint8 [N, H, W, C], "label" int32 [N] if labelled ...; None: on the disk
     records: Records | None  # None: in memory
@@ -84,7 +83,7 @@ def load_dataset(
     keys["caption_key"] = caption_key
     records = Records(folder, split, **options, **keys)
     common = {"name": name, "split": split, "shape": records.shape}
-    common |= {"class_names": records.class_names, "captions": records.captions}
+    common |= {"class_names": records.class_names, "captions": records.captions, "present": records.present}
     if math.prod(records.shape) > memory_limit:
         return Dataset(**common, fingerprint=records.fingerprint, arrays=None, records=records)
     arrays = records.load()

@@ -40,6 +40,7 @@ class Records:
         shape: (N, H, W, C).
         class_names: of the labels, of several texts the first; empty without labels.
         captions: all texts of each class, at least one; empty without texts.
+        present: the classes that this split has, if they are captions.
         fingerprint: a hash of the arguments and of the record files' names, sizes, beginnings and ends.
 
     Raises:
@@ -95,10 +96,12 @@ class Records:
         self.shape = (len(self._source), height, width, self._fit["channels"])
         self.class_names = tuple(features[self._label_key].names) if self._label_key else ()
         self.captions: tuple[tuple[str, ...], ...] = ()
+        self.present: tuple[int, ...] = ()
         if self._caption_key:
-            self.captions = _all_captions(folder, self._caption_key)
+            self.captions = tuple(sorted(_captions(folder, "all", self._caption_key)))
             self.class_names = tuple(captions[0] for captions in self.captions)
             self._label_of = {captions: i for i, captions in enumerate(self.captions)}
+            self.present = tuple(sorted(self._label_of[c] for c in _captions(folder, split, self._caption_key)))
         self.fingerprint = _fingerprint(info.splits[split].file_instructions, [self.shape, self._fit, list(used)])
 
     def __len__(self) -> int:
@@ -196,17 +199,17 @@ def _open(folder: Path, split: str) -> tuple[Any, Sequence[bytes]]:
     return builder.info, source
 
 
-def _all_captions(folder: Path, key: str) -> tuple[tuple[str, ...], ...]:
-    """The texts of every picture that a data set has, in all its splits, once and in order."""
+def _captions(folder: Path, split: str, key: str) -> set[tuple[str, ...]]:
+    """The texts of every picture that a split has."""
     import tensorflow_datasets as tfds
 
-    info, source = _open(folder, "all")
+    info, source = _open(folder, split)
     alone = tfds.features.FeaturesDict({key: info.features[key]})
     found = set()
     for start in range(0, len(source), CHUNK):
         for content in source.__getitems__(range(start, min(start + CHUNK, len(source)))):
             found.add(read_captions(alone[key], alone.deserialize_example_np(content)[key]))
-    return tuple(sorted(found))
+    return found
 
 
 def _choose(features: Any, key: str, usual: str, fits: Callable[[Any], bool], where: str) -> str | None:
