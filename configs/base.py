@@ -117,7 +117,9 @@ def get_config() -> ConfigDict:
     sampling.guidance_interval = (0.0, 1.0)  # the share t / T of the timesteps that guidance acts on
     sampling.guidance_rescale = 0.0  # how far guidance may not change the contrast (Lin 2023): 0 freely, 1 not at all
     sampling.threshold = 0.0  # pixel space only: z0_hat is bounded by this quantile of it (Saharia 2022); 0 = by 1
-    sampling.prompts = ()  # init_from only: what is drawn while training and at the end, in turn
+    # init_from only: what is drawn while training and at the end, in turn; () = the first few captions of the test
+    # split that differ, or of a model that is given pictures the caption of each.
+    sampling.prompts = ()
     sampling.batch_size = 512
     sampling.progress_every = 2_000  # steps between the sample grids made while training; 0 = none
 
