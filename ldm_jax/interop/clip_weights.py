@@ -11,6 +11,7 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.diffusers import Params, params_from_state_dict, state_dict_from_params
+from ldm_jax.interop.stored import Stored
 from ldm_jax.models.clip import CLIPTextEncoder
 
 # Name of a class of transformers -> whether it projects the pooled features.
@@ -68,7 +69,7 @@ def config_from_text_encoder(encoder: CLIPTextEncoder) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": "clip_text_model"} | fields
 
 
-def text_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
+def text_params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
     """A text encoder's parameters from a state dict of transformers, with or without the prefix `text_model.`.
 
     Args and errors are those of `params_from_state_dict`; its message names keys without the prefix. `position_ids` are
@@ -79,6 +80,6 @@ def text_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params)
 
 
 def state_dict_from_text_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse: a state dict of contiguous NumPy arrays, with the prefix."""
+    """The inverse: a state dict with the prefix."""
     state = state_dict_from_params(params)
     return {key if key.startswith(PROJECTION) else PREFIX + key: value for key, value in state.items()}
