@@ -14,7 +14,7 @@ from ldm_jax.extras import Extras, other_autoencoder
 from ldm_jax.interop import ldm_families
 from ldm_jax.interop.weights import write_safetensors
 
-SD1, SD2, XL, CLASSES, PLAIN = ldm_files.UNETS
+SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def run(model, out, *flags):
     return commands.run(sample.main, ["sample", f"--model={model}", f"--out={out}", "--steps=2", *flags])
 
 
-@pytest.mark.parametrize("family", [XL, PLAIN])
+@pytest.mark.parametrize("family", [XL, UPSCALER])
 def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
     """The same modules, parameters, tokenizers and scheduler, and so the same pictures."""
     file = trained.load(file_of(family))
@@ -51,11 +51,14 @@ def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
     ours, theirs = file.pretrained._asdict(), folder.pretrained._asdict()
     for name in ("unet", "autoencoder", "encoders", "scheduler", "zeros_for_nothing", "pipeline"):
         assert ours[name] == theirs[name], name
+    if family == UPSCALER:
+        assert ours["upscaling"].max_noise_level == theirs["upscaling"].max_noise_level == 350
+        np.testing.assert_array_equal(ours["upscaling"].alpha_bar, theirs["upscaling"].alpha_bar)
     for one, other in zip(ours["tokenizers"], theirs["tokenizers"], strict=True):
         np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
 
 
-@pytest.mark.parametrize("family", [SD2, XL])
+@pytest.mark.parametrize("family", [SD2, XL, UPSCALER])
 def test_a_file_becomes_a_folder(family, file_of, tmp_path):
     """The same model to the bit, whose tokenizers fill up as they should: with ! in SD 2 and in SDXL's second."""
     file, folder = file_of(family), tmp_path / "folder"

@@ -138,7 +138,7 @@ def loading_memory(name: str, folder: Path, dtype: str) -> float:
 
     import jax
 
-    from ldm_jax import pretrained  # noqa: F401: all that `load` imports
+    import ldm_jax.pretrained  # noqa: F401 (so that its imports are over)
     from ldm_jax.training.parallel import replicate
 
     jax.devices()

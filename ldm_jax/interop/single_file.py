@@ -69,6 +69,7 @@ class SingleFile(NamedTuple):
     pads: tuple[str, ...]  # for each of them, the token that fills up its texts
     classes: tuple[ClassEmbedder, dict[str, Any]] | None  # of a class-conditional model
     scheduler: Mapping[str, Any]  # as in scheduler_config.json
+    low_res_scheduler: Mapping[str, Any] | None  # the same, of the x4 upscaler
     sample_size: int  # of the latents in pixels
 
 
@@ -124,6 +125,7 @@ def read(path: Path, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float3
         tuple(text.pad for text in fields.texts),
         read_parts.get("class embedding"),
         fields.scheduler,
+        fields.low_res_scheduler,
         fields.sample_size,
     )
 
@@ -181,13 +183,13 @@ def _variant(family: str, shapes: Shapes, prediction: str, step: int | None) -> 
 def _check_noise_levels(file: WeightFile, fields: Family) -> None:
     """Raises InputError if the file tells its noise levels, and they are not those of its family."""
     T, start, end = (fields.scheduler[name] for name in ("num_train_timesteps", "beta_start", "beta_end"))
-    if "betas" in file.shapes:
-        betas = file.view("betas").astype(np.float64)
-        wanted = make_schedule("scaled_linear", T, beta_start=start, beta_end=end).beta
+    wanted = make_schedule("scaled_linear", T, beta_start=start, beta_end=end).beta
+    for name in {"betas", "low_scale_model.betas"} & file.shapes.keys():
+        betas = file.view(name).astype(np.float64)
         if betas.shape != wanted.shape or not np.allclose(betas, wanted, rtol=5e-3, atol=0):  # that of bfloat16
             ends = f"{betas.min():.3g} to {betas.max():.3g}" if betas.size else "none"
             raise InputError(
-                f"was trained with other noise levels than its kind: betas are {ends}, not {start} to {end}"
+                f"was trained with other noise levels than its kind: {name} are {ends}, not {start} to {end}"
             )
 
 

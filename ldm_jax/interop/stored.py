@@ -35,7 +35,7 @@ class Stored(NamedTuple):
         return self._replace(view=lambda: change(self.view()))
 
     def laid_out(self) -> np.ndarray:
-        """The tensor in contiguous, aligned memory, read-only; cast and copied at once, so that no other copy is made."""
+        """The tensor in contiguous, aligned, read-only memory; cast and copied at once, without a copy between."""
         view = self.view()
         array = _aligned(view.shape, self._dtype(view.dtype))
         np.copyto(array, view, casting="unsafe")

@@ -15,7 +15,7 @@ from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.models.attention import SelfAttention2D
 
 FAMILIES = [*ldm_files.UNETS]
-SD1, SD2, XL, CLASSES, PLAIN = FAMILIES
+SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +236,8 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
         SD1, having(cond_stage_model__transformer__text_model__embeddings__token_embedding__weight=(9, 65)),
         "does not divide into heads of 64"),
     "other noise levels": (PLAIN, having(betas=(1000,)), "was trained with other noise levels than its kind"),
+    "a picture noised by others": (
+        UPSCALER, having(low_scale_model__betas=(1000,)), "its kind: low_scale_model.betas are 0 to 0, not 0.0001"),
 }  # fmt: skip
 
 
