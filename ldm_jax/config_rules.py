@@ -83,7 +83,7 @@ def _validate_own(config: ConfigDict) -> None:
     asked["sampling.sampler"] = OWN if sampling.sampler == OWN else ""
     for name, value in asked.items():
         if value:
-            raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers folder")
+            raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers model")
 
 
 def _validate_stages(config: ConfigDict) -> None:

@@ -2,17 +2,19 @@
 
 import shutil
 
+import jax
 import jax.numpy as jnp
 import jobs
 import ldm_files
 import numpy as np
 import pytest
 
-from ldm_jax import commands, convert, evaluate, sample, trained
+from configs import finetune as finetune_config
+from ldm_jax import commands, convert, evaluate, finetune, sample, trained
 from ldm_jax.errors import InputError
 from ldm_jax.extras import Extras, other_autoencoder
 from ldm_jax.interop import ldm_families
-from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.interop.weights import read_weights, write_safetensors
 
 SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
 
@@ -151,7 +153,7 @@ def assert_refused(model, flags, words, tmp_path, capsys):
 
 def test_a_file_without_a_tokenizer(file_of, tmp_path, capsys):
     alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
-    words = "has no tokenizer in it, nor beside it; give a folder with CLIP's vocab.json and merges.txt, by --tokenizer"
+    words = "has no tokenizer in it, nor beside it; CLIP's vocab.json and merges.txt must be in a folder"
     assert_refused(alone, ["--prompt=low"], words, tmp_path, capsys)
 
 
@@ -176,6 +178,29 @@ def test_files_that_are_none(tmp_path, capsys):
     ):
         (tmp_path / name).write_bytes(content)
         assert_refused(tmp_path / name, ["--prompt=low"], words, tmp_path, capsys)
+
+
+def fine_tuning(path):
+    """The config of a fine-tuning that begins with this file."""
+    config = finetune_config.get_config()
+    config.init_from, config.data.image_size = str(path), 16
+    return config
+
+
+def test_fine_tuning_begins_with_a_file(file_of, tmp_path):
+    """As with its folder; it is known again by what is in it, wherever it is."""
+    moved = shutil.copytree(file_of(SD1).parent, tmp_path / "moved") / "model.safetensors"
+    (base, config), (other, _) = (finetune.load_base(fine_tuning(path)) for path in (file_of(SD1), moved))
+    jax.tree.map(np.testing.assert_array_equal, base.params, trained.load(file_of(SD1)).params)
+    assert (config.diffusion.prediction, config.autoencoder.latent_channels) == ("eps", 4)
+    assert base.fingerprint == other.fingerprint
+    tensors = {name: np.array(tensor) for name, tensor in read_weights(moved).items()}
+    tensors["model.diffusion_model.out.2.bias"] += 1
+    write_safetensors(moved, tensors)
+    assert finetune.load_base(fine_tuning(moved))[0].fingerprint != base.fingerprint
+    shutil.rmtree(moved.parent / "tokenizer")
+    with pytest.raises(InputError, match=r"config\.init_from=.* has no tokenizer in it, nor beside it"):
+        finetune.load_base(fine_tuning(moved))
 
 
 def test_what_folders_say_themselves(tmp_path, capsys):
