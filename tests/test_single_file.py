@@ -1,5 +1,6 @@
 """Single files drawn by the command: as the same model's folder, and what is refused."""
 
+import json
 import shutil
 
 import jax
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 
 from configs import finetune as finetune_config
-from ldm_jax import commands, convert, evaluate, finetune, sample, trained
+from ldm_jax import commands, convert, evaluate, finetune, hub, sample, scoring, trained
 from ldm_jax.errors import InputError
+from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance
 from ldm_jax.extras import Extras, other_autoencoder
 from ldm_jax.interop import ldm_families
 from ldm_jax.interop.weights import read_weights, write_safetensors
@@ -210,7 +212,35 @@ def test_what_folders_say_themselves(tmp_path, capsys):
     assert_refused(tmp_path, ["--vae=some"], "--vae is for diffusers folders and single files", tmp_path, capsys)
 
 
-def test_evaluate_wants_a_run(file_of, tmp_path, capsys):
-    command = ["evaluate", f"--model={file_of(PLAIN)}", f"--out={tmp_path / 'out'}"]
-    assert commands.run(evaluate.main, command) == 2
-    assert "names no test images; add --config=FILE" in capsys.readouterr().err
+def test_evaluate_wants_to_know_what_to_compare_with(file_of, tmp_path, capsys, monkeypatch):
+    """Before anything is read, or looked for on the hub."""
+    monkeypatch.setattr(hub, "find", None)
+    monkeypatch.setattr(trained, "load", None)
+    for model in (file_of(PLAIN), "org/name", "org/name@main"):
+        assert commands.run(evaluate.main, ["evaluate", f"--model={model}", f"--out={tmp_path / 'out'}"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        told = "knows no data set; say by --config=FILE what its pictures are to be compared with"
+        assert line == f"evaluate: --model={model} {told}"
+
+
+def test_evaluate_scores_a_file(file_of, tiny_data, tmp_path, monkeypatch):
+    """By features that need no network: the mean of each quarter, and the mean difference."""
+
+    def quarters(params, images):
+        return jnp.mean(images.reshape(len(images), 2, 8, 2, 8, 3).astype(np.float32), axis=(2, 4, 5)).reshape(-1, 4)
+
+    def features(resize, batch_size):
+        return FeatureExtractor("VGG16", "quarters", resize, "ab" * 32, {}, quarters, batch_size)
+
+    def distance(resize, batch_size):
+        return PerceptualDistance("LPIPS-vgg16", resize, "ab" * 32, {}, lambda _, a, b: jnp.zeros(len(a)), batch_size)
+
+    monkeypatch.setattr(scoring, "vgg16_features", features)
+    monkeypatch.setattr(scoring, "lpips_distance", distance)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ["--config=tests/tiny.py", f"--config.data.dir={tiny_data}", "--num=8", "--steps=2", "--batch_size=8"]
+    assert commands.run(evaluate.main, ["evaluate", f"--model={file_of(PLAIN)}", f"--out={tmp_path}/out", *flags]) == 0
+    cards = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (cards["samples"]["FD-VGG16"]["n"], cards["samples"]["FD-VGG16"]["reference_n"]) == (8, 16)
+    assert cards["samples"]["FD-VGG16"]["value"] > 0 and "PSNR" in " ".join(cards["autoencoder"])
+    assert jobs.samples(tmp_path / "out")["images"].shape == (8, 16, 16, 3)
