@@ -157,12 +157,17 @@ def _size(recipe: Recipe, values: FlagValues, model: Trained) -> list[int]:
             raise InputError(
                 f"--{flag}={side}: what this model draws is {factor} times as large as --map; leave it out"
             )
+        if recipe.map_split:
+            raise InputError(
+                f"--{flag}={side}: without a picture of yours this run restores test pictures, of its own size; give "
+                "--init_image and --mask"
+            )
         if side % factor:
             raise InputError(
                 f"--{flag}={side} must be a multiple of {factor}, as a latent of this autoencoder is "
                 f"{factor}x{factor} pixels; next to it is {max(side // factor, 1) * factor}"
             )
-    if model.pretrained and model.pretrained.upscaling:
+    if model.pretrained and model.pretrained.upscaling and recipe.map:
         small = editing.read_picture(Path(recipe.map), "--map")
         return [factor * small.height, factor * small.width]
     return [asked.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]

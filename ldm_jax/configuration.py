@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from ldm_jax.errors import InputError
+
+DEFAULTS = Path(__file__).parent.parent / "configs" / "base.py"  # every field, and what it is unless it is said
 
 # What may change between two runs of the same command without making it another run.
 FREE = (
@@ -53,6 +56,35 @@ def from_json(path: Path) -> ConfigDict:
 def from_fields(fields: dict[str, Any]) -> ConfigDict:
     """The config of what `to_json` wrote, parsed."""
     return ConfigDict(_tuples(fields)).lock()
+
+
+def of_run(path: Path) -> ConfigDict:
+    """As `from_json`, of a run that is only read: `completed`."""
+    return completed(from_json(path), str(path))
+
+
+def completed(config: ConfigDict, where: str) -> ConfigDict:
+    """The config with the fields that have come since it was written, as configs/base.py has them; says which.
+
+    A field's default is what was done before there was a field. What is no config of ours stays as it is.
+    """
+    if not DEFAULTS.is_file() or not all(isinstance(config.get(name), ConfigDict) for name in ("data", "diffusion")):
+        return config
+    defaults, given = flatten(runpy.run_path(str(DEFAULTS))["get_config"]()), flatten(config)
+    lacking = sorted(defaults.keys() - given.keys())
+    if not lacking or any(name.startswith(f"{other}.") for name in lacking for other in given):
+        return config
+    print(f"{where} is of an older version; as in configs/base.py are {', '.join(f'config.{n}' for n in lacking)}")
+    whole = config.copy_and_resolve_references().unlock()
+    for name in lacking:
+        *sections, field = name.split(".")
+        place = whole
+        for section in sections:
+            if section not in place:
+                place[section] = ConfigDict()
+            place = place[section]
+        place[field] = defaults[name]
+    return whole.lock()
 
 
 def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from zipfile import BadZipFile
@@ -13,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm_jax import builders, editing, pretrained, run_folder, samplers, trained
+from ldm_jax.data.datasets import Dataset
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import EVEN
 from ldm_jax.diffusion.tables import Table
@@ -53,26 +55,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
     generator = samplers.generator_of(model, batch_size, guide, vae_tiling=recipe.vae_tiling)
     params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
-    wanted = request(
-        recipe.num,
-        recipe.labels,
-        guidance=recipe.guidance,
-        seed=recipe.seed,
-        negative=recipe.negative_label,
-        interval=tuple(recipe.guidance_interval),
-        rescale=recipe.guidance_rescale,
-        threshold=recipe.threshold,
-        classifier_scale=np.full(recipe.num, recipe.classifier_scale, np.float32),
-    )
-    if model.pretrained:
-        wanted = wanted._replace(**of_pretrained(model, recipe, table))
-    if given is not None:
-        maps = generator.maps(params, given.known)
-        if model.pretrained and model.pretrained.upscaling:
-            maps = noised(maps, recipe.noise_level, model.pretrained.upscaling, recipe.seed, recipe.num)
-        wanted = wanted._replace(maps=np.broadcast_to(maps, (recipe.num, *maps.shape[1:])))
-        if given.labels is not None:
-            wanted = wanted._replace(labels=given.labels)
+    wanted = request_for(model, recipe, table, given, lambda known: generator.maps(params, known))
     wanted = wanted._replace(**_beginning(model, recipe, generator, params, wanted, image, mask))
     images = []
     with tqdm(total=recipe.num, unit="image", desc="    sampling", unit_scale=False) as bar:
@@ -105,6 +88,38 @@ def table_for(model: Trained, recipe: Recipe) -> Table:
         jump=recipe.resample_jump,
         **{name: getattr(recipe, name) for name in ("eta", "churn", "variance", "strength", "resample")},
     )
+
+
+def request_for(
+    model: Trained,
+    recipe: Recipe,
+    table: Table,
+    given: Given | None,
+    to_maps: Callable[[dict[str, np.ndarray]], np.ndarray],
+) -> Request:
+    """What a recipe asks of a generator, from noise alone; `to_maps` makes what the UNet sees of what is known."""
+    wanted = request(
+        recipe.num,
+        recipe.labels,
+        guidance=recipe.guidance,
+        seed=recipe.seed,
+        negative=recipe.negative_label,
+        interval=tuple(recipe.guidance_interval),
+        rescale=recipe.guidance_rescale,
+        threshold=recipe.threshold,
+        classifier_scale=np.full(recipe.num, recipe.classifier_scale, np.float32),
+    )
+    if model.pretrained:
+        wanted = wanted._replace(**of_pretrained(model, recipe, table))
+    if given is None:
+        return wanted
+    maps = to_maps(given.known)
+    if model.pretrained and model.pretrained.upscaling:
+        maps = noised(maps, recipe.noise_level, model.pretrained.upscaling, recipe.seed, recipe.num)
+    wanted = wanted._replace(maps=np.broadcast_to(maps, (recipe.num, *maps.shape[1:])))
+    if given.labels is None or recipe.prompts:  # which the recipe's labels are numbers of
+        return wanted
+    return wanted._replace(labels=given.labels)
 
 
 def of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, Any]:
@@ -206,10 +221,10 @@ def picture(
     return pictures.comparison({name: some[:40] for name, some in rows.items()})
 
 
-def draw_final(workdir: Path) -> None:
+def draw_final(workdir: Path, test_set: Dataset) -> None:
     """Draws the samples that end a run, unless the run folder has just these already."""
     model = trained.load(workdir)
-    recipe = of_config(model)
+    recipe = of_config(model, test_set)
     asked = recipe._asdict() | {"model": trained.fingerprint(model)}
     if recipe.num and not _is_drawn(workdir, asked):
         save(workdir, draw(model, recipe, batch_size=model.config.sampling.batch_size))

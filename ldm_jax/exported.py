@@ -57,7 +57,7 @@ def load(path: Path) -> Exported:
     wrong = [name for name, kind in FIELDS.items() if not isinstance(recipe[name], kind)]
     if wrong or not isinstance(recipe["data"].get("class_names"), list):
         raise InputError(f"{path / RECIPE} is damaged: its {wrong[0] if wrong else 'data'} is of another kind")
-    config = configuration.from_fields(recipe["config"])
+    config = configuration.completed(configuration.from_fields(recipe["config"]), str(path / RECIPE))
     config_rules.validate(config)
     params = _load_unet(path / "unet", config, len(recipe["data"]["class_names"])) | _load_first_stage(path, config)
     return Exported(params=params, **{name: recipe[name] for name in FIELDS} | {"config": config})

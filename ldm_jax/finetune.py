@@ -1,7 +1,9 @@
-"""Fine-tuning: the UNet of a diffusers model trained on, or its LoRA; all else of the model stays as it is.
+"""Fine-tuning: the UNet of somebody's model trained on, or its LoRA; all else of the model stays as it is.
 
 A text is a class of its own (see `data.records.Records`): what the text encoders say of each is computed once, and the
-label picks the row.
+label picks the row. The classes of a class-conditional model are those of the data set, and what it is told of each
+learns with the UNet (Rombach 2022, section 3.3), unless that is LoRA. An inpainting model is given random parts of the
+pictures, an upscaler the pictures made small, as `map_condition` has it, and for the upscaler noised (see `upscaling`).
 """
 
 import hashlib
@@ -14,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, hub, pretrained
+from ldm_jax import builders, hub, pretrained, upscaling
+from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.files import atomic
 from ldm_jax.first_stage import make_first_stage
 from ldm_jax.interop import lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
-from ldm_jax.text_condition import make_tau
+from ldm_jax.text_condition import make_class_tau, make_tau
 from ldm_jax.training.checkpoint import flatten, unflatten
 from ldm_jax.training.diffusion import DiffusionStage, Network, make_diffusion_stage
 from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
@@ -95,8 +98,6 @@ def _fingerprint(path: Path) -> str:
 def _resolved(config: ConfigDict, model: Pretrained, theirs: ConfigDict) -> ConfigDict:
     """The config of a run with the fields that are its model's; raises InputError for others that do not fit these."""
     where, data = f"config.init_from={config.init_from}", config.data
-    if theirs.concat.kind != "none":
-        raise InputError(f"{where} is a model for {theirs.concat.kind}; those of texts alone can be fine-tuned")
     if data.channels != theirs.data.channels:
         raise InputError(f"config.data.channels is {data.channels}; {where} takes pictures of {theirs.data.channels}")
     factor = 2 ** (len(theirs.autoencoder.block_out_channels) - 1)
@@ -104,28 +105,63 @@ def _resolved(config: ConfigDict, model: Pretrained, theirs: ConfigDict) -> Conf
         raise InputError(f"config.data.image_size is {data.image_size}; {where} needs a multiple of {factor}")
     if model.encoders and data.caption_key == "none":
         raise InputError(f"{where} is a model of texts; config.data.caption_key must name the feature with these")
+    if config.sampling.prompts and not model.encoders:
+        raise InputError(f"config.sampling.prompts is {config.sampling.prompts}; {where} is told no texts")
     resolved = config.copy_and_resolve_references().unlock()
     for section, names in OF_THE_MODEL.items():
         for name in names:
             resolved[section][name] = theirs[section][name]
+    if model.upscaling:
+        resolved.concat.factor = theirs.concat.factor
+    if not model.encoders:
+        resolved.data.caption_key = "none"
+    if not (model.encoders or model.classes):
+        resolved.data.label_key, resolved.sampling.guidance = "none", 1.0
     if config.sampling.sampler == "own":
         for name in OF_ITS_SAMPLER:
             resolved.sampling[name] = theirs.sampling[name]
     return resolved.lock()
 
 
+def check_data(config: ConfigDict, base: Base, train_set: Dataset) -> None:
+    """Raises InputError if the model cannot be told of the data set's texts or classes, or has no place for LoRA."""
+    where, classes = f"config.init_from={config.init_from}", base.model.classes
+    if not jax.tree.leaves(trained_shapes(config, base)):
+        raise InputError(f"config.lora.rank is {config.lora.rank}; {where} has no attention that LoRA could be of")
+    if base.model.encoders:
+        _check_texts(config, base, train_set.class_names)
+    if classes and not train_set.num_classes:
+        raise InputError(f"{where} is a model of classes; {train_set.name} has none: see config.data.label_key")
+    if classes and train_set.num_classes > classes.num_classes:
+        raise InputError(
+            f"{where} knows {classes.num_classes} classes; {train_set.name} has {train_set.num_classes}, which must be "
+            "no more"
+        )
+
+
 def build_network(config: ConfigDict, base: Base, num_texts: int) -> Network:
-    """What is trained. Its `frozen` has "told", from `tell_of`, and for LoRA "unet", the model's own parameters."""
-    rank, unet = config.lora.rank, base.params["unet"]
-    return Network(
-        module=base.model.unet,
-        init=lambda rng: {"lora": lora.init_lora(rng, unet, rank)} if rank else {"unet": unet},
-        unet=lambda params, frozen: (
-            lora.merge(frozen["unet"], params["lora"], lora_scale(config)) if rank else params["unet"]
-        ),
-        tell=lambda params, frozen, label: jax.tree.map(lambda rows: rows[label], frozen["told"]),
-        null=num_texts,
-    )
+    """What is trained, and what that is told; the rest of it is from `frozen_arrays`."""
+    rank, classes = config.lora.rank, base.model.classes
+
+    def init(rng: jax.Array) -> dict[str, Any]:
+        if rank:
+            return {"lora": lora.init_lora(rng, base.params["unet"], rank)}
+        return {name: base.params[name] for name in _learning(base)}
+
+    def unet(params: Any, frozen: dict) -> Any:
+        return lora.merge(frozen["unet"], params["lora"], lora_scale(config)) if rank else params["unet"]
+
+    def tell(params: Any, frozen: dict, label: jax.Array) -> dict[str, Any]:
+        if classes:
+            return make_class_tau(classes)((frozen if rank else params)["conditioner"], label)
+        return jax.tree.map(lambda rows: rows[label], frozen["told"])
+
+    return Network(base.model.unet, init, unet, tell, classes.null if classes else num_texts)
+
+
+def _learning(base: Base) -> tuple[str, ...]:
+    """The parts of the model that learn, unless LoRA does; CompVis trained the classes' embeddings with the UNet."""
+    return ("unet", "conditioner") if base.model.classes else ("unet",)
 
 
 def lora_scale(config: ConfigDict) -> float:
@@ -135,12 +171,14 @@ def lora_scale(config: ConfigDict) -> float:
 
 def build_stage(config: ConfigDict, base: Base, num_texts: int) -> DiffusionStage:
     """Stage 2 from a model's parameters, on its own noise schedule and for its own kind of prediction."""
-    diffusion, scheduler = config.diffusion, pretrained.scheduler_of(base.model)
+    diffusion, scheduler, upscales = config.diffusion, pretrained.scheduler_of(base.model), base.model.upscaling
+    first_stage, latent_shape = make_first_stage(base.model.autoencoder), builders.latent_shape(config)
     return make_diffusion_stage(
         network=build_network(config, base, num_texts),
-        map_condition=None,
-        first_stage=make_first_stage(base.model.autoencoder),
-        latent_shape=builders.latent_shape(config),
+        map_condition=pretrained.map_condition_of(base.model, first_stage, latent_shape),
+        augment=upscaling.make_augment(upscales) if upscales else None,
+        first_stage=first_stage,
+        latent_shape=latent_shape,
         alpha_bar=scheduler.schedule.alpha_bar,
         prediction=scheduler.prediction,
         weighting=diffusion.weighting,
@@ -153,10 +191,10 @@ def build_stage(config: ConfigDict, base: Base, num_texts: int) -> DiffusionStag
 
 
 def frozen_arrays(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -> dict[str, Any]:
-    """What the stage's steps need beside what they train; see `build_network`."""
-    first_stage = {name: base.params[name] for name in ("autoencoder", "shift", "scale")}
-    unet = {"unet": base.params["unet"]} if config.lora.rank else {}
-    return first_stage | unet | {"told": tell_of(config, base, texts, cache)}
+    """What the stage's steps need beside what they train: the first stage, "told" from `tell_of`, and the model itself
+    beside its LoRA."""
+    names = ("autoencoder", "shift", "scale", *(_learning(base) if config.lora.rank else ()))
+    return {name: base.params[name] for name in names} | {"told": tell_of(config, base, texts, cache)}
 
 
 def _rows(config: ConfigDict, base: Base, texts: Sequence[str]) -> tuple[dict[str, Any], int]:
@@ -164,10 +202,8 @@ def _rows(config: ConfigDict, base: Base, texts: Sequence[str]) -> tuple[dict[st
     return base.model.texts(texts, None, builders.picture_size(config), 0)
 
 
-def check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:
+def _check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:
     """Raises InputError if what the model is told of all texts takes more than `config.data.memory_limit_gb`."""
-    if not base.model.encoders:
-        return
     one, _ = _rows(config, base, texts[:1])
     told = jax.eval_shape(make_tau(base.model.encoders), base.params["conditioner"], one)
     size = 4 * sum(leaf.size / 2 for leaf in jax.tree.leaves(told)) * (len(texts) + 1) / 2**30
@@ -210,6 +246,9 @@ def trained_shapes(config: ConfigDict, base: Base) -> Any:
 
 def with_trained(config: ConfigDict, base: Base, trained: dict[str, Any]) -> dict[str, Any]:
     """The model's parameters with what was trained in the place of its own, or added to them, in the type of these."""
-    before, trained = base.params["unet"], jax.device_get(trained)
-    after = lora.merge(before, trained["lora"], lora_scale(config)) if config.lora.rank else trained["unet"]
-    return base.params | {"unet": jax.tree.map(lambda new, old: np.asarray(new, old.dtype), after, before)}
+    trained = jax.device_get(trained)
+    if config.lora.rank:
+        trained = {"unet": lora.merge(base.params["unet"], trained["lora"], lora_scale(config))}
+    before = {name: base.params[name] for name in trained.keys() & set(_learning(base))}
+    after = {name: trained[name] for name in before}
+    return base.params | jax.tree.map(lambda new, old: np.asarray(new, old.dtype), after, before)

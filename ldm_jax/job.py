@@ -44,7 +44,9 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     check_segments(config, train_set)
     describe_models(config, train_set.num_classes, base)
     if base:
-        finetune.check_texts(config, base, train_set.class_names)
+        finetune.check_data(config, base, train_set)
+        model = parts.before_fine_tuning(config, base, train_set)
+        drawing.table_for(model, of_config(model, test_set))  # for its errors, before anything is written
     if config.autoencoder.kind != "none" and config.autoencoder.checkpoint and not base:
         parts.adopted_autoencoder(config)  # for its errors, before anything is written
         parts.adopted_scale(config)
@@ -78,7 +80,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
                 _timed(run, clock, "classifier", parts.train_classifier)
             if primary:
                 if "diffusion" in config.stages:
-                    _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir))
+                    _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir, run.test_set))
                 _timed(run, clock, "scoring", lambda run: scoring.score_run(run.workdir, run.train_set, run.test_set))
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
@@ -107,7 +109,6 @@ def describe_models(config: ConfigDict, num_classes: int, base: finetune.Base | 
     try:
         if base:
             stages["diffusion"] = finetune.build_stage(config, base, num_classes)
-            drawing.table_for(parts.before_fine_tuning(config, base), of_config(parts.before_fine_tuning(config, base)))
         elif config.autoencoder.kind != "none":
             stages["autoencoder"] = builders.build_autoencoder_stage(config)
         if "diffusion" in config.stages and not base:

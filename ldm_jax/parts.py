@@ -169,34 +169,36 @@ def fine_tune(run: Run) -> None:
     stage = finetune.build_stage(config, base, len(texts))
     frozen = finetune.frozen_arrays(config, base, texts, run.workdir / "latents")
     initial = stage.init(jax.random.fold_in(jax.random.key(config.seed), 0))
-    state = train_on_latents(run, "diffusion", stage, show_prompts(run), frozen=frozen, initial=initial)
+    state = train_on_latents(run, "diffusion", stage, show_fine_tuned(run), frozen=frozen, initial=initial)
     if config.lora.rank and jax.process_index() == 0:
         lora.save_lora(run.workdir / lora.FILE, state.ema_params["lora"], finetune.lora_scale(config))
 
 
-def show_prompts(run: Run) -> Callable[[int, Any], None]:
-    """`show(step, params)` leaves what a fine-tuned model draws by the config's prompts in progress/."""
-    config, model = run.config, before_fine_tuning(run.config, run.base)
-    wanted = of_config(model)
+def show_fine_tuned(run: Run) -> Callable[[int, Any], None]:
+    """`show(step, params)` leaves in progress/ the first few of what a fine-tuned model draws at the end of its run."""
+    config, model = run.config, before_fine_tuning(run.config, run.base, run.train_set)
+    wanted = of_config(model, run.test_set)
     if not wanted.num:
         return lambda step, params: None
-    num, table = min(wanted.num, 2 * max(len(wanted.prompts), 4)), drawing.table_for(model, wanted)
-    generator = samplers.generator_of(model, smallest_batch(num, config.sampling.batch_size, jax.local_device_count()))
-    grid = request(num, wanted.labels, guidance=wanted.guidance, seed=wanted.seed, interval=wanted.guidance_interval)
-    grid = grid._replace(rescale=wanted.guidance_rescale, **drawing.of_pretrained(model, wanted, table))
+    wanted = wanted._replace(num=min(wanted.num, 2 * max(len(wanted.labels), 4)))
+    table, devices = drawing.table_for(model, wanted), jax.local_device_count()
+    generator = samplers.generator_of(model, smallest_batch(wanted.num, config.sampling.batch_size, devices))
+    given = from_split(config, run.test_set, wanted.num, wanted.seed) if wanted.map_split else None
+    first_stage = replicate({name: model.params[name] for name in ("autoencoder", "shift", "scale")})
+    grid = drawing.request_for(model, wanted, table, given, lambda known: generator.maps(first_stage, known))
 
     def show(step: int, params: Any) -> None:
         drawn = replicate(finetune.with_trained(config, run.base, params))
-        images = np.concatenate(list(generator.images(drawn, grid, table)))
-        picture = drawing.picture(config, images, grid.labels, (), None)
+        images = keep_known(given, np.concatenate(list(generator.images(drawn, grid, table))))
+        picture = drawing.picture(config, images, grid.labels, model.class_names, given)
         pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
 
     return show
 
 
-def before_fine_tuning(config: ConfigDict, base: finetune.Base) -> Trained:
+def before_fine_tuning(config: ConfigDict, base: finetune.Base, train_set: Dataset) -> Trained:
     """The model that is fine-tuned, before it is."""
-    return Trained(config, (), base.params, 0, base.model)
+    return Trained(config, train_set.class_names if base.model.classes else (), base.params, 0, base.model)
 
 
 def train_classifier(run: Run) -> None:

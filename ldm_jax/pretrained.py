@@ -17,11 +17,13 @@ from ml_collections import ConfigDict
 from ldm_jax import upscaling
 from ldm_jax.errors import InputError
 from ldm_jax.extras import NO_EXTRAS, Extras, find_tokenizers, other_autoencoder
+from ldm_jax.first_stage import FirstStage
 from ldm_jax.interop import folder, single_file
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
+from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.conditioning import ClassEmbedder
@@ -251,6 +253,7 @@ def _config(model: Pretrained, size: tuple[int, int], dtype: str) -> ConfigDict:
                 "image_size": tuple(side * autoencoder.downsampling for side in size),
                 "channels": autoencoder.in_channels,
                 "crop": "center",
+                "test_split": "",  # it knows no data set
             },
             "autoencoder": {
                 "kind": "kl" if isinstance(autoencoder, AutoencoderKL) else "vq",
@@ -282,3 +285,19 @@ def scheduler_of(model: Pretrained, sampler: str | None = None) -> Scheduler:
     if scheduler.threshold is not None:
         raise InputError(f"the scheduler {model.scheduler['_class_name']} has thresholding, which latents are not for")
     return scheduler
+
+
+def map_condition_of(
+    model: Pretrained, first_stage: FirstStage, latent_shape: tuple[int, int, int]
+) -> MapCondition | None:
+    """What the model's UNet sees beside its latents, of the shape (h, w, c); None if nothing."""
+    if model.map_kind == "none":
+        return None
+    return make_map_condition(
+        model.map_kind,
+        first_stage=first_stage,
+        latent_shape=latent_shape,
+        channels=model.autoencoder.in_channels,
+        factor=model.autoencoder.downsampling,
+        segments=0,
+    )

@@ -4,10 +4,14 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from ldm_jax import builders, trained
+from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.trained import Guide, Trained
+from ldm_jax.upscaling import NOISE_LEVEL
 
 
 class Recipe(NamedTuple):
@@ -49,9 +53,13 @@ class Recipe(NamedTuple):
     map_split: str = ""  # or the split that sample i's map is taken from, of its picture number i
 
 
+FEW = 8  # texts that a run draws by, unless it is told which
+LOOKED_AT = 64  # pictures, for as many texts that differ
+
+
 def map_split(model: Trained) -> str:
-    """Where maps come from unless a user gives one; a diffusers model knows no data set."""
-    return "" if model.config.concat.kind == "none" or model.pretrained else model.config.data.test_split
+    """Where maps come from unless a user gives one: the test split of a run; other models know no data set."""
+    return "" if model.config.concat.kind == "none" else model.config.data.test_split
 
 
 def from_picture(model: Trained, path: Path) -> Recipe:
@@ -61,28 +69,29 @@ def from_picture(model: Trained, path: Path) -> Recipe:
       InputError: the picture has no recipe, or another model drew it, or one of its inputs has changed since.
     """
     found = pictures.read_recipe(path)
-    missing = [name for name in Recipe._fields if name not in found]
+    missing = [name for name in Recipe._fields if name not in found and name not in Recipe._field_defaults]
     if missing:
         raise InputError(f"--from_recipe={path} is of another version: it says nothing of {', '.join(missing)}")
     if found.get("model") != trained.fingerprint(model):
         raise InputError(f"--from_recipe={path} was drawn by another model ({found.get('model')}) than --model")
-    recipe = Recipe(**{name: found[name] for name in Recipe._fields})
+    recipe = Recipe(**{name: found[name] for name in Recipe._fields if name in found})  # older ones have fewer
     if recipe.dtype != model.config.dtype:
         raise InputError(f"--from_recipe={path} was drawn in {recipe.dtype}; add --dtype={recipe.dtype}")
     for file, digest in digests(recipe, guide_of(model, recipe)).items():
-        if found["inputs"].get(file) != digest:
+        if found.get("inputs", {}).get(file) != digest:
             raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
     return recipe
 
 
-def of_config(model: Trained) -> Recipe:
-    """The recipe that ends a run: as its config has it."""
-    sampling = model.config.sampling
-    prompts = list(sampling.prompts)
-    undescribed = bool(model.pretrained and model.pretrained.encoders and not prompts)
+def of_config(model: Trained, test_set: Dataset) -> Recipe:
+    """The recipe that ends a run: as its config has it, or of a model of texts by those of its test set."""
+    sampling, pretrained = model.config.sampling, model.pretrained
+    prompts, labels = list(sampling.prompts), list(range(len(sampling.prompts or model.class_names)))
+    if pretrained and pretrained.encoders and not prompts and sampling.num:
+        prompts, labels = _captions(test_set, sampling.num if map_split(model) else 0)
     return Recipe(
-        num=0 if undescribed else sampling.num,
-        labels=list(range(len(prompts or model.class_names))),
+        num=sampling.num,
+        labels=labels,
         prompts=prompts,
         seed=model.config.seed,
         guidance=sampling.guidance,
@@ -97,8 +106,18 @@ def of_config(model: Trained) -> Recipe:
         variance=sampling.variance,
         dtype=model.config.dtype,
         size=list(builders.picture_size(model.config)),
+        noise_level=NOISE_LEVEL if pretrained and pretrained.upscaling else -1,
         map_split=map_split(model),
     )
+
+
+def _captions(test_set: Dataset, pictures: int) -> tuple[list[str], list[int]]:
+    """The first few texts of a split that differ, in turn; or those of its first `pictures`, and which each one has."""
+    label = test_set[np.arange(min(pictures or LOOKED_AT, len(test_set)))]["label"].tolist()
+    distinct = list(dict.fromkeys(label))
+    if not pictures:
+        distinct = label = distinct[:FEW]
+    return [test_set.class_names[number] for number in distinct], [distinct.index(number) for number in label]
 
 
 def guide_of(model: Trained, recipe: Recipe) -> Guide | None:

@@ -35,7 +35,14 @@ def check(workdir: Path, config: ConfigDict) -> None:
     """Raises InputError if `workdir` holds another run or something else; writes nothing."""
     check_folder("workdir", workdir)
     if (workdir / "config.json").exists():
-        differences = configuration.differences(configuration.from_json(workdir / "config.json"), config)
+        begun = configuration.from_json(workdir / "config.json")
+        since = sorted(configuration.flatten(config).keys() - configuration.flatten(begun).keys())
+        if begun.keys() and since:
+            raise InputError(
+                f"--workdir={workdir} was begun by an older version, that knew no config.{since[0]}; it can be drawn "
+                "from and scored, but not gone on with: choose another --workdir"
+            )
+        differences = configuration.differences(begun, config)
         if differences:
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise InputError(

@@ -8,9 +8,8 @@ from ldm_jax import builders, pretrained
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
-from ldm_jax.first_stage import FirstStage, make_first_stage
+from ldm_jax.first_stage import make_first_stage
 from ldm_jax.generate import Generator, make_generator
-from ldm_jax.map_condition import MapCondition, make_map_condition
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.text_condition import make_class_tau, make_tau
 from ldm_jax.tiling import tiled
@@ -61,7 +60,7 @@ def _pretrained_generator(
         unet=model.unet,
         tau=make_class_tau(classes) if classes else make_tau(model.encoders, upscales=model.upscaling is not None),
         null=None if model.encoders else classes.null if classes else 0,
-        map_condition=_map_condition(model, first_stage, latent_shape),
+        map_condition=pretrained.map_condition_of(model, first_stage, latent_shape),
         first_stage=first_stage,
         latent_shape=latent_shape,
         alpha_bar=scheduler.schedule.alpha_bar,
@@ -69,21 +68,6 @@ def _pretrained_generator(
         pixels=False,
         batch_size=batch_size,
         snapshots=SNAPSHOTS,
-    )
-
-
-def _map_condition(
-    model: Pretrained, first_stage: FirstStage, latent_shape: tuple[int, int, int]
-) -> MapCondition | None:
-    if model.map_kind == "none":
-        return None
-    return make_map_condition(
-        model.map_kind,
-        first_stage=first_stage,
-        latent_shape=latent_shape,
-        channels=model.autoencoder.in_channels,
-        factor=model.autoencoder.downsampling,
-        segments=0,
     )
 
 

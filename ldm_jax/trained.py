@@ -65,7 +65,7 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
             f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist, a diffusers folder, or a "
             "model in one .safetensors or .ckpt"
         )
-    config = configuration.from_json(path / "config.json")
+    config = configuration.of_run(path / "config.json")
     config_rules.validate(config)
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
@@ -93,8 +93,8 @@ def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
 def _load_fine_tuned(path: Path, config: ConfigDict) -> Trained:
     """The model that the run began with, which must still be there, with what the run has made of it."""
     base, config = finetune.load_base(config, config.dtype)
-    stored = run_folder.read_json(path / "data.json", "init_from_fingerprint")["init_from_fingerprint"]
-    if stored != base.fingerprint:
+    about = run_folder.read_json(path / "data.json", "init_from_fingerprint", "class_names")
+    if about["init_from_fingerprint"] != base.fingerprint:
         raise InputError(
             f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
         )
@@ -102,7 +102,8 @@ def _load_fine_tuned(path: Path, config: ConfigDict) -> Trained:
     params = finetune.with_trained(
         config, base, _averaged(flat, finetune.trained_shapes(config, base), path / "diffusion")
     )
-    return Trained(config, (), params, int(flat["step"]), base.model)
+    class_names = tuple(about["class_names"]) if base.model.classes else ()
+    return Trained(config, class_names, params, int(flat["step"]), base.model)
 
 
 def with_lora(model: Trained, path: Path, scale: float) -> Trained:
@@ -121,7 +122,7 @@ def load_classifier(path: Path) -> Guide:
     """Reads the classifier of a run folder; raises InputError if there is none, or it does not fit its own config."""
     if not path.is_dir():
         raise InputError(f"--classifier={path} does not exist; it must be a run folder with a classifier")
-    config = configuration.from_json(path / "config.json")
+    config = configuration.of_run(path / "config.json")
     config_rules.validate(config)
     if "classifier" not in config.stages:
         raise InputError(f"--classifier={path} has no classifier: its config.stages are {', '.join(config.stages)}")

@@ -1,12 +1,13 @@
 """What the x4 upscaler of Stable Diffusion 2 has beside: the picture to enlarge is noised first, by a level it is told.
 
-As in diffusers' StableDiffusionUpscalePipeline (0.42.1), after Ho 2022 (cascaded diffusion, section 3).
+As in diffusers' StableDiffusionUpscalePipeline (0.42.1), after Ho 2022 (cascaded diffusion, section 4).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,3 +70,19 @@ def noised(maps: np.ndarray, noise_level: int, upscaling: Upscaling, seed: int, 
     """
     noise = map_noise(sample_keys(np.uint32(seed), np.arange(num)), maps.shape[1:])
     return np.asarray(q_sample(jnp.asarray(maps), np.full(num, noise_level), noise, upscaling.alpha_bar))
+
+
+def make_augment(upscaling: Upscaling) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
+    """What training does to the small pictures: `augment(maps [B, h, w, C], keys [B])`, see `training.diffusion`.
+
+    Each is noised by a level of its own, any from 0 to the highest alike, which the UNet is told as its class.
+    """
+
+    def augment(maps: jax.Array, keys: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        highest = upscaling.max_noise_level
+        key_level, key_noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        level = jax.vmap(lambda key: jax.random.randint(key, (), 0, highest + 1))(key_level)
+        noise = map_noise(key_noise, maps.shape[1:])
+        return q_sample(maps, level, noise, upscaling.alpha_bar), {"class_labels": level}
+
+    return augment

@@ -113,6 +113,8 @@ def _samples(workdir: Path) -> str:
         recipe = {}
     words = {"sampler": "{}", "steps": "{} steps", "guidance": "guidance {}", "eta": "eta {}", "seed": "seed {}"}
     caption = ", ".join(text.format(recipe[key]) for key, text in words.items() if key in recipe)
+    if recipe.get("prompts"):
+        caption += f". Of the texts {', '.join(f'“{prompt}”' for prompt in recipe['prompts'])}"
     grid = page.picture(workdir / "samples.png", "A grid of samples, one row for each class", caption)
     film = page.picture(workdir / "denoising.gif", "Samples emerging from noise", "From noise to picture")
     return page.section("Samples", grid, film, note="Drawn by the model, none of them picked.")

@@ -52,6 +52,10 @@ def labelled(unet: nn.Module, conditioner: nn.Module, seen_shape: tuple[int, int
     return Network(unet, init, lambda params, frozen: params["unet"], tell, conditioner.null)
 
 
+# (maps [B, h, w, k], keys [B]) -> the maps as the UNet sees them, and the arguments by which it is told what was done.
+Augment = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
 class DiffusionStage(NamedTuple):
     """The pure functions of stage 2. `frozen` are arrays that do not learn: {"autoencoder", "shift", "scale"}, and what
     the network wants."""
@@ -78,11 +82,13 @@ def make_diffusion_stage(
     ema_decay: float,
     bound_weight: float = 0.0,
     levels: int | None = None,
+    augment: Augment | None = None,
 ) -> DiffusionStage:
     """Builds the stage for the loss of Ho 2020, eq. 14 (Rombach 2022, eq. 3), generalised to v and z0.
 
     With a `bound_weight` (lambda of Nichol 2021, eq. 16) the variance is learned: the UNet's second half of channels is
     its spread, and the loss L_simple + bound_weight L_vlb. `levels` is that of `likelihood.bound_term`.
+    `augment` is what a map goes through before the UNet sees it (Ho 2022, section 4).
 
     A batch holds `id` [B] int32, `label` [B] int32 (absent in unlabelled sets) and either `moments`
     [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with a map
@@ -96,7 +102,7 @@ def make_diffusion_stage(
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
     def predict(params: Any, frozen: dict, example: dict, label: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        told = network.tell(params, frozen, label)
+        told = network.tell(params, frozen, label) | example["told"]
         unet_params = network.unet(params, frozen)
         output = network.module.apply({"params": unet_params}, example["seen"], example["t"], **told)
         return tuple(jnp.split(output, 2, axis=-1)) if bound_weight else (output, None)
@@ -107,11 +113,15 @@ def make_diffusion_stage(
         example = add_noise(batch, frozen, noising_keys, t)
         label = batch.get("label", jnp.full(example["t"].shape, network.null, jnp.int32))
         dropped = jax.vmap(partial(jax.random.bernoulli, p=label_dropout))(key_label)
-        seen = example["z_t"]
+        seen, told = example["z_t"], {}
         if map_condition:
-            beside = map_condition.to_map(frozen, map_condition.know(example, key_map))
+            key_known, key_augment = split_keys(key_map, 2) if augment else (key_map, None)
+            beside = map_condition.to_map(frozen, map_condition.know(example, key_known))
+            if augment:
+                beside, told = augment(beside, key_augment)
             seen = jnp.concatenate([seen, beside], axis=-1)
-        return example | {"seen": seen, "label": label, "dropped": jnp.where(dropped, network.null, label)}
+        dropped = jnp.where(dropped, network.null, label)
+        return example | {"seen": seen, "told": told, "label": label, "dropped": dropped}
 
     per_example = partial(diffusion_loss, alpha_bar=alpha_bar, prediction=prediction)
 
@@ -143,7 +153,8 @@ def make_diffusion_stage(
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
         example = noised(batch, frozen, example_keys(seed, STREAM, batch["step"], batch["id"]))
-        told, unet_params = network.tell(state.params, frozen, example["dropped"]), network.unet(state.params, frozen)
+        told = network.tell(state.params, frozen, example["dropped"]) | example["told"]
+        unet_params = network.unet(state.params, frozen)
         _, seen = network.module.apply(
             {"params": unet_params}, example["seen"], example["t"], **told, capture_intermediates=True
         )
