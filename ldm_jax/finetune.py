@@ -32,7 +32,8 @@ OF_THE_MODEL = {
     "concat": ("kind",),
     "diffusion": ("timesteps", "prediction"),
 }
-SAMPLED_BYTES = 1 << 16  # at both ends of each file, for the fingerprint
+SAMPLED_BYTES = 1 << 16  # of each sample, for the fingerprint
+SAMPLES_OF_FILE = 256
 OF_ITS_SAMPLER = ("sampler", "spacing", "eta", "churn", "variance")
 
 
@@ -47,12 +48,18 @@ class Base(NamedTuple):
 def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigDict]:
     """The model of `config.init_from`, its parameters of type `dtype`, and the config with the fields that are its own.
 
+    It is a diffusers folder, or a single file with its tokenizer beside it. What such a file may leave open beside that
+    is said as the file is made a folder: see `convert`.
+
     Raises:
       InputError: there is no such model, or what the config asks for does not fit it.
     """
     path = hub.find(config.init_from, flag="config.init_from")
-    if not pretrained.is_folder(path):
-        raise InputError(f"config.init_from={path} must be a diffusers folder, with a model_index.json; it is not")
+    if not (pretrained.is_folder(path) or pretrained.is_single_file(path)):
+        raise InputError(
+            f"config.init_from={path} must be a diffusers folder, with a model_index.json, or a model in one "
+            ".safetensors or .ckpt; it is neither"
+        )
     try:
         model, theirs, params = pretrained.load(path, dtype)
     except InputError as error:
@@ -67,14 +74,20 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigD
 
 
 def _fingerprint(path: Path) -> str:
-    """A hash of the names, sizes, beginnings and ends of the files with weights, of which there are gigabytes."""
+    """A hash of the names and sizes of the files with weights, and of samples of these, of which there are gigabytes.
+
+    Of a folder's files the beginnings and ends are looked at. What models of a kind have in common may be at both ends
+    of a single file, so that this is looked at all along.
+    """
     digest = hashlib.sha256()
-    for file in sorted(file for suffix in ("safetensors", "bin") for file in path.rglob(f"*.{suffix}")):
-        digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
+    in_folder = sorted(file for suffix in ("safetensors", "bin") for file in path.rglob(f"*.{suffix}"))
+    for file in [path] if path.is_file() else in_folder:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}".encode())
         with file.open("rb") as content:
-            digest.update(content.read(SAMPLED_BYTES))
-            content.seek(max(0, file.stat().st_size - SAMPLED_BYTES))
-            digest.update(content.read())
+            for share in np.linspace(0, 1, SAMPLES_OF_FILE if path.is_file() else 2):
+                content.seek(int(share * max(0, size - SAMPLED_BYTES)))
+                digest.update(content.read(SAMPLED_BYTES))
     return digest.hexdigest()[:16]
 
 

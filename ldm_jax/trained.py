@@ -56,15 +56,14 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    is_exported = exported.is_exported(path)
-    if not is_exported and (pretrained.is_folder(path) or pretrained.is_single_file(path)):
+    if is_pretrained(path):
         model, config, params = pretrained.load(path, dtype or "float32", extras)
         class_names = tuple(map(str, range(model.classes.num_classes))) if model.classes else ()
         return Trained(config, class_names, params, 0, model)
     for name, value in extras._asdict().items():
         if value:
             raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
-    if is_exported:
+    if exported.is_exported(path):
         found = exported.load(path)
         class_names = tuple(found.data["class_names"])
         return Trained(_with_dtype(found.config, dtype), class_names, found.params, found.step)
@@ -85,6 +84,11 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
     params = run_parts.averaged(flat, like, path / "diffusion") | run_parts.load_first_stage(path, config)
     return Trained(_with_dtype(config, dtype), class_names, params, int(flat["step"]))
+
+
+def is_pretrained(path: Path) -> bool:
+    """Whether this is a model of other people: a diffusers folder, unless `convert` made it of a run, or one file."""
+    return not exported.is_exported(path) and (pretrained.is_folder(path) or pretrained.is_single_file(path))
 
 
 def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:

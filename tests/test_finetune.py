@@ -277,4 +277,4 @@ def test_a_run_whose_model_has_changed_is_refused(home, run, tmp_path, capsys):
 
 def test_evaluate_wants_a_run_of_our_own(run, tmp_path, capsys):
     assert commands.run(evaluate.main, ["evaluate", f"--model={run}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "names no test images; add --config=FILE" in capsys.readouterr().err
+    assert "knows no data set; say by --config=FILE what its pictures are" in capsys.readouterr().err
