@@ -89,7 +89,7 @@ def _validate_own(config: ConfigDict) -> None:
     asked = {"lora.rank": config.lora.rank, "sampling.sampler": OWN if sampling.sampler == OWN else ""}
     for name, value in asked.items():
         if value:
-            raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers folder")
+            raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers model")
     if tells_texts(config):
         _validate_texts(config)
     elif sampling.prompts or config.diffusion.train_text:
