@@ -1,9 +1,10 @@
-# make train    all the main job needs (virtual environment, requirements, data), then the job: runs/fashion_mnist
-# make test     the same set-up, then the tests
-# make check    ruff's rules and format
-# make parity   the tests against PyTorch and diffusers, in a virtual environment of their own
-# make data     Fashion-MNIST from its Debian package, where apt is at hand
-# make clean    removes the virtual environments and the caches; data/ and runs/ stay
+# make train       all the main job needs (virtual environment, requirements, data), then the job: runs/fashion_mnist
+# make test        the same set-up, then the tests
+# make check       ruff's rules and format
+# make parity      the tests against PyTorch and diffusers, in a virtual environment of their own
+# make data        Fashion-MNIST from its Debian package, where apt is at hand
+# make emoji-data  the emoji's font and names from their Debian packages, likewise
+# make clean       removes the virtual environments and the caches; data/ and runs/ stay
 #
 # More flags for the command behind:  make train ARGS="--workdir=runs/other --config.seed=1"
 # Another Python than python3:        make train PYTHON=/path/to/python3.12
@@ -12,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test check parity data clean
+.PHONY: help train test check parity data emoji-data clean
 
 ARGS ?=
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -23,6 +24,9 @@ endif
 REQUIREMENTS := $(wildcard requirements.txt requirements-dev.txt)
 IDX_FILES := usr/share/datasets/fashion-mnist
 INSTALLED := /$(IDX_FILES)
+EMOJI_FONT := usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+EMOJI_NAMES := usr/share/unicode/emoji/emoji-test.txt
+SYSTEM := /
 # Python compiles what is imported, when it is: half of what there is never is.
 QUIETLY := --quiet --disable-pip-version-check --no-compile
 
@@ -32,8 +36,8 @@ help:
 train: .venv/ready data
 	@.venv/bin/python -m ldm_jax.train --config=configs/fashion_mnist.py $(ARGS)
 
-test: .venv/ready data
-	@.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+test: .venv/ready data emoji-data
+	@.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder -rs $(ARGS)
 
 check: .venv/ready
 	@.venv/bin/python -m ruff check .
@@ -51,6 +55,20 @@ data:
 		mv data/package/$(IDX_FILES) data/$(IDX_FILES)
 	} || echo "No Debian package to be had here: the program will download Fashion-MNIST itself."
 	rm -rf data/package
+
+# A missing file is told by the program, and by the tests that need it; it cannot be downloaded otherwise.
+emoji-data:
+	@$(functions)
+	fetch() {
+		[ -e data/$$2 ] || [ -e $(SYSTEM)/$$2 ] || {
+			unpack_package $$1 data/emoji-package &&
+			mkdir -p data/$${2%/*} &&
+			mv data/emoji-package/$$2 data/$$2
+		} || echo "No Debian package to be had here: put $${2##*/} in data/$${2%/*} for the emoji."
+		rm -rf data/emoji-package
+	}
+	fetch fonts-noto-color-emoji $(EMOJI_FONT)
+	fetch unicode-data $(EMOJI_NAMES)
 
 clean:
 	@rm -rf .venv .venv-parity .pytest_cache .ruff_cache .hypothesis

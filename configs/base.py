@@ -17,16 +17,18 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # the networks' arithmetic: float32 | bfloat16; parameters and statistics stay float32
 
     data = config.data = ConfigDict()
-    # A TFDS data set prepared as ArrayRecord, or one that is prepared when it is not there: fashion_mnist, or folder,
-    # your own pictures and captions in data.path.
+    # A TFDS data set prepared as ArrayRecord, or one that is prepared when it is not there: fashion_mnist; emoji, with
+    # captions, whose test_split is validation; or folder, your own pictures and captions in data.path.
     data.name = "fashion_mnist"
-    data.path = ""  # where the files lie that folder (or fashion_mnist) is prepared from
+    data.path = ""  # where the files lie that folder (or fashion_mnist, emoji) is prepared from
     data.dir = "data"  # where prepared data sets lie
     data.train_split = "train"
     data.test_split = "test"  # for validation loss and scores
     data.image_key = "auto"  # the feature with the picture; auto = the only image
     data.label_key = "auto"  # the feature with the class; auto = the only class label, if any; none = do without
-    data.caption_key = "none"  # the feature with a text, which then takes the class's place; auto = the only text; none
+    data.caption_key = (
+        "none"  # the feature with a text or several, which take the class's place; auto = the only one; none
+    )
     data.segments_key = "none"  # the feature with a map of classes, an image whose pixels are their numbers; none
     data.image_size = 28  # pixels; images are cropped to a square and resized
     data.crop = "center"  # center (the largest square) | none (all of it, squeezed)

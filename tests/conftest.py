@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from ldm_jax import samplers
 from ldm_jax.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, knows_cpu_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
@@ -56,6 +57,27 @@ def forget_compiled_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module")
+def generators_kept():
+    """Commands that draw with equal models in equal batches share what has been traced, which takes most of their time.
+
+    It is shared in the module alone, so that nothing of it is left for the others.
+    """
+    make, kept = samplers.generator_of, {}
+
+    def generator_of(model, batch_size, guide=None, *, vae_tiling=False):
+        networks = model.pretrained and repr(model.pretrained._replace(tokenizers=()))
+        configs = [part.config.to_json() for part in (model, guide) if part]
+        key = (*configs, model.class_names, networks, batch_size, vae_tiling)
+        if key not in kept:
+            kept[key] = make(model, batch_size, guide, vae_tiling=vae_tiling)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samplers, "generator_of", generator_of)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from ldm_jax.evaluation.pictures import read_recipe, save_png
 from ldm_jax.recipe import Recipe
 from ldm_jax.training.parallel import replicate
 
+pytestmark = pytest.mark.usefixtures("generators_kept")
+
 
 def test_the_command_line_knows_all_solvers_and_spacings():
     assert SAMPLERS == solvers.SOLVERS

@@ -23,7 +23,7 @@ def config_of(path, rank=0):
 def examples(*labels, class_names, name="shapes"):
     """A set of grey pictures."""
     arrays = {"x": np.zeros((len(labels), 16, 16, 3), np.uint8), "label": np.int32(labels)}
-    return Dataset(name, "test", arrays["x"].shape, class_names, "", arrays, None)
+    return Dataset(name, "test", arrays["x"].shape, class_names, (), (), "", arrays, None)
 
 
 @pytest.fixture(scope="module")

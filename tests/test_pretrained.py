@@ -18,6 +18,8 @@ from ldm_jax.text_condition import make_tau
 from ldm_jax.training.parallel import replicate
 from ldm_jax.upscaling import Upscaling, noised
 
+pytestmark = pytest.mark.usefixtures("generators_kept")
+
 KINDS = {
     "plain": diffusers_folder.write_stable_diffusion,
     "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),

@@ -8,14 +8,13 @@ counted on the screen.
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from ldm_jax.data.image_folder import VERSION, ImageFolder, picture_files, roots_of
 from ldm_jax.data.images import decode
 from ldm_jax.data.prepare import build, one_at_a_time
+from ldm_jax.data.skipped import Skipped, report, tell
 from ldm_jax.errors import InputError
 from ldm_jax.files import read_json, write_json
 
@@ -23,7 +22,6 @@ METADATA = "metadata.jsonl"
 SKIPPED = "skipped.json"  # beside the prepared data set
 
 Splits = dict[str, list[tuple[Path, str]]]
-Skipped = list[tuple[str, str]]  # why, and an example
 
 
 def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
@@ -52,12 +50,6 @@ def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
     return data_dir / name / VERSION
 
 
-@cache
-def tell(line: str) -> None:
-    """Once, though the folder is looked through for each split."""
-    print(f"Skipped: {line}", flush=True)
-
-
 def find_captioned(source: Path) -> tuple[Splits, Skipped]:
     """Split -> its pictures' paths with their captions, and what is left out.
 
@@ -84,14 +76,6 @@ def find_captioned(source: Path) -> tuple[Splits, Skipped]:
     splits = {split: pictures for split, pictures in splits.items() if pictures}
     _check_any(source, splits, skipped)
     return splits, skipped
-
-
-def report(skipped: Skipped) -> list[str]:
-    """One line for each reason: how many, why, and the first of them."""
-    first: dict[str, str] = {}
-    for why, example in skipped:
-        first.setdefault(why, example)
-    return [f"{count} {why}, e.g. {first[why]}" for why, count in Counter(why for why, _ in skipped).items()]
 
 
 def _metadata(path: Path) -> Iterator[tuple[Path, str]]:

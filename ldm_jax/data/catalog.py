@@ -9,7 +9,11 @@ from pathlib import Path
 from ldm_jax.errors import InputError
 
 # Name -> the module whose `prepare(data_dir, manual_dir)` makes the data set where it is not there yet.
-BUILDERS = {"fashion_mnist": "ldm_jax.data.fashion_mnist", "folder": "ldm_jax.data.captioned_folder"}
+BUILDERS = {
+    "fashion_mnist": "ldm_jax.data.fashion_mnist",
+    "emoji": "ldm_jax.data.emoji",
+    "folder": "ldm_jax.data.captioned_folder",
+}
 
 NAME = re.compile(r"(?P<name>\w+)(/(?P<config>\w[\w.-]*))?(:(?P<version>\d+\.\d+\.\d+))?")
 

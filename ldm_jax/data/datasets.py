@@ -20,6 +20,8 @@ class Dataset:
     split: str
     shape: tuple[int, int, int, int]  # N, H, W, C
     class_names: tuple[str, ...]  # empty: without labels; or the captions, each of which is a class of its own
+    captions: tuple[tuple[str, ...], ...]  # what can be said of a picture of each class; empty: without texts
+    present: tuple[int, ...]  # of these, what this split has
     fingerprint: str  # equal means equal examples in equal order
     arrays: dict[str, np.ndarray] | None  # "x" uint8 [N, H, W, C], "label" int32 [N] if labelled ...; None: on the disk
     records: Records | None  # None: in memory
@@ -55,7 +57,7 @@ def load_dataset(
     caption_key: str = "none",
     memory_limit: int = 2**31,
 ) -> Dataset:
-    """A split of "fashion_mnist" or "folder", prepared here when they are not there, or of any prepared TFDS data set.
+    """A split of "fashion_mnist", "emoji" or "folder", prepared here if not there, or of any prepared TFDS data set.
 
     Args:
         name: see `catalog.find`.
@@ -68,7 +70,7 @@ def load_dataset(
         image_key: the feature with the picture; "auto" finds it.
         label_key: the feature with the class; "auto" finds it, "none" goes without.
         segments_key: the feature with a map of classes, an image whose pixels are their numbers; "none" goes without.
-        caption_key: the feature with a text, which then is the class; "auto" finds it, "none" goes without.
+        caption_key: the feature with a text or several, which then are the class; "auto" finds it, "none" goes without.
         memory_limit: bytes of pixels above which the examples stay on the disk.
 
     Raises:
@@ -80,7 +82,8 @@ def load_dataset(
     keys = {"image_key": image_key, "label_key": label_key, "segments_key": segments_key}
     keys["caption_key"] = caption_key
     records = Records(folder, split, **options, **keys)
-    common = {"name": name, "split": split, "shape": records.shape, "class_names": records.class_names}
+    common = {"name": name, "split": split, "shape": records.shape}
+    common |= {"class_names": records.class_names, "captions": records.captions, "present": records.present}
     if math.prod(records.shape) > memory_limit:
         return Dataset(**common, fingerprint=records.fingerprint, arrays=None, records=records)
     arrays = records.load()

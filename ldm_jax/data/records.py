@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ldm_jax.data.captions import has_captions, read_captions
 from ldm_jax.data.images import CROPS, MODES, decode, fit, fit_segments
 from ldm_jax.errors import InputError
 
@@ -31,12 +32,15 @@ class Records:
         image_key: the feature with the picture, or "auto" for the only one there is.
         label_key: the `ClassLabel` feature, "auto" for the only one if there is one, or "none".
         segments_key: the feature with a map of classes, an image whose pixels are their numbers, or "none".
-        caption_key: the feature with a text, "auto" for the only one there is, or "none". With a text, each that the
-            data set has, in whatever split, is a class of its own, and the label is its number.
+        caption_key: the feature with a text or a sequence of texts, "auto" for the only one there is, or "none". With
+            texts, each that the data set has, in whatever split, is a class of its own (of a sequence, all of a
+            picture's together), and the label is its number.
 
     Attributes:
         shape: (N, H, W, C).
-        class_names: of the labels; empty without labels.
+        class_names: of the labels, of several texts the first; empty without labels.
+        captions: all texts of each class, at least one; empty without texts.
+        present: the classes that this split has, if they are captions.
         fingerprint: a hash of the arguments and of the record files' names, sizes, beginnings and ends.
 
     Raises:
@@ -65,7 +69,7 @@ class Records:
         self._image_key = _choose(features, image_key, "image", _is_image, self._where)
         self._label_key = self._caption_key = None
         if caption_key != "none":
-            self._caption_key = _choose(features, caption_key, "caption", _is_text, self._where)
+            self._caption_key = _choose(features, caption_key, "caption", has_captions, self._where)
             if self._caption_key is None:
                 raise InputError(f"{self._where} has no texts, only {', '.join(sorted(features))}")
         elif label_key != "none":
@@ -91,9 +95,13 @@ class Records:
             height, width = self._decode(0, self._source[0])["x"].shape[:2]  # `__getitem__` will see whether they agree
         self.shape = (len(self._source), height, width, self._fit["channels"])
         self.class_names = tuple(features[self._label_key].names) if self._label_key else ()
+        self.captions: tuple[tuple[str, ...], ...] = ()
+        self.present: tuple[int, ...] = ()
         if self._caption_key:
-            self.class_names = _texts(folder, self._caption_key)
-            self._label_of = {caption: i for i, caption in enumerate(self.class_names)}
+            self.captions = tuple(sorted(_captions(folder, "all", self._caption_key)))
+            self.class_names = tuple(captions[0] for captions in self.captions)
+            self._label_of = {captions: i for i, captions in enumerate(self.captions)}
+            self.present = tuple(sorted(self._label_of[c] for c in _captions(folder, split, self._caption_key)))
         self.fingerprint = _fingerprint(info.splits[split].file_instructions, [self.shape, self._fit, list(used)])
 
     def __len__(self) -> int:
@@ -130,7 +138,8 @@ class Records:
         except Exception as error:  # what a damaged record raises depends on where the damage is
             raise InputError(f"{self._where}: example {index} cannot be read: {_first_line(error)}") from error
         if self._caption_key:
-            return arrays | {"label": np.int32(self._label_of[_text(example[self._caption_key])])}
+            captions = read_captions(self._features[self._caption_key], example[self._caption_key])
+            return arrays | {"label": np.int32(self._label_of[captions])}
         if self._label_key is None:
             return arrays
         label = np.int32(example[self._label_key])
@@ -190,30 +199,27 @@ def _open(folder: Path, split: str) -> tuple[Any, Sequence[bytes]]:
     return builder.info, source
 
 
-def _texts(folder: Path, key: str) -> tuple[str, ...]:
-    """Every text that a data set has, in all its splits, once and in order."""
+def _captions(folder: Path, split: str, key: str) -> set[tuple[str, ...]]:
+    """The texts of every picture that a split has."""
     import tensorflow_datasets as tfds
 
-    info, source = _open(folder, "all")
+    info, source = _open(folder, split)
     alone = tfds.features.FeaturesDict({key: info.features[key]})
     found = set()
     for start in range(0, len(source), CHUNK):
         for content in source.__getitems__(range(start, min(start + CHUNK, len(source)))):
-            found.add(_text(alone.deserialize_example_np(content)[key]))
-    return tuple(sorted(found))
-
-
-def _text(value: bytes | str) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+            found.add(read_captions(alone[key], alone.deserialize_example_np(content)[key]))
+    return found
 
 
 def _choose(features: Any, key: str, usual: str, fits: Callable[[Any], bool], where: str) -> str | None:
-    """The feature that `key` asks for: itself, or for "auto" the usual or the only one that `fits`; None if none."""
+    """The feature that `key` asks for: itself, or for "auto" the usual (or its plural) or the only one that `fits`."""
     candidates = sorted(name for name, feature in features.items() if fits(feature))
     if key == "auto":
-        if len(candidates) > 1 and usual not in candidates:
+        preferred = [name for name in (usual, f"{usual}s") if name in candidates] or candidates
+        if len(preferred) > 1 and usual not in preferred:
             raise InputError(f"{where} has several: set {usual}_key to one of {', '.join(candidates)}")
-        return usual if usual in candidates else next(iter(candidates), None)
+        return next(iter(preferred), None)
     if key not in candidates:
         raise InputError(f"{usual}_key={key!r}: no such {usual} in {where}; there is {', '.join(candidates) or 'none'}")
     return key
@@ -232,12 +238,6 @@ def _is_class_label(feature: Any) -> bool:
     import tensorflow_datasets as tfds
 
     return isinstance(feature, tfds.features.ClassLabel) and feature.num_classes is not None
-
-
-def _is_text(feature: Any) -> bool:
-    import tensorflow_datasets as tfds
-
-    return isinstance(feature, tfds.features.Text)
 
 
 def _fingerprint(instructions: Sequence[Any], arguments: list) -> str:

@@ -170,6 +170,51 @@ def classifier_guided(
     return guided
 
 
+def similarity_guided(
+    denoise: Denoiser,
+    similarity: Callable[[jax.Array], jax.Array],
+    scale: jax.Array,
+    *,
+    interval: jax.Array | tuple[float, float] = (0, np.inf),
+) -> Denoiser:
+    """Guidance by what is seen in the estimate: towards a z0 that is similar to what is asked for, as CLIP tells it.
+
+    The estimate stands for z0 in p(y | z0) ~ exp(scale similarity(z0)) (Chung 2023, theorem 1), so that
+    z0_hat + sigma^2 / alpha scale grad similarity(z0_hat(z_t)), through the network: exact where the similarity is
+    linear. Costs a gradient of network and similarity in each call but where every scale is 0 or t lies outside the
+    interval: decided at run time, so that neither recompiles.
+
+    Args:
+      denoise: what is guided; itself guided, perhaps.
+      similarity: `z0 [B, ...] -> [B]`, differentiable.
+      scale: scalar or [B], may be traced.
+      interval: the first and the last timestep that are guided, may be traced.
+    """
+
+    def guided(z_t: jax.Array, level: Level) -> jax.Array | Estimate:
+        t = jnp.broadcast_to(level.t, z_t.shape[:1])
+        alpha, sigma = level.beside(z_t)
+        within = (interval[0] <= t) & (t <= interval[1])
+        weight = jnp.where(within, jnp.asarray(scale, jnp.float32), 0.0)
+
+        def estimated(z_t: jax.Array) -> jax.Array | Estimate:
+            return jax.tree.map(lambda value: value.astype(jnp.float32), denoise(z_t, level))
+
+        def seen(z_t: jax.Array) -> tuple[jax.Array, jax.Array | Estimate]:
+            estimate = estimated(z_t)
+            return similarity(estimate.z0 if isinstance(estimate, Estimate) else estimate).sum(), estimate
+
+        def push(z_t: jax.Array) -> jax.Array | Estimate:
+            gradient, estimate = jax.grad(seen, has_aux=True)(z_t)
+            factor = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
+            step = factor * weight.reshape(-1, *[1] * (z_t.ndim - 1)) * gradient
+            return on_z0(lambda z0: z0 + step, estimate)
+
+        return jax.lax.cond(jnp.any(weight != 0), push, estimated, z_t)
+
+    return guided
+
+
 def keep_known(z0: jax.Array, mask: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """A `project` of `sampling.solve` that draws only where the mask says so (Lugmayr 2022, eq. 8; Song 2021, SDEdit).
 

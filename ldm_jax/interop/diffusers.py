@@ -6,7 +6,7 @@
 | convolution `weight` [O, I, H, W]   | `kernel` [H, W, I, O]                                     |
 | linear `weight` [O, I]              | `kernel` [I, O]                                           |
 | norm `weight`, embedding `weight`   | `scale`, `embedding`                                      |
-| `bias`                              | `bias`                                                    |
+| `bias`, parameters of no layer      | of the same name                                          |
 """
 
 import re
@@ -31,6 +31,8 @@ _OLD_NAME = re.compile(rf"(?<=\.attentions\.\d\.)({'|'.join(_OLD_NAMES)})(?=\.)"
 # Kernels by number of axes: ours from torch's, and back.
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
+
+_WEIGHTS = ("kernel", "scale", "embedding")  # what `weight` is called here
 
 
 def params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def state_dict_from_params(params: Params) -> dict[str, np.ndarray]:
         if path[-1] == "kernel":
             value = value.transpose(_TO_TORCH[value.ndim])
         # safetensors writes the memory of an array, not the view of it: a transposed view would be stored wrong.
-        state[_torch_name(path)] = np.ascontiguousarray(value)
+        state[_torch_name(path)] = np.asarray(value, order="C")
     return state
 
 
@@ -87,7 +89,7 @@ def _torch_name(path: Path) -> str:
     """("down_blocks_0", "conv_in", "kernel") -> "down_blocks.0.conv_in.weight"."""
     *modules, leaf = path
     names = [_LIST_ENTRY.sub(r"\1.\2", name) if _LIST_ENTRY.fullmatch(name) else name for name in modules]
-    return ".".join([*names, "bias" if leaf == "bias" else "weight"])
+    return ".".join([*names, "weight" if leaf in _WEIGHTS else leaf])
 
 
 def _modern_name(key: str) -> str:

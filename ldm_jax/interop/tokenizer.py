@@ -126,6 +126,15 @@ def tokenizer_of_vocabulary(folder: Path, *, pad_token: str, max_length: int) ->
     return Tokenizer(tokenizer, folder, told)
 
 
+def text_to_words() -> tuple[Any, Any]:
+    """How CLIPTokenizer brings a text to words before it merges their bytes: its normaliser and what splits."""
+    with _quiet():
+        from transformers import CLIPTokenizer
+
+        parts = CLIPTokenizer().backend_tokenizer
+    return parts.normalizer, parts.pre_tokenizer
+
+
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Token -> id, and the pairs that are merged, in their order; of either layout."""
     if all((folder / name).is_file() for name in LAYOUTS[0]):

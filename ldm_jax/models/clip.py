@@ -1,7 +1,7 @@
 """CLIP's text encoder (Radford et al. 2021, section 2.4): from token ids to the context of Stable Diffusion.
 
 Topology, names and fields are those of transformers' CLIPTextModel and, with a projection, CLIPTextModelWithProjection.
-Everything but the embeddings, the causal mask and the pooling is CLIP's vision tower too.
+The image encoder, `clip_vision`, is made of the same layers.
 """
 
 from functools import partial
@@ -114,6 +114,19 @@ class Encoder(nn.Module):
         return before, h
 
 
+def check_sizes(tower: nn.Module, *more: str) -> None:
+    """Raises ValueError unless an `Encoder` can be made of a tower's fields; those in `more` must be 1 or more too."""
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *more):
+        if getattr(tower, name) is not None and getattr(tower, name) < 1:
+            raise ValueError(f"{name} must be 1 or more; got {getattr(tower, name)}")
+    if tower.hidden_size % tower.num_attention_heads:
+        raise ValueError(
+            f"num_attention_heads must divide hidden_size; got {tower.num_attention_heads} for {tower.hidden_size}"
+        )
+    if tower.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {tower.hidden_act!r}")
+
+
 class TextEmbeddings(nn.Module):
     """A learned vector for each token plus one for each position."""
 
@@ -172,16 +185,7 @@ class CLIPTextEncoder(nn.Module):
 
     def check_fields(self) -> None:
         """Raises ValueError for fields of which no network can be made."""
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in (*sizes, "max_position_embeddings", "projection_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads must divide hidden_size; got {self.num_attention_heads} for {self.hidden_size}"
-            )
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}")
+        check_sizes(self, "vocab_size", "max_position_embeddings", "projection_dim")
 
     @nn.compact
     def __call__(self, ids: Array) -> TextFeatures:

@@ -1,4 +1,5 @@
-"""What a stage measures on held-out images, for each range of timesteps: it shows overfitting and where errors lie."""
+"""What a stage measures on held-out images; with noise for each range of timesteps: it shows overfitting and where
+errors lie."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.training.parallel import parallel_map, replicate
+from ldm_jax.training.parallel import AXIS, parallel_map, replicate
 
 BUCKETS = 10
 
@@ -37,6 +38,31 @@ def make_validation(
         return {name: values.mean() for name, values in measured.items()} | {
             f"{name}_{k}": values[rows].mean() for name, values in measured.items() for k, rows in enumerate(within)
         }
+
+    return validate
+
+
+def make_contrastive_validation(
+    stage: Any, dataset: Dataset, *, num: int, batch_size: int
+) -> Callable[[Any, dict, int], dict[str, float]]:
+    """`validate(params, frozen, seed)` -> {"validation_loss"}, and the same for all else `stage.validate` measures.
+
+    For a stage whose loss compares the examples of a batch: each batch is of `batch_size` of the first `examples_used`
+    of `dataset`, from all over these, and the same each time. The loss depends on `batch_size`.
+    """
+    num = examples_used(dataset, num, batch_size)
+
+    def measure(fixed: dict, batch: dict, seed: Any) -> dict[str, Any]:
+        return stage.validate(fixed["params"], fixed["frozen"], batch, seed, axis_name=AXIS)
+
+    compiled = parallel_map(measure)
+
+    def validate(params: Any, frozen: dict, seed: int) -> dict[str, float]:
+        fixed, batches = {"params": params, "frozen": replicate(frozen)}, []
+        for rows in np.arange(num).reshape(batch_size, -1).T:
+            batch = dataset[rows % len(dataset)] | {"id": rows.astype(np.int32)}
+            batches.append(compiled(fixed, batch, np.uint32(seed)))
+        return {f"validation_{name}": float(np.mean([each[name] for each in batches])) for name in batches[0]}
 
     return validate
 

@@ -38,7 +38,7 @@ def make(project, *arguments):
 
 def test_help_lists_the_targets(project):
     out = make(project).stdout
-    for target in ("train", "test", "check", "parity", "data", "clean"):
+    for target in ("train", "test", "check", "parity", "data", "emoji-data", "clean"):
         assert f"make {target} " in out
 
 
@@ -87,6 +87,59 @@ def test_an_installed_package_is_not_fetched(project):
     run = make(project, "data", "INSTALLED=bin")
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert not list(project.rglob("called"))
+
+
+EMOJI_FILES = ["usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "usr/share/unicode/emoji/emoji-test.txt"]
+
+
+@pytest.fixture
+def emoji_packages(project):
+    """Stand-ins by which apt has the two packages with the emoji's files, and a list of what it is asked for."""
+    stand_in(
+        project, "apt-get", 'echo "$*" >> ../../../asked.log; case "$*" in *" download "*) touch ${@: -1}_1.deb; esac'
+    )
+    unpack = """
+        case "$2" in *noto*) file=FONT;; *) file=NAMES;; esac
+        mkdir -p "$3/$(dirname $file)" && touch "$3/$file" "$3/more"
+    """
+    stand_in(project, "dpkg", unpack.replace("FONT", EMOJI_FILES[0]).replace("NAMES", EMOJI_FILES[1]))
+    return project
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_emoji_data_from_the_packages(emoji_packages):
+    for asked in (["fonts-noto-color-emoji", "unicode-data"], []):  # the second time they are there
+        run = make(emoji_packages, "emoji-data", "SYSTEM=/nowhere")
+        assert (run.returncode, run.stderr) == (0, "")
+        assert run.stdout.splitlines() == [f"Fetching the Debian package {name} ..." for name in asked]
+        assert files_below(emoji_packages / "data") == EMOJI_FILES
+    (emoji_packages / "data" / EMOJI_FILES[1]).unlink()
+    make(emoji_packages, "emoji-data", "SYSTEM=/nowhere")
+    asked = (emoji_packages / "asked.log").read_text().splitlines()
+    assert [line.split()[-1] for line in asked] == ["fonts-noto-color-emoji", "unicode-data", "unicode-data"]
+
+
+def test_emoji_data_that_is_installed(emoji_packages):
+    for name in EMOJI_FILES:
+        (emoji_packages / "system" / name).parent.mkdir(parents=True)
+        (emoji_packages / "system" / name).touch()
+    run = make(emoji_packages, "emoji-data", "SYSTEM=system")
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert not (emoji_packages / "asked.log").exists() and not (emoji_packages / "data").exists()
+
+
+def test_no_emoji_data_is_no_error(project):
+    stand_in(project, "apt-get", "echo E: no network >&2; exit 100")
+    run = make(project, "emoji-data", "SYSTEM=/nowhere")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert [line for line in run.stdout.splitlines() if not line.startswith("Fetching")] == [
+        "No Debian package to be had here: put NotoColorEmoji.ttf in data/usr/share/fonts/truetype/noto for the emoji.",
+        "No Debian package to be had here: put emoji-test.txt in data/usr/share/unicode/emoji for the emoji.",
+    ]
+    assert files_below(project / "data") == []
 
 
 def test_old_python_is_one_line(project):

@@ -5,6 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ldm_jax.data.datasets import load_dataset
 from ldm_jax.data.records import Records
 from ldm_jax.errors import InputError
 
@@ -126,6 +127,88 @@ def test_transparent_pictures_become_colour(make_set):
     features = {"image": tfds.features.Image(shape=(None, None, 4))}
     folder = make_set("clear", features, {"train": [{"image": png(np.array([[[9, 9, 9, 0]]], np.uint8))}]})
     np.testing.assert_array_equal(Records(folder, "train").load()["x"], [[[[255, 255, 255]]]])
+
+
+SEVERAL = (("a red cat", "a cat"), ("a dog",), ("a red cat", "an animal"), ())
+TEXTS = tfds.features.Sequence(tfds.features.Text())
+COCO = tfds.features.Sequence({"id": np.int64, "text": np.str_})  # as TFDS's coco_captions has them
+
+
+def told(captions, feature):
+    """Captions as the feature takes them."""
+    return [{"id": i, "text": text} for i, text in enumerate(captions)] if feature is COCO else list(captions)
+
+
+@pytest.fixture(params=[TEXTS, COCO], ids=["sequence", "coco"])
+def captioned_set(request, make_set):
+    """The last picture of the training split has the captions of the first; the last of the test split has none."""
+    features = {"image": tfds.features.Tensor(shape=(2, 2), dtype=np.uint8), "captions": request.param,
+                "file": tfds.features.Text(), "kind": tfds.features.ClassLabel(names=["x", "y"])}  # fmt: skip
+    splits = {"train": (0, 1, 0), "test": (2, 3)}
+    examples = {
+        split: [{"image": np.full((2, 2), 10 * k + n, np.uint8), "captions": told(SEVERAL[k], request.param),
+                 "file": f"{k}.png", "kind": k % 2} for n, k in enumerate(numbers)]
+        for split, numbers in splits.items()
+    }  # fmt: skip
+    return make_set("captioned", features, examples)
+
+
+def test_several_captions_are_one_class(captioned_set):
+    """All of a picture's together, whichever split has them; the label is their number, and the first is the name."""
+    train, test = (Records(captioned_set, split, caption_key="auto") for split in ("train", "test"))
+    assert train.captions == test.captions == (("",), ("a dog",), ("a red cat", "a cat"), ("a red cat", "an animal"))
+    assert train.class_names == ("", "a dog", "a red cat", "a red cat")
+    for batch in (train[range(3)], train.load()):
+        assert batch["label"].dtype == np.int32
+        assert [train.captions[label] for label in batch["label"]] == [SEVERAL[0], SEVERAL[1], SEVERAL[0]]
+        np.testing.assert_array_equal(batch["x"][:, 0, 0, 0], [0, 11, 2])
+    assert [test.captions[label] for label in test.load()["label"]] == [SEVERAL[2], ("",)]
+
+
+def test_captions_in_memory_and_on_the_disk(captioned_set):
+    options = {"data_dir": captioned_set.parents[1], "caption_key": "captions"}
+    here, there = (load_dataset("captioned", "train", **options, memory_limit=n) for n in (2**20, 1))
+    assert there.arrays is None and here.records is None
+    assert here.captions == there.captions and here.class_names == there.class_names
+    np.testing.assert_array_equal(here[range(3)]["label"], there[range(3)]["label"])
+
+
+def test_one_text_is_a_class_with_one_caption(captioned_set):
+    records = Records(captioned_set, "train", caption_key="file")
+    assert records.class_names == ("0.png", "1.png", "2.png", "3.png")
+    assert records.captions == (("0.png",), ("1.png",), ("2.png",), ("3.png",))
+
+
+def test_classes_have_no_captions(captioned_set):
+    """The same pictures in the same order, told by another feature."""
+    captioned = Records(captioned_set, "train", caption_key="auto").load()
+    kinds = Records(captioned_set, "train", label_key="kind")
+    assert kinds.captions == () and kinds.class_names == ("x", "y")
+    np.testing.assert_array_equal(kinds.load()["x"], captioned["x"])
+    np.testing.assert_array_equal(kinds.load()["label"], [0, 1, 0])
+
+
+TITLED = {"title": tfds.features.Text(), "alt": TEXTS}
+TWO_TEXTS = tfds.features.Sequence({"text": tfds.features.Text(), "language": tfds.features.Text()})
+
+
+@pytest.mark.parametrize(
+    ("features", "key", "message"),
+    [
+        (TITLED, "auto", r"has several: set caption_key to one of alt, title"),
+        (TITLED, "text", r"caption_key='text': no such caption in .*; there is alt, title"),
+        (TITLED, "image", r"caption_key='image': no such caption in .*; there is alt, title"),
+        ({"pair": TWO_TEXTS}, "auto", r"has no texts, only image, pair"),
+        ({"boxes": tfds.features.Sequence(np.float32)}, "boxes", r"no such caption in .*; there is none"),
+    ],
+)
+def test_captions_that_cannot_be(make_set, features, key, message):
+    example = {"title": "a", "alt": ["a"], "pair": [{"text": "a", "language": "en"}], "boxes": [0.5]}
+    image = {"image": tfds.features.Tensor(shape=(2, 2), dtype=np.uint8)}
+    example = {name: example[name] for name in features} | {"image": np.zeros((2, 2), np.uint8)}
+    with pytest.raises(InputError, match=message) as error:
+        Records(make_set("wrong", image | features, {"train": [example]}), "train", caption_key=key)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from ldm_jax.diffusion.guidance import (
     clip_z0,
     from_network,
     keep_known,
+    similarity_guided,
     threshold_z0,
 )
 from ldm_jax.diffusion.process import PREDICTIONS, from_z0, level_at, to_z0
@@ -173,6 +174,59 @@ def test_classifier_guidance_makes_the_posterior(y, noise):
     precision = 1 + alpha**2 / sigma**2 + 1 / noise**2
     posterior_mean = (alpha * Z / sigma**2 + y / noise**2) / precision
     np.testing.assert_allclose(guided(Z, level), posterior_mean, rtol=1e-3, atol=1e-4)
+
+
+def test_similarity_guidance_makes_the_posterior():
+    """z0 ~ N(0, 1) tilted by exp(s c z0): given z_t, N(alpha z_t, sigma^2) tilted, of mean alpha z_t + sigma^2 s c."""
+    c, t = jax.random.normal(jax.random.key(1), Z.shape[1:]), jnp.array([20, 50, 99])
+    level, scale = level_at(t, ALPHA_BAR), jnp.array([0.5, -1.0, 2.0])
+    alpha, sigma = level.beside(Z)
+    guided = jax.jit(
+        lambda z_t: similarity_guided(gaussian_denoiser, lambda z0: (z0 * c).sum((1, 2, 3)), scale)(z_t, level)
+    )
+    expected = alpha * Z + sigma**2 * scale.reshape(3, 1, 1, 1) * c
+    np.testing.assert_allclose(guided(Z), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_similarity_guidance_looks_at_the_estimate():
+    """log N(y; z0_hat, noise^2) with z0_hat = alpha z_t: the push is sigma^2 (y - alpha z_t) / noise^2."""
+    y, noise, level = 0.7, 0.8, level_at(jnp.array([20, 50, 99]), ALPHA_BAR)
+    alpha, sigma = level.beside(Z)
+    log_p = lambda z0: (-((y - z0) ** 2) / (2 * noise**2)).sum((1, 2, 3))  # noqa: E731
+    learned = lambda z_t, level: Estimate(gaussian_denoiser(z_t, level), z_t)  # noqa: E731
+    got = similarity_guided(learned, log_p, 1.0)(Z, level)
+    expected = alpha * Z + sigma**2 * (y - alpha * Z) / noise**2
+    np.testing.assert_allclose(got.z0, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(got.spread, Z)  # guidance changes z0 alone
+
+
+def test_similarity_guidance_composes_and_costs_nothing_where_it_does_nothing():
+    calls = []
+
+    def similarity(z0):
+        jax.debug.callback(lambda: calls.append(1))
+        return z0.sum((1, 2, 3))
+
+    inner = classifier_free(plain, CONTEXT, NULL, 2.0)
+    guided = jax.jit(
+        lambda scale, interval: clip_z0(similarity_guided(inner, similarity, scale, interval=interval), 5.0)(Z, LEVEL)
+    )
+    plainly, everywhere = np.asarray(jnp.clip(jax.jit(inner)(Z, LEVEL), -5, 5)), jnp.array([0.0, 99.0])
+    for scale, interval in ((jnp.zeros(3), everywhere), (jnp.full(3, 2.0), jnp.array([1.0, 49.0]))):  # T = 0, 50, 99
+        np.testing.assert_allclose(guided(scale, interval), plainly, rtol=1e-6)
+    jax.effects_barrier()
+    assert not calls
+    pushed = guided(jnp.array([0.0, 1.0, 0.0]), everywhere)
+    jax.effects_barrier()
+    assert calls and np.abs(pushed - plainly)[1].max() > 1e-3
+    np.testing.assert_allclose(pushed[::2], plainly[::2], rtol=1e-5, atol=1e-6)
+
+
+def test_similarity_guidance_at_no_signal():
+    level = level_at(jnp.array([0, 1]), np.array([0.5, 0.0]))
+    got = similarity_guided(lambda z, level: 3 * z, lambda z0: z0.sum((1, 2, 3)), 1.0)(Z[:2], level)
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got[1], 3 * Z[1])
 
 
 def test_classifier_guidance_has_a_scale_for_each_example_and_composes():

@@ -6,11 +6,19 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.clip_weights import (
+    clip_from_config,
+    clip_params_from_state_dict,
+    config_from_clip,
+    image_encoder_from_config,
+    image_params_from_state_dict,
+    state_dict_from_clip_params,
+    state_dict_from_image_params,
     state_dict_from_text_params,
     text_encoder_from_config,
     text_params_from_state_dict,
 )
 from ldm_jax.models.clip import CLIPTextEncoder
+from ldm_jax.models.clip_vision import CLIP, CLIPImageEncoder
 
 SIZES = {
     "vocab_size": 11,
@@ -147,3 +155,89 @@ def test_absent_keys_have_the_defaults_of_the_class():
 def test_refused_configs(config, message):
     with pytest.raises(InputError, match=f"^text encoder: {message}$"):
         text_encoder_from_config(config)
+
+
+IMAGE_SIZES = {name: value for name, value in SIZES.items() if not name.startswith(("vocab", "max"))}
+IMAGE_SIZES |= {"image_size": 4, "patch_size": 2, "num_channels": 3}
+IMAGE = {"architectures": ["CLIPVisionModelWithProjection"]}
+BOTH = {"architectures": ["CLIPModel"], "projection_dim": 4, "text_config": SIZES, "vision_config": IMAGE_SIZES}
+
+
+@pytest.fixture
+def clip_params():
+    """Random parameters, as the module would make them."""
+    inputs = np.zeros((1, 5), np.int32), np.zeros((1, 4, 4, 3), np.float32)
+    target = jax.eval_shape(clip_from_config(BOTH).init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), target)
+
+
+def test_names_and_layouts_of_the_image_encoder(clip_params):
+    params = clip_params["image"]
+    state = state_dict_from_image_params(params)
+    kernel = params["embeddings"]["patch_embedding"]["kernel"]
+    expected = {
+        "vision_model.embeddings.class_embedding": params["embeddings"]["class_embedding"],
+        "vision_model.embeddings.patch_embedding.weight": kernel.transpose(3, 2, 0, 1),
+        "vision_model.embeddings.position_embedding.weight": params["embeddings"]["position_embedding"]["embedding"],
+        "vision_model.pre_layrnorm.weight": params["pre_layrnorm"]["scale"],
+        "vision_model.post_layernorm.bias": params["post_layernorm"]["bias"],
+        "visual_projection.weight": params["visual_projection"]["kernel"].T,
+    }
+    assert all(np.array_equal(state[key], value) for key, value in expected.items())
+    assert len(state) == 3 + 2 * 16 + 4 + 1
+    assert all(value.flags.c_contiguous for value in state.values())
+
+
+@pytest.mark.parametrize("prefix", ["vision_model.", ""])
+def test_round_trip_of_the_image_encoder(clip_params, prefix):
+    params = clip_params["image"]
+    written = state_dict_from_image_params(params)
+    state = {key.replace("vision_model.", prefix): value for key, value in written.items()}
+    state[f"{prefix}embeddings.position_ids"] = np.arange(5)[None]
+    read = image_params_from_state_dict(state, params)
+    assert jax.tree.structure(read) == jax.tree.structure(params)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, read, params)))
+
+
+def test_both_encoders_in_one_file(clip_params):
+    state = state_dict_from_clip_params(clip_params)
+    assert state["logit_scale"] == clip_params["logit_scale"]
+    read = clip_params_from_state_dict(state, clip_params)
+    assert jax.tree.structure(read) == jax.tree.structure(clip_params)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, read, clip_params)))
+    del state["logit_scale"]
+    with pytest.raises(InputError, match=r"1 missing: logit_scale$"):
+        clip_params_from_state_dict(state, clip_params)
+
+
+def test_configs_of_both():
+    """What matters in the file of openai/clip-vit-large-patch14, and back."""
+    layers = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-05, "projection_dim": 768, "dropout": 0.0}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    image = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    image |= {"image_size": 224, "patch_size": 14, "num_channels": 3}
+    text_encoder = CLIPTextEncoder(**text, eos_token_id=2, projection_dim=768)
+    expected = CLIP(text_encoder, CLIPImageEncoder(**image, projection_dim=768))
+    parts = {"text_config": text | layers | {"eos_token_id": 2}, "vision_config": image | layers}
+    assert clip_from_config(BOTH | parts | {"projection_dim": 768}) == expected
+    assert clip_from_config(config_from_clip(expected)) == expected
+    whole = {"architectures": ["CLIPModel"]}
+    assert clip_from_config(whole) == CLIP(CLIPTextEncoder(projection_dim=512), CLIPImageEncoder())
+
+
+@pytest.mark.parametrize(
+    "read, config, message",
+    [
+        (image_encoder_from_config, {}, r"image encoder: architectures must be one of \['CLIPVision.*'\]; got None"),
+        (image_encoder_from_config, IMAGE | {"patch_size": [2, 2]}, r"image encoder: patch_size .* int; got \[2, 2\]"),
+        (image_encoder_from_config, IMAGE | {"patch_size": 30}, "image encoder: patch_size must divide image_size; .*"),
+        (clip_from_config, BOTH | PLAIN, r"CLIP: architectures must be one of \['CLIPModel'\]; got .*"),
+        (clip_from_config, BOTH | {"vision_config": None}, "CLIP: text_config and vision_config must be objects .*"),
+        (clip_from_config, BOTH | {"projection_dim": 0}, "text encoder: projection_dim must be 1 or more; got 0"),
+        (clip_from_config, BOTH | {"vision_config": {"hidden_act": 1}}, "image encoder: hidden_act must be of .*"),
+    ],
+)
+def test_refused_configs_of_images(read, config, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        read(config)
