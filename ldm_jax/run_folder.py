@@ -37,9 +37,9 @@ def check(workdir: Path, config: ConfigDict) -> None:
     if (workdir / "config.json").exists():
         begun = configuration.from_json(workdir / "config.json")
         since = sorted(configuration.flatten(config).keys() - configuration.flatten(begun).keys())
-        if begun.keys() and since:
+        if since:
             raise InputError(
-                f"--workdir={workdir} was begun by an older version, that knew no config.{since[0]}; it can be drawn "
+                f"--workdir={workdir} was begun by an older version, which knew no config.{since[0]}; it can be drawn "
                 "from and scored, but not gone on with: choose another --workdir"
             )
         differences = configuration.differences(begun, config)

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from ldm_jax import samplers
-from ldm_jax.xla import OBJECTS_PER_COLLECTION, knows_cpu_flags
+from ldm_jax.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, knows_cpu_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import job
 FAST = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_cpu_parallel_codegen_split_count=1"
 if knows_cpu_flags():  # an unknown flag ends the process
     older = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}{older}".strip()
+    # The commands set CPU_FLAG as well, but in this process only if no test has computed anything before.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}{older} {CPU_FLAG}".strip()
 
 import jax  # noqa: E402
 

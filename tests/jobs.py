@@ -43,16 +43,20 @@ def train_here(data, workdir, *changes):
 
 def start(data, workdir, *changes, devices=1):
     """Starts a small job in a process of its own; `finish` waits for it."""
-    environment = os.environ | {
+    command = [sys.executable, "-m", "ldm_jax.train", *flags(data, workdir, *changes)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def environment(devices):
+    """That of a process that compiles as quickly as this one."""
+    return os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONUNBUFFERED": "1",
         "OPENBLAS_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "ldm_jax.train", *flags(data, workdir, *changes)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def finish(process, *, status=0, timeout=180):

@@ -2,99 +2,60 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import diffusers_folder
 import jax
 import jobs
 import numpy as np
 import pytest
+from finetuning import CAPTIONS, fine_tune, flags, leaves, write_pictures
 from PIL import Image
 
 from configs import finetune as finetune_config
-from ldm_jax import commands, evaluate, finetune, sample, train, trained
-from ldm_jax.evaluation.pictures import read_recipe
+from ldm_jax import builders, commands, convert, evaluate, finetune, given, recipe, sample, train, trained
+from ldm_jax.data.image_folder import prepare
+from ldm_jax.errors import InputError
+from ldm_jax.evaluation.pictures import read_recipe, save_png
+from ldm_jax.interop.lora import FILE
 from ldm_jax.run_folder import read_json, read_metrics
 from ldm_jax.text_condition import make_tau
 from ldm_jax.training.checkpoint import load_latest
 
-CAPTIONS = ("low", "lower", "low low", "wool")
-
-
-WHOLE = ("--config.sampling.progress_every=4", "--config.checkpoint_every=2")
-LORA = ("--config.lora.rank=2", "--config.lora.alpha=6.0", "--config.sampling.num=0")
-
-
-def write_pictures(folder):
-    """Eight small pictures of one colour each, and four captions."""
-    folder.mkdir(parents=True)
-    for i in range(8):
-        Image.new("RGB", (20, 16), (30 * i, 255 - 30 * i, 100)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(CAPTIONS[i % 4])
-    return folder
+WHOLE = ("init_from=HOME/inpainting", "sampling.progress_every=4", "sampling.prompts=()", "sampling.num=3")
+LORA = ("lora.rank=2", "lora.alpha=6.0", "sampling.num=0")
+WHOLE, LORA = (tuple(f"--config.{change}" for change in (*changes, "checkpoint_every=2")) for changes in (WHOLE, LORA))
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a model and with pictures; runs lie beside them."""
+    """A folder with models and pictures; runs lie beside them."""
     home = tmp_path_factory.mktemp("finetune")
     diffusers_folder.write_stable_diffusion(home / "model")
+    diffusers_folder.write_stable_diffusion(home / "inpainting", inpainting=True)
     write_pictures(home / "pictures")
     return home
 
 
-def flags(home, run, *changes):
-    given = {
-        "--config": "configs/finetune.py",
-        "--workdir": home / run,
-        "--config.init_from": home / "model",
-        "--config.data.path": home / "pictures",
-        "--config.data.dir": home / "data",
-        "--config.data.image_size": 16,
-        "--config.diffusion.steps": 4,
-        "--config.diffusion.batch_size": 4,
-        "--config.diffusion.warmup_steps": 0,
-        "--config.diffusion.learning_rate": 1e-3,
-        "--config.diffusion.validation_examples": 8,
-        "--config.evaluation.batch_size": 8,
-        "--config.sampling.prompts": "('low','wool')",
-        "--config.sampling.num": 2,
-        "--config.sampling.steps": 2,
-        "--config.sampling.batch_size": 8,
-        "--config.sampling.progress_every": 0,
-        "--config.log_every": 1,
-    }
-    given |= dict(change.split("=", 1) for change in changes)
-    return [f"{name}={value}" for name, value in given.items()]
-
-
-def fine_tune(home, run, *changes):
-    return commands.run(train.main, ["train", *flags(home, run, *changes)])
-
-
 @pytest.fixture(scope="module")
 def run(home):
-    """The run folder of a whole small job."""
+    """The run folder of a whole small job: of an inpainting model, which is not told what to draw."""
     assert fine_tune(home, "run", *WHOLE) == 0
     return home / "run"
 
 
 @pytest.fixture(scope="module")
 def lora_run(home):
-    """The same by LoRA, without pictures."""
+    """Of a model of texts alone by LoRA, without pictures."""
     assert fine_tune(home, "lora", *LORA) == 0
     return home / "lora"
-
-
-def draw(model, out, *flags):
-    command = ["sample", f"--model={model}", f"--out={out}", "--steps=2", "--prompt=low", *flags]
-    assert commands.run(sample.main, command) == 0
-    return jobs.samples(out)["images"].astype(int)
 
 
 def test_a_run_leaves_what_other_runs_leave(run):
     for name in ("report.html", "samples.png", "denoising.gif", "progress/diffusion_000004.png"):
         assert (run / name).is_file()
-    assert jobs.samples(run)["labels"].tolist() == [0, 1]
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "diffusion"]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert any("validation_loss" in line for line in lines)
@@ -102,7 +63,7 @@ def test_a_run_leaves_what_other_runs_leave(run):
 
 
 def test_the_unet_has_learnt_and_the_rest_stays(home, run):
-    before, after = trained.load(home / "model"), trained.load(run)
+    before, after = trained.load(home / "inpainting"), trained.load(run)
     assert after.step == 4 and after.pretrained and before.pretrained
     assert sorted(after.params) == sorted(before.params)
     same = {
@@ -113,15 +74,46 @@ def test_the_unet_has_learnt_and_the_rest_stays(home, run):
     assert 1e-4 < max(moved) < 1e-2
 
 
-def leaves(tree):
-    return jax.tree.leaves(tree)
+def test_held_out_pictures_are_filled_in_by_their_captions(run):
+    """Random parts of the first ones; what is not hidden stays as it is."""
+    model, told = trained.load(run), read_recipe(run / "samples.png")
+    pictures = builders.load_split(model.config, "train")
+    captions = [pictures.class_names[label] for label in pictures[np.arange(3)]["label"]]
+    assert [told["prompts"][label] for label in told["labels"]] == captions
+    assert (told["map_split"], told["sampler"], told["guidance"], told["step"]) == ("train", "ddim", 7.5, 4)
+    images = jobs.samples(run)["images"]
+    known = given.from_split(model.config, pictures, 3, 0).known
+    hidden = np.broadcast_to(known["mask"] == 1, images.shape)
+    np.testing.assert_array_equal(images[~hidden], known["x"][~hidden])
+    assert (images[hidden] != known["x"][hidden]).mean() > 0.5
+    assert f"Of the texts “{told['prompts'][0]}”" in (run / "report.html").read_text()
 
 
-def test_the_run_is_drawn_by_prompts_as_its_model_is(run, tmp_path):
-    images = draw(run, tmp_path / "out", "--num=2")
-    assert images.shape == (2, 16, 16, 3)
-    recipe = read_recipe(tmp_path / "out" / "samples.png")
-    assert (recipe["sampler"], recipe["guidance"], recipe["step"]) == ("ddim", 7.5, 4)
+def test_a_run_is_handed_back_as_the_pipeline_that_it_was(run, tmp_path):
+    folder = tmp_path / "folder"
+    assert commands.run(convert.main, ["convert", f"--model={run}", f"--to={folder}"]) == 0
+    assert read_json(folder / "model_index.json")["_class_name"] == "StableDiffusionInpaintPipeline"
+    assert trained.fingerprint(trained.load(folder)) == trained.fingerprint(trained.load(run))
+
+
+def test_a_recipe_from_before_some_fields(run, tmp_path):
+    """Says by leaving them out what their defaults say: the same pictures; but not of what has no default."""
+    told, picture = read_recipe(run / "samples.png"), Image.open(run / "samples.png")
+    older = {name: value for name, value in told.items() if name not in ("noise_level", "to_image", "resample_jump")}
+    save_png(picture, tmp_path / "older.png", older)
+    command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", f"--from_recipe={tmp_path}/older.png"]
+    assert commands.run(sample.main, command) == 0
+    for name, array in jobs.samples(run).items():
+        np.testing.assert_array_equal(jobs.samples(tmp_path / "out")[name], array)
+    save_png(picture, tmp_path / "oldest.png", {n: value for n, value in older.items() if n not in ("churn", "size")})
+    with pytest.raises(InputError, match=r"says nothing of churn, size$"):
+        recipe.from_picture(trained.load(run), tmp_path / "oldest.png")
+
+
+def test_test_pictures_have_a_size_of_their_own(run, tmp_path, capsys):
+    command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", "--prompt=low", "--height=8"]
+    assert commands.run(sample.main, command) == 2
+    assert "--height=8: without a picture of yours this run restores test pictures" in capsys.readouterr().err
 
 
 def test_the_same_command_again_says_that_all_is_done(home, run, capsys):
@@ -133,9 +125,36 @@ def test_resumed_it_ends_as_one_that_was_left_alone(home, run):
     shutil.copytree(run, home / "again")
     shutil.rmtree(home / "again" / "diffusion" / "4")
     (home / "again" / "evaluation.json").unlink()
-    assert fine_tune(home, "again", "--config.checkpoint_every=2") == 0
+    assert fine_tune(home, "again", *WHOLE, "--config.sampling.progress_every=0") == 0
     jobs.assert_same_training(home / "again", run, stages=("diffusion",))
+    assert jobs.losses(home / "again") == jobs.losses(run)
     assert (home / "again" / "samples.npz").stat().st_mtime == (run / "samples.npz").stat().st_mtime  # not drawn anew
+
+
+# A process that is killed once step 3 of 4 is done, of which the last checkpoint knows nothing.
+KILLED = """
+import os, signal, sys
+from ldm_jax import commands, run_folder, train
+write = run_folder.Log.__call__
+def write_and_die(log, stage, step, **values):
+    write(log, stage, step, **values)
+    if (stage, step) == ("diffusion", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+run_folder.Log.__call__ = write_and_die
+commands.run(train.main, sys.argv)
+"""
+
+
+def test_killed_and_resumed_it_ends_as_one_that_was_left_alone(home, lora_run):
+    command = [sys.executable, "-c", KILLED, *flags(home, "killed", *LORA)]
+    environment = jobs.environment(devices=jax.device_count())
+    killed = subprocess.run(command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert sorted(path.name for path in (home / "killed" / "diffusion").glob("[0-9]")) in ([], ["2"])
+    assert fine_tune(home, "killed", *LORA) == 0
+    jobs.assert_same_training(home / "killed", lora_run, stages=("diffusion",))
+    assert jobs.losses(home / "killed") == jobs.losses(lora_run)
+    assert (home / "killed" / FILE).read_bytes() == (lora_run / FILE).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -184,14 +203,15 @@ def test_only_the_lora_is_trained_and_kept(lora_run):
     assert not (lora_run / "samples.npz").exists()
 
 
-def test_the_lora_file_draws_as_the_run_does(home, lora_run, tmp_path):
-    file = f"--lora={lora_run / 'pytorch_lora_weights.safetensors'}"
-    by_run, by_file = draw(lora_run, tmp_path / "run"), draw(home / "model", tmp_path / "file", file)
-    assert np.abs(by_run - by_file).max() <= 1
+def test_the_lora_file_is_what_the_run_has_learnt(home, lora_run):
+    model, run = trained.load(home / "model"), trained.load(lora_run)
+    by_file = trained.with_lora(model, lora_run / FILE, 1.0).params
+    assert any((a != b).any() for a, b in zip(leaves(model.params), leaves(run.params)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_file, run.params)
 
 
 def test_a_lora_is_added_as_strongly_as_asked(home, lora_run):
-    model, file = trained.load(home / "model"), lora_run / "pytorch_lora_weights.safetensors"
+    model, file = trained.load(home / "model"), lora_run / FILE
     plain, half, whole = (trained.with_lora(model, file, scale).params["unet"] for scale in (0.0, 0.5, 1.0))
     jax.tree.map(np.testing.assert_array_equal, plain, model.params["unet"])
     assert any((a != b).any() for a, b in zip(leaves(plain), leaves(whole)))
@@ -212,8 +232,9 @@ def test_sample_refuses(flags, expected, home, tmp_path, capsys):
 REFUSED = {  # flags -> what the line must say
     "no such model": (["--config.init_from=HOME/gone"], "must be a diffusers folder, with a model_index.json"),
     "a model that is a file": (["--config.init_from=HOME/pictures/0.png"], "must be a diffusers folder"),
+    "prompts for a model of none": (["--config.init_from=HOME/unconditional"], "is told no texts"),
+    "a set without captions": (["--config.data.name=plain"], "has no texts, only image"),
     "a model of another kind": (["--config.init_from=HOME/flux"], "FluxPipeline; supported are"),
-    "a model that inpaints": (["--config.init_from=HOME/inpainting"], "is a model for inpainting"),
     "a size that does not halve": (["--config.data.image_size=15"], "needs a multiple of 2"),
     "grey pictures": (["--config.data.channels=1"], "takes pictures of 3"),
     "no captions asked for": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
@@ -231,7 +252,8 @@ REFUSED = {  # flags -> what the line must say
 
 @pytest.fixture(scope="module")
 def refused_models(home):
-    diffusers_folder.write_stable_diffusion(home / "inpainting", inpainting=True)
+    diffusers_folder.write_unconditional(home / "unconditional")
+    prepare(home / "pictures", "plain", home / "data")
     flux = shutil.copytree(home / "model", home / "flux")
     index = json.loads((flux / "model_index.json").read_text())
     (flux / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
@@ -240,7 +262,7 @@ def refused_models(home):
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, home, refused_models, capsys):
     changes, expected = REFUSED[case]
-    assert fine_tune(home, "refused", *(change.replace("HOME", str(home)) for change in changes)) == 2
+    assert fine_tune(home, "refused", *changes) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line
     assert not (home / "refused").exists()

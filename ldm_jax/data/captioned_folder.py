@@ -125,7 +125,10 @@ def _check_any(source: Path, splits: Splits, skipped: Skipped) -> None:
         why = (
             f"left out are {'; '.join(report(skipped))}" if skipped else f"it needs pictures, and a {METADATA} or .txt"
         )
-        raise InputError(f"config.data.path={source} has no picture with a caption: {why}")
+        raise InputError(
+            f"config.data.path={source} has no picture with a caption: {why}; for pictures without, see "
+            "python -m ldm_jax.data.image_folder --help"
+        )
 
 
 def _content_hash(splits: Splits) -> str:

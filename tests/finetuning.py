@@ -1,0 +1,52 @@
+"""Small jobs of fine-tuning, in this process, and what they are fed with."""
+
+import jax
+from PIL import Image
+
+from ldm_jax import commands, train
+
+CAPTIONS = ("low", "lower", "low low", "wool")
+
+
+def write_pictures(folder):
+    """Eight small pictures of one colour each, and four captions."""
+    folder.mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (20, 16), (30 * i, 255 - 30 * i, 100)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(CAPTIONS[i % 4])
+    return folder
+
+
+def flags(home, run, *changes):
+    """Those of a job in the folder `home`, HOME in `changes`, with pictures/ and model/; the last of a kind counts."""
+    given = {
+        "--config": "configs/finetune.py",
+        "--workdir": home / run,
+        "--config.init_from": home / "model",
+        "--config.data.path": home / "pictures",
+        "--config.data.dir": home / "data",
+        "--config.data.image_size": 16,
+        "--config.diffusion.steps": 4,
+        "--config.diffusion.batch_size": 4,
+        "--config.diffusion.warmup_steps": 0,
+        "--config.diffusion.learning_rate": 1e-3,
+        "--config.diffusion.validation_examples": 8,
+        "--config.evaluation.batch_size": 8,
+        "--config.sampling.prompts": "('low','wool')",
+        "--config.sampling.num": 2,
+        "--config.sampling.steps": 2,
+        "--config.sampling.batch_size": 8,
+        "--config.sampling.progress_every": 0,
+        "--config.log_every": 1,
+    }
+    given |= dict(change.replace("HOME", str(home)).split("=", 1) for change in changes)
+    return [f"{name}={value}" for name, value in given.items()]
+
+
+def fine_tune(home, run, *changes):
+    """Runs it, and returns the exit status."""
+    return commands.run(train.main, ["train", *flags(home, run, *changes)])
+
+
+def leaves(tree):
+    return jax.tree.leaves(tree)
