@@ -10,8 +10,8 @@ def get_config() -> ConfigDict:
     """The defaults: every field that exists, so that an unknown one is an error."""
     config = ConfigDict()
     config.seed = 0  # all randomness comes from here, indexed by (stage, step, example)
-    # What is trained, in this order. clip: pictures and captions to one space, whose text encoder then tells the diffusion
-    # model of captions; classifier: one that guides sampling.
+    # What is trained, in this order. clip: pictures and captions to one space, whose text encoder tells diffusion of
+    # captions; classifier: one that guides sampling.
     config.stages = ("autoencoder", "diffusion")
     # A diffusers folder, or its name on the hub, that is fine-tuned: its networks, latents, noise schedule and kind of
     # prediction take the place of those below; only data, lora, sampling and how diffusion is trained are looked at.

@@ -22,7 +22,7 @@ from ldm_jax.first_stage import make_first_stage
 from ldm_jax.interop import lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.text_condition import make_class_tau, make_tau
-from ldm_jax.told import NO_CAPTIONS, Captions, captions_of, check_texts, reads_along, tell_of
+from ldm_jax.told import NO_CAPTIONS, Captions, check_texts, numbered, reads_along, tell_of
 from ldm_jax.training.diffusion import DiffusionStage, Network, make_diffusion_stage
 from ldm_jax.training.state import make_optimizer
 
@@ -125,7 +125,7 @@ def check_data(config: ConfigDict, base: Base, train_set: Dataset) -> None:
     if not jax.tree.leaves(trained_shapes(config, base)):
         raise InputError(f"config.lora.rank is {config.lora.rank}; {where} has no attention that LoRA could be of")
     if base.model.encoders:
-        check_texts(config, base.model, base.params["conditioner"], captions_of(train_set).texts)
+        check_texts(config, base.model, base.params["conditioner"], numbered(train_set.captions).texts)
     if classes and not train_set.num_classes:
         raise InputError(f"{where} is a model of classes; {train_set.name} has none: see config.data.label_key")
     if classes and train_set.num_classes > classes.num_classes:

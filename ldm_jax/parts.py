@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, clip_run, configuration, drawing, finetune, run_parts, samplers, text_run
+from ldm_jax import builders, clip_run, configuration, drawing, finetune, run_parts, samplers, text_run, told
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
@@ -208,7 +208,11 @@ def train_on_texts(run: Run) -> None:
 
 def fine_tune(run: Run) -> None:
     """Stage 2 from the parameters of somebody's model, or of a run's own parts."""
-    config, base, captions = run.config, run.base, finetune.captions_of(run.train_set)
+    config, base, captions = (
+        run.config,
+        run.base,
+        told.numbered(run.train_set.captions) if run.train_set.captions else told.NO_CAPTIONS,
+    )
     stage = finetune.build_stage(config, base, captions)
     frozen = finetune.frozen_arrays(config, base, captions, run.workdir / "latents")
     initial = stage.init(jax.random.fold_in(jax.random.key(config.seed), 0))

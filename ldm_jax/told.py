@@ -9,7 +9,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders
-from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.files import atomic
 from ldm_jax.pretrained import Pretrained
@@ -29,13 +28,13 @@ class Captions(NamedTuple):
 NO_CAPTIONS = Captions((), np.zeros((0, 1), np.int32))
 
 
-def captions_of(dataset: Dataset) -> Captions:
-    """The captions of a data set, or NO_CAPTIONS."""
-    if not dataset.captions:
+def numbered(captions: Sequence[Sequence[str]]) -> Captions:
+    """The captions of P classes, one or more each; of none, NO_CAPTIONS."""
+    if not captions:
         return NO_CAPTIONS
-    texts = tuple(dict.fromkeys(text for group in dataset.captions for text in group))
-    row_of, most = {text: row for row, text in enumerate(texts)}, max(map(len, dataset.captions))
-    rows = [[row_of[group[k % len(group)]] for k in range(most)] for group in dataset.captions]
+    texts = tuple(dict.fromkeys(text for group in captions for text in group))
+    row_of, most = {text: row for row, text in enumerate(texts)}, max(map(len, captions))
+    rows = [[row_of[group[k % len(group)]] for k in range(most)] for group in captions]
     return Captions(texts, np.array(rows, np.int32))
 
 
