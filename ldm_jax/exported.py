@@ -5,8 +5,7 @@ pipeline.py        the class that diffusers draws with                         v
 recipe.json        config and data of the run, and how far it was trained      scheduler/
 README.md          the model card
 
-The conditioner is part of the UNet there, so that diffusers' own class holds all that was learned: `encoder_hid_proj`
-is a linear map of one-hot vectors [B, L, (K + 1) L] to context, which is to look up the rows of an embedding.
+The conditioner is part of the UNet there: see `class_table`.
 """
 
 from pathlib import Path
@@ -16,15 +15,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, config_rules, configuration
+from ldm_jax.class_folder import latents_scaling
 from ldm_jax.errors import InputError
 from ldm_jax.files import read_json
 from ldm_jax.interop import folder
+from ldm_jax.interop.class_table import split_table
 from ldm_jax.interop.diffusers import params_from_state_dict
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.interop.weights import read_state_dict
 
 RECIPE = "recipe.json"
-PROJECTION = "encoder_hid_proj"
 
 
 class Exported(NamedTuple):
@@ -65,35 +65,21 @@ def load(path: Path) -> Exported:
 
 def _load_unet(path: Path, config: ConfigDict, num_classes: int) -> dict[str, Any]:
     """{"unet", "conditioner"}."""
-    state = read_state_dict(path, dtype=np.float32)
-    tokens, width = config.unet.context_tokens, config.unet.context_dim
-    weight, bias = (np.asarray(state.pop(f"{PROJECTION}.{name}", ())) for name in ("weight", "bias"))
-    expected = (width, (num_classes + 1) * tokens)
-    if (weight.shape, bias.shape) != (expected, (width,)):
-        raise InputError(f"{path}: the weights have no {PROJECTION} of {expected}, which {RECIPE} speaks of")
-    table = np.ascontiguousarray(weight.T) + bias if bias.any() else np.ascontiguousarray(weight.T)
+    tokens, width, rows = config.unet.context_tokens, config.unet.context_dim, num_classes + 1
+    try:
+        state, table = split_table(read_state_dict(path, dtype=np.float32), rows * tokens, width)
+    except InputError as error:
+        raise InputError(f"{path}: {error}, which {RECIPE} speaks of") from error
     return {
         "unet": params_from_state_dict(state, abstract_params(builders.build_unet(config))),
-        "conditioner": {"embedding": {"embedding": table.reshape(num_classes + 1, tokens * width)}},
+        "conditioner": {"embedding": {"embedding": table.reshape(rows, tokens * width)}},
     }
-
-
-def projection_of(table: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    """A conditioner's embedding [K + 1, L width] as the weights of a linear map of one-hot vectors."""
-    weight = np.ascontiguousarray(table.reshape(-1, width).T)
-    return {f"{PROJECTION}.weight": weight, f"{PROJECTION}.bias": np.zeros(width, table.dtype)}
 
 
 def _load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
     """{"autoencoder", "shift", "scale"}."""
-    autoencoder, settings = builders.build_autoencoder(config), folder.read_settings(path)
-    channels = builders.latent_shape(config)[-1]
-    scaling = {}
-    for name in ("shift", "scale"):
-        values = settings.get(f"latents_{name}")
-        if not isinstance(values, list) or len(values) != channels:
-            raise InputError(f"{path / folder.INDEX} is damaged: latents_{name} must be {channels} numbers")
-        scaling[name] = np.array(values, np.float32)
+    autoencoder = builders.build_autoencoder(config)
+    scaling = dict(zip(("shift", "scale"), latents_scaling(path, builders.latent_shape(config)[-1])))
     if autoencoder is None:
         return {"autoencoder": {}, **scaling}
     state = read_state_dict(path / "vae", dtype=np.float32)

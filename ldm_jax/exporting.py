@@ -11,11 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax import builders, configuration, exported, model_card, parts, pretrained, run_parts, trained
+from ldm_jax.class_folder import PIPELINE_CLASS
 from ldm_jax.diffusion_scheduler import scheduler_config
 from ldm_jax.errors import InputError
 from ldm_jax.exported import Exported
 from ldm_jax.files import read_json, write_json
-from ldm_jax.interop import folder
+from ldm_jax.interop import class_table, folder
 from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_from_text_params
 from ldm_jax.interop.config_fields import hints
 from ldm_jax.interop.diffusers import state_dict_from_params
@@ -25,7 +26,6 @@ from ldm_jax.training.checkpoint import Checkpoints, load_latest
 
 # The class that diffusers draws a run of ours with, and the file that has it: for PyTorch, nothing here imports it.
 PIPELINE = Path(folder.__file__).with_name("latent_diffusion_pipeline.py")
-PIPELINE_CLASS = "LatentDiffusionPipeline"
 
 # What is copied of a diffusers folder beside the model: words on it, and under what terms it may be used.
 WORDS = ("README*", "LICENSE*", "LICENCE*")
@@ -39,19 +39,14 @@ def write_pretrained(
     size: tuple[int, int],
     told: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Writes Stable Diffusion and its kin as a diffusers folder.
+    """Writes Stable Diffusion and its kin, but for models of classes, as a diffusers folder.
 
     Args:
       to: a new folder.
       model, params: as of `pretrained.load`. The parameters are written in their own type.
       size: (height, width) of the latents.
       told: component -> fields of its config.json that change nothing here (see `config_fields.hints`), if known.
-
-    Raises:
-      InputError: of a class-conditional model, which no pipeline of diffusers draws.
     """
-    if model.classes:
-        raise InputError("a class-conditional model of CompVis cannot be written: diffusers has no pipeline for it")
     family = pretrained.PIPELINES[model.pipeline]
     scaling, side = (params["shift"], params["scale"]), size[0] if size[0] == size[1] else list(size)
     parts = {
@@ -103,9 +98,40 @@ def write_pretrained_anew(path: Path, to: Path, model: trained.Trained) -> None:
             told[name] = hints(config, config["_class_name"])
         words = sorted(file for pattern in WORDS for file in path.glob(pattern) if file.is_file())
     size = builders.latent_shape(model.config)[:2]
-    write_pretrained(to, model.pretrained, model.params, size=size, told=told)
+    if model.pretrained.classes:
+        _write_classes(to, model, told)
+    else:
+        write_pretrained(to, model.pretrained, model.params, size=size, told=told)
     for file in words:
         shutil.copyfile(file, to / file.name)
+
+
+def _write_classes(to: Path, model: trained.Trained, told: Mapping[str, dict[str, Any]]) -> None:
+    """Writes a class-conditional model as `class_folder` reads it; `told` as in `write_pretrained`."""
+    theirs, params, tokens = model.pretrained, model.params, model.pretrained.classes.tokens
+    table = params["conditioner"]["embedding"]["embedding"]
+    fields = config_from_unet(theirs.unet, builders.latent_shape(model.config)[0])
+    fields |= class_table.fields_of(len(table) * tokens) | told.get("unet", {})
+    state = state_dict_from_params(params["unet"]) | class_table.projection_of(table, theirs.classes.dim)
+    folder.write_component(to / "unet", fields, state)
+    vae = config_from_autoencoder(theirs.autoencoder, *_in_vae(model), theirs.tile) | told.get("vae", {})
+    folder.write_component(to / "vae", vae, state_dict_from_params(params["autoencoder"]))
+    classes = {"unet": fields, "vae": vae, "scheduler": theirs.scheduler}
+    # A run that was fine-tuned has names for those that it was trained on.
+    names = (*model.class_names, *theirs.class_names[len(model.class_names) :])
+    _write_pipeline(to, {name: config["_class_name"] for name, config in classes.items()}, model, names, tokens)
+    (to / "README.md").write_text(model_card.of_classes(names, builders.picture_size(model.config)))
+    write_json(to / "scheduler" / "scheduler_config.json", dict(theirs.scheduler))
+
+
+def _write_pipeline(
+    to: Path, classes: Mapping[str, str | None], model: trained.Trained, names: Sequence[str], tokens: int
+) -> None:
+    """Writes pipeline.py and the index of such a folder, whose components are of these classes; None = absent."""
+    index = {"_class_name": ["pipeline", PIPELINE_CLASS], "_diffusers_version": VERSION}
+    index |= {name: ["diffusers", kind] if kind else [None, None] for name, kind in classes.items()}
+    write_json(to / folder.INDEX, index | _how_it_draws(model, names, tokens))
+    shutil.copyfile(PIPELINE, to / "pipeline.py")
 
 
 def write_run_for_diffusers(path: Path, to: Path, model: trained.Trained, dtype: str) -> None:
@@ -122,16 +148,12 @@ def write_run_for_diffusers(path: Path, to: Path, model: trained.Trained, dtype:
     """
     config, data = model.config, read_json(path / "data.json")
     check_exportable(path, config)
-    index = {"_class_name": ["pipeline", PIPELINE_CLASS], "_diffusers_version": VERSION}
-    index["unet"] = ["diffusers", _write_unet(to / "unet", model, dtype)]
-    index["vae"] = [None, None]
-    if config.autoencoder.kind != "none":
-        index["vae"] = ["diffusers", _write_autoencoder(to / "vae", model, dtype)]
     scheduler, notes = scheduler_config(config)
-    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    classes = {"unet": _write_unet(to / "unet", model, dtype), "vae": None, "scheduler": scheduler["_class_name"]}
+    if config.autoencoder.kind != "none":
+        classes["vae"] = _write_autoencoder(to / "vae", model, dtype)
     write_json(to / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(to / folder.INDEX, index | _how_it_draws(model))
-    shutil.copyfile(PIPELINE, to / "pipeline.py")
+    _write_pipeline(to, classes, model, model.class_names, config.unet.context_tokens)
     recipe = {"config": configuration.from_json(path / "config.json").to_dict(), "data": data, "step": model.step}
     write_json(to / exported.RECIPE, recipe | _about_first_stage(path, config))
     if "classifier" in config.stages:
@@ -146,30 +168,33 @@ def _write_unet(to: Path, model: trained.Trained, dtype: str) -> str:
     config, params = model.config, model.params
     fields = config_from_unet(builders.build_unet(config), builders.latent_shape(config)[0])
     rows = (len(model.class_names) + 1) * config.unet.context_tokens
-    fields |= {"encoder_hid_dim": rows, "encoder_hid_dim_type": "text_proj"}
+    fields |= class_table.fields_of(rows)
     table = params["conditioner"]["embedding"]["embedding"]
-    state = state_dict_from_params(params["unet"]) | exported.projection_of(table, config.unet.context_dim)
+    state = state_dict_from_params(params["unet"]) | class_table.projection_of(table, config.unet.context_dim)
     folder.write_component(to, fields, _cast(state, dtype))
     return fields["_class_name"]
 
 
 def _write_autoencoder(to: Path, model: trained.Trained, dtype: str) -> str:
-    """Returns its class. A VQModel in diffusers has no fields for what model_index.json says of the latents."""
-    shift, scale = model.params["shift"], model.params["scale"]
-    if model.config.autoencoder.kind == "vq":
-        shift, scale = np.zeros_like(shift), np.ones_like(scale)
+    """Returns its class."""
     autoencoder = builders.build_autoencoder(model.config)
-    fields = config_from_autoencoder(autoencoder, shift, scale, model.config.data.image_size)
+    fields = config_from_autoencoder(autoencoder, *_in_vae(model), model.config.data.image_size)
     folder.write_component(to, fields, _cast(state_dict_from_params(model.params["autoencoder"]), dtype))
     return fields["_class_name"]
 
 
-def _how_it_draws(model: trained.Trained) -> dict[str, Any]:
+def _in_vae(model: trained.Trained) -> tuple[np.ndarray, np.ndarray]:
+    """Shift and scale in vae/: a VQModel in diffusers has no fields for what model_index.json says of the latents."""
+    shift, scale = model.params["shift"], model.params["scale"]
+    return (np.zeros_like(shift), np.ones_like(scale)) if model.config.autoencoder.kind == "vq" else (shift, scale)
+
+
+def _how_it_draws(model: trained.Trained, names: Sequence[str], tokens: int) -> dict[str, Any]:
     """The arguments of LatentDiffusionPipeline beside the components."""
     sampling = model.config.sampling
     return {
-        "id2label": {str(number): name for number, name in enumerate(model.class_names)},
-        "class_tokens": model.config.unet.context_tokens,
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "class_tokens": tokens,
         "latents_shift": model.params["shift"].tolist(),
         "latents_scale": model.params["scale"].tolist(),
         "num_inference_steps": sampling.steps,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
+from ldm_jax import exported
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder, tokenizer
 from ldm_jax.interop.weights import best_weights
@@ -50,7 +51,7 @@ def needed_files(names: Collection[str], family: Family) -> list[str]:
     Raises:
       InputError: a component lacks its config or its weights.
     """
-    files = [folder.INDEX]
+    files = [folder.INDEX, *(name for name in (exported.RECIPE,) if name in names)]
     for component in ("unet", family.autoencoder, *family.encoders):
         files += [f"{component}/config.json", *_weights(names, component)]
     files += [f"{scheduler}/scheduler_config.json" for scheduler in family.schedulers]

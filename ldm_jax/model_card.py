@@ -1,4 +1,4 @@
-"""The model card of a run that is handed on: what it is, how it was trained, how good it is and how to draw with it."""
+"""The model card of what is handed on: what it is, how it was trained, how good it is and how to draw with it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -55,6 +55,38 @@ def of_run(
         *_drawing(config, names, notes),
     ]
     return "\n".join(parts) + "\n"
+
+
+def of_classes(names: Sequence[str], size: tuple[int, int]) -> str:
+    """The text of README.md of a class-conditional model of other people, of pictures of this (height, width)."""
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "tags: [latent-diffusion, ldm_jax]",
+        "# license: say here under which licence you publish this",
+        "---",
+        "",
+        "# Class-conditional latent diffusion",
+        "",
+        f"Draws pictures of {size[0]}x{size[1]} pixels of {len(names)} classes: a latent diffusion model (Rombach et"
+        " al. 2022), written by ldm_jax.",
+        "",
+        "In diffusers; `pipeline.py` is code of this folder, so read it before you trust it:",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)',
+        f"images = pipe([0, {len(names) - 1}]).images",
+        "```",
+        "",
+        "In ldm_jax:",
+        "",
+        "```",
+        f"python -m ldm_jax.sample --model=FOLDER --out=samples --label=0,{len(names) - 1}",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _first_stage(config: ConfigDict, counts: Mapping[str, int]) -> str:

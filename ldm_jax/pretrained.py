@@ -6,6 +6,7 @@ are drawn unless one is told otherwise.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from ldm_jax import upscaling
+from ldm_jax import class_folder, upscaling
 from ldm_jax.errors import InputError
 from ldm_jax.extras import NO_EXTRAS, Extras, find_tokenizers, other_autoencoder
 from ldm_jax.first_stage import FirstStage
@@ -55,8 +56,8 @@ PIPELINES = {
         guidance=9.0, steps=75, schedulers=("scheduler", "low_res_scheduler")
     ),
     "LDMPipeline": Family((), "vqvae", 1.0),
+    class_folder.PIPELINE_CLASS: Family((), "vae", 3.0),  # the guidance that CompVis drew their model's pictures with
 }
-CLASS_GUIDANCE = 3.0  # that CompVis drew their class-conditional model's pictures with
 
 
 class Pretrained(NamedTuple):
@@ -72,6 +73,8 @@ class Pretrained(NamedTuple):
     tile: int  # side in pixels of what the autoencoder takes at a time, if asked to tile
     upscaling: Upscaling | None  # of the x4 upscaler
     classes: ClassEmbedder | None = None  # of a class-conditional model
+    class_names: tuple[str, ...] = ()  # of that; their numbers where it has no names
+    draws: Mapping[str, Any] = MappingProxyType({})  # fields of config.sampling that it says itself
 
     @property
     def map_kind(self) -> str:
@@ -101,6 +104,8 @@ def is_single_file(path: Path) -> bool:
 def family_of(path: Path) -> tuple[str, Family]:
     """The class of a folder's pipeline, and what that has; raises InputError for one that is not supported."""
     pipeline = folder.read_settings(path).get("_class_name")
+    if pipeline == ["pipeline", class_folder.PIPELINE_CLASS]:  # its own, in the file pipeline.py
+        pipeline = class_folder.PIPELINE_CLASS
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"{path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
     return pipeline, PIPELINES[pipeline]
@@ -146,6 +151,8 @@ def _load_folder(path: Path, dtype: str) -> tuple[Pretrained, dict[str, Any], tu
     for name in ("unet", *family.schedulers, family.autoencoder, *family.encoders):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
+    if pipeline == class_folder.PIPELINE_CLASS:
+        return *_with_classes(path, class_folder.load(path, dtype)), _latent_size(path)
     kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     unet, unet_params = folder.load_unet(path / "unet", **kind)
     if isinstance(unet, UNet) != bool(family.encoders):
@@ -169,6 +176,26 @@ def _load_folder(path: Path, dtype: str) -> tuple[Pretrained, dict[str, Any], tu
     if upscales:
         params["scale"] = np.full_like(scale, upscaling.SCALE)
     return model, params, _latent_size(path)
+
+
+def _with_classes(path: Path, found: class_folder.ClassModel) -> tuple[Pretrained, dict[str, Any]]:
+    """A class-conditional model, and its parameters."""
+    parts = {"unet": found.unet, "autoencoder": found.autoencoder, "conditioner": found.classes}
+    model = Pretrained(
+        pipeline=class_folder.PIPELINE_CLASS,
+        unet=found.unet[0],
+        autoencoder=found.autoencoder[0],
+        encoders=(),
+        tokenizers=(),
+        scheduler=folder.component_config(path, "scheduler"),
+        zeros_for_nothing=True,
+        tile=_tile(path / "vae"),
+        upscaling=None,
+        classes=found.classes[0],
+        class_names=found.class_names,
+        draws=found.draws,
+    )
+    return model, {name: params for name, (_, params) in parts.items()} | {"shift": found.shift, "scale": found.scale}
 
 
 def _latent_size(path: Path) -> tuple[int, int]:
@@ -200,6 +227,7 @@ def _load_file(path: Path, dtype: str, extras: Extras) -> tuple[Pretrained, dict
         tile=found.sample_size * found.autoencoder[0].downsampling,
         upscaling=noising and upscaling.make(noising, upscaling.MAX_NOISE_LEVEL, levels, where=path),
         classes=found.classes[0] if found.classes else None,
+        class_names=tuple(map(str, range(found.classes[0].num_classes))) if found.classes else (),
     )
     params = {"unet": found.unet[1], "autoencoder": found.autoencoder[1], "shift": found.shift, "scale": found.scale}
     params["conditioner"] = found.classes[1] if found.classes else [text_params for _, text_params in found.texts]
@@ -269,11 +297,12 @@ def _config(model: Pretrained, size: tuple[int, int], dtype: str) -> ConfigDict:
                 "eta": 0.0,
                 "variance": scheduler.options.get("variance", "fixed_small"),
                 "churn": 0.0,
-                "guidance": CLASS_GUIDANCE if model.classes else family.guidance,
+                "guidance": family.guidance,
                 "guidance_interval": (0.0, 1.0),
                 "guidance_rescale": 0.0,
                 "threshold": 0.0,
                 "batch_size": jax.local_device_count(),
+                **model.draws,
             },
         }
     ).lock()

@@ -58,8 +58,7 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
     """
     if is_pretrained(path):
         model, config, params = pretrained.load(path, dtype or "float32", extras)
-        class_names = tuple(map(str, range(model.classes.num_classes))) if model.classes else ()
-        return Trained(config, class_names, params, 0, model)
+        return Trained(config, model.class_names, params, 0, model)
     for name, value in extras._asdict().items():
         if value:
             raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")

@@ -13,7 +13,9 @@ import random_runs
 import tiny
 
 from ldm_jax import commands, convert, evaluate, exporting, sample, scoring, trained
+from ldm_jax.errors import InputError
 from ldm_jax.interop.weights import read_state_dict, write_safetensors
+from ldm_jax.run_folder import content_hash
 from ldm_jax.training.checkpoint import load_latest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -269,6 +271,23 @@ def test_what_is_refused(case, trained_run, exported, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_exported_run_without_its_recipe_is_a_model_of_classes(exported, tmp_path):
+    """As which diffusers knows it: of the same parameters, and drawn as its index says."""
+    copied = shutil.copytree(exported, tmp_path / "model")
+    (copied / "recipe.json").unlink()
+    index = json.loads((copied / "model_index.json").read_text())
+    changes = {"num_inference_steps": 7, "guidance_scale": 1.5, "guidance_interval": [0, 0.5]}
+    (copied / "model_index.json").write_text(json.dumps(index | changes))
+    run, model = trained.load(exported), trained.load(copied)
+    assert content_hash(run.params) == content_hash(model.params)
+    assert (model.class_names, model.pretrained.pipeline) == (run.class_names, "LatentDiffusionPipeline")
+    sampling = model.config.sampling
+    assert (sampling.steps, sampling.guidance, sampling.guidance_interval) == (7, 1.5, (0.0, 0.5))
+    (copied / "model_index.json").write_text(json.dumps(index | {"guidance_scale": "much"}))
+    with pytest.raises(InputError, match="is damaged: guidance_scale is 'much'"):
+        trained.load(copied)
+
+
 DAMAGED = {  # what is done to an exported run -> what the line must say
     "half a recipe": (lambda f: cut_short(f / "recipe.json"), "recipe.json is damaged"),
     "a recipe of nothing": (lambda f: (f / "recipe.json").write_text("{}"), "it has no config and no data"),
@@ -282,7 +301,6 @@ DAMAGED = {  # what is done to an exported run -> what the line must say
         lambda f: shutil.copy(f / "unet" / WEIGHTS, f / "vae" / WEIGHTS),
         "not those of this model",
     ),
-    "no recipe": (lambda f: (f / "recipe.json").unlink(), "supported are StableDiffusionPipeline"),
 }
 
 

@@ -54,6 +54,13 @@ def test_only_what_is_needed_is_fetched():
     assert sorted(hub.needed_files(NEEDED + OTHERS, SD)) == sorted(NEEDED)
 
 
+def test_what_a_run_was_is_fetched_too():
+    """Without its recipe it would draw as models of its kind do, not as its config says."""
+    names = [name for name in NEEDED if not name.startswith(("text_encoder", "tokenizer"))]
+    files = hub.needed_files([*names, "recipe.json", "pipeline.py"], PIPELINES["LatentDiffusionPipeline"])
+    assert sorted(files) == sorted([*names, "recipe.json"])
+
+
 @pytest.mark.parametrize(
     "beside, chosen",
     [

@@ -62,7 +62,7 @@ def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
         np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
 
 
-@pytest.mark.parametrize("family", [SD2, XL, UPSCALER])
+@pytest.mark.parametrize("family", [SD2, XL, UPSCALER, CLASSES])
 def test_a_file_becomes_a_folder(family, file_of, tmp_path):
     """The same model to the bit, whose tokenizers fill up as they should: with ! in SD 2 and in SDXL's second."""
     file, folder = file_of(family), tmp_path / "folder"
@@ -74,10 +74,28 @@ def test_a_file_becomes_a_folder(family, file_of, tmp_path):
         np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
 
 
-def test_a_model_of_classes_is_not_written(file_of, tmp_path, capsys):
-    assert commands.run(convert.main, ["convert", f"--model={file_of(CLASSES)}", f"--to={tmp_path / 'folder'}"]) == 2
-    assert "diffusers has no pipeline for it" in capsys.readouterr().err
-    assert not (tmp_path / "folder").exists()
+def test_a_folder_of_classes(file_of, tmp_path):
+    commands.run(convert.main, ["convert", f"--model={file_of(CLASSES)}", f"--to={tmp_path / 'm'}", "--dtype=bfloat16"])
+    assert trained.fingerprint(trained.load(tmp_path / "m", "bfloat16")) == trained.fingerprint(
+        trained.load(file_of(CLASSES), "bfloat16")
+    )
+    index = json.loads((tmp_path / "m" / "model_index.json").read_text())
+    assert index["id2label"] == {str(k): str(k) for k in range(ldm_files.CLASSES)}
+    named = {str(k): f"kind {k}" for k in range(ldm_files.CLASSES)}
+    (tmp_path / "m" / "model_index.json").write_text(json.dumps(index | {"id2label": named}))
+    assert trained.load(tmp_path / "m").class_names == tuple(named.values())
+    assert "--label=0,4" in (tmp_path / "m" / "README.md").read_text()
+    for change, words in (
+        ({"id2label": 3}, "must have id2label, from 0, and class_tokens, 1 or more"),
+        ({"id2label": {"1": "a"}}, "must have id2label, from 0"),
+        ({"id2label": {"0": "a"}}, r"unet: the weights have no encoder_hid_proj of \(16, 2\)"),
+        ({"latents_scale": [1.0]}, "latents_scale must be 3 numbers"),
+        ({"vae": [None, None]}, "names no vae, which a LatentDiffusionPipeline needs"),
+        ({"_class_name": ["pipeline", "Another"]}, "is a .*Another.*; supported are"),
+    ):
+        (tmp_path / "m" / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(InputError, match=words):
+            trained.load(tmp_path / "m")
 
 
 def test_a_tokenizer_of_another_model(file_of, tmp_path):

@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from ldm_jax.errors import InputError
 from ldm_jax.files import read_json, write_json
+from ldm_jax.interop import class_table
 from ldm_jax.interop.diffusers import params_from_state_dict
 from ldm_jax.interop.modules import VERSION, abstract_params, autoencoder_from_config, unet_from_config
 from ldm_jax.interop.weights import read_state_dict, weight_files, write_safetensors
@@ -93,6 +94,20 @@ def load_unet(
     with _told_of(folder):
         unet = unet_from_config(config, dtype=dtype)
     return unet, _load_params(folder, unet, variant, params_dtype)
+
+
+def load_unet_of_classes(
+    folder: Path, rows: int, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float32
+) -> tuple[UNet, dict[str, Any], np.ndarray]:
+    """As `load_unet`, and what it is told of classes (see `class_table`), of which there are so many rows."""
+    config = _read_object(folder, "config.json")
+    with _told_of(folder):
+        unet = unet_from_config(config | class_table.NO_FIELDS, dtype=dtype)
+        if not isinstance(unet, UNet):
+            raise InputError(f"a {config['_class_name']} is told of no classes; it must be a UNet2DConditionModel")
+        state = read_state_dict(folder, dtype=params_dtype)
+        state, table = class_table.split_table(state, rows, unet.cross_attention_dim)
+        return unet, params_from_state_dict(state, abstract_params(unet)), table
 
 
 def load_autoencoder(

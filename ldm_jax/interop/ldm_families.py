@@ -50,7 +50,7 @@ class Text(NamedTuple):
 class Family(NamedTuple):
     """What a file does not say."""
 
-    pipeline: str  # diffusers' class, for text to image or without a text
+    pipeline: str  # diffusers' class, for text to image or without a text; of classes our own (see `class_folder`)
     texts: tuple[Text, ...]
     autoencoder: str  # the component's name in diffusers
     heads: int | None  # of all attention
@@ -145,9 +145,9 @@ FAMILIES = {
         low_res_scheduler={"_class_name": "DDPMScheduler", **_UPSCALER, "variance_type": "fixed_small"},
     ),
     "class-conditional LDM": Family(
-        pipeline="LDMPipeline",
+        pipeline="LatentDiffusionPipeline",
         texts=(),
-        autoencoder="vqvae",
+        autoencoder="vae",
         heads=1,
         head_size=None,
         scaling_factor=1.0,

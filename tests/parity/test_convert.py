@@ -14,10 +14,12 @@ from parity.quiet import open_quietly, without_warnings
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import random_runs`
 
 import diffusers_folder
+import ldm_files
 import random_runs
 import tiny
 
 from ldm_jax import commands, convert, sample
+from ldm_jax.interop.ldm_families import FAMILIES
 
 LATENTS = {"diffusion.timesteps": 1000, "sampling.guidance": 3.0}
 RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
@@ -114,6 +116,35 @@ def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
         with pytest.raises(ValueError, match="is no class"):
             pipe(len(class_names))
         assert pipe(class_names[0]).images[0].size == (8, 8)
+
+
+def test_diffusers_draws_a_single_file_of_classes(tmp_path, monkeypatch):
+    """CompVis' class-conditional model, which diffusers has no pipeline for, by the one in the folder."""
+    family = "class-conditional LDM"
+    monkeypatch.setitem(FAMILIES, family, FAMILIES[family]._replace(sample_size=8))
+    file = ldm_files.write_file(tmp_path / "file", family)
+    folder = converted(file, tmp_path / "folder")
+    open_quietly("UNet2DConditionModel", folder / "unet")
+    open_quietly("VQModel", folder / "vae")
+    noise = np.random.default_rng(0).standard_normal((4, 8, 8, 3)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    flags = [f"--init_latents={tmp_path / 'noise.npy'}", "--num=4", "--steps=8", "--label=1,3"]
+    ours = []
+    for model in (file, folder):
+        assert commands.run(sample.main, ["sample", f"--model={model}", f"--out={tmp_path / 'out'}", *flags]) == 0
+        with np.load(tmp_path / "out" / "samples.npz") as samples:
+            ours.append(samples["images"].astype(float))
+    np.testing.assert_array_equal(*ours)
+
+    with without_warnings():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+    z_T = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    drawn = pipe([1, "3", 1, 3], num_inference_steps=8, latents=z_T, output_type="np").images
+    theirs = (drawn * 255).round()
+    off = np.abs(ours[0] - theirs)
+    print(f"{(off > 0).mean():.2%} of the values differ, by {off.max():.0f} at most")
+    assert theirs.std() > 10 and ((theirs > 0) & (theirs < 255)).mean() > 0.5
+    assert off.max() <= 1 and (off > 0).mean() < 0.005
 
 
 def test_what_diffusers_saves_again_draws_the_same(tmp_path):
