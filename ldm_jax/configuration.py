@@ -12,6 +12,8 @@ from ldm_jax.errors import InputError
 
 DEFAULTS = Path(__file__).parent.parent / "configs" / "base.py"  # every field, and what it is unless it is said
 
+ALWAYS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")  # sections of every version
+
 # What may change between two runs of the same command without making it another run.
 FREE = (
     "sampling",
@@ -68,7 +70,7 @@ def completed(config: ConfigDict, where: str) -> ConfigDict:
 
     A field's default is what was done before there was a field. What is no config of ours stays as it is.
     """
-    if not DEFAULTS.is_file() or not all(isinstance(config.get(name), ConfigDict) for name in ("data", "diffusion")):
+    if not DEFAULTS.is_file() or not all(isinstance(config.get(name), ConfigDict) for name in ALWAYS):
         return config
     defaults, given = flatten(runpy.run_path(str(DEFAULTS))["get_config"]()), flatten(config)
     lacking = sorted(defaults.keys() - given.keys())
