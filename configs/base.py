@@ -10,7 +10,9 @@ def get_config() -> ConfigDict:
     """The defaults: every field that exists, so that an unknown one is an error."""
     config = ConfigDict()
     config.seed = 0  # all randomness comes from here, indexed by (stage, step, example)
-    config.stages = ("autoencoder", "diffusion")  # what is trained, in this order; classifier: one that guides sampling
+    # What is trained, in this order. clip: pictures and captions to one space, whose text encoder tells diffusion of
+    # captions; classifier: one that guides sampling.
+    config.stages = ("autoencoder", "diffusion")
     # A diffusers folder, or its name on the hub, that is fine-tuned: its networks, latents, noise schedule and kind of
     # prediction take the place of those below; only data, lora, sampling and how diffusion is trained are looked at.
     config.init_from = ""
@@ -62,6 +64,24 @@ def get_config() -> ConfigDict:
     discriminator.learning_rate = 2e-4
     _training(autoencoder, steps=100_000, batch_size=128, learning_rate=4e-4)
 
+    clip = config.clip = ConfigDict()  # a text and an image encoder (Radford 2021); the UNet's context is the former's
+    clip.checkpoint = ""  # a run folder whose CLIP is used instead of training one
+    clip.tokenizer = ""  # a folder with CLIP's vocabulary; "" = one is learned from the captions of the training split
+    clip.vocab_size = 2_048  # of that one, at most
+    clip.max_length = 32  # tokens of a caption, its begin and end among them; 77 in CLIP
+    clip.projection_dim = 64  # of the space of both
+    clip.text_width = 128  # must be unet.context_dim, if there is one to be told
+    clip.text_layers = 2
+    clip.text_heads = 4
+    clip.patch_size = 4  # pixels; must divide data.image_size
+    clip.image_width = 128
+    clip.image_layers = 3
+    clip.image_heads = 4
+    clip.max_shift = 0  # pixels that pictures are moved by at random, at most
+    clip.max_zoom = 0.0  # share that they are made larger or smaller by at random, at most
+    clip.validation_examples = 2_000  # test images that the validation loss is measured on
+    _training(clip, steps=10_000, batch_size=128, learning_rate=1e-3)
+
     diffusion = config.diffusion = ConfigDict()
     diffusion.timesteps = 1000  # T
     diffusion.schedule = "linear"  # linear | scaled_linear | cosine
@@ -74,6 +94,7 @@ def get_config() -> ConfigDict:
     diffusion.variance = "fixed"  # of the reverse steps: fixed | learned, which the UNet predicts too (Nichol 2021)
     diffusion.bound_weight = 0.001  # learned only: lambda, the weight of the variational bound in bits/dim
     diffusion.label_dropout = 0.1  # share of examples trained without their label, for classifier-free guidance
+    diffusion.train_text = False  # of models of texts: whether their text encoders learn along
     diffusion.validation_examples = 2_000  # test images that the validation loss is measured on
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
 
@@ -126,6 +147,7 @@ def get_config() -> ConfigDict:
     evaluation = config.evaluation = ConfigDict()
     evaluation.num_reference = 10_000  # test images compared with; fewer if the split is smaller
     evaluation.bound_examples = 1_000  # of them, for the variational bound in bits/dim; 0 = leave it out
+    evaluation.zero_shot_key = "none"  # clip only: the class that it tells by its names alone (Radford 2021); none
     evaluation.resize = 32  # pixels that images are resized to for VGG16
     evaluation.batch_size = 256
     evaluation.inception_weights = (

@@ -5,9 +5,8 @@
 MODEL is a diffusers folder or a name on the hub, Stable Diffusion 1.5 if nothing is said; DIR has pictures, with a
 metadata.jsonl or a .txt file beside each (see `ldm_jax/data/captioned_folder.py`). With `--config.lora.rank=8` only
 small matrices beside the attention's are trained, and the run folder gets a `pytorch_lora_weights.safetensors` for
-diffusers. Held-out pictures: `--config.data.train_split=train[:90%] --config.data.test_split=train[90%:]`; what is
-drawn while training and at the end goes by the first few of their captions, or by
-`--config.sampling.prompts="('a cat','a dog')"`. Then:
+diffusers. Held-out pictures: `--config.data.train_split=train[:90%] --config.data.test_split=train[90%:]`; by the first
+few of their captions it draws while training, and at the end, unless `config.sampling.prompts` says by which. Then:
 
     python -m ldm_jax.sample --model=runs/finetune --prompt=TEXT --out=samples
     python -m ldm_jax.convert --model=runs/finetune --to=FOLDER        the same pipeline again, for diffusers

@@ -27,7 +27,7 @@ VARIANCES = ("fixed_small", "fixed_large", "learned")
 DTYPES = ("float32", "bfloat16")
 
 # Everything that can be trained, in the order in which it may be.
-STAGES = ("autoencoder", "diffusion", "classifier")
+STAGES = ("autoencoder", "clip", "diffusion", "classifier")
 
 _CHOICES = {
     "dtype": DTYPES,
@@ -36,6 +36,7 @@ _CHOICES = {
     "autoencoder.kind": ("kl", "vq", "none"),
     "autoencoder.loss.perceptual_net": ("vgg16", "alexnet"),
     "autoencoder.decay": ("constant", "cosine"),
+    "clip.decay": ("constant", "cosine"),
     "diffusion.decay": ("constant", "cosine"),
     "classifier.decay": ("constant", "cosine"),
     "diffusion.schedule": ("linear", "scaled_linear", "cosine"),
@@ -64,6 +65,19 @@ _RANGES = {
     "autoencoder.loss.perceptual_size": (0, None),
     "autoencoder.discriminator.channels": (1, None),
     "autoencoder.discriminator.layers": (1, None),
+    "clip.vocab_size": (514, None),
+    "clip.max_length": (3, 10_000),
+    "clip.projection_dim": (1, None),
+    "clip.text_width": (1, None),
+    "clip.text_layers": (1, None),
+    "clip.text_heads": (1, None),
+    "clip.patch_size": (1, None),
+    "clip.image_width": (1, None),
+    "clip.image_layers": (1, None),
+    "clip.image_heads": (1, None),
+    "clip.max_shift": (0, None),
+    "clip.max_zoom": (0.0, 0.99),
+    "clip.validation_examples": (1, None),
     "diffusion.timesteps": (2, None),
     "diffusion.beta_start": (0.0, 1.0),
     "diffusion.beta_end": (0.0, 0.999),

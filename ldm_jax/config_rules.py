@@ -13,8 +13,8 @@ def validate(config: ConfigDict) -> None:
     if config.init_from:
         _validate_fine_tuning(config)
     else:
-        _validate_own(config)
         _validate_stages(config)
+        _validate_own(config)
         _validate_shapes(config)
     _validate_together(config)
 
@@ -69,21 +69,71 @@ def _validate_fine_tuning(config: ConfigDict) -> None:
         raise InputError(f"config.stages is {config.stages}; with config.init_from it must be ('diffusion',)")
     if config.diffusion.variance == "learned":
         raise InputError("config.diffusion.variance is 'learned'; with config.init_from it must be fixed")
-    prompts = config.sampling.prompts
-    if not isinstance(prompts, tuple) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError(f"config.sampling.prompts is {prompts}; it must be texts, e.g. ('a cat', 'a dog')")
+    _validate_prompts(config.sampling.prompts)
+    if config.lora.rank and config.diffusion.train_text:
+        raise InputError(
+            "config.diffusion.train_text is True; with config.lora.rank, LoRA of the UNet is all that learns"
+        )
     if config.lora.rank and not config.lora.alpha:
         raise InputError("config.lora.alpha is 0, with which nothing is trained; it must be above 0")
 
 
+def _validate_prompts(prompts: tuple) -> None:
+    if not isinstance(prompts, tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"config.sampling.prompts is {prompts}; it must be texts, e.g. ('a cat', 'a dog')")
+
+
 def _validate_own(config: ConfigDict) -> None:
-    """Raises InputError for a field that only fine-tuning has."""
+    """Raises InputError for a field that only fine-tuning has, or a run with CLIP, or that a run with CLIP has not."""
     sampling = config.sampling
-    asked = {"sampling.prompts": sampling.prompts, "lora.rank": config.lora.rank}
-    asked["sampling.sampler"] = OWN if sampling.sampler == OWN else ""
+    asked = {"lora.rank": config.lora.rank, "sampling.sampler": OWN if sampling.sampler == OWN else ""}
     for name, value in asked.items():
         if value:
-            raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers folder")
+            raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers model")
+    if tells_texts(config):
+        _validate_texts(config)
+    elif sampling.prompts or config.diffusion.train_text:
+        name, value = ("sampling.prompts", sampling.prompts) if sampling.prompts else ("diffusion.train_text", True)
+        raise InputError(f"config.{name} is {value!r}; that needs a model of texts: 'clip' in config.stages")
+    if "clip" in config.stages:
+        _validate_clip(config)
+
+
+def tells_texts(config: ConfigDict) -> bool:
+    """Whether a run of ours trains a diffusion model that is told of texts, by a CLIP of its own."""
+    return not config.init_from and {"clip", "diffusion"} <= set(config.stages)
+
+
+def _validate_clip(config: ConfigDict) -> None:
+    clip = config.clip
+    if config.data.caption_key == "none":
+        raise InputError("config.stages has 'clip'; config.data.caption_key must name the feature with the captions")
+    if config.data.image_size % clip.patch_size:
+        raise InputError(
+            f"config.clip.patch_size is {clip.patch_size}; it must divide config.data.image_size = "
+            f"{config.data.image_size}"
+        )
+    for tower in ("text", "image"):
+        width, heads = clip[f"{tower}_width"], clip[f"{tower}_heads"]
+        if width % heads:
+            raise InputError(
+                f"config.clip.{tower}_heads is {heads}; it must divide config.clip.{tower}_width = {width}"
+            )
+
+
+def _validate_texts(config: ConfigDict) -> None:
+    """A diffusion model told of texts is Stable Diffusion in small, so that diffusers draws the same with it."""
+    _validate_prompts(config.sampling.prompts)
+    if config.unet.context_dim != config.clip.text_width:
+        raise InputError(
+            f"config.unet.context_dim is {config.unet.context_dim}; it must be config.clip.text_width = "
+            f"{config.clip.text_width}, whose texts the UNet is told"
+        )
+    only = {"autoencoder.kind": "kl", "concat.kind": "none", "diffusion.variance": "fixed"}
+    fields = flatten(config)
+    for name, value in only.items():
+        if fields[name] != value:
+            raise InputError(f"config.{name} is {fields[name]!r}; with 'clip' in config.stages it must be {value!r}")
 
 
 def _validate_stages(config: ConfigDict) -> None:
@@ -95,7 +145,8 @@ def _validate_stages(config: ConfigDict) -> None:
         raise InputError(f"config.stages is {stages}; it must be some of {', '.join(STAGES)}, each once, in this order")
     if not set(stages) - ({"autoencoder"} if pixels else set()):
         raise InputError(f"config.stages is {stages}: there is nothing to train")
-    if stages[0] != "autoencoder" and not pixels:
+    on_latents = [stage for stage in stages if stage not in ("autoencoder", "clip")]
+    if on_latents and stages[0] != "autoencoder" and not pixels:
         raise InputError(
             f"config.stages is {stages}; what is trained on latents needs 'autoencoder' before it "
             "(config.autoencoder.checkpoint takes another run's)"

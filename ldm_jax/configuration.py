@@ -12,7 +12,8 @@ from ldm_jax.errors import InputError
 
 DEFAULTS = Path(__file__).parent.parent / "configs" / "base.py"  # every field, and what it is unless it is said
 
-ALWAYS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")  # sections of every version
+# The sections that there have been since the first version.
+ALWAYS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")
 
 # What may change between two runs of the same command without making it another run.
 FREE = (

@@ -51,11 +51,14 @@ def main(argv: list[str]) -> None:
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
     extras = Extras(values.tokenizer, values.prediction, values.vae)
-    model = trained.load(hub.find(values.model) if with_config else Path(values.model), values.dtype, extras)
+    told = f"--model={values.model} knows no data set; say by --config=FILE what its pictures are to be compared with"
+    if not with_config and (hub.is_name(values.model) or trained.is_pretrained(Path(values.model))):
+        raise InputError(told)
+    model = trained.load(hub.find(values.model), values.dtype, extras)
     if with_config:
         config = scoring.with_data_of(model, values.config).unlock()
-    elif model.pretrained:
-        raise InputError(f"--model={values.model} is a diffusers model, which names no test images; add --config=FILE")
+    elif model.pretrained:  # that was fine-tuned, and has seen all its data
+        raise InputError(told)
     else:
         config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:

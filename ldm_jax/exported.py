@@ -67,9 +67,9 @@ def _load_unet(path: Path, config: ConfigDict, num_classes: int) -> dict[str, An
     """{"unet", "conditioner"}."""
     state = read_state_dict(path, dtype=np.float32)
     tokens, width = config.unet.context_tokens, config.unet.context_dim
-    weight, bias = (state.pop(f"{PROJECTION}.{name}", None) for name in ("weight", "bias"))
+    weight, bias = (np.asarray(state.pop(f"{PROJECTION}.{name}", ())) for name in ("weight", "bias"))
     expected = (width, (num_classes + 1) * tokens)
-    if weight is None or bias is None or (weight.shape, bias.shape) != (expected, (width,)):
+    if (weight.shape, bias.shape) != (expected, (width,)):
         raise InputError(f"{path}: the weights have no {PROJECTION} of {expected}, which {RECIPE} speaks of")
     table = np.ascontiguousarray(weight.T) + bias if bias.any() else np.ascontiguousarray(weight.T)
     return {

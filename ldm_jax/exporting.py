@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, exported, model_card, parts, pretrained, trained
-from ldm_jax.diffusion.schedules import EVEN
+from ldm_jax import builders, configuration, exported, model_card, parts, pretrained, run_parts, trained
+from ldm_jax.diffusion_scheduler import scheduler_config
 from ldm_jax.errors import InputError
 from ldm_jax.exported import Exported
 from ldm_jax.files import read_json, write_json
@@ -20,7 +20,6 @@ from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_fr
 from ldm_jax.interop.config_fields import hints
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.modules import VERSION, config_from_autoencoder, config_from_unet
-from ldm_jax.interop.scheduler_config import config_from_schedule
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.training.checkpoint import Checkpoints, load_latest
 
@@ -194,50 +193,11 @@ def _about_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
     if config.autoencoder.kind == "none":
         return {"autoencoder_step": 0, "measured_on": ""}
     step = int(load_latest(path / "autoencoder")["step"])
-    return {"autoencoder_step": step, "measured_on": trained.load_scale(path)[2]}
+    return {"autoencoder_step": step, "measured_on": run_parts.load_scale(path)[2]}
 
 
 def _cast(state: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     return {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in state.items()}
-
-
-def scheduler_config(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """The scheduler with which diffusers draws as `config.sampling` says, and what of that it does otherwise, in words.
-
-    DDIM without noise is Euler's method, and that class of diffusers takes the steps right whatever their spacing; its
-    DDIM does for leading ones (diffusers#9261). A solver that no class of diffusers is falls back to DDIM.
-    """
-    diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.kind == "none"
-    schedule = {
-        "name": diffusion.schedule,
-        "T": diffusion.timesteps,
-        "beta_start": diffusion.beta_start,
-        "beta_end": diffusion.beta_end,
-        "zero_terminal_snr": diffusion.zero_terminal_snr,
-        "prediction": diffusion.prediction,
-        "clip": 1.0 if pixels else np.inf,
-    }
-    notes = []
-    if sampling.threshold and pixels:
-        notes.append("Without dynamic thresholding: z0 is clipped at 1 instead.")
-    sampler, spacing = sampling.sampler, sampling.spacing
-    as_euler = spacing != "leading" and not (sampling.eta or pixels or diffusion.zero_terminal_snr)
-    if sampler == "ddim" and as_euler:
-        sampler = "euler"
-    try:
-        if sampling.churn:
-            raise InputError("diffusers' HeunDiscreteScheduler adds no noise on the way")
-        fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing, variance=sampling.variance)
-    except InputError as error:
-        sampler, spacing = "ddim", spacing if spacing in EVEN else "trailing"
-        notes.append(f"By DDIM with {spacing} steps rather than by {sampling.sampler}: {error}.")
-        fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing)
-    if sampler in ("ddim", "plms") and spacing != "leading":
-        notes.append(
-            f"diffusers' {fields['_class_name']} takes {diffusion.timesteps} // steps for each step (diffusers#9261): "
-            f"with {spacing} steps it draws as ldm_jax does only where that is so."
-        )
-    return fields, notes
 
 
 def write_run(to: Path, found: Exported) -> None:
@@ -249,7 +209,7 @@ def write_run(to: Path, found: Exported) -> None:
         with _checkpoints(to / "autoencoder", config, parts.AUTOENCODER_FIELDS) as checkpoints:
             ema_params = {"autoencoder": params["autoencoder"]}
             checkpoints.save({"step": np.int32(found.autoencoder_step), "ema_params": ema_params})
-        trained.save_scale(to, params["shift"], params["scale"], measured_on=found.measured_on)
+        run_parts.save_scale(to, params["shift"], params["scale"], measured_on=found.measured_on)
     with _checkpoints(to / "diffusion", config, parts.IDENTITY_FIELDS["diffusion"]) as checkpoints:
         ema_params = {name: params[name] for name in ("unet", "conditioner")}
         checkpoints.save({"step": np.int32(found.step), "ema_params": ema_params})

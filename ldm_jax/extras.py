@@ -34,8 +34,12 @@ def find_tokenizers(
         return ()
     where = Path(given) if given else path.parent / "tokenizer"
     if not where.is_dir():
-        told = f"there is no folder --tokenizer={given}" if given else f"{path} has no tokenizer in it, nor beside it"
-        raise InputError(f"{told}; give a folder with CLIP's vocab.json and merges.txt, by --tokenizer=FOLDER")
+        if given:
+            raise InputError(f"there is no folder --tokenizer={given}; it must have CLIP's vocab.json and merges.txt")
+        raise InputError(
+            f"{path} has no tokenizer in it, nor beside it; CLIP's vocab.json and merges.txt must be in a folder "
+            f"{where}, or, for sample, evaluate and convert, in any that --tokenizer=FOLDER names"
+        )
     where = where / "tokenizer" if (where / "tokenizer").is_dir() else where
     tokenizers = tuple(
         tokenizer_of_vocabulary(where, pad_token=pad, max_length=encoder.max_position_embeddings)

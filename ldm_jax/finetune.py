@@ -1,13 +1,12 @@
 """Fine-tuning: the UNet of somebody's model trained on, or its LoRA; all else of the model stays as it is.
 
-A text is a class of its own (see `data.records.Records`): what the text encoders say of each is computed once, and the
-label picks the row. The classes of a class-conditional model are those of the data set, and what it is told of each
-learns with the UNet (Rombach 2022, section 3.3), unless that is LoRA. An inpainting model is given random parts of the
-pictures, an upscaler the pictures made small, as `map_condition` has it, and for the upscaler noised (see `upscaling`).
+In each step one of the captions that a picture has is drawn, and the UNet is told what `told` has of it. The classes of
+a class-conditional model are those of the data set, and what it is told of each learns with the UNet (Rombach 2022,
+section 3.3), unless that is LoRA. An inpainting model is given random parts of the pictures, an upscaler the pictures
+made small, as `map_condition` has it, and for the upscaler noised (see `upscaling`).
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +18,12 @@ from ml_collections import ConfigDict
 from ldm_jax import builders, hub, pretrained, upscaling
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
-from ldm_jax.files import atomic
 from ldm_jax.first_stage import make_first_stage
 from ldm_jax.interop import lora
 from ldm_jax.pretrained import Pretrained
-from ldm_jax.run_folder import content_hash
 from ldm_jax.text_condition import make_class_tau, make_tau
-from ldm_jax.training.checkpoint import flatten, unflatten
+from ldm_jax.told import NO_CAPTIONS, Captions, check_texts, numbered, reads_along, tell_of
 from ldm_jax.training.diffusion import DiffusionStage, Network, make_diffusion_stage
-from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
 from ldm_jax.training.state import make_optimizer
 
 # The fields that are the model's, whatever the config says, by their sections.
@@ -36,7 +32,8 @@ OF_THE_MODEL = {
     "concat": ("kind",),
     "diffusion": ("timesteps", "prediction"),
 }
-SAMPLED_BYTES = 1 << 16  # at both ends of each file, for the fingerprint
+SAMPLED_BYTES = 1 << 16  # of each sample, for the fingerprint
+SAMPLES_OF_FILE = 256
 OF_ITS_SAMPLER = ("sampler", "spacing", "eta", "churn", "variance")
 
 
@@ -51,12 +48,18 @@ class Base(NamedTuple):
 def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigDict]:
     """The model of `config.init_from`, its parameters of type `dtype`, and the config with the fields that are its own.
 
+    It is a diffusers folder, or a single file with its tokenizer beside it. What such a file may leave open beside that
+    is said as the file is made a folder: see `convert`.
+
     Raises:
       InputError: there is no such model, or what the config asks for does not fit it.
     """
     path = hub.find(config.init_from, flag="config.init_from")
-    if not pretrained.is_folder(path):
-        raise InputError(f"config.init_from={path} must be a diffusers folder, with a model_index.json; it is not")
+    if not (pretrained.is_folder(path) or pretrained.is_single_file(path)):
+        raise InputError(
+            f"config.init_from={path} must be a diffusers folder, with a model_index.json, or a model in one "
+            ".safetensors or .ckpt; it is neither"
+        )
     try:
         model, theirs, params = pretrained.load(path, dtype)
     except InputError as error:
@@ -71,14 +74,20 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigD
 
 
 def _fingerprint(path: Path) -> str:
-    """A hash of the names, sizes, beginnings and ends of the files with weights, of which there are gigabytes."""
+    """A hash of the names and sizes of the files with weights, and of samples of these, of which there are gigabytes.
+
+    Of a folder's files the beginnings and ends are looked at. What models of a kind have in common may be at both ends
+    of a single file, so that this is looked at all along.
+    """
     digest = hashlib.sha256()
-    for file in sorted(file for suffix in ("safetensors", "bin") for file in path.rglob(f"*.{suffix}")):
-        digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode())
+    in_folder = sorted(file for suffix in ("safetensors", "bin") for file in path.rglob(f"*.{suffix}"))
+    for file in [path] if path.is_file() else in_folder:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}".encode())
         with file.open("rb") as content:
-            digest.update(content.read(SAMPLED_BYTES))
-            content.seek(max(0, file.stat().st_size - SAMPLED_BYTES))
-            digest.update(content.read())
+            for share in np.linspace(0, 1, SAMPLES_OF_FILE if path.is_file() else 2):
+                content.seek(int(share * max(0, size - SAMPLED_BYTES)))
+                digest.update(content.read(SAMPLED_BYTES))
     return digest.hexdigest()[:16]
 
 
@@ -116,7 +125,7 @@ def check_data(config: ConfigDict, base: Base, train_set: Dataset) -> None:
     if not jax.tree.leaves(trained_shapes(config, base)):
         raise InputError(f"config.lora.rank is {config.lora.rank}; {where} has no attention that LoRA could be of")
     if base.model.encoders:
-        _check_texts(config, base, train_set.class_names)
+        check_texts(config, base.model, base.params["conditioner"], numbered(train_set.captions).texts)
     if classes and not train_set.num_classes:
         raise InputError(f"{where} is a model of classes; {train_set.name} has none: see config.data.label_key")
     if classes and train_set.num_classes > classes.num_classes:
@@ -126,14 +135,14 @@ def check_data(config: ConfigDict, base: Base, train_set: Dataset) -> None:
         )
 
 
-def build_network(config: ConfigDict, base: Base, num_texts: int) -> Network:
+def build_network(config: ConfigDict, base: Base, captions: Captions) -> Network:
     """What is trained, and what that is told; the rest of it is from `frozen_arrays`."""
-    rank, classes = config.lora.rank, base.model.classes
+    rank, classes, learning = config.lora.rank, base.model.classes, _learning(config, base)
 
     def init(rng: jax.Array) -> dict[str, Any]:
         if rank:
             return {"lora": lora.init_lora(rng, base.params["unet"], rank)}
-        return {name: base.params[name] for name in _learning(base)}
+        return {name: base.params[name] for name in learning}
 
     def unet(params: Any, frozen: dict) -> Any:
         return lora.merge(frozen["unet"], params["lora"], lora_scale(config)) if rank else params["unet"]
@@ -141,14 +150,22 @@ def build_network(config: ConfigDict, base: Base, num_texts: int) -> Network:
     def tell(params: Any, frozen: dict, label: jax.Array) -> dict[str, Any]:
         if classes:
             return make_class_tau(classes)((frozen if rank else params)["conditioner"], label)
-        return jax.tree.map(lambda rows: rows[label], frozen["told"])
+        if not base.model.encoders:
+            return {}
+        told = jax.tree.map(lambda rows: rows[label], frozen["told"])
+        return make_tau(base.model.encoders)(params["conditioner"], told) if reads_along(config, base.model) else told
 
-    return Network(base.model.unet, init, unet, tell, classes.null if classes else num_texts)
+    def choose(frozen: dict, label: jax.Array, keys: jax.Array) -> jax.Array:
+        k = jax.vmap(lambda key: jax.random.randint(key, (), 0, captions.rows.shape[1]))(keys)
+        return frozen["rows"][label, k]
+
+    null = classes.null if classes else len(captions.texts)
+    return Network(base.model.unet, init, unet, tell, null, choose if captions.rows.shape[1] > 1 else None)
 
 
-def _learning(base: Base) -> tuple[str, ...]:
+def _learning(config: ConfigDict, base: Base) -> tuple[str, ...]:
     """The parts of the model that learn, unless LoRA does; CompVis trained the classes' embeddings with the UNet."""
-    return ("unet", "conditioner") if base.model.classes else ("unet",)
+    return ("unet", "conditioner") if base.model.classes or reads_along(config, base.model) else ("unet",)
 
 
 def lora_scale(config: ConfigDict) -> float:
@@ -156,12 +173,12 @@ def lora_scale(config: ConfigDict) -> float:
     return config.lora.alpha / config.lora.rank
 
 
-def build_stage(config: ConfigDict, base: Base, num_texts: int) -> DiffusionStage:
+def build_stage(config: ConfigDict, base: Base, captions: Captions) -> DiffusionStage:
     """Stage 2 from a model's parameters, on its own noise schedule and for its own kind of prediction."""
     diffusion, scheduler, upscales = config.diffusion, pretrained.scheduler_of(base.model), base.model.upscaling
     first_stage, latent_shape = make_first_stage(base.model.autoencoder), builders.latent_shape(config)
     return make_diffusion_stage(
-        network=build_network(config, base, num_texts),
+        network=build_network(config, base, captions),
         map_condition=pretrained.map_condition_of(base.model, first_stage, latent_shape),
         augment=upscaling.make_augment(upscales) if upscales else None,
         first_stage=first_stage,
@@ -177,57 +194,19 @@ def build_stage(config: ConfigDict, base: Base, num_texts: int) -> DiffusionStag
     )
 
 
-def frozen_arrays(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -> dict[str, Any]:
-    """What the stage's steps need beside what they train: the first stage, "told" from `tell_of`, and the model itself
-    beside its LoRA."""
-    names = ("autoencoder", "shift", "scale", *(_learning(base) if config.lora.rank else ()))
-    return {name: base.params[name] for name in names} | {"told": tell_of(config, base, texts, cache)}
-
-
-def _rows(config: ConfigDict, base: Base, texts: Sequence[str]) -> tuple[dict[str, Any], int]:
-    """What the text encoders take of each text and, in the last row, of nothing; how many of them are too long."""
-    return base.model.texts(texts, None, builders.picture_size(config), 0)
-
-
-def _check_texts(config: ConfigDict, base: Base, texts: Sequence[str]) -> None:
-    """Raises InputError if what the model is told of all texts takes more than `config.data.memory_limit_gb`."""
-    one, _ = _rows(config, base, texts[:1])
-    told = jax.eval_shape(make_tau(base.model.encoders), base.params["conditioner"], one)
-    size = 4 * sum(leaf.size / 2 for leaf in jax.tree.leaves(told)) * (len(texts) + 1) / 2**30
-    if size > config.data.memory_limit_gb:
-        raise InputError(
-            f"what the model is told of {len(texts):,} captions takes {size:.1f} GB, more than "
-            f"config.data.memory_limit_gb = {config.data.memory_limit_gb}"
-        )
-
-
-def tell_of(config: ConfigDict, base: Base, texts: Sequence[str], cache: Path) -> dict[str, Any]:
-    """What the UNet is told of each text, and in the last row of nothing: trees of [P + 1, ...], float32.
-
-    It is computed unless the folder `cache` has it already, for these texts and these encoders.
-    """
-    if not base.model.encoders:
-        return {}
-    rows, cut = _rows(config, base, texts)
-    if cut:
-        print(f"     {cut} of the {len(texts)} captions are longer than the model reads; their ends are left out")
-    tau, params = make_tau(base.model.encoders), base.params["conditioner"]
-    like = jax.eval_shape(tau, params, rows)
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), like)
-    path = cache / f"{content_hash({'params': params, 'texts': rows}, config.dtype)}.texts.npz"
-    if not path.exists():
-        mapped = parallel_map(lambda params, batch: tau(params, batch["texts"]))
-        told = map_in_batches(mapped, replicate(params), {"texts": rows}, config.evaluation.batch_size)
-        flat = {name: values.astype(np.float32) for name, values in flatten(told).items()}
-        with atomic(path) as temporary:
-            np.savez(temporary, **flat)
-    with np.load(path) as arrays:
-        return unflatten(dict(arrays), like, where=str(path))
+def frozen_arrays(config: ConfigDict, base: Base, captions: Captions, cache: Path) -> dict[str, Any]:
+    """What the stage's steps need beside what they train: the first stage, "told" from `tell_of` and the "rows" of it
+    that a class has, and the model itself beside its LoRA."""
+    names = ("autoencoder", "shift", "scale", *(_learning(config, base) if config.lora.rank else ()))
+    frozen = {name: base.params[name] for name in names}
+    if base.model.encoders:
+        frozen["told"] = tell_of(config, base.model, base.params["conditioner"], captions.texts, cache)
+    return frozen | ({"rows": captions.rows} if captions.rows.shape[1] > 1 else {})
 
 
 def trained_shapes(config: ConfigDict, base: Base) -> Any:
     """Shapes and types of what is trained, as checkpoints have it."""
-    shapes = jax.eval_shape(build_network(config, base, 0).init, jax.random.key(0))
+    shapes = jax.eval_shape(build_network(config, base, NO_CAPTIONS).init, jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), shapes)
 
 
@@ -236,6 +215,6 @@ def with_trained(config: ConfigDict, base: Base, trained: dict[str, Any]) -> dic
     trained = jax.device_get(trained)
     if config.lora.rank:
         trained = {"unet": lora.merge(base.params["unet"], trained["lora"], lora_scale(config))}
-    before = {name: base.params[name] for name in trained.keys() & set(_learning(base))}
+    before = {name: base.params[name] for name in trained.keys() & set(_learning(config, base))}
     after = {name: trained[name] for name in before}
     return base.params | jax.tree.map(lambda new, old: np.asarray(new, old.dtype), after, before)

@@ -32,10 +32,16 @@ def find(model: str, *, flag: str = "--model") -> Path:
       InputError: the hub has no such model, does not give it to everybody or cannot be reached, or a model of a kind
         that is not supported.
     """
-    path, named = Path(model), ID.fullmatch(model)
-    if path.exists() or path.parent.is_dir() or not named:  # what is missing in a folder of one's own is no hub's
-        return path
-    return _cached(**named.groupdict()) or _fetched(f"{flag}={model}", **named.groupdict())
+    if not is_name(model):
+        return Path(model)
+    named = ID.fullmatch(model).groupdict()
+    return _cached(**named) or _fetched(f"{flag}={model}", **named)
+
+
+def is_name(model: str) -> bool:
+    """Whether this can be none but a model of the hub: what is missing in a folder of one's own is no hub's."""
+    path = Path(model)
+    return not (path.exists() or path.parent.is_dir()) and ID.fullmatch(model) is not None
 
 
 def needed_files(names: Collection[str], family: Family) -> list[str]:

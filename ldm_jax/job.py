@@ -7,14 +7,17 @@ on where the last one stopped.
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, drawing, finetune, parts, run_folder, samplers, scoring
+from ldm_jax import builders, clip_run, config_rules, drawing, finetune, parts, run_folder, samplers, scoring, text_run
+from ldm_jax.config_ranges import STAGES
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.report import write_report
 from ldm_jax.given import check_segments
+from ldm_jax.interop.modules import abstract_params
 from ldm_jax.recipe import of_config
 from ldm_jax.run_folder import Log
 from ldm_jax.training.interrupt import Interrupted, InterruptWatch
@@ -50,6 +53,8 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if config.autoencoder.kind != "none" and config.autoencoder.checkpoint and not base:
         parts.adopted_autoencoder(config)  # for its errors, before anything is written
         parts.adopted_scale(config)
+    if "clip" in config.stages and config.clip.checkpoint:
+        clip_run.adopted(config)
     if dry_run:
         return
     if workdir.exists() and scoring.is_done(workdir, asked):
@@ -71,11 +76,14 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
         with InterruptWatch() as watch:
             run = parts.Run(config, workdir, train_set, test_set, log, watch, base)
             clock = CompileClock()
-            if config.autoencoder.kind != "none" and not base:
+            if "autoencoder" in config.stages and config.autoencoder.kind != "none" and not base:
                 _timed(run, clock, "autoencoder", parts.train_autoencoder)
                 _timed(run, clock, "latents", parts.measure_latents)
+            if "clip" in config.stages:
+                _timed(run, clock, "clip", parts.train_clip)
             if "diffusion" in config.stages:
-                _timed(run, clock, "diffusion", parts.fine_tune if base else parts.train_diffusion)
+                part = parts.train_on_texts if config_rules.tells_texts(config) else parts.train_diffusion
+                _timed(run, clock, "diffusion", parts.fine_tune if base else part)
             if "classifier" in config.stages:
                 _timed(run, clock, "classifier", parts.train_classifier)
             if primary:
@@ -104,25 +112,41 @@ def _timed(run: parts.Run, clock: CompileClock, name: str, part: Callable[[parts
 
 
 def describe_models(config: ConfigDict, num_classes: int, base: finetune.Base | None = None) -> None:
-    """Builds all models on paper and prints their sizes; raises InputError for one that cannot be built."""
-    stages = {}
+    """Builds all models on paper and prints their sizes; raises InputError for one that cannot be built.
+
+    Of a model that is fine-tuned, what learns of it, for a data set of one class.
+    """
+    sizes = {}
     try:
         if base:
-            stages["diffusion"] = finetune.build_stage(config, base, num_classes)
-        elif config.autoencoder.kind != "none":
-            stages["autoencoder"] = builders.build_autoencoder_stage(config)
-        if "diffusion" in config.stages and not base:
-            stages["diffusion"] = builders.build_diffusion_stage(config, num_classes)
+            sizes["diffusion"] = finetune.trained_shapes(config, base)
+        else:
+            sizes = {name: jax.eval_shape(stage.init, jax.random.key(0)).params
+                     for name, stage in _stages(config, num_classes).items()}  # fmt: skip
+        if config_rules.tells_texts(config):
+            text_run.check(config)
+            sizes["diffusion"] = {"unet": abstract_params(builders.build_unet(config))}
+        elif "diffusion" in config.stages and not base:
             samplers.build_table(config)
-        if "classifier" in config.stages:
-            stages["classifier"] = builders.build_classifier_stage(config, num_classes)
-        for name, stage in stages.items():
-            for part, params in jax.eval_shape(stage.init, jax.random.key(0)).params.items():
-                print(
-                    f"{name:>12} {part}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True
-                )
     except ValueError as error:
         raise InputError(f"config: {error}") from error
+    for name in sorted(sizes, key=STAGES.index):
+        for part, params in sizes[name].items():
+            print(f"{name:>12} {part}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
+
+
+def _stages(config: ConfigDict, num_classes: int) -> dict[str, Any]:
+    """The stages of a config, but for what is known only when others are trained."""
+    stages: dict[str, Any] = {}
+    if "autoencoder" in config.stages and config.autoencoder.kind != "none":
+        stages["autoencoder"] = builders.build_autoencoder_stage(config)
+    if "clip" in config.stages:
+        stages["clip"] = clip_run.on_paper(config)
+    if "diffusion" in config.stages and not config_rules.tells_texts(config):
+        stages["diffusion"] = builders.build_diffusion_stage(config, num_classes)
+    if "classifier" in config.stages:
+        stages["classifier"] = builders.build_classifier_stage(config, num_classes)
+    return stages
 
 
 def describe_device() -> str:

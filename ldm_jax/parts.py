@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, drawing, finetune, samplers, trained
+from ldm_jax import builders, clip_run, configuration, drawing, finetune, run_parts, samplers, text_run, told
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
@@ -26,7 +26,7 @@ from ldm_jax.training.checkpoint import Checkpoints, flatten, unflatten
 from ldm_jax.training.interrupt import InterruptWatch
 from ldm_jax.training.loop import train
 from ldm_jax.training.parallel import parallel_map, replicate, wait_for_hosts
-from ldm_jax.training.validation import make_validation
+from ldm_jax.training.validation import make_contrastive_validation, make_validation
 
 
 class Run(NamedTuple):
@@ -93,7 +93,7 @@ def adopted_autoencoder(config: ConfigDict) -> dict[str, Any]:
     if not other.is_dir():
         raise InputError(f"config.autoencoder.checkpoint={other} does not exist; it must be a run folder")
     like = jax.eval_shape(stage.init, jax.random.key(0)).ema_params["autoencoder"]
-    params = trained.load_autoencoder_params(other)
+    params = run_parts.load_autoencoder_params(other)
     return unflatten(flatten(params), like, where=f"config.autoencoder.checkpoint={other}")
 
 
@@ -102,7 +102,7 @@ def adopted_scale(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, str] | No
     the very latents that it is to guide, and a measurement on other devices may round otherwise. None = to be measured.
     """
     other = config.autoencoder.checkpoint
-    return trained.load_scale(Path(other)) if other and "classifier" in config.stages else None
+    return run_parts.load_scale(Path(other)) if other and "classifier" in config.stages else None
 
 
 def measure_latents(run: Run) -> None:
@@ -114,7 +114,7 @@ def measure_latents(run: Run) -> None:
         measured_on = f"{run.train_set.name}/{run.train_set.split}"
         shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=run.config.autoencoder.kind == "kl")
     if jax.process_index() == 0:
-        trained.save_scale(run.workdir, shift, scale, measured_on=measured_on)
+        run_parts.save_scale(run.workdir, shift, scale, measured_on=measured_on)
     wait_for_hosts("scale")  # which the others read
     print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
 
@@ -124,7 +124,7 @@ def encode_train_set(run: Run) -> latents.Latents:
     if run.base:
         first_stage, params = make_first_stage(run.base.model.autoencoder), run.base.params["autoencoder"]
     else:
-        first_stage, params = builders.build_first_stage(run.config), trained.load_autoencoder_params(run.workdir)
+        first_stage, params = builders.build_first_stage(run.config), run_parts.load_autoencoder_params(run.workdir)
     return latents.cached_latents(
         run.workdir / "latents",
         first_stage=first_stage,
@@ -133,6 +133,44 @@ def encode_train_set(run: Run) -> latents.Latents:
         flip=run.config.data.flip,
         batch_size=run.config.evaluation.batch_size,
     )
+
+
+def train_clip(run: Run) -> None:
+    """Pictures and captions: leaves clip/ in the run folder, trained here or taken from another run."""
+    config, folder, primary = run.config, run.workdir / clip_run.FOLDER, jax.process_index() == 0
+    identity, words = _identity(config, clip_run.FIELDS), folder / clip_run.TOKENIZER
+    if config.clip.checkpoint:
+        found = clip_run.adopted(config)
+        if primary and not words.exists():
+            found.tokenizer.save(words)
+        with Checkpoints(folder, keep=1, identity=identity) as checkpoints:
+            checkpoints.save({"step": np.int32(0), "ema_params": found.params})
+        return
+    if primary:
+        clip_run.make_tokenizer(config, words, run.train_set)
+    wait_for_hosts("tokenizer")  # which the others read
+    tokenizer = clip_run.make_tokenizer(config, words, run.train_set)
+    _, stage = clip_run.build(config, tokenizer)
+    frozen = clip_run.frozen_texts(tokenizer, run.train_set)
+    how_many = {"num": config.clip.validation_examples, "batch_size": config.clip.batch_size}
+    validate = make_contrastive_validation(stage, run.test_set, **how_many)
+
+    def look(step: int, state: Any) -> None:
+        every = config.sampling.progress_every
+        if every and (step % every == 0 or step == config.clip.steps) and jax.process_index() == 0:
+            run.log("clip", step, **validate(state.ema_params, frozen, config.seed))
+
+    with Checkpoints(folder, keep=config.keep_checkpoints, identity=identity) as checkpoints:
+        train(
+            "clip",
+            stage,
+            steps=config.clip.steps,
+            feed=make_feed(config, run.train_set, config.clip.batch_size),
+            frozen=frozen,
+            checkpoints=checkpoints,
+            after_step=look,
+            **_loop_fields(run),
+        )
 
 
 def train_diffusion(run: Run) -> None:
@@ -151,7 +189,7 @@ def train_diffusion(run: Run) -> None:
     given = None
     if config.concat.kind != "none":
         given = from_split(config, run.test_set, len(grid.ids), config.seed)
-        first_stage = replicate(trained.load_first_stage(run.workdir, config))
+        first_stage = replicate(run_parts.load_first_stage(run.workdir, config))
         labels = grid.labels if given.labels is None else given.labels
         grid = grid._replace(maps=generator.maps(first_stage, given.known), labels=labels)
 
@@ -163,11 +201,20 @@ def train_diffusion(run: Run) -> None:
     train_on_latents(run, "diffusion", builders.build_diffusion_stage(config, num_classes), show)
 
 
+def train_on_texts(run: Run) -> None:
+    """Stage 2 told of captions by the run's own CLIP."""
+    fine_tune(run._replace(base=text_run.base_of(run.workdir, run.config, draw_unet=True)))
+
+
 def fine_tune(run: Run) -> None:
-    """Stage 2 from a diffusers model's parameters."""
-    config, base, texts = run.config, run.base, run.train_set.class_names
-    stage = finetune.build_stage(config, base, len(texts))
-    frozen = finetune.frozen_arrays(config, base, texts, run.workdir / "latents")
+    """Stage 2 from the parameters of somebody's model, or of a run's own parts."""
+    config, base, captions = (
+        run.config,
+        run.base,
+        told.numbered(run.train_set.captions) if run.train_set.captions else told.NO_CAPTIONS,
+    )
+    stage = finetune.build_stage(config, base, captions)
+    frozen = finetune.frozen_arrays(config, base, captions, run.workdir / "latents")
     initial = stage.init(jax.random.fold_in(jax.random.key(config.seed), 0))
     state = train_on_latents(run, "diffusion", stage, show_fine_tuned(run), frozen=frozen, initial=initial)
     if config.lora.rank and jax.process_index() == 0:
@@ -224,7 +271,7 @@ def train_on_latents(
     config, fields = run.config, run.config[name]
     from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
     source = run.train_set if from_pixels else encode_train_set(run)
-    frozen = trained.load_first_stage(run.workdir, config) if frozen is None else frozen
+    frozen = run_parts.load_first_stage(run.workdir, config) if frozen is None else frozen
     validate = make_validation(
         stage,
         run.test_set,

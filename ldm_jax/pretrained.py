@@ -187,17 +187,18 @@ def _load_file(path: Path, dtype: str, extras: Extras) -> tuple[Pretrained, dict
     """As `_load_folder`, of a single file."""
     kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     found = single_file.read(path, prediction=extras.prediction, **kind)
-    encoders = tuple(encoder for encoder, _ in found.texts)
+    encoders, unet, noising = tuple(encoder for encoder, _ in found.texts), found.unet[0], found.low_res_scheduler
+    levels = noising and unet.num_class_embeds
     model = Pretrained(
         pipeline=found.pipeline,
-        unet=found.unet[0],
+        unet=unet,
         autoencoder=found.autoencoder[0],
         encoders=encoders,
         tokenizers=find_tokenizers(path, extras.tokenizer, encoders, found.pads),
         scheduler=found.scheduler,
         zeros_for_nothing=True,
         tile=found.sample_size * found.autoencoder[0].downsampling,
-        upscaling=None,
+        upscaling=noising and upscaling.make(noising, upscaling.MAX_NOISE_LEVEL, levels, where=path),
         classes=found.classes[0] if found.classes else None,
     )
     params = {"unet": found.unet[1], "autoencoder": found.autoencoder[1], "shift": found.shift, "scale": found.scale}

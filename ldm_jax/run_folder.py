@@ -117,5 +117,5 @@ def content_hash(tree: Any, *parts: str) -> str:
     digest = hashlib.sha256("\n".join(parts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, run_folder, trained
+from ldm_jax import builders, configuration, run_folder, run_parts, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import bound_card
@@ -82,7 +82,7 @@ def score_classifier(workdir: Path, test_set: Dataset) -> dict[str, Any]:
         null_label=num_classes,
         **how_many,
     )
-    measured = validate({"classifier": guide.params}, trained.load_first_stage(workdir, config), config.seed)
+    measured = validate({"classifier": guide.params}, run_parts.load_first_stage(workdir, config), config.seed)
     n = examples_used(test_set, **how_many)
     card = Card(
         score="accuracy",

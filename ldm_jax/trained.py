@@ -7,17 +7,25 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, config_rules, configuration, exported, finetune, pretrained, run_folder
+from ldm_jax import (
+    builders,
+    config_rules,
+    configuration,
+    exported,
+    finetune,
+    pretrained,
+    run_folder,
+    run_parts,
+    text_run,
+)
 from ldm_jax.errors import InputError
 from ldm_jax.extras import NO_EXTRAS, Extras
 from ldm_jax.first_stage import make_first_stage, reconstruct
 from ldm_jax.interop.lora import add_lora, read_lora
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.run_folder import content_hash
-from ldm_jax.training.checkpoint import load_latest, subtree, unflatten
+from ldm_jax.training.checkpoint import load_latest
 from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
-
-SCALE = "scale.json"  # beside the checkpoints of the autoencoder
 
 
 class Guide(NamedTuple):
@@ -48,15 +56,14 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    is_exported = exported.is_exported(path)
-    if not is_exported and (pretrained.is_folder(path) or pretrained.is_single_file(path)):
+    if is_pretrained(path):
         model, config, params = pretrained.load(path, dtype or "float32", extras)
         class_names = tuple(map(str, range(model.classes.num_classes))) if model.classes else ()
         return Trained(config, class_names, params, 0, model)
     for name, value in extras._asdict().items():
         if value:
             raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
-    if is_exported:
+    if exported.is_exported(path):
         found = exported.load(path)
         class_names = tuple(found.data["class_names"])
         return Trained(_with_dtype(found.config, dtype), class_names, found.params, found.step)
@@ -71,12 +78,17 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
     class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
-    if config.init_from:
+    if config.init_from or config_rules.tells_texts(config):
         return _load_fine_tuned(path, _with_dtype(config, dtype))
     flat = load_latest(path / "diffusion")
     like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
-    params = _averaged(flat, like, path / "diffusion") | load_first_stage(path, config)
+    params = run_parts.averaged(flat, like, path / "diffusion") | run_parts.load_first_stage(path, config)
     return Trained(_with_dtype(config, dtype), class_names, params, int(flat["step"]))
+
+
+def is_pretrained(path: Path) -> bool:
+    """Whether this is a model of other people: a diffusers folder, unless `convert` made it of a run, or one file."""
+    return not exported.is_exported(path) and (pretrained.is_folder(path) or pretrained.is_single_file(path))
 
 
 def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
@@ -88,15 +100,18 @@ def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
 
 def _load_fine_tuned(path: Path, config: ConfigDict) -> Trained:
     """The model that the run began with, which must still be there, with what the run has made of it."""
-    base, config = finetune.load_base(config, config.dtype)
-    about = run_folder.read_json(path / "data.json", "init_from_fingerprint", "class_names")
-    if about["init_from_fingerprint"] != base.fingerprint:
-        raise InputError(
-            f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
-        )
+    about = run_folder.read_json(path / "data.json", "class_names")
+    if config.init_from:
+        base, config = finetune.load_base(config, config.dtype)
+        if about.get("init_from_fingerprint") != base.fingerprint:
+            raise InputError(
+                f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
+            )
+    else:
+        base = text_run.base_of(path, config, draw_unet=False)
     flat = load_latest(path / "diffusion")
     params = finetune.with_trained(
-        config, base, _averaged(flat, finetune.trained_shapes(config, base), path / "diffusion")
+        config, base, run_parts.averaged(flat, finetune.trained_shapes(config, base), path / "diffusion")
     )
     class_names = tuple(about["class_names"]) if base.model.classes else ()
     return Trained(config, class_names, params, int(flat["step"]), base.model)
@@ -106,12 +121,6 @@ def with_lora(model: Trained, path: Path, scale: float) -> Trained:
     """The model with a file's LoRA added to its UNet, `scale` times; raises InputError for one of another model."""
     unet = add_lora(model.params["unet"], read_lora(path), scale, where=f"--lora={path}")
     return model._replace(params=model.params | {"unet": unet})
-
-
-def _averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
-    """The averaged parameters of a stage's checkpoint, in the structure of `like`."""
-    ema_params = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
-    return unflatten(ema_params, like, where=str(where))
 
 
 def load_classifier(path: Path) -> Guide:
@@ -125,7 +134,7 @@ def load_classifier(path: Path) -> Guide:
     num_classes = len(run_folder.read_json(path / "data.json", "class_names")["class_names"])
     flat = load_latest(path / "classifier")
     like = jax.eval_shape(builders.build_classifier_stage(config, num_classes).init, jax.random.key(0)).ema_params
-    return Guide(config, _averaged(flat, like, path / "classifier")["classifier"])
+    return Guide(config, run_parts.averaged(flat, like, path / "classifier")["classifier"])
 
 
 def load_guide(path: Path, model: Trained) -> Guide:
@@ -146,7 +155,9 @@ def load_guide(path: Path, model: Trained) -> Guide:
         theirs, ours = guide.config.diffusion, model.config.diffusion
         unlike = [f"{n} {theirs[n]} and {ours[n]}" for n in builders.SCHEDULE if theirs[n] != ours[n]]
         raise InputError(f"--classifier={path} and --model have other noise schedules: {'; '.join(unlike)}")
-    if _latents_of(load_first_stage(path, guide.config), guide.config) != _latents_of(model.params, model.config):
+    if _latents_of(run_parts.load_first_stage(path, guide.config), guide.config) != _latents_of(
+        model.params, model.config
+    ):
         raise InputError(
             f"--classifier={path} knows other latents than those of --model, of another autoencoder or scale; it "
             "must be trained with --config.autoencoder.checkpoint set to the run that it is to guide"
@@ -164,32 +175,6 @@ def fingerprint(model: Trained | Guide) -> str:
     """A hash of all parameters, and of what they predict if a user can say: equal means the same model."""
     told = isinstance(model, Trained) and model.pretrained
     return content_hash(model.params, *([model.config.diffusion.prediction] if told else []))
-
-
-def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
-    """{"autoencoder", "shift", "scale"} of a run folder; pixel space has no parameters, shift 0 and scale 1."""
-    if config.autoencoder.kind == "none":
-        channels = config.data.channels
-        return {"autoencoder": {}, "shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
-    shift, scale, _ = load_scale(path)
-    return {"autoencoder": load_autoencoder_params(path), "shift": shift, "scale": scale}
-
-
-def load_autoencoder_params(path: Path) -> dict[str, Any]:
-    """The averaged parameters of a run folder's autoencoder; raises InputError if it has none."""
-    return subtree(load_latest(path / "autoencoder"), "ema_params/autoencoder")
-
-
-def load_scale(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """The latents' shift and scale, each [c], of a run folder, and what they were measured on."""
-    stored = run_folder.read_json(path / "autoencoder" / SCALE, "shift", "scale", "measured_on")
-    return np.asarray(stored["shift"], np.float32), np.asarray(stored["scale"], np.float32), stored["measured_on"]
-
-
-def save_scale(path: Path, shift: np.ndarray, scale: np.ndarray, *, measured_on: str) -> None:
-    """Stores the latents' shift and scale, each [c], with the autoencoder."""
-    values = {"shift": shift.tolist(), "scale": scale.tolist(), "measured_on": measured_on}
-    run_folder.write_json(path / "autoencoder" / SCALE, values)
 
 
 def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.ndarray | None:

@@ -42,12 +42,17 @@ def read(path: Path, settings: Mapping[str, Any], levels: int | None) -> Upscali
       InputError: no such scheduler, or a highest level that it or the UNet does not know.
     """
     scheduler = folder.component_config(path, "low_res_scheduler")
+    return make(scheduler, settings.get("max_noise_level", MAX_NOISE_LEVEL), levels, where=path / folder.INDEX)
+
+
+def make(scheduler: Mapping[str, Any], highest: Any, levels: int | None, *, where: Path) -> Upscaling:
+    """By a scheduler's config and the highest level; errors, which name the file `where`, as in `read`."""
     alpha_bar = scheduler_from_config(scheduler).schedule.alpha_bar
-    highest, known = settings.get("max_noise_level", MAX_NOISE_LEVEL), min(levels or 0, len(alpha_bar))
+    known = min(levels or 0, len(alpha_bar))
     if not isinstance(highest, int) or not 0 <= highest < known:
         raise InputError(
-            f"{path / folder.INDEX}: max_noise_level is {highest}; the UNet's num_class_embeds and low_res_scheduler "
-            f"know {known} levels, from 0"
+            f"{where}: max_noise_level is {highest}; the UNet's num_class_embeds and low_res_scheduler know {known} "
+            "levels, from 0"
         )
     return Upscaling(alpha_bar, highest, scheduler)
 

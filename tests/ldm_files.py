@@ -39,6 +39,7 @@ ENDS = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding": "label_emb",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -196,6 +197,18 @@ UNETS = {
         "in_channels": 3,
         "out_channels": 3,
     },
+    "x4 upscaler": {
+        "attention_heads": 8,
+        "transformer_layers_per_block": (1, 1),
+        "block_out_channels": (32, 32),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "only_cross_attention": (False, True),
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+        "num_class_embeds": 400,
+        "in_channels": 7,
+    },
     "unconditional LDM": {
         "in_channels": 3,
         "out_channels": 3,
@@ -237,6 +250,7 @@ def text_encoders(family):
     return {
         "Stable Diffusion 1": (clip,),
         "Stable Diffusion 2": (open_clip,),
+        "x4 upscaler": (open_clip,),
         "Stable Diffusion XL": (clip, open_clip.clone(projection_dim=POOLED)),
     }.get(family, ())
 
@@ -274,6 +288,8 @@ def to_ldm(family, modules, states):
         file["cond_stage_model.embedding.weight"] = rng.normal(size=(CLASSES + 1, 16)).astype(np.float32)
     scheduler = FAMILIES[family].scheduler
     roots = np.linspace(scheduler["beta_start"] ** 0.5, scheduler["beta_end"] ** 0.5, 1000)
+    if family == "x4 upscaler":
+        file |= {f"low_scale_model.{name}": np.float32(roots**2) for name in ("betas", "sqrt_alphas_cumprod")}
     averaged = {"model_ema.diffusion_modelinput_blocks00weight": np.zeros(3, np.float32)}
     return file | averaged | {"betas": np.float32(roots**2), "model_ema.decay": np.array(0.9999, np.float32)}
 
@@ -313,6 +329,9 @@ def write_folder(folder, family, *, size=64):
         write_component(folder / name, named | {"architectures": [kind]}, states[name])
         where = folder / name.replace("text_encoder", "tokenizer")
         write_tokenizer(where, LOW_LOWER, length=LENGTH, pad_token=text.pad)
+    if fields.low_res_scheduler:
+        write_json(folder / "low_res_scheduler" / "scheduler_config.json", dict(fields.low_res_scheduler))
+        names.append("low_res_scheduler")
     diffusers_folder.write_index(folder, fields.pipeline, ["unet", fields.autoencoder, *names])
     write_json(folder / "scheduler" / "scheduler_config.json", dict(fields.scheduler))
     return folder

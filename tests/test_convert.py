@@ -25,6 +25,11 @@ def run(model, to, *flags):
     return to
 
 
+def arrays_of(folder):
+    """The weights in a folder, read."""
+    return {name: np.asarray(tensor) for name, tensor in read_state_dict(folder).items()}
+
+
 def fails(flags, capsys, status=2):
     """The one line that the command prints as it fails."""
     capsys.readouterr()
@@ -129,7 +134,7 @@ def test_other_runs_there_and_back(kind, tmp_path):
 def test_a_run_in_bfloat16(trained_run, exported, tmp_path):
     folder = run(trained_run, tmp_path / "half", "--dtype=bfloat16")
     for name in ("unet", "vae"):
-        exact, half = read_state_dict(exported / name), read_state_dict(folder / name)
+        exact, half = arrays_of(exported / name), arrays_of(folder / name)
         assert {array.dtype.name for array in half.values()} == {"bfloat16"}
         assert half.keys() == exact.keys()
         for key, array in half.items():
@@ -211,18 +216,18 @@ def test_a_diffusers_folder_in_bfloat16_keeps_what_it_is_told(tmp_path):
     assert configs["unet"]["upcast_attention"] is True
     assert configs["vae"]["force_upcast"] is False
     assert configs["text_encoder"]["dtype"] == "bfloat16"
-    assert {array.dtype.name for array in read_state_dict(new / "text_encoder").values()} == {"bfloat16"}
+    assert {array.dtype.name for array in arrays_of(new / "text_encoder").values()} == {"bfloat16"}
     assert trained.fingerprint(trained.load(old, "bfloat16")) == trained.fingerprint(trained.load(new, "bfloat16"))
 
 
 def test_old_names_become_todays(tmp_path):
     old = FOLDERS["unconditional"](tmp_path / "old")
     file = old / "unet" / WEIGHTS
-    modern = {name: np.array(array) for name, array in read_state_dict(old / "unet").items()}
+    modern = arrays_of(old / "unet")
     renamed = {name.replace("to_out.0", "proj_attn").replace("to_q", "query"): array for name, array in modern.items()}
     assert renamed.keys() != modern.keys()
     write_safetensors(file, renamed)
-    new = read_state_dict(run(old, tmp_path / "new") / "unet")
+    new = arrays_of(run(old, tmp_path / "new") / "unet")
     assert new.keys() == modern.keys()
     for name, array in modern.items():
         np.testing.assert_array_equal(new[name], array, err_msg=name)

@@ -22,6 +22,7 @@ from ldm_jax.evaluation.pictures import read_recipe, save_png
 from ldm_jax.interop.lora import FILE
 from ldm_jax.run_folder import read_json, read_metrics
 from ldm_jax.text_condition import make_tau
+from ldm_jax.told import NO_CAPTIONS, numbered, tell_of
 from ldm_jax.training.checkpoint import load_latest
 
 WHOLE = ("init_from=HOME/inpainting", "sampling.progress_every=4", "sampling.prompts=()", "sampling.num=3")
@@ -169,7 +170,11 @@ def base(home):
 def test_what_the_model_is_told_of_each_caption(home, base, tmp_path):
     """One row each, the last of nothing; the second time from the cache."""
     base, config = base
-    told = finetune.tell_of(config, base, CAPTIONS, tmp_path)
+
+    def tell(captions):
+        return tell_of(config, base.model, base.params["conditioner"], captions, tmp_path)
+
+    told = tell(CAPTIONS)
     texts, _ = base.model.texts(CAPTIONS, None, (16, 16), 0)
     tau = make_tau(base.model.encoders)
     expected = jax.jit(tau)(base.params["conditioner"], texts)["context"]
@@ -177,18 +182,18 @@ def test_what_the_model_is_told_of_each_caption(home, base, tmp_path):
     np.testing.assert_allclose(told["context"], expected, atol=1e-5)
     (cached,) = tmp_path.glob("*.texts.npz")
     before = cached.stat().st_mtime_ns
-    np.testing.assert_array_equal(finetune.tell_of(config, base, CAPTIONS, tmp_path)["context"], told["context"])
+    np.testing.assert_array_equal(tell(CAPTIONS)["context"], told["context"])
     assert cached.stat().st_mtime_ns == before
-    finetune.tell_of(config, base, CAPTIONS[:3], tmp_path)
+    tell(CAPTIONS[:3])
     assert len([*tmp_path.glob("*.texts.npz")]) == 2
-    network = finetune.build_network(config, base, len(CAPTIONS))
+    network = finetune.build_network(config, base, numbered([(text,) for text in CAPTIONS]))
     rows = network.tell({}, {"told": told}, np.array([1, network.null]))["context"]
     np.testing.assert_array_equal(rows, told["context"][[1, 4]])
 
 
 def test_lora_begins_as_the_model_itself(base):
     base, config = base
-    params = finetune.build_network(config, base, 4).init(jax.random.key(0))
+    params = finetune.build_network(config, base, NO_CAPTIONS).init(jax.random.key(0))
     down, up = (params["lora"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_k"]["lora"][name]
                 for name in ("down", "up"))  # fmt: skip
     assert down["kernel"].shape == (16, 2) and up["kernel"].shape == (2, 8)
@@ -277,12 +282,18 @@ def test_a_model_that_the_hub_does_not_have_is_told_of_by_its_field(home, capsys
 
 
 @pytest.mark.parametrize(
-    "flag", ["--config.lora.rank=2", "--config.sampling.prompts=('a',)", "--config.sampling.sampler=own"]
+    ("flag", "needs"),
+    [
+        ("--config.lora.rank=2", "config.init_from"),
+        ("--config.sampling.sampler=own", "config.init_from"),
+        ("--config.sampling.prompts=('a',)", "a model of texts"),
+        ("--config.diffusion.train_text=True", "a model of texts"),
+    ],
 )
-def test_what_only_fine_tuning_has(flag, tmp_path, capsys):
+def test_what_only_fine_tuning_has(flag, needs, tmp_path, capsys):
     command = ["train", "--config=tests/tiny.py", f"--workdir={tmp_path / 'run'}", flag]
     assert commands.run(train.main, command) == 2
-    assert "that needs config.init_from" in capsys.readouterr().err
+    assert f"that needs {needs}" in capsys.readouterr().err
 
 
 def test_a_run_whose_model_has_changed_is_refused(home, run, tmp_path, capsys):
@@ -299,4 +310,4 @@ def test_a_run_whose_model_has_changed_is_refused(home, run, tmp_path, capsys):
 
 def test_evaluate_wants_a_run_of_our_own(run, tmp_path, capsys):
     assert commands.run(evaluate.main, ["evaluate", f"--model={run}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "names no test images; add --config=FILE" in capsys.readouterr().err
+    assert "knows no data set; say by --config=FILE what its pictures are" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from ldm_jax import finetune, parts, pretrained, recipe, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.diffusion.schedules import make_schedule
 from ldm_jax.errors import InputError
+from ldm_jax.told import NO_CAPTIONS, numbered
 from ldm_jax.upscaling import SCALE, Upscaling, make_augment
 
 
@@ -42,7 +43,7 @@ def of_classes(tmp_path_factory):
 
 def test_the_embeddings_of_classes_learn_with_the_unet(of_classes, tmp_path):
     base, config = of_classes()
-    network, label = finetune.build_network(config, base, 3), np.array([1, 5])
+    network, label = finetune.build_network(config, base, NO_CAPTIONS), np.array([1, 5])
     params = network.init(jax.random.key(0))
     table = np.asarray(base.params["conditioner"]["embedding"]["embedding"])
     assert sorted(params) == ["conditioner", "unet"] and network.null == ldm_files.CLASSES
@@ -50,14 +51,17 @@ def test_the_embeddings_of_classes_learn_with_the_unet(of_classes, tmp_path):
     np.testing.assert_allclose(network.tell(shifted, {}, label)["context"][:, 0], table[label] + 1, rtol=1e-6)
     after = finetune.with_trained(config, base, shifted)
     np.testing.assert_array_equal(after["conditioner"]["embedding"]["embedding"], table + 1)
-    assert "conditioner" not in finetune.frozen_arrays(config, base, (), tmp_path)
+    assert "conditioner" not in finetune.frozen_arrays(config, base, NO_CAPTIONS, tmp_path)
     state, _ = stepped(config, base, {"moments": np.zeros((2, 1, 8, 8, 3), np.float32)}, tmp_path)
     assert sorted(state.params) == ["conditioner", "unet"]
 
 
 def test_beside_a_lora_the_embeddings_of_classes_stay(of_classes, tmp_path):
     base, config = of_classes(rank=2)
-    network, frozen = finetune.build_network(config, base, 3), finetune.frozen_arrays(config, base, (), tmp_path)
+    network, frozen = (
+        finetune.build_network(config, base, NO_CAPTIONS),
+        finetune.frozen_arrays(config, base, NO_CAPTIONS, tmp_path),
+    )
     params = network.init(jax.random.key(0))
     assert sorted(params) == ["lora"]
     table = np.asarray(base.params["conditioner"]["embedding"]["embedding"])
@@ -95,7 +99,8 @@ def home(tmp_path_factory):
 
 def stepped(config, base, batch, cache):
     """The shapes of what a step makes of a batch."""
-    stage, frozen = finetune.build_stage(config, base, 3), finetune.frozen_arrays(config, base, ("low",) * 3, cache)
+    captions = numbered([("low",), ("lower",), ("wool",)])
+    stage, frozen = finetune.build_stage(config, base, captions), finetune.frozen_arrays(config, base, captions, cache)
     batch = batch | {"id": np.arange(2), "label": np.array([0, 2]), "step": 0}
     state = jax.eval_shape(stage.init, jax.random.key(0))
     return jax.eval_shape(stage.step, state, frozen, batch, np.uint32(0))

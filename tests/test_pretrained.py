@@ -399,7 +399,7 @@ def test_evaluate_refuses(folder_of, evaluated, tmp_path, capsys):
     edit("unet/config.json", sample_size=[4, 6])(wide)
     command = ["evaluate", f"--model={folder_of('unconditional')}"]
     cases = {
-        "names no test images; add --config=FILE": lambda: commands.run(
+        "knows no data set; say by --config=FILE what its pictures are": lambda: commands.run(
             evaluate.main, [*command, f"--out={tmp_path}/o"]
         ),
         "--out is missing": lambda: commands.run(evaluate.main, [*command, "--config=tests/tiny.py"]),

@@ -1,20 +1,24 @@
 """Single files drawn by the command: as the same model's folder, and what is refused."""
 
+import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import jobs
 import ldm_files
 import numpy as np
 import pytest
 
-from ldm_jax import commands, convert, evaluate, sample, trained
+from configs import finetune as finetune_config
+from ldm_jax import commands, convert, evaluate, finetune, hub, sample, scoring, trained
 from ldm_jax.errors import InputError
+from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance
 from ldm_jax.extras import Extras, other_autoencoder
 from ldm_jax.interop import ldm_families
-from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.interop.weights import read_weights, write_safetensors
 
-SD1, SD2, XL, CLASSES, PLAIN = ldm_files.UNETS
+SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def run(model, out, *flags):
     return commands.run(sample.main, ["sample", f"--model={model}", f"--out={out}", "--steps=2", *flags])
 
 
-@pytest.mark.parametrize("family", [XL, PLAIN])
+@pytest.mark.parametrize("family", [XL, UPSCALER])
 def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
     """The same modules, parameters, tokenizers and scheduler, and so the same pictures."""
     file = trained.load(file_of(family))
@@ -51,11 +55,14 @@ def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
     ours, theirs = file.pretrained._asdict(), folder.pretrained._asdict()
     for name in ("unet", "autoencoder", "encoders", "scheduler", "zeros_for_nothing", "pipeline"):
         assert ours[name] == theirs[name], name
+    if family == UPSCALER:
+        assert ours["upscaling"].max_noise_level == theirs["upscaling"].max_noise_level == 350
+        np.testing.assert_array_equal(ours["upscaling"].alpha_bar, theirs["upscaling"].alpha_bar)
     for one, other in zip(ours["tokenizers"], theirs["tokenizers"], strict=True):
         np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
 
 
-@pytest.mark.parametrize("family", [SD2, XL])
+@pytest.mark.parametrize("family", [SD2, XL, UPSCALER])
 def test_a_file_becomes_a_folder(family, file_of, tmp_path):
     """The same model to the bit, whose tokenizers fill up as they should: with ! in SD 2 and in SDXL's second."""
     file, folder = file_of(family), tmp_path / "folder"
@@ -148,7 +155,7 @@ def assert_refused(model, flags, words, tmp_path, capsys):
 
 def test_a_file_without_a_tokenizer(file_of, tmp_path, capsys):
     alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
-    words = "has no tokenizer in it, nor beside it; give a folder with CLIP's vocab.json and merges.txt, by --tokenizer"
+    words = "has no tokenizer in it, nor beside it; CLIP's vocab.json and merges.txt must be in a folder"
     assert_refused(alone, ["--prompt=low"], words, tmp_path, capsys)
 
 
@@ -175,6 +182,29 @@ def test_files_that_are_none(tmp_path, capsys):
         assert_refused(tmp_path / name, ["--prompt=low"], words, tmp_path, capsys)
 
 
+def fine_tuning(path):
+    """The config of a fine-tuning that begins with this file."""
+    config = finetune_config.get_config()
+    config.init_from, config.data.image_size = str(path), 16
+    return config
+
+
+def test_fine_tuning_begins_with_a_file(file_of, tmp_path):
+    """As with its folder; it is known again by what is in it, wherever it is."""
+    moved = shutil.copytree(file_of(SD1).parent, tmp_path / "moved") / "model.safetensors"
+    (base, config), (other, _) = (finetune.load_base(fine_tuning(path)) for path in (file_of(SD1), moved))
+    jax.tree.map(np.testing.assert_array_equal, base.params, trained.load(file_of(SD1)).params)
+    assert (config.diffusion.prediction, config.autoencoder.latent_channels) == ("eps", 4)
+    assert base.fingerprint == other.fingerprint
+    tensors = {name: np.array(tensor) for name, tensor in read_weights(moved).items()}
+    tensors["model.diffusion_model.out.2.bias"] += 1
+    write_safetensors(moved, tensors)
+    assert finetune.load_base(fine_tuning(moved))[0].fingerprint != base.fingerprint
+    shutil.rmtree(moved.parent / "tokenizer")
+    with pytest.raises(InputError, match=r"config\.init_from=.* has no tokenizer in it, nor beside it"):
+        finetune.load_base(fine_tuning(moved))
+
+
 def test_what_folders_say_themselves(tmp_path, capsys):
     folder = ldm_files.write_folder(tmp_path / "folder", SD1)
     words = "--prediction is for models in a single file"
@@ -182,7 +212,35 @@ def test_what_folders_say_themselves(tmp_path, capsys):
     assert_refused(tmp_path, ["--vae=some"], "--vae is for diffusers folders and single files", tmp_path, capsys)
 
 
-def test_evaluate_wants_a_run(file_of, tmp_path, capsys):
-    command = ["evaluate", f"--model={file_of(PLAIN)}", f"--out={tmp_path / 'out'}"]
-    assert commands.run(evaluate.main, command) == 2
-    assert "names no test images; add --config=FILE" in capsys.readouterr().err
+def test_evaluate_wants_to_know_what_to_compare_with(file_of, tmp_path, capsys, monkeypatch):
+    """Before anything is read, or looked for on the hub."""
+    monkeypatch.setattr(hub, "find", None)
+    monkeypatch.setattr(trained, "load", None)
+    for model in (file_of(PLAIN), "org/name", "org/name@main"):
+        assert commands.run(evaluate.main, ["evaluate", f"--model={model}", f"--out={tmp_path / 'out'}"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        told = "knows no data set; say by --config=FILE what its pictures are to be compared with"
+        assert line == f"evaluate: --model={model} {told}"
+
+
+def test_evaluate_scores_a_file(file_of, tiny_data, tmp_path, monkeypatch):
+    """By features that need no network: the mean of each quarter, and the mean difference."""
+
+    def quarters(params, images):
+        return jnp.mean(images.reshape(len(images), 2, 8, 2, 8, 3).astype(np.float32), axis=(2, 4, 5)).reshape(-1, 4)
+
+    def features(resize, batch_size):
+        return FeatureExtractor("VGG16", "quarters", resize, "ab" * 32, {}, quarters, batch_size)
+
+    def distance(resize, batch_size):
+        return PerceptualDistance("LPIPS-vgg16", resize, "ab" * 32, {}, lambda _, a, b: jnp.zeros(len(a)), batch_size)
+
+    monkeypatch.setattr(scoring, "vgg16_features", features)
+    monkeypatch.setattr(scoring, "lpips_distance", distance)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ["--config=tests/tiny.py", f"--config.data.dir={tiny_data}", "--num=8", "--steps=2", "--batch_size=8"]
+    assert commands.run(evaluate.main, ["evaluate", f"--model={file_of(PLAIN)}", f"--out={tmp_path}/out", *flags]) == 0
+    cards = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (cards["samples"]["FD-VGG16"]["n"], cards["samples"]["FD-VGG16"]["reference_n"]) == (8, 16)
+    assert cards["samples"]["FD-VGG16"]["value"] > 0 and "PSNR" in " ".join(cards["autoencoder"])
+    assert jobs.samples(tmp_path / "out")["images"].shape == (8, 16, 16, 3)

@@ -26,11 +26,19 @@ def get_config() -> ConfigDict:
     autoencoder.loss.adversarial = 0.0
     autoencoder.discriminator.channels = 8
     autoencoder.discriminator.layers = 1
-    for stage in (autoencoder, config.diffusion, config.classifier):
+    for stage in (autoencoder, config.clip, config.diffusion, config.classifier):
         stage.steps = 8
         stage.batch_size = 8
         stage.warmup_steps = 2
         stage.learning_rate = 1e-3
+    clip = config.clip
+    clip.vocab_size = 520
+    clip.max_length = 24
+    clip.text_width = clip.image_width = clip.projection_dim = 8
+    clip.text_layers = clip.image_layers = 1
+    clip.text_heads = clip.image_heads = 2
+    clip.patch_size = 4
+    clip.validation_examples = 16
     config.diffusion.timesteps = 20
     config.diffusion.validation_examples = 16
     config.unet.block_out_channels = (8, 16)
@@ -89,6 +97,7 @@ def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
                     "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
                     "label": tfds.features.ClassLabel(names=CLASS_NAMES),
                     "areas": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
+                    "captions": tfds.features.Sequence(tfds.features.Text()),
                 }
             )
             return tfds.core.DatasetInfo(builder=self, features=features)
@@ -98,7 +107,8 @@ def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
 
         def _generate_examples(self, n, seed):
             for i, (image, label) in enumerate(zip(*pictures(n, seed))):
-                yield i, {"image": image, "label": label, "areas": areas(image)}
+                said = [CLASS_NAMES[label], f"a {CLASS_NAMES[label]} picture"]
+                yield i, {"image": image, "label": label, "areas": areas(image), "captions": said}
 
     Tiny.name = "tiny"
     builder = Tiny(data_dir=data_dir, file_format="array_record")

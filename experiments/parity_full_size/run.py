@@ -4,7 +4,8 @@
     .venv-parity/bin/python -m experiments.parity_full_size.run [--budget=smoke|cpu] [--folder=FOLDER for 11 GB]
 
 Each network of models.py: diffusers draws random weights and writes its folder, both sides read the same inputs; one
-process for each, so that no memory is counted twice. Networks that are in results.json already are passed over.
+process for each, so that no memory is counted twice. Networks that are in results.json already are passed over, unless
+--loading=NAME asks for what loading them takes to be measured again.
 """
 
 import argparse
@@ -49,8 +50,8 @@ def inputs_of(name: str) -> Outputs:
     return inputs
 
 
-def theirs(name: str, folder: Path) -> tuple[Outputs, int]:
-    """Writes the folder; gives diffusers' outputs and the number of parameters."""
+def drawn(name: str, folder: Path) -> Any:
+    """Diffusers' or transformers' network with random weights; writes its folder."""
     import diffusers
     import torch
     import transformers
@@ -69,7 +70,19 @@ def theirs(name: str, folder: Path) -> tuple[Outputs, int]:
         elif parameter_name.endswith("weight"):
             p.mul_(0.2).add_(1)
     model.save_pretrained(folder)
+    return model
 
+
+def write(name: str, folder: Path) -> None:
+    """The folder alone."""
+    drawn(name, folder)
+
+
+def theirs(name: str, folder: Path) -> tuple[Outputs, int]:
+    """Writes the folder; gives diffusers' outputs and the number of parameters."""
+    import torch
+
+    kind, model = NETWORKS[name][0], drawn(name, folder)
     tensors = {k: torch.from_numpy(v) for k, v in inputs_of(name).items()}
     nchw = {k: tensors[k].permute(0, 3, 1, 2).contiguous() for k in ("x", "z", "z_t") if k in tensors}
     if kind.startswith("CLIP"):
@@ -90,20 +103,15 @@ def theirs(name: str, folder: Path) -> tuple[Outputs, int]:
     return channels_last, sum(p.numel() for p in model.parameters())
 
 
-def ours(name: str, folder: Path, dtype: str) -> tuple[Outputs, float]:
-    """Our outputs, and the most memory that loading took, as a multiple of the weights.
-
-    Memory is that of the process itself, without the pages of the weight files, which the system may drop.
-    """
+def ours(name: str, folder: Path, dtype: str) -> Outputs:
+    """Our outputs."""
     import jax
 
     from ldm_jax.models.unet import Added
     from ldm_jax.xla import configure
 
     configure()
-    with MemoryPeak() as peak:
-        module, params = load(name, folder, dtype)
-        params = jax.block_until_ready(jax.tree.map(jax.numpy.asarray, params))
+    module, params = load(name, folder, dtype)
     inputs = inputs_of(name)
     if "x" in inputs:
         calls = {"encode": (inputs["x"],), "decode": (inputs["z"],)}
@@ -116,8 +124,28 @@ def ours(name: str, folder: Path, dtype: str) -> tuple[Outputs, float]:
         apply = jax.jit(lambda params, inputs: module.apply({"params": params}, **inputs))
         outputs = apply(params, inputs)
         outputs = outputs._asdict() if "ids" in inputs else {"output": outputs}
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return {k: np.asarray(v, np.float32) for k, v in outputs.items()}, peak.bytes / weights
+    return {k: np.asarray(v, np.float32) for k, v in outputs.items()}
+
+
+def loading_memory(name: str, folder: Path, dtype: str) -> float:
+    """The most memory that loading took, until the devices had the weights, as a multiple of these.
+
+    It is all that the process gains, pages of mapped files too, once JAX and ours are imported.
+    """
+    from ldm_jax.xla import configure
+
+    configure()
+
+    import jax
+
+    import ldm_jax.pretrained  # noqa: F401 (so that its imports are over)
+    from ldm_jax.training.parallel import replicate
+
+    jax.devices()
+    with MemoryPeak() as peak:
+        params = load(name, folder, dtype)[1]
+        on_devices = jax.block_until_ready(replicate(params))
+    return peak.bytes / sum(leaf.nbytes for leaf in jax.tree.leaves(on_devices))
 
 
 def load(name: str, folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -135,7 +163,7 @@ def load(name: str, folder: Path, dtype: str) -> tuple[Any, Any]:
 
 
 class MemoryPeak:
-    """The most anonymous memory that the process gains in the block, in bytes, looked at every 10 ms (Linux)."""
+    """The most memory that the process gains in the block, in bytes, looked at every 10 ms (Linux)."""
 
     def __enter__(self) -> "MemoryPeak":
         self.before, self.bytes, self.over = self._now(), 0, threading.Event()
@@ -154,7 +182,7 @@ class MemoryPeak:
     @staticmethod
     def _now() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 def difference(a: Outputs, b: Outputs) -> float:
@@ -162,36 +190,45 @@ def difference(a: Outputs, b: Outputs) -> float:
     return max(float(np.abs(a[k] - b[k]).max() / np.abs(b[k]).max()) for k in b)
 
 
+def alone(function: Callable, *args: object) -> Any:
+    """What the function gives in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *args).result()
+
+
 def compare(name: str, folder: Path) -> dict[str, float]:
     """A row of results.json."""
-
-    def alone(function: Callable, *args: object) -> Any:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            return process.submit(function, name, folder, *args).result()
-
-    expected, parameters = alone(theirs)
-    exact, memory = alone(ours, "float32")
-    rough, rough_memory = alone(ours, "bfloat16")
+    expected, parameters = alone(theirs, name, folder)
     return {
         "parameters": parameters,
-        "float32": difference(exact, expected),
-        "bfloat16": difference(rough, expected),
-        "loading_memory": memory,
-        "loading_memory_bfloat16": rough_memory,
+        "float32": difference(alone(ours, name, folder, "float32"), expected),
+        "bfloat16": difference(alone(ours, name, folder, "bfloat16"), expected),
+        **loading(name, folder),
     }
+
+
+def loading(name: str, folder: Path) -> dict[str, float]:
+    """Those columns of it that tell of memory."""
+    types = {"loading_memory": "float32", "loading_memory_bfloat16": "bfloat16"}
+    return {column: alone(loading_memory, name, folder, dtype) for column, dtype in types.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    parser.add_argument("--loading", choices=NETWORKS, metavar="NAME", help="measure the loading of this network again")
     parser.add_argument("--folder", help="where the weights are put meanwhile; default: the system's temporary folder")
     args = parser.parse_args()
     path = HERE / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for name in BUDGETS[args.budget]:
-        if name not in results:
+    for name in [args.loading] if args.loading else BUDGETS[args.budget]:
+        if name not in results or args.loading:
             with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-                results[name] = compare(name, Path(folder))
+                if args.loading:
+                    alone(write, name, Path(folder))
+                    results[name] |= loading(name, Path(folder))
+                else:
+                    results[name] = compare(name, Path(folder))
             path.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{name:>30}  " + "  ".join(f"{key} {value:.3g}" for key, value in results[name].items()), flush=True)
 

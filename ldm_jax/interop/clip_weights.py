@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.diffusers import Params, params_from_state_dict, state_dict_from_params
+from ldm_jax.interop.stored import Stored
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.clip_vision import CLIP, INITIAL_TEMPERATURE, CLIPImageEncoder
 
@@ -127,7 +128,7 @@ def config_from_clip(clip: CLIP) -> dict[str, Any]:
     }
 
 
-def text_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
+def text_params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
     """A text encoder's parameters from a state dict of transformers, with or without the prefix `text_model.`.
 
     Args and errors are those of `params_from_state_dict`; its message names keys without the prefix. `position_ids` are
@@ -136,12 +137,12 @@ def text_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params)
     return _unprefixed(state, PREFIX, target)
 
 
-def image_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
+def image_params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
     """The same of an image encoder, whose prefix is `vision_model.`."""
     return _unprefixed(state, IMAGE_PREFIX, target)
 
 
-def clip_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
+def clip_params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
     """The parameters {"text", "image", "logit_scale"} of CLIP from a CLIPModel's state dict; see the two above."""
     of_image = {key: value for key, value in state.items() if key.startswith((IMAGE_PREFIX, IMAGE_PROJECTION))}
     of_text = {key: value for key, value in state.items() if key not in of_image and key != LOGIT_SCALE}
@@ -152,23 +153,23 @@ def clip_params_from_state_dict(state: Mapping[str, np.ndarray], target: Params)
     } | params_from_state_dict(of_both, {LOGIT_SCALE: target[LOGIT_SCALE]})
 
 
-def _unprefixed(state: Mapping[str, np.ndarray], prefix: str, target: Params) -> dict[str, Any]:
+def _unprefixed(state: Mapping[str, np.ndarray | Stored], prefix: str, target: Params) -> dict[str, Any]:
     named = {key.removeprefix(prefix): value for key, value in state.items()}
     return params_from_state_dict({key: value for key, value in named.items() if key != IGNORED}, target)
 
 
 def state_dict_from_text_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse: a state dict of contiguous NumPy arrays, with the prefix."""
+    """The inverse: a state dict with the prefix."""
     return _prefixed(params, PREFIX, TEXT_PROJECTION)
 
 
 def state_dict_from_image_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse: a state dict of contiguous NumPy arrays, with the prefix."""
+    """The inverse: a state dict with the prefix."""
     return _prefixed(params, IMAGE_PREFIX, IMAGE_PROJECTION)
 
 
 def state_dict_from_clip_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse: a state dict of contiguous NumPy arrays for a CLIPModel."""
+    """The inverse: a state dict for a CLIPModel."""
     scale = state_dict_from_params({LOGIT_SCALE: params[LOGIT_SCALE]})
     return state_dict_from_text_params(params["text"]) | state_dict_from_image_params(params["image"]) | scale
 

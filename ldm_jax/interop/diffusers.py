@@ -11,12 +11,14 @@
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax.errors import InputError
+from ldm_jax.interop.stored import Stored
 
 Params = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -35,16 +37,17 @@ _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 _WEIGHTS = ("kernel", "scale", "embedding")  # what `weight` is called here
 
 
-def params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> dict[str, Any]:
+def params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
     """Our parameters from a diffusers state dict.
 
     Args:
-      state: name -> array, as in a diffusers file. Names and 1x1-convolution shapes of the attention in old files are
-        understood too.
+      state: name -> array or `Stored`, as in a diffusers file. Names and 1x1-convolution shapes of the attention in
+        old files are understood too.
       target: the tree of parameters wanted, arrays or `jax.ShapeDtypeStruct`; only structure and shapes are looked at.
 
     Returns:
-      A tree like `target` of NumPy arrays with the dtypes of `state`, views of its arrays where possible.
+      A tree like `target` of NumPy arrays with the dtypes of `state`: views of its arrays where possible; of what was
+      stored, laid out in memory.
 
     Raises:
       InputError: if a key is missing, left over or of another shape; all of them are named.
@@ -58,7 +61,7 @@ def params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> d
     flat, misshapen = {}, []
     for path, key in keys.items():
         if key in state:
-            flat[path] = _from_torch(path, np.asarray(state[key]), shapes[path])
+            flat[path] = _from_torch(path, state[key], shapes[path])
             if flat[path].shape != shapes[path]:
                 misshapen.append(f"{key} {state[key].shape} for {shapes[path]}")
     wrong = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", sorted(misshapen))]
@@ -69,14 +72,16 @@ def params_from_state_dict(state: Mapping[str, np.ndarray], target: Params) -> d
 
 
 def state_dict_from_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_state_dict`: a diffusers state dict of contiguous NumPy arrays."""
+    """The inverse of `params_from_state_dict`: a diffusers state dict of NumPy arrays, kernels as transposed views.
+
+    `weights.write_safetensors` writes such views right; safetensors' own `save_file` does not.
+    """
     state = {}
     for path, leaf in flatten_dict(params).items():
         value = np.asarray(leaf)
         if path[-1] == "kernel":
             value = value.transpose(_TO_TORCH[value.ndim])
-        # safetensors writes the memory of an array, not the view of it: a transposed view would be stored wrong.
-        state[_torch_name(path)] = np.asarray(value, order="C")
+        state[_torch_name(path)] = value
     return state
 
 
@@ -97,10 +102,13 @@ def _modern_name(key: str) -> str:
     return _OLD_NAME.sub(lambda match: _OLD_NAMES[match[0]], key)
 
 
-def _from_torch(path: Path, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _from_torch(path: Path, value: np.ndarray | Stored, shape: tuple[int, ...]) -> np.ndarray:
     """One array in our layout, which may still turn out to have another shape than wanted."""
-    if path[-1] != "kernel":
-        return value
+    change = partial(_kernel_from_torch, shape=shape) if path[-1] == "kernel" else lambda value: value
+    return value.then(change).laid_out() if isinstance(value, Stored) else change(np.asarray(value))
+
+
+def _kernel_from_torch(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
         value = value[:, :, 0, 0]  # old files keep the attention's linear maps as 1x1 convolutions
     return value.transpose(_FROM_TORCH[value.ndim]) if value.ndim in _FROM_TORCH else value

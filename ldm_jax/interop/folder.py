@@ -123,7 +123,8 @@ def _told_of(folder: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
+        told = str(error)
+        raise InputError(told if str(folder) in told else f"{folder}: {told}") from error
 
 
 def write_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> None:
@@ -136,7 +137,7 @@ def write_component(folder: Path, config: Mapping[str, Any], state: Mapping[str,
 
     Raises:
       InputError: if the folder is a file, or holds other weights, which a reader might prefer.
-      RunError, OSError: if a file cannot be written.
+      OSError: if a file cannot be written.
     """
     folder, is_diffusers = Path(folder), "_class_name" in config
     name = f"{'diffusion_pytorch_model' if is_diffusers else 'model'}.safetensors"

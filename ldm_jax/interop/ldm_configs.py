@@ -77,6 +77,8 @@ def unet_config(
             "up_block_types": ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
             "attention_head_dim": head_size,
         }
+    if "label_emb.weight" in shapes:  # of noise levels
+        config["num_class_embeds"] = shapes["label_emb.weight"][0]
     return config | _transformers(shapes, levels, attends, widths, heads, head_size) | _addition(shapes, pooled)
 
 
@@ -98,6 +100,7 @@ def _transformers(
         else 1
         for b, attention in zip(levels, attends)
     ]
+    crosses = [attention and _crosses(shapes, b[0]) for b, attention in zip(levels, attends)]
     depths[-1] = count(shapes, f"{middle}.transformer_blocks")
     if head_size is not None and any(width % head_size for width in widths):
         raise InputError(f"the UNet's widths {widths} do not divide into heads of {head_size}, which such models have")
@@ -107,9 +110,19 @@ def _transformers(
         "up_block_types": ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
         "attention_head_dim": heads if head_size is None else [width // head_size for width in widths],
         "transformer_layers_per_block": depths,
+        "only_cross_attention": any(crosses) and crosses,
         "cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1],
         "use_linear_projection": len(shapes[f"{middle}.proj_in.weight"]) == 2,
     }
+
+
+def _crosses(shapes: Shapes, block: int) -> bool:
+    """Whether a block's self-attention gave way to a second cross-attention: its keys are then of the texts' width.
+
+    Where that is also the block's own, as on the coarsest level of the x4 upscaler, it is taken for self-attention.
+    """
+    attention = f"input_blocks.{block}.1.transformer_blocks.0.attn1"
+    return shapes[f"{attention}.to_k.weight"][1] != shapes[f"{attention}.to_q.weight"][1]
 
 
 def _addition(shapes: Shapes, pooled: int) -> dict[str, Any]:

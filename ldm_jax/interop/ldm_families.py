@@ -8,6 +8,7 @@ weights; samplers those of the diffusers folders of the same models.
 | Stable Diffusion 1    | CLIP under transformers' names    | v1-inference.yaml, v1-inpainting-inference.yaml|
 | Stable Diffusion 2    | one OpenCLIP                      | v2-inference[-v].yaml, v2-inpainting-...yaml   |
 | Stable Diffusion XL   | CLIP and OpenCLIP                 | sd_xl_base.yaml                                |
+| x4 upscaler           | an embedding of noise levels      | x4-upscaling.yaml                              |
 | class-conditional LDM | an embedding of classes           | cin256-v2.yaml                                 |
 | unconditional LDM     | no condition, plain attention     | celebahq-, ffhq-, lsun_bedrooms-ldm-vq-4.yaml  |
 """
@@ -25,8 +26,9 @@ IGNORED = re.compile(
     "|".join(
         (
             r"(.*\.)?model_ema\..*",  # averaged weights; diffusers leaves them out too, unless told otherwise
-            r"(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas",  # the noise levels: the
-            r"posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|denoiser\.sigmas",  # schedule has them
+            # The noise levels: the schedule has them.
+            r"(low_scale_model\.)?((sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas)",
+            r"posterior_(variance|log_variance_clipped|mean_coef1|mean_coef2)|denoiser\.sigmas",
             r"logvar|lvlb_weights",  # weights of losses
             r"(first_stage_model\.)?loss\..*",  # the autoencoder's discriminator and perceptual loss
             r".*\.position_ids|.*\.attn_mask",  # 0, 1, 2 ...; a triangle of -inf
@@ -57,6 +59,7 @@ class Family(NamedTuple):
     sample_size: int  # of the latents in pixels
     scheduler: Mapping[str, Any]
     inpainting: tuple[str, Mapping[str, Any]] | None = None  # the same of 9 channels: pipeline and scheduler
+    low_res_scheduler: Mapping[str, Any] | None = None  # by which the picture to enlarge is noised
 
 
 _END, _BANG = "<|endoftext|>", "!"
@@ -83,8 +86,16 @@ _LDM = {
     "trained_betas": None,
     "clip_sample": False,
 }
+_UPSCALER = {
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "trained_betas": None,
+}
 
-SD2 = "Stable Diffusion 2"
+SD2, UPSCALER = "Stable Diffusion 2", "x4 upscaler"
+_TEXT_OF_SD2 = Text("cond_stage_model.model.", open_clip=True, last=False, pad=_BANG)
 FAMILIES = {
     "Stable Diffusion 1": Family(
         pipeline="StableDiffusionPipeline",
@@ -99,7 +110,7 @@ FAMILIES = {
     ),
     SD2: Family(
         pipeline="StableDiffusionPipeline",
-        texts=(Text("cond_stage_model.model.", open_clip=True, last=False, pad=_BANG),),
+        texts=(_TEXT_OF_SD2,),
         autoencoder="vae",
         heads=None,
         head_size=64,
@@ -121,6 +132,17 @@ FAMILIES = {
         sample_size=128,
         scheduler=_EULER,
         inpainting=("StableDiffusionXLInpaintPipeline", _EULER),
+    ),
+    UPSCALER: Family(
+        pipeline="StableDiffusionUpscalePipeline",
+        texts=(_TEXT_OF_SD2,),
+        autoencoder="vae",
+        heads=8,
+        head_size=None,
+        scaling_factor=0.08333,
+        sample_size=128,
+        scheduler=_DDIM | _UPSCALER | {"prediction_type": "v_prediction"},
+        low_res_scheduler={"_class_name": "DDPMScheduler", **_UPSCALER, "variance_type": "fixed_small"},
     ),
     "class-conditional LDM": Family(
         pipeline="LDMPipeline",
@@ -168,6 +190,8 @@ def family_of(names: Mapping[str, Any]) -> str:
         raise InputError("has averaged weights alone (model_ema.); it must have those under model.diffusion_model. too")
     if not has[UNET] and (has[FIRST_STAGE] or "decoder.conv_in.weight" in names):
         raise InputError("is an autoencoder alone; it goes beside a model, by --vae")
+    if f"{UNET}label_emb.weight" in names:
+        return UPSCALER
     for family, fields in FAMILIES.items():
         prefixes = [text.prefix for text in fields.texts]
         if has[UNET] and prefixes and all(any(n.startswith(prefix) for n in names) for prefix in prefixes):

@@ -45,6 +45,7 @@ class Tokenizer:
     Attributes:
       max_length: the number of ids of every prompt.
       vocab_size: all ids are below it; the text encoder must have as many.
+      end: the id that ends a text.
     """
 
     def __init__(self, tokenizer: Any, folder: Path, told: Mapping[str, Any] | None = None):
@@ -52,6 +53,7 @@ class Tokenizer:
         self._tokenizer, self._folder, self._told = tokenizer, folder, told
         self.max_length: int = tokenizer.model_max_length
         self.vocab_size: int = len(tokenizer)
+        self.end: int = tokenizer.eos_token_id
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """One prompt or more to `Tokens`.

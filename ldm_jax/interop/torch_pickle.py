@@ -50,11 +50,10 @@ class Tensor:
         if math.prod(self.size) > self.numel or (math.prod(self.size) and last >= self.numel):
             raise ValueError(f"a tensor of size {self.size} that reaches beyond its storage of {self.numel}")
 
-    def array(self, storage: np.ndarray) -> np.ndarray:
-        """The tensor's own contiguous copy; bfloat16 becomes float32."""
+    def view(self, storage: np.ndarray) -> np.ndarray:
+        """The tensor as a view of its storage."""
         strides = [step * storage.itemsize for step in self.stride]
-        view = np.lib.stride_tricks.as_strided(storage[self.offset :], self.size, strides, writeable=False)
-        return np.array(view, np.float32 if self.dtype == ml_dtypes.bfloat16 else self.dtype, order="C")
+        return np.lib.stride_tricks.as_strided(storage[self.offset :], self.size, strides, writeable=False)
 
 
 def _parameter(data: Tensor, *_: Any) -> Tensor:
@@ -161,12 +160,12 @@ class PickledTensors:
         self.step = step if isinstance(step, int) else None
         self._last = ("", np.empty(0))  # tensors that share a storage mostly follow each other
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor's own contiguous copy, bfloat16 as float32; InputError if the file is damaged there."""
+    def view(self, name: str) -> np.ndarray:
+        """The tensor as a view of its storage, which is read; InputError if the file is damaged there."""
         tensor = self._tensors[name]
         if tensor.key != self._last[0]:
             self._last = (tensor.key, _storage(self._read_storage(tensor.key), tensor, self._path))
-        return tensor.array(self._last[1])
+        return tensor.view(self._last[1])
 
 
 def load_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -178,7 +177,12 @@ def load_tensors(path: Path) -> dict[str, np.ndarray]:
     if Path(path).suffix == ".safetensors" and Path(path).is_file():
         return _load_safetensors(Path(path))
     file = PickledTensors(path)
-    return {name: file.read(name) for name in file.shapes}
+    return {name: np.array(_in_numpy(file.view(name)), order="C") for name in file.shapes}
+
+
+def _in_numpy(array: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32."""
+    return array.astype(np.float32) if array.dtype == ml_dtypes.bfloat16 else array
 
 
 def _storage(data: bytes, tensor: Tensor, path: Path) -> np.ndarray:
@@ -195,7 +199,7 @@ def _load_safetensors(path: Path) -> dict[str, np.ndarray]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not readable as safetensors: {error}") from error
-    return {k: v.astype(np.float32) if v.dtype == ml_dtypes.bfloat16 else v for k, v in tensors.items()}
+    return {name: _in_numpy(array) for name, array in tensors.items()}
 
 
 def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytes]]:
@@ -228,12 +232,15 @@ def _open_legacy(path: Path) -> tuple[Any, Callable[[str], bytes]]:
             raise InputError(f"{path}: not a PyTorch file")
         unpickler = _LegacyUnpickler(file, ALLOWED)
         tree, keys = load_restricted(unpickler, path), load_restricted(_TensorUnpickler(file, ALLOWED), path)
-        storages = {str(key): _legacy_storage(file, unpickler.itemsizes, str(key), path) for key in keys}
+        places = {str(key): _legacy_place(file, unpickler.itemsizes, str(key), path) for key in keys}
 
     def read_storage(key: str) -> bytes:
-        if key not in storages:
+        if key not in places:
             raise InputError(f"{path}: damaged: there is no storage {key}")
-        return storages[key]
+        start, length = places[key]
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
 
     return tree, read_storage
 
@@ -251,8 +258,11 @@ class _LegacyUnpickler(_TensorUnpickler):
         return key, dtype, numel
 
 
-def _legacy_storage(file: IO[bytes], itemsizes: dict[str, int], key: str, path: Path) -> bytes:
+def _legacy_place(file: IO[bytes], itemsizes: dict[str, int], key: str, path: Path) -> tuple[int, int]:
+    """Where the next storage begins, and how many bytes it has; the file is left behind it."""
     head = file.read(8)
     if len(head) < 8 or key not in itemsizes:
         raise InputError(f"{path}: damaged: cannot read storage {key}")
-    return file.read(struct.unpack("<q", head)[0] * itemsizes[key])
+    start, length = file.tell(), struct.unpack("<q", head)[0] * itemsizes[key]
+    file.seek(start + length)
+    return start, length

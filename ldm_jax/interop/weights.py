@@ -12,16 +12,17 @@ An index tells for each tensor which file has it.
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ldm_jax.errors import InputError, RunError
+from ldm_jax.errors import InputError
 from ldm_jax.files import atomic, read_json
+from ldm_jax.interop.stored import Stored
 from ldm_jax.interop.torch_pickle import PickledTensors
 
 # (name, suffix) of the files with weights, the first that is there is taken.
@@ -48,6 +49,9 @@ SAFETENSORS_TYPES = {
 }
 
 
+_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
+
+
 class _Entry(NamedTuple):
     """Where a safetensors file keeps a tensor."""
 
@@ -57,17 +61,17 @@ class _Entry(NamedTuple):
     stop: int
 
 
-def read_state_dict(folder: Path, *, variant: str | None = None, dtype: DTypeLike = None) -> dict[str, np.ndarray]:
-    """The weights in a folder by name.
+def read_state_dict(folder: Path, *, variant: str | None = None, dtype: DTypeLike = None) -> dict[str, Stored]:
+    """The weights in a folder by name, each of which stays in its file until it is asked for.
 
     Args:
       folder: a component's folder, such as the unet/ of Stable Diffusion.
       variant: for instance "fp16"; None takes full precision if it is there, else half.
-      dtype: what floats are cast to; None keeps theirs. Safetensors kept as they are stay in the file until they are
-        used (views of its mapped memory); cast ones are read one by one, as are those of a .bin.
+      dtype: what floats are cast to; None keeps theirs.
 
     Raises:
       InputError: if there are no such weights, a file is missing or damaged, or a pickle holds anything but tensors.
+        That a pickle's storage is damaged is found when the tensor is asked for.
     """
     folder = Path(folder)
     path = _choose(folder, variant)
@@ -111,7 +115,7 @@ def weight_files(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") or ".index." in p.name)
 
 
-def _read_shards(index: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
+def _read_shards(index: Path, dtype: DTypeLike) -> dict[str, Stored]:
     files = read_json(index, "weight_map")["weight_map"]
     names = [*files.values()] if isinstance(files, dict) else [None]
     if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
@@ -130,56 +134,47 @@ def _read_shards(index: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
     return state
 
 
-def _read_file(path: Path, dtype: DTypeLike) -> dict[str, np.ndarray]:
+def _read_file(path: Path, dtype: DTypeLike) -> dict[str, Stored]:
     file = open_weights(path)
-    return {name: file.read(name, dtype) for name in file.shapes}
-
-
-def _cast(stored: np.dtype, dtype: DTypeLike) -> np.dtype:
-    """The type that an array gets: integers keep theirs."""
-    return stored if dtype is None or not jnp.issubdtype(stored, jnp.floating) else np.dtype(dtype)
+    return {name: file.stored(name, dtype) for name in file.shapes}
 
 
 class WeightFile(NamedTuple):
     """A file of weights whose tensors are read one at a time."""
 
     shapes: dict[str, tuple[int, ...]]  # by name
-    read: Callable[[str, DTypeLike], np.ndarray]  # (name, dtype) -> the tensor; `dtype` as in `read_state_dict`
+    view: Callable[[str], np.ndarray]  # the tensor of a name as the file has it; not to be kept
     step: int | None = None  # updates behind the weights, if the file tells
+
+    def stored(self, name: str, dtype: DTypeLike) -> Stored:
+        """A tensor that is yet to be read; `dtype` as in `read_state_dict`."""
+        return Stored(partial(self.view, name), dtype)
 
 
 def open_weights(path: Path) -> WeightFile:
     """One file of weights: .safetensors, or else a pickle of PyTorch's (.bin, .ckpt, .pt, .pth).
 
     Raises:
-      InputError: missing or damaged, or a pickle that holds anything but tensors; `read` raises it too.
+      InputError: missing or damaged, or a pickle that holds anything but tensors; `view` raises it too.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     file = PickledTensors(path)
-
-    def read(name: str, dtype: DTypeLike) -> np.ndarray:
-        array = file.read(name)
-        return array.astype(_cast(array.dtype, dtype), copy=False)
-
-    return WeightFile(file.shapes, read, file.step)
+    return WeightFile(file.shapes, file.view, file.step)
 
 
 def _open_safetensors(path: Path) -> WeightFile:
-    """A tensor that need not be cast is a view of the mapped file; another passes through memory by itself."""
+    """Each tensor is a map of its part of the file: the memory is the system's again as soon as it was looked at."""
     entries = _safetensors_entries(path)
-    file = np.memmap(path, np.uint8, "r")
 
-    def read(name: str, dtype: DTypeLike) -> np.ndarray:
-        stored, shape, start, stop = entries[name]
-        wanted = _cast(stored, dtype)
-        if wanted == stored:
-            return np.asarray(file[start:stop]).view(stored).reshape(shape)
-        count = (stop - start) // stored.itemsize
-        return np.fromfile(path, stored, count, offset=start).reshape(shape).astype(wanted)
+    def view(name: str) -> np.ndarray:
+        dtype, shape, start, stop = entries[name]
+        if start == stop:  # there is nothing to map
+            return np.empty(shape, dtype)
+        return np.memmap(path, np.uint8, "r", start, stop - start).view(np.ndarray).view(dtype).reshape(shape)
 
-    return WeightFile({name: entry.shape for name, entry in entries.items()}, read)
+    return WeightFile({name: entry.shape for name, entry in entries.items()}, view)
 
 
 def _safetensors_entries(path: Path) -> dict[str, _Entry]:
@@ -215,23 +210,25 @@ def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
     return _Entry(dtype, shape, origin + start, origin + stop)
 
 
-def read_weights(path: Path, dtype: DTypeLike = None) -> dict[str, np.ndarray]:
-    """The weights in one file by name; `dtype` and errors as in `read_state_dict`."""
-    return _read_file(Path(path), dtype)
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The weights in one file by name; errors as in `read_state_dict`."""
+    return {name: np.asarray(tensor) for name, tensor in _read_file(Path(path), None).items()}
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes weights by name for PyTorch to read, whole or not at all; raises RunError if that fails."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+    """Writes weights by name for PyTorch to read, whole or not at all; arrays may be views, in any order of axes.
 
-    # The memory of an array is written, not the view of it.
-    state = {name: np.asarray(value, order="C") for name, value in state.items()}
-    try:
-        with atomic(path) as temporary:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # of new files here; safetensors lets nobody but the owner read its own
-            save_file(state, temporary, metadata={"format": "pt"})
-            temporary.chmod(mode)
-    except SafetensorError as error:
-        raise RunError(f"could not write {path}: {error}") from error
+    It is done here rather than by the safetensors library as that writes an array's memory, whatever the view of it,
+    so that all kernels would have to be transposed, and in memory again, before the first is written.
+    """
+    header, place = {"__metadata__": {"format": "pt"}}, 0
+    state = {name: np.asarray(state[name]) for name in sorted(state, key=lambda name: (-state[name].itemsize, name))}
+    for name, value in state.items():
+        span = [place, place := place + value.nbytes]
+        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": span}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in state.values():
+            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8))

@@ -26,6 +26,8 @@ class Network(NamedTuple):
     unet: (params, frozen) -> those of the UNet.
     tell: (params, frozen, label [B]) -> the arguments by which the UNet is told of it (Rombach 2022, section 3.3).
     null: the label that stands for nothing.
+    choose: (frozen, label [B], keys [B]) -> what each is told by in this step, where a label leaves a choice: from then
+        on that is the label.
     """
 
     module: nn.Module
@@ -33,6 +35,7 @@ class Network(NamedTuple):
     unet: Callable[[Any, dict], Any]
     tell: Callable[[Any, dict, jax.Array], dict[str, Any]]
     null: int
+    choose: Callable[[dict, jax.Array, jax.Array], jax.Array] | None = None
 
 
 def labelled(unet: nn.Module, conditioner: nn.Module, seen_shape: tuple[int, int, int]) -> Network:
@@ -112,6 +115,9 @@ def make_diffusion_stage(
         *noising_keys, key_label, key_map = split_keys(keys, 5)
         example = add_noise(batch, frozen, noising_keys, t)
         label = batch.get("label", jnp.full(example["t"].shape, network.null, jnp.int32))
+        if network.choose:
+            key_label, key_choice = split_keys(key_label, 2)
+            label = network.choose(frozen, label, key_choice)
         dropped = jax.vmap(partial(jax.random.bernoulli, p=label_dropout))(key_label)
         seen, told = example["z_t"], {}
         if map_condition:

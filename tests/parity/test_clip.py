@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from bpe import learn_merges, write_tokenizer
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from ldm_jax.interop.clip_weights import (
     clip_from_config,
@@ -27,6 +27,7 @@ from ldm_jax.interop.clip_weights import (
     text_params_from_state_dict,
 )
 from ldm_jax.interop.tokenizer import load_tokenizer
+from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.training.contrastive import contrastive_loss
 
 QUICK = {"xla_backend_optimization_level": 0}
@@ -114,7 +115,7 @@ def test_transformers_reads_what_we_write(case, draw_weights, tmp_path):
     _, params = read_folder(tmp_path)
     written = state_dict_from_text_params(params)
     assert {key.split(".")[0] for key in written} <= {"text_model", "text_projection"}
-    save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(tmp_path / "model.safetensors", written)
     again, info = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     state = theirs.state_dict()
@@ -206,7 +207,7 @@ def test_image_encoder(case, draw_weights, tmp_path):
 def assert_read_by_transformers(theirs, config, state, folder):
     """The model that transformers makes of our config and weights is `theirs`, to the bit."""
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(folder / "model.safetensors", state)
     again, info = type(theirs).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     expected = theirs.state_dict()

@@ -24,11 +24,13 @@ from ldm_jax.first_stage import make_first_stage
 from ldm_jax.interop import lora
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.pretrained import map_condition_of, scheduler_of
+from ldm_jax.told import NO_CAPTIONS, numbered
 from ldm_jax.training.diffusion import STREAM
 from ldm_jax.training.noising import make_noising, split_keys
 from ldm_jax.training.state import example_keys
 
 TEXTS = ("low", "lower low", "wool")
+CAPTIONS = numbered([(text,) for text in TEXTS])
 N, RATE, DECAY, B2, DROPOUT = 4, 1e-3, 0.01, 0.999, 0.4
 RANK, ALPHA = 3, 6.0
 CASES = {  # prediction, weighting, what kind of Stable Diffusion it is
@@ -68,8 +70,8 @@ def config_of(folder, weighting, rank):
 def ours(folder, weighting, tmp_path, rank=0):
     """Two steps of our own: what they were made of, their losses, and what is trained before and after."""
     base, config = finetune.load_base(config_of(folder, weighting, rank).lock())
-    stage = finetune.build_stage(config, base, len(TEXTS))
-    frozen = finetune.frozen_arrays(config, base, TEXTS, tmp_path / "cache")
+    stage = finetune.build_stage(config, base, CAPTIONS)
+    frozen = finetune.frozen_arrays(config, base, CAPTIONS, tmp_path / "cache")
     rng = np.random.default_rng(0)
     batch = {"x": rng.integers(0, 256, (N, 16, 16, 3), np.uint8), "label": np.arange(N, dtype=np.int32) % len(TEXTS),
              "id": np.arange(N, dtype=np.int32)}  # fmt: skip
@@ -244,7 +246,7 @@ def test_two_steps_move_a_lora_as_in_torch(kind, tmp_path):
 def random_lora(folder, path):
     """A file with LoRA of the folder's UNet, strong enough to be seen."""
     base, config = finetune.load_base(config_of(folder, "uniform", RANK).lock())
-    params = finetune.build_network(config, base, 0).init(jax.random.key(0))["lora"]
+    params = finetune.build_network(config, base, NO_CAPTIONS).init(jax.random.key(0))["lora"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(size=p.shape, scale=0.5).astype(np.float32), params)
     lora.save_lora(path, params, finetune.lora_scale(config))

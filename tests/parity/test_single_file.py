@@ -54,6 +54,17 @@ XL = SD2 | {
     "projection_class_embeddings_input_dim": POOLED + 6 * 8,
     "sample_size": 128,
 }
+UPSCALER = SD1 | {
+    "in_channels": 7,
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
+    "block_out_channels": (32, 64, 64, 128),
+    "only_cross_attention": (True, True, True, False),
+    "cross_attention_dim": 128,
+    "use_linear_projection": True,
+    "num_class_embeds": 1000,
+    "sample_size": 128,
+}
 VAE = {
     "block_out_channels": (32, 32, 64),
     "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -68,6 +79,7 @@ MODELS = {  # family, its UNet
     "SD2 inpainting": ("Stable Diffusion 2", SD2 | {"in_channels": 9, "sample_size": 64}),
     "SDXL": ("Stable Diffusion XL", XL),
     "SDXL inpainting": ("Stable Diffusion XL", XL | {"in_channels": 9}),
+    "x4 upscaler": ("x4 upscaler", UPSCALER),
 }
 
 
@@ -89,7 +101,7 @@ def build(name, draw_weights):
     """diffusers' and transformers' parts by name; the tensors of the single file."""
     family, config = MODELS[name]
     parts = {"unet": diffusers.UNet2DConditionModel(**config), "vae": diffusers.AutoencoderKL(**VAE)}
-    if family == "Stable Diffusion 2":
+    if family in ("Stable Diffusion 2", "x4 upscaler"):
         parts["text_encoder"] = text_encoder(128, 2, "gelu")
     else:
         parts["text_encoder"] = text_encoder(64, 2, "quick_gelu")
@@ -152,7 +164,11 @@ def _spread(config):
     """diffusers' config with what is the same for all levels given for each: as single files are read."""
     depth, levels = config["transformer_layers_per_block"], len(config["block_out_channels"])
     depths = [depth] * levels if isinstance(depth, int) else list(depth)
-    return dict(config, _class_name="UNet2DConditionModel", transformer_layers_per_block=depths)
+    spread = dict(config, _class_name="UNet2DConditionModel", transformer_layers_per_block=depths)
+    if not isinstance(config["only_cross_attention"], bool):  # on a level without attention it says nothing
+        crosses = zip(config["only_cross_attention"], config["down_block_types"])
+        spread["only_cross_attention"] = [only and "Attn" in block for only, block in crosses]
+    return spread
 
 
 FULL = {  # the published configurations: UNet; text encoders; what diffusers tells them by
@@ -183,6 +199,11 @@ FULL = {  # the published configurations: UNet; text encoders; what diffusers te
         },
         [(768, 12, "quick_gelu", None), (1280, 32, "gelu", 1280)],
         "xl_base",
+    ),
+    "x4 upscaler": (
+        UPSCALER | {"block_out_channels": (256, 512, 512, 1024), "cross_attention_dim": 1024},
+        [(1024, 23, "gelu", None)],
+        "upscale",
     ),
 }
 FULL_VAE = {
