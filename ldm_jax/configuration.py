@@ -77,7 +77,8 @@ def completed(config: ConfigDict, where: str) -> ConfigDict:
     lacking = sorted(defaults.keys() - given.keys())
     if not lacking or any(name.startswith(f"{other}.") for name in lacking for other in given):
         return config
-    print(f"{where} is of an older version; as in configs/base.py are {', '.join(f'config.{n}' for n in lacking)}")
+    named = dict.fromkeys(f"config.{_section_or_field(name, given)}" for name in lacking)
+    print(f"{where} is of an older version; as in configs/base.py are {', '.join(named)}")
     whole = config.copy_and_resolve_references().unlock()
     for name in lacking:
         *sections, field = name.split(".")
@@ -88,6 +89,13 @@ def completed(config: ConfigDict, where: str) -> ConfigDict:
             place = place[section]
         place[field] = defaults[name]
     return whole.lock()
+
+
+def _section_or_field(name: str, given: dict[str, Any]) -> str:
+    """The first section on the way to a field, "SECTION.*", of which nothing is given; or else the field."""
+    parts = name.split(".")
+    sections = (".".join(parts[:i]) + "." for i in range(1, len(parts)))
+    return next((f"{section}*" for section in sections if not any(n.startswith(section) for n in given)), name)
 
 
 def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:

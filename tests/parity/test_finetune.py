@@ -232,7 +232,8 @@ def test_two_steps_move_a_lora_as_in_torch(kind, tmp_path):
     seen, losses, before, after = ours(folder, "uniform", tmp_path, RANK)
     assert before.keys() == {"lora"}
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").requires_grad_(False).train()
-    start = {k: torch.nn.Parameter(torch.from_numpy(v)) for k, v in state_dict_from_params(before["lora"]).items()}
+    state = {name: p.copy() for name, p in state_dict_from_params(before["lora"]).items()}  # torch writes into it
+    start = {name: torch.nn.Parameter(torch.from_numpy(p)) for name, p in state.items()}
     layers = {name.rsplit(".lora.", 1)[0] for name in start}
     assert layers == {name for name, _ in unet.named_modules() if re.search(r"attn\d\.to_(q|k|v|out\.0)$", name)}
     for name in layers:
