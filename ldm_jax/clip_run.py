@@ -17,7 +17,7 @@ from ldm_jax.data.pixels import to_pixels
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.cards import Card
 from ldm_jax.evaluation.features import fingerprint
-from ldm_jax.evaluation.retrieval import class_embeddings, retrieval, zero_shot_accuracy
+from ldm_jax.evaluation.retrieval import class_embeddings, clip_score, r_precision, retrieval, zero_shot_accuracy
 from ldm_jax.interop.bpe import train_bpe
 from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_vocabulary
 from ldm_jax.models.clip_vision import CLIP
@@ -152,10 +152,54 @@ def score(found: TrainedCLIP, test_set: Dataset, classes: Dataset | None, batch_
     return cards
 
 
+def fit(
+    found: TrainedCLIP, images: np.ndarray, prompts: list[str], real: np.ndarray, split: str, batch_size: int
+) -> dict[str, dict]:
+    """The cards of N pictures with the prompts that they were drawn by; `real` are those that the prompts are told of.
+
+    The floor is what the real ones score, the most that this CLIP lets one hope for.
+    """
+    distinct = sorted(set(prompts))
+    own = np.array([distinct.index(prompt) for prompt in prompts])
+    texts = embed_texts(found, distinct, batch_size)
+    drawn, theirs = (embed_images(found, some, batch_size) for some in (images, real))
+    about = {
+        "better": "higher",
+        "n": len(images),
+        "reference": split,
+        "reference_n": len(distinct),
+        "reference_sha256": fingerprint(real),
+        "floor_n": len(real),
+    }
+    words = {
+        "clip_score": "mean of max(0, 100 cos) of picture and prompt, by the run's own CLIP",
+        "r_precision": f"share of pictures whose own prompt is nearest of {len(distinct)}, by the run's own CLIP",
+    }
+    score_of = {
+        "clip_score": lambda image: clip_score(texts[own], image),
+        "r_precision": lambda image: r_precision(image, texts, own),
+    }
+    return {
+        f"{name}_{split}": asdict(
+            Card(score=name.replace("_", " "), value=score_of[name](drawn), floor=score_of[name](theirs),
+                 method=words[name], **about)
+        )
+        for name in words
+    }  # fmt: skip
+
+
 def _way(name: str, texts: int) -> str:
     what, k = name.split("_recall@")
     sought, given = ("pictures", "caption") if what == "text_to_image" else ("captions", "picture")
     return f"share of {given}s whose own {sought[:-1]} is among the {k} nearest of all {sought} ({texts} captions)"
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError, before anything is written, for a CLIP or a vocabulary that is not there or does not fit."""
+    if config.clip.checkpoint:
+        adopted(config)
+    elif config.clip.tokenizer:
+        tokenizer_of_vocabulary(Path(config.clip.tokenizer), pad_token=PAD, max_length=config.clip.max_length)
 
 
 def adopted(config: ConfigDict) -> TrainedCLIP:

@@ -74,7 +74,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         model.class_names,
         about | recipe._asdict(),
         given,
-        picture(model.config, images, wanted.labels, model.class_names, given),
+        picture(model.config, images, wanted.labels, tuple(recipe.prompts) or model.class_names, given),
     )
 
 
@@ -221,10 +221,10 @@ def picture(
     return pictures.comparison({name: some[:40] for name, some in rows.items()})
 
 
-def draw_final(workdir: Path, test_set: Dataset) -> None:
-    """Draws the samples that end a run, unless the run folder has just these already."""
+def draw_final(workdir: Path, dataset: Dataset) -> None:
+    """Draws the samples that end a run (see `recipe.of_config`), unless the run folder has just these already."""
     model = trained.load(workdir)
-    recipe = of_config(model, test_set)
+    recipe = of_config(model, dataset)
     asked = recipe._asdict() | {"model": trained.fingerprint(model)}
     if recipe.num and not _is_drawn(workdir, asked):
         save(workdir, draw(model, recipe, batch_size=model.config.sampling.batch_size))

@@ -20,6 +20,7 @@ from ldm_jax.interop import class_table, folder
 from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_from_text_params
 from ldm_jax.interop.config_fields import hints
 from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.interop.latents_scaling import into_autoencoder
 from ldm_jax.interop.modules import VERSION, config_from_autoencoder, config_from_unet
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.training.checkpoint import Checkpoints, load_latest
@@ -101,7 +102,9 @@ def write_pretrained_anew(path: Path, to: Path, model: trained.Trained) -> None:
     if model.pretrained.classes:
         _write_classes(to, model, told)
     else:
-        write_pretrained(to, model.pretrained, model.params, size=size, told=told)
+        own = "clip" in model.config.get("stages", ())  # its latents have a scale for each channel
+        params = into_autoencoder(model.params) if own else model.params
+        write_pretrained(to, model.pretrained, params, size=size, told=told)
     for file in words:
         shutil.copyfile(file, to / file.name)
 

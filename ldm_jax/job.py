@@ -12,7 +12,19 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, clip_run, config_rules, drawing, finetune, parts, run_folder, samplers, scoring, text_run
+from ldm_jax import (
+    builders,
+    clip_run,
+    config_rules,
+    drawing,
+    finetune,
+    parts,
+    prompt_sheets,
+    run_folder,
+    samplers,
+    scoring,
+    text_run,
+)
 from ldm_jax.config_ranges import STAGES
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.report import write_report
@@ -53,8 +65,9 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if config.autoencoder.kind != "none" and config.autoencoder.checkpoint and not base:
         parts.adopted_autoencoder(config)  # for its errors, before anything is written
         parts.adopted_scale(config)
-    if "clip" in config.stages and config.clip.checkpoint:
-        clip_run.adopted(config)
+    if "clip" in config.stages:
+        clip_run.check(config)
+        scoring.zero_shot_classes(config)
     if dry_run:
         return
     if workdir.exists() and scoring.is_done(workdir, asked):
@@ -88,7 +101,11 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
                 _timed(run, clock, "classifier", parts.train_classifier)
             if primary:
                 if "diffusion" in config.stages:
-                    _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir, run.test_set))
+                    told_texts = config_rules.tells_texts(config)
+                    split = train_set if told_texts else test_set
+                    _timed(run, clock, "sampling", lambda run: drawing.draw_final(run.workdir, split))
+                    if told_texts:
+                        _timed(run, clock, "prompts", lambda run: prompt_sheets.draw(run.workdir, train_set, test_set))
                 _timed(run, clock, "scoring", lambda run: scoring.score_run(run.workdir, run.train_set, run.test_set))
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command goes on from there.")

@@ -237,7 +237,7 @@ def show_fine_tuned(run: Run) -> Callable[[int, Any], None]:
     def show(step: int, params: Any) -> None:
         drawn = replicate(finetune.with_trained(config, run.base, params))
         images = keep_known(given, np.concatenate(list(generator.images(drawn, grid, table))))
-        picture = drawing.picture(config, images, grid.labels, model.class_names, given)
+        picture = drawing.picture(config, images, grid.labels, tuple(wanted.prompts) or model.class_names, given)
         pictures.save_png(picture, run.workdir / "progress" / f"diffusion_{step:06d}.png")
 
     return show

@@ -83,12 +83,17 @@ def from_picture(model: Trained, path: Path) -> Recipe:
     return recipe
 
 
-def of_config(model: Trained, test_set: Dataset) -> Recipe:
-    """The recipe that ends a run: as its config has it, or of a model of texts by those of its test set."""
+def of_config(model: Trained, dataset: Dataset) -> Recipe:
+    """The recipe that ends a run: as its config has it, or of a model of texts by those of `dataset`.
+
+    That is the training split of a run with a CLIP of its own, whose pictures each give their caption; else the test
+    split, of which a few do, or, where these are what is drawn from, each.
+    """
     sampling, pretrained = model.config.sampling, model.pretrained
     prompts, labels = list(sampling.prompts), list(range(len(sampling.prompts or model.class_names)))
-    if pretrained and pretrained.encoders and not prompts and sampling.num:
-        prompts, labels = _captions(test_set, sampling.num if map_split(model) else 0)
+    own = "clip" in model.config.stages if pretrained and model.config.get("stages") else False
+    if pretrained and pretrained.encoders and sampling.num and (own or not prompts):
+        prompts, labels = _captions(dataset, sampling.num if own or map_split(model) else 0)
     return Recipe(
         num=sampling.num,
         labels=labels,
@@ -111,13 +116,13 @@ def of_config(model: Trained, test_set: Dataset) -> Recipe:
     )
 
 
-def _captions(test_set: Dataset, pictures: int) -> tuple[list[str], list[int]]:
+def _captions(dataset: Dataset, pictures: int) -> tuple[list[str], list[int]]:
     """The first few texts of a split that differ, in turn; or those of its first `pictures`, and which each one has."""
-    label = test_set[np.arange(min(pictures or LOOKED_AT, len(test_set)))]["label"].tolist()
+    label = dataset[np.arange(min(pictures or LOOKED_AT, len(dataset)))]["label"].tolist()
     distinct = list(dict.fromkeys(label))
     if not pictures:
         distinct = label = distinct[:FEW]
-    return [test_set.class_names[number] for number in distinct], [distinct.index(number) for number in label]
+    return [dataset.class_names[number] for number in distinct], [distinct.index(number) for number in label]
 
 
 def guide_of(model: Trained, recipe: Recipe) -> Guide | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, run_folder, run_parts, trained
+from ldm_jax import builders, clip_run, config_rules, configuration, prompt_sheets, run_folder, run_parts, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import bound_card
@@ -61,13 +61,51 @@ def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
                 images = samples["images"]
             given = from_split(config, test_set, len(images), config.seed) if config.concat.kind != "none" else None
             cards = score(model, images, train_set, test_set, given)
-        cards["model"] = score_model(model, test_set, workdir)
+        if config_rules.tells_texts(config):
+            cards["prompts"] = score_prompts(workdir, config, train_set, test_set) if config.sampling.num else {}
+        else:
+            cards["model"] = score_model(model, test_set, workdir)
+    if "clip" in config.stages:
+        cards["clip"] = score_clip(workdir, config, test_set)
     if "classifier" in config.stages:
         cards["classifier"] = score_classifier(workdir, test_set)
     cards["asked"] = _asked(config)
     if cards.get("samples"):
         cards["recipe"] = read_recipe(workdir / "samples.png")
     run_folder.write_json(workdir / "evaluation.json", cards)
+
+
+def score_clip(workdir: Path, config: ConfigDict, test_set: Dataset) -> dict[str, dict[str, Any]]:
+    """The cards of a run's CLIP: see `clip_run.score`."""
+    return clip_run.score(
+        clip_run.load(workdir, config), test_set, zero_shot_classes(config), config.evaluation.batch_size
+    )
+
+
+def zero_shot_classes(config: ConfigDict) -> Dataset | None:
+    """The test split with the classes that CLIP is to tell by their names alone, if the config asks for such."""
+    key = config.evaluation.zero_shot_key
+    if key == "none":
+        return None
+    told = config.copy_and_resolve_references().unlock()
+    told.data.update(caption_key="none", label_key=key)
+    return builders.load_split(told, config.data.test_split)
+
+
+def score_prompts(
+    workdir: Path, config: ConfigDict, train_set: Dataset, test_set: Dataset
+) -> dict[str, dict[str, Any]]:
+    """How well the run's own CLIP says that its pictures fit their captions, of both splits: see `clip_run.fit`."""
+    found, cards = clip_run.load(workdir, config), {}
+    with np.load(workdir / "samples.npz") as samples:
+        images, labels = samples["images"], samples["labels"]
+    prompts = [read_recipe(workdir / "samples.png")["prompts"][label] for label in labels]
+    first = train_set[np.arange(len(images)) % len(train_set)]
+    cards |= clip_run.fit(found, images, prompts, first["x"], train_set.split, config.evaluation.batch_size)
+    with np.load(workdir / prompt_sheets.FOLDER / "held_out.npz") as samples:
+        images, labels = samples["images"], samples["labels"]
+    prompts, real = [test_set.class_names[label] for label in labels], prompt_sheets.of_classes(test_set, labels)
+    return cards | clip_run.fit(found, images, prompts, real, test_set.split, config.evaluation.batch_size)
 
 
 def score_classifier(workdir: Path, test_set: Dataset) -> dict[str, Any]:

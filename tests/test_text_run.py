@@ -1,7 +1,14 @@
 """A run told of texts by a CLIP of its own: what it leaves, and what one can do with it."""
 
+import shutil
+
+import jax
 import jobs
+import numpy as np
 import pytest
+
+from ldm_jax import clip_run, commands, convert, sample, trained
+from ldm_jax.run_folder import read_json
 
 TEXTS = (
     "--config.stages=('autoencoder','clip','diffusion')",
@@ -22,3 +29,98 @@ def test_a_run_leaves_what_other_runs_leave(run):
     for name in ("report.html", "samples.png", "evaluation.json", "clip/tokenizer/vocab.json"):
         assert (run / name).is_file()
     assert len(jobs.samples(run)["images"]) == 8
+
+
+def test_a_run_scores_its_clip_and_its_pictures(run):
+    cards = read_json(run / "evaluation.json")
+    assert {"text_to_image_recall@1", "image_to_text_recall@1", "zero_shot"} <= cards["clip"].keys()
+    assert cards["clip"]["zero_shot"]["n"] == 16
+    for split in ("train", "test"):
+        assert 0 <= cards["prompts"][f"clip_score_{split}"]["value"] <= 100
+        assert 0 <= cards["prompts"][f"r_precision_{split}"]["floor"] <= 1
+    assert "model" not in cards
+    for name in ("training", "held_out", "guidance"):
+        assert (run / "prompts" / f"{name}.png").is_file()
+
+
+def test_the_tokenizer_knows_the_captions(run):
+    found = clip_run.load(run)
+    assert not found.tokenizer(["horizontal", "a dark picture"]).cut.any()
+    assert found.clip.text.vocab_size == found.tokenizer.vocab_size
+
+
+def test_prompts_are_drawn_as_they_are_asked_for(run, tmp_path):
+    """In the order of the prompts; and one alone as among others."""
+
+    def draw(name, *flags):
+        out = tmp_path / name
+        command = ["sample", f"--model={run}", f"--out={out}", "--steps=3", "--guidance=100", "--batch_size=4", *flags]
+        assert commands.run(sample.main, command) == 0
+        return jobs.samples(out)["images"]
+
+    both = draw("both", "--prompt=dark", "--prompt=bright", "--num=4")
+    assert both.shape == (4, 8, 8, 1)
+    np.testing.assert_array_equal(draw("one", "--prompt=dark", "--num=1"), both[:1])
+    away = draw("away", "--prompt=dark", "--negative_prompt=bright", "--num=1")
+    assert (away != both[:1]).any()
+
+
+def test_a_run_goes_on_after_each_of_its_parts(run, tiny_data, tmp_path):
+    """Killed after CLIP, and after the diffusion model's first checkpoint."""
+    for lost in (("diffusion",), ("diffusion/8",)):
+        again = shutil.copytree(run, tmp_path / lost[0].replace("/", "_"))
+        for name in (*lost, "samples.png", "evaluation.json", "prompts"):
+            shutil.rmtree(again / name) if (again / name).is_dir() else (again / name).unlink()
+        assert jobs.train_here(tiny_data, again, *TEXTS) == 0
+        jobs.assert_same_training(again, run, stages=("diffusion",))
+        np.testing.assert_array_equal(jobs.samples(again)["images"], jobs.samples(run)["images"])
+
+
+def test_diffusers_folder_of_a_run_draws_the_same(run, tmp_path):
+    """Shift and scale of the latents are folded into the autoencoder there, so up to rounding."""
+    out = tmp_path / "folder"
+    assert commands.run(convert.main, ["convert", f"--model={run}", f"--to={out}"]) == 0
+    index = read_json(out / "model_index.json")
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    drawn = []
+    for model in (run, out):
+        flags = ["--prompt=dark", "--num=2", "--sampler=ddim", "--steps=4", "--guidance=2", "--batch_size=4"]
+        command = ["sample", f"--model={model}", f"--out={tmp_path / model.name}_out", *flags]
+        assert commands.run(sample.main, command) == 0
+        drawn.append(jobs.samples(tmp_path / f"{model.name}_out")["images"].astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+
+
+def test_the_text_encoder_may_learn_along(run, tiny_data, tmp_path):
+    along = tmp_path / "along"
+    changes = (*TEXTS, f"--config.clip.checkpoint={run}", f"--config.autoencoder.checkpoint={run}")
+    changes += ("--config.diffusion.train_text=True", "--config.sampling.num=0")
+    assert jobs.train_here(tiny_data, along, *changes) == 0
+    before, after = (trained.load(folder).params["conditioner"][0] for folder in (run, along))
+    moved = [np.abs(np.asarray(a) - b).max() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))]
+    assert max(moved) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--config.data.caption_key=none", "config.data.caption_key must name the feature with the captions"),
+        ("--config.unet.context_dim=16", "config.unet.context_dim is 16; it must be config.clip.text_width = 8"),
+        ("--config.clip.patch_size=3", "config.clip.patch_size is 3; it must divide config.data.image_size = 8"),
+        ("--config.clip.text_heads=3", "config.clip.text_heads is 3; it must divide config.clip.text_width = 8"),
+        ("--config.clip.vocab_size=100", "config.clip.vocab_size is 100; it must be 514 or more"),
+        ("--config.clip.max_zoom=1.5", "config.clip.max_zoom is 1.5; it must be from 0.0 to 0.99"),
+        ("--config.autoencoder.kind=vq", "config.autoencoder.kind is 'vq'; with 'clip' in config.stages"),
+        ("--config.concat.kind=inpainting", "config.concat.kind is 'inpainting'; with 'clip' in config.stages"),
+        ("--config.diffusion.variance=learned", "config.diffusion.variance is 'learned'; with 'clip'"),
+        ("--config.sampling.prompts=(1,)", "it must be texts"),
+        ("--config.sampling.sampler=plms", "a model of texts draws as diffusers does"),
+        ("--config.clip.checkpoint=nowhere", "nowhere does not exist"),
+        ("--config.clip.tokenizer=nowhere", "nowhere"),
+        ("--config.evaluation.zero_shot_key=nothing", "nothing"),
+    ],
+)
+def test_what_does_not_fit(change, said, tiny_data, tmp_path, capsys):
+    assert jobs.train_here(tiny_data, tmp_path / "run", *TEXTS, change) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

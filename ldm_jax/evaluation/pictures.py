@@ -64,7 +64,8 @@ def grid(
 def sample_grid(
     images: np.ndarray, labels: np.ndarray | None = None, class_names: Sequence[str] | None = None, *, side: int = 10
 ) -> Image.Image:
-    """The picture of a run: one labelled row for each class, or without labels the first side * side images.
+    """The picture of a run: one labelled row for each class, or the first side * side images, where there are no labels
+    or hardly two images of any.
 
     Args:
         images: uint8 [N, H, W, 1 or 3].
@@ -73,7 +74,7 @@ def sample_grid(
         side: rows and columns at most. Of more classes, `side` evenly spaced ones are shown.
     """
     classes = [] if labels is None else [int(label) for label in np.unique(labels) if label >= 0]
-    if not classes:
+    if not classes or (len(classes) > side and len(images) < 2 * len(classes)):
         return grid(images[: side * side], columns=min(side, len(images)))
     if len(classes) > side:
         classes = [classes[i] for i in np.linspace(0, len(classes) - 1, side).round().astype(int)]

@@ -20,14 +20,18 @@ MOMENTS = 12  # at most so many pictures behind a slider
 PARTS = {
     "autoencoder": "Stage 1: autoencoder",
     "latents": "Latents: cache and scale",
+    "clip": "CLIP: pictures and captions",
     "diffusion": "Stage 2: diffusion model",
     "classifier": "Classifier of noisy latents",
     "sampling": "Drawing the samples",
+    "prompts": "Drawing by prompts",
     "scoring": "Scores",
 }
 # Groups of cards in evaluation.json.
 GROUPS = {
     "samples": "The samples",
+    "prompts": "How the pictures fit their prompts",
+    "clip": "CLIP on pictures that it has not seen",
     "restored": "Restored test images",
     "baseline": "The same by interpolation",
     "autoencoder": "The autoencoder alone",
@@ -61,6 +65,7 @@ def write_report(workdir: Path) -> Path:
         [
             _samples(workdir),
             _scores(evaluation),
+            _prompts(workdir),
             _progress(workdir),
             _reconstructions(workdir),
             _curves(metrics),
@@ -118,6 +123,19 @@ def _samples(workdir: Path) -> str:
     grid = page.picture(workdir / "samples.png", "A grid of samples, one row for each class", caption)
     film = page.picture(workdir / "denoising.gif", "Samples emerging from noise", "From noise to picture")
     return page.section("Samples", grid, film, note="Drawn by the model, none of them picked.")
+
+
+SHEETS = {
+    "training": "Captions of the training split; first the true picture",
+    "held_out": "Captions that it has never seen; first the true picture",
+    "made_up": "Captions that there are no pictures of",
+    "guidance": "Guidance from 0 (told nothing) to 8",
+}
+
+
+def _prompts(workdir: Path) -> str:
+    sheets = (page.picture(workdir / "prompts" / f"{name}.png", told, told) for name, told in SHEETS.items())
+    return page.section("By prompts", *sheets, note="Drawn by the model, none of them picked.")
 
 
 def cards(evaluation: Any) -> Iterator[Mapping[str, Any]]:
@@ -210,6 +228,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     panels = [
         ("Diffusion loss", _training_and_validation(metrics, "diffusion", "loss")),
         ("Validation loss by timestep", _buckets(metrics, "diffusion", "loss")),
+        ("CLIP: contrastive loss", _training_and_validation(metrics, "clip", "loss")),
         ("Classifier: cross-entropy", _training_and_validation(metrics, "classifier", "loss")),
         ("Classifier: accuracy", _training_and_validation(metrics, "classifier", "accuracy")),
         ("Classifier: validation accuracy by timestep", _buckets(metrics, "classifier", "accuracy")),
@@ -217,7 +236,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
     for name, caption in AUTOENCODER_TERMS.items():
         term = Series(name, *_series(metrics, "autoencoder", name))
         panels.append((caption, line_chart([term], x_label="step", y_label=name)))
-    for stage in ("autoencoder", "diffusion", "classifier"):
+    for stage in ("autoencoder", "clip", "diffusion", "classifier"):
         speed = Series(stage, *_series(metrics, stage, "examples_per_second"))
         chart = line_chart([speed], x_label="step", y_label="images / s", from_zero=True)
         panels.append((f"Training speed, {stage}", chart))
