@@ -10,6 +10,8 @@ import pytest
 from ldm_jax import clip_run, commands, convert, sample, trained
 from ldm_jax.run_folder import read_json
 
+pytestmark = pytest.mark.usefixtures("generators_kept")
+
 TEXTS = (
     "--config.stages=('autoencoder','clip','diffusion')",
     "--config.data.caption_key=auto",
@@ -50,11 +52,11 @@ def test_the_tokenizer_knows_the_captions(run):
 
 
 def test_prompts_are_drawn_as_they_are_asked_for(run, tmp_path):
-    """In the order of the prompts; and one alone as among others."""
+    """In the order of the prompts, and one alone as among others; hardly trained, the UNet attends but little."""
 
     def draw(name, *flags):
         out = tmp_path / name
-        command = ["sample", f"--model={run}", f"--out={out}", "--steps=3", "--guidance=100", "--batch_size=4", *flags]
+        command = ["sample", f"--model={run}", f"--out={out}", "--steps=3", "--guidance=1e5", "--batch_size=4", *flags]
         assert commands.run(sample.main, command) == 0
         return jobs.samples(out)["images"]
 
@@ -65,15 +67,15 @@ def test_prompts_are_drawn_as_they_are_asked_for(run, tmp_path):
     assert (away != both[:1]).any()
 
 
-def test_a_run_goes_on_after_each_of_its_parts(run, tiny_data, tmp_path):
-    """Killed after CLIP, and after the diffusion model's first checkpoint."""
-    for lost in (("diffusion",), ("diffusion/8",)):
-        again = shutil.copytree(run, tmp_path / lost[0].replace("/", "_"))
-        for name in (*lost, "samples.png", "evaluation.json", "prompts"):
-            shutil.rmtree(again / name) if (again / name).is_dir() else (again / name).unlink()
-        assert jobs.train_here(tiny_data, again, *TEXTS) == 0
-        jobs.assert_same_training(again, run, stages=("diffusion",))
-        np.testing.assert_array_equal(jobs.samples(again)["images"], jobs.samples(run)["images"])
+def test_a_run_goes_on_with_the_same_bits(run, tiny_data, tmp_path):
+    """From the diffusion model's first checkpoint; the rest is there already."""
+    again = shutil.copytree(run, tmp_path / "again")
+    for name in ("diffusion/8", "samples.png", "evaluation.json", "prompts"):
+        shutil.rmtree(again / name) if (again / name).is_dir() else (again / name).unlink()
+    assert jobs.train_here(tiny_data, again, *TEXTS) == 0
+    jobs.assert_same_training(again, run, stages=("diffusion",))
+    np.testing.assert_array_equal(jobs.samples(again)["images"], jobs.samples(run)["images"])
+    assert (again / "prompts" / "held_out.png").read_bytes() == (run / "prompts" / "held_out.png").read_bytes()
 
 
 def test_diffusers_folder_of_a_run_draws_the_same(run, tmp_path):
