@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
         builders.load_split(config, split) for split in (config.data.train_split, config.data.test_split)
     )
     print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
-          f"{train_set.num_classes} {'classes' if config.data.caption_key == 'none' else 'captions'}",
+          f"{train_set.num_classes:,} {'classes' if config.data.caption_key == 'none' else 'captions'}",
           flush=True)  # fmt: skip
     check_segments(config, train_set)
     describe_models(config, train_set.num_classes, base)
