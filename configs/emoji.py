@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     sampling.sampler = "unipc"
     sampling.steps = 16
     sampling.guidance = 3.0
-    sampling.batch_size = 200
+    sampling.batch_size = 192
     sampling.progress_every = 2_000
     config.evaluation.zero_shot_key = "group"
     config.checkpoint_every = 1_000
