@@ -19,15 +19,20 @@ GIVEN = {
 }
 
 
-def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
+def from_flags(
+    model: Trained, values: FlagValues, labels: list[int], captions: tuple[list[str], list[int]] | None = None
+) -> Recipe:
     """What a command line asks for (see `command_line.define_drawing_flags`); what it leaves out is as in the config.
+
+    `captions` are what a model of texts draws by if no prompt is given: texts, and which of them each picture has.
 
     Raises:
       InputError: guidance for a model without classes, a batch that does not divide over the devices, or timesteps
         that are no numbers.
     """
     sampling, devices = model.config.sampling, jax.local_device_count()
-    prompts = _prompts(model, values)
+    given = bool(values.prompt or values.prompt_file)
+    prompts, labels = captions if captions and not given else (_prompts(model, values), labels)
     if values.guidance not in (None, 1.0) and not (model.class_names or prompts):
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
     if values.batch_size and values.batch_size % devices:
@@ -46,8 +51,8 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
             raise InputError("--timesteps says it all; leave out --steps and --spacing")
         spacing = _whole_numbers("--timesteps", values.timesteps)
     return Recipe(
-        num=len(prompts) if prompts and not values["num"].present else values.num,
-        labels=list(range(len(prompts))) or labels,
+        num=len(prompts) if given and not values["num"].present else values.num,
+        labels=list(range(len(prompts))) if given else labels,
         prompts=prompts,
         seed=values.seed,
         guidance=_or(values.guidance, sampling.guidance),
@@ -72,12 +77,29 @@ def from_flags(model: Trained, values: FlagValues, labels: list[int]) -> Recipe:
 def _prompts(model: Trained, values: FlagValues) -> list[str]:
     """The prompts of a command line; raises InputError for a model that wants none, or lacks one."""
     texts = bool(model.pretrained and model.pretrained.encoders)
-    for flag in ("prompt", "negative_prompt"):
+    for flag in ("prompt", "prompt_file", "negative_prompt"):
         if values[flag].value is not None and not texts:
             raise InputError(f"--{flag} is for models of texts; this one draws {_what_it_draws(model)}")
+    if values.prompt and values.prompt_file:
+        raise InputError("--prompt and --prompt_file both say what to draw; choose one")
+    if values.prompt_file:
+        return _lines(Path(values.prompt_file))
     if texts and not values.prompt:
         raise InputError('--prompt is missing; it must be a text to draw, e.g. --prompt="a photo of a cat"')
     return list(values.prompt or [])
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts in a file; raises InputError if it cannot be read, or has none."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise InputError(f"--prompt_file={path} cannot be read: {error.strerror}") from error
+    except ValueError:
+        raise InputError(f"--prompt_file={path} is not UTF-8 text") from None
+    if not prompts:
+        raise InputError(f"--prompt_file={path} has no prompts; it must have one in each line")
+    return prompts
 
 
 def _what_it_draws(model: Trained) -> str:

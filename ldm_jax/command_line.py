@@ -75,6 +75,7 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
     flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
     flags.DEFINE_multi_string("prompt", None, "models of texts: what to draw; one picture each", flag_values=values)
+    flags.DEFINE_string("prompt_file", None, "the same from a file, a line each", flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "models of texts: what guidance leads away from", flag_values=values)
     flags.DEFINE_string("dtype", None, f"of the arithmetic: {' or '.join(DTYPES)}", flag_values=values)
     flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)

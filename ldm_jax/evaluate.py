@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     run_folder.check_folder("out", out)
     commands.start_devices(values)
 
-    from ldm_jax import asked, builders, drawing, hub, scoring, trained
+    from ldm_jax import asked, builders, drawing, hub, recipe, scoring, trained
     from ldm_jax.extras import Extras
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
@@ -57,21 +57,25 @@ def main(argv: list[str]) -> None:
     model = trained.load(hub.find(values.model), values.dtype, extras)
     if with_config:
         config = scoring.with_data_of(model, values.config).unlock()
-    elif model.pretrained:  # that was fine-tuned, and has seen all its data
+    elif model.pretrained and not config_rules.tells_texts(model.config):  # fine-tuned: it has seen all its data
         raise InputError(told)
     else:
         config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
-    wanted = asked.from_flags(model, values, labels=list(range(len(model.class_names))))
     train_set, test_set = (builders.load_split(config, s) for s in (config.data.train_split, config.data.test_split))
+    own_texts = model.pretrained and not with_config  # told of texts by a CLIP of its own
+    captions = recipe.captions_of(test_set, values.num) if own_texts else None
+    wanted = asked.from_flags(model, values, list(range(len(model.class_names))), captions)
     drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
     drawing.save(out, drawn)
     cards = scoring.score(model._replace(config=config.lock()), drawn.images, train_set, test_set, drawn.given)
+    if own_texts and wanted.prompts == captions[0]:
+        cards["prompts"] = scoring.score_captions(Path(values.model), config, drawn, test_set)
     if not model.pretrained:
         cards["model"] = scoring.score_model(model, test_set, out)
     run_folder.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
-    for group in ("samples", "restored", "baseline", "autoencoder", "model"):
+    for group in ("samples", "prompts", "restored", "baseline", "autoencoder", "model"):
         for name, card in cards.get(group, {}).items():
             print(f"{group:>12} {name:>18} {card['value']:.4g}")
     print(f"Cards: {out / 'evaluation.json'}")

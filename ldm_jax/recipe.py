@@ -93,7 +93,7 @@ def of_config(model: Trained, dataset: Dataset) -> Recipe:
     prompts, labels = list(sampling.prompts), list(range(len(sampling.prompts or model.class_names)))
     own = "clip" in model.config.stages if pretrained and model.config.get("stages") else False
     if pretrained and pretrained.encoders and sampling.num and (own or not prompts):
-        prompts, labels = _captions(dataset, sampling.num if own or map_split(model) else 0)
+        prompts, labels = captions_of(dataset, sampling.num if own or map_split(model) else 0)
     return Recipe(
         num=sampling.num,
         labels=labels,
@@ -116,7 +116,7 @@ def of_config(model: Trained, dataset: Dataset) -> Recipe:
     )
 
 
-def _captions(dataset: Dataset, pictures: int) -> tuple[list[str], list[int]]:
+def captions_of(dataset: Dataset, pictures: int) -> tuple[list[str], list[int]]:
     """The first few texts of a split that differ, in turn; or those of its first `pictures`, and which each one has."""
     label = dataset[np.arange(min(pictures or LOOKED_AT, len(dataset)))]["label"].tolist()
     distinct = list(dict.fromkeys(label))

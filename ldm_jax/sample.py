@@ -5,6 +5,7 @@
 
     ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main]   a model of the hub, fetched unless it is in its cache
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
+    ... --prompt_file=FILE                             the same, a prompt in each line
     ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v]   one file in the layout of CompVis or Stability
     ... --vae=PATH                                      another autoencoder than the folder's or file's own
     ... --height=512 --width=768 [--vae_tiling]         of another size than the model's own: diffusers folders

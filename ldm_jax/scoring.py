@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders, clip_run, config_rules, configuration, prompt_sheets, run_folder, run_parts, trained
 from ldm_jax.data.datasets import Dataset
+from ldm_jax.drawing import Drawn
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.bound import bound_card
 from ldm_jax.evaluation.cards import Card, evaluate_images, evaluate_reconstructions
@@ -100,12 +101,25 @@ def score_prompts(
     with np.load(workdir / "samples.npz") as samples:
         images, labels = samples["images"], samples["labels"]
     prompts = [read_recipe(workdir / "samples.png")["prompts"][label] for label in labels]
-    first = train_set[np.arange(len(images)) % len(train_set)]
-    cards |= clip_run.fit(found, images, prompts, first["x"], train_set.split, config.evaluation.batch_size)
+    cards |= _fit(found, images, prompts, train_set, config)
     with np.load(workdir / prompt_sheets.FOLDER / "held_out.npz") as samples:
         images, labels = samples["images"], samples["labels"]
     prompts, real = [test_set.class_names[label] for label in labels], prompt_sheets.of_classes(test_set, labels)
     return cards | clip_run.fit(found, images, prompts, real, test_set.split, config.evaluation.batch_size)
+
+
+def score_captions(workdir: Path, config: ConfigDict, drawn: Drawn, test_set: Dataset) -> dict[str, dict[str, Any]]:
+    """The same of pictures drawn by the captions of the test split's first ones, in their order."""
+    prompts = [drawn.recipe["prompts"][label] for label in drawn.labels]
+    return _fit(clip_run.load(workdir, config), drawn.images, prompts, test_set, config)
+
+
+def _fit(
+    found: clip_run.TrainedCLIP, images: np.ndarray, prompts: list[str], split: Dataset, config: ConfigDict
+) -> dict[str, dict[str, Any]]:
+    """`clip_run.fit` beside the split's own first pictures, whose captions the prompts are."""
+    real = split[np.arange(len(images)) % len(split)]["x"]
+    return clip_run.fit(found, images, prompts, real, split.split, config.evaluation.batch_size)
 
 
 def score_classifier(workdir: Path, test_set: Dataset) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import jax
 import jobs
 import numpy as np
 import pytest
+import tiny
 
-from ldm_jax import clip_run, commands, convert, sample, trained
+from ldm_jax import clip_run, commands, convert, evaluate, sample, trained
+from ldm_jax.evaluation.pictures import read_recipe
 from ldm_jax.run_folder import read_json
 
 pytestmark = pytest.mark.usefixtures("generators_kept")
@@ -101,6 +103,48 @@ def test_the_text_encoder_may_learn_along(run, tiny_data, tmp_path):
     before, after = (trained.load(folder).params["conditioner"][0] for folder in (run, along))
     moved = [np.abs(np.asarray(a) - b).max() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))]
     assert max(moved) > 1e-4
+
+
+def test_prompts_from_a_file(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("dark\n\n  a bright picture \n", encoding="utf-8-sig")
+    command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", f"--prompt_file={tmp_path / 'prompts.txt'}"]
+    assert commands.run(sample.main, [*command, "--steps=3", "--batch_size=4"]) == 0
+    recipe = read_recipe(tmp_path / "out" / "samples.png")
+    assert (recipe["prompts"], recipe["num"]) == (["dark", "a bright picture"], 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "cannot be read: No such file"), (b"\n \n", "has no prompts"), (b"\xff\xfe\x00", "is not UTF-8 text")],
+)
+def test_a_file_of_prompts_is_refused(content, said, run, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", f"--prompt_file={path}"]
+    assert commands.run(sample.main, command) == 2
+    assert said in capsys.readouterr().err
+    assert commands.run(sample.main, [*command, "--prompt=dark"]) == 2
+    assert "choose one" in capsys.readouterr().err
+
+
+def test_evaluate_draws_by_the_captions_of_the_test_split(run, tmp_path, capsys):
+    command = ["evaluate", f"--model={run}", f"--out={tmp_path}", "--num=8", "--steps=2", "--batch_size=8"]
+    assert commands.run(evaluate.main, command) == 0
+    cards, recipe = read_json(tmp_path / "evaluation.json"), read_recipe(tmp_path / "samples.png")
+    assert {"clip_score_test", "r_precision_test"} == cards["prompts"].keys() and cards["samples"]
+    assert sorted(recipe["prompts"]) == sorted(tiny.CLASS_NAMES) and len(recipe["labels"]) == 8
+
+
+def test_a_clip_alone(run, tiny_data, tmp_path):
+    """Of the same seed it is the same; its scores too."""
+    changes = (*TEXTS, "--config.stages=('clip',)")
+    assert jobs.train_here(tiny_data, tmp_path / "run", *changes) == 0
+    ours, theirs = (clip_run.load(folder).params for folder in (tmp_path / "run", run))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    cards = read_json(tmp_path / "run" / "evaluation.json")
+    assert cards["clip"] == read_json(run / "evaluation.json")["clip"] and not cards.keys() & {"samples", "prompts"}
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(
