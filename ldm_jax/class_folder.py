@@ -44,6 +44,8 @@ def load(path: Path, dtype: str) -> ClassModel:
     """Reads such a folder; `dtype` of parameters and arithmetic. Raises InputError for what is missing or damaged."""
     settings, kind = folder.read_settings(path), {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     told, tokens = settings.get("id2label"), settings.get("class_tokens")
+    if settings.get("map_kind", "none") != "none":
+        raise InputError(f"{path} lacks recipe.json, without which a model with a map beside its latents is not known")
     names = [told.get(str(number)) for number in range(len(told))] if isinstance(told, dict) else [None]
     if not all(isinstance(name, str) for name in names) or not isinstance(tokens, int) or tokens < 1:
         raise InputError(

@@ -1,6 +1,6 @@
 """A run of ours in the shape of a diffusers folder, as `convert` writes it: what is in it, and how it is read back.
 
-model_index.json   what diffusers opens, with the latents' shift and scale     unet/         with tau(y) in it
+model_index.json   what diffusers opens; the latents' scaling, kind of map     unet/         with tau(y) in it
 pipeline.py        the class that diffusers draws with                         vae/          unless it is of pixels
 recipe.json        config and data of the run, and how far it was trained      scheduler/
 README.md          the model card

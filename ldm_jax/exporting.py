@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from ldm_jax import builders, configuration, exported, model_card, parts, pretrained, run_parts, trained
 from ldm_jax.class_folder import PIPELINE_CLASS
 from ldm_jax.diffusion_scheduler import scheduler_config
-from ldm_jax.errors import InputError
 from ldm_jax.exported import Exported
 from ldm_jax.files import read_json, write_json
 from ldm_jax.interop import class_table, folder
@@ -122,18 +121,17 @@ def _write_classes(to: Path, model: trained.Trained, told: Mapping[str, dict[str
     classes = {"unet": fields, "vae": vae, "scheduler": theirs.scheduler}
     # A run that was fine-tuned has names for those that it was trained on.
     names = (*model.class_names, *theirs.class_names[len(model.class_names) :])
-    _write_pipeline(to, {name: config["_class_name"] for name, config in classes.items()}, model, names, tokens)
+    of_class = {name: config["_class_name"] for name, config in classes.items()}
+    _write_pipeline(to, of_class, _how_it_draws(model, names, tokens))
     (to / "README.md").write_text(model_card.of_classes(names, builders.picture_size(model.config)))
     write_json(to / "scheduler" / "scheduler_config.json", dict(theirs.scheduler))
 
 
-def _write_pipeline(
-    to: Path, classes: Mapping[str, str | None], model: trained.Trained, names: Sequence[str], tokens: int
-) -> None:
+def _write_pipeline(to: Path, classes: Mapping[str, str | None], settings: Mapping[str, Any]) -> None:
     """Writes pipeline.py and the index of such a folder, whose components are of these classes; None = absent."""
     index = {"_class_name": ["pipeline", PIPELINE_CLASS], "_diffusers_version": VERSION}
     index |= {name: ["diffusers", kind] if kind else [None, None] for name, kind in classes.items()}
-    write_json(to / folder.INDEX, index | _how_it_draws(model, names, tokens))
+    write_json(to / folder.INDEX, index | settings)
     shutil.copyfile(PIPELINE, to / "pipeline.py")
 
 
@@ -145,25 +143,22 @@ def write_run_for_diffusers(path: Path, to: Path, model: trained.Trained, dtype:
       to: where it goes.
       model: what `trained.load` read of it.
       dtype: that its parameters are written in, float32 or bfloat16.
-
-    Raises:
-      InputError: a map condition, which no pipeline of diffusers takes as we do.
     """
     config, data = model.config, read_json(path / "data.json")
-    check_exportable(path, config)
     scheduler, notes = scheduler_config(config)
     classes = {"unet": _write_unet(to / "unet", model, dtype), "vae": None, "scheduler": scheduler["_class_name"]}
     if config.autoencoder.kind != "none":
         classes["vae"] = _write_autoencoder(to / "vae", model, dtype)
     write_json(to / "scheduler" / "scheduler_config.json", scheduler)
-    _write_pipeline(to, classes, model, model.class_names, config.unet.context_tokens)
+    draws, known = _how_it_draws(model, model.class_names, config.unet.context_tokens), _how_it_is_told(config)
+    _write_pipeline(to, classes, draws | known)
     recipe = {"config": configuration.from_json(path / "config.json").to_dict(), "data": data, "step": model.step}
     write_json(to / exported.RECIPE, recipe | _about_first_stage(path, config))
     if "classifier" in config.stages:
         notes.append("The run's classifier of noisy latents is left out.")
     evaluation = read_json(path / "evaluation.json") if (path / "evaluation.json").exists() else {}
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(model.params[name])) for name in ("autoencoder", "unet")}
-    (to / "README.md").write_text(model_card.of_run(config, data, model.step, counts, evaluation, notes))
+    (to / "README.md").write_text(model_card.of_run(config, data, model.step, counts, evaluation, notes, known))
 
 
 def _write_unet(to: Path, model: trained.Trained, dtype: str) -> str:
@@ -208,13 +203,17 @@ def _how_it_draws(model: trained.Trained, names: Sequence[str], tokens: int) -> 
     }
 
 
-def check_exportable(path: Path, config: ConfigDict) -> None:
-    """Raises InputError for a model that cannot be told to diffusers."""
-    if config.concat.kind != "none":
-        raise InputError(
-            f"--model={path} cannot be exported: its UNet sees a map beside the latents (config.concat.kind = "
-            f"{config.concat.kind}), and no pipeline of diffusers makes that map as it was made in training"
-        )
+def _how_it_is_told(config: ConfigDict) -> dict[str, Any]:
+    """The pipeline's arguments for the map beside the latents, if there is one."""
+    condition, (height, width) = builders.build_map_condition(config), builders.picture_size(config)
+    if condition is None:
+        return {}
+    factor = config.concat.factor if config.concat.kind == "low_resolution" else 1
+    return {
+        "map_kind": config.concat.kind,
+        "map_channels": condition.channels,
+        "map_size": [height // factor, width // factor],
+    }
 
 
 def _about_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:

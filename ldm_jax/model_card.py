@@ -9,6 +9,24 @@ from ldm_jax.evaluation.report import GROUPS, cards
 
 KINDS = {"kl": "a KL-regularised autoencoder", "vq": "a VQ autoencoder"}
 
+TOLD_BY = {  # kind of the map beside the latents -> what it is given, argument of the pipeline, flags of `sample`
+    "low_resolution": (
+        "a picture of {height}x{width} pixels, which it enlarges",
+        'Image.open("small.png")',
+        "--map=small.png",
+    ),
+    "inpainting": (
+        "a picture of {height}x{width} pixels and a mask, white where it is drawn; the rest stays as it is",
+        '(Image.open("picture.png"), Image.open("mask.png"))',
+        "--init_image=picture.png --mask=mask.png",
+    ),
+    "segments": (
+        "a map of {height}x{width} pixels, grey or with a palette, whose values are the numbers of {channels} classes",
+        'Image.open("map.png")',
+        "--map=map.png",
+    ),
+}
+
 
 def of_run(
     config: ConfigDict,
@@ -17,6 +35,7 @@ def of_run(
     counts: Mapping[str, int],
     evaluation: Any,
     notes: Sequence[str],
+    known: Mapping[str, Any],
 ) -> str:
     """The text of README.md.
 
@@ -27,6 +46,7 @@ def of_run(
       counts: "autoencoder" and "unet" -> the number of its parameters.
       evaluation: what its evaluation.json holds, {} if there is none.
       notes: what diffusers does otherwise than ldm_jax, in sentences.
+      known: the pipeline's arguments for the map beside the latents, {} without one.
     """
     names, fields = data["class_names"], config.data
     told = f"{config.unet.context_tokens} x {config.unet.context_dim} learned numbers"
@@ -52,7 +72,7 @@ def of_run(
         *_training(config, data, step),
         "",
         *_scores(evaluation),
-        *_drawing(config, names, notes),
+        *_drawing(config, names, notes, known),
     ]
     return "\n".join(parts) + "\n"
 
@@ -128,19 +148,27 @@ def _scores(evaluation: Any) -> list[str]:
     return ["## Scores", "", "| of | score | value | better | images | how |", "|---|---|---|---|---|---|", *rows, ""]
 
 
-def _drawing(config: ConfigDict, names: Sequence[str], notes: Sequence[str]) -> list[str]:
+def _drawing(config: ConfigDict, names: Sequence[str], notes: Sequence[str], known: Mapping[str, Any]) -> list[str]:
     sampling = config.sampling
     said = f"{[0, len(names) - 1]}" if names else "num_images=4"
     label = f" --label={','.join(str(k) for k in (0, len(names) - 1))}" if names else ""
     sampler = f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}"
+    given = []
+    if known:
+        (height, width), channels = known["map_size"], known["map_channels"]
+        words, argument, flags = TOLD_BY[known["map_kind"]]
+        given = [f"It is given {words.format(height=height, width=width, channels=channels)}.", ""]
+        said, label = f"{said}, known={argument}", f"{label} {flags}"
     return [
         "## Drawing",
         "",
+        *given,
         "In diffusers; `pipeline.py` is code of this folder, so read it before you trust it. What is left out is as in "
         f"the run's config: {sampler}.",
         "",
         "```python",
         "from diffusers import DiffusionPipeline",
+        *(["from PIL import Image"] if known else []),
         "",
         'pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)',
         f"images = pipe({said}).images",

@@ -120,6 +120,31 @@ KINDS = {  # changes of tests/tiny.py, classes
         {"autoencoder.kind": "none", "diffusion.variance": "learned", "unet.attention": (False, False)},
         (),
     ),
+    "beside a small picture": ({"concat.kind": "low_resolution", "concat.factor": 2}, tiny.CLASS_NAMES),
+    "codes beside what is left of a picture": (
+        {"concat.kind": "inpainting", "autoencoder.kind": "vq", "unet.attention": (False, False)},
+        (),
+    ),
+    "pixels beside a map of segments": (
+        {
+            "concat.kind": "segments",
+            "concat.num_segments": 3,
+            "data.segments_key": "areas",
+            "autoencoder.kind": "none",
+            "unet.attention": (False, False),
+        },
+        ("cat", "dog"),
+    ),
+}
+MAPS = {  # what model_index.json says of the map
+    "beside a small picture": ("low_resolution", 1, [4, 4]),
+    "codes beside what is left of a picture": ("inpainting", 3, [8, 8]),
+    "pixels beside a map of segments": ("segments", 3, [8, 8]),
+}
+CARD = {  # what the card says of it
+    "beside a small picture": ("a picture of 4x4 pixels", "pipe([0, 3], known=Image", "--label=0,3 --map=small.png"),
+    "codes beside what is left of a picture": ("a mask, white where", "num_images=4, known=(", "--mask=mask.png"),
+    "pixels beside a map of segments": ("8x8 pixels, grey or", "numbers of 3 classes", "--map=map.png"),
 }
 
 
@@ -131,6 +156,14 @@ def test_other_runs_there_and_back(kind, tmp_path):
     for name in ("config.json", "data.json", *(() if "pixels" in kind else ("autoencoder/scale.json",))):
         assert (again / name).read_bytes() == (made / name).read_bytes()
     assert (tmp_path / "folder" / "vae").exists() == (again / "autoencoder").exists() == ("pixels" not in kind)
+    said = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    card, told = (tmp_path / "folder" / "README.md").read_text(), MAPS.get(kind)
+    assert tuple(said.get(name) for name in ("map_kind", "map_channels", "map_size")) == (told or (None,) * 3)
+    assert all(words in card for words in CARD.get(kind, ())) and ("known=" in card) == bool(told)
+    if told and "pixels" not in kind:
+        (tmp_path / "folder" / "recipe.json").unlink()
+        with pytest.raises(InputError, match=r"lacks recipe\.json, without which a model with a map"):
+            trained.load(tmp_path / "folder")
 
 
 def test_a_run_in_bfloat16(trained_run, exported, tmp_path):
@@ -313,9 +346,8 @@ def test_a_damaged_folder_is_refused(case, exported, tmp_path, capsys):
 
 
 def test_runs_that_cannot_be_exported(trained_run, tmp_path, capsys):
-    made = random_runs.random_run(tmp_path / "run", {"concat.kind": "inpainting"})
+    made = random_runs.random_run(tmp_path / "run")
     flags = [f"--model={made}", f"--to={tmp_path / 'to'}"]
-    assert "cannot be exported: its UNet sees a map beside the latents" in fails(flags, capsys)
     shutil.rmtree(made / "diffusion")
     assert "no readable checkpoint" in fails(flags, capsys)
     edit(made / "config.json", stages=["autoencoder"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from parity.quiet import open_quietly, without_warnings
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import random_runs`
 
@@ -67,6 +68,26 @@ RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
         "DDIMScheduler",
     ),
 }
+MAPS = {  # changes of tests/tiny.py
+    "a small picture, pixels": {
+        "concat.kind": "low_resolution",
+        "concat.factor": 2,
+        "autoencoder.kind": "none",
+        "diffusion.prediction": "z0",
+        "sampling.spacing": "leading",
+    },
+    "a small picture, smaller than the latents": {"concat.kind": "low_resolution", "concat.factor": 4},
+    "a masked picture": {"concat.kind": "inpainting", "sampling.sampler": "unipc"},
+    "a masked picture in colour, codes": {
+        "data.channels": 3,
+        "concat.kind": "inpainting",
+        "autoencoder.kind": "vq",
+        "autoencoder.codebook_size": 64,
+        "diffusion.prediction": "z0",
+    },
+    "segments": {"concat.kind": "segments", "concat.num_segments": 3, "data.segments_key": "areas"},
+}
+NUM = 4  # pictures
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +99,14 @@ def modules(tmp_path, monkeypatch):
 def converted(model, to):
     assert commands.run(convert.main, ["convert", f"--model={model}", f"--to={to}"]) == 0
     return to
+
+
+def opened(folder):
+    """The pipeline in a folder, without a warning."""
+    with without_warnings():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -97,9 +126,7 @@ def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
     with np.load(tmp_path / "out" / "samples.npz") as samples:
         ours, labels = samples["images"].astype(float), samples["labels"].tolist()
 
-    with without_warnings():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = opened(folder)
     assert type(pipe.scheduler).__name__ == scheduler
     z_T = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     told = {"class_labels": [class_names[label] for label in labels]} if class_names else {"num_images": 8}
@@ -116,6 +143,91 @@ def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
         with pytest.raises(ValueError, match="is no class"):
             pipe(len(class_names))
         assert pipe(class_names[0]).images[0].size == (8, 8)
+
+
+def known_in_files(kind, folder):
+    """What is known of a picture, as `sample` takes it and as the pipeline does."""
+    rng = np.random.default_rng(1)
+    if kind == "segments":
+        picture = Image.fromarray(rng.integers(0, 3, (8, 8), np.uint8))
+        picture.putpalette([0, 0, 0, 90, 0, 0, 0, 200, 0])  # whose colours do not matter
+    else:
+        side = {"a small picture, pixels": 4, "a small picture, smaller than the latents": 2}.get(kind, 8)
+        picture = Image.fromarray(rng.integers(0, 256, (side, side, 3) if "colour" in kind else (side, side), np.uint8))
+    picture.save(folder / "a.png")
+    if "masked" not in kind:
+        return [f"--map={folder}/a.png"], picture
+    mask = Image.fromarray(np.where(rng.random((8, 8)) < 0.6, rng.integers(128, 256, (8, 8)), 127).astype(np.uint8))
+    mask.save(folder / "mask.png")
+    return [f"--init_image={folder}/a.png", f"--mask={folder}/mask.png"], (picture, mask)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_diffusers_draws_what_is_known_of(kind, tmp_path):
+    contrast = 0.6 if "pixels" in kind else 0.4
+    made = random_runs.random_run(tmp_path / "run", LATENTS | MAPS[kind], contrast=contrast)
+    folder = converted(made, tmp_path / "folder")
+    open_quietly("UNet2DConditionModel", folder / "unet")
+    flags, known = known_in_files(kind, tmp_path)
+    shape = (NUM, 8, 8, 1) if "pixels" in kind else (NUM, 4, 4, 2)
+    noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    command = ["sample", f"--model={made}", f"--out={tmp_path / 'out'}", f"--init_latents={tmp_path / 'noise.npy'}"]
+    assert commands.run(sample.main, [*command, *flags, f"--num={NUM}", "--nosave_trajectory"]) == 0
+    with np.load(tmp_path / "out" / "samples.npz") as samples:
+        ours, labels = samples["images"].astype(float), samples["labels"].tolist()
+
+    pipe, z_T = opened(folder), torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    wanted = {"class_labels": labels, "latents": z_T, "output_type": "np"}
+    theirs = (pipe(**wanted, known=known).images * 255).round()
+    off = np.abs(ours - theirs)
+    print(f"{(off > 0).mean():.2%} of the values differ, by {off.max():.0f} at most")
+    assert theirs.shape == ours.shape == (NUM, 8, 8, 3 if "colour" in kind else 1)
+    assert theirs.std() > 10 and ((theirs > 0) & (theirs < 255)).mean() > 0.5
+    assert off.max() <= 1 and (off > 0).mean() < 0.005
+
+    parts = known if isinstance(known, tuple) else (known,)
+    arrays = [[np.array(part)] * NUM for part in parts]  # one for each, which are all the same
+    again = pipe(**wanted, known=tuple(arrays) if len(parts) > 1 else arrays[0]).images
+    np.testing.assert_allclose(again * 255, theirs, atol=0.51)
+    other = [np.zeros_like(array[0]) for array in arrays[:1]] + [array[0] for array in arrays[1:]]
+    assert ((pipe(**wanted, known=tuple(other) if len(parts) > 1 else other[0]).images * 255).round() != theirs).any()
+    if len(parts) > 1:
+        kept = np.array(parts[1]) < 128
+        picture = np.array(parts[0]).reshape(theirs.shape[1:])
+        np.testing.assert_array_equal(theirs[:, kept], np.broadcast_to(picture[kept], theirs[:, kept].shape))
+
+
+def test_in_half_precision_what_is_known_stays_to_the_bit(tmp_path):
+    made = random_runs.random_run(tmp_path / "run", LATENTS | MAPS["a masked picture"])
+    pipe = opened(converted(made, tmp_path / "folder")).to(torch.bfloat16)
+    _, (picture, mask) = known_in_files("a masked picture", tmp_path)
+    keep, known = np.array(mask) < 128, (np.array(picture), np.array(mask) >= 128)  # a mask of bool
+    drawn = np.array(pipe(["dark"], known=known).images[0])
+    np.testing.assert_array_equal(drawn[keep], np.array(picture)[keep])
+    assert (drawn != np.array(picture))[~keep].mean() > 0.5
+
+
+def test_the_pipeline_refuses_what_it_cannot_take(tmp_path):
+    pipes = {}
+    for kind in ("a small picture, pixels", "a masked picture", "segments"):
+        made = random_runs.random_run(tmp_path / kind, LATENTS | MAPS[kind])
+        pipes[kind] = opened(converted(made, tmp_path / f"folder of {kind}"))
+    pipes["nothing"] = opened(converted(random_runs.random_run(tmp_path / "run"), tmp_path / "folder"))
+    grey, small = Image.new("L", (8, 8)), Image.new("L", (4, 4))
+    refused = [
+        ("a small picture, pixels", None, "known must be the small picture"),
+        ("a small picture, pixels", grey, r"known has uint8\[8, 8, 1\]; it must have uint8\[4, 4, 1\]"),
+        ("a small picture, pixels", [small, small], "one for all or one for each of 1"),
+        ("a small picture, pixels", np.zeros((4, 4)), r"known has float64\[4, 4, 1\]"),
+        ("a masked picture", grey, "known must be the picture and the mask"),
+        ("segments", Image.new("L", (8, 8), 3), "has a pixel of class 3; the model knows 0 to 2"),
+        ("segments", grey.convert("RGB"), "must be grey or have a palette, not RGB"),
+        ("nothing", grey, "takes no map"),
+    ]
+    for kind, known, words in refused:
+        with pytest.raises(ValueError, match=words):
+            pipes[kind](known=known)
 
 
 def test_diffusers_draws_a_single_file_of_classes(tmp_path, monkeypatch):
@@ -136,8 +248,7 @@ def test_diffusers_draws_a_single_file_of_classes(tmp_path, monkeypatch):
             ours.append(samples["images"].astype(float))
     np.testing.assert_array_equal(*ours)
 
-    with without_warnings():
-        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+    pipe = opened(folder)
     z_T = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     drawn = pipe([1, "3", 1, 3], num_inference_steps=8, latents=z_T, output_type="np").images
     theirs = (drawn * 255).round()
@@ -147,14 +258,19 @@ def test_diffusers_draws_a_single_file_of_classes(tmp_path, monkeypatch):
     assert off.max() <= 1 and (off > 0).mean() < 0.005
 
 
-def test_what_diffusers_saves_again_draws_the_same(tmp_path):
+@pytest.mark.parametrize("kind", [None, "a masked picture"])
+def test_what_diffusers_saves_again_draws_the_same(kind, tmp_path):
     """With the code of the folder, as diffusers leaves that out."""
-    folder = converted(random_runs.random_run(tmp_path / "run", contrast=0.2), tmp_path / "folder")
+    changes, known = (MAPS[kind], known_in_files(kind, tmp_path)[1]) if kind else ({}, None)
+    folder = converted(random_runs.random_run(tmp_path / "run", changes, contrast=0.2), tmp_path / "folder")
     quick = {"trust_remote_code": True, "low_cpu_mem_usage": False}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **quick)
     pipe.save_pretrained(tmp_path / "saved")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", custom_pipeline=str(folder), **quick)
-    one, other = (p([0, 3], generator=torch.Generator().manual_seed(0), output_type="pt").images for p in (pipe, again))
+    one, other = (
+        p([0, 3], generator=torch.Generator().manual_seed(0), output_type="pt", known=known).images
+        for p in (pipe, again)
+    )
     assert torch.equal(one, other)
     assert one.std() > 0
 
