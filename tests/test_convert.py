@@ -18,6 +18,8 @@ from ldm_jax.interop.weights import read_state_dict, write_safetensors
 from ldm_jax.run_folder import content_hash
 from ldm_jax.training.checkpoint import load_latest
 
+pytestmark = pytest.mark.usefixtures("generators_kept")
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -137,8 +137,8 @@ def test_evaluate_draws_by_the_captions_of_the_test_split(run, tmp_path, capsys)
 
 
 def test_a_clip_alone(run, tiny_data, tmp_path):
-    """Of the same seed it is the same; its scores too."""
-    changes = (*TEXTS, "--config.stages=('clip',)")
+    """Another run's, without a diffusion model; its scores are the same."""
+    changes = (*TEXTS, "--config.stages=('clip',)", f"--config.clip.checkpoint={run}")
     assert jobs.train_here(tiny_data, tmp_path / "run", *changes) == 0
     ours, theirs = (clip_run.load(folder).params for folder in (tmp_path / "run", run))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
