@@ -43,7 +43,8 @@ def pytest_unconfigure():
 
 # What takes long, first, and so that no worker waits for a run folder that another one is making: the stages need none.
 FIRST = ("test_bad_input", "test_stages", "test_resume", "test_generate", "test_map_condition", "test_classifier",
-         "test_parallel", "test_pretrained", "test_editing", "test_compilation")  # fmt: skip
+         "test_parallel", "test_pretrained", "test_editing", "test_compilation", "test_text_run", "test_convert",
+         "test_finetune")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
