@@ -3,6 +3,7 @@
 It lies in the run folder's clip/: checkpoints, and in tokenizer/ CLIP's files of the vocabulary.
 """
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from ldm_jax.evaluation.cards import Card
 from ldm_jax.evaluation.features import fingerprint
 from ldm_jax.evaluation.retrieval import class_embeddings, clip_score, r_precision, retrieval, zero_shot_accuracy
 from ldm_jax.interop.bpe import train_bpe
-from ldm_jax.interop.tokenizer import Tokenizer, load_tokenizer, tokenizer_of_vocabulary
+from ldm_jax.interop.tokenizer import CONFIG, Tokenizer, load_tokenizer, tokenizer_of_vocabulary
 from ldm_jax.models.clip_vision import CLIP
 from ldm_jax.training.checkpoint import load_latest
 from ldm_jax.training.clip import CLIPStage
@@ -46,14 +47,20 @@ def make_tokenizer(config: ConfigDict, folder: Path, train_set: Dataset) -> Toke
       InputError: the vocabulary is damaged, or too small a one is asked for.
     """
     clip = config.clip
-    if clip.tokenizer:
-        if not folder.exists():
-            tokenizer_of_vocabulary(Path(clip.tokenizer), pad_token=PAD, max_length=clip.max_length).save(folder)
-        return load_tokenizer(folder)
-    if not (folder / "tokenizer_config.json").exists():  # which is written last
-        texts = [text for number in train_set.present for text in train_set.captions[number]]
-        return train_bpe(texts, clip.vocab_size, folder, clip.max_length)
+    if not (folder / CONFIG).exists():  # which is written last
+        if clip.tokenizer:
+            keep(tokenizer_of_vocabulary(Path(clip.tokenizer), pad_token=PAD, max_length=clip.max_length), folder)
+        else:
+            texts = [text for number in train_set.present for text in train_set.captions[number]]
+            train_bpe(texts, clip.vocab_size, folder, clip.max_length)
     return load_tokenizer(folder)
+
+
+def keep(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a tokenizer's files to a folder, unless they are there; what is left of a run that was killed goes."""
+    if not (folder / CONFIG).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        tokenizer.save(folder)
 
 
 def caption_ids(tokenizer: Tokenizer, captions: tuple[tuple[str, ...], ...]) -> np.ndarray:

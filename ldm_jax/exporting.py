@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, configuration, exported, model_card, parts, pretrained, run_parts, trained
+from ldm_jax import (
+    builders,
+    configuration,
+    exported,
+    model_card,
+    parts,
+    pretrained,
+    pretrained_files,
+    run_parts,
+    trained,
+)
 from ldm_jax.class_folder import PIPELINE_CLASS
 from ldm_jax.diffusion_scheduler import scheduler_config
 from ldm_jax.exported import Exported
@@ -43,7 +53,7 @@ def write_pretrained(
 
     Args:
       to: a new folder.
-      model, params: as of `pretrained.load`. The parameters are written in their own type.
+      model, params: as of `pretrained_files.load`. The parameters are written in their own type.
       size: (height, width) of the latents.
       told: component -> fields of its config.json that change nothing here (see `config_fields.hints`), if known.
     """
@@ -92,7 +102,7 @@ def _write_texts(to: Path, names: tuple[str, ...], model: Pretrained, params: Se
 def write_pretrained_anew(path: Path, to: Path, model: trained.Trained) -> None:
     """Writes what was read from `path`, if that is a diffusers folder with its words on it; `to` is a new folder."""
     told, words = {}, []
-    if pretrained.is_folder(path):
+    if pretrained_files.is_folder(path):
         for name in ("unet", pretrained.PIPELINES[model.pretrained.pipeline].autoencoder):
             config = folder.component_config(path, name)
             told[name] = hints(config, config["_class_name"])

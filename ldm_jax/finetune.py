@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, hub, pretrained, upscaling
+from ldm_jax import builders, hub, pretrained, pretrained_files, upscaling
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.first_stage import make_first_stage
@@ -41,7 +41,7 @@ class Base(NamedTuple):
     """The model that is fine-tuned."""
 
     model: Pretrained
-    params: dict[str, Any]  # as `pretrained.load` gives them
+    params: dict[str, Any]  # as `pretrained_files.load` gives them
     fingerprint: str  # equal means the same parameters
 
 
@@ -55,13 +55,13 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[Base, ConfigD
       InputError: there is no such model, or what the config asks for does not fit it.
     """
     path = hub.find(config.init_from, flag="config.init_from")
-    if not (pretrained.is_folder(path) or pretrained.is_single_file(path)):
+    if not (pretrained_files.is_folder(path) or pretrained_files.is_single_file(path)):
         raise InputError(
             f"config.init_from={path} must be a diffusers folder, with a model_index.json, or a model in one "
             ".safetensors or .ckpt; it is neither"
         )
     try:
-        model, theirs, params = pretrained.load(path, dtype)
+        model, theirs, params = pretrained_files.load(path, dtype)
     except InputError as error:
         raise InputError(f"config.init_from={path}: {error}") from error
     kind = jnp.dtype(config.dtype)

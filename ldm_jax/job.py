@@ -129,9 +129,10 @@ def _timed(run: parts.Run, clock: CompileClock, name: str, part: Callable[[parts
 
 
 def describe_models(config: ConfigDict, num_classes: int, base: finetune.Base | None = None) -> None:
-    """Builds all models on paper and prints their sizes; raises InputError for one that cannot be built.
+    """Builds all models on paper and prints their sizes, of one that is fine-tuned that of what learns.
 
-    Of a model that is fine-tuned, what learns of it, for a data set of one class.
+    Raises:
+      InputError: one cannot be built.
     """
     sizes = {}
     try:

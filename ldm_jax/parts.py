@@ -141,10 +141,11 @@ def train_clip(run: Run) -> None:
     identity, words = _identity(config, clip_run.FIELDS), folder / clip_run.TOKENIZER
     if config.clip.checkpoint:
         found = clip_run.adopted(config)
-        if primary and not words.exists():
-            found.tokenizer.save(words)
+        if primary:
+            clip_run.keep(found.tokenizer, words)
         with Checkpoints(folder, keep=1, identity=identity) as checkpoints:
             checkpoints.save({"step": np.int32(0), "ema_params": found.params})
+        wait_for_hosts("clip")  # which the others read
         return
     if primary:
         clip_run.make_tokenizer(config, words, run.train_set)

@@ -13,7 +13,7 @@ from ldm_jax import (
     configuration,
     exported,
     finetune,
-    pretrained,
+    pretrained_files,
     run_folder,
     run_parts,
     text_run,
@@ -57,7 +57,7 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
     if is_pretrained(path):
-        model, config, params = pretrained.load(path, dtype or "float32", extras)
+        model, config, params = pretrained_files.load(path, dtype or "float32", extras)
         return Trained(config, model.class_names, params, 0, model)
     for name, value in extras._asdict().items():
         if value:
@@ -87,7 +87,9 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
 
 def is_pretrained(path: Path) -> bool:
     """Whether this is a model of other people: a diffusers folder, unless `convert` made it of a run, or one file."""
-    return not exported.is_exported(path) and (pretrained.is_folder(path) or pretrained.is_single_file(path))
+    return not exported.is_exported(path) and (
+        pretrained_files.is_folder(path) or pretrained_files.is_single_file(path)
+    )
 
 
 def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:

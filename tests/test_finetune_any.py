@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import finetune as finetune_config
-from ldm_jax import finetune, parts, pretrained, recipe, trained
+from ldm_jax import finetune, parts, pretrained_files, recipe, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.diffusion.schedules import make_schedule
 from ldm_jax.errors import InputError
@@ -31,7 +31,7 @@ def examples(*labels, class_names, name="shapes"):
 def of_classes(tmp_path_factory):
     """of_classes(rank) -> a class-conditional LDM as it is to be fine-tuned, and the config."""
     file = ldm_files.write_file(tmp_path_factory.mktemp("classes") / "model", "class-conditional LDM")
-    model, theirs, params = pretrained.load(file)
+    model, theirs, params = pretrained_files.load(file)
 
     def make(rank=0):
         config = config_of(file, rank).copy_and_resolve_references().unlock()

@@ -53,6 +53,21 @@ def test_the_tokenizer_knows_the_captions(run):
     assert found.clip.text.vocab_size == found.tokenizer.vocab_size
 
 
+@pytest.mark.parametrize("left", [None, "vocab.json"])
+def test_a_given_vocabulary_is_kept_with_the_run(run, left, tmp_path):
+    """Also where a run was killed while it was written."""
+    config, folder = trained.load(run).config.copy_and_resolve_references().unlock(), tmp_path / "tokenizer"
+    config.clip.tokenizer = str(run / "clip" / "tokenizer")
+    if left:
+        folder.mkdir()
+        (folder / left).write_text("{")
+    tokenizer = clip_run.make_tokenizer(config, folder, None)
+    texts, known = ["horizontal", "a dark picture", "zebra"], clip_run.load(run).tokenizer
+    np.testing.assert_array_equal(tokenizer(texts).ids, known(texts).ids)
+    config.clip.tokenizer = "nowhere"
+    np.testing.assert_array_equal(clip_run.make_tokenizer(config, folder, None)(texts).ids, known(texts).ids)
+
+
 def test_prompts_are_drawn_as_they_are_asked_for(run, tmp_path):
     """In the order of the prompts, and one alone as among others; hardly trained, the UNet attends but little."""
 

@@ -153,7 +153,7 @@ def load(name: str, folder: Path, dtype: str) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from ldm_jax.interop.folder import load_autoencoder, load_unet
-    from ldm_jax.pretrained import load_text_encoder
+    from ldm_jax.pretrained_files import load_text_encoder
 
     kind = NETWORKS[name][0]
     if kind.startswith("CLIP"):

@@ -70,9 +70,9 @@ class Tokenizer:
         return Tokens(np.array(rows["input_ids"], np.int32)[first], count > 1)
 
     def save(self, folder: Path) -> None:
-        """Writes a new folder: the files that it was made of, or of a vocabulary alone that and what it was told."""
+        """Writes a new folder, its config last: the files it was made of, or a vocabulary and what it was told."""
         folder.mkdir(parents=True)
-        for name in (*sum(LAYOUTS, ()), *(() if self._told else (CONFIG, *OTHER_FILES))):
+        for name in (*sum(LAYOUTS, ()), *(() if self._told else (*OTHER_FILES, CONFIG))):
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, folder / name)
         if self._told:
