@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
     data.segments_key = "none"  # the feature with a map of classes, an image whose pixels are their numbers; none
     data.image_size = 28  # pixels; images are cropped to a square and resized
     data.crop = "center"  # center (the largest square) | none (all of it, squeezed)
+    # init_from only: pictures keep about their own proportions, in shapes of image_size^2 pixels whose sides are
+    # multiples of this, and a batch is of one shape; 0 = all are squares.
+    data.bucket_step = 0
     data.channels = 1  # 1 grey | 3 colour
     data.flip = False  # random horizontal flips
     data.memory_limit_gb = 4.0  # larger sets (as uint8) are streamed from disk instead of living on the device

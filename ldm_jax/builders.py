@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from ldm_jax.data.datasets import Dataset, load_dataset
+from ldm_jax.data.datasets import Dataset, load_buckets, load_dataset
 from ldm_jax.diffusion.classification import Classify, make_classify
 from ldm_jax.diffusion.schedules import Schedule, make_schedule
 from ldm_jax.evaluation.bound import Bound, make_bound
@@ -32,21 +32,24 @@ SCHEDULE = ("schedule", "timesteps", "beta_start", "beta_end", "zero_terminal_sn
 
 def load_split(config: ConfigDict, split: str) -> Dataset:
     """One split of the config's data set; see `load_dataset` for the errors."""
+    return load_dataset(config.data.name, split, **_data_fields(config))
+
+
+def load_train_buckets(config: ConfigDict) -> list[Dataset]:
+    """The training split in buckets of the pictures' own proportions; see `load_dataset` for the errors."""
     data = config.data
-    return load_dataset(
-        data.name,
-        split,
-        data_dir=data.dir,
-        manual_dir=data.path or None,
-        image_size=data.image_size,
-        channels=data.channels,
-        crop=data.crop,
-        image_key=data.image_key,
-        label_key=data.label_key,
-        segments_key=data.segments_key,
-        caption_key=data.caption_key,
-        memory_limit=int(data.memory_limit_gb * 2**30),
-    )
+    return load_buckets(data.name, data.train_split, step=data.bucket_step, **_data_fields(config))
+
+
+def _data_fields(config: ConfigDict) -> dict[str, Any]:
+    data = config.data
+    same = ("image_size", "channels", "crop", "image_key", "label_key", "segments_key", "caption_key")
+    return {
+        "data_dir": data.dir,
+        "manual_dir": data.path or None,
+        "memory_limit": int(data.memory_limit_gb * 2**30),
+        **{name: data[name] for name in same},
+    }
 
 
 def build_schedule(config: ConfigDict) -> Schedule:

@@ -55,6 +55,7 @@ _INTERVALS = ("sampling.guidance_interval",)
 # Fields with a range: (lowest, highest), both allowed; None = no bound.
 _RANGES = {
     "seed": (0, 2**32 - 1),
+    "data.bucket_step": (0, None),
     "data.image_size": (4, None),
     "data.memory_limit_gb": (0.0, None),
     "autoencoder.latent_channels": (1, None),

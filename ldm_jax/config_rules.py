@@ -86,7 +86,11 @@ def _validate_prompts(prompts: tuple) -> None:
 def _validate_own(config: ConfigDict) -> None:
     """Raises InputError for a field that only fine-tuning has, or a run with CLIP, or that a run with CLIP has not."""
     sampling = config.sampling
-    asked = {"lora.rank": config.lora.rank, "sampling.sampler": OWN if sampling.sampler == OWN else ""}
+    asked = {
+        "lora.rank": config.lora.rank,
+        "data.bucket_step": config.data.bucket_step,
+        "sampling.sampler": OWN if sampling.sampler == OWN else "",
+    }
     for name, value in asked.items():
         if value:
             raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers model")

@@ -99,6 +99,8 @@ def _resolved(config: ConfigDict, model: Pretrained, theirs: ConfigDict) -> Conf
     factor = 2 ** (len(theirs.autoencoder.block_out_channels) - 1)
     if data.image_size % factor:
         raise InputError(f"config.data.image_size is {data.image_size}; {where} needs a multiple of {factor}")
+    if data.bucket_step:
+        _check_buckets(config, model, factor)
     if model.encoders and data.caption_key == "none":
         raise InputError(f"{where} is a model of texts; config.data.caption_key must name the feature with these")
     if config.sampling.prompts and not model.encoders:
@@ -117,6 +119,17 @@ def _resolved(config: ConfigDict, model: Pretrained, theirs: ConfigDict) -> Conf
         for name in OF_ITS_SAMPLER:
             resolved.sampling[name] = theirs.sampling[name]
     return resolved.lock()
+
+
+def _check_buckets(config: ConfigDict, model: Pretrained, factor: int) -> None:
+    """Raises InputError for shapes of pictures that the model cannot take."""
+    step, size = config.data.bucket_step, config.data.image_size
+    told = f"config.data.bucket_step is {step}; "
+    if step % factor or step > size:
+        raise InputError(f"{told}it must be a multiple of {factor}, no more than config.data.image_size = {size}")
+    if model.map_kind != "none" or len(model.encoders) > 1:
+        kind = "is told the size of each picture" if model.map_kind == "none" else "sees a map beside its latents"
+        raise InputError(f"{told}it must be 0 for config.init_from={config.init_from}, which {kind}")
 
 
 def check_data(config: ConfigDict, base: Base, train_set: Dataset) -> None:

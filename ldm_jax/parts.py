@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders, clip_run, configuration, drawing, finetune, run_parts, samplers, text_run, told
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.data.feeds import DeviceFeed, HostFeed
+from ldm_jax.data.feeds import BucketFeed, DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.first_stage import make_first_stage, reconstruct
@@ -43,12 +43,16 @@ class Run(NamedTuple):
 
 def make_feed(config: ConfigDict, source: Any, batch_size: int) -> DeviceFeed | HostFeed:
     """A feed that keeps `source` (a Dataset or Latents) on the device if it is small enough, else streams it."""
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     limit = config.data.memory_limit_gb * 2**30
     if source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit:
         arrays = {name: np.asarray(values) for name, values in source.arrays.items()}
-        return DeviceFeed(arrays, batch_size, config.seed, **place)
-    return HostFeed(source, batch_size, config.seed, **place)
+        return DeviceFeed(arrays, batch_size, config.seed, **_place())
+    return HostFeed(source, batch_size, config.seed, **_place())
+
+
+def _place() -> dict[str, int]:
+    """Which part of each batch is this host's."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def train_autoencoder(run: Run) -> None:
@@ -121,6 +125,18 @@ def measure_latents(run: Run) -> None:
 
 def encode_train_set(run: Run) -> latents.Latents:
     """The cached latents of the training set; encodes it if they are not there yet."""
+    return _encode(run, run.train_set)
+
+
+def encode_buckets(run: Run) -> list[latents.Latents]:
+    """The same of the training set's pictures in about their own proportions, those of each shape by themselves."""
+    buckets = builders.load_train_buckets(run.config)
+    told = ", ".join(f"{h}x{w} ({n:,})" for n, h, w, _ in (bucket.shape for bucket in buckets))
+    print(f"     height x width of the pictures: {told}", flush=True)
+    return [_encode(run, bucket) for bucket in buckets]
+
+
+def _encode(run: Run, dataset: Dataset) -> latents.Latents:
     if run.base:
         first_stage, params = make_first_stage(run.base.model.autoencoder), run.base.params["autoencoder"]
     else:
@@ -129,7 +145,7 @@ def encode_train_set(run: Run) -> latents.Latents:
         run.workdir / "latents",
         first_stage=first_stage,
         params=params,
-        dataset=run.train_set,
+        dataset=dataset,
         flip=run.config.data.flip,
         batch_size=run.config.evaluation.batch_size,
     )
@@ -271,7 +287,10 @@ def train_on_latents(
     """
     config, fields = run.config, run.config[name]
     from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
-    source = run.train_set if from_pixels else encode_train_set(run)
+    if config.data.bucket_step:
+        feed = BucketFeed(encode_buckets(run), fields.batch_size, config.seed, **_place())
+    else:
+        feed = make_feed(config, run.train_set if from_pixels else encode_train_set(run), fields.batch_size)
     frozen = run_parts.load_first_stage(run.workdir, config) if frozen is None else frozen
     validate = make_validation(
         stage,
@@ -297,7 +316,7 @@ def train_on_latents(
             name,
             stage,
             steps=fields.steps,
-            feed=make_feed(config, source, fields.batch_size),
+            feed=feed,
             frozen=frozen,
             checkpoints=checkpoints,
             initial=initial,

@@ -117,6 +117,23 @@ def test_test_pictures_have_a_size_of_their_own(run, tmp_path, capsys):
     assert "--height=8: without a picture of yours this run restores test pictures" in capsys.readouterr().err
 
 
+def test_pictures_of_several_shapes(home, capsys):
+    """Those of the folder are of 16 x 20 pixels, beside them one that is high; resumed it ends with the same bits."""
+    pictures = shutil.copytree(home / "pictures", home / "shapes")
+    Image.new("RGB", (12, 20), "navy").save(pictures / "high.png")
+    (pictures / "high.txt").write_text("low")
+    changes = ["--config.data.path=HOME/shapes", "--config.data.bucket_step=4", "--config.sampling.num=0"]
+    changes += ["--config.lora.rank=2", "--config.checkpoint_every=2"]
+    assert fine_tune(home, "of_shapes", *changes) == 0
+    assert "height x width of the pictures: 20x12 (1), 16x16 (8)" in capsys.readouterr().out
+    shapes = {np.load(path, mmap_mode="r").shape for path in (home / "of_shapes" / "latents").glob("*.moments.npy")}
+    assert {shape[:1] + shape[2:4] for shape in shapes} == {(1, 10, 6), (8, 8, 8)}
+    again = shutil.copytree(home / "of_shapes", home / "of_shapes_again")
+    shutil.rmtree(again / "diffusion" / "4")
+    assert fine_tune(home, "of_shapes_again", *changes) == 0
+    jobs.assert_same_training(again, home / "of_shapes", stages=("diffusion",))
+
+
 def test_the_same_command_again_says_that_all_is_done(home, run, capsys):
     assert fine_tune(home, "run", *WHOLE) == 0
     assert "All is done" in capsys.readouterr().out
@@ -242,6 +259,8 @@ REFUSED = {  # flags -> what the line must say
     "a model of another kind": (["--config.init_from=HOME/flux"], "FluxPipeline; supported are"),
     "a size that does not halve": (["--config.data.image_size=15"], "needs a multiple of 2"),
     "grey pictures": (["--config.data.channels=1"], "takes pictures of 3"),
+    "buckets that do not halve": (["--config.data.bucket_step=3"], "it must be a multiple of 2, no more than"),
+    "buckets beyond the size": (["--config.data.bucket_step=32"], "it must be a multiple of 2, no more than"),
     "no captions asked for": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
     "no path": (["--config.data.path="], "needs config.data.path"),
     "no pictures": (["--config.data.path=HOME/model/unet"], "has no picture with a caption"),
@@ -286,6 +305,7 @@ def test_a_model_that_the_hub_does_not_have_is_told_of_by_its_field(home, capsys
     [
         ("--config.lora.rank=2", "config.init_from"),
         ("--config.sampling.sampler=own", "config.init_from"),
+        ("--config.data.bucket_step=4", "config.init_from"),
         ("--config.sampling.prompts=('a',)", "a model of texts"),
         ("--config.diffusion.train_text=True", "a model of texts"),
     ],

@@ -156,3 +156,17 @@ def test_small_pictures_are_noised_by_levels_of_their_own():
         noise = (np.asarray(seen)[level == k] - np.sqrt(alpha_bar[k]) * 0.5) / np.sqrt(1 - alpha_bar[k])
         assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
     assert np.unique(seen).size > 4000
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("inpainting", "sees a map beside its latents"), ("xl", "is told the size of each picture")]
+)
+def test_what_takes_pictures_of_one_shape_alone(kind, said, home, tmp_path):
+    path = home / kind
+    if kind == "xl":
+        path = tmp_path / "xl"
+        diffusers_folder.write_stable_diffusion(path, xl=True)
+    config = config_of(path).copy_and_resolve_references().unlock()
+    config.data.bucket_step = 4
+    with pytest.raises(InputError, match=f"config.data.bucket_step is 4; it must be 0 .* {said}"):
+        finetune.load_base(config.lock())

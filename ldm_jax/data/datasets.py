@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ldm_jax.data.buckets import bucket_sizes, nearest
 from ldm_jax.data.catalog import find
 from ldm_jax.data.records import Records
 
@@ -77,11 +79,42 @@ def load_dataset(
         InputError: what was asked for isn't there, or is damaged; one line says what and where.
         RunError: preparing the data failed on the way (a full disk).
     """
+    options = {"image_size": image_size, "channels": channels, "crop": crop, "image_key": image_key}
+    options |= {"label_key": label_key, "segments_key": segments_key, "caption_key": caption_key}
+    return _held(_open(name, split, data_dir, manual_dir, options), name, split, memory_limit)
+
+
+def load_buckets(
+    name: str,
+    split: str,
+    *,
+    step: int,
+    image_size: int,
+    data_dir: str | Path,
+    manual_dir: str | Path | None = None,
+    memory_limit: int = 2**31,
+    **options: Any,
+) -> list[Dataset]:
+    """The same in the shapes near the pictures' own: see `buckets.bucket_sizes`. Each has at least one picture.
+
+    Labels mean the same in all of them, and as in `load_dataset`. For the rest, and errors, see there.
+    """
+    records = _open(name, split, data_dir, manual_dir, options | {"image_size": image_size})
+    sizes = bucket_sizes(image_size, step)
+    bucket_of = nearest(sizes, records.shapes())
+    rows_of = {size: np.flatnonzero(bucket_of == number) for number, size in enumerate(sizes)}
+    buckets = [records.bucket(size, rows) for size, rows in rows_of.items() if len(rows)]
+    return [_held(bucket, name, split, memory_limit // len(buckets)) for bucket in buckets]
+
+
+def _open(
+    name: str, split: str, data_dir: str | Path, manual_dir: str | Path | None, options: dict[str, Any]
+) -> Records:
     folder = find(name, Path(data_dir).expanduser(), Path(manual_dir).expanduser() if manual_dir else None)
-    options = {"image_size": image_size, "channels": channels, "crop": crop}
-    keys = {"image_key": image_key, "label_key": label_key, "segments_key": segments_key}
-    keys["caption_key"] = caption_key
-    records = Records(folder, split, **options, **keys)
+    return Records(folder, split, **options)
+
+
+def _held(records: Records, name: str, split: str, memory_limit: int) -> Dataset:
     common = {"name": name, "split": split, "shape": records.shape}
     common |= {"class_names": records.class_names, "captions": records.captions, "present": records.present}
     if math.prod(records.shape) > memory_limit:

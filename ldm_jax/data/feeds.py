@@ -109,12 +109,10 @@ class DeviceFeed:
         return {"index": self._order(step), "id": self._order.id}
 
 
-class HostFeed:
-    """For data that does not fit on the device: whole batches, read ahead by Grain's threads. Starts anywhere at once.
+class _Streamed:
+    """Whole batches, read ahead by Grain's threads. Starts anywhere at once.
 
     Args:
-        source: see `Source`.
-        batch_size, seed, process_index, process_count: see `Order`.
         prefetch: batches read ahead.
         threads: that read them, one batch each.
 
@@ -122,20 +120,9 @@ class HostFeed:
         resident: empty, as nothing stays on the device.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        *,
-        prefetch: int = 8,
-        threads: int = 8,
-    ) -> None:
+    def __init__(self, prefetch: int, threads: int) -> None:
         self.resident: dict[str, np.ndarray] = {}
-        self._source, self._prefetch, self._threads = source, prefetch, threads
-        self._order = Order(len(source), batch_size, seed, process_index, process_count)
+        self._prefetch, self._threads = prefetch, threads
         self._batches: Iterator[Batch] = iter(())
         self._next_step: int | None = None
 
@@ -156,7 +143,72 @@ class HostFeed:
         return iter(steps.map(self._read).to_iter_dataset(options))
 
     def _read(self, step: int) -> Batch:
+        raise NotImplementedError
+
+
+class HostFeed(_Streamed):
+    """For data that does not fit on the device: whole batches, read ahead by Grain's threads. Starts anywhere at once.
+
+    Args:
+        source: see `Source`.
+        batch_size, seed, process_index, process_count: see `Order`.
+        prefetch, threads: batches read ahead, and threads that read them, one batch each.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        prefetch: int = 8,
+        threads: int = 8,
+    ) -> None:
+        super().__init__(prefetch, threads)
+        self._source = source
+        self._order = Order(len(source), batch_size, seed, process_index, process_count)
+
+    def _read(self, step: int) -> Batch:
         return self._source[self._order(step)] | {"id": self._order.id}
+
+
+class BucketFeed(_Streamed):
+    """For examples of several shapes: each batch is of one source, whose turns are as many as it has batches.
+
+    Every so many steps are one round, in which each source has its turns, at least one, in an order that depends on the
+    seed and the number of the round alone.
+
+    Args:
+        sources: see `Source`.
+        batch_size, seed, process_index, process_count: see `Order`, of each source.
+        prefetch, threads: see `HostFeed`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        *,
+        prefetch: int = 8,
+        threads: int = 8,
+    ) -> None:
+        super().__init__(prefetch, threads)
+        self._sources, self._seed = sources, seed
+        self._orders = [Order(len(source), batch_size, seed, process_index, process_count) for source in sources]
+        self._turns = np.array([max(1, round(len(source) / batch_size)) for source in sources])
+
+    def _read(self, step: int) -> Batch:
+        round_, place = divmod(step, int(self._turns.sum()))
+        whose = np.repeat(np.arange(len(self._turns)), self._turns)
+        whose = whose[epoch_order(len(whose), self._seed, round_)]
+        own = whose[place]
+        turn = round_ * int(self._turns[own]) + int((whose[:place] == own).sum())
+        return self._sources[own][self._orders[own](turn)] | {"id": self._orders[own].id}
 
 
 def in_order(source: Source, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:

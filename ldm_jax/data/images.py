@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ldm_jax.errors import InputError
 
@@ -25,6 +25,17 @@ def decode(content: bytes) -> Image.Image:
         raise InputError(f"not a picture in any format that Pillow reads ({len(content)} bytes)") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"not a readable picture ({error})") from None
+
+
+def shape_of(content: bytes) -> tuple[int, int]:
+    """Height and width of the picture in an image file's bytes, upright, by its header; InputError as `decode`."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            sides = image.size
+            on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"not a readable picture ({error})") from None
+    return sides if on_its_side else sides[::-1]
 
 
 def fit(image: Image.Image | np.ndarray, *, size: int | tuple[int, int] | None, channels: int, crop: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Reading any image data set that TFDS has prepared as ArrayRecord: by index, from the disk, without TensorFlow."""
 
+import copy
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.data.captions import has_captions, read_captions
-from ldm_jax.data.images import CROPS, MODES, decode, fit, fit_segments
+from ldm_jax.data.images import CROPS, MODES, decode, fit, fit_segments, shape_of
 from ldm_jax.errors import InputError
 
 CHUNK = 256  # records that one thread reads at a time
@@ -88,6 +89,7 @@ class Records:
         encoded = [key for key, feature in used.items() if isinstance(feature, tfds.features.Image)]
         self._decoders = {key: tfds.decode.SkipDecoding() for key in encoded}
 
+        self._rows = np.arange(len(self._source))
         own_channels = image.shape[2] if len(image.shape) == 3 else 1
         self._fit = {"size": image_size, "channels": channels or (1 if own_channels in (1, 2) else 3), "crop": crop}
         height, width = (image_size, image_size) if image_size else image.shape[:2]
@@ -109,7 +111,7 @@ class Records:
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """The examples at `indices`, stacked; raises InputError, with its number, for one that is damaged."""
-        indices = [int(index) for index in indices]
+        indices = [int(self._rows[index]) for index in indices]
         examples = [self._decode(index, content) for index, content in zip(indices, self._contents(indices))]
         for index, example in zip(indices, examples):
             if example["x"].shape != self.shape[1:]:
@@ -118,6 +120,37 @@ class Records:
                     f"{list(self.shape[1:])}: set image_size"
                 )
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+    def shapes(self) -> np.ndarray:
+        """Height and width of every picture as it is stored, int64 [N, 2], mostly by the headers alone.
+
+        Raises:
+            InputError: one is damaged.
+        """
+        found = []
+        for start in range(0, len(self), CHUNK):
+            rows = [int(row) for row in self._rows[start : start + CHUNK]]
+            found += [self._shape(row, content) for row, content in zip(rows, self._contents(rows))]
+        return np.array(found)
+
+    def _shape(self, row: int, content: bytes) -> tuple[int, int]:
+        try:
+            image = self._features.deserialize_example_np(content, decoders=self._decoders or None)[self._image_key]
+            return shape_of(image) if self._image_key in self._decoders else image.shape[:2]
+        except Exception as error:
+            raise InputError(f"{self._where}: example {row} cannot be read: {_first_line(error)}") from error
+
+    def bucket(self, size: tuple[int, int], rows: np.ndarray) -> "Records":
+        """Some of the examples, [n] of their numbers, in another size (height, width)."""
+        some = copy.copy(self)
+        some._rows, some._fit, some.shape = (
+            self._rows[rows],
+            self._fit | {"size": size},
+            (len(rows), *size, self.shape[3]),
+        )
+        told = json.dumps([self.fingerprint, size, some._rows.tolist()])
+        some.fingerprint = hashlib.sha256(told.encode()).hexdigest()
+        return some
 
     def _contents(self, indices: list[int]) -> Sequence[bytes]:
         try:

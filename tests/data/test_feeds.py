@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldm_jax.data.feeds import DeviceFeed, HostFeed, Order, epoch_order, examples_at, in_order
+from ldm_jax.data.feeds import BucketFeed, DeviceFeed, HostFeed, Order, epoch_order, examples_at, in_order
 from ldm_jax.errors import InputError
 
 seeds = st.integers(0, 2**64 - 1)
@@ -106,6 +106,44 @@ def test_host_feed_is_device_feed(n, seed, start, place):
         for name in ("x", "label"):
             np.testing.assert_array_equal(batch[name], device.resident[name][rows["index"]])
         np.testing.assert_array_equal(batch["id"], rows["id"])
+
+
+class Named(Squares):
+    """Squares that say whose they are."""
+
+    def __init__(self, n, name):
+        super().__init__(n)
+        self.name = name
+
+    def __getitem__(self, indices):
+        return super().__getitem__(indices) | {"name": np.full(len(indices), self.name)}
+
+
+def test_buckets_take_turns_by_their_sizes():
+    """Of 4, 12 and 1 examples, one, three and one batch of 4 in each round; each goes on where its last turn ended."""
+    feed = BucketFeed([Named(4, 0), Named(12, 1), Named(1, 2)], 4, seed=3)
+    batches = [feed(step) for step in range(20)]
+    assert all(len(set(batch["name"])) == 1 for batch in batches)
+    whose = np.array([batch["name"][0] for batch in batches]).reshape(4, 5)
+    assert (np.sort(whose) == [0, 1, 1, 1, 2]).all()
+    assert len({tuple(row) for row in whose}) > 1  # another order in each round
+    for name, n in ((0, 4), (1, 12)):
+        labels = np.concatenate([batch["label"] for batch in batches if batch["name"][0] == name])
+        np.testing.assert_array_equal(labels, examples_at(np.arange(len(labels)), n, 3))
+    again = BucketFeed([Named(4, 0), Named(12, 1), Named(1, 2)], 4, seed=3)
+    for step in (13, 14, 2):
+        for name, values in again(step).items():
+            np.testing.assert_array_equal(values, batches[step][name])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_bucket(processes):
+    whole = BucketFeed([Named(9, 0), Named(5, 1)], 4, 7)
+    parts = [BucketFeed([Named(9, 0), Named(5, 1)], 4, 7, p, processes) for p in range(processes)]
+    for step in range(6):
+        batch, split = whole(step), [part(step) for part in parts]
+        for name, values in batch.items():
+            np.testing.assert_array_equal(np.concatenate([some[name] for some in split]), values)
 
 
 def test_host_feed_reads_ahead_but_not_far():
