@@ -32,10 +32,10 @@ def get_config() -> ConfigDict:
     autoencoder.mid_block_attention = False
     autoencoder.loss.perceptual = 0.0
     autoencoder.loss.adversarial = 0.2
-    autoencoder.loss.adversarial_start = 2_000
+    autoencoder.loss.adversarial_start = 1_500
     autoencoder.discriminator.channels = 32
     autoencoder.discriminator.layers = 2
-    autoencoder.steps = 12_000
+    autoencoder.steps = 5_000
     autoencoder.batch_size = 16
     autoencoder.learning_rate = 1.5e-3
 
@@ -44,11 +44,11 @@ def get_config() -> ConfigDict:
     clip.image_width = 96
     clip.max_shift = 2
     clip.max_zoom = 0.1
-    clip.steps = 800
+    clip.steps = 600
     clip.validation_examples = 384
 
     config.unet.block_out_channels = (64, 128)
-    config.unet.attention = (True, True)
+    config.unet.attention = (False, True)
     config.unet.layers_per_block = 1
     config.unet.norm_num_groups = 16
     config.unet.context_dim = 128
@@ -57,12 +57,22 @@ def get_config() -> ConfigDict:
     diffusion.schedule = "cosine"
     diffusion.prediction = "v"
     diffusion.weighting = "min_snr"
-    diffusion.steps = 20_000
+    diffusion.steps = 9_000
     diffusion.batch_size = 64
     diffusion.learning_rate = 1e-3
     diffusion.validation_examples = 384
 
     sampling = config.sampling
+    sampling.prompts = (
+        "red cat",
+        "sleepy pizza",
+        "penguin with sunglasses",
+        "green heart with arrow",
+        "blue apple",
+        "purple car",
+        "cat on fire",
+        "frog face with tears of joy",
+    )
     sampling.num = 400
     sampling.sampler = "unipc"
     sampling.steps = 16
