@@ -12,6 +12,7 @@ from ldm_jax.recipe import Recipe, map_split
 from ldm_jax.trained import Trained
 from ldm_jax.upscaling import NOISE_LEVEL
 
+BETWEEN = 8  # pictures from one prompt to another, unless one says how many
 # What a model with a map condition must be given, if it knows no data set to take it from.
 GIVEN = {
     "inpainting": "inpaints; it must be given a picture and what to draw of it: --init_image --mask",
@@ -33,7 +34,7 @@ def from_flags(
     sampling, devices = model.config.sampling, jax.local_device_count()
     given = bool(values.prompt or values.prompt_file)
     prompts, labels = captions if captions and not given else (_prompts(model, values), labels)
-    if values.guidance not in (None, 1.0) and not (model.class_names or prompts):
+    if values.guidance not in (None, 1.0) and not (model.class_names or _told_texts(model)):
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
     if values.batch_size and values.batch_size % devices:
         raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
@@ -43,6 +44,10 @@ def from_flags(
         )
     if values.classifier_scale is not None and not values.classifier:
         raise InputError("--classifier_scale needs --classifier, a run folder with a classifier")
+    if values.clip_scale is not None and not values.clip:
+        raise InputError("--clip_scale needs --clip, a run folder with a CLIP")
+    if values.clip and not prompts:
+        raise InputError(f'--clip={values.clip} needs a text to guide towards, e.g. --prompt="red cat"')
     sampler = _or(values.sampler, sampling.sampler)
     defaults = samplers.defaults_of(model, sampler)
     spacing = _or(values.spacing, defaults["spacing"])
@@ -52,7 +57,7 @@ def from_flags(
         spacing = _whole_numbers("--timesteps", values.timesteps)
     return Recipe(
         num=len(prompts) if given and not values["num"].present else values.num,
-        labels=list(range(len(prompts))) if given else labels,
+        labels=list(range(len(prompts))) if given and _told_texts(model) else labels,
         prompts=prompts,
         seed=values.seed,
         guidance=_or(values.guidance, sampling.guidance),
@@ -66,6 +71,8 @@ def from_flags(
         churn=_or(values.churn, defaults["churn"]),
         classifier=values.classifier or "",
         classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
+        clip=values.clip or "",
+        clip_scale=_or(values.clip_scale, 1.0 if values.clip else 0.0),
         variance=_or(values.variance, defaults["variance"]),
         dtype=model.config.dtype,
         size=list(builders.picture_size(model.config)),
@@ -76,10 +83,11 @@ def from_flags(
 
 def _prompts(model: Trained, values: FlagValues) -> list[str]:
     """The prompts of a command line; raises InputError for a model that wants none, or lacks one."""
-    texts = bool(model.pretrained and model.pretrained.encoders)
+    texts = _told_texts(model)
     for flag in ("prompt", "prompt_file", "negative_prompt"):
-        if values[flag].value is not None and not texts:
-            raise InputError(f"--{flag} is for models of texts; this one draws {_what_it_draws(model)}")
+        guides = values.clip and flag != "negative_prompt"
+        if values[flag].value is not None and not texts and not guides:
+            raise InputError(f"--{flag} is for models of texts, or with --clip; this one draws {_what_it_draws(model)}")
     if values.prompt and values.prompt_file:
         raise InputError("--prompt and --prompt_file both say what to draw; choose one")
     if values.prompt_file:
@@ -87,6 +95,10 @@ def _prompts(model: Trained, values: FlagValues) -> list[str]:
     if texts and not values.prompt:
         raise InputError('--prompt is missing; it must be a text to draw, e.g. --prompt="a photo of a cat"')
     return list(values.prompt or [])
+
+
+def _told_texts(model: Trained) -> bool:
+    return bool(model.pretrained and model.pretrained.encoders)
 
 
 def _lines(path: Path) -> list[str]:
@@ -117,6 +129,10 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
     for flag, other in needs.items():
         if values[flag].value and not values[other].value:
             raise InputError(f"--{flag} needs --{other}")
+    if values.to_prompt is not None and len(recipe.prompts) != 1:
+        raise InputError(f"--to_prompt needs one --prompt to lead from; there are {len(recipe.prompts)}")
+    if values.to_prompt is not None and recipe.labels != [0]:
+        raise InputError("--to_prompt is for models of texts; this one is told none")
     if values.mask and values.outpaint:
         raise InputError("--mask and --outpaint both say what to draw; choose one")
     masked = values.mask or values.outpaint
@@ -142,6 +158,8 @@ def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
         outpaint=values.outpaint or "",
         resample=_or(values.resample, 1),
         resample_jump=_or(values.resample_jump, 1),
+        num=BETWEEN if values.to_prompt is not None and not values["num"].present else recipe.num,
+        to_prompt=_or(values.to_prompt, ""),
         to_seed=_or(values.to_seed, -1),
         to_image=values.to_image or "",
         invert=bool(values.invert),

@@ -85,6 +85,8 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE_float(
         "classifier_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values
     )
+    flags.DEFINE_string("clip", None, "a run folder with a CLIP, to guide towards --prompt as well", flag_values=values)
+    flags.DEFINE_float("clip_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values)
     flags.DEFINE(
         _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
     )
@@ -109,6 +111,7 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "vae_tiling", False, "large pictures: to and from latents in tiles, for less memory", flag_values=values
     )
+    string("to_prompt", None, "models of texts: lead from the one --prompt to this one", flag_values=values)
     string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)
     string("init_image", None, "begin from this picture, noised", flag_values=values)
     flags.DEFINE_float(

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_jax import builders, editing, pretrained, run_folder, samplers, trained
+from ldm_jax import builders, editing, guides, pretrained, run_folder, samplers, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import EVEN
@@ -22,7 +22,8 @@ from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
 from ldm_jax.generate import Generator, Request, request, smallest_batch
 from ldm_jax.given import Given, from_map, from_masked, from_split, keep_known, shown
-from ldm_jax.recipe import Recipe, digests, guide_of, of_config
+from ldm_jax.guides import Guides
+from ldm_jax.recipe import Recipe, digests, guides_of, of_config
 from ldm_jax.trained import Trained
 from ldm_jax.training.parallel import replicate
 from ldm_jax.upscaling import noised
@@ -48,14 +49,15 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     """
     model = trained.at_size(model, tuple(recipe.size))
     table = table_for(model, recipe)
-    (image, mask), guide = _read_inputs(model, recipe), guide_of(model, recipe)
+    (image, mask), guided_by = _read_inputs(model, recipe), guides_of(model, recipe)
     if recipe.outpaint:
         whole, (image, mask) = image, editing.outpaint_window(image, recipe.outpaint)
     given = _given(model.config, recipe, image, mask)
     batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
-    generator = samplers.generator_of(model, batch_size, guide, vae_tiling=recipe.vae_tiling)
-    params = replicate(model.params | ({"classifier": guide.params} if guide else {}))
+    generator = samplers.generator_of(model, batch_size, guided_by, vae_tiling=recipe.vae_tiling)
+    params = replicate(model.params | guided_by.params)
     wanted = request_for(model, recipe, table, given, lambda known: generator.maps(params, known))
+    wanted = _led(model, recipe, guided_by, wanted)
     wanted = wanted._replace(**_beginning(model, recipe, generator, params, wanted, image, mask))
     images = []
     with tqdm(total=recipe.num, unit="image", desc="    sampling", unit_scale=False) as bar:
@@ -66,7 +68,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
     if recipe.outpaint:
         images, given = editing.outpainted(whole, images, recipe.outpaint), None
     few = min(recipe.num, 2 * max(len(recipe.labels), 8))
-    about = {"model": trained.fingerprint(model), "step": model.step, "inputs": digests(recipe, guide)}
+    about = {"model": trained.fingerprint(model), "step": model.step, "inputs": digests(recipe, guided_by)}
     return Drawn(
         images,
         wanted.labels,
@@ -74,7 +76,7 @@ def draw(model: Trained, recipe: Recipe, *, batch_size: int, film: bool = True) 
         model.class_names,
         about | recipe._asdict(),
         given,
-        picture(model.config, images, wanted.labels, tuple(recipe.prompts) or model.class_names, given),
+        picture(model.config, images, *_rows(recipe, wanted.labels, model.class_names), given),
     )
 
 
@@ -129,12 +131,35 @@ def of_pretrained(model: Trained, recipe: Recipe, table: Table) -> dict[str, Any
     if not recipe.prompts:
         return fields
     size, (prompts, negative) = builders.picture_size(model.config), (recipe.prompts, recipe.negative_prompt)
+    prompts = [*prompts, *([recipe.to_prompt] if recipe.to_prompt else [])]
     texts, cut = model.pretrained.texts(prompts, negative, size, recipe.noise_level)
     if cut:
         print(
             f"warning: {cut} of the prompts are longer than the model reads; their ends are left out", file=sys.stderr
         )
+    if recipe.to_prompt:  # from the same noise throughout
+        ids, shares = np.zeros(recipe.num, np.int32), np.linspace(0, 1, recipe.num, dtype=np.float32)
+        fields |= {"ids": ids, "toward": len(recipe.prompts), "shares": shares}
     return fields | {"texts": texts}
+
+
+def _led(model: Trained, recipe: Recipe, guided_by: Guides, wanted: Request) -> Request:
+    """The request with what a CLIP that guides is to see in each picture: its own prompt, or the prompts in turn."""
+    if not guided_by.clip:
+        return wanted
+    told_texts = model.pretrained and model.pretrained.encoders
+    rows = wanted.labels if told_texts else np.arange(recipe.num) % len(recipe.prompts)
+    sought = guides.sought(guided_by.clip, recipe.prompts, rows)
+    return wanted._replace(sought=sought, clip_scale=np.full(recipe.num, recipe.clip_scale, np.float32))
+
+
+def _rows(recipe: Recipe, labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """For people: which row each picture stands in, and what the rows are called."""
+    if recipe.to_prompt:
+        return labels, (f"{recipe.prompts[0]} - {recipe.to_prompt}",)
+    if recipe.prompts and (labels < 0).all():  # only a CLIP knows of them
+        return np.arange(len(labels)) % len(recipe.prompts), tuple(recipe.prompts)
+    return labels, class_names or tuple(recipe.prompts)
 
 
 def _read_inputs(model: Trained, recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -188,7 +213,8 @@ def _beginning(
         spacing = recipe.spacing if recipe.spacing in EVEN else "trailing"
         table = samplers.inversion_table_of(model, recipe.steps, spacing)
         plain = wanted.first(2)._replace(ids=np.arange(2, dtype=np.int32), z_T=z0, start=1.0)
-        plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32), classifier_scale=None)
+        plain = plain._replace(labels=wanted.labels[[0, -1]], guidance=np.ones(2, np.float32))
+        plain = plain._replace(classifier_scale=None, clip_scale=None, toward=None)
         ends = np.concatenate([z for z, _ in generator.latents(params, plain, table)])
         return {"z_T": editing.slerp(*ends, shares), "start": 1.0}
     if model.config.concat.kind == "inpainting" and recipe.strength == 1:  # its map says all that is known

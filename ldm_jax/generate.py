@@ -17,6 +17,7 @@ from ldm_jax.diffusion.guidance import (
     clip_z0,
     from_network,
     keep_known,
+    similarity_guided,
     threshold_z0,
 )
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
@@ -44,11 +45,15 @@ class Request(NamedTuple):
     threshold: float = 0.0  # of pixels: the quantile of `threshold_z0`; 0 = clipped at 1
     clip: float = np.inf  # of latents: z0_hat is kept within [-clip, clip]
     classifier_scale: np.ndarray | None = None  # [N] float32: of `classifier_guided`; None = 0, as without a label
+    sought: np.ndarray | None = None  # [N, D] float32: a CLIP's embeddings of what each is to be like
+    clip_scale: np.ndarray | None = None  # [N] float32: of `similarity_guided`; None = 0
+    toward: int | None = None  # the row of `texts` that all are led to from their own
+    shares: np.ndarray | None = None  # [N] float32: how far each is, from 0 to 1
     maps: np.ndarray | None = None  # [N, h, w, k] float32, of a model with a map condition: see `Generator.maps`
 
     def first(self, num: int) -> "Request":
         """The same for the first `num` samples only."""
-        names = ("ids", "labels", "guidance", "z_T", "classifier_scale", "maps")
+        names = ("ids", "labels", "guidance", "z_T", "classifier_scale", "sought", "clip_scale", "shares", "maps")
         return self._replace(**{name: value[:num] for name in names if (value := getattr(self, name)) is not None})
 
 
@@ -105,6 +110,7 @@ def make_generator(
     batch_size: int,
     snapshots: int,
     classify: Classify | None = None,
+    similarity: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Generator:
     """Builds a generator for replicated `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}.
 
@@ -113,7 +119,8 @@ def make_generator(
 
     Seed, labels, guidance, solver and steps are arguments of the compiled calls. Of `pixels`, z0_hat is kept within
     [-1, 1], by dynamic thresholding if the request asks for it; latents by its `clip`. With `classify`, which takes
-    params["classifier"], a request's `classifier_scale` guides as well.
+    params["classifier"], a request's `classifier_scale` guides as well; with `similarity`, which takes params["clip"],
+    pictures [b, H, W, C] in [-1, 1] and what is `sought` [b, D], its `clip_scale` does.
     """
 
     def solve_batch(params, batch, table, seed, options):
@@ -121,18 +128,28 @@ def make_generator(
             seen = jnp.concatenate([z_t, condition["map"]], axis=-1) if map_condition else z_t
             return unet.apply({"params": params["unet"]}, seen, t, **condition["told"])
 
-        def condition(y):
-            return {"told": tau(params["conditioner"], y)} | ({"map": batch["map"]} if map_condition else {})
+        def condition(told):
+            return {"told": told} | ({"map": batch["map"]} if map_condition else {})
 
+        told = tau(params["conditioner"], batch["y"])
+        if "toward" in batch:
+            told = _between(told, tau(params["conditioner"], batch["toward"]), batch["share"])
         guided = classifier_free(
             from_network(network, prediction, alpha_bar),
-            condition(batch["y"]),
-            condition(options["negative"]),
+            condition(told),
+            condition(tau(params["conditioner"], options["negative"])),
             batch["guidance"],
             interval=options["interval"],
             rescale=options["rescale"],
             prediction=prediction,
         )
+        if similarity is not None:
+            guided = similarity_guided(
+                guided,
+                lambda z0: similarity(params["clip"], decoded(params, z0), batch["sought"]),
+                batch["clip_scale"],
+                interval=options["interval"],
+            )
         if classify is not None:
             label = jnp.maximum(batch["label"], 0)
             guided = classifier_guided(
@@ -155,9 +172,11 @@ def make_generator(
         raw = first_stage.mode(first_stage.encode(params["autoencoder"], to_pixels(batch["images"])))
         return to_latents(raw, params["shift"], params["scale"])
 
+    def decoded(params, z):
+        return first_stage.decode(params["autoencoder"], from_latents(z, params["shift"], params["scale"]))
+
     def decode_batch(params, batch):
-        raw = from_latents(batch["z"], params["shift"], params["scale"])
-        return to_uint8(first_stage.decode(params["autoencoder"], raw))
+        return to_uint8(decoded(params, batch["z"]))
 
     compiled_solve, compiled_decode = parallel_map(solve_batch), parallel_map(decode_batch)
     compiled_encode = parallel_map(encode_batch)
@@ -179,9 +198,12 @@ def make_generator(
             "z0": np.zeros(latent_shape, np.float32) if request.z0 is None else request.z0,
             "mask": np.ones((*latent_shape[:2], 1), bool) if request.mask is None else request.mask,
         }
-        scale = np.zeros(len(request.ids), np.float32) if request.classifier_scale is None else request.classifier_scale
+        nothing = np.zeros(len(request.ids), np.float32)
+        scale, clip_scale = (nothing if s is None else s for s in (request.classifier_scale, request.clip_scale))
         if scale.any() and classify is None:
             raise ValueError("a request with classifier_scale needs a generator with a classifier")
+        if clip_scale.any() and similarity is None:
+            raise ValueError("a request with clip_scale needs a generator with a similarity")
         for start in range(0, len(request.ids), batch_size):
             rows = np.arange(start, min(start + batch_size, len(request.ids)))
             padded = np.pad(rows, (0, batch_size - len(rows)), mode="edge")
@@ -202,6 +224,11 @@ def make_generator(
                 batch["map"] = request.maps[padded]
             if classify is not None:
                 batch["classifier_scale"] = scale[padded]
+            if similarity is not None:
+                batch |= {"sought": request.sought[padded], "clip_scale": clip_scale[padded]}
+            if request.toward is not None:
+                toward = y_of(request, np.full(batch_size, request.toward))
+                batch |= {"toward": toward, "share": request.shares[padded]}
             z, on_the_way = compiled_solve(params, batch, table, np.uint32(request.seed), options)
             yield z[: len(rows)], on_the_way[: len(rows)]
 
@@ -216,6 +243,18 @@ def make_generator(
         return map_in_batches(compiled_to_map, params, known, batch_size)
 
     return Generator(latents, decode, encode, maps)
+
+
+def _between(told: Any, others: Any, share: jax.Array) -> Any:
+    """Some `share` [b] of the way from what is told of one text to what is told of another; whole numbers, such as
+    sizes, are those of the first."""
+
+    def between(one: jax.Array, other: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(one.dtype, jnp.floating):
+            return one
+        return one + share.reshape(-1, *[1] * (one.ndim - 1)).astype(one.dtype) * (other - one)
+
+    return jax.tree.map(between, told, others)
 
 
 def smallest_batch(num: int, batch_size: int, devices: int) -> int:

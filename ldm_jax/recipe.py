@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm_jax import builders, trained
+from ldm_jax import builders, guides, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
-from ldm_jax.trained import Guide, Trained
+from ldm_jax.guides import Guides
+from ldm_jax.trained import Trained
 from ldm_jax.upscaling import NOISE_LEVEL
 
 
@@ -36,6 +37,9 @@ class Recipe(NamedTuple):
     negative_prompt: str | None = None  # what guidance leads away from; None = nothing
     classifier: str = ""  # a run folder with a classifier that guides as well
     classifier_scale: float = 0.0
+    clip: str = ""  # a run folder with a CLIP that guides as well: towards `prompts`, in turn
+    clip_scale: float = 0.0
+    to_prompt: str = ""  # from the one prompt to this one, from the same noise
     negative_label: int = -1
     vae_tiling: bool = False  # pictures larger than the autoencoder was trained on go through it in tiles
     init_image: str = ""  # begin from this picture, not from noise alone
@@ -77,7 +81,7 @@ def from_picture(model: Trained, path: Path) -> Recipe:
     recipe = Recipe(**{name: found[name] for name in Recipe._fields if name in found})  # older ones have fewer
     if recipe.dtype != model.config.dtype:
         raise InputError(f"--from_recipe={path} was drawn in {recipe.dtype}; add --dtype={recipe.dtype}")
-    for file, digest in digests(recipe, guide_of(model, recipe)).items():
+    for file, digest in digests(recipe, guides_of(model, recipe)).items():
         if found.get("inputs", {}).get(file) != digest:
             raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
     return recipe
@@ -125,14 +129,18 @@ def captions_of(dataset: Dataset, pictures: int) -> tuple[list[str], list[int]]:
     return [dataset.class_names[number] for number in distinct], [distinct.index(number) for number in label]
 
 
-def guide_of(model: Trained, recipe: Recipe) -> Guide | None:
-    """The classifier that guides what is drawn, if one does."""
-    return trained.load_guide(Path(recipe.classifier), model) if recipe.classifier else None
+def guides_of(model: Trained, recipe: Recipe) -> Guides:
+    """What guides beside the model's own conditions."""
+    return Guides(
+        guides.classifier_for(Path(recipe.classifier), model) if recipe.classifier else None,
+        guides.clip_for(Path(recipe.clip), model) if recipe.clip else None,
+    )
 
 
-def digests(recipe: Recipe, guide: Guide | None) -> dict[str, str]:
+def digests(recipe: Recipe, guided_by: Guides) -> dict[str, str]:
     """File -> hash, of all that a recipe reads; a file that is not there has none."""
     names = ("init_image", "mask", "to_image", "init_latents", "map")
     files = [getattr(recipe, name) for name in names if getattr(recipe, name)]
     digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
-    return digests | ({recipe.classifier: trained.fingerprint(guide)} if guide else {})
+    named = {getattr(recipe, name): guide for name, guide in guided_by._asdict().items() if guide}
+    return digests | {folder: guides.fingerprint(guide) for folder, guide in named.items()}

@@ -10,23 +10,24 @@ from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.first_stage import make_first_stage
 from ldm_jax.generate import Generator, make_generator
+from ldm_jax.guides import NO_GUIDES, Guides, make_similarity
 from ldm_jax.pretrained import Pretrained
 from ldm_jax.text_condition import make_class_tau, make_tau
 from ldm_jax.tiling import tiled
-from ldm_jax.trained import Guide, Trained
+from ldm_jax.trained import Trained
 
 SNAPSHOTS = 24  # frames of denoising.gif
 
 
-def generator_of(model: Trained, batch_size: int, guide: Guide | None = None, *, vae_tiling: bool = False) -> Generator:
+def generator_of(model: Trained, batch_size: int, guides: Guides = NO_GUIDES, *, vae_tiling: bool = False) -> Generator:
     """The generator of a trained model; `vae_tiling`: the autoencoder of a diffusers model works in tiles."""
     if model.pretrained:
         shape = builders.latent_shape(model.config)
-        return _pretrained_generator(model.pretrained, shape, batch_size, vae_tiling)
-    return build_generator(model.config, len(model.class_names), batch_size, guide)
+        return _pretrained_generator(model.pretrained, shape, batch_size, guides, vae_tiling)
+    return build_generator(model.config, len(model.class_names), batch_size, guides)
 
 
-def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guide: Guide | None = None) -> Generator:
+def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guides: Guides = NO_GUIDES) -> Generator:
     """The generator of a config (see `generate.make_generator`)."""
     tau, null = builders.build_tau(config, num_classes)
     return make_generator(
@@ -41,12 +42,13 @@ def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guide
         pixels=config.autoencoder.kind == "none",
         batch_size=batch_size,
         snapshots=SNAPSHOTS,
-        classify=builders.build_classify(guide.config, num_classes) if guide else None,
+        classify=builders.build_classify(guides.classifier.config, num_classes) if guides.classifier else None,
+        similarity=make_similarity(guides.clip) if guides.clip else None,
     )
 
 
 def _pretrained_generator(
-    model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, vae_tiling: bool
+    model: Pretrained, latent_shape: tuple[int, int, int], batch_size: int, guides: Guides, vae_tiling: bool
 ) -> Generator:
     """Noise to pictures, as `generate.make_generator` makes it; raises InputError for tiles of no whole latents."""
     first_stage, scheduler = make_first_stage(model.autoencoder), pretrained.scheduler_of(model)
@@ -68,6 +70,7 @@ def _pretrained_generator(
         pixels=False,
         batch_size=batch_size,
         snapshots=SNAPSHOTS,
+        similarity=make_similarity(guides.clip) if guides.clip else None,
     )
 
 

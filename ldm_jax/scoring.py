@@ -7,7 +7,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax import builders, clip_run, config_rules, configuration, prompt_sheets, run_folder, run_parts, trained
+from ldm_jax import (
+    builders,
+    clip_run,
+    config_rules,
+    configuration,
+    guides,
+    prompt_sheets,
+    run_folder,
+    run_parts,
+    trained,
+)
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.drawing import Drawn
 from ldm_jax.errors import InputError
@@ -124,7 +134,7 @@ def _fit(
 
 def score_classifier(workdir: Path, test_set: Dataset) -> dict[str, Any]:
     """{"accuracy": card, "accuracy_by_t": [10], from clean to noise} of a run's classifier on noised test images."""
-    guide = trained.load_classifier(workdir)
+    guide = guides.load_classifier(workdir)
     config, num_classes = guide.config, test_set.num_classes
     how_many = {"num": config.evaluation.num_reference, "batch_size": config.evaluation.batch_size}
     validate = make_validation(

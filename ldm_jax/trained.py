@@ -28,13 +28,6 @@ from ldm_jax.training.checkpoint import load_latest
 from ldm_jax.training.parallel import map_in_batches, parallel_map, replicate
 
 
-class Guide(NamedTuple):
-    """A classifier of noisy latents, to guide sampling by."""
-
-    config: ConfigDict
-    params: Any  # the averaged ones
-
-
 class Trained(NamedTuple):
     """Everything that makes pictures."""
 
@@ -124,58 +117,9 @@ def with_lora(model: Trained, path: Path, scale: float) -> Trained:
     return model._replace(params=model.params | {"unet": unet})
 
 
-def load_classifier(path: Path) -> Guide:
-    """Reads the classifier of a run folder; raises InputError if there is none, or it does not fit its own config."""
-    if not path.is_dir():
-        raise InputError(f"--classifier={path} does not exist; it must be a run folder with a classifier")
-    config = configuration.of_run(path / "config.json")
-    config_rules.validate(config)
-    if "classifier" not in config.stages:
-        raise InputError(f"--classifier={path} has no classifier: its config.stages are {', '.join(config.stages)}")
-    num_classes = len(run_folder.read_json(path / "data.json", "class_names")["class_names"])
-    flat = load_latest(path / "classifier")
-    like = jax.eval_shape(builders.build_classifier_stage(config, num_classes).init, jax.random.key(0)).ema_params
-    return Guide(config, run_parts.averaged(flat, like, path / "classifier")["classifier"])
-
-
-def load_guide(path: Path, model: Trained) -> Guide:
-    """The classifier of a run folder, if it can guide `model`.
-
-    Raises:
-      InputError: as `load_classifier`, or it knows other classes, another noise schedule or other latents.
-    """
-    guide = load_classifier(path)
-    class_names = tuple(run_folder.read_json(path / "data.json", "class_names")["class_names"])
-    if class_names != model.class_names:
-        raise InputError(
-            f"--classifier={path} tells {len(class_names)} classes apart ({', '.join(class_names)}); those of --model "
-            f"are {len(model.class_names)} ({', '.join(model.class_names)})"
-        )
-    schedules = [builders.build_schedule(config).alpha_bar for config in (guide.config, model.config)]
-    if not np.array_equal(*schedules):
-        theirs, ours = guide.config.diffusion, model.config.diffusion
-        unlike = [f"{n} {theirs[n]} and {ours[n]}" for n in builders.SCHEDULE if theirs[n] != ours[n]]
-        raise InputError(f"--classifier={path} and --model have other noise schedules: {'; '.join(unlike)}")
-    if _latents_of(run_parts.load_first_stage(path, guide.config), guide.config) != _latents_of(
-        model.params, model.config
-    ):
-        raise InputError(
-            f"--classifier={path} knows other latents than those of --model, of another autoencoder or scale; it "
-            "must be trained with --config.autoencoder.checkpoint set to the run that it is to guide"
-        )
-    return guide
-
-
-def _latents_of(params: dict[str, Any], config: ConfigDict) -> str:
-    """A hash of all that latents depend on: equal means the same z of the same picture."""
-    parts = {name: params[name] for name in ("autoencoder", "shift", "scale")}
-    return content_hash(parts, str(builders.latent_shape(config)))
-
-
-def fingerprint(model: Trained | Guide) -> str:
+def fingerprint(model: Trained) -> str:
     """A hash of all parameters, and of what they predict if a user can say: equal means the same model."""
-    told = isinstance(model, Trained) and model.pretrained
-    return content_hash(model.params, *([model.config.diffusion.prediction] if told else []))
+    return content_hash(model.params, *([model.config.diffusion.prediction] if model.pretrained else []))
 
 
 def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.ndarray | None:

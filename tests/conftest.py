@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 from ldm_jax import samplers
+from ldm_jax.guides import NO_GUIDES
 from ldm_jax.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, knows_cpu_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
@@ -68,12 +69,19 @@ def generators_kept():
     """
     make, kept = samplers.generator_of, {}
 
-    def generator_of(model, batch_size, guide=None, *, vae_tiling=False):
+    def generator_of(model, batch_size, guided_by=NO_GUIDES, *, vae_tiling=False):
         networks = model.pretrained and repr(model.pretrained._replace(tokenizers=()))
-        configs = [part.config.to_json() for part in (model, guide) if part]
-        key = (*configs, model.class_names, networks, batch_size, vae_tiling)
+        configs = [part.config.to_json() for part in (model, guided_by.classifier) if part]
+        key = (
+            *configs,
+            guided_by.clip and repr(guided_by.clip.clip),
+            model.class_names,
+            networks,
+            batch_size,
+            vae_tiling,
+        )
         if key not in kept:
-            kept[key] = make(model, batch_size, guide, vae_tiling=vae_tiling)
+            kept[key] = make(model, batch_size, guided_by, vae_tiling=vae_tiling)
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -118,6 +126,14 @@ def classifier_run(tiny_data, trained_run, tmp_path_factory):
 
     changes = (*jobs.CLASSIFIER, f"--config.autoencoder.checkpoint={trained_run}")
     return made_once("classifier", tmp_path_factory, lambda workdir: jobs.train_here(tiny_data, workdir, *changes))
+
+
+@pytest.fixture(scope="session")
+def text_run(tiny_data, tmp_path_factory):
+    """The run folder of a job that is told of texts by a CLIP of its own."""
+    import jobs
+
+    return made_once("text", tmp_path_factory, lambda workdir: jobs.train_here(tiny_data, workdir, *jobs.TEXTS))
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,12 @@ SMALL = (
 # For jobs that tell the network no class: it compiles in half the time.
 NO_ATTENTION = "--config.unet.attention=(False,)"
 
+TEXTS = (
+    "--config.stages=('autoencoder','clip','diffusion')",
+    "--config.data.caption_key=auto",
+    "--config.sampling.sampler=ddim",
+    "--config.evaluation.zero_shot_key=label",
+)
 CLASSIFIER = ("--config.stages=('autoencoder','classifier')", "--config.sampling.progress_every=4")
 
 

@@ -8,7 +8,7 @@ import jobs
 import numpy as np
 import pytest
 
-from ldm_jax import builders, commands, sample, samplers, trained
+from ldm_jax import builders, commands, guides, sample, samplers, trained
 from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, from_network
 from ldm_jax.diffusion.sampling import sample_keys, solve
 from ldm_jax.evaluation.pictures import read_recipe
@@ -78,10 +78,10 @@ class Model:
         rng = np.random.default_rng(0)
         shaken = lambda tree: jax.tree.map(lambda p: p + rng.normal(0, 0.2, p.shape).astype(p.dtype), tree)  # noqa: E731
         self.trained = trained.load(model_run)
-        self.guide = trained.load_guide(classifier_run, self.trained)
+        self.guide = guides.classifier_for(classifier_run, self.trained)
         changed = {part: shaken(self.trained.params[part]) for part in ("unet", "conditioner")}
         self.params = self.trained.params | changed | {"classifier": shaken(self.guide.params)}
-        self.generator = samplers.build_generator(self.trained.config, 4, 8, self.guide)
+        self.generator = samplers.build_generator(self.trained.config, 4, 8, guides.Guides(self.guide))
 
     def latents(self, wanted, generator=None):
         table = samplers.build_table(self.trained.config, sampler="ddpm", steps=5)
@@ -180,7 +180,7 @@ def test_the_command_takes_a_classifier(trained_run, classifier_run, tmp_path, c
     assert (guided != draw("plain", "--num=8", "--guidance=0")).any()
     recipe = read_recipe(tmp_path / "guided" / "samples.png")
     assert recipe["classifier_scale"] == 300
-    assert recipe["inputs"] == {str(other): trained.fingerprint(trained.load_classifier(classifier_run))}
+    assert recipe["inputs"] == {str(other): guides.fingerprint(guides.load_classifier(classifier_run))}
     np.testing.assert_array_equal(draw("again", f"--from_recipe={tmp_path / 'guided' / 'samples.png'}"), guided)
     shutil.rmtree(other / "classifier" / "8")  # what is left is another classifier: that of step 4
     capsys.readouterr()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ldm_jax import builders, samplers, trained
+from ldm_jax import builders, guides, samplers, trained
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.generate import request
 from ldm_jax.training.parallel import parallel_step, replicate, shard
@@ -56,8 +56,8 @@ def test_a_sweep_of_sampling_compiles_each_part_once(trained_run, clock):
 def test_a_sweep_of_classifier_guidance_compiles_once(trained_run, clock):
     model = trained.load(trained_run)
     params = jax.jit(builders.build_classifier_stage(model.config, 4).init)(jax.random.key(0)).params
-    guide = trained.Guide(model.config, params["classifier"])
-    generator = samplers.build_generator(model.config, 4, 8, guide)
+    guide = guides.Classifier(model.config, params["classifier"])
+    generator = samplers.build_generator(model.config, 4, 8, guides.Guides(guide))
     params, table = replicate(model.params | params), samplers.build_table(model.config)
     counts = []
     for scale, guidance, labels in ((0.0, 1.0, [0]), (2.0, 1.0, [1]), (9.0, 0.0, []), (0.5, 3.0, [2, 3])):

@@ -14,19 +14,10 @@ from ldm_jax.run_folder import read_json
 
 pytestmark = pytest.mark.usefixtures("generators_kept")
 
-TEXTS = (
-    "--config.stages=('autoencoder','clip','diffusion')",
-    "--config.data.caption_key=auto",
-    "--config.sampling.sampler=ddim",
-    "--config.evaluation.zero_shot_key=label",
-)
 
-
-@pytest.fixture(scope="module")
-def run(tiny_data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text") / "run"
-    assert jobs.train_here(tiny_data, folder, *TEXTS) == 0
-    return folder
+@pytest.fixture
+def run(text_run):
+    return text_run
 
 
 def test_a_run_leaves_what_other_runs_leave(run):
@@ -89,7 +80,7 @@ def test_a_run_goes_on_with_the_same_bits(run, tiny_data, tmp_path):
     again = shutil.copytree(run, tmp_path / "again")
     for name in ("diffusion/8", "samples.png", "evaluation.json", "prompts"):
         shutil.rmtree(again / name) if (again / name).is_dir() else (again / name).unlink()
-    assert jobs.train_here(tiny_data, again, *TEXTS) == 0
+    assert jobs.train_here(tiny_data, again, *jobs.TEXTS) == 0
     jobs.assert_same_training(again, run, stages=("diffusion",))
     np.testing.assert_array_equal(jobs.samples(again)["images"], jobs.samples(run)["images"])
     assert (again / "prompts" / "held_out.png").read_bytes() == (run / "prompts" / "held_out.png").read_bytes()
@@ -112,7 +103,7 @@ def test_diffusers_folder_of_a_run_draws_the_same(run, tmp_path):
 
 def test_the_text_encoder_may_learn_along(run, tiny_data, tmp_path):
     along = tmp_path / "along"
-    changes = (*TEXTS, f"--config.clip.checkpoint={run}", f"--config.autoencoder.checkpoint={run}")
+    changes = (*jobs.TEXTS, f"--config.clip.checkpoint={run}", f"--config.autoencoder.checkpoint={run}")
     changes += ("--config.diffusion.train_text=True", "--config.sampling.num=0")
     assert jobs.train_here(tiny_data, along, *changes) == 0
     before, after = (trained.load(folder).params["conditioner"][0] for folder in (run, along))
@@ -143,6 +134,25 @@ def test_a_file_of_prompts_is_refused(content, said, run, tmp_path, capsys):
     assert "choose one" in capsys.readouterr().err
 
 
+def test_no_words_and_too_many(run, tmp_path, capsys):
+    """An empty prompt tells nothing: guidance has nothing to lead away from. Of a long one the beginning counts."""
+
+    def draw(name, *flags):
+        out = tmp_path / name
+        command = ["sample", f"--model={run}", f"--out={out}", "--steps=3", "--batch_size=4", "--num=1", *flags]
+        assert commands.run(sample.main, command) == 0
+        return jobs.samples(out)["images"].astype(int)
+
+    nothing = draw("nothing", "--prompt=", "--guidance=1")
+    assert np.abs(draw("guided", "--prompt=", "--guidance=1e5") - nothing).max() <= 1
+    assert "warning" not in capsys.readouterr().err
+    words = ["dark"] * trained.load(run).config.clip.max_length
+    long = draw("long", f"--prompt={' '.join(words)}", "--guidance=1e5")
+    assert "warning: 1 of the prompts are longer than the model reads" in capsys.readouterr().err
+    longer = draw("longer", f"--prompt={' '.join([*words, 'bright'])}", "--guidance=1e5")
+    np.testing.assert_array_equal(longer, long)
+
+
 def test_evaluate_draws_by_the_captions_of_the_test_split(run, tmp_path, capsys):
     command = ["evaluate", f"--model={run}", f"--out={tmp_path}", "--num=8", "--steps=2", "--batch_size=8"]
     assert commands.run(evaluate.main, command) == 0
@@ -153,7 +163,7 @@ def test_evaluate_draws_by_the_captions_of_the_test_split(run, tmp_path, capsys)
 
 def test_a_clip_alone(run, tiny_data, tmp_path):
     """Another run's, without a diffusion model; its scores are the same."""
-    changes = (*TEXTS, "--config.stages=('clip',)", f"--config.clip.checkpoint={run}")
+    changes = (*jobs.TEXTS, "--config.stages=('clip',)", f"--config.clip.checkpoint={run}")
     assert jobs.train_here(tiny_data, tmp_path / "run", *changes) == 0
     ours, theirs = (clip_run.load(folder).params for folder in (tmp_path / "run", run))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -182,6 +192,6 @@ def test_a_clip_alone(run, tiny_data, tmp_path):
     ],
 )
 def test_what_does_not_fit(change, said, tiny_data, tmp_path, capsys):
-    assert jobs.train_here(tiny_data, tmp_path / "run", *TEXTS, change) == 2
+    assert jobs.train_here(tiny_data, tmp_path / "run", *jobs.TEXTS, change) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.judge.run import open_court
-from ldm_jax import samplers, trained
+from ldm_jax import guides, samplers, trained
 from ldm_jax.evaluation.features import vgg16_features
 from ldm_jax.evaluation.metrics import frechet_distance, precision_recall
 from ldm_jax.generate import request
@@ -78,10 +78,10 @@ def main() -> None:
     path, num = HERE / "results.json", BUDGETS[args.budget]
     results = json.loads(path.read_text()) if path.exists() else {}
     court, model = open_court(args.data_dir), trained.load(args.run)
-    guide = trained.load_guide(args.classifier, model)
+    guide = guides.classifier_for(args.classifier, model)
     extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=BATCH)
     reference = extractor(court.test_set["x"])
-    generator = samplers.build_generator(model.config, 10, BATCH, guide)
+    generator = samplers.build_generator(model.config, 10, BATCH, guides.Guides(guide))
     params, table = replicate(model.params | {"classifier": guide.params}), samplers.build_table(model.config)
     for setting in SETTINGS:
         name = f"{args.budget} {setting.arm} {setting.scale:g}"

@@ -362,6 +362,23 @@ def test_the_label_is_dropped_at_its_rate():
     assert abs(dropped - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
 
 
+def test_captions_are_drawn_evenly_and_dropped_at_the_rate(monkeypatch):
+    """Of a picture with two of them: each is what it is told by in half of the steps that are told anything."""
+    make = builders.labelled
+    captions = jnp.array([[0, 1], [1, 3], [2, 3], [0, 3]])
+    drawn = lambda frozen, label, keys: captions[label, jax.vmap(jax.random.bernoulli)(keys).astype(int)]  # noqa: E731
+    monkeypatch.setattr(builders, "labelled", lambda *parts: make(*parts)._replace(choose=drawn))
+    stage, n = builders.build_diffusion_stage(config(**SMALL | NO_ATTENTION), 4), 2000
+    state = jax.jit(stage.init)(jax.random.key(0))
+    batch = moments_batch() | {"id": np.arange(n, dtype=np.int32), "label": np.full(n, 1, np.int32)}
+    batch["moments"] = np.zeros((n, 1, 4, 4, 4), np.float32)
+    context = np.asarray(noised(stage, state, batch)["context"])[:, :1]
+    rows = np.asarray(state.params["conditioner"]["embedding"]["embedding"])
+    shares = np.isclose(context, rows).all(axis=2).mean(axis=0)
+    expected = np.array([0, 0.375, 0, 0.375, 0.25])
+    assert (np.abs(shares - expected) <= 4 * np.sqrt(expected * (1 - expected) / n)).all(), shares
+
+
 @pytest.mark.parametrize("which", [*list(AUTOENCODERS)[1:], "diffusion", "classifier"])
 def test_four_devices_take_the_same_step_as_one(which):
     if which == "diffusion":
