@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
         "none"  # the feature with a text or several, which take the class's place; auto = the only one; none
     )
     data.segments_key = "none"  # the feature with a map of classes, an image whose pixels are their numbers; none
+    # The feature, a text or a number, whose values are kinds: each kind has one turn in an epoch, for its pictures by
+    # turns; none = each picture has one.
+    data.kind_key = "none"
     data.image_size = 28  # pixels; images are cropped to a square and resized
     data.crop = "center"  # center (the largest square) | none (all of it, squeezed)
     # init_from only: pictures keep about their own proportions, in shapes of image_size^2 pixels whose sides are

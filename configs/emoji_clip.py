@@ -16,4 +16,5 @@ def get_config() -> ConfigDict:
     config = emoji.get_config().unlock()
     config.stages = ("clip",)
     config.sampling.progress_every = 100  # validation; nothing is drawn
+    config.sampling.prompts = ()
     return config.lock()

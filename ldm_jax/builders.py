@@ -43,7 +43,8 @@ def load_train_buckets(config: ConfigDict) -> list[Dataset]:
 
 def _data_fields(config: ConfigDict) -> dict[str, Any]:
     data = config.data
-    same = ("image_size", "channels", "crop", "image_key", "label_key", "segments_key", "caption_key")
+    keys = ("image_key", "label_key", "segments_key", "caption_key", "kind_key")
+    same = ("image_size", "channels", "crop", *keys)
     return {
         "data_dir": data.dir,
         "manual_dir": data.path or None,

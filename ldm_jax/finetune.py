@@ -127,6 +127,8 @@ def _check_buckets(config: ConfigDict, model: Pretrained, factor: int) -> None:
     told = f"config.data.bucket_step is {step}; "
     if step % factor or step > size:
         raise InputError(f"{told}it must be a multiple of {factor}, no more than config.data.image_size = {size}")
+    if config.data.kind_key != "none":
+        raise InputError(f"{told}with it config.data.kind_key must be 'none'; it is {config.data.kind_key!r}")
     if model.map_kind != "none" or len(model.encoders) > 1:
         kind = "is told the size of each picture" if model.map_kind == "none" else "sees a map beside its latents"
         raise InputError(f"{told}it must be 0 for config.init_from={config.init_from}, which {kind}")

@@ -41,13 +41,15 @@ class Run(NamedTuple):
     base: finetune.Base | None  # the model that is fine-tuned, if one is
 
 
-def make_feed(config: ConfigDict, source: Any, batch_size: int) -> DeviceFeed | HostFeed:
+def make_feed(
+    config: ConfigDict, source: Any, batch_size: int, kinds: np.ndarray | None = None
+) -> DeviceFeed | HostFeed:
     """A feed that keeps `source` (a Dataset or Latents) on the device if it is small enough, else streams it."""
     limit = config.data.memory_limit_gb * 2**30
     if source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit:
         arrays = {name: np.asarray(values) for name, values in source.arrays.items()}
-        return DeviceFeed(arrays, batch_size, config.seed, **_place())
-    return HostFeed(source, batch_size, config.seed, **_place())
+        return DeviceFeed(arrays, batch_size, config.seed, **_place(), kinds=kinds)
+    return HostFeed(source, batch_size, config.seed, **_place(), kinds=kinds)
 
 
 def _place() -> dict[str, int]:
@@ -82,7 +84,7 @@ def train_autoencoder(run: Run) -> None:
             "autoencoder",
             stage,
             steps=config.autoencoder.steps,
-            feed=make_feed(config, run.train_set, config.autoencoder.batch_size),
+            feed=make_feed(config, run.train_set, config.autoencoder.batch_size, run.train_set.kinds),
             frozen={"lpips": load_lpips(loss.perceptual_net)[0]} if loss.perceptual else {},
             checkpoints=checkpoints,
             variant=lambda step: {"adversarial": loss.adversarial > 0 and step >= loss.adversarial_start},
@@ -182,7 +184,7 @@ def train_clip(run: Run) -> None:
             "clip",
             stage,
             steps=config.clip.steps,
-            feed=make_feed(config, run.train_set, config.clip.batch_size),
+            feed=make_feed(config, run.train_set, config.clip.batch_size, run.train_set.kinds),
             frozen=frozen,
             checkpoints=checkpoints,
             after_step=look,
@@ -290,7 +292,8 @@ def train_on_latents(
     if config.data.bucket_step:
         feed = BucketFeed(encode_buckets(run), fields.batch_size, config.seed, **_place())
     else:
-        feed = make_feed(config, run.train_set if from_pixels else encode_train_set(run), fields.batch_size)
+        source = run.train_set if from_pixels else encode_train_set(run)
+        feed = make_feed(config, source, fields.batch_size, run.train_set.kinds)
     frozen = run_parts.load_first_stage(run.workdir, config) if frozen is None else frozen
     validate = make_validation(
         stage,

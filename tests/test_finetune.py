@@ -260,6 +260,7 @@ REFUSED = {  # flags -> what the line must say
     "a size that does not halve": (["--config.data.image_size=15"], "needs a multiple of 2"),
     "grey pictures": (["--config.data.channels=1"], "takes pictures of 3"),
     "buckets that do not halve": (["--config.data.bucket_step=3"], "it must be a multiple of 2, no more than"),
+    "buckets of kinds": (["--config.data.bucket_step=4", "--config.data.kind_key=label"], "kind_key must be 'none'"),
     "buckets beyond the size": (["--config.data.bucket_step=32"], "it must be a multiple of 2, no more than"),
     "no captions asked for": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
     "no path": (["--config.data.path="], "needs config.data.path"),

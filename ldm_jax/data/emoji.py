@@ -1,8 +1,9 @@
 """The colour emoji of Noto (Google, OFL) with captions, as a TensorFlow Datasets builder: 3,655 pictures in Unicode 15.
 
 Each example has an `image`, RGB, 128 x 128, on white; `captions`, several, of which the first is the name; the `group`
-and `subgroup` that Unicode lists it in; and its `codepoints`. "validation" holds about a tenth of the emoji with all
-their variants. Two files make it, from Debian's packages fonts-noto-color-emoji and unicode-data: `make emoji-data`.
+and `subgroup` that Unicode lists it in; its `codepoints`, and these without skin tones, `toneless`. "validation" holds
+about a tenth of the emoji with all their variants. Two files make it, from Debian's packages fonts-noto-color-emoji and
+unicode-data: `make emoji-data`.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from ldm_jax.data.emoji_font import SIZE, draw, read_font
-from ldm_jax.data.emoji_names import Emoji, captions_of, read_emoji, split_of
+from ldm_jax.data.emoji_names import Emoji, captions_of, in_hex, read_emoji, split_of, toneless_of
 from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.data.skipped import Skipped, report, tell
 from ldm_jax.errors import InputError
@@ -33,7 +34,7 @@ class EmojiPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """The builder. `drawn` is from `draw_all`; the rest of the arguments are TFDS's."""
 
     name = "emoji"
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
     code_path = None  # as in `FashionMnist`
 
     def __init__(self, *, drawn: Drawn, **kwargs):
@@ -47,6 +48,7 @@ class EmojiPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "group": tfds.features.ClassLabel(names=list(dict.fromkeys(emoji.group for emoji in self._drawn))),
             "subgroup": tfds.features.ClassLabel(names=list(dict.fromkeys(emoji.subgroup for emoji in self._drawn))),
             "codepoints": tfds.features.Text(),
+            "toneless": tfds.features.Text(),
         }
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -57,9 +59,9 @@ class EmojiPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split):
         for emoji, png in self._drawn.items():
             if split_of(emoji.points) == split:
-                points = " ".join(f"{point:04X}" for point in emoji.points)
                 told = {"captions": captions_of(emoji), "group": emoji.group, "subgroup": emoji.subgroup}
-                yield points, {"image": io.BytesIO(png), "codepoints": points} | told
+                points, toneless = in_hex(emoji.points), in_hex(toneless_of(emoji.points))
+                yield points, {"image": io.BytesIO(png), "codepoints": points, "toneless": toneless} | told
 
 
 def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:

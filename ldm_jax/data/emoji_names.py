@@ -34,7 +34,8 @@ PLURALS = {
 # of these, seen in training but not together, one can ask for combinations.
 SHARES, HELD_OUT = 10, 6
 # What varies an emoji: skin tones, hair, signs of the sexes, the arrow of directions, joiner and style of emoji.
-VARIATIONS = {*range(0x1F3FB, 0x1F400), *range(0x1F9B0, 0x1F9B4), 0x2640, 0x2642, 0x27A1, 0x200D, 0xFE0F}
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+VARIATIONS = {*SKIN_TONES, *range(0x1F9B0, 0x1F9B4), 0x2640, 0x2642, 0x27A1, 0x200D, 0xFE0F}
 # Characters that differ in sex, age or direction only: the first stands for all.
 ALIKE = (
     (0x1F9D1, 0x1F468, 0x1F469),  # person, man, woman
@@ -151,6 +152,16 @@ def split_of(points: tuple[int, ...]) -> str:
     base = " ".join(f"{point:X}" for point in base_of(points))
     share = int(hashlib.sha256(base.encode()).hexdigest(), 16) % SHARES
     return "validation" if share == HELD_OUT else "train"
+
+
+def toneless_of(points: tuple[int, ...]) -> tuple[int, ...]:
+    """The code points without skin tones: what differs in these alone has the same."""
+    return tuple(point for point in points if point not in SKIN_TONES) or points
+
+
+def in_hex(points: tuple[int, ...]) -> str:
+    """ "1F468 200D 2695"."""
+    return " ".join(f"{point:04X}" for point in points)
 
 
 def _in_words(title: str) -> str:

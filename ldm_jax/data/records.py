@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ class Records:
         caption_key: the feature with a text or a sequence of texts, "auto" for the only one there is, or "none". With
             texts, each that the data set has, in whatever split, is a class of its own (of a sequence, all of a
             picture's together), and the label is its number.
+        kind_key: the feature, a text or a number, whose values are the kinds of pictures, or "none".
 
     Attributes:
         shape: (N, H, W, C).
         class_names: of the labels, of several texts the first; empty without labels.
         captions: all texts of each class, at least one; empty without texts.
         present: the classes that this split has, if they are captions.
+        kinds: the number of each picture's kind, int64 [N]; None without kinds.
         fingerprint: a hash of the arguments and of the record files' names, sizes, beginnings and ends.
 
     Raises:
@@ -60,6 +62,7 @@ class Records:
         label_key: str = "auto",
         segments_key: str = "none",
         caption_key: str = "none",
+        kind_key: str = "none",
     ) -> None:
         _check_arguments(image_size, channels, crop)
         import tensorflow_datasets as tfds
@@ -100,10 +103,14 @@ class Records:
         self.captions: tuple[tuple[str, ...], ...] = ()
         self.present: tuple[int, ...] = ()
         if self._caption_key:
-            self.captions = tuple(sorted(_captions(folder, "all", self._caption_key)))
+            self.captions = tuple(sorted(set(_captions(folder, "all", self._caption_key))))
             self.class_names = tuple(captions[0] for captions in self.captions)
             self._label_of = {captions: i for i, captions in enumerate(self.captions)}
-            self.present = tuple(sorted(self._label_of[c] for c in _captions(folder, split, self._caption_key)))
+            self.present = tuple(sorted({self._label_of[c] for c in _captions(folder, split, self._caption_key)}))
+        self.kinds: np.ndarray | None = None
+        if kind_key != "none":
+            kind_key = _choose(features, kind_key, "kind", _is_kind, self._where)
+            self.kinds = np.unique(list(_values(folder, split, kind_key)), return_inverse=True)[1]
         self.fingerprint = _fingerprint(info.splits[split].file_instructions, [self.shape, self._fit, list(used)])
 
     def __len__(self) -> int:
@@ -148,6 +155,7 @@ class Records:
             self._fit | {"size": size},
             (len(rows), *size, self.shape[3]),
         )
+        some.kinds = None if self.kinds is None else self.kinds[rows]
         told = json.dumps([self.fingerprint, size, some._rows.tolist()])
         some.fingerprint = hashlib.sha256(told.encode()).hexdigest()
         return some
@@ -232,17 +240,21 @@ def _open(folder: Path, split: str) -> tuple[Any, Sequence[bytes]]:
     return builder.info, source
 
 
-def _captions(folder: Path, split: str, key: str) -> set[tuple[str, ...]]:
+def _captions(folder: Path, split: str, key: str) -> Iterator[tuple[str, ...]]:
     """The texts of every picture that a split has."""
+    feature = _open(folder, split)[0].features[key]
+    return (read_captions(feature, value) for value in _values(folder, split, key))
+
+
+def _values(folder: Path, split: str, key: str) -> Iterator[Any]:
+    """What every example of a split has for one feature."""
     import tensorflow_datasets as tfds
 
     info, source = _open(folder, split)
     alone = tfds.features.FeaturesDict({key: info.features[key]})
-    found = set()
     for start in range(0, len(source), CHUNK):
         for content in source.__getitems__(range(start, min(start + CHUNK, len(source)))):
-            found.add(read_captions(alone[key], alone.deserialize_example_np(content)[key]))
-    return found
+            yield alone.deserialize_example_np(content)[key]
 
 
 def _choose(features: Any, key: str, usual: str, fits: Callable[[Any], bool], where: str) -> str | None:
@@ -265,6 +277,13 @@ def _is_image(feature: Any) -> bool:
     if isinstance(feature, tfds.features.Image):
         return feature.np_dtype != np.float32  # TFDS hides those in the bytes of an RGBA picture
     return isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.uint8 and len(feature.shape) in (2, 3)
+
+
+def _is_kind(feature: Any) -> bool:
+    """One text, class or number."""
+    import tensorflow_datasets as tfds
+
+    return isinstance(feature, tfds.features.Tensor) and feature.shape == ()
 
 
 def _is_class_label(feature: Any) -> bool:

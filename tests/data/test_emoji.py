@@ -125,6 +125,8 @@ def test_the_other_features(prepared):
         for p, c in zip(points.arrays["label"], captioned.arrays["label"])
     }
     assert said["263A FE0F"] == "smiling face" and said["1F1E9 1F1EA"] == "flag of Germany"
+    toneless = load_dataset("emoji", "all", data_dir=prepared, caption_key="toneless").class_names
+    assert toneless == ("1F1E9 1F1EA", "1F44B", "1F468 200D 1F692", "1F600", "1F9D1 200D 1F692", "263A FE0F")
     for key, names, of_flag in (
         ("group", ("smileys and emotion", "people and body", "flags"), "flags"),
         ("subgroup", ("face smiling", "hand fingers open", "person role", "country flag"), "country flag"),
@@ -144,7 +146,7 @@ def test_by_config(prepared):
 
 def test_a_second_call_needs_no_files(source, tmp_path):
     folder = emoji.prepare(tmp_path / "data", source)
-    assert emoji.prepare(tmp_path / "data", source) == folder == tmp_path / "data" / "emoji" / "1.0.0"
+    assert emoji.prepare(tmp_path / "data", source) == folder == tmp_path / "data" / "emoji" / "1.1.0"
     shutil.rmtree(source)
     assert emoji.prepare(tmp_path / "data") == folder
     assert not list(folder.parent.glob("incomplete*"))
