@@ -130,6 +130,7 @@ def test_pictures_of_several_shapes(home, capsys):
     assert {shape[:1] + shape[2:4] for shape in shapes} == {(1, 10, 6), (8, 8, 8)}
     again = shutil.copytree(home / "of_shapes", home / "of_shapes_again")
     shutil.rmtree(again / "diffusion" / "4")
+    (again / "evaluation.json").unlink()
     assert fine_tune(home, "of_shapes_again", *changes) == 0
     jobs.assert_same_training(again, home / "of_shapes", stages=("diffusion",))
 
