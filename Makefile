@@ -3,6 +3,7 @@
 # make check       ruff's rules and format
 # make parity      the tests against PyTorch and diffusers, in a virtual environment of their own
 # make emoji       text to image from nothing: the same set-up, the emoji, then configs/emoji.py: runs/emoji
+# make experiments what experiments/ has found out, and its tables made anew
 # make data        Fashion-MNIST from its Debian package, where apt is at hand
 # make emoji-data  the emoji's font and names from their Debian packages, likewise
 # make clean       removes the virtual environments and the caches; data/ and runs/ stay
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test check parity emoji data emoji-data clean
+.PHONY: help train test check parity emoji experiments data emoji-data clean
 
 ARGS ?=
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -49,6 +50,9 @@ parity: .venv-parity/ready
 
 emoji: .venv/ready emoji-data
 	@.venv/bin/python -m ldm_jax.train --config=configs/emoji.py $(ARGS)
+
+experiments: .venv/ready
+	@.venv/bin/python -m experiments.index
 
 # The program downloads what isn't here, so that a failure is no error. The folder appears whole, by its renaming.
 data:

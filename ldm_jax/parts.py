@@ -143,6 +143,7 @@ def _encode(run: Run, dataset: Dataset) -> latents.Latents:
         first_stage, params = make_first_stage(run.base.model.autoencoder), run.base.params["autoencoder"]
     else:
         first_stage, params = builders.build_first_stage(run.config), run_parts.load_autoencoder_params(run.workdir)
+    other = run.config.autoencoder.checkpoint  # whose latents need not be made again
     return latents.cached_latents(
         run.workdir / "latents",
         first_stage=first_stage,
@@ -150,6 +151,7 @@ def _encode(run: Run, dataset: Dataset) -> latents.Latents:
         dataset=dataset,
         flip=run.config.data.flip,
         batch_size=run.config.evaluation.batch_size,
+        elsewhere=Path(other) / "latents" if other else None,
     )
 
 

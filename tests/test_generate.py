@@ -299,10 +299,11 @@ def test_data_on_disk_train_the_same_model(tiny_data, trained_run, tmp_path):
 
 
 def test_an_adopted_autoencoder(tiny_data, trained_run, tmp_path):
-    """Another run's autoencoder serves as it is, with the scale that this run measures."""
+    """Another run's autoencoder serves as it is, with the scale that this run measures, on the latents made there."""
     run = tmp_path / "run"
     changes = f"--config.autoencoder.checkpoint={trained_run}", "--config.sampling.num=0"
     assert jobs.train_here(tiny_data, run, *changes) == 0
+    assert list((trained_run / "latents").iterdir()) and not (run / "latents").exists()
     theirs, ours = load_latest(trained_run / "autoencoder"), load_latest(run / "autoencoder")
     averaged = [name for name in theirs if name.startswith("ema_params/")]
     assert averaged

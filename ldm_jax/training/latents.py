@@ -35,16 +35,26 @@ class Latents(NamedTuple):
 
 
 def cached_latents(
-    folder: Path, *, first_stage: FirstStage, params: Any, dataset: Dataset, flip: bool, batch_size: int
+    folder: Path,
+    *,
+    first_stage: FirstStage,
+    params: Any,
+    dataset: Dataset,
+    flip: bool,
+    batch_size: int,
+    elsewhere: Path | None = None,
 ) -> Latents:
-    """Encodes `dataset`, unless `folder` has the result for this encoder and this data already.
+    """Encodes `dataset`, unless `folder`, or `elsewhere`, has the result for this encoder and this data already.
 
     The moments are [N, F, h, w, 2c], F = 2 with the flipped image's, else 1. Every host encodes all for itself.
     """
     key = content_hash(params, dataset.fingerprint, f"flip={flip}")
     names = ("moments", "label") if dataset.class_names else ("moments",)
-    paths = {name: folder / f"{key}.{name}.npy" for name in names}
-    if not all(path.exists() for path in paths.values()):
+    for place in (elsewhere, folder) if elsewhere else (folder,):
+        paths = {name: place / f"{key}.{name}.npy" for name in names}
+        if there := all(path.exists() for path in paths.values()):
+            break
+    if not there:
         encode = parallel_map(lambda params, batch: _encode_sides(first_stage, params, batch["x"], flip))
         params = replicate(params)
         with ExitStack() as stack:

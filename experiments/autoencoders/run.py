@@ -1,0 +1,140 @@
+"""Does an autoencoder need a prior for its latent space to be of use? And what do the terms of its loss buy?
+
+    python experiments/autoencoders/run.py [--budget=smoke|cpu|gpu]
+
+A plain autoencoder, VAEs at several weights of the KL, a VQ-VAE; with LPIPS, the patch discriminator and both. Of each:
+how well it gives test pictures back, what it decodes of Gaussian noise, what a diffusion model on its latents draws.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+
+import base64
+import io
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from experiments import frame, measures, tables
+from experiments.frame import Experiment, Lab, Row, Rows
+from ldm_jax import builders, samplers, trained
+from ldm_jax.training.parallel import replicate
+
+PLAIN = {"autoencoder.loss.perceptual": 0.0, "autoencoder.loss.adversarial": 0.0}
+LPIPS = {"autoencoder.loss.perceptual": 0.5, "autoencoder.loss.perceptual_every": 8}
+ADVERSARIAL = {"autoencoder.loss.adversarial": 0.2}
+ARMS = {
+    "plain (no KL)": PLAIN | {"autoencoder.loss.kl": 0.0},
+    "KL 1e-6": PLAIN,
+    "KL 1e-3": PLAIN | {"autoencoder.loss.kl": 1e-3},
+    "KL 1e-1": PLAIN | {"autoencoder.loss.kl": 1e-1},
+    "VQ": PLAIN | {"autoencoder.kind": "vq"},
+    "KL 1e-6, LPIPS": PLAIN | LPIPS,
+    "KL 1e-6, adversarial": PLAIN | ADVERSARIAL,
+    "KL 1e-6, LPIPS, adversarial": PLAIN | LPIPS | ADVERSARIAL,
+}
+BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
+    "smoke": (4, 2, 10),
+    "cpu": (1_200, 250, 500),
+    "gpu": (20_000, 10_000, 10_000),
+}
+SHOWN = 8  # pictures of each kind in the figure
+KINDS = {"reconstructions": "test pictures given back", "prior": "decoded noise", "diffusion": "diffusion"}
+
+
+def plan(budget: str) -> list[tuple[str, int]]:
+    return [(arm, 0) for arm in (("plain (no KL)", "VQ") if budget == "smoke" else ARMS)]
+
+
+def measure(lab: Lab, arm: str, seed: int) -> Row:
+    first, second, num = BUDGETS[lab.budget]
+    steps = {"autoencoder.steps": first, "autoencoder.loss.adversarial_start": first // 3, "diffusion.steps": second}
+    smoke = {"autoencoder.loss.adversarial": 0.0} if lab.budget == "smoke" else {}
+    model = trained.load(lab.train(f"autoencoders/{arm}", steps | ARMS[arm] | smoke | {"seed": seed}))
+    originals = measures.reference(lab)[: measures.RECONSTRUCTED]
+    reconstructed = trained.reconstructions(model, originals, measures.BATCH)
+    images = {"prior": decoded_noise(model, num, seed), "diffusion": measures.draw(model, num, seed=seed, guidance=1.5)}
+    return {
+        "steps": {"autoencoder": first, "diffusion": second},
+        "cards": {"reconstructions": measures.reconstruction_cards(originals, reconstructed)}
+        | {kind: measures.cards(lab, drawn) for kind, drawn in images.items()},
+        "pictures": {kind: strip(drawn) for kind, drawn in ({"reconstructions": reconstructed} | images).items()},
+    }
+
+
+def decoded_noise(model: trained.Trained, num: int, seed: int) -> np.ndarray:
+    """Pictures of latents from the Gaussian with the mean and the variance that the latents have in each channel."""
+    generator = samplers.build_generator(model.config, len(model.class_names), num)
+    z = jax.random.normal(jax.random.key(seed), (num, *builders.latent_shape(model.config)))
+    return generator.decode(replicate(model.params), np.asarray(z))
+
+
+def strip(images: np.ndarray) -> str:
+    """The first few side by side, as a PNG in base64."""
+    side_by_side = np.concatenate(list(images[:SHOWN, ..., 0]), axis=1)
+    png = io.BytesIO()
+    Image.fromarray(side_by_side).save(png, "png")
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def score(kind: str, name: str):
+    return lambda row: row["cards"][kind][name]["value"]
+
+
+def table(rows: Rows) -> str:
+    return tables.by_arm(
+        rows,
+        {
+            "PSNR": (score("reconstructions", "PSNR"), 1),
+            "LPIPS": (score("reconstructions", "LPIPS-vgg16"), 3),
+            "FD of reconstructions": (score("reconstructions", "rFD-VGG16"), 1),
+            "FD of decoded noise": (score("prior", "FD-VGG16"), 1),
+            "FD of diffusion": (score("diffusion", "FD-VGG16"), 1),
+        },
+    )
+
+
+def answer(rows: Rows) -> str:
+    def fd(arm: str, kind: str) -> str:
+        return f"{tables.mean(rows, arm, score(kind, 'FD-VGG16')):.1f}"
+
+    best_prior, best = (
+        min(tables.arms(rows), key=lambda arm, kind=kind: tables.mean(rows, arm, score(kind, "FD-VGG16")))
+        for kind in ("prior", "diffusion")
+    )
+    return (
+        f"Decoded noise has FD {fd('plain (no KL)', 'prior')} with the plain autoencoder and {fd(best_prior, 'prior')} "
+        f"with the best ({best_prior}). Diffusion draws with FD {fd('plain (no KL)', 'diffusion')} on the latents of "
+        f"the plain one, and {fd(best, 'diffusion')} on those of the best ({best})."
+    )
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """A line for each arm: its pictures of each kind."""
+    arms = tables.arms(rows)
+    figure, axes = plt.subplots(len(arms), len(KINDS), figsize=(13, 0.62 * len(arms) + 0.5), squeeze=False)
+    for line, row in zip(axes, rows.values()):
+        for axis, (kind, title) in zip(line, KINDS.items()):
+            axis.imshow(np.asarray(Image.open(io.BytesIO(base64.b64decode(row["pictures"][kind])))), cmap="gray")
+            axis.set(xticks=[], yticks=[])
+            if line is axes[0]:
+                axis.set_title(title, fontsize=9)
+        line[0].set_ylabel(row["arm"], rotation=0, ha="right", va="center", fontsize=8)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+EXPERIMENT = Experiment(
+    Path(__file__).parent, "Does an autoencoder need a prior for its latent space to be of use?",
+    plan, measure, table, answer, draw,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    frame.run(EXPERIMENT, __doc__)

@@ -1,0 +1,81 @@
+"""A VAE (Kingma & Welling 2014) with one vector for the whole picture, told of classes.
+
+A pixel's likelihood is a discretized logistic (Salimans 2017, eq. 2), so that the bound is one on the discrete pixels.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ldm_jax.data.pixels import to_pixels, to_uint8
+from ldm_jax.first_stage import draw as draw_posterior
+from ldm_jax.first_stage import kl_divergence
+
+
+class VAE(nn.Module):
+    """Pictures of `shape` [H, W, C], which four divides, to a Gaussian over vectors and back."""
+
+    num_classes: int
+    shape: tuple[int, int, int]
+    features: int = 64
+    latent: int = 64
+
+    def setup(self) -> None:
+        f, (height, width, channels) = self.features, self.shape
+        self.embed_encoder, self.embed_decoder = (nn.Embed(self.num_classes, f) for _ in range(2))
+        self.down = [nn.Conv(f, (3, 3)), nn.Conv(f, (3, 3), strides=2), nn.Conv(2 * f, (3, 3), strides=2)]
+        self.to_moments = nn.Dense(2 * self.latent)
+        self.from_latent = nn.Dense(height // 4 * (width // 4) * 2 * f)
+        self.up = [
+            nn.ConvTranspose(f, (4, 4), strides=(2, 2)),
+            nn.ConvTranspose(f, (4, 4), strides=(2, 2)),
+            nn.Conv(f, (3, 3)),
+        ]
+        self.to_likelihood = nn.Conv(2 * channels, (3, 3))
+
+    def encode(self, x: jax.Array, label: jax.Array) -> jax.Array:
+        """x in [-1, 1] -> (mean, logvar), [B, 1, 1, 2 latent]."""
+        first, *rest = self.down
+        hidden = nn.silu(first(x) + self.embed_encoder(label)[:, None, None])
+        for layer in rest:
+            hidden = nn.silu(layer(hidden))
+        return self.to_moments(hidden.reshape(len(x), -1))[:, None, None]
+
+    def decode(self, z: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """z [B, 1, 1, latent] -> mean and log scale of the logistic at each pixel, in units of [-1, 1]."""
+        height, width, _ = self.shape
+        told = jnp.concatenate([z[:, 0, 0], self.embed_decoder(label)], axis=-1)
+        hidden = nn.silu(self.from_latent(told)).reshape(len(z), height // 4, width // 4, 2 * self.features)
+        for layer in self.up:
+            hidden = nn.silu(layer(hidden))
+        mean, log_scale = jnp.split(self.to_likelihood(hidden), 2, axis=-1)
+        return mean, jnp.clip(log_scale - 2.0, -7.0, 3.0)
+
+    def __call__(self, x: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both ways, by the means: makes all parameters."""
+        mean, _ = jnp.split(self.encode(x, label), 2, axis=-1)
+        return self.decode(mean, label)
+
+
+def log_likelihood(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
+    """Of uint8 images under discretized logistics, in nats for each pixel; black and white have all that is beyond."""
+    x, half = to_pixels(images), 1.0 / 255.0
+    upper, lower = ((x + side * half - mean) * jnp.exp(-log_scale) for side in (1, -1))
+    inside = jnp.log(jnp.maximum(nn.sigmoid(upper) - nn.sigmoid(lower), 1e-12))
+    return jnp.where(images == 0, nn.log_sigmoid(upper), jnp.where(images == 255, nn.log_sigmoid(-lower), inside))
+
+
+def bits_per_dim(model: VAE, params, images: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
+    """The bound (Kingma & Welling 2014, eq. 3), [B], with one draw from the posterior by each key [B]."""
+    moments = model.apply({"params": params}, to_pixels(images), label, method="encode")
+    z = draw_posterior(moments, keys)
+    mean, log_scale = model.apply({"params": params}, z, label, method="decode")
+    nats = kl_divergence(moments) - log_likelihood(images, mean, log_scale).sum(axis=(1, 2, 3))
+    return nats / (images[0].size * jnp.log(2.0))
+
+
+def draw(model: VAE, params, label: jax.Array, keys: jax.Array) -> jax.Array:
+    """Pictures uint8 [N, H, W, C] of these labels [N]: the means that latents drawn by the keys [N] decode to."""
+    z = jax.vmap(lambda key: jax.random.normal(key, (1, 1, model.latent)))(keys)
+    mean, _ = model.apply({"params": params}, z, label, method="decode")
+    return to_uint8(mean)

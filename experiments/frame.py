@@ -1,0 +1,149 @@
+"""What the experiments share: runs that are trained once, rows of results that are kept, tables that are made of them.
+
+results.json is {budget: {row: {"arm", "seed", "seconds", "commit", "device", what was measured ...}}}. A row that is
+there is not measured again, and a run that was cut short goes on, so that the same command again resumes. The tables,
+the answer and the figure are made of results.json alone: see `report`.
+"""
+
+import argparse
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs import fashion_mnist
+from ldm_jax import config_rules, job, run_folder, scoring
+from ldm_jax.files import read_json, write_json
+from ldm_jax.xla import configure
+
+ROOT = Path(__file__).parent.parent
+BUDGETS = ("smoke", "cpu", "gpu")  # seconds, to see that it works; 20 minutes on two cores; hours on a GPU
+
+Row = dict[str, Any]
+Rows = dict[str, Row]
+
+
+def images_per_second(workdir: Path, stage: str) -> float:
+    """How fast a run trained: the median of its log."""
+    lines = [line for line in run_folder.read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage]
+    return float(np.median([line["examples_per_second"] for line in lines if "examples_per_second" in line]))
+
+
+# Every run of an experiment: trained, but neither drawn from nor scored at its end, which is left to the experiment.
+TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.bound_examples": 0}
+# Networks and steps of a smoke run, which shows that all of it works and nothing else.
+SMOKE = {
+    "data.train_split": "train[:512]",
+    "autoencoder.block_out_channels": (8, 8, 8),
+    "autoencoder.norm_num_groups": 4,
+    "autoencoder.loss.adversarial": 0.0,
+    "autoencoder.steps": 4,
+    "unet.block_out_channels": (16,),
+    "unet.attention": (True,),
+    "unet.norm_num_groups": 8,
+    "diffusion.validation_examples": 64,
+}
+
+
+class Lab(NamedTuple):
+    """Where an experiment trains, and how much of it there may be."""
+
+    budget: str
+    data_dir: str
+    runs: Path
+
+    def train(self, name: str, changes: dict[str, Any]) -> Path:
+        """The folder of a run of configs/fashion_mnist.py with these fields changed; trains it if it is not done.
+
+        Raises:
+            SystemExit: it was interrupted.
+        """
+        config = fashion_mnist.get_config().copy_and_resolve_references().unlock()
+        smoke = SMOKE if self.budget == "smoke" else {}
+        config.update_from_flattened_dict(TRAINED_ONLY | smoke | {"data.dir": self.data_dir} | changes)
+        config_rules.validate(config.lock())
+        workdir = self.runs / re.sub(r"[^\w.-]+", "_", name)
+        run_folder.check(workdir, config)
+        job.run(config, workdir)
+        if not scoring.is_done(workdir, config):
+            raise SystemExit(130)
+        return workdir
+
+    def on_shared_latents(self, name: str, changes: dict[str, Any]) -> Path:
+        """The same, on the autoencoder and the latents that all experiments share."""
+        autoencoder = self.train("autoencoder", {"stages": ("autoencoder",)})
+        return self.train(name, {"autoencoder.checkpoint": str(autoencoder)} | changes)
+
+    def once(self, name: str, measure: Callable[[], float]) -> float:
+        """What `measure` said the first time. Steps to fit a time are made of it, and must not change on the way."""
+        path = self.runs / "once.json"
+        kept = read_json(path) if path.exists() else {}
+        if name not in kept:
+            kept[name] = measure()
+            write_json(path, kept)
+        return kept[name]
+
+
+class Experiment(NamedTuple):
+    """One question. `table` and `answer` see only what results.json has of the largest budget that there is."""
+
+    folder: Path
+    question: str
+    plan: Callable[[str], list[tuple[str, int]]]  # budget -> (arm, seed) of every row
+    measure: Callable[[Lab, str, int], Row]
+    table: Callable[[Rows], str]  # in Markdown
+    answer: Callable[[Rows], str]  # in a sentence or two
+    draw: Callable[[Rows, Path], None]  # the figure
+
+    @property
+    def name(self) -> str:
+        """That of its folder."""
+        return self.folder.name
+
+
+def run(experiment: Experiment, doc: str) -> None:
+    """The command line: measures what is not there yet, then makes the tables and the figure anew."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    parser.add_argument("--data_dir", default="data", help="where prepared data sets lie")
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where the runs go")
+    parser.add_argument("--out", type=Path, help="where the results go; default: beside run.py, of smoke to --runs")
+    args = parser.parse_args()
+    configure()
+    lab = Lab(args.budget, args.data_dir, args.runs / args.budget)
+    smoke = lab.runs / "results" / experiment.name
+    out = args.out or (smoke if args.budget == "smoke" else experiment.folder)
+    rows = measure_all(experiment, lab, out / "results.json")
+    experiment.draw(rows, out / "figure.png")
+    print(f"\n{experiment.table(rows)}\n\n{experiment.answer(rows)}")
+
+
+def measure_all(experiment: Experiment, lab: Lab, path: Path) -> Rows:
+    """Measures every row that results.json at `path` lacks, and keeps each as soon as it is there."""
+    results = read_json(path) if path.exists() else {}
+    rows = results.setdefault(lab.budget, {})
+    for arm, seed in experiment.plan(lab.budget):
+        name = f"{arm}, seed {seed}"
+        if name not in rows:
+            print(f"\n{experiment.name}: {name}", flush=True)
+            start = time.monotonic()
+            measured = experiment.measure(lab, arm, seed)
+            rows[name] = {"arm": arm, "seed": seed, **measured, "seconds": round(time.monotonic() - start, 1),
+                          "commit": commit(), "device": job.describe_device()}  # fmt: skip
+            write_json(path, results)
+    return rows
+
+
+def commit() -> str:
+    """Which version of this repository measures; "unknown" outside of git, with a + if files have been changed."""
+
+    def git(*command: str) -> str:
+        found = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "ldm_jax", "configs", "experiments/*.py")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+" if changed else "")

@@ -1,0 +1,150 @@
+"""How probable does diffusion find real pictures, beside an autoregressive model and a flow? And where do the bits go?
+
+    python experiments/likelihood/run.py [--budget=smoke|cpu|gpu]
+
+Bits per dimension of test pictures: the variational bound of diffusion on pixels, with the variance of the reverse
+steps fixed or learned (Nichol & Dhariwal 2021), a gated PixelCNN (exact) and a flow (exact, of dequantized pixels).
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments import frame, tables
+from experiments.baselines import run as baselines
+from experiments.frame import Experiment, Lab, Row, Rows
+from ldm_jax import builders, trained
+from ldm_jax.data.datasets import load_dataset
+from ldm_jax.training.parallel import replicate
+
+ON_PIXELS = baselines.SMALLER_UNET | {
+    "autoencoder.kind": "none",
+    "diffusion.schedule": "cosine",
+    "diffusion.prediction": "eps",
+    "diffusion.weighting": "uniform",
+    "evaluation.batch_size": 50,
+}
+DIFFUSION = {
+    "diffusion, fixed variance": ON_PIXELS,
+    "diffusion, learned variance": ON_PIXELS | {"diffusion.variance": "learned"},
+}
+OTHERS = ("PixelCNN", "flow")
+BUDGETS = {  # seeds, seconds of training, test images
+    "smoke": ((0,), 0.2, 50),
+    "cpu": ((0, 1, 2), 60, 500),
+    "gpu": ((0, 1, 2), 1_200, 10_000),
+}
+
+
+def plan(budget: str) -> list[tuple[str, int]]:
+    return [(arm, seed) for arm in (*DIFFUSION, *OTHERS) for seed in BUDGETS[budget][0]]
+
+
+def measure(lab: Lab, arm: str, seed: int) -> Row:
+    _, seconds, tested = BUDGETS[lab.budget]
+    if arm in DIFFUSION:
+        return {"training_seconds": seconds} | of_diffusion(lab, arm, seconds, tested, seed)
+    model = baselines.models(lab.budget == "smoke")[arm]
+    params, steps, parameters = baselines.baseline(lab, arm, model, seconds, seed, under="likelihood")
+    bits = baselines.test_bits(lab, model, params, tested)
+    return {"training_seconds": seconds, "steps": steps["baseline"], "parameters": parameters, "bits_per_dim": bits}
+
+
+def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> Row:
+    """The bound, as a whole and by ranges of timesteps."""
+    changes = DIFFUSION[arm] | (frame.SMOKE if lab.budget == "smoke" else {}) | {"autoencoder.kind": "none"}
+    short = baselines.RATE_STEPS[lab.budget]
+    rate = lab.once(
+        f"likelihood/{arm}",
+        lambda: frame.images_per_second(
+            lab.train(f"likelihood/rate {arm}", changes | {"diffusion.steps": short, "log_every": short // 4}),
+            "diffusion",
+        ),
+    )
+    steps = max(1, round(seconds * rate / baselines.BATCH_SIZE))
+    run = lab.train(f"likelihood/{arm} {seed}", changes | {"diffusion.steps": steps, "seed": seed})
+    model = trained.load(run)
+    examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir).arrays
+    bound = builders.build_bound(model.config, len(model.class_names))(replicate(model.params), examples, seed)
+    return {
+        "steps": steps,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves([model.params["unet"], model.params["conditioner"]])),
+        "bits_per_dim": bound.total,
+        "prior": bound.prior,
+        "first_timestep": bound.first,
+        "bits_by_range": bound.ranges,
+    }
+
+
+def bits(row: Row) -> float:
+    return row["bits_per_dim"]
+
+
+def first_step(row: Row) -> float:
+    return row["bits_by_range"][0]
+
+
+def table(rows: Rows) -> str:
+    body = []
+    for arm in tables.arms(rows):
+        some = [row for row in rows.values() if row["arm"] == arm]
+        parts = (
+            [[first_step(row) for row in some], [sum(row["bits_by_range"][1:]) for row in some]]
+            if arm in DIFFUSION
+            else []
+        )
+        body.append([
+            arm, f"{some[0]['parameters'] / 1e6:.2f}", tables.spread([bits(row) for row in some], 2),
+            *([tables.spread(part, 2) for part in parts] or ["-", "-"]),
+        ])  # fmt: skip
+    return tables.table(["model", "million parameters", "bits/dim", "of them at t = 0", "at all other t"], body)
+
+
+def answer(rows: Rows) -> str:
+    found = {arm: tables.mean(rows, arm, bits) for arm in tables.arms(rows)}
+    ranked = sorted(found, key=found.get)
+    fixed, learned = DIFFUSION
+    helps = "lowers" if found[learned] < found[fixed] else "does not lower"
+    return (
+        f"After {next(iter(rows.values()))['training_seconds']} seconds of training, in bits/dim: "
+        f"{', '.join(f'{arm} {found[arm]:.2f}' for arm in ranked)}. Learning the variance {helps} the bound; of the "
+        f"fixed one's {tables.mean(rows, fixed, first_step):.2f} go to the last step, from t = 0 to the pixels."
+    )
+
+
+def draw(rows: Rows, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
+    for place, arm in enumerate(tables.arms(rows)):
+        found = tables.values(rows, arm, bits)
+        axes[0].bar(place, np.mean(found), alpha=0.5)
+        axes[0].plot([place] * len(found), found, "k.")
+    axes[0].set_xticks(
+        range(len(tables.arms(rows))), [arm.replace(", ", "\n") for arm in tables.arms(rows)], fontsize=8
+    )
+    axes[0].set(ylabel="bits/dim", title="test pictures (dots: seeds)")
+    for arm in DIFFUSION:
+        some = [row for row in rows.values() if row["arm"] == arm]
+        edges = [*some[0]["first_timestep"], 1000]
+        means = np.mean([row["bits_by_range"] for row in some], axis=0) / np.diff(edges)
+        axes[1].stairs(means, [max(edge, 0.5) for edge in edges], label=arm)
+    axes[1].set(xlabel="t", ylabel="bits/dim of one timestep", xscale="log", yscale="log", title="where the bits go")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+EXPERIMENT = Experiment(
+    Path(__file__).parent, "How probable does diffusion find real pictures, beside an autoregressive model and a flow?",
+    plan, measure, table, answer, draw,
+)  # fmt: skip
+
+if __name__ == "__main__":
+    frame.run(EXPERIMENT, __doc__)

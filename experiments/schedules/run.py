@@ -1,0 +1,105 @@
+"""Does the cosine schedule beat the linear one?
+
+    python experiments/schedules/run.py [--budget=smoke|cpu|gpu]
+
+Linear (Ho 2020), scaled-linear (Rombach 2022), cosine (Nichol & Dhariwal 2021) and linear with zero terminal SNR (Lin
+2023), all with v and drawn by DDIM in 10, 50 and 250 network calls. The figure has their signal-to-noise ratios too.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments import frame, measures, tables
+from experiments.frame import Experiment, Lab, Row, Rows
+from ldm_jax import trained
+from ldm_jax.diffusion.schedules import make_schedule
+
+ARMS = {
+    "linear": {"diffusion.schedule": "linear"},
+    "scaled-linear": {"diffusion.schedule": "scaled_linear"},
+    "cosine": {"diffusion.schedule": "cosine"},
+    "linear, zero SNR": {"diffusion.schedule": "linear", "diffusion.zero_terminal_snr": True},
+}
+CALLS = (10, 50, 250)
+BUDGETS = {  # seeds, training steps, pictures
+    "smoke": ((0,), 2, 10),
+    "cpu": ((0, 1, 2), 400, 300),
+    "gpu": ((0, 1, 2), 20_000, 10_000),
+}
+
+
+def plan(budget: str) -> list[tuple[str, int]]:
+    few = list(ARMS)[:: len(ARMS) - 1] if budget == "smoke" else ARMS
+    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in few]
+
+
+def measure(lab: Lab, arm: str, seed: int) -> Row:
+    _, steps, num = BUDGETS[lab.budget]
+    # Even weights: those of min-SNR depend on the schedule, and it is the schedule that is asked for.
+    changes = {"diffusion.prediction": "v", "diffusion.weighting": "uniform", "diffusion.steps": steps, "seed": seed}
+    model = trained.load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
+    drawn = {
+        str(calls): measures.cards(lab, measures.draw(model, num, seed=seed, sampler="ddim", steps=calls))
+        for calls in CALLS
+    }
+    return {"steps": steps, "cards_by_calls": drawn}
+
+
+def fd(calls: int):
+    return lambda row: row["cards_by_calls"][str(calls)]["FD-VGG16"]["value"]
+
+
+def table(rows: Rows) -> str:
+    return tables.by_arm(rows, {f"FD-VGG16, {calls} calls": (fd(calls), 1) for calls in CALLS})
+
+
+def answer(rows: Rows) -> str:
+    few, many = CALLS[0], CALLS[-1]
+    linear, cosine = ({n: tables.mean(rows, arm, fd(n)) for n in (few, many)} for arm in ("linear", "cosine"))
+    best = min(tables.arms(rows), key=lambda arm: tables.mean(rows, arm, fd(many)))
+    word = {True: "beats", False: "does not beat"}[cosine[many] < linear[many]]
+    return (
+        f"On these latents the cosine schedule {word} the linear one: FD {cosine[many]:.1f} against {linear[many]:.1f} "
+        f"in {many} calls, {cosine[few]:.1f} against {linear[few]:.1f} in {few}; nearest is {best} "
+        f"({tables.mean(rows, best, fd(many)):.1f})."
+    )
+
+
+def draw(rows: Rows, path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    for arm, changes in ARMS.items():
+        fields = {name.split(".")[1]: value for name, value in changes.items()}
+        alpha_bar = make_schedule(
+            fields["schedule"], 1000, beta_start=1e-4, beta_end=0.02,
+            zero_terminal_snr=fields.get("zero_terminal_snr", False),
+        ).alpha_bar  # fmt: skip
+        with np.errstate(divide="ignore"):
+            left.plot(np.log10(alpha_bar / (1 - alpha_bar)), label=arm)
+        means = [tables.mean(rows, arm, fd(calls)) for calls in CALLS]
+        right.plot(CALLS, means, marker="o", label=arm)
+        for calls in CALLS:
+            found = tables.values(rows, arm, fd(calls))
+            right.plot([calls] * len(found), found, "k.", markersize=3)
+    left.set(title="signal to noise", xlabel="t", ylabel="log10 of the ratio", ylim=(-6, 4.5))
+    right.set(title="FD-VGG16 (dots: seeds)", xlabel="network calls", xscale="log", yscale="log")
+    left.legend(fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+EXPERIMENT = Experiment(
+    Path(__file__).parent, "Does the cosine schedule beat the linear one?", plan, measure, table, answer, draw
+)
+
+if __name__ == "__main__":
+    frame.run(EXPERIMENT, __doc__)

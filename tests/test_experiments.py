@@ -1,0 +1,117 @@
+"""The frame of experiments/: what is measured is kept, and what is told is what was measured."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import frame, index, tables
+from experiments.frame import Experiment, Lab
+
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)")
+
+
+def row(arm, seed, value):
+    return {"arm": arm, "seed": seed, "value": value}
+
+
+ROWS = {"a 0": row("a", 0, 1.0), "b 0": row("b", 0, 5.0), "a 1": row("a", 1, 2.0)}
+
+
+def value(row):
+    return row["value"]
+
+
+def test_means_and_spreads_by_hand():
+    assert tables.arms(ROWS) == ["a", "b"]
+    assert tables.values(ROWS, "a", value) == [1.0, 2.0] and tables.mean(ROWS, "a", value) == 1.5
+    assert tables.by_arm(ROWS, {"score": (value, 1)}) == (
+        "| arm | score |\n| --- | --- |\n| a | 1.5 (1.0 to 2.0) |\n| b | 5.0 |"
+    )
+
+
+def count(calls, stop_at=None):
+    """An experiment that notes what it measures, and fails at one of them."""
+
+    def measure(lab, arm, seed):
+        if (arm, seed) == stop_at:
+            raise SystemExit(130)
+        calls.append((arm, seed))
+        return {"value": 10 * seed}
+
+    plan = [("a", 0), ("b", 0), ("a", 1)]
+    return Experiment(Path("some"), "?", lambda budget: plan, measure, str, str, print)
+
+
+def test_what_was_interrupted_goes_on(tmp_path):
+    lab, path, calls = Lab("cpu", "data", tmp_path), tmp_path / "results.json", []
+    with pytest.raises(SystemExit):
+        frame.measure_all(count(calls, ("b", 0)), lab, path)
+    assert list(json.loads(path.read_text())["cpu"]) == ["a, seed 0"]
+    rows = frame.measure_all(count(calls), lab, path)
+    assert calls == [("a", 0), ("b", 0), ("a", 1)]  # each once
+    assert json.loads(path.read_text()) == {"cpu": rows}
+    assert rows["a, seed 1"].keys() == {"arm", "seed", "value", "seconds", "commit", "device"}
+    frame.measure_all(count(calls), lab._replace(budget="gpu"), path)
+    assert len(calls) == 6 and json.loads(path.read_text()).keys() == {"cpu", "gpu"}
+
+
+def test_the_commit_is_named():
+    assert re.fullmatch(r"[0-9a-f]{12}\+?|unknown", frame.commit())
+
+
+@pytest.mark.parametrize("name", index.NAMES)
+def test_an_experiment_is_whole(name):
+    experiment = index.load(name)
+    assert experiment.name == name
+    for budget in frame.BUDGETS:
+        plan = experiment.plan(budget)
+        assert plan and len(set(plan)) == len(plan)
+    budget, rows = index.measured(experiment)
+    assert {(row["arm"], row["seed"]) for row in rows.values()} == set(experiment.plan(budget) if rows else ())
+    assert (experiment.folder / "figure.png").exists() == bool(rows)
+
+
+def test_the_pages_are_what_the_results_say():
+    for path, text in index.pages().items():
+        assert path.read_text() == text, f"{path} is out of date: run python -m experiments.index"
+
+
+@pytest.mark.parametrize("name", index.NAMES)
+def test_no_number_is_told_that_was_not_measured(name):
+    experiment = index.load(name)
+    _, rows = index.measured(experiment)
+    if rows:
+        told = NUMBER.findall(experiment.answer(rows))
+        known = numbers(list(rows.values())) + [
+            float(np.mean(found)) for arm in tables.arms(rows) for found in by_place(rows, arm).values()
+        ]
+        for text in told:
+            digits = len(text.partition(".")[2])
+            assert any(f"{number:.{digits}f}" == text for number in known), f"{text} is nowhere in results.json"
+
+
+def by_place(rows, arm):
+    """Where a number stands in the rows of an arm -> what stands there for each seed."""
+    found = {}
+    for some in rows.values():
+        if some["arm"] == arm:
+            for place, number in leaves(some):
+                found.setdefault(place, []).append(number)
+    return found
+
+
+def leaves(value, place=()):
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if re.fullmatch(r"\d+", name):
+                yield (*place, name), float(name)
+            yield from leaves(inner, (*place, name, "of"))
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield place, float(value)
+
+
+def numbers(value):
+    return [number for some in value for _, number in leaves(some)]
