@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     sampling.num = 400
     sampling.sampler = "unipc"
     sampling.steps = 16
-    sampling.guidance = 2.0  # more makes small pictures harsh: see prompts/guidance.png
+    sampling.guidance = 3.0
     sampling.batch_size = 192
     sampling.progress_every = 2_000
     config.evaluation.zero_shot_key = "group"

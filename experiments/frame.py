@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
 from configs import fashion_mnist
 from ldm_jax import config_rules, job, run_folder, scoring
@@ -27,10 +27,14 @@ Row = dict[str, Any]
 Rows = dict[str, Row]
 
 
-def images_per_second(workdir: Path, stage: str) -> float:
-    """How fast a run trained: the median of its log."""
+def images_per_second(workdir: Path, stage: str, batch_size: int) -> float:
+    """How fast a run trained, by when the lines of its log were written.
+
+    All but the last are written when the interval after them has been dispatched; the last follows at once.
+    """
     lines = [line for line in run_folder.read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage]
-    return float(np.median([line["examples_per_second"] for line in lines if "examples_per_second" in line]))
+    first, *_, last, _ = (line for line in lines if "loss" in line)
+    return (last["step"] - first["step"]) * batch_size / max(last["time"] - first["time"], 0.01)
 
 
 # Every run of an experiment: trained, but neither drawn from nor scored at its end, which is left to the experiment.
@@ -78,6 +82,10 @@ class Lab(NamedTuple):
         autoencoder = self.train("autoencoder", {"stages": ("autoencoder",)})
         return self.train(name, {"autoencoder.checkpoint": str(autoencoder)} | changes)
 
+    def steps_in(self, seconds: float, images_per_second: float, batch_size: int) -> int:
+        """How many steps fit into a time; in a smoke run two do."""
+        return 2 if self.budget == "smoke" else max(1, round(seconds * images_per_second / batch_size))
+
     def once(self, name: str, measure: Callable[[], float]) -> float:
         """What `measure` said the first time. Steps to fit a time are made of it, and must not change on the way."""
         path = self.runs / "once.json"
@@ -114,6 +122,8 @@ def run(experiment: Experiment, doc: str) -> None:
     parser.add_argument("--out", type=Path, help="where the results go; default: beside run.py, of smoke to --runs")
     args = parser.parse_args()
     configure()
+    if args.budget == "smoke":  # which compiles for longer than it computes
+        jax.config.update("jax_disable_most_optimizations", True)
     lab = Lab(args.budget, args.data_dir, args.runs / args.budget)
     smoke = lab.runs / "results" / experiment.name
     out = args.out or (smoke if args.budget == "smoke" else experiment.folder)

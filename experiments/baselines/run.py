@@ -160,18 +160,19 @@ def leaves(model: trained.Trained, name: str) -> list[np.ndarray]:
 def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[trained.Trained, dict[str, int]]:
     """The main job with a smaller UNet, both stages in the time."""
     config = {} if lab.budget == "smoke" else SMALLER_UNET
-    steps = RATE_STEPS[lab.budget]
+    steps, sizes = RATE_STEPS[lab.budget], {"autoencoder": 16, "diffusion": BATCH_SIZE}
     short = {"autoencoder.steps": steps, "diffusion.steps": steps, "log_every": steps // 4}
     rates = {
         stage: lab.once(
             f"baselines/{stage}",
-            lambda stage=stage: frame.images_per_second(lab.train("baselines/rate", config | short), stage),
+            lambda stage=stage, size=size: frame.images_per_second(
+                lab.train("baselines/rate", config | short), stage, size
+            ),
         )
-        for stage in ("autoencoder", "diffusion")
+        for stage, size in sizes.items()
     }
     times = {"autoencoder": AUTOENCODER_SHARE * seconds, "diffusion": (1 - AUTOENCODER_SHARE) * seconds}
-    sizes = {"autoencoder": 16, "diffusion": BATCH_SIZE}
-    steps = {stage: max(1, round(times[stage] * rates[stage] / sizes[stage])) for stage in times}
+    steps = {stage: lab.steps_in(times[stage], rates[stage], size) for stage, size in sizes.items()}
     changes = {f"{stage}.steps": number for stage, number in steps.items()} | {"seed": seed}
     late = {"autoencoder.loss.adversarial_start": steps["autoencoder"] // 2}
     return trained.load(lab.train(f"baselines/{DIFFUSION} {seed}", config | late | changes)), steps
@@ -186,9 +187,9 @@ def baseline(
     def rate() -> float:
         folder = lab.runs / f"baselines_rate_{arm}"
         train_baseline(lab, folder, model.stage(short), short, 0, log_every=short // 4)
-        return frame.images_per_second(folder, "baseline")
+        return frame.images_per_second(folder, "baseline", BATCH_SIZE)
 
-    steps = max(1, round(seconds * lab.once(f"baselines/{arm}", rate) / BATCH_SIZE))
+    steps = lab.steps_in(seconds, lab.once(f"baselines/{arm}", rate), BATCH_SIZE)
     state = train_baseline(lab, lab.runs / f"{under}_{arm}_{seed}", model.stage(steps), steps, seed)
     averaged, number = jax.device_get(state.ema_params), sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return averaged[model.part] if model.part else averaged, {"baseline": steps}, number

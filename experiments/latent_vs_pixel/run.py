@@ -50,8 +50,7 @@ def plan(budget: str) -> list[tuple[str, int]]:
 def measure(lab: Lab, arm: str, seed: int) -> Row:
     factor, seconds = next((f, s) for f in FACTORS for s in BUDGETS[lab.budget][1] if arm_of(f, s) == arm)
     images_per_second = rate(lab, factor)
-    batch_size = 64
-    steps = max(1, round(seconds * images_per_second / batch_size))
+    steps = lab.steps_in(seconds, images_per_second, batch_size(lab))
     model = trained.load(diffusion(lab, factor, arm, {"diffusion.steps": steps, "seed": seed}))
     images = measures.draw(model, BUDGETS[lab.budget][2], seed=seed)
     per_image = flops(model)
@@ -61,14 +60,18 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         "images_per_second": images_per_second,
         "steps": steps,
         "forward_flops_per_image": per_image,
-        "training_tflops": BACKWARD * per_image * steps * batch_size / 1e12,
+        "training_tflops": BACKWARD * per_image * steps * batch_size(lab) / 1e12,
         "cards": measures.cards(lab, images, size=SIZE),
     }
 
 
+def batch_size(lab: Lab) -> int:
+    return 8 if lab.budget == "smoke" else 64
+
+
 def diffusion(lab: Lab, factor: int, name: str, changes: dict) -> Path:
     """A run on pixels, or on the latents of this factor."""
-    changes = {"data.image_size": SIZE, "diffusion.batch_size": 64} | changes
+    changes = {"data.image_size": SIZE, "diffusion.batch_size": batch_size(lab)} | changes
     if FACTORS[factor] is None:
         return lab.train(f"latent_vs_pixel/{name}", {"autoencoder.kind": "none"} | changes)
     channels, latent_channels = FACTORS[factor]
@@ -92,7 +95,7 @@ def rate(lab: Lab, factor: int) -> float:
     name = f"rate {factor}"
     return lab.once(
         f"latent_vs_pixel/{name}",
-        lambda: frame.images_per_second(diffusion(lab, factor, name, changes), "diffusion"),
+        lambda: frame.images_per_second(diffusion(lab, factor, name, changes), "diffusion", batch_size(lab)),
     )
 
 

@@ -67,9 +67,10 @@ def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> 
         lambda: frame.images_per_second(
             lab.train(f"likelihood/rate {arm}", changes | {"diffusion.steps": short, "log_every": short // 4}),
             "diffusion",
+            baselines.BATCH_SIZE,
         ),
     )
-    steps = max(1, round(seconds * rate / baselines.BATCH_SIZE))
+    steps = lab.steps_in(seconds, rate, baselines.BATCH_SIZE)
     run = lab.train(f"likelihood/{arm} {seed}", changes | {"diffusion.steps": steps, "seed": seed})
     model = trained.load(run)
     examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir).arrays

@@ -25,7 +25,7 @@ WEIGHTINGS = {"uniform": "uniform", "min-SNR": "min_snr"}
 ARMS = {f"{target}, {name}": (target, weighting) for target in TARGETS for name, weighting in WEIGHTINGS.items()}
 BUDGETS = {  # seeds, training steps, pictures
     "smoke": ((0,), 2, 10),
-    "cpu": ((0, 1, 2), 400, 500),
+    "cpu": ((0, 1, 2), 300, 300),
     "gpu": ((0, 1, 2), 20_000, 10_000),
 }
 
