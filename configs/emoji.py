@@ -6,6 +6,7 @@
 
 32x32 colour pictures -> 8x8x8 latents -> a UNet of 4 million parameters that is told of captions by cross-attention to
 the text encoder of a CLIP trained on the same pictures. A tenth of the emoji, with all their variants, is never seen.
+About an hour, after which soccer balls, apples, hearts, flags, faces and people are drawn as one asks for them.
 """
 
 from ml_collections import ConfigDict
