@@ -29,6 +29,8 @@ INSTALLED := /$(IDX_FILES)
 EMOJI_FONT := usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 EMOJI_NAMES := usr/share/unicode/emoji/emoji-test.txt
 SYSTEM := /
+# glibc's memory in huge pages: on a CPU a training step makes and drops many arrays.
+train emoji: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Python compiles what is imported, when it is: half of what there is never is.
 QUIETLY := --quiet --disable-pip-version-check --no-compile
 

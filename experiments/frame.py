@@ -8,6 +8,7 @@ the answer and the figure are made of results.json alone: see `report`.
 import argparse
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax
 
 from configs import fashion_mnist
 from ldm_jax import config_rules, job, run_folder, scoring
+from ldm_jax.errors import InputError, RunError
 from ldm_jax.files import read_json, write_json
 from ldm_jax.xla import configure
 
@@ -127,7 +129,11 @@ def run(experiment: Experiment, doc: str) -> None:
     lab = Lab(args.budget, args.data_dir, args.runs / args.budget)
     smoke = lab.runs / "results" / experiment.name
     out = args.out or (smoke if args.budget == "smoke" else experiment.folder)
-    rows = measure_all(experiment, lab, out / "results.json")
+    try:
+        rows = measure_all(experiment, lab, out / "results.json")
+    except (InputError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     experiment.draw(rows, out / "figure.png")
     print(f"\n{experiment.table(rows)}\n\n{experiment.answer(rows)}")
 
