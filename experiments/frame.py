@@ -23,7 +23,7 @@ from ldm_jax.files import read_json, write_json
 from ldm_jax.xla import configure
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = ("smoke", "cpu", "gpu")  # seconds, to see that it works; 20 minutes on two cores; hours on a GPU
+BUDGETS = ("smoke", "cpu", "gpu")  # seconds, to see that it works; minutes on two cores; hours on a GPU
 
 Row = dict[str, Any]
 Rows = dict[str, Row]

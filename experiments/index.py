@@ -39,8 +39,8 @@ def results_of(experiment: Experiment) -> str:
     minutes = sum(row["seconds"] for row in rows.values()) / 60
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows.values()))
     return "\n\n".join([
-        f"**Result** (`results.json`, budget {budget}: {minutes:.0f} minutes on {devices}, commit {commits}; of "
-        "several seeds the mean, the lowest and the highest)",
+        f"**Result** (`results.json`, budget {budget}, {len(rows)} of {len(experiment.plan(budget))} rows: {minutes:.0f} minutes "
+        f"on {devices}, commit {commits}; of several seeds the mean, the lowest and the highest)",
         experiment.table(rows),
         "![The figure](figure.png)",
         f"**Answer.** {experiment.answer(rows)}",
