@@ -30,17 +30,23 @@ def measured(experiment: Experiment) -> tuple[str, Rows]:
     return budget, results.get(budget, {})
 
 
+def state_of(experiment: Experiment) -> str:
+    """ "cpu, 6 of 18 rows"; "-" of nothing."""
+    budget, rows = measured(experiment)
+    return f"{budget}, {len(rows)} of {len(experiment.plan(budget))} rows" if rows else "-"
+
+
 def results_of(experiment: Experiment) -> str:
     """What stands in an experiment's README: table, figure, answer, and what it took."""
-    budget, rows = measured(experiment)
+    _, rows = measured(experiment)
     if not rows:
         return "Not measured yet."
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
     minutes = sum(row["seconds"] for row in rows.values()) / 60
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows.values()))
     return "\n\n".join([
-        f"**Result** (`results.json`, budget {budget}, {len(rows)} of {len(experiment.plan(budget))} rows: {minutes:.0f} minutes "
-        f"on {devices}, commit {commits}; of several seeds the mean, the lowest and the highest)",
+        f"**Result** (`results.json`, budget {state_of(experiment)}: {minutes:.0f} minutes on {devices}, commit "
+        f"{commits}; of several seeds the mean, the lowest and the highest)",
         experiment.table(rows),
         "![The figure](figure.png)",
         f"**Answer.** {experiment.answer(rows)}",
@@ -51,10 +57,9 @@ def index(experiments: list[Experiment], folder: str) -> str:
     """A line for each; `folder` is where they lie as seen from the file that the table goes to."""
     lines = []
     for experiment in experiments:
-        budget, rows = measured(experiment)
-        state = f"{budget}, {len(rows)} of {len(experiment.plan(budget))} rows" if rows else "-"
-        answer = experiment.answer(rows) if rows else "Not measured yet."
-        lines.append([f"[{experiment.name}]({folder}{experiment.name}/README.md)", experiment.question, answer, state])
+        _, rows = measured(experiment)
+        answer, page = experiment.answer(rows) if rows else "Not measured yet.", f"{folder}{experiment.name}/README.md"
+        lines.append([f"[{experiment.name}]({page})", experiment.question, answer, state_of(experiment)])
     return tables.table(["experiment", "question", "answer", "measured"], lines)
 
 
@@ -77,9 +82,8 @@ def _filled(page: str, text: str) -> str:
 def main() -> None:
     for name in NAMES:
         experiment = load(name)
-        budget, rows = measured(experiment)
-        state = f"{budget}, {len(rows)} of {len(experiment.plan(budget))} rows" if rows else "not measured"
-        print(f"{name} ({state}): {experiment.question} {experiment.answer(rows) if rows else ''}")
+        _, rows = measured(experiment)
+        print(f"{name} ({state_of(experiment)}): {experiment.question} {experiment.answer(rows) if rows else ''}")
     for path, text in pages().items():
         if path.read_text() != text:
             with atomic(path) as temporary:
