@@ -66,10 +66,8 @@ def index(experiments: list[Experiment], folder: str) -> str:
 def pages() -> dict[Path, str]:
     """Each page with results in it -> what it is to be."""
     experiments = [load(name) for name in NAMES]
-    told = {
-        ROOT / "experiments" / "README.md": index(experiments, ""),
-        ROOT / "README.md": index(experiments, "experiments/"),
-    }
+    told = {ROOT / "experiments" / "README.md": index(experiments, "")}
+    told[ROOT / "README.md"] = index([found for found in experiments if measured(found)[1]], "experiments/")
     told |= {experiment.folder / "README.md": results_of(experiment) for experiment in experiments}
     return {path: _filled(path.read_text(), text) for path, text in told.items()}
 
