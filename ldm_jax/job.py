@@ -32,6 +32,7 @@ from ldm_jax.given import check_segments
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.recipe import of_config
 from ldm_jax.run_folder import Log
+from ldm_jax.train_data import Run
 from ldm_jax.training.interrupt import Interrupted, InterruptWatch
 from ldm_jax.training.parallel import wait_for_hosts
 from ldm_jax.xla import CompileClock
@@ -87,7 +88,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     log = Log(workdir, write=primary)
     try:
         with InterruptWatch() as watch:
-            run = parts.Run(config, workdir, train_set, test_set, log, watch, base)
+            run = Run(config, workdir, train_set, test_set, log, watch, base)
             clock = CompileClock()
             if "autoencoder" in config.stages and config.autoencoder.kind != "none" and not base:
                 _timed(run, clock, "autoencoder", parts.train_autoencoder)
@@ -118,7 +119,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     wait_for_hosts("done")  # the others would leave, and a host that misses another ends with an error
 
 
-def _timed(run: parts.Run, clock: CompileClock, name: str, part: Callable[[parts.Run], None]) -> None:
+def _timed(run: Run, clock: CompileClock, name: str, part: Callable[[Run], None]) -> None:
     start, compiling, count = time.monotonic(), clock.seconds, clock.count
     part(run)
     seconds = time.monotonic() - start

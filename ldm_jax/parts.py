@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,51 +10,21 @@ from ml_collections import ConfigDict
 
 from ldm_jax import builders, clip_run, configuration, drawing, finetune, run_parts, samplers, text_run, told
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.data.feeds import BucketFeed, DeviceFeed, HostFeed
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import pictures
-from ldm_jax.first_stage import make_first_stage, reconstruct
+from ldm_jax.first_stage import reconstruct
 from ldm_jax.generate import request, smallest_batch
 from ldm_jax.given import from_split, keep_known
 from ldm_jax.interop import lora
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.recipe import of_config
-from ldm_jax.run_folder import Log
+from ldm_jax.train_data import Run, encode_train_set, latents_feed, make_feed
 from ldm_jax.trained import Trained
 from ldm_jax.training import latents
 from ldm_jax.training.checkpoint import Checkpoints, flatten, unflatten
-from ldm_jax.training.interrupt import InterruptWatch
 from ldm_jax.training.loop import train
 from ldm_jax.training.parallel import parallel_map, replicate, wait_for_hosts
 from ldm_jax.training.validation import make_contrastive_validation, make_validation
-
-
-class Run(NamedTuple):
-    """What the parts of a run share."""
-
-    config: ConfigDict
-    workdir: Path
-    train_set: Dataset
-    test_set: Dataset
-    log: Log
-    watch: InterruptWatch
-    base: finetune.Base | None  # the model that is fine-tuned, if one is
-
-
-def make_feed(
-    config: ConfigDict, source: Any, batch_size: int, kinds: np.ndarray | None = None
-) -> DeviceFeed | HostFeed:
-    """A feed that keeps `source` (a Dataset or Latents) on the device if it is small enough, else streams it."""
-    limit = config.data.memory_limit_gb * 2**30
-    if source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit:
-        arrays = {name: np.asarray(values) for name, values in source.arrays.items()}
-        return DeviceFeed(arrays, batch_size, config.seed, **_place(), kinds=kinds)
-    return HostFeed(source, batch_size, config.seed, **_place(), kinds=kinds)
-
-
-def _place() -> dict[str, int]:
-    """Which part of each batch is this host's."""
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 def train_autoencoder(run: Run) -> None:
@@ -123,36 +93,6 @@ def measure_latents(run: Run) -> None:
         run_parts.save_scale(run.workdir, shift, scale, measured_on=measured_on)
     wait_for_hosts("scale")  # which the others read
     print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
-
-
-def encode_train_set(run: Run) -> latents.Latents:
-    """The cached latents of the training set; encodes it if they are not there yet."""
-    return _encode(run, run.train_set)
-
-
-def encode_buckets(run: Run) -> list[latents.Latents]:
-    """The same of the training set's pictures in about their own proportions, those of each shape by themselves."""
-    buckets = builders.load_train_buckets(run.config)
-    told = ", ".join(f"{h}x{w} ({n:,})" for n, h, w, _ in (bucket.shape for bucket in buckets))
-    print(f"     height x width of the pictures: {told}", flush=True)
-    return [_encode(run, bucket) for bucket in buckets]
-
-
-def _encode(run: Run, dataset: Dataset) -> latents.Latents:
-    if run.base:
-        first_stage, params = make_first_stage(run.base.model.autoencoder), run.base.params["autoencoder"]
-    else:
-        first_stage, params = builders.build_first_stage(run.config), run_parts.load_autoencoder_params(run.workdir)
-    other = run.config.autoencoder.checkpoint  # whose latents need not be made again
-    return latents.cached_latents(
-        run.workdir / "latents",
-        first_stage=first_stage,
-        params=params,
-        dataset=dataset,
-        flip=run.config.data.flip,
-        batch_size=run.config.evaluation.batch_size,
-        elsewhere=Path(other) / "latents" if other else None,
-    )
 
 
 def train_clip(run: Run) -> None:
@@ -290,12 +230,7 @@ def train_on_latents(
     Returns the state.
     """
     config, fields = run.config, run.config[name]
-    from_pixels = config.autoencoder.kind == "none" or config.concat.kind != "none"
-    if config.data.bucket_step:
-        feed = BucketFeed(encode_buckets(run), fields.batch_size, config.seed, **_place())
-    else:
-        source = run.train_set if from_pixels else encode_train_set(run)
-        feed = make_feed(config, source, fields.batch_size, run.train_set.kinds)
+    feed = latents_feed(run, fields.batch_size)
     frozen = run_parts.load_first_stage(run.workdir, config) if frozen is None else frozen
     validate = make_validation(
         stage,

@@ -135,7 +135,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         keys = jax.random.split(jax.random.key(seed), num)
         drawn = jax.jit(lambda params, label, keys: model.draw(params, label, keys))
         drawing = lambda: np.asarray(drawn(params, labels, keys))  # noqa: E731
-        bits = test_bits(lab, model, params, tested) if model.bits else None
+        bits = held_out_bits(lab, model, params, tested) if model.bits else None
     drawing()  # compiles
     start = time.monotonic()
     images = drawing()
@@ -200,8 +200,8 @@ def train_baseline(lab: Lab, folder: Path, stage: Stage, steps: int, seed: int, 
     split = "train[:512]" if lab.budget == "smoke" else "train"
     images = load_dataset("fashion_mnist", split, data_dir=lab.data_dir).arrays
     folder.mkdir(parents=True, exist_ok=True)
-    log = Log(folder, write=True)
-    with InterruptWatch() as watch, Checkpoints(folder / "baseline", keep=1, identity={}) as checkpoints:
+    log, identity = Log(folder, write=True), {"steps": str(steps), "seed": str(seed)}
+    with InterruptWatch() as watch, Checkpoints(folder / "baseline", keep=1, identity=identity) as checkpoints:
         try:
             return train(
                 "baseline", stage, steps=steps, seed=seed, feed=DeviceFeed(images, BATCH_SIZE, seed), frozen={},
@@ -211,7 +211,7 @@ def train_baseline(lab: Lab, folder: Path, stage: Stage, steps: int, seed: int, 
             log.close()
 
 
-def test_bits(lab: Lab, model: Model, params: Any, tested: int) -> float:
+def held_out_bits(lab: Lab, model: Model, params: Any, tested: int) -> float:
     """The mean bits per dim of the first test images."""
     images = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir).arrays
     keys, batch = jax.random.split(jax.random.key(0), tested), min(100, tested)

@@ -54,7 +54,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         return {"training_seconds": seconds} | of_diffusion(lab, arm, seconds, tested, seed)
     model = baselines.models(lab.budget == "smoke")[arm]
     params, steps, parameters = baselines.baseline(lab, arm, model, seconds, seed, under="likelihood")
-    bits = baselines.test_bits(lab, model, params, tested)
+    bits = baselines.held_out_bits(lab, model, params, tested)
     return {"training_seconds": seconds, "steps": steps["baseline"], "parameters": parameters, "bits_per_dim": bits}
 
 

@@ -8,7 +8,7 @@ Where examples are of kinds, as many as there are kinds are one epoch: one of ea
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -132,6 +132,7 @@ class _Streamed:
     """Whole batches, read ahead by Grain's threads. Starts anywhere at once.
 
     Args:
+        read: step -> its batch.
         prefetch: batches read ahead.
         threads: that read them, one batch each.
 
@@ -139,9 +140,9 @@ class _Streamed:
         resident: empty, as nothing stays on the device.
     """
 
-    def __init__(self, prefetch: int, threads: int) -> None:
+    def __init__(self, read: Callable[[int], Batch], prefetch: int, threads: int) -> None:
         self.resident: dict[str, np.ndarray] = {}
-        self._prefetch, self._threads = prefetch, threads
+        self._read, self._prefetch, self._threads = read, prefetch, threads
         self._batches: Iterator[Batch] = iter(())
         self._next_step: int | None = None
 
@@ -160,9 +161,6 @@ class _Streamed:
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
         steps = grain.MapDataset.range(step, np.iinfo(np.int64).max)
         return iter(steps.map(self._read).to_iter_dataset(options))
-
-    def _read(self, step: int) -> Batch:
-        raise NotImplementedError
 
 
 class HostFeed(_Streamed):
@@ -186,12 +184,8 @@ class HostFeed(_Streamed):
         prefetch: int = 8,
         threads: int = 8,
     ) -> None:
-        super().__init__(prefetch, threads)
-        self._source = source
-        self._order = Order(len(source), batch_size, seed, process_index, process_count, kinds)
-
-    def _read(self, step: int) -> Batch:
-        return self._source[self._order(step)] | {"id": self._order.id}
+        order = Order(len(source), batch_size, seed, process_index, process_count, kinds)
+        super().__init__(lambda step: source[order(step)] | {"id": order.id}, prefetch, threads)
 
 
 class BucketFeed(_Streamed):
@@ -217,12 +211,12 @@ class BucketFeed(_Streamed):
         prefetch: int = 8,
         threads: int = 8,
     ) -> None:
-        super().__init__(prefetch, threads)
+        super().__init__(self._batch, prefetch, threads)
         self._sources, self._seed = sources, seed
         self._orders = [Order(len(source), batch_size, seed, process_index, process_count) for source in sources]
         self._turns = np.array([max(1, round(len(source) / batch_size)) for source in sources])
 
-    def _read(self, step: int) -> Batch:
+    def _batch(self, step: int) -> Batch:
         round_, place = divmod(step, int(self._turns.sum()))
         whose = np.repeat(np.arange(len(self._turns)), self._turns)
         whose = whose[epoch_order(len(whose), self._seed, round_)]

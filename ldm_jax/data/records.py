@@ -110,6 +110,8 @@ class Records:
         self.kinds: np.ndarray | None = None
         if kind_key != "none":
             kind_key = _choose(features, kind_key, "kind", _is_kind, self._where)
+            if kind_key is None:
+                raise InputError(f"{self._where} tells no kinds apart, it has only {', '.join(sorted(features))}")
             self.kinds = np.unique(list(_values(folder, split, kind_key)), return_inverse=True)[1]
         self.fingerprint = _fingerprint(info.splits[split].file_instructions, [self.shape, self._fit, list(used)])
 

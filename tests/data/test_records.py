@@ -208,6 +208,13 @@ def test_a_feature_that_tells_no_kinds(captioned_set, key):
         Records(captioned_set, "train", kind_key=key)
 
 
+def test_nothing_that_tells_kinds(make_set):
+    folder = make_set("bare", {"image": tfds.features.Tensor(shape=(2, 2), dtype=np.uint8)},
+                      {"train": [{"image": np.zeros((2, 2), np.uint8)}]})  # fmt: skip
+    with pytest.raises(InputError, match=r"tells no kinds apart, it has only image"):
+        Records(folder, "train", kind_key="auto")
+
+
 TITLED = {"title": tfds.features.Text(), "alt": TEXTS}
 TWO_TEXTS = tfds.features.Sequence({"text": tfds.features.Text(), "language": tfds.features.Text()})
 
