@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from configs import fashion_mnist
 from ldm_jax import config_rules, job, run_folder, scoring
@@ -41,6 +42,9 @@ def images_per_second(workdir: Path, stage: str, batch_size: int) -> float:
 
 # Every run of an experiment: trained, but neither drawn from nor scored at its end, which is left to the experiment.
 TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.bound_examples": 0}
+# What minutes on two cores are enough for: a network of a quarter of the main job's size, and many small steps.
+SMALLER_UNET = {"unet.block_out_channels": (32, 64), "unet.norm_num_groups": 8}
+MINUTES = SMALLER_UNET | {"diffusion.batch_size": 16}
 # Networks and steps of a smoke run, which shows that all of it works and nothing else.
 SMOKE = {
     "data.train_split": "train[:512]",
@@ -51,8 +55,11 @@ SMOKE = {
     "unet.block_out_channels": (16,),
     "unet.attention": (True,),
     "unet.norm_num_groups": 8,
+    "diffusion.batch_size": 16,
     "diffusion.validation_examples": 64,
 }
+CHANGES = {"smoke": SMOKE, "cpu": MINUTES, "gpu": {}}  # of configs/fashion_mnist.py
+MODEL_STEPS = {"smoke": 2, "cpu": 12_000, "gpu": 50_000}  # of the model that solvers and guidance are tried on
 
 
 class Lab(NamedTuple):
@@ -62,16 +69,20 @@ class Lab(NamedTuple):
     data_dir: str
     runs: Path
 
+    def config(self, changes: dict[str, Any]) -> ConfigDict:
+        """configs/fashion_mnist.py as this budget has it, with these fields changed."""
+        config = fashion_mnist.get_config().copy_and_resolve_references().unlock()
+        config.update_from_flattened_dict(TRAINED_ONLY | CHANGES[self.budget] | {"data.dir": self.data_dir} | changes)
+        return config.lock()
+
     def train(self, name: str, changes: dict[str, Any]) -> Path:
-        """The folder of a run of configs/fashion_mnist.py with these fields changed; trains it if it is not done.
+        """The folder of a run with these fields changed; trains it if it is not done.
 
         Raises:
             SystemExit: it was interrupted.
         """
-        config = fashion_mnist.get_config().copy_and_resolve_references().unlock()
-        smoke = SMOKE if self.budget == "smoke" else {}
-        config.update_from_flattened_dict(TRAINED_ONLY | smoke | {"data.dir": self.data_dir} | changes)
-        config_rules.validate(config.lock())
+        config = self.config(changes)
+        config_rules.validate(config)
         workdir = self.runs / re.sub(r"[^\w.-]+", "_", name)
         run_folder.check(workdir, config)
         job.run(config, workdir)
@@ -83,6 +94,15 @@ class Lab(NamedTuple):
         """The same, on the autoencoder and the latents that all experiments share."""
         autoencoder = self.train("autoencoder", {"stages": ("autoencoder",)})
         return self.train(name, {"autoencoder.checkpoint": str(autoencoder)} | changes)
+
+    def shared_model(self) -> Path:
+        """The run that what needs no training of its own is tried on."""
+        return self.on_shared_latents("model", {"diffusion.steps": MODEL_STEPS[self.budget]})
+
+    @property
+    def batch_size(self) -> int:
+        """Of whatever is trained on pictures or latents, but for autoencoders."""
+        return self.config({}).diffusion.batch_size
 
     def steps_in(self, seconds: float, images_per_second: float, batch_size: int) -> int:
         """How many steps fit into a time; in a smoke run two do."""

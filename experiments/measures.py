@@ -1,11 +1,14 @@
 """What experiments measure on trained models: pictures drawn by them, and the cards of these."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from experiments.frame import Lab
+from experiments.judge.classifier import judge
+from experiments.judge.run import load_judge
 from ldm_jax import samplers
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
@@ -17,17 +20,24 @@ from ldm_jax.xla import cache_folder
 
 BATCH = 250
 SMOKE_REFERENCE = 100  # test images that a smoke run compares with, instead of all
-READERS, NEIGHBOURS = 2_000, 5  # training pictures that read what is drawn, and how many of them vote
+JUDGE_EPOCHS = {"smoke": 1, "cpu": 2, "gpu": 4}  # of the classifier that reads what is drawn
 RECONSTRUCTED = 2_000  # test images that an autoencoder is to give back
 
 
-def draw(model: Trained, num: int, *, seed: int = 0, guidance: float = 1.0, **table: Any) -> np.ndarray:
-    """`num` pictures uint8 [N, H, W, C], the same number of each class; `table` is of `samplers.build_table`."""
-    batch = min(BATCH, num)
-    generator = samplers.build_generator(model.config, len(model.class_names), batch)
-    wanted = request(num, list(range(len(model.class_names))), guidance=guidance, seed=seed)
-    batches = generator.images(replicate(model.params), wanted, samplers.build_table(model.config, **table))
-    return np.concatenate(list(tqdm(batches, total=-(-num // batch), desc="    drawing", leave=False)))
+def drawing(model: Trained, num: int) -> Callable[..., np.ndarray]:
+    """draw(seed, guidance, **table) -> `num` pictures uint8 [N, H, W, C], the same number of each class.
+
+    `table` is of `samplers.build_table`. Compiles once, when first called; only the first call is slower.
+    """
+    batch, classes = min(BATCH, num), len(model.class_names)
+    generator, params = samplers.build_generator(model.config, classes, batch), replicate(model.params)
+
+    def draw(seed: int = 0, guidance: float = 1.0, **table: Any) -> np.ndarray:
+        wanted = request(num, list(range(classes)), guidance=guidance, seed=seed)
+        batches = generator.images(params, wanted, samplers.build_table(model.config, **table))
+        return np.concatenate(list(tqdm(batches, total=-(-num // batch), desc="    drawing", leave=False)))
+
+    return draw
 
 
 def reference(lab: Lab, size: int = 28) -> np.ndarray:
@@ -51,14 +61,8 @@ def _in_vgg16() -> dict[str, Any]:
 
 
 def share_read_as(lab: Lab, images: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Of each class the share of its pictures that is read as it: by the vote of the nearest training pictures.
-
-    As many as NEIGHBOURS of READERS training pictures vote, by the distance in VGG16's features.
-    """
-    known = load_dataset("fashion_mnist", f"train[:{READERS}]", data_dir=lab.data_dir).arrays
-    extractor = _in_vgg16()["extractor"]
-    theirs, ours = extractor(known["x"]), extractor(images)
-    square = (ours**2).sum(1)[:, None] - 2 * ours @ theirs.T + (theirs**2).sum(1)
-    votes = known["label"][np.argpartition(square, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]]
-    read = np.array([np.bincount(vote).argmax() for vote in votes])
+    """Of each class the share of its pictures that the judge of experiments/judge reads as it."""
+    known = load_dataset("fashion_mnist", lab.config({}).data.train_split, data_dir=lab.data_dir)
+    params = load_judge(known.arrays, epochs=JUDGE_EPOCHS[lab.budget], path=lab.runs / "judge.npz")
+    read = judge(params, images)[1]
     return [float((read[labels == label] == label).mean()) for label in np.unique(labels)]

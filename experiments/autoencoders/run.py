@@ -42,7 +42,7 @@ ARMS = {
 }
 BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
     "smoke": (4, 2, 10),
-    "cpu": (1_200, 250, 500),
+    "cpu": (1_200, 800, 250),
     "gpu": (20_000, 10_000, 10_000),
 }
 SHOWN = 8  # pictures of each kind in the figure
@@ -60,7 +60,10 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     model = trained.load(lab.train(f"autoencoders/{arm}", steps | ARMS[arm] | smoke | {"seed": seed}))
     originals = measures.reference(lab)[: measures.RECONSTRUCTED]
     reconstructed = trained.reconstructions(model, originals, measures.BATCH)
-    images = {"prior": decoded_noise(model, num, seed), "diffusion": measures.draw(model, num, seed=seed, guidance=1.5)}
+    images = {
+        "prior": decoded_noise(model, num, seed),
+        "diffusion": measures.drawing(model, num)(seed=seed, guidance=1.5),
+    }
     return {
         "steps": {"autoencoder": first, "diffusion": second},
         "cards": {"reconstructions": measures.reconstruction_cards(originals, reconstructed)}

@@ -38,16 +38,15 @@ from ldm_jax.training.interrupt import InterruptWatch
 from ldm_jax.training.loop import train
 from ldm_jax.training.state import make_optimizer
 
-SHAPE, CLASSES, BATCH_SIZE = (28, 28, 1), 10, 64
+SHAPE, CLASSES = (28, 28, 1), 10
 DIFFUSION = "latent diffusion"
 AUTOENCODER_SHARE = 0.4  # of the time, of latent diffusion
-SMALLER_UNET = {"unet.block_out_channels": (32, 64), "unet.norm_num_groups": 8}  # 1.7 million with the autoencoder
 BUDGETS = {  # seeds, seconds of training, pictures, test images for the bits per dim
     "smoke": ((0,), 0.2, 10, 20),
-    "cpu": ((0, 1, 2), 40, 200, 1_000),
+    "cpu": ((0, 1, 2, 3, 4), 30, 250, 500),
     "gpu": ((0, 1, 2, 3, 4), 600, 10_000, 10_000),
 }
-RATE_STEPS = {"smoke": 4, "cpu": 40, "gpu": 400}  # of the run that finds out how many steps fit into a second
+RATE_STEPS = {"smoke": 4, "cpu": 160, "gpu": 400}  # of the run that finds out how many steps fit into a second
 COVERED = 0.1  # of a class's pictures, read as it, from which on the class counts as covered
 COLLAPSED = 0.05  # recall below which a model counts as collapsed
 
@@ -127,7 +126,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     if arm == DIFFUSION:
         model, steps = latent_diffusion(lab, seconds, seed)
         parameters = sum(leaf.size for name in ("unet", "conditioner", "autoencoder") for leaf in leaves(model, name))
-        drawing = lambda: measures.draw(model, num, seed=seed, guidance=1.5)  # noqa: E731
+        drawing = partial(measures.drawing(model, num), seed=seed, guidance=1.5)
         bits = None
     else:
         model = models(lab.budget == "smoke")[arm]
@@ -159,8 +158,8 @@ def leaves(model: trained.Trained, name: str) -> list[np.ndarray]:
 
 def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[trained.Trained, dict[str, int]]:
     """The main job with a smaller UNet, both stages in the time."""
-    config = {} if lab.budget == "smoke" else SMALLER_UNET
-    steps, sizes = RATE_STEPS[lab.budget], {"autoencoder": 16, "diffusion": BATCH_SIZE}
+    config = {} if lab.budget == "smoke" else frame.SMALLER_UNET  # with the autoencoder 1.7 million parameters
+    steps, sizes = RATE_STEPS[lab.budget], {"autoencoder": 16, "diffusion": lab.batch_size}
     short = {"autoencoder.steps": steps, "diffusion.steps": steps, "log_every": steps // 4}
     rates = {
         stage: lab.once(
@@ -187,9 +186,9 @@ def baseline(
     def rate() -> float:
         folder = lab.runs / f"baselines_rate_{arm}"
         train_baseline(lab, folder, model.stage(short), short, 0, log_every=short // 4)
-        return frame.images_per_second(folder, "baseline", BATCH_SIZE)
+        return frame.images_per_second(folder, "baseline", lab.batch_size)
 
-    steps = lab.steps_in(seconds, lab.once(f"baselines/{arm}", rate), BATCH_SIZE)
+    steps = lab.steps_in(seconds, lab.once(f"baselines/{arm}", rate), lab.batch_size)
     state = train_baseline(lab, lab.runs / f"{under}_{arm}_{seed}", model.stage(steps), steps, seed)
     averaged, number = jax.device_get(state.ema_params), sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return averaged[model.part] if model.part else averaged, {"baseline": steps}, number
@@ -204,7 +203,7 @@ def train_baseline(lab: Lab, folder: Path, stage: Stage, steps: int, seed: int, 
     with InterruptWatch() as watch, Checkpoints(folder / "baseline", keep=1, identity=identity) as checkpoints:
         try:
             return train(
-                "baseline", stage, steps=steps, seed=seed, feed=DeviceFeed(images, BATCH_SIZE, seed), frozen={},
+                "baseline", stage, steps=steps, seed=seed, feed=DeviceFeed(images, lab.batch_size, seed), frozen={},
                 checkpoints=checkpoints, log=log, watch=watch, log_every=log_every, checkpoint_every=1_000,
             )  # fmt: skip
         finally:

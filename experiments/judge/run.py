@@ -45,15 +45,14 @@ class Court(NamedTuple):
 def open_court(data_dir: str, epochs: int = 4) -> Court:
     """Reads the data and the judge, which is trained the first time."""
     train_set, test_set = (load_dataset("fashion_mnist", s, data_dir=data_dir).arrays for s in ("train", "test"))
-    params = load_judge(train_set, epochs)
+    params = load_judge(train_set, epochs, HERE / "judge.npz")
     return Court(params, train_set, test_set, *judge(params, test_set["x"]))
 
 
-def load_judge(train_set: dict[str, np.ndarray], epochs: int) -> dict:
-    """The classifier's parameters: trained once, then read back."""
+def load_judge(train_set: dict[str, np.ndarray], epochs: int, path: Path) -> dict:
+    """The classifier's parameters: trained once, then read back from `path`."""
     like = jax.eval_shape(Classifier().init, jax.random.key(0), np.zeros((1, 28, 28, 1), np.float32))["params"]
     leaves, treedef = jax.tree.flatten(like)
-    path = HERE / "judge.npz"
     if not path.exists():
         params = train(train_set["x"], train_set["label"], epochs=epochs, seed=0)
         np.savez(path, *jax.tree.leaves(params))

@@ -34,7 +34,7 @@ BUDGETS = {  # steps of the autoencoders, seconds of the diffusion models, pictu
     "cpu": (1_500, (15, 30, 60), 250),
     "gpu": (20_000, (120, 360, 1_080), 10_000),
 }
-RATE_STEPS = {"smoke": 4, "cpu": 60, "gpu": 600}  # of the run that finds out how many steps fit into a second
+RATE_STEPS = {"smoke": 4, "cpu": 160, "gpu": 600}  # of the run that finds out how many steps fit into a second
 BACKWARD = 3  # a training step costs about three forward passes
 
 
@@ -50,9 +50,9 @@ def plan(budget: str) -> list[tuple[str, int]]:
 def measure(lab: Lab, arm: str, seed: int) -> Row:
     factor, seconds = next((f, s) for f in FACTORS for s in BUDGETS[lab.budget][1] if arm_of(f, s) == arm)
     images_per_second = rate(lab, factor)
-    steps = lab.steps_in(seconds, images_per_second, batch_size(lab))
+    steps = lab.steps_in(seconds, images_per_second, lab.batch_size)
     model = trained.load(diffusion(lab, factor, arm, {"diffusion.steps": steps, "seed": seed}))
-    images = measures.draw(model, BUDGETS[lab.budget][2], seed=seed)
+    images = measures.drawing(model, BUDGETS[lab.budget][2])(seed=seed)
     per_image = flops(model)
     return {
         "factor": factor,
@@ -60,7 +60,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         "images_per_second": images_per_second,
         "steps": steps,
         "forward_flops_per_image": per_image,
-        "training_tflops": BACKWARD * per_image * steps * batch_size(lab) / 1e12,
+        "training_tflops": BACKWARD * per_image * steps * lab.batch_size / 1e12,
         "cards": measures.cards(lab, images, size=SIZE),
     }
 
@@ -71,7 +71,7 @@ def batch_size(lab: Lab) -> int:
 
 def diffusion(lab: Lab, factor: int, name: str, changes: dict) -> Path:
     """A run on pixels, or on the latents of this factor."""
-    changes = {"data.image_size": SIZE, "diffusion.batch_size": batch_size(lab)} | changes
+    changes = {"data.image_size": SIZE} | changes
     if FACTORS[factor] is None:
         return lab.train(f"latent_vs_pixel/{name}", {"autoencoder.kind": "none"} | changes)
     channels, latent_channels = FACTORS[factor]
@@ -95,7 +95,7 @@ def rate(lab: Lab, factor: int) -> float:
     name = f"rate {factor}"
     return lab.once(
         f"latent_vs_pixel/{name}",
-        lambda: frame.images_per_second(diffusion(lab, factor, name, changes), "diffusion", batch_size(lab)),
+        lambda: frame.images_per_second(diffusion(lab, factor, name, changes), "diffusion", lab.batch_size),
     )
 
 

@@ -25,7 +25,7 @@ from ldm_jax import builders, trained
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.training.parallel import replicate
 
-ON_PIXELS = baselines.SMALLER_UNET | {
+ON_PIXELS = {
     "autoencoder.kind": "none",
     "diffusion.schedule": "cosine",
     "diffusion.prediction": "eps",
@@ -39,7 +39,7 @@ DIFFUSION = {
 OTHERS = ("PixelCNN", "flow")
 BUDGETS = {  # seeds, seconds of training, test images
     "smoke": ((0,), 0.2, 50),
-    "cpu": ((0, 1, 2), 60, 500),
+    "cpu": ((0, 1, 2), 45, 500),
     "gpu": ((0, 1, 2), 1_200, 10_000),
 }
 
@@ -60,17 +60,17 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
 
 def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> Row:
     """The bound, as a whole and by ranges of timesteps."""
-    changes = DIFFUSION[arm] | (frame.SMOKE if lab.budget == "smoke" else {}) | {"autoencoder.kind": "none"}
+    changes = ({} if lab.budget == "smoke" else frame.SMALLER_UNET) | DIFFUSION[arm]
     short = baselines.RATE_STEPS[lab.budget]
     rate = lab.once(
         f"likelihood/{arm}",
         lambda: frame.images_per_second(
             lab.train(f"likelihood/rate {arm}", changes | {"diffusion.steps": short, "log_every": short // 4}),
             "diffusion",
-            baselines.BATCH_SIZE,
+            lab.batch_size,
         ),
     )
-    steps = lab.steps_in(seconds, rate, baselines.BATCH_SIZE)
+    steps = lab.steps_in(seconds, rate, lab.batch_size)
     run = lab.train(f"likelihood/{arm} {seed}", changes | {"diffusion.steps": steps, "seed": seed})
     model = trained.load(run)
     examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir).arrays

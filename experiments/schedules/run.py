@@ -31,7 +31,7 @@ ARMS = {
 CALLS = (10, 50, 250)
 BUDGETS = {  # seeds, training steps, pictures
     "smoke": ((0,), 2, 10),
-    "cpu": ((0, 1, 2), 400, 300),
+    "cpu": ((0, 1, 2), 1_000, 250),
     "gpu": ((0, 1, 2), 20_000, 10_000),
 }
 
@@ -46,11 +46,12 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     # Even weights: those of min-SNR depend on the schedule, and it is the schedule that is asked for.
     changes = {"diffusion.prediction": "v", "diffusion.weighting": "uniform", "diffusion.steps": steps, "seed": seed}
     model = trained.load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
-    drawn = {
-        str(calls): measures.cards(lab, measures.draw(model, num, seed=seed, sampler="ddim", steps=calls))
-        for calls in CALLS
+    draw = measures.drawing(model, num)
+    drawn = {calls: draw(seed=seed, sampler="ddim", steps=calls) for calls in CALLS}
+    return {
+        "steps": steps,
+        "cards_by_calls": {str(calls): measures.cards(lab, images) for calls, images in drawn.items()},
     }
-    return {"steps": steps, "cards_by_calls": drawn}
 
 
 def fd(calls: int):
