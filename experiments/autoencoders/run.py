@@ -42,7 +42,7 @@ ARMS = {
 }
 BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
     "smoke": (4, 2, 10),
-    "cpu": (1_200, 800, 250),
+    "cpu": (1_000, 700, 250),
     "gpu": (20_000, 10_000, 10_000),
 }
 SHOWN = 8  # pictures of each kind in the figure

@@ -31,7 +31,7 @@ FACTORS = {  # f -> the autoencoder's channels, and those of its latents
 }
 BUDGETS = {  # steps of the autoencoders, seconds of the diffusion models, pictures
     "smoke": (4, (1,), 10),
-    "cpu": (1_500, (15, 30, 60), 250),
+    "cpu": (1_500, (10, 20, 40), 250),
     "gpu": (20_000, (120, 360, 1_080), 10_000),
 }
 RATE_STEPS = {"smoke": 4, "cpu": 160, "gpu": 600}  # of the run that finds out how many steps fit into a second

@@ -39,7 +39,7 @@ DIFFUSION = {
 OTHERS = ("PixelCNN", "flow")
 BUDGETS = {  # seeds, seconds of training, test images
     "smoke": ((0,), 0.2, 50),
-    "cpu": ((0, 1, 2), 45, 500),
+    "cpu": ((0, 1, 2), 40, 500),
     "gpu": ((0, 1, 2), 1_200, 10_000),
 }
 
