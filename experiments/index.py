@@ -13,7 +13,19 @@ from experiments import tables
 from experiments.frame import BUDGETS, ROOT, Experiment, Rows
 from ldm_jax.files import atomic, read_json
 
-NAMES = ("latent_vs_pixel", "prediction_target", "schedules", "autoencoders", "baselines", "likelihood")
+NAMES = (
+    "latent_vs_pixel",
+    "prediction_target",
+    "schedules",
+    "solvers",
+    "guidance",
+    "autoencoders",
+    "baselines",
+    "super_resolution",
+    "inpainting",
+    "data_parallel",
+    "likelihood",
+)
 BEGIN, END = "<!-- made by python -m experiments.index -->", "<!-- end -->"
 
 

@@ -14,6 +14,7 @@ from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
 from ldm_jax.evaluation.features import lpips_distance, vgg16_features
 from ldm_jax.generate import request
+from ldm_jax.guides import NO_GUIDES, Guides
 from ldm_jax.trained import Trained
 from ldm_jax.training.parallel import replicate
 from ldm_jax.xla import cache_folder
@@ -21,19 +22,31 @@ from ldm_jax.xla import cache_folder
 BATCH = 250
 SMOKE_REFERENCE = 100  # test images that a smoke run compares with, instead of all
 JUDGE_EPOCHS = {"smoke": 1, "cpu": 2, "gpu": 4}  # of the classifier that reads what is drawn
+VARIED = 1_000  # test images whose variety is compared with
 RECONSTRUCTED = 2_000  # test images that an autoencoder is to give back
 
 
-def drawing(model: Trained, num: int) -> Callable[..., np.ndarray]:
-    """draw(seed, guidance, **table) -> `num` pictures uint8 [N, H, W, C], the same number of each class.
+def drawing(model: Trained, num: int, guides: Guides = NO_GUIDES) -> Callable[..., np.ndarray]:
+    """draw(seed, guidance, interval, classifier_scale, **table) -> `num` pictures uint8 [N, H, W, C], the same number
+    of each class.
 
-    `table` is of `samplers.build_table`. Compiles once, when first called; only the first call is slower.
+    The arguments are as in `generate.Request`, `table` those of `samplers.build_table`. It compiles when first called.
     """
-    batch, classes = min(BATCH, num), len(model.class_names)
-    generator, params = samplers.build_generator(model.config, classes, batch), replicate(model.params)
+    batch, labels = min(BATCH, num), list(range(len(model.class_names)))
+    generator = samplers.build_generator(model.config, len(labels), batch, guides)
+    params = replicate(model.params | guides.params)
 
-    def draw(seed: int = 0, guidance: float = 1.0, **table: Any) -> np.ndarray:
-        wanted = request(num, list(range(classes)), guidance=guidance, seed=seed)
+    def draw(
+        *,
+        seed: int = 0,
+        guidance: float = 1.0,
+        interval: tuple[float, float] = (0.0, 1.0),
+        classifier_scale: float = 0.0,
+        **table: Any,
+    ) -> np.ndarray:
+        wanted = request(num, labels, guidance=guidance, seed=seed, interval=interval)
+        if guides.classifier:
+            wanted = wanted._replace(classifier_scale=np.full(num, classifier_scale, np.float32))
         batches = generator.images(params, wanted, samplers.build_table(model.config, **table))
         return np.concatenate(list(tqdm(batches, total=-(-num // batch), desc="    drawing", leave=False)))
 
@@ -66,3 +79,14 @@ def share_read_as(lab: Lab, images: np.ndarray, labels: np.ndarray) -> list[floa
     params = load_judge(known.arrays, epochs=JUDGE_EPOCHS[lab.budget], path=lab.runs / "judge.npz")
     read = judge(params, images)[1]
     return [float((read[labels == label] == label).mean()) for label in np.unique(labels)]
+
+
+def variety(lab: Lab, images: np.ndarray, labels: np.ndarray) -> float:
+    """The variance of VGG16's features within the classes, as a multiple of that of as many real pictures."""
+    real = load_dataset("fashion_mnist", f"test[:{VARIED}]", data_dir=lab.data_dir).arrays
+    extractor = _in_vgg16()["extractor"]
+    drawn, known = (
+        np.mean([features[of == label].var(0).sum() for label in np.unique(of)])
+        for features, of in ((extractor(images), labels), (extractor(real["x"]), real["label"]))
+    )
+    return float(drawn / known)

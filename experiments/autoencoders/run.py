@@ -11,18 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
-import base64
-import io
-
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
 
-from experiments import frame, measures, tables
+from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import builders, samplers, trained
 from ldm_jax.training.parallel import replicate
@@ -46,7 +38,7 @@ BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
     "gpu": (20_000, 10_000, 10_000),
 }
 SHOWN = 8  # pictures of each kind in the figure
-KINDS = {"reconstructions": "test pictures given back", "prior": "decoded noise", "diffusion": "diffusion"}
+TITLES = ("test pictures given back", "decoded noise", "diffusion")
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
@@ -68,7 +60,10 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         "steps": {"autoencoder": first, "diffusion": second},
         "cards": {"reconstructions": measures.reconstruction_cards(originals, reconstructed)}
         | {kind: measures.cards(lab, drawn) for kind, drawn in images.items()},
-        "pictures": {kind: strip(drawn) for kind, drawn in ({"reconstructions": reconstructed} | images).items()},
+        "pictures": {
+            title: strips.packed(drawn[:SHOWN])
+            for title, drawn in zip(TITLES, (reconstructed, images["prior"], images["diffusion"]))
+        },
     }
 
 
@@ -77,14 +72,6 @@ def decoded_noise(model: trained.Trained, num: int, seed: int) -> np.ndarray:
     generator = samplers.build_generator(model.config, len(model.class_names), num)
     z = jax.random.normal(jax.random.key(seed), (num, *builders.latent_shape(model.config)))
     return generator.decode(replicate(model.params), np.asarray(z))
-
-
-def strip(images: np.ndarray) -> str:
-    """The first few side by side, as a PNG in base64."""
-    side_by_side = np.concatenate(list(images[:SHOWN, ..., 0]), axis=1)
-    png = io.BytesIO()
-    Image.fromarray(side_by_side).save(png, "png")
-    return base64.b64encode(png.getvalue()).decode()
 
 
 def score(kind: str, name: str):
@@ -120,17 +107,7 @@ def answer(rows: Rows) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """A line for each arm: its pictures of each kind."""
-    arms = tables.arms(rows)
-    figure, axes = plt.subplots(len(arms), len(KINDS), figsize=(13, 0.62 * len(arms) + 0.5), squeeze=False)
-    for line, row in zip(axes, rows.values()):
-        for axis, (kind, title) in zip(line, KINDS.items()):
-            axis.imshow(np.asarray(Image.open(io.BytesIO(base64.b64decode(row["pictures"][kind])))), cmap="gray")
-            axis.set(xticks=[], yticks=[])
-            if line is axes[0]:
-                axis.set_title(title, fontsize=9)
-        line[0].set_ylabel(row["arm"], rotation=0, ha="right", va="center", fontsize=8)
-    figure.tight_layout(pad=0.4)
+    figure = strips.grid([row["pictures"] for row in rows.values()], [row["arm"] for row in rows.values()], width=13)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 

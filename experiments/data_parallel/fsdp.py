@@ -1,7 +1,7 @@
 """Fully sharded data parallelism: of the state, each device keeps a part alone (Rajbhandari 2020, ZeRO's third stage).
 
-The step is the one that `ldm_jax.training.parallel` maps. Compiled over a mesh instead, with the state's arrays cut into
-parts, XLA gathers what it needs of them when it needs it, and scatters the gradients.
+The step is the one that `ldm_jax.training.parallel` maps. Compiled over a mesh instead, with the state's arrays cut
+into parts, XLA gathers what it needs of them when it needs it, and scatters the gradients.
 """
 
 from collections.abc import Callable

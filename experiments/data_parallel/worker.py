@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from experiments.data_parallel import fsdp
 from experiments.frame import Lab
 from ldm_jax import builders, run_parts
-from ldm_jax.data.datasets import load_dataset
 from ldm_jax.data.feeds import DeviceFeed
 from ldm_jax.files import write_json
 from ldm_jax.training.parallel import parallel_step, replicate, shard, take, wait_for_hosts
@@ -52,8 +51,8 @@ def main() -> None:
 
 def measure(lab: Lab, steps: int) -> dict[str, Any]:
     """{way: {"losses": [steps], "step_seconds": [steps], "state_bytes": on a device}}"""
-    config = lab.config(PIXELS)
-    data = load_dataset("fashion_mnist", config.data.train_split, data_dir=lab.data_dir)
+    config = lab.config(PIXELS | ({"data.image_size": 8} if lab.budget == "smoke" else {}))
+    data = builders.load_split(config, config.data.train_split)
     feed = DeviceFeed(data.arrays, BATCH_SIZE, 0, jax.process_index(), jax.process_count())
     stage, frozen = builders.build_diffusion_stage(config, data.num_classes), run_parts.load_first_stage(Path(), config)
     state = jax.device_get(jax.jit(stage.init)(jax.random.fold_in(jax.random.key(0), 0)))

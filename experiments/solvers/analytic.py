@@ -2,7 +2,7 @@
 
     .venv/bin/python -m experiments.solvers.analytic
 
-Writes analytic.json and figure.png beside this file. A few seconds.
+Writes analytic.json and analytic.png beside this file. A few seconds.
 """
 
 import json
@@ -86,7 +86,7 @@ def draw(results: dict[str, dict[str, list]], path: Path) -> None:
 def main() -> None:
     results = measure()
     (HERE / "analytic.json").write_text(json.dumps(results) + "\n")
-    draw(results, HERE / "figure.png")
+    draw(results, HERE / "analytic.png")
     for spacing, solvers in results.items():
         for solver, points in solvers.items():
             shown = "  ".join(

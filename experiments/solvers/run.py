@@ -1,84 +1,119 @@
-"""Which solver makes the best pictures in how many network calls, on a trained model?
+"""Which solver comes nearest to the data in how many network calls, and in what time?
 
-    .venv/bin/python -m experiments.solvers.run --run=runs/fashion_mnist [--budget=smoke|cpu|gpu] [--data_dir=data]
+    python experiments/solvers/run.py [--budget=smoke|cpu|gpu]
 
-FD-VGG16 and the share that the judge of experiments/judge reads as intended, for every solver, with the run's own
-guidance and spacing. What is in results.json already is not measured again. See also analytic.py.
+Every solver on one trained model (cosine schedule, v), with the main job's guidance. The multistep solvers that predict
+eps also with leading steps, which leave the last timesteps out. On data whose denoiser is known: see analytic.py.
 """
 
-import argparse
-import json
+import functools
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
-from tqdm import tqdm
 
-from experiments.judge.run import open_court
-from ldm_jax import samplers, trained
-from ldm_jax.evaluation.features import vgg16_features
-from ldm_jax.evaluation.metrics import frechet_distance
-from ldm_jax.generate import request
-from ldm_jax.training.parallel import replicate
-from ldm_jax.xla import configure
+from experiments import frame, measures, tables
+from experiments.frame import Experiment, Lab, Row, Rows
+from ldm_jax import trained
 
-HERE = Path(__file__).parent
 PLAIN = ("ddpm", "ddim", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc")
-WITH_EPS = ("plms", "heun", "edm")  # also with leading steps, which leave the last timesteps out
-SETTINGS = {name: {"sampler": name, "eta": 0.0} for name in (*PLAIN, *WITH_EPS)}
-SETTINGS["edm"]["churn"] = 10.0
-for name in WITH_EPS:
-    SETTINGS = {f"{name} leading": SETTINGS[name] | {"spacing": "leading"}} | SETTINGS
-CALLS = (10, 5, 20, 50, 250)
-BUDGETS = {  # pictures, and for how many network calls
-    "smoke": (100, (5,)),
-    "cpu": (1000, CALLS),
-    "gpu": (10_000, CALLS),
+WITH_EPS = ("plms", "heun", "edm")
+ARMS = {name: {"sampler": name, "eta": 0.0, "churn": 10.0 if name == "edm" else 0.0} for name in (*PLAIN, *WITH_EPS)}
+ARMS |= {f"{name}, leading": ARMS[name] | {"spacing": "leading"} for name in WITH_EPS}
+STEPS = {  # solver -> as many steps as so many network calls allow, where that is not one each
+    "plms": lambda calls: calls - 1,
+    "heun": lambda calls: (calls + 1) // 2,
+    "edm": lambda calls: (calls + 1) // 2,
 }
+BUDGETS = {  # network calls, pictures
+    "smoke": ((5, 10), 10),
+    "cpu": ((5, 10, 20, 50), 250),
+    "gpu": ((5, 10, 20, 50, 250), 10_000),
+}
+GUIDANCE = {"guidance": 2.0, "interval": (0.1, 0.9)}  # the main job's
 
 
-def steps_for(solver: str, calls: int) -> int:
-    """As many steps as `calls` network calls allow."""
-    return {"plms": calls - 1, "heun": (calls + 1) // 2, "edm": (calls + 1) // 2}.get(solver, calls)
+def plan(budget: str) -> list[tuple[str, int]]:
+    return [(arm, 0) for arm in (("ddpm", "edm, leading") if budget == "smoke" else ARMS)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/fashion_mnist"))
-    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
-    parser.add_argument("--data_dir", default="data")
-    args = parser.parse_args()
-    configure()
-    path = HERE / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    court, model, (num, all_calls) = open_court(args.data_dir), trained.load(args.run), BUDGETS[args.budget]
-    extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=250)
-    reference = extractor(court.test_set["x"])
-    generator, params = samplers.build_generator(model.config, 10, 250), replicate(model.params)
-    sampling = model.config.sampling
+@functools.cache
+def drawing(lab: Lab) -> Callable[..., np.ndarray]:
+    """Draws with the shared model; compiled."""
+    draw = measures.drawing(trained.load(lab.shared_model()), BUDGETS[lab.budget][1])
+    draw(sampler="ddim", steps=1)
+    return draw
+
+
+def measure(lab: Lab, arm: str, seed: int) -> Row:
+    draw, (all_calls, num) = drawing(lab), BUDGETS[lab.budget]
+    found = {}
     for calls in all_calls:
-        for setting, options in SETTINGS.items():
-            name = f"{args.budget} {calls} {setting}"
-            if name not in results:
-                steps = steps_for(options["sampler"], calls)
-                table = samplers.build_table(model.config, steps=steps, **options)
-                wanted = request(
-                    num,
-                    list(range(10)),
-                    guidance=sampling.guidance,
-                    seed=0,
-                    interval=sampling.guidance_interval,
-                    rescale=sampling.guidance_rescale,
-                )
-                batches = tqdm(generator.images(params, wanted, table), total=-(-num // 250), desc=name)
-                images = np.concatenate(list(batches))
-                results[name] = {
-                    "n": num,
-                    "calls": int(table.rows),
-                    "fd_vgg16": frechet_distance(extractor(images), reference),
-                } | court.scores(images, wanted.labels)
-                path.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name:>24}  " + "  ".join(f"{key} {value:.4g}" for key, value in results[name].items()), flush=True)
+        steps = STEPS.get(ARMS[arm]["sampler"], lambda calls: calls)(calls)
+        start = time.monotonic()
+        images = draw(seed=seed, steps=steps, **GUIDANCE, **ARMS[arm])
+        seconds = (time.monotonic() - start) / num
+        found[str(calls)] = {"steps": steps, "seconds_per_image": seconds, "cards": measures.cards(lab, images)}
+    return {"by_calls": found}
 
+
+def fd(calls: str):
+    return lambda row: row["by_calls"][calls]["cards"]["FD-VGG16"]["value"]
+
+
+def calls_of(rows: Rows) -> list[str]:
+    return list(next(iter(rows.values()))["by_calls"])
+
+
+def table(rows: Rows) -> str:
+    most = calls_of(rows)[-1]
+    columns = {f"FD-VGG16, {calls} calls": (fd(calls), 1) for calls in calls_of(rows)}
+    time_of_one = {f"seconds an image, {most} calls": (lambda row: row["by_calls"][most]["seconds_per_image"], 3)}
+    return tables.by_arm(rows, columns | time_of_one)
+
+
+def answer(rows: Rows) -> str:
+    def nearest(calls: str) -> str:
+        best = min(tables.arms(rows), key=lambda arm: tables.mean(rows, arm, fd(calls)))
+        return f"{best} in {calls} calls (FD {tables.mean(rows, best, fd(calls)):.1f})"
+
+    calls = calls_of(rows)
+    ancestral = ", ".join(f"{tables.mean(rows, 'ddpm', fd(n)):.1f} in {n}" for n in calls)
+    return (
+        f"Nearest to the data are {', '.join(nearest(n) for n in calls)}. Ancestral sampling (ddpm) has FD {ancestral}."
+    )
+
+
+def draw(rows: Rows, path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    for number, arm in enumerate(tables.arms(rows)):
+        some = next(row for row in rows.values() if row["arm"] == arm)["by_calls"]
+        style = {"marker": "o", "ms": 3, "color": f"C{number % 10}", "ls": "-" if number < 10 else "--"}
+        fds = [found["cards"]["FD-VGG16"]["value"] for found in some.values()]
+        axes[0].plot([int(calls) for calls in some], fds, label=arm, **style)
+        axes[1].plot([found["seconds_per_image"] for found in some.values()], fds, **style)
+    axes[0].set(xlabel="network calls", ylabel="FD-VGG16")
+    axes[1].set(xlabel="seconds an image")
+    for axis in axes:
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    figure.tight_layout(rect=(0, 0, 0.86, 1))
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+EXPERIMENT = Experiment(
+    Path(__file__).parent, "Which solver comes nearest to the data in how many network calls?",
+    plan, measure, table, answer, draw,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    main()
+    frame.run(EXPERIMENT, __doc__)

@@ -1,0 +1,99 @@
+"""What super_resolution and inpainting share: a model that is told a part of a picture, beside what needs no model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from experiments import measures, strips, tables
+from experiments.frame import Experiment, Lab, Row, Rows
+from ldm_jax import builders, given, samplers, trained
+from ldm_jax.generate import request
+from ldm_jax.training.parallel import replicate
+
+DIFFUSION, AUTOENCODER = "diffusion", "autoencoder alone"
+BUDGETS = {  # steps of the diffusion model, test pictures
+    "smoke": (2, 20),
+    "cpu": (8_000, 1_000),
+    "gpu": (30_000, 10_000),
+}
+SHOWN, DRAWINGS = 12, 3  # pictures in the figure, and how often each is drawn
+SCORES = {"rFD-VGG16": 1, "LPIPS-vgg16": 3, "PSNR": 1, "SSIM": 3}
+
+
+def make_experiment(folder: Path, question: str, baseline: str, changes: dict[str, Any]) -> Experiment:
+    """The experiment in `folder` on the model with these fields; `baseline` is what `given.baseline` does for it."""
+
+    def plan(budget: str) -> list[tuple[str, int]]:
+        return [(arm, 0) for arm in (baseline, DIFFUSION, AUTOENCODER)]
+
+    def measure(lab: Lab, arm: str, seed: int) -> Row:
+        steps, num = BUDGETS[lab.budget]
+        model = trained.load(lab.on_shared_latents(folder.name, changes | {"diffusion.steps": steps}))
+        test_set = builders.load_split(model.config, model.config.data.test_split)
+        known = given.from_split(model.config, test_set, num, seed)
+        first = given.from_split(model.config, test_set, SHOWN, seed)  # the same ones, hidden alike
+        if arm == DIFFUSION:
+            images = restoring(model, known)(seed)
+            again = restoring(model, first)
+            shown = {"given": given.shown(model.config, first)}
+            shown |= {f"drawing {1 + number}": again(seed + number) for number in range(DRAWINGS)}
+            shown |= {"original": first.originals}
+        else:
+            restore = {
+                baseline: lambda some: given.baseline(model.config, some),
+                AUTOENCODER: lambda some: trained.reconstructions(model, some.originals, measures.BATCH),
+            }[arm]
+            images, shown = restore(known), {arm: restore(first)}
+        return {
+            "cards": measures.reconstruction_cards(known.originals, images),
+            "pictures": {name: strips.packed(some) for name, some in shown.items()},
+        }
+
+    def answer(rows: Rows) -> str:
+        ours, theirs = ({name: tables.mean(rows, arm, score(name)) for name in SCORES} for arm in (DIFFUSION, baseline))
+        better = ours["LPIPS-vgg16"] < theirs["LPIPS-vgg16"] and ours["rFD-VGG16"] < theirs["rFD-VGG16"]
+        return (
+            f"{'Yes' if better else 'No'}: LPIPS is {ours['LPIPS-vgg16']:.3f} against {theirs['LPIPS-vgg16']:.3f} of "
+            f"{baseline}, FD {ours['rFD-VGG16']:.1f} against {theirs['rFD-VGG16']:.1f}, PSNR {ours['PSNR']:.1f} dB "
+            f"against {theirs['PSNR']:.1f}."
+        )
+
+    def draw(rows: Rows, path: Path) -> None:
+        shown = {name: strip for row in rows.values() for name, strip in row["pictures"].items()}
+        order = ["given", baseline, *(f"drawing {1 + number}" for number in range(DRAWINGS)), AUTOENCODER, "original"]
+        figure = strips.grid([{"": shown[name]} for name in order], order, width=10)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        plt.close(figure)
+
+    return Experiment(folder, question, plan, measure, table, answer, draw)
+
+
+def restoring(model: trained.Trained, known: given.Given) -> Callable[[int], np.ndarray]:
+    """restore(seed) -> uint8 [N, H, W, C]: one drawing of each picture, what is known of it put back."""
+    num = len(known.originals)
+    batch, config = min(measures.BATCH, num), model.config
+    generator = samplers.build_generator(config, len(model.class_names), batch)
+    params, table = replicate(model.params), samplers.build_table(config)
+    maps = generator.maps(params, known.known)
+    labels = known.labels.tolist() if model.class_names else []
+    fields = {"guidance": config.sampling.guidance, "interval": config.sampling.guidance_interval, "maps": maps}
+
+    def restore(seed: int) -> np.ndarray:
+        images = generator.images(params, request(num, labels, seed=seed, **fields), table)
+        return given.keep_known(known, np.concatenate(list(images)))
+
+    return restore
+
+
+def score(name: str) -> Callable[[Row], float]:
+    return lambda row: row["cards"][name]["value"]
+
+
+def table(rows: Rows) -> str:
+    return tables.by_arm(rows, {name: (score(name), digits) for name, digits in SCORES.items()})
