@@ -30,7 +30,7 @@ def grid(strips: list[dict[str, str]], names: list[str], width: float) -> Figure
     columns = list(strips[0])
     pictures = [[unpacked(line[column]) for column in columns] for line in strips]
     height, long = pictures[0][0].shape[0], sum(picture.shape[1] for picture in pictures[0])
-    line_height = 1.12 * width * height / long + 0.02
+    line_height = 0.85 * width * height / long + 0.05
     figure, axes = plt.subplots(
         len(strips), len(columns), figsize=(width, line_height * len(strips) + 0.4), squeeze=False
     )

@@ -74,9 +74,7 @@ def draw(rows: Rows, path: Path) -> None:
         axis.bar(place, tables.mean(rows, arm, fd), color="C0" if "uniform" in arm else "C1", alpha=0.5)
         axis.plot([place] * len(found), found, "k.")
     axis.set_xticks(range(len(tables.arms(rows))), tables.arms(rows), rotation=15)
-    axis.set(
-        ylabel="FD-VGG16", title="What the UNet predicts, and how its loss is weighted (dots: seeds)", yscale="log"
-    )
+    axis.set(ylabel="FD-VGG16", title="What the UNet predicts, and how its loss is weighted (dots: seeds)")
     axis.grid(axis="y", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})
