@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict
 
 from configs import fashion_mnist
@@ -143,9 +142,7 @@ def run(experiment: Experiment, doc: str) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where the runs go")
     parser.add_argument("--out", type=Path, help="where the results go; default: beside run.py, of smoke to --runs")
     args = parser.parse_args()
-    configure()
-    if args.budget == "smoke":  # which compiles for longer than it computes
-        jax.config.update("jax_disable_most_optimizations", True)
+    configure(fast_compile=args.budget == "smoke")
     lab = Lab(args.budget, args.data_dir, args.runs / args.budget)
     smoke = lab.runs / "results" / experiment.name
     out = args.out or (smoke if args.budget == "smoke" else experiment.folder)

@@ -27,14 +27,33 @@ def knows_cpu_flags() -> bool:
     return version("jaxlib").startswith(("0.10.", "0.11."))
 
 
-def configure() -> None:
-    """Sets up XLA, and Python for tracing; call it before JAX is imported."""
+def fast_compile_flags() -> str:
+    """XLA's flags for what compiles for longer than it computes: what can be left out of a compilation is left out."""
+    if not knows_cpu_flags():
+        return ""
+    older = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
+    return f"--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_cpu_parallel_codegen_split_count=1{older}"
+
+
+def configure(*, fast_compile: bool = False) -> None:
+    """Sets up XLA, and Python for tracing; call it before JAX computes anything.
+
+    With `fast_compile`, in this process and those that it starts, programs are compiled soon and run slowly.
+    """
     gc.set_threshold(OBJECTS_PER_COLLECTION)
     given = os.environ.get("XLA_FLAGS", "")
     if knows_cpu_flags() and "ynn_fusion_type" not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {CPU_FLAG}".strip()
+        given = f"{given} {CPU_FLAG}".strip()
+    if fast_compile:
+        given = f"{given} {fast_compile_flags()}".strip()
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    if given:
+        os.environ["XLA_FLAGS"] = given
 
     import jax
+
+    if fast_compile:
+        jax.config.update("jax_disable_most_optimizations", True)
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))

@@ -3,7 +3,6 @@ import os
 import shutil
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,18 +10,16 @@ from filelock import FileLock
 
 from ldm_jax import samplers
 from ldm_jax.guides import NO_GUIDES
-from ldm_jax.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, knows_cpu_flags
+from ldm_jax.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, fast_compile_flags, knows_cpu_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
-# Most tests compile for longer than they compute: what XLA can leave out of a compilation it leaves out.
-FAST = "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_cpu_parallel_codegen_split_count=1"
+# Most tests compile for longer than they compute. The commands set CPU_FLAG as well, but in this process only if no
+# test has computed anything before.
 if knows_cpu_flags():  # an unknown flag ends the process
-    older = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
-    # The commands set CPU_FLAG as well, but in this process only if no test has computed anything before.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST}{older} {CPU_FLAG}".strip()
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flags()} {CPU_FLAG}".strip()
 
-import jax  # noqa: E402
+import jax
 
 gc.set_threshold(OBJECTS_PER_COLLECTION)
 jax.config.update("jax_num_cpu_devices", 4)  # so that every test is a test of data parallelism too

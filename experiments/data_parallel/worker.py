@@ -39,9 +39,7 @@ def main() -> None:
     parser.add_argument("--coordinator")
     parser.add_argument("--process_id", type=int, default=0)
     args = parser.parse_args()
-    configure()
-    if args.budget == "smoke":
-        jax.config.update("jax_disable_most_optimizations", True)
+    configure(fast_compile=args.budget == "smoke")
     if args.coordinator:
         jax.distributed.initialize(args.coordinator, 2, args.process_id)
     found = measure(Lab(args.budget, args.data_dir, Path()), STEPS[args.budget])
