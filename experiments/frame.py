@@ -14,13 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import fashion_mnist
 from ldm_jax import config_rules, job, run_folder, scoring
 from ldm_jax.errors import InputError, RunError
-from ldm_jax.files import read_json, write_json
+from ldm_jax.files import atomic, read_json, write_json
 from ldm_jax.xla import configure
+
+matplotlib.use("Agg")  # figures go to files
 
 ROOT = Path(__file__).parent.parent
 BUDGETS = ("smoke", "cpu", "gpu")  # seconds, to see that it works; minutes on two cores; hours on a GPU
@@ -126,7 +130,7 @@ class Experiment(NamedTuple):
     measure: Callable[[Lab, str, int], Row]
     table: Callable[[Rows], str]  # in Markdown
     answer: Callable[[Rows], str]  # in a sentence or two
-    draw: Callable[[Rows, Path], None]  # the figure
+    draw: Callable[[Rows], Figure]
 
     @property
     def name(self) -> str:
@@ -151,7 +155,9 @@ def run(experiment: Experiment, doc: str) -> None:
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    experiment.draw(rows, out / "figure.png")
+    with atomic(out / "figure.png") as temporary:
+        # Without the version of matplotlib in it, so that the same results make the same file.
+        experiment.draw(rows).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     print(f"\n{experiment.table(rows)}\n\n{experiment.answer(rows)}")
 
 

@@ -4,11 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -64,12 +61,10 @@ def make_experiment(folder: Path, question: str, baseline: str, changes: dict[st
             f"against {theirs['PSNR']:.1f}."
         )
 
-    def draw(rows: Rows, path: Path) -> None:
+    def draw(rows: Rows) -> Figure:
         shown = {name: strip for row in rows.values() for name, strip in row["pictures"].items()}
         order = ["given", baseline, *(f"drawing {1 + number}" for number in range(DRAWINGS)), AUTOENCODER, "original"]
-        figure = strips.grid([{"": shown[name]} for name in order], order, width=10)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
-        plt.close(figure)
+        return strips.grid([{"": shown[name]} for name in order], order, width=10)
 
     return Experiment(folder, question, plan, measure, table, answer, draw)
 

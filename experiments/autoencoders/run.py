@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees it
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -106,9 +107,8 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
-    figure = strips.grid([row["pictures"] for row in rows.values()], [row["arm"] for row in rows.values()], width=13)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+def draw(rows: Rows) -> Figure:
+    return strips.grid([row["pictures"] for row in rows.values()], [row["arm"] for row in rows.values()], width=13)
 
 
 EXPERIMENT = Experiment(

@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.baselines import flow, gan, pixelcnn, vae
@@ -263,7 +261,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
     for arm in tables.arms(rows):
         some = [row for row in rows.values() if row["arm"] == arm]
@@ -278,7 +276,7 @@ def draw(rows: Rows, path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(

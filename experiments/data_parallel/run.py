@@ -14,11 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import frame, tables
 from experiments.frame import ROOT, Experiment, Lab, Row, Rows
@@ -113,7 +111,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     expected = np.array(next(iter(rows.values()))["ways"]["jit"]["losses"])
     for row in rows.values():
@@ -133,7 +131,7 @@ def draw(rows: Rows, path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(

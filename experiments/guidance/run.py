@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -109,7 +107,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     """A panel for each score, a line for each way."""
     figure, axes = plt.subplots(1, len(SCORES), figsize=(15, 3.8))
     for axis, (name, (score, _)) in zip(axes, SCORES.items()):
@@ -121,7 +119,7 @@ def draw(rows: Rows, path: Path) -> None:
     axes[0].set_yscale("log")
     axes[-1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(

@@ -13,10 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees it
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -142,7 +140,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for factor, some in by_factor(rows).items():
         for axis, over in zip(axes, ("training_seconds", "training_tflops")):
@@ -153,7 +151,7 @@ def draw(rows: Rows, path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(

@@ -12,11 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
 import jax
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import frame, tables
 from experiments.baselines import run as baselines
@@ -121,7 +119,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
     for place, arm in enumerate(tables.arms(rows)):
         found = tables.values(rows, arm, bits)
@@ -139,7 +137,7 @@ def draw(rows: Rows, path: Path) -> None:
     axes[1].set(xlabel="t", ylabel="bits/dim of one timestep", xscale="log", yscale="log", title="where the bits go")
     axes[1].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(

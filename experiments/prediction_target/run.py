@@ -11,10 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -67,7 +65,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 3.6))
     for place, arm in enumerate(tables.arms(rows)):
         found = tables.values(rows, arm, fd)
@@ -77,7 +75,7 @@ def draw(rows: Rows, path: Path) -> None:
     axis.set(ylabel="FD-VGG16", title="What the UNet predicts, and how its loss is weighted (dots: seeds)")
     axis.grid(axis="y", alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(

@@ -11,11 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -74,7 +72,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
     for arm, changes in ARMS.items():
         fields = {name.split(".")[1]: value for name, value in changes.items()}
@@ -95,7 +93,7 @@ def draw(rows: Rows, path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(

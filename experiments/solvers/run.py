@@ -14,11 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -92,7 +90,7 @@ def answer(rows: Rows) -> str:
     )
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for number, arm in enumerate(tables.arms(rows)):
         some = next(row for row in rows.values() if row["arm"] == arm)["by_calls"]
@@ -107,7 +105,7 @@ def draw(rows: Rows, path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.tight_layout(rect=(0, 0, 0.86, 1))
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    return figure
 
 
 EXPERIMENT = Experiment(
