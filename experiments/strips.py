@@ -5,7 +5,7 @@ import io
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
 
@@ -24,20 +24,25 @@ def unpacked(strip: str) -> np.ndarray:
 
 def grid(strips: list[dict[str, str]], names: list[str], width: float) -> Figure:
     """A line for each dict, with its name before it, a column for each key; `width` in inches."""
+    figure = plt.figure(figsize=(width, height_of(strips, width)), layout="constrained")
+    draw_in(figure, strips, names)
+    return figure
+
+
+def height_of(strips: list[dict[str, str]], width: float) -> float:
+    """How high, in inches, the lines become that are so wide with their names."""
+    pictures = [unpacked(strip) for strip in strips[0].values()]
+    return (0.88 * width * len(pictures[0]) / sum(picture.shape[1] for picture in pictures) + 0.05) * len(strips) + 0.3
+
+
+def draw_in(figure: FigureBase, strips: list[dict[str, str]], names: list[str]) -> None:
+    """The same in a part of a figure."""
     columns = list(strips[0])
-    pictures = [[unpacked(line[column]) for column in columns] for line in strips]
-    height, long = pictures[0][0].shape[0], sum(picture.shape[1] for picture in pictures[0])
-    line_height = 0.85 * width * height / long + 0.05
-    figure, axes = plt.subplots(
-        len(strips), len(columns), figsize=(width, line_height * len(strips) + 0.4), squeeze=False
-    )
-    for line, name, axes_of_line in zip(pictures, names, axes):
-        for axis, picture in zip(axes_of_line, line):
-            axis.imshow(picture, cmap="gray")
+    axes = figure.subplots(len(strips), len(columns), squeeze=False, gridspec_kw={"hspace": 0.02, "wspace": 0.02})
+    for line, name, axes_of_line in zip(strips, names, axes):
+        for axis, column in zip(axes_of_line, columns):
+            axis.imshow(unpacked(line[column]), cmap="gray")
             axis.set(xticks=[], yticks=[])
         axes_of_line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    if len(columns) > 1:
-        for axis, column in zip(axes[0], columns):
-            axis.set_title(column, fontsize=9)
-    figure.tight_layout(pad=0.4)
-    return figure
+    for axis, column in zip(axes[0], columns):
+        axis.set_title(column, fontsize=9)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import frame, index, tables
+from experiments import frame, index, strips, tables
 from experiments.frame import Experiment, Lab
 from ldm_jax.errors import InputError
 
@@ -87,6 +87,17 @@ def test_what_is_measured_once_stays(tmp_path):
     lab, answers = Lab("cpu", "", tmp_path), iter([3.0, 4.0])
     assert [lab.once("a", lambda: next(answers)) for _ in range(2)] == [3.0, 3.0]
     assert lab.once("b", lambda: next(answers)) == 4.0
+
+
+def test_pictures_come_back_from_the_results():
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 1), dtype=np.uint8)
+    strip = strips.packed(images)
+    assert (strips.unpacked(strip) == np.concatenate(list(images[..., 0]), axis=1)).all()
+    lines = [{"drawn": strip, "real": strip}] * 2
+    figure = strips.grid(lines, ["a", "b"], width=4)
+    assert [axis.get_title() for axis in figure.axes] == ["drawn", "real", "", ""]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["a", "", "b", ""]
+    assert (figure.axes[3].images[0].get_array() == strips.unpacked(strip)).all()
 
 
 def test_the_commit_is_named():

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, tables
+from experiments import frame, measures, strips, tables
 from experiments.baselines import flow, gan, pixelcnn, vae
 from experiments.baselines.stage import Stage, make_stage
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -146,6 +146,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         "cards": found,
         "share_read_as_its_class": covered,
         "classes_covered": sum(share >= COVERED for share in covered),
+        "pictures": strips.packed(images[: 2 * CLASSES]),
         "variety": variety,
         "collapsed": variety < COLLAPSED,
     }
@@ -262,8 +263,13 @@ def answer(rows: Rows) -> str:
 
 
 def draw(rows: Rows) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
-    for arm in tables.arms(rows):
+    """Scores above; below two pictures of each class by each model, of its first seed."""
+    arms = tables.arms(rows)
+    shown = [{"": next(row["pictures"] for row in rows.values() if row["arm"] == arm)} for arm in arms]
+    figure = plt.figure(figsize=(10, 3.8 + strips.height_of(shown, 10)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.8, strips.height_of(shown, 10)])
+    axes = above.subplots(1, 2)
+    for arm in arms:
         some = [row for row in rows.values() if row["arm"] == arm]
         recall, precision, fd = (
             [score(f"{name}-VGG16")(row) for row in some] for name in ("recall", "precision", "FD")
@@ -275,7 +281,7 @@ def draw(rows: Rows) -> Figure:
     axes[0].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
+    strips.draw_in(below, shown, arms)
     return figure
 
 

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, tables
+from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import guides, trained
 
@@ -43,6 +43,7 @@ SETTINGS = [
 ]
 ARMS = {f"{setting.way}, {setting.scale:g}": setting for setting in SETTINGS}
 SMOKE_ARMS = (f"{FREE}, 1", f"{FREE}, 8", f"{BY_CLASSIFIER}, 8")
+SHOWN = (f"{FREE}, 1", f"{FREE}, 2", f"{FREE}, 8", f"{WITHIN}, 8", f"{BY_CLASSIFIER}, 0", f"{BY_CLASSIFIER}, 8")
 BUDGETS = {  # steps of the classifier, pictures
     "smoke": (2, 10),
     "cpu": (2_500, 250),
@@ -75,7 +76,11 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         classifier_scale=setting.classifier_scale,
     )
     read = measures.share_read_as(lab, images, np.arange(num) % 10)
-    return setting._asdict() | {"cards": measures.cards(lab, images), "read_as_intended": float(np.mean(read))}
+    return setting._asdict() | {
+        "cards": measures.cards(lab, images),
+        "read_as_intended": float(np.mean(read)),
+        "pictures": strips.packed(images[: 2 * 10]),
+    }
 
 
 SCORES = {
@@ -108,8 +113,12 @@ def answer(rows: Rows) -> str:
 
 
 def draw(rows: Rows) -> Figure:
-    """A panel for each score, a line for each way."""
-    figure, axes = plt.subplots(1, len(SCORES), figsize=(15, 3.8))
+    """A panel for each score, a line for each way; below what the least and the most guidance draws."""
+    ends = [arm for arm in SHOWN if any(row["arm"] == arm for row in rows.values())]
+    shown = [{"": next(row["pictures"] for row in rows.values() if row["arm"] == arm)} for arm in ends]
+    figure = plt.figure(figsize=(13, 3.5 + strips.height_of(shown, 13)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.5, strips.height_of(shown, 13)])
+    axes = above.subplots(1, len(SCORES))
     for axis, (name, (score, _)) in zip(axes, SCORES.items()):
         for way in dict.fromkeys(row["way"] for row in rows.values()):
             some = sorted((row["scale"], score(row)) for row in rows.values() if row["way"] == way)
@@ -117,8 +126,8 @@ def draw(rows: Rows) -> Figure:
         axis.set(title=name, xlabel="scale")
         axis.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[-1].legend(fontsize=8)
-    figure.tight_layout()
+    axes[-1].legend(fontsize=7)
+    strips.draw_in(below, shown, ends)
     return figure
 
 
