@@ -115,7 +115,7 @@ def models(small: bool) -> dict[str, Model]:
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    return [(arm, seed) for arm in (DIFFUSION, *models(True)) for seed in BUDGETS[budget][0]]
+    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in (DIFFUSION, *models(True))]
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:

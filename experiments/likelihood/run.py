@@ -43,7 +43,7 @@ BUDGETS = {  # seeds, seconds of training, test images
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    return [(arm, seed) for arm in (*DIFFUSION, *OTHERS) for seed in BUDGETS[budget][0]]
+    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in (*DIFFUSION, *OTHERS)]
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
