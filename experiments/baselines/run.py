@@ -44,7 +44,7 @@ BUDGETS = {  # seeds, seconds of training, pictures, test images for the bits pe
     "cpu": ((0, 1, 2, 3, 4), 60, 250, 500),
     "gpu": ((0, 1, 2, 3, 4), 600, 10_000, 10_000),
 }
-RATE_STEPS = {"smoke": 4, "cpu": 160, "gpu": 400}  # of the run that finds out how many steps fit into a second
+RATE_STEPS = {"smoke": 4, "cpu": 40, "gpu": 400}  # of the run that finds out how many steps fit into a second
 COVERED = 0.1  # of a class's pictures, read as it, from which on the class counts as covered
 COLLAPSED = 0.25  # of the variance that real pictures of a class have, below which a model counts as collapsed
 

@@ -32,7 +32,7 @@ BUDGETS = {  # steps of the autoencoders, seconds of the diffusion models, pictu
     "cpu": (1_500, (10, 20, 40), 250),
     "gpu": (20_000, (120, 360, 1_080), 10_000),
 }
-RATE_STEPS = {"smoke": 4, "cpu": 160, "gpu": 600}  # of the run that finds out how many steps fit into a second
+RATE_STEPS = {"smoke": 4, "cpu": 64, "gpu": 600}  # of the run that finds out how many steps fit into a second
 BACKWARD = 3  # a training step costs about three forward passes
 
 
