@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from experiments.baselines.squeeze import squeeze, unsqueeze
+
 ALPHA = 0.05  # keeps the logit of black and white finite (Dinh 2017, section 4.1)
 
 
@@ -83,20 +85,6 @@ class Flow(nn.Module):
                 y, _ = coupling(y, told, inverse=True)
             y = unsqueeze(y)
         return y
-
-
-def squeeze(y: jax.Array) -> jax.Array:
-    """[B, 2h, 2w, c] -> [B, h, w, 4c] (Dinh 2017, section 3.6)."""
-    b, height, width, c = y.shape
-    y = y.reshape(b, height // 2, 2, width // 2, 2, c)
-    return y.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // 2, width // 2, 4 * c)
-
-
-def unsqueeze(y: jax.Array) -> jax.Array:
-    """The inverse of `squeeze`."""
-    b, height, width, c = y.shape
-    y = y.reshape(b, height, width, 2, 2, c // 4)
-    return y.transpose(0, 1, 3, 2, 4, 5).reshape(b, 2 * height, 2 * width, c // 4)
 
 
 def latent_shapes(shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from experiments.baselines.squeeze import squeeze, unsqueeze
 from experiments.baselines.stage import STREAM, Stage
 from ldm_jax.data.pixels import to_pixels, to_uint8
 from ldm_jax.training.state import TrainState, ema_update, example_keys, keep_if
@@ -16,7 +17,11 @@ LOSSES = ("hinge", "non_saturating")
 
 
 class Generator(nn.Module):
-    """Noise [B, latent] and labels [B] -> pictures [B, H, W, C] in [-1, 1]; H and W are multiples of four."""
+    """Noise [B, latent] and labels [B] -> pictures [B, H, W, C] in [-1, 1]; H and W are multiples of four.
+
+    Sizes change by pixels becoming channels and back (Shi 2016), not by strides: XLA's CPU compiler makes the gradients
+    of strided convolutions, and those of these, many times slower than all else.
+    """
 
     num_classes: int
     shape: tuple[int, int, int]
@@ -28,10 +33,10 @@ class Generator(nn.Module):
         f, (height, width, channels) = self.features, self.shape
         told = jnp.concatenate([z, nn.Embed(self.num_classes, self.latent)(label)], axis=-1)
         hidden = nn.Dense(height // 4 * (width // 4) * 2 * f)(told).reshape(len(z), height // 4, width // 4, 2 * f)
-        for width_now in (2 * f, f):
-            hidden = nn.relu(nn.GroupNorm(16, use_fast_variance=False)(hidden))
-            hidden = nn.ConvTranspose(width_now, (4, 4), strides=(2, 2))(hidden)
-        hidden = nn.relu(nn.GroupNorm(16, use_fast_variance=False)(hidden))
+        for width_now in (f, f // 2):
+            hidden = nn.relu(nn.GroupNorm(8, use_fast_variance=False)(hidden))
+            hidden = unsqueeze(nn.Conv(4 * width_now, (3, 3))(hidden))
+        hidden = nn.relu(nn.GroupNorm(8, use_fast_variance=False)(hidden))
         return jnp.tanh(nn.Conv(channels, (3, 3))(hidden))
 
 
@@ -43,9 +48,10 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, label: jax.Array) -> jax.Array:
-        hidden = x
-        for width, stride in ((self.features, 2), (2 * self.features, 2), (2 * self.features, 1)):
-            hidden = nn.leaky_relu(nn.Conv(width, (4, 4), strides=stride)(hidden), 0.2)
+        hidden = squeeze(x)
+        hidden = squeeze(nn.leaky_relu(nn.Conv(self.features, (3, 3))(hidden), 0.2))
+        for _ in range(2):
+            hidden = nn.leaky_relu(nn.Conv(2 * self.features, (3, 3))(hidden), 0.2)
         pooled = hidden.sum(axis=(1, 2)) / hidden.shape[1]
         return nn.Dense(1)(pooled)[:, 0] + (nn.Embed(self.num_classes, pooled.shape[-1])(label) * pooled).sum(axis=-1)
 

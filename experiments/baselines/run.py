@@ -74,36 +74,42 @@ def of_likelihood(model: Any, example: jax.Array, loss: Callable, rate: float) -
     return stage
 
 
-def models(small: bool) -> dict[str, Model]:
-    """Name -> baseline; `small` ones show that it works."""
-    width = 16 if small else None
+class Sizes(NamedTuple):
+    """Channels and depths of the baselines; those here make all of about as many parameters as latent diffusion has."""
+
+    pixelcnn: tuple[int, int] = (76, 12)  # features, layers
+    flow: tuple[int, int] = (208, 8)  # features, steps of each level
+    gan: int = 64
+    vae: int = 60
+
+
+SMALL = Sizes((16, 2), (16, 1), 16, 16)  # to show that it works
+
+
+def models(sizes: Sizes) -> dict[str, Model]:
+    """Name -> baseline."""
     picture = jnp.zeros((1, *SHAPE))
-    auto = pixelcnn.PixelCNN(CLASSES, features=width or 76, layers=2 if small else 12)
+    auto = pixelcnn.PixelCNN(CLASSES, *sizes.pixelcnn)
 
     def bits(params: Any, images: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
         return pixelcnn.bits_per_dim(auto, params, images, label)  # exact: it needs no keys
 
-    flowing = flow.Flow(CLASSES, features=width or 208, steps=1 if small else 8)
+    flowing = flow.Flow(CLASSES, *sizes.flow)
     flow_bits = partial(flow.bits_per_dim, flowing)
-    vector = vae.VAE(CLASSES, SHAPE, features=width or 60)
+    vector = vae.VAE(CLASSES, SHAPE, features=sizes.vae)
     vae_bits = partial(vae.bits_per_dim, vector)
-    maker = gan.Generator(CLASSES, SHAPE, features=width or 64)
-    judge = gan.Discriminator(CLASSES, features=width or 64)
+    maker = gan.Generator(CLASSES, SHAPE, features=sizes.gan)
+    judge = gan.Discriminator(CLASSES, features=sizes.gan)
+
+    def gan_stage(steps: int) -> Stage:
+        return gan.make_gan_stage(
+            generator=maker, discriminator=judge, loss="non_saturating", r1=1.0, ema_decay=0.99,
+            generator_optimizer=optax.adam(1e-3, b1=0.0, b2=0.99),
+            discriminator_optimizer=optax.adam(1e-3, b1=0.0, b2=0.99),
+        )  # fmt: skip
+
     return {
-        "GAN": Model(
-            lambda steps: gan.make_gan_stage(
-                generator=maker,
-                discriminator=judge,
-                loss="hinge",
-                r1=0.1,
-                generator_optimizer=optax.adam(5e-4, b1=0.5, b2=0.99),
-                discriminator_optimizer=optax.adam(5e-4, b1=0.5, b2=0.99),
-                ema_decay=0.99,
-            ),
-            "generator",
-            partial(gan.draw, maker),
-            None,
-        ),
+        "GAN": Model(gan_stage, "generator", partial(gan.draw, maker), None),
         "PixelCNN": Model(
             of_likelihood(auto, picture, bits, 2e-3), "", partial(pixelcnn.draw, auto, shape=SHAPE[:2]), bits
         ),
@@ -115,7 +121,7 @@ def models(small: bool) -> dict[str, Model]:
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in (DIFFUSION, *models(True))]
+    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in (DIFFUSION, *models(SMALL))]
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
@@ -127,7 +133,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         drawing = partial(measures.drawing(model, num), seed=seed, guidance=1.5)
         bits = None
     else:
-        model = models(lab.budget == "smoke")[arm]
+        model = models(SMALL if lab.budget == "smoke" else Sizes())[arm]
         params, steps, parameters = baseline(lab, arm, model, seconds, seed)
         keys = jax.random.split(jax.random.key(seed), num)
         drawn = jax.jit(lambda params, label, keys: model.draw(params, label, keys))
@@ -141,6 +147,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     covered = measures.share_read_as(lab, images, labels)
     variety = measures.variety(lab, images, labels)
     return row | {
+        "pictures_seen": sum(steps.values()) * lab.batch_size,
         "training_seconds": seconds,
         "bits_per_dim": bits,
         "cards": found,
@@ -184,11 +191,11 @@ def baseline(
     short = RATE_STEPS[lab.budget]
 
     def rate() -> float:
-        folder = lab.runs / f"baselines_rate_{arm}"
+        folder = lab.runs / f"{under}_rate_{arm}"
         train_baseline(lab, folder, model.stage(short), short, 0, log_every=short // 4)
         return frame.images_per_second(folder, "baseline", lab.batch_size)
 
-    steps = lab.steps_in(seconds, lab.once(f"baselines/{arm}", rate), lab.batch_size)
+    steps = lab.steps_in(seconds, lab.once(f"{under}/{arm}", rate), lab.batch_size)
     state = train_baseline(lab, lab.runs / f"{under}_{arm}_{seed}", model.stage(steps), steps, seed)
     averaged, number = jax.device_get(state.ema_params), sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return averaged[model.part] if model.part else averaged, {"baseline": steps}, number
@@ -224,7 +231,7 @@ def score(name: str):
 
 
 def table(rows: Rows) -> str:
-    head = ["model", "million parameters", "FD-VGG16", "KID-VGG16", "precision", "recall"]
+    head = ["model", "million parameters", "thousand pictures seen", "FD-VGG16", "KID-VGG16", "precision", "recall"]
     head += ["variety", "classes covered", "bits/dim", "seconds an image", "collapsed"]
     columns = [
         (score("FD-VGG16"), 1), (score("KID-VGG16"), 3), (score("precision-VGG16"), 2), (score("recall-VGG16"), 2),
@@ -237,6 +244,7 @@ def table(rows: Rows) -> str:
         body.append([
             arm,
             f"{some[0]['parameters'] / 1e6:.2f}",
+            f"{some[0]['pictures_seen'] / 1e3:.1f}",
             *(tables.spread([of(row) for row in some], digits) for of, digits in columns),
             tables.spread(bits, 2) if bits else "-",
             f"{np.mean([row['seconds_per_image'] for row in some]):.4f}",
