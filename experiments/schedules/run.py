@@ -83,12 +83,12 @@ def draw(rows: Rows) -> Figure:
         with np.errstate(divide="ignore"):
             left.plot(np.log10(alpha_bar / (1 - alpha_bar)), label=arm)
         means = [tables.mean(rows, arm, fd(calls)) for calls in CALLS]
-        right.plot(CALLS, means, marker="o", label=arm)
+        (line,) = right.plot(CALLS, means, label=arm)
         for calls in CALLS:
             found = tables.values(rows, arm, fd(calls))
-            right.plot([calls] * len(found), found, "k.", markersize=3)
+            right.plot([calls] * len(found), found, ".", color=line.get_color())
     left.set(title="signal to noise", xlabel="t", ylabel="log10 of the ratio", ylim=(-6, 4.5))
-    right.set(title="FD-VGG16 (dots: seeds)", xlabel="network calls", xscale="log", yscale="log")
+    right.set(title="FD-VGG16 (dots: seeds)", xlabel="network calls", xscale="log")
     left.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
