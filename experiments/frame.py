@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+from filelock import FileLock
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
@@ -87,8 +88,9 @@ class Lab(NamedTuple):
         config = self.config(changes)
         config_rules.validate(config)
         workdir = self.runs / re.sub(r"[^\w.-]+", "_", name)
-        run_folder.check(workdir, config)
-        job.run(config, workdir)
+        with self.alone(workdir.name):
+            run_folder.check(workdir, config)
+            job.run(config, workdir)
         if not scoring.is_done(workdir, config):
             raise SystemExit(130)
         return workdir
@@ -107,6 +109,11 @@ class Lab(NamedTuple):
         """Of whatever is trained on pictures or latents, but for autoencoders."""
         return self.config({}).diffusion.batch_size
 
+    def alone(self, name: str) -> FileLock:
+        """Held by the one experiment that makes what all share, while others wait for it."""
+        self.runs.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.runs / f".{name}.lock")
+
     def steps_in(self, seconds: float, images_per_second: float, batch_size: int) -> int:
         """How many steps fit into a time; in a smoke run two do."""
         return 2 if self.budget == "smoke" else max(1, round(seconds * images_per_second / batch_size))
@@ -115,10 +122,13 @@ class Lab(NamedTuple):
         """What `measure` said the first time. Steps to fit a time are made of it, and must not change on the way."""
         path = self.runs / "once.json"
         kept = read_json(path) if path.exists() else {}
-        if name not in kept:
-            kept[name] = measure()
-            write_json(path, kept)
-        return kept[name]
+        if name in kept:
+            return kept[name]
+        measured = measure()
+        with self.alone("once"):
+            kept = read_json(path) if path.exists() else {}
+            write_json(path, kept | {name: measured})
+        return measured
 
 
 class Experiment(NamedTuple):

@@ -76,7 +76,8 @@ def _in_vgg16() -> dict[str, Any]:
 def share_read_as(lab: Lab, images: np.ndarray, labels: np.ndarray) -> list[float]:
     """Of each class the share of its pictures that the judge of experiments/judge reads as it."""
     known = load_dataset("fashion_mnist", lab.config({}).data.train_split, data_dir=lab.data_dir)
-    params = load_judge(known.arrays, epochs=JUDGE_EPOCHS[lab.budget], path=lab.runs / "judge.npz")
+    with lab.alone("judge"):
+        params = load_judge(known.arrays, epochs=JUDGE_EPOCHS[lab.budget], path=lab.runs / "judge.npz")
     read = judge(params, images)[1]
     return [float((read[labels == label] == label).mean()) for label in np.unique(labels)]
 
