@@ -23,15 +23,16 @@ from ldm_jax.training.parallel import replicate
 PLAIN = {"autoencoder.loss.perceptual": 0.0, "autoencoder.loss.adversarial": 0.0}
 LPIPS = {"autoencoder.loss.perceptual": 0.5, "autoencoder.loss.perceptual_every": 8}
 ADVERSARIAL = {"autoencoder.loss.adversarial": 0.2}
+PLAIN_ARM, BARE, BOTH = "plain (no KL)", "KL 1e-6", "KL 1e-6, LPIPS, adversarial"
 ARMS = {
-    "plain (no KL)": PLAIN | {"autoencoder.loss.kl": 0.0},
-    "KL 1e-6": PLAIN,
+    PLAIN_ARM: PLAIN | {"autoencoder.loss.kl": 0.0},
+    BARE: PLAIN,
     "KL 1e-3": PLAIN | {"autoencoder.loss.kl": 1e-3},
     "KL 1e-1": PLAIN | {"autoencoder.loss.kl": 1e-1},
     "VQ": PLAIN | {"autoencoder.kind": "vq"},
     "KL 1e-6, LPIPS": PLAIN | LPIPS,
     "KL 1e-6, adversarial": PLAIN | ADVERSARIAL,
-    "KL 1e-6, LPIPS, adversarial": PLAIN | LPIPS | ADVERSARIAL,
+    BOTH: PLAIN | LPIPS | ADVERSARIAL,
 }
 BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
     "smoke": (4, 2, 10),
@@ -43,7 +44,7 @@ TITLES = ("test pictures given back", "decoded noise", "diffusion")
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    return [(arm, 0) for arm in (("plain (no KL)", "VQ") if budget == "smoke" else ARMS)]
+    return [(arm, 0) for arm in ((PLAIN_ARM, "VQ") if budget == "smoke" else ARMS)]
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
@@ -93,18 +94,26 @@ def table(rows: Rows) -> str:
 
 
 def answer(rows: Rows) -> str:
-    def fd(arm: str, kind: str) -> str:
-        return f"{tables.mean(rows, arm, score(kind, 'FD-VGG16')):.1f}"
+    def fd(arm: str, kind: str, name: str = "FD-VGG16") -> str:
+        return f"{tables.mean(rows, arm, score(kind, name)):.1f}"
 
     best_prior, best = (
         min(tables.arms(rows), key=lambda arm, kind=kind: tables.mean(rows, arm, score(kind, "FD-VGG16")))
         for kind in ("prior", "diffusion")
     )
-    return (
-        f"Decoded noise has FD {fd('plain (no KL)', 'prior')} with the plain autoencoder and {fd(best_prior, 'prior')} "
-        f"with the best ({best_prior}). Diffusion draws with FD {fd('plain (no KL)', 'diffusion')} on the latents of "
-        f"the plain one, and {fd(best, 'diffusion')} on those of the best ({best})."
+    told = (
+        f"Decoded noise has FD {fd(PLAIN_ARM, 'prior')} with the plain autoencoder and {fd(best_prior, 'prior')} with "
+        f"the best ({best_prior}): no prior makes it of use by itself. Diffusion draws with FD "
+        f"{fd(PLAIN_ARM, 'diffusion')} on the latents of the plain one, and {fd(best, 'diffusion')} on those of the "
+        f"best ({best})."
     )
+    if not {BARE, BOTH} <= set(tables.arms(rows)):
+        return told
+    bare, both = (
+        f"FD {fd(arm, 'reconstructions', 'rFD-VGG16')}, PSNR {fd(arm, 'reconstructions', 'PSNR')}"
+        for arm in (BARE, BOTH)
+    )
+    return f"{told} LPIPS and the discriminator take what is given back from {bare} to {both}."
 
 
 def draw(rows: Rows) -> Figure:
