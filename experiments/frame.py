@@ -6,6 +6,7 @@ the answer and the figure are made of results.json alone: see `report`.
 """
 
 import argparse
+import gc
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib
 from filelock import FileLock
 from matplotlib.figure import Figure
@@ -87,6 +89,7 @@ class Lab(NamedTuple):
         """
         config = self.config(changes)
         config_rules.validate(config)
+        forget_programs()
         workdir = self.runs / re.sub(r"[^\w.-]+", "_", name)
         with self.alone(workdir.name):
             run_folder.check(workdir, config)
@@ -129,6 +132,12 @@ class Lab(NamedTuple):
             kept = read_json(path) if path.exists() else {}
             write_json(path, kept | {name: measured})
         return measured
+
+
+def forget_programs() -> None:
+    """Lets go of what XLA has compiled: the maps of memory that Linux gives a process end after a dozen runs."""
+    jax.clear_caches()
+    gc.collect()
 
 
 class Experiment(NamedTuple):

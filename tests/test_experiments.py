@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -98,6 +100,21 @@ def test_pictures_come_back_from_the_results():
     assert [axis.get_title() for axis in figure.axes] == ["drawn", "real", "", ""]
     assert [axis.get_ylabel() for axis in figure.axes] == ["a", "", "b", ""]
     assert (figure.axes[3].images[0].get_array() == strips.unpacked(strip)).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells of its maps of memory")
+def test_programs_are_let_go():
+    """Of a process with many runs, each with its programs, Linux would not map more memory in the end."""
+
+    def maps():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    functions = [jax.jit(lambda x, k=k: jnp.sin(x @ x) * k) for k in range(60)]
+    for function in functions:
+        function(jnp.ones((3, 3)))
+    before = maps()
+    frame.forget_programs()
+    assert maps() < before - 60
 
 
 def test_the_commit_is_named():

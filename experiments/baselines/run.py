@@ -80,7 +80,7 @@ class Sizes(NamedTuple):
     pixelcnn: tuple[int, int] = (76, 12)  # features, layers
     flow: tuple[int, int] = (208, 8)  # features, steps of each level
     gan: int = 64
-    vae: int = 60
+    vae: int = 52
 
 
 SMALL = Sizes((16, 2), (16, 1), 16, 16)  # to show that it works

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from experiments.baselines.squeeze import squeeze, unsqueeze
 from ldm_jax.data.pixels import to_pixels, to_uint8
 from ldm_jax.first_stage import draw as draw_posterior
 from ldm_jax.first_stage import kl_divergence
@@ -23,22 +24,17 @@ class VAE(nn.Module):
     def setup(self) -> None:
         f, (height, width, channels) = self.features, self.shape
         self.embed_encoder, self.embed_decoder = (nn.Embed(self.num_classes, f) for _ in range(2))
-        self.down = [nn.Conv(f, (3, 3)), nn.Conv(f, (3, 3), strides=2), nn.Conv(2 * f, (3, 3), strides=2)]
+        self.down = [nn.Conv(f, (3, 3)), nn.Conv(2 * f, (3, 3))]
         self.to_moments = nn.Dense(2 * self.latent)
         self.from_latent = nn.Dense(height // 4 * (width // 4) * 2 * f)
-        self.up = [
-            nn.ConvTranspose(f, (4, 4), strides=(2, 2)),
-            nn.ConvTranspose(f, (4, 4), strides=(2, 2)),
-            nn.Conv(f, (3, 3)),
-        ]
+        self.up = [nn.Conv(4 * f, (3, 3)), nn.Conv(4 * (f // 2), (3, 3))]
         self.to_likelihood = nn.Conv(2 * channels, (3, 3))
 
     def encode(self, x: jax.Array, label: jax.Array) -> jax.Array:
         """x in [-1, 1] -> (mean, logvar), [B, 1, 1, 2 latent]."""
-        first, *rest = self.down
-        hidden = nn.silu(first(x) + self.embed_encoder(label)[:, None, None])
-        for layer in rest:
-            hidden = nn.silu(layer(hidden))
+        first, second = self.down
+        hidden = nn.silu(first(squeeze(x)) + self.embed_encoder(label)[:, None, None])
+        hidden = nn.silu(second(squeeze(hidden)))
         return self.to_moments(hidden.reshape(len(x), -1))[:, None, None]
 
     def decode(self, z: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,7 +43,7 @@ class VAE(nn.Module):
         told = jnp.concatenate([z[:, 0, 0], self.embed_decoder(label)], axis=-1)
         hidden = nn.silu(self.from_latent(told)).reshape(len(z), height // 4, width // 4, 2 * self.features)
         for layer in self.up:
-            hidden = nn.silu(layer(hidden))
+            hidden = nn.silu(unsqueeze(layer(hidden)))
         mean, log_scale = jnp.split(self.to_likelihood(hidden), 2, axis=-1)
         return mean, jnp.clip(log_scale - 2.0, -7.0, 3.0)
 
