@@ -63,7 +63,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
 
 def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> Row:
     """The bound, as a whole and by ranges of timesteps."""
-    changes = ({} if lab.budget == "smoke" else frame.SMALLER_UNET) | DIFFUSION[arm]
+    changes = ({"data.image_size": 8} if lab.budget == "smoke" else frame.SMALLER_UNET) | DIFFUSION[arm]
     short = baselines.RATE_STEPS[lab.budget]
     rate = lab.once(
         f"likelihood/{arm}",
@@ -76,7 +76,8 @@ def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> 
     steps = lab.steps_in(seconds, rate, lab.batch_size)
     run = lab.train(f"likelihood/{arm} {seed}", changes | {"diffusion.steps": steps, "seed": seed})
     model = trained.load(run)
-    examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir).arrays
+    size = model.config.data.image_size
+    examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir, image_size=size).arrays
     bound = builders.build_bound(model.config, len(model.class_names))(replicate(model.params), examples, seed)
     return {
         "steps": steps,
