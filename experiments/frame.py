@@ -2,7 +2,7 @@
 
 results.json is {budget: {row: {"arm", "seed", "seconds", "commit", "device", what was measured ...}}}. A row that is
 there is not measured again, and a run that was cut short goes on, so that the same command again resumes. The tables,
-the answer and the figure are made of results.json alone: see `report`.
+the answer and the figure are made of results.json alone: see index.py.
 """
 
 import argparse

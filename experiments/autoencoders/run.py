@@ -103,7 +103,7 @@ def answer(rows: Rows) -> str:
     )
     told = (
         f"Decoded noise has FD {fd(PLAIN_ARM, 'prior')} with the plain autoencoder and {fd(best_prior, 'prior')} with "
-        f"the best ({best_prior}): no prior makes it of use by itself. Diffusion draws with FD "
+        f"the best ({best_prior}). Diffusion draws with FD "
         f"{fd(PLAIN_ARM, 'diffusion')} on the latents of the plain one, and {fd(best, 'diffusion')} on those of the "
         f"best ({best})."
     )

@@ -46,6 +46,7 @@ BUDGETS = {  # seeds, seconds of training, pictures, test images for the bits pe
 }
 RATE_STEPS = {"smoke": 4, "cpu": 40, "gpu": 400}  # of the run that finds out how many steps fit into a second
 COVERED = 0.1  # of a class's pictures, read as it, from which on the class counts as covered
+ALIKE = 2.0  # times as long, up to which models count as about as fast: the clock of one seed may differ that much
 COLLAPSED = 0.25  # of the variance that real pictures of a class have, below which a model counts as collapsed
 
 
@@ -261,11 +262,12 @@ def answer(rows: Rows) -> str:
     listed = ", ".join(f"{arm} {fds[arm]:.1f}" for arm in ranked)
     wider = "more" if varied[DIFFUSION] > varied["GAN"] else "no more"
     collapsed = {arm: sum(row["collapsed"] for row in rows.values() if row["arm"] == arm) for arm in varied}
-    faster = "faster" if slow[DIFFUSION] < slow["PixelCNN"] else "no faster"
+    ratio = slow["PixelCNN"] / slow[DIFFUSION]
+    faster = "faster than" if ratio > ALIKE else "slower than" if ratio < 1 / ALIKE else "about as fast as"
     return (
         f"In equal time the FD is: {listed}. Diffusion has {wider} variety than the GAN (within the classes "
         f"{varied[DIFFUSION]:.2f} against {varied['GAN']:.2f} of the variance of real pictures; collapsed: "
-        f"{collapsed[DIFFUSION]} and {collapsed['GAN']}) and is {faster} than PixelCNN ({slow[DIFFUSION]:.4f} against "
+        f"{collapsed[DIFFUSION]} and {collapsed['GAN']}) and is {faster} PixelCNN ({slow[DIFFUSION]:.4f} against "
         f"{slow['PixelCNN']:.4f} seconds an image)."
     )
 

@@ -105,7 +105,7 @@ def answer(rows: Rows) -> str:
     led = f"{BY_CLASSIFIER}, {max(scales[BY_CLASSIFIER]):g}"
     best = min(tables.arms(rows), key=lambda arm: tables.mean(rows, arm, SCORES["FD-VGG16"][0]))
     return (
-        f"It buys clear classes with variety: from no guidance to {most}, the share read as intended goes from "
+        f"From no guidance to {most} the share read as intended goes from "
         f"{of('read as intended', none)} to {of('read as intended', most)}, recall from {of('recall', none)} to "
         f"{of('recall', most)}. Nearest to the data is {best} (FD {of('FD-VGG16', best)}; without guidance "
         f"{of('FD-VGG16', none)}). A classifier alone ({led}) gets {of('read as intended', led)} read as intended."
