@@ -1,12 +1,14 @@
 """What the experiments share: runs that are trained once, rows of results that are kept, tables that are made of them.
 
 results.json is {budget: {row: {"arm", "seed", "seconds", "commit", "device", what was measured ...}}}. A row that is
-there is not measured again, and a run that was cut short goes on, so that the same command again resumes. The tables,
-the answer and the figure are made of results.json alone: see index.py.
+there is not measured again, and a run that was cut short goes on, so that the same command again resumes. Rows are
+shared out among several processes (workers.py), as each takes one that no other has taken. The tables, the answer and
+the figure are made of results.json alone: see index.py.
 """
 
 import argparse
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -17,33 +19,26 @@ from typing import Any, NamedTuple
 
 import jax
 import matplotlib
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from configs import fashion_mnist
+from experiments import workers
 from ldm_jax import config_rules, job, run_folder, scoring
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.files import atomic, read_json, write_json
+from ldm_jax.training.interrupt import Interrupted
 from ldm_jax.xla import configure
 
 matplotlib.use("Agg")  # figures go to files
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = ("smoke", "cpu", "gpu")  # seconds, to see that it works; minutes on two cores; hours on a GPU
+BUDGETS = ("smoke", "cpu", "gpu")  # seconds, to see that it works; minutes on two cores; minutes on a large GPU
+WORKERS = {"smoke": 1, "cpu": 2, "gpu": 4}  # on a CPU two with a core each get more done than one with both
 
 Row = dict[str, Any]
 Rows = dict[str, Row]
-
-
-def images_per_second(workdir: Path, stage: str, batch_size: int) -> float:
-    """How fast a run trained, by when the lines of its log were written.
-
-    All but the last are written when the interval after them has been dispatched; the last follows at once.
-    """
-    lines = [line for line in run_folder.read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage]
-    first, *_, last, _ = (line for line in lines if "loss" in line)
-    return (last["step"] - first["step"]) * batch_size / max(last["time"] - first["time"], 0.01)
 
 
 # Every run of an experiment: trained, but neither drawn from nor scored at its end, which is left to the experiment.
@@ -54,18 +49,27 @@ MINUTES = SMALLER_UNET | {"diffusion.batch_size": 16}
 # Networks and steps of a smoke run, which shows that all of it works and nothing else.
 SMOKE = {
     "data.train_split": "train[:512]",
+    "data.test_split": "test[:100]",
     "autoencoder.block_out_channels": (8, 8, 8),
     "autoencoder.norm_num_groups": 4,
     "autoencoder.loss.adversarial": 0.0,
     "autoencoder.steps": 4,
     "unet.block_out_channels": (16,),
-    "unet.attention": (True,),
+    "unet.attention": (False,),
     "unet.norm_num_groups": 8,
     "diffusion.batch_size": 16,
     "diffusion.validation_examples": 64,
+    "sampling.steps": 4,
 }
-CHANGES = {"smoke": SMOKE, "cpu": MINUTES, "gpu": {}}  # of configs/fashion_mnist.py
-MODEL_STEPS = {"smoke": 2, "cpu": 12_000, "gpu": 50_000}  # of the model that solvers and guidance are tried on
+# What a GPU needs to be busy: larger batches; checkpoints of so short a run at its end.
+LARGER_BATCHES = {
+    "autoencoder.batch_size": 64,
+    "autoencoder.steps": 3_000,
+    "diffusion.batch_size": 256,
+    "checkpoint_every": 2_000,
+}
+CHANGES = {"smoke": SMOKE, "cpu": MINUTES, "gpu": LARGER_BATCHES}  # of configs/fashion_mnist.py
+MODEL_STEPS = {"smoke": 2, "cpu": 12_000, "gpu": 8_000}  # of the model that solvers and guidance are tried on
 
 
 class Lab(NamedTuple):
@@ -90,18 +94,21 @@ class Lab(NamedTuple):
         config = self.config(changes)
         config_rules.validate(config)
         forget_programs()
-        workdir = self.runs / re.sub(r"[^\w.-]+", "_", name)
+        workdir = self.runs / file_name(name)
         with self.alone(workdir.name):
             run_folder.check(workdir, config)
             job.run(config, workdir)
         if not scoring.is_done(workdir, config):
-            raise SystemExit(130)
+            raise SystemExit(workers.INTERRUPTED)
         return workdir
 
+    def shared_autoencoder(self) -> Path:
+        """The run whose autoencoder and latents most experiments share."""
+        return self.train("autoencoder", {"stages": ("autoencoder",)})
+
     def on_shared_latents(self, name: str, changes: dict[str, Any]) -> Path:
-        """The same, on the autoencoder and the latents that all experiments share."""
-        autoencoder = self.train("autoencoder", {"stages": ("autoencoder",)})
-        return self.train(name, {"autoencoder.checkpoint": str(autoencoder)} | changes)
+        """The same as `train`, on these latents."""
+        return self.train(name, {"autoencoder.checkpoint": str(self.shared_autoencoder())} | changes)
 
     def shared_model(self) -> Path:
         """The run that what needs no training of its own is tried on."""
@@ -113,9 +120,9 @@ class Lab(NamedTuple):
         return self.config({}).diffusion.batch_size
 
     def alone(self, name: str) -> FileLock:
-        """Held by the one experiment that makes what all share, while others wait for it."""
+        """Held by the one process that makes what all share, while others wait for it."""
         self.runs.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.runs / f".{name}.lock")
+        return FileLock(self.runs / f".{file_name(name)}.lock")
 
     def steps_in(self, seconds: float, images_per_second: float, batch_size: int) -> int:
         """How many steps fit into a time; in a smoke run two do."""
@@ -123,15 +130,25 @@ class Lab(NamedTuple):
 
     def once(self, name: str, measure: Callable[[], float]) -> float:
         """What `measure` said the first time. Steps to fit a time are made of it, and must not change on the way."""
-        path = self.runs / "once.json"
-        kept = read_json(path) if path.exists() else {}
-        if name in kept:
-            return kept[name]
+        if self.knows(name):
+            return self._notes()[name]
         measured = measure()
         with self.alone("once"):
-            kept = read_json(path) if path.exists() else {}
-            write_json(path, kept | {name: measured})
+            write_json(self.runs / "once.json", self._notes() | {name: measured})
         return measured
+
+    def knows(self, name: str) -> bool:
+        """Whether `once` has measured this."""
+        return name in self._notes()
+
+    def _notes(self) -> dict[str, float]:
+        path = self.runs / "once.json"
+        return read_json(path) if path.exists() else {}
+
+
+def file_name(name: str) -> str:
+    """Of anything with a name."""
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def forget_programs() -> None:
@@ -140,8 +157,16 @@ def forget_programs() -> None:
     gc.collect()
 
 
+def nothing(lab: Lab) -> None:
+    """Before the rows of an experiment that share nothing."""
+
+
 class Experiment(NamedTuple):
-    """One question. `table` and `answer` see only what results.json has of the largest budget that there is."""
+    """One question. `table` and `answer` see only what results.json has of the largest budget that there is.
+
+    `first` is what one process does with the whole machine before rows are measured side by side: it trains what they
+    share, and finds out by `Lab.once` how fast the machine is. `alone`: a row takes the whole machine.
+    """
 
     folder: Path
     question: str
@@ -150,6 +175,8 @@ class Experiment(NamedTuple):
     table: Callable[[Rows], str]  # in Markdown
     answer: Callable[[Rows], str]  # in a sentence or two
     draw: Callable[[Rows], Figure]
+    first: Callable[[Lab], Any] = nothing
+    alone: bool = False
 
     @property
     def name(self) -> str:
@@ -164,36 +191,85 @@ def run(experiment: Experiment, doc: str) -> None:
     parser.add_argument("--data_dir", default="data", help="where prepared data sets lie")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where the runs go")
     parser.add_argument("--out", type=Path, help="where the results go; default: beside run.py, of smoke to --runs")
+    parser.add_argument("--workers", type=int, help="processes that measure rows side by side; default: as many as pay")
+    parser.add_argument("--only", choices=("first", "rows"), help="a part of the work, without table and figure")
     args = parser.parse_args()
-    configure(fast_compile=args.budget == "smoke")
+    if args.workers is not None and args.workers < 1:
+        parser.error(f"--workers={args.workers}: there must be at least 1")
     lab = Lab(args.budget, args.data_dir, args.runs / args.budget)
     smoke = lab.runs / "results" / experiment.name
-    out = args.out or (smoke if args.budget == "smoke" else experiment.folder)
+    path = (args.out or (smoke if args.budget == "smoke" else experiment.folder)) / "results.json"
+    number = 1 if experiment.alone else args.workers or WORKERS[args.budget]
     try:
-        rows = measure_all(experiment, lab, out / "results.json")
+        if args.only or number == 1:
+            configure(fast_compile=args.budget == "smoke")
+            if args.only != "rows":
+                begin(experiment, lab)
+            if args.only != "first":
+                measure_all(experiment, lab, path)
+        else:
+            workers.run([*sys.argv, "--only=first"], 1)
+            workers.run([*sys.argv, "--only=rows"], number)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    with atomic(out / "figure.png") as temporary:
+    except Interrupted as interrupted:
+        print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
+        raise SystemExit(workers.INTERRUPTED) from None
+    rows = kept(path, args.budget)
+    if rows and not args.only:
+        report(experiment, rows, path.with_name("figure.png"))
+
+
+def report(experiment: Experiment, rows: Rows, figure: Path) -> None:
+    """Draws the figure and prints the table and the answer."""
+    with atomic(figure) as temporary:
         # Without the version of matplotlib in it, so that the same results make the same file.
         experiment.draw(rows).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     print(f"\n{experiment.table(rows)}\n\n{experiment.answer(rows)}")
 
 
+def begin(experiment: Experiment, lab: Lab) -> None:
+    """Does what comes before the rows, and notes how many seconds it took the first time."""
+    start = time.monotonic()
+    experiment.first(lab)
+    lab.once(f"{experiment.name} first, seconds", lambda: round(time.monotonic() - start, 1))
+
+
 def measure_all(experiment: Experiment, lab: Lab, path: Path) -> Rows:
-    """Measures every row that results.json at `path` lacks, and keeps each as soon as it is there."""
-    results = read_json(path) if path.exists() else {}
-    rows = results.setdefault(lab.budget, {})
-    for arm, seed in experiment.plan(lab.budget):
-        name = f"{arm}, seed {seed}"
-        if name not in rows:
-            print(f"\n{experiment.name}: {name}", flush=True)
-            start = time.monotonic()
-            measured = experiment.measure(lab, arm, seed)
-            rows[name] = {"arm": arm, "seed": seed, **measured, "seconds": round(time.monotonic() - start, 1),
-                          "commit": commit(), "device": job.describe_device()}  # fmt: skip
-            write_json(path, results)
-    return rows
+    """Measures every row that results.json at `path` lacks and no other process is at, and keeps each at once."""
+    plan = {f"{arm}, seed {seed}": (arm, seed) for arm, seed in experiment.plan(lab.budget)}
+    for name, (arm, seed) in plan.items():
+        try:
+            with lab.alone(f"{experiment.name} {name}").acquire(blocking=False):
+                if name in kept(path, lab.budget):
+                    continue
+                print(f"\n{experiment.name}: {name}", flush=True)
+                start = time.monotonic()
+                measured = experiment.measure(lab, arm, seed)
+                row = {"arm": arm, "seed": seed, **measured, "seconds": round(time.monotonic() - start, 1),
+                       "first_seconds": lab.once(f"{experiment.name} first, seconds", lambda: 0.0),
+                       "workers": workers.number(), "commit": commit(), "device": device()}  # fmt: skip
+                with lab.alone(f"{experiment.name} results"):
+                    rows = kept(path, lab.budget) | {name: row}
+                    ordered = {name: rows[name] for name in (*plan, *rows) if name in rows}
+                    write_json(path, (read_json(path) if path.exists() else {}) | {lab.budget: ordered})
+        except Timeout:  # another process measures this row
+            continue
+    return kept(path, lab.budget)
+
+
+def kept(path: Path, budget: str) -> Rows:
+    """The rows of a budget that results.json has so far."""
+    return read_json(path).get(budget, {}) if path.exists() else {}
+
+
+def device() -> str:
+    """What measures: "1 of 2 CPU cores", or how many of which GPU."""
+    if jax.default_backend() != "cpu":
+        return job.describe_device()
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{own} of {os.cpu_count()} CPU cores"
 
 
 def commit() -> str:

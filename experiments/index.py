@@ -54,11 +54,13 @@ def results_of(experiment: Experiment) -> str:
     if not rows:
         return "Not measured yet."
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
-    minutes = sum(row["seconds"] for row in rows.values()) / 60
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows.values()))
+    first = next(iter(rows.values()))["first_seconds"] / 60
+    minutes = first + sum(row["seconds"] / row["workers"] for row in rows.values()) / 60
+    before = f", {first:.0f} of them for what the rows share" if first >= 1 else ""
     return "\n\n".join([
-        f"**Result** (`results.json`, budget {state_of(experiment)}: {minutes:.0f} minutes on {devices}, commit "
-        f"{commits}; of several seeds the mean, the lowest and the highest)",
+        f"**Result** (`results.json`, budget {state_of(experiment)}: {minutes:.0f} minutes{before}; a row on "
+        f"{devices}; commit {commits}; of several seeds the mean, the lowest and the highest)",
         experiment.table(rows),
         "![The figure](figure.png)",
         f"**Answer.** {experiment.answer(rows)}",

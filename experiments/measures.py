@@ -1,5 +1,6 @@
 """What experiments measure on trained models: pictures drawn by them, and the cards of these."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,27 +13,27 @@ from experiments.judge.run import load_judge
 from ldm_jax import samplers
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
-from ldm_jax.evaluation.features import lpips_distance, vgg16_features
+from ldm_jax.evaluation.features import FeatureExtractor, lpips_distance, vgg16_features
 from ldm_jax.generate import request
 from ldm_jax.guides import NO_GUIDES, Guides
 from ldm_jax.trained import Trained
 from ldm_jax.training.parallel import replicate
 from ldm_jax.xla import cache_folder
 
-BATCH = 250
-SMOKE_REFERENCE = 100  # test images that a smoke run compares with, instead of all
+BATCHES = {"smoke": 20, "cpu": 250, "gpu": 1_000}  # pictures at once
+REFERENCES = {"smoke": "test[:60]", "cpu": "test", "gpu": "test"}  # the images compared with
 JUDGE_EPOCHS = {"smoke": 1, "cpu": 2, "gpu": 4}  # of the classifier that reads what is drawn
-VARIED = 1_000  # test images whose variety is compared with
+VARIED = {"smoke": "test[:60]", "cpu": "test[:1000]", "gpu": "test[:1000]"}  # images whose variety is compared with
 RECONSTRUCTED = 2_000  # test images that an autoencoder is to give back
 
 
-def drawing(model: Trained, num: int, guides: Guides = NO_GUIDES) -> Callable[..., np.ndarray]:
+def drawing(lab: Lab, model: Trained, num: int, guides: Guides = NO_GUIDES) -> Callable[..., np.ndarray]:
     """draw(seed, guidance, interval, classifier_scale, **table) -> `num` pictures uint8 [N, H, W, C], the same number
     of each class.
 
     The arguments are as in `generate.Request`, `table` those of `samplers.build_table`. It compiles when first called.
     """
-    batch, labels = min(BATCH, num), list(range(len(model.class_names)))
+    batch, labels = min(BATCHES[lab.budget], num), list(range(len(model.class_names)))
     generator = samplers.build_generator(model.config, len(labels), batch, guides)
     params = replicate(model.params | guides.params)
 
@@ -55,39 +56,48 @@ def drawing(model: Trained, num: int, guides: Guides = NO_GUIDES) -> Callable[..
 
 def reference(lab: Lab, size: int = 28) -> np.ndarray:
     """The test images, uint8 [N, size, size, 1]."""
-    images = load_dataset("fashion_mnist", "test", data_dir=lab.data_dir, image_size=size).arrays["x"]
-    return images[:SMOKE_REFERENCE] if lab.budget == "smoke" else images
+    return load_dataset("fashion_mnist", REFERENCES[lab.budget], data_dir=lab.data_dir, image_size=size).arrays["x"]
 
 
 def cards(lab: Lab, images: np.ndarray, size: int = 28) -> dict[str, dict[str, Any]]:
     """FD, KID, precision and recall of pictures against the test images, each with what one must know to compare it."""
-    return evaluate_images(images, reference(lab, size), **_in_vgg16())
+    return evaluate_images(images, reference(lab, size), extractor=in_vgg16(lab), cache=cache_folder() / "features")
 
 
-def reconstruction_cards(originals: np.ndarray, given_back: np.ndarray) -> dict[str, dict[str, Any]]:
+def reconstruction_cards(lab: Lab, originals: np.ndarray, given_back: np.ndarray) -> dict[str, dict[str, Any]]:
     """FD, PSNR, SSIM and LPIPS of what an autoencoder gives back of test images."""
-    return evaluate_reconstructions(originals, given_back, lpips=lpips_distance(batch_size=BATCH), **_in_vgg16())
+    return evaluate_reconstructions(
+        originals, given_back, extractor=in_vgg16(lab), lpips=lpips_distance(batch_size=BATCHES[lab.budget]),
+        cache=cache_folder() / "features",
+    )  # fmt: skip
 
 
-def _in_vgg16() -> dict[str, Any]:
-    return {"extractor": vgg16_features(resize=32, batch_size=BATCH), "cache": cache_folder() / "features"}
+@functools.cache
+def in_vgg16(lab: Lab) -> FeatureExtractor:
+    """What pictures are compared by."""
+    return vgg16_features(resize=32, batch_size=BATCHES[lab.budget])
+
+
+def judge_of(lab: Lab) -> dict[str, Any]:
+    """The parameters of the classifier of experiments/judge; trained the first time."""
+    path = lab.runs / "judge.npz"
+    with lab.alone("judge"):
+        split = lab.config({}).data.train_split
+        known = {} if path.exists() else load_dataset("fashion_mnist", split, data_dir=lab.data_dir).arrays
+        return load_judge(known, epochs=JUDGE_EPOCHS[lab.budget], path=path)
 
 
 def share_read_as(lab: Lab, images: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Of each class the share of its pictures that the judge of experiments/judge reads as it."""
-    known = load_dataset("fashion_mnist", lab.config({}).data.train_split, data_dir=lab.data_dir)
-    with lab.alone("judge"):
-        params = load_judge(known.arrays, epochs=JUDGE_EPOCHS[lab.budget], path=lab.runs / "judge.npz")
-    read = judge(params, images)[1]
+    """Of each class the share of its pictures that this judge reads as it."""
+    read = judge(judge_of(lab), images)[1]
     return [float((read[labels == label] == label).mean()) for label in np.unique(labels)]
 
 
 def variety(lab: Lab, images: np.ndarray, labels: np.ndarray) -> float:
     """The variance of VGG16's features within the classes, as a multiple of that of as many real pictures."""
-    real = load_dataset("fashion_mnist", f"test[:{VARIED}]", data_dir=lab.data_dir).arrays
-    extractor = _in_vgg16()["extractor"]
+    real = load_dataset("fashion_mnist", VARIED[lab.budget], data_dir=lab.data_dir).arrays
     drawn, known = (
         np.mean([features[of == label].var(0).sum() for label in np.unique(of)])
-        for features, of in ((extractor(images), labels), (extractor(real["x"]), real["label"]))
+        for features, of in ((in_vgg16(lab)(images), labels), (in_vgg16(lab)(real["x"]), real["label"]))
     )
     return float(drawn / known)

@@ -17,7 +17,7 @@ DIFFUSION, AUTOENCODER = "diffusion", "autoencoder alone"
 BUDGETS = {  # steps of the diffusion model, test pictures
     "smoke": (2, 20),
     "cpu": (8_000, 1_000),
-    "gpu": (30_000, 10_000),
+    "gpu": (4_000, 5_000),
 }
 SHOWN, DRAWINGS = 12, 3  # pictures in the figure, and how often each is drawn
 SCORES = {"rFD-VGG16": 1, "LPIPS-vgg16": 3, "PSNR": 1, "SSIM": 3}
@@ -29,26 +29,28 @@ def make_experiment(folder: Path, question: str, baseline: str, changes: dict[st
     def plan(budget: str) -> list[tuple[str, int]]:
         return [(arm, 0) for arm in (baseline, DIFFUSION, AUTOENCODER)]
 
+    def run_of(lab: Lab) -> Path:
+        return lab.on_shared_latents(folder.name, changes | {"diffusion.steps": BUDGETS[lab.budget][0]})
+
     def measure(lab: Lab, arm: str, seed: int) -> Row:
-        steps, num = BUDGETS[lab.budget]
-        model = trained.load(lab.on_shared_latents(folder.name, changes | {"diffusion.steps": steps}))
+        model, num = trained.load(run_of(lab)), BUDGETS[lab.budget][1]
         test_set = builders.load_split(model.config, model.config.data.test_split)
         known = given.from_split(model.config, test_set, num, seed)
         first = given.from_split(model.config, test_set, SHOWN, seed)  # the same ones, hidden alike
         if arm == DIFFUSION:
-            images = restoring(model, known)(seed)
-            again = restoring(model, first)
+            images = restoring(lab, model, known)(seed)
+            again = restoring(lab, model, first)
             shown = {"given": given.shown(model.config, first)}
             shown |= {f"drawing {1 + number}": again(seed + number) for number in range(DRAWINGS)}
             shown |= {"original": first.originals}
         else:
             restore = {
                 baseline: lambda some: given.baseline(model.config, some),
-                AUTOENCODER: lambda some: trained.reconstructions(model, some.originals, measures.BATCH),
+                AUTOENCODER: lambda some: trained.reconstructions(model, some.originals, measures.BATCHES[lab.budget]),
             }[arm]
             images, shown = restore(known), {arm: restore(first)}
         return {
-            "cards": measures.reconstruction_cards(known.originals, images),
+            "cards": measures.reconstruction_cards(lab, known.originals, images),
             "pictures": {name: strips.packed(some) for name, some in shown.items()},
         }
 
@@ -66,13 +68,13 @@ def make_experiment(folder: Path, question: str, baseline: str, changes: dict[st
         order = ["given", baseline, *(f"drawing {1 + number}" for number in range(DRAWINGS)), AUTOENCODER, "original"]
         return strips.grid([{"": shown[name]} for name in order], order, width=10)
 
-    return Experiment(folder, question, plan, measure, table, answer, draw)
+    return Experiment(folder, question, plan, measure, table, answer, draw, run_of)
 
 
-def restoring(model: trained.Trained, known: given.Given) -> Callable[[int], np.ndarray]:
+def restoring(lab: Lab, model: trained.Trained, known: given.Given) -> Callable[[int], np.ndarray]:
     """restore(seed) -> uint8 [N, H, W, C]: one drawing of each picture, what is known of it put back."""
     num = len(known.originals)
-    batch, config = min(measures.BATCH, num), model.config
+    batch, config = min(measures.BATCHES[lab.budget], num), model.config
     generator = samplers.build_generator(config, len(model.class_names), batch)
     params, table = replicate(model.params), samplers.build_table(config)
     maps = generator.maps(params, known.known)

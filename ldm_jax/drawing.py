@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from ldm_jax import builders, editing, guides, pretrained, run_folder, samplers, trained
+from ldm_jax import builders, configuration, editing, guides, pretrained, run_folder, samplers, trained
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.diffusion.sampling import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import EVEN
@@ -249,10 +249,12 @@ def picture(
 
 def draw_final(workdir: Path, dataset: Dataset) -> None:
     """Draws the samples that end a run (see `recipe.of_config`), unless the run folder has just these already."""
+    if not configuration.from_json(workdir / "config.json").sampling.num:
+        return
     model = trained.load(workdir)
     recipe = of_config(model, dataset)
     asked = recipe._asdict() | {"model": trained.fingerprint(model)}
-    if recipe.num and not _is_drawn(workdir, asked):
+    if not _is_drawn(workdir, asked):
         save(workdir, draw(model, recipe, batch_size=model.config.sampling.batch_size))
 
 

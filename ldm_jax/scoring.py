@@ -65,7 +65,8 @@ def with_data_of(model: Trained, given: ConfigDict) -> ConfigDict:
 def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
     """Scores the samples that ended a run, and its classifier: leaves evaluation.json in the run folder."""
     config, cards = configuration.from_json(workdir / "config.json"), {}
-    if "diffusion" in config.stages and not config.init_from:  # which is drawn by texts, not by test images
+    wanted = config.sampling.num or config.evaluation.bound_examples
+    if "diffusion" in config.stages and not config.init_from and wanted:  # which is drawn by texts, not by test images
         model = trained.load(workdir)
         if config.sampling.num:
             with np.load(workdir / "samples.npz") as samples:

@@ -8,6 +8,7 @@ import pytest
 from scipy.special import expit
 
 from experiments.baselines import flow, gan, pixelcnn, vae
+from experiments.baselines.models import SMALL, Sizes, models
 from experiments.baselines.stage import make_stage
 from ldm_jax.data.pixels import to_pixels
 
@@ -142,13 +143,14 @@ def test_the_bound_of_a_vae_by_hand():
     assert vae.draw(model, params, LABEL, KEYS).shape == (2, 4, 4, 1)
 
 
-def gan_stage(**changes):
+def gan_stage(spectral_norm=False, **changes):
     fields = {"loss": "hinge", "r1": 0.5} | changes
     adam = optax.adam(1e-3, b1=0.5)
     maker = gan.Generator(2, (4, 4, 1), features=16, latent=4)
+    judge = gan.Discriminator(2, features=4, spectral_norm=spectral_norm)
     return maker, gan.make_gan_stage(
-        generator=maker, discriminator=gan.Discriminator(2, features=4), generator_optimizer=adam,
-        discriminator_optimizer=adam, ema_decay=0.9, **fields,
+        generator=maker, discriminator=judge, generator_optimizer=adam, discriminator_optimizer=adam, ema_decay=0.9,
+        **fields,
     )  # fmt: skip
 
 
@@ -198,6 +200,45 @@ def test_a_gan_takes_steps_of_both_and_draws():
     assert int(wrong.step) == 0  # another step's batch
     with pytest.raises(ValueError, match="loss is 'wgan'; it must be one of hinge, non_saturating"):
         gan_stage(loss="wgan")
+
+
+def test_spectral_norm_divides_by_the_largest_singular_values():
+    """After enough power iterations the discriminator is that of the divided weights, which are found by NumPy."""
+    _, stage = gan_stage(spectral_norm=True, r1=0.0)
+    state, step = jax.jit(stage.init)(jax.random.key(0)), jax.jit(stage.step)
+    still = state
+    for number in range(60):  # only the singular vectors are taken on
+        new, _ = step(still.replace(step=jnp.int32(number)), {}, BATCH | {"step": jnp.int32(number)}, jnp.uint32(0))
+        still = still.replace(params=still.params | {gan.SINGULAR: new.params[gan.SINGULAR]})
+
+    def divided(weights):
+        if weights.ndim < 2:
+            return weights
+        return weights / np.linalg.svd(np.asarray(weights).reshape(-1, weights.shape[-1]), compute_uv=False)[0]
+
+    x, label, weights = to_pixels(BATCH["x"]), BATCH["label"], still.params["discriminator"]
+    variables = {"params": weights, gan.SINGULAR: still.params[gan.SINGULAR]}
+    found = gan.Discriminator(2, features=4, spectral_norm=True).apply(variables, x, label)
+    expected = gan.Discriminator(2, features=4).apply({"params": jax.tree.map(divided, weights)}, x, label)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    moved = [
+        float(jnp.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(new.params[gan.SINGULAR]), jax.tree.leaves(state.params[gan.SINGULAR]))
+    ]
+    assert max(moved) > 0.1
+
+
+def test_a_gan_without_spectral_norm_keeps_no_singular_vectors():
+    _, stage = gan_stage()
+    assert jax.eval_shape(stage.init, jax.random.key(0)).params[gan.SINGULAR] == {}
+
+
+def test_all_baselines_have_about_as_many_parameters():
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.stage(10).init, jax.random.key(0)).params))
+        for model in models(Sizes()).values()
+    ]
+    assert max(sizes) / min(sizes) < 1.2 and models(SMALL).keys() == models(Sizes()).keys()
 
 
 def test_a_stage_of_likelihood_learns(pixels):

@@ -37,7 +37,7 @@ ARMS = {
 BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
     "smoke": (4, 2, 10),
     "cpu": (1_000, 700, 250),
-    "gpu": (20_000, 10_000, 10_000),
+    "gpu": (3_000, 2_000, 5_000),
 }
 SHOWN = 8  # pictures of each kind in the figure
 TITLES = ("test pictures given back", "decoded noise", "diffusion")
@@ -53,14 +53,14 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     smoke = {"autoencoder.loss.adversarial": 0.0} if lab.budget == "smoke" else {}
     model = trained.load(lab.train(f"autoencoders/{arm}", steps | ARMS[arm] | smoke | {"seed": seed}))
     originals = measures.reference(lab)[: measures.RECONSTRUCTED]
-    reconstructed = trained.reconstructions(model, originals, measures.BATCH)
+    reconstructed = trained.reconstructions(model, originals, measures.BATCHES[lab.budget])
     images = {
         "prior": decoded_noise(model, num, seed),
-        "diffusion": measures.drawing(model, num)(seed=seed, guidance=1.5),
+        "diffusion": measures.drawing(lab, model, num)(seed=seed, guidance=1.5),
     }
     return {
         "steps": {"autoencoder": first, "diffusion": second},
-        "cards": {"reconstructions": measures.reconstruction_cards(originals, reconstructed)}
+        "cards": {"reconstructions": measures.reconstruction_cards(lab, originals, reconstructed)}
         | {kind: measures.cards(lab, drawn) for kind, drawn in images.items()},
         "pictures": {
             title: strips.packed(drawn[:SHOWN])

@@ -1,6 +1,8 @@
 """A GAN the size of DCGAN (Radford 2016), told of classes: hinge (Lim & Ye 2017) or non-saturating loss (Goodfellow
-2014), with the gradient penalty R1 (Mescheder 2018)."""
+2014), with the gradient penalty R1 (Mescheder 2018), spectral norm (Miyato 2018) or both."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from ldm_jax.data.pixels import to_pixels, to_uint8
 from ldm_jax.training.state import TrainState, ema_update, example_keys, keep_if
 
 LOSSES = ("hinge", "non_saturating")
+SINGULAR = "singular"  # the vectors of spectral norm, of which parameters and optimizers know nothing
 
 
 class Generator(nn.Module):
@@ -41,19 +44,30 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Pictures [B, H, W, C] and labels [B] -> logits [B]: the projection of Miyato & Koyama 2018."""
+    """Pictures [B, H, W, C] and labels [B] -> logits [B]: the projection of Miyato & Koyama 2018.
+
+    With `spectral_norm` each layer's weights are divided by their largest singular value, which one power iteration a
+    call goes after: of `learning` calls the collection SINGULAR keeps the vectors.
+    """
 
     num_classes: int
     features: int = 64
+    spectral_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, label: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, label: jax.Array, learning: bool = False) -> jax.Array:
+        def normed(layer: nn.Module) -> Callable[[jax.Array], jax.Array]:
+            if not self.spectral_norm:
+                return layer
+            return partial(nn.SpectralNorm(layer, collection_name=SINGULAR), update_stats=learning)
+
         hidden = squeeze(x)
-        hidden = squeeze(nn.leaky_relu(nn.Conv(self.features, (3, 3))(hidden), 0.2))
+        hidden = squeeze(nn.leaky_relu(normed(nn.Conv(self.features, (3, 3)))(hidden), 0.2))
         for _ in range(2):
-            hidden = nn.leaky_relu(nn.Conv(2 * self.features, (3, 3))(hidden), 0.2)
+            hidden = nn.leaky_relu(normed(nn.Conv(2 * self.features, (3, 3)))(hidden), 0.2)
         pooled = hidden.sum(axis=(1, 2)) / hidden.shape[1]
-        return nn.Dense(1)(pooled)[:, 0] + (nn.Embed(self.num_classes, pooled.shape[-1])(label) * pooled).sum(axis=-1)
+        of_class = normed(nn.Embed(self.num_classes, pooled.shape[-1]))(label)
+        return normed(nn.Dense(1))(pooled)[:, 0] + (of_class * pooled).sum(axis=-1)
 
 
 def make_gan_stage(
@@ -73,11 +87,13 @@ def make_gan_stage(
 
     def init(rng: jax.Array) -> TrainState:
         keys, label = jax.random.split(rng), jnp.zeros((1,), jnp.int32)
+        judge = discriminator.init(keys[1], jnp.zeros((1, *generator.shape)), label)
         params = {
             "generator": generator.init(keys[0], jnp.zeros((1, generator.latent)), label)["params"],
-            "discriminator": discriminator.init(keys[1], jnp.zeros((1, *generator.shape)), label)["params"],
+            "discriminator": judge["params"],
+            SINGULAR: judge.get(SINGULAR, {}),
         }
-        opt_state = {name: optimizers[name].init(params[name]) for name in params}
+        opt_state = {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
         ema_params = {"generator": jax.tree.map(jnp.copy, params["generator"])}
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
 
@@ -85,39 +101,46 @@ def make_gan_stage(
         z = jax.vmap(lambda key: jax.random.normal(key, (generator.latent,)))(keys)
         return generator.apply({"params": params}, z, label)
 
-    def logits(params: Any, x: jax.Array, label: jax.Array) -> jax.Array:
-        return discriminator.apply({"params": params}, x, label)
+    def logits(params: Any, singular: Any, x: jax.Array, label: jax.Array) -> jax.Array:
+        return discriminator.apply({"params": params, SINGULAR: singular}, x, label)
 
-    def discriminator_loss(params: Any, x: jax.Array, fake: jax.Array, label: jax.Array) -> jax.Array:
-        real_logits, fake_logits = jnp.split(logits(params, jnp.concatenate([x, fake]), jnp.tile(label, 2)), 2)
+    def discriminator_loss(params: Any, singular: Any, x: jax.Array, fake: jax.Array, label: jax.Array):
+        """The loss, and the singular vectors as the pictures' pass has left them."""
+        both, labels = jnp.concatenate([x, fake]), jnp.tile(label, 2)
+        seen, kept = discriminator.apply(
+            {"params": params, SINGULAR: singular}, both, labels, learning=True, mutable=[SINGULAR]
+        )
+        real_logits, fake_logits = jnp.split(seen, 2)
         if loss == "hinge":
             value = nn.relu(1.0 - real_logits).mean() + nn.relu(1.0 + fake_logits).mean()
         else:
             value = nn.softplus(-real_logits).mean() + nn.softplus(fake_logits).mean()
-        if not r1:
-            return value
-        slope = jax.grad(lambda x: logits(params, x, label).sum())(x)
-        return value + 0.5 * r1 * (slope**2).sum(axis=(1, 2, 3)).mean()
+        if r1:
+            slope = jax.grad(lambda x: logits(params, singular, x, label).sum())(x)
+            value += 0.5 * r1 * (slope**2).sum(axis=(1, 2, 3)).mean()
+        return value, kept.get(SINGULAR, {})
 
-    def generator_loss(params: Any, judge: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
-        fake_logits = logits(judge, made(params, label, keys), label)
+    def generator_loss(params: Any, judge: Any, singular: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
+        fake_logits = logits(judge, singular, made(params, label, keys), label)
         return -fake_logits.mean() if loss == "hinge" else nn.softplus(-fake_logits).mean()
 
-    def gradients(params: Any, batch: dict, seed: jax.Array) -> tuple[dict, dict]:
-        """(losses, gradients) of both, at the same parameters."""
+    def gradients(params: Any, batch: dict, seed: jax.Array) -> tuple[dict, dict, Any]:
+        """(losses, gradients) of both, at the same parameters, and the singular vectors."""
         keys = jax.vmap(jax.random.split)(example_keys(seed, STREAM, batch["step"], batch["id"]))
         x, label = to_pixels(batch["x"]), batch["label"]
-        fake = made(params["generator"], label, keys[:, 0])
-        of_judge = jax.value_and_grad(discriminator_loss)(params["discriminator"], x, fake, label)
-        of_maker = jax.value_and_grad(generator_loss)(params["generator"], params["discriminator"], label, keys[:, 1])
-        both = {"discriminator": of_judge, "generator": of_maker}
-        return {name: value for name, (value, _) in both.items()}, {name: grads for name, (_, grads) in both.items()}
+        maker, judge, singular = params["generator"], params["discriminator"], params[SINGULAR]
+        fake = made(maker, label, keys[:, 0])
+        of_judge = jax.value_and_grad(discriminator_loss, has_aux=True)(judge, singular, x, fake, label)
+        of_maker = jax.value_and_grad(generator_loss)(maker, judge, singular, label, keys[:, 1])
+        (judge_loss, singular), judge_grads = of_judge
+        losses = {"discriminator": judge_loss, "generator": of_maker[0]}
+        return losses, {"discriminator": judge_grads, "generator": of_maker[1]}, singular
 
     def step(state, frozen, batch, seed, *, axis_name=None):
-        losses, grads = gradients(state.params, batch, seed)
+        losses, grads, singular = gradients(state.params, batch, seed)  # which are the same on every device
         if axis_name is not None:
             losses, grads = jax.lax.pmean((losses, grads), axis_name)
-        params, opt_state = {}, {}
+        params, opt_state = {SINGULAR: singular}, {}
         for name, optimizer in optimizers.items():
             updates, opt_state[name] = optimizer.update(grads[name], state.opt_state[name], state.params[name])
             params[name] = optax.apply_updates(state.params[name], updates)
@@ -128,7 +151,7 @@ def make_gan_stage(
         return new, {"loss": losses["generator"], "discriminator": losses["discriminator"], "grad_norm": norm}
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
-        losses, grads = gradients(state.params, batch, seed)
+        losses, grads, _ = gradients(state.params, batch, seed)
         return {"params": state.params, "losses": losses, "gradient": grads}
 
     return Stage(init, step, trace)

@@ -136,7 +136,7 @@ def draw(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "Are the losses the same on any number of devices, and what does sharing the work cost?",
-    plan, measure, table, answer, draw,
+    plan, measure, table, answer, draw, alone=True,
 )  # fmt: skip
 
 if __name__ == "__main__":

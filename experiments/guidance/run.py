@@ -47,7 +47,7 @@ SHOWN = (f"{FREE}, 1", f"{FREE}, 2", f"{FREE}, 8", f"{WITHIN}, 8", f"{BY_CLASSIF
 BUDGETS = {  # steps of the classifier, pictures
     "smoke": (2, 10),
     "cpu": (2_500, 250),
-    "gpu": (20_000, 10_000),
+    "gpu": (5_000, 5_000),
 }
 CLASSIFIER = {"classifier.block_out_channels": (32, 64), "classifier.attention": (False, True)}
 
@@ -62,9 +62,18 @@ def drawing(lab: Lab) -> Callable[..., np.ndarray]:
     steps, num = BUDGETS[lab.budget]
     model = trained.load(lab.shared_model())
     smaller = {} if lab.budget == "gpu" else CLASSIFIER
-    fields = {"stages": ("autoencoder", "classifier"), "classifier.steps": steps, "classifier.batch_size": 16}
+    fields = {
+        "stages": ("autoencoder", "classifier"),
+        "classifier.steps": steps,
+        "classifier.batch_size": lab.batch_size,
+    }
     classifier = guides.classifier_for(lab.on_shared_latents("classifier", smaller | fields), model)
-    return measures.drawing(model, num, guides.Guides(classifier))
+    return measures.drawing(lab, model, num, guides.Guides(classifier))
+
+
+def first(lab: Lab) -> None:
+    drawing(lab)
+    measures.judge_of(lab)
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
@@ -132,7 +141,7 @@ def draw(rows: Rows) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    Path(__file__).parent, "What does guidance buy, and what does it cost?", plan, measure, table, answer, draw
+    Path(__file__).parent, "What does guidance buy, and what does it cost?", plan, measure, table, answer, draw, first
 )
 
 if __name__ == "__main__":

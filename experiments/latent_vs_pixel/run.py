@@ -3,11 +3,13 @@
     python experiments/latent_vs_pixel/run.py [--budget=smoke|cpu|gpu]
 
 The same UNet on pixels (f = 1) and on the latents of autoencoders that make pictures f = 2, 4 and 8 times smaller
-(Rombach 2022, figures 6 and 7), trained for equal times, at 32 x 32 pixels. Also over the operations spent.
+(Rombach 2022, figures 6 and 7), trained for equal times and with equal numbers of operations, at 32 x 32 pixels.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
@@ -15,106 +17,120 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
-from experiments import frame, measures, tables
+from experiments import frame, measures, speed, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import builders, trained
 
-SIZE = 32
+SIZES = {"smoke": 8, "cpu": 32, "gpu": 32}  # pixels
 FACTORS = {  # f -> the autoencoder's channels, and those of its latents
     1: None,
     2: ((32, 64), 4),
     4: ((16, 32, 64), 8),
     8: ((16, 32, 64, 64), 16),
 }
-BUDGETS = {  # steps of the autoencoders, seconds of the diffusion models, pictures
-    "smoke": (4, (1,), 10),
-    "cpu": (1_500, (10, 20, 40), 250),
-    "gpu": (20_000, (120, 360, 1_080), 10_000),
+BUDGETS = {  # steps of the autoencoders; seconds of the diffusion models; their Tflop, if equal; pictures
+    "smoke": (4, (1,), 1e-4, 5),
+    "cpu": (1_500, (10, 20, 40), 1.0, 250),
+    "gpu": (3_000, (10, 20, 40), 100.0, 5_000),
 }
-RATE_STEPS = {"smoke": 4, "cpu": 64, "gpu": 600}  # of the run that finds out how many steps fit into a second
+EQUAL = ("time", "operations")
 BACKWARD = 3  # a training step costs about three forward passes
 
 
-def arm_of(factor: int, seconds: int) -> str:
-    return f"f = {factor}, {seconds} s"
+class Arm(NamedTuple):
+    """How much smaller the pictures become, and what is spent on training: one of the two."""
+
+    factor: int
+    seconds: float | None = None
+    tflops: float | None = None
+
+
+def arms(budget: str) -> dict[str, Arm]:
+    _, times, tflops, _ = BUDGETS[budget]
+    factors = (1, 4) if budget == "smoke" else tuple(FACTORS)
+    by_time = {f"f = {factor}, {seconds} s": Arm(factor, seconds=seconds) for factor in factors for seconds in times}
+    by_operations = {f"f = {factor}, {tflops:g} Tflop": Arm(factor, tflops=tflops) for factor in factors}
+    return by_time | (by_operations if budget != "smoke" else dict(list(by_operations.items())[-1:]))
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    factors = (1, 4) if budget == "smoke" else FACTORS
-    return [(arm_of(factor, seconds), 0) for factor in factors for seconds in BUDGETS[budget][1]]
+    return [(name, 0) for name in arms(budget)]
+
+
+def rates(lab: Lab) -> dict[int, float]:
+    """Images a second in training, for each factor."""
+    factors = dict.fromkeys(arm.factor for arm in arms(lab.budget).values())
+    courses = {factor: partial(speed.of_diffusion, lab.config(fields(lab, factor))) for factor in factors}
+    found = speed.images_per_second(lab, {f"latent_vs_pixel {factor}": make for factor, make in courses.items()})
+    return {factor: found[f"latent_vs_pixel {factor}"] for factor in factors}
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
-    factor, seconds = next((f, s) for f in FACTORS for s in BUDGETS[lab.budget][1] if arm_of(f, s) == arm)
-    images_per_second = rate(lab, factor)
-    steps = lab.steps_in(seconds, images_per_second, lab.batch_size)
+    factor, seconds, tflops = arms(lab.budget)[arm]
+    per_step = BACKWARD * flops(lab.config(fields(lab, factor))) * lab.batch_size / 1e12
+    images_per_second = rates(lab)[factor]
+    if seconds is None:
+        steps = max(1, round(tflops / per_step))
+    else:
+        steps = lab.steps_in(seconds, images_per_second, lab.batch_size)
     model = trained.load(diffusion(lab, factor, arm, {"diffusion.steps": steps, "seed": seed}))
-    images = measures.drawing(model, BUDGETS[lab.budget][2])(seed=seed)
-    per_image = flops(model)
+    images = measures.drawing(lab, model, BUDGETS[lab.budget][3])(seed=seed)
     return {
         "factor": factor,
-        "training_seconds": seconds,
+        "equal": "time" if tflops is None else "operations",
+        "training_seconds": steps * lab.batch_size / images_per_second,
+        "training_tflops": steps * per_step,
         "images_per_second": images_per_second,
         "steps": steps,
-        "forward_flops_per_image": per_image,
-        "training_tflops": BACKWARD * per_image * steps * lab.batch_size / 1e12,
-        "cards": measures.cards(lab, images, size=SIZE),
+        "cards": measures.cards(lab, images, size=SIZES[lab.budget]),
+        "pictures": strips.packed(images[:20]),
     }
 
 
-def batch_size(lab: Lab) -> int:
-    return 8 if lab.budget == "smoke" else 64
-
-
-def diffusion(lab: Lab, factor: int, name: str, changes: dict) -> Path:
-    """A run on pixels, or on the latents of this factor."""
-    changes = {"data.image_size": SIZE} | changes
+def fields(lab: Lab, factor: int) -> dict:
+    """Those of the config of a run on pixels, or on the latents of this factor."""
+    size = {"data.image_size": SIZES[lab.budget]}
     if FACTORS[factor] is None:
-        return lab.train(f"latent_vs_pixel/{name}", {"autoencoder.kind": "none"} | changes)
+        return size | {"autoencoder.kind": "none"}
     channels, latent_channels = FACTORS[factor]
-    smoke = lab.budget == "smoke"
-    autoencoder = {
-        "autoencoder.block_out_channels": (8,) * len(channels) if smoke else channels,
+    return size | {
+        "autoencoder.block_out_channels": (8,) * len(channels) if lab.budget == "smoke" else channels,
         "autoencoder.latent_channels": latent_channels,
         "autoencoder.steps": BUDGETS[lab.budget][0],
     }
-    first = lab.train(
-        f"latent_vs_pixel/autoencoder {factor}",
-        autoencoder | {"data.image_size": SIZE, "stages": ("autoencoder",)},
-    )
-    return lab.train(f"latent_vs_pixel/{name}", autoencoder | changes | {"autoencoder.checkpoint": str(first)})
 
 
-def rate(lab: Lab, factor: int) -> float:
-    """Images a second in training, by a short run."""
-    steps = RATE_STEPS[lab.budget]
-    changes = {"diffusion.steps": steps, "log_every": steps // 4}
-    name = f"rate {factor}"
-    return lab.once(
-        f"latent_vs_pixel/{name}",
-        lambda: frame.images_per_second(diffusion(lab, factor, name, changes), "diffusion", lab.batch_size),
-    )
+def diffusion(lab: Lab, factor: int, name: str, changes: dict) -> Path:
+    """A run on pixels, or on the latents of this factor, whose autoencoder serves for all."""
+    changes = fields(lab, factor) | changes
+    if FACTORS[factor] is not None:
+        only = fields(lab, factor) | {"stages": ("autoencoder",)}
+        changes |= {"autoencoder.checkpoint": str(lab.train(f"latent_vs_pixel/autoencoder {factor}", only))}
+    return lab.train(f"latent_vs_pixel/{name}", changes)
 
 
-def flops(model: trained.Trained) -> float:
+def flops(config: ConfigDict) -> float:
     """Floating-point operations of one forward pass of the UNet on one picture, as XLA counts them."""
-    unet, fields = builders.build_unet(model.config), model.config.unet
-    z = jnp.zeros((1, *builders.latent_shape(model.config)))
-    context = jnp.zeros((1, fields.context_tokens, fields.context_dim))
-    call = jax.jit(lambda params: unet.apply({"params": params}, z, jnp.zeros(1, jnp.int32), context=context))
-    return float(call.lower(model.params["unet"]).cost_analysis()["flops"])
+    unet, size = builders.build_unet(config), config.unet
+    z = jax.ShapeDtypeStruct((1, *builders.latent_shape(config)), jnp.float32)
+    t = jax.ShapeDtypeStruct((1,), jnp.int32)
+    context = jax.ShapeDtypeStruct((1, size.context_tokens, size.context_dim), jnp.float32)
+    params = jax.eval_shape(unet.init, jax.random.key(0), z, t, context)
+    return float(jax.jit(unet.apply).lower(params, z, t, context).cost_analysis()["flops"])
 
 
 def fd(row: Row) -> float:
     return row["cards"]["FD-VGG16"]["value"]
 
 
-def by_factor(rows: Rows) -> dict[int, list[Row]]:
-    """Factor -> its rows in the order of their training times."""
+def by_factor(rows: Rows, equal: str) -> dict[int, list[Row]]:
+    """Factor -> its rows with equal time or operations, in the order of what was spent."""
     found: dict[int, list[Row]] = {}
     for row in sorted(rows.values(), key=lambda row: row["training_seconds"]):
-        found.setdefault(row["factor"], []).append(row)
+        if row["equal"] == equal:
+            found.setdefault(row["factor"], []).append(row)
     return dict(sorted(found.items()))
 
 
@@ -124,33 +140,48 @@ def table(rows: Rows) -> str:
         "precision": (lambda row: row["cards"]["precision-VGG16"]["value"], 2),
         "recall": (lambda row: row["cards"]["recall-VGG16"]["value"], 2),
         "images a second": (lambda row: row["images_per_second"], 0),
-        "Tflop in training": (lambda row: row["training_tflops"], 1),
+        "seconds of training": (lambda row: row["training_seconds"], 0),
+        "Tflop of training": (lambda row: row["training_tflops"], 1),
     }
     return tables.by_arm(rows, columns)
 
 
 def answer(rows: Rows) -> str:
-    longest = {factor: some[-1] for factor, some in by_factor(rows).items()}
-    best = min(longest, key=lambda factor: fd(longest[factor]))
-    others = ", ".join(f"f = {factor}: {fd(row):.1f}" for factor, row in longest.items() if factor != best)
-    word = "It does" if best != 1 else "Not here"
+    longest = {equal: {factor: some[-1] for factor, some in by_factor(rows, equal).items()} for equal in EQUAL}
+    best = {equal: min(some, key=lambda factor, some=some: fd(some[factor])) for equal, some in longest.items()}
+    listed = {
+        equal: ", ".join(f"f = {factor}: {fd(row):.1f}" for factor, row in some.items())
+        for equal, some in longest.items()
+    }
+    word = "It does" if best["time"] != 1 else "Not here"
+    spent = {equal: next(iter(some.values())) for equal, some in longest.items()}
     return (
-        f"{word}: after {longest[best]['training_seconds']} seconds of training f = {best} is nearest to the data (FD "
-        f"{fd(longest[best]):.1f}; {others})."
+        f"{word}: after {spent['time']['training_seconds']:.0f} seconds of training f = {best['time']} is nearest to "
+        f"the data (FD {listed['time']}), and after {spent['operations']['training_tflops']:.1f} Tflop f = "
+        f"{best['operations']} ({listed['operations']})."
     )
 
 
 def draw(rows: Rows) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for factor, some in by_factor(rows).items():
+    """FD over both kinds of effort; below what was drawn after the longest time."""
+    shown = {factor: some[-1]["pictures"] for factor, some in by_factor(rows, "time").items()}
+    height = strips.height_of([{"": strip} for strip in shown.values()], 10)
+    figure = plt.figure(figsize=(10, 3.8 + height), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[3.8, height])
+    axes = above.subplots(1, 2, sharey=True)
+    for factor, some in by_factor(rows, "time").items():
+        equal = by_factor(rows, "operations").get(factor, [])
         for axis, over in zip(axes, ("training_seconds", "training_tflops")):
-            axis.plot([row[over] for row in some], [fd(row) for row in some], marker="o", label=f"f = {factor}")
+            (line,) = axis.plot(
+                [row[over] for row in some], [fd(row) for row in some], marker="o", label=f"f = {factor}"
+            )
+            axis.plot([row[over] for row in equal], [fd(row) for row in equal], "s", mfc="none", color=line.get_color())
     axes[0].set(xlabel="seconds of training", ylabel="FD-VGG16", xscale="log", yscale="log")
-    axes[1].set(xlabel="Tflop of training", xscale="log")
+    axes[1].set(xlabel="Tflop of training (squares: equal for all)", xscale="log")
     for axis in axes:
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
-    figure.tight_layout()
+    strips.draw_in(below, [{"": strip} for strip in shown.values()], [f"f = {factor}" for factor in shown])
     return figure
 
 
@@ -162,6 +193,7 @@ EXPERIMENT = Experiment(
     table,
     answer,
     draw,
+    rates,
 )
 
 if __name__ == "__main__":

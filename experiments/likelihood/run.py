@@ -7,6 +7,7 @@ steps fixed or learned (Nichol & Dhariwal 2021), a gated PixelCNN (exact) and a 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
@@ -16,8 +17,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, tables
-from experiments.baselines import run as baselines
+from experiments import frame, speed, tables
+from experiments.baselines.models import SMALL, Model, Sizes, models
+from experiments.baselines.training import course, drawing_params, held_out_bits, size, trained_for
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import builders, trained
 from ldm_jax.data.datasets import load_dataset
@@ -28,7 +30,6 @@ ON_PIXELS = {
     "diffusion.schedule": "cosine",
     "diffusion.prediction": "eps",
     "diffusion.weighting": "uniform",
-    "evaluation.batch_size": 50,
 }
 DIFFUSION = {
     "diffusion, fixed variance": ON_PIXELS,
@@ -36,14 +37,15 @@ DIFFUSION = {
 }
 OTHERS = ("PixelCNN", "flow")
 SIZES = {  # PixelCNN's network works at each pixel: as large as in experiments/baselines it would learn too slowly
-    "smoke": baselines.SMALL,
-    "cpu": baselines.Sizes(pixelcnn=(32, 8), flow=(96, 8)),
-    "gpu": baselines.Sizes(),
+    "smoke": SMALL,
+    "cpu": Sizes(pixelcnn=(32, 8), flow=(96, 8)),
+    "gpu": Sizes(),
 }
+BOUND_BATCHES = {"smoke": 50, "cpu": 50, "gpu": 500}  # test images at once
 BUDGETS = {  # seeds, seconds of training, test images
     "smoke": ((0,), 0.2, 50),
     "cpu": ((0, 1), 120, 500),
-    "gpu": ((0, 1, 2), 1_200, 10_000),
+    "gpu": ((0, 1, 2), 12, 2_000),
 }
 
 
@@ -51,33 +53,41 @@ def plan(budget: str) -> list[tuple[str, int]]:
     return [(arm, seed) for seed in BUDGETS[budget][0] for arm in (*DIFFUSION, *OTHERS)]
 
 
+def rates(lab: Lab) -> dict[str, float]:
+    """Images a second in training, of each model."""
+    courses = {arm: partial(speed.of_diffusion, lab.config(changes_of(lab, arm))) for arm in DIFFUSION}
+    courses |= {arm: partial(course, lab, other(lab, arm)) for arm in OTHERS}
+    found = speed.images_per_second(lab, {f"likelihood {arm}": make for arm, make in courses.items()})
+    return {arm: found[f"likelihood {arm}"] for arm in courses}
+
+
 def measure(lab: Lab, arm: str, seed: int) -> Row:
     _, seconds, tested = BUDGETS[lab.budget]
     if arm in DIFFUSION:
         return {"training_seconds": seconds} | of_diffusion(lab, arm, seconds, tested, seed)
-    model = baselines.models(SIZES[lab.budget])[arm]
-    params, steps, parameters = baselines.baseline(lab, arm, model, seconds, seed, under="likelihood")
-    bits = baselines.held_out_bits(lab, model, params, tested)
-    return {"training_seconds": seconds, "steps": steps["baseline"], "parameters": parameters, "bits_per_dim": bits}
+    model = other(lab, arm)
+    state, steps = trained_for(lab, f"likelihood {arm}", model, seconds, seed)
+    bits = held_out_bits(lab, model, drawing_params(model, state), tested)
+    return {"training_seconds": seconds, "steps": steps, "parameters": size(state), "bits_per_dim": bits}
+
+
+def other(lab: Lab, arm: str) -> Model:
+    return models(SIZES[lab.budget])[arm]
+
+
+def changes_of(lab: Lab, arm: str) -> dict:
+    """Of the config, for diffusion on pixels."""
+    size = {"data.image_size": 8} if lab.budget == "smoke" else frame.SMALLER_UNET
+    return size | DIFFUSION[arm] | {"evaluation.batch_size": BOUND_BATCHES[lab.budget]}
 
 
 def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> Row:
     """The bound, as a whole and by ranges of timesteps."""
-    changes = ({"data.image_size": 8} if lab.budget == "smoke" else frame.SMALLER_UNET) | DIFFUSION[arm]
-    short = baselines.RATE_STEPS[lab.budget]
-    rate = lab.once(
-        f"likelihood/{arm}",
-        lambda: frame.images_per_second(
-            lab.train(f"likelihood/rate {arm}", changes | {"diffusion.steps": short, "log_every": short // 4}),
-            "diffusion",
-            lab.batch_size,
-        ),
-    )
-    steps = lab.steps_in(seconds, rate, lab.batch_size)
-    run = lab.train(f"likelihood/{arm} {seed}", changes | {"diffusion.steps": steps, "seed": seed})
+    steps = lab.steps_in(seconds, rates(lab)[arm], lab.batch_size)
+    run = lab.train(f"likelihood/{arm} {seed}", changes_of(lab, arm) | {"diffusion.steps": steps, "seed": seed})
     model = trained.load(run)
-    size = model.config.data.image_size
-    examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir, image_size=size).arrays
+    pixels = model.config.data.image_size
+    examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir, image_size=pixels).arrays
     bound = builders.build_bound(model.config, len(model.class_names))(replicate(model.params), examples, seed)
     return {
         "steps": steps,
@@ -148,7 +158,7 @@ def draw(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "How probable does diffusion find real pictures, beside an autoregressive model and a flow?",
-    plan, measure, table, answer, draw,
+    plan, measure, table, answer, draw, rates,
 )  # fmt: skip
 
 if __name__ == "__main__":

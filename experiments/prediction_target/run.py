@@ -25,7 +25,7 @@ CALLS = 50
 BUDGETS = {  # seeds, training steps, pictures
     "smoke": ((0,), 2, 10),
     "cpu": ((0, 1, 2), 1_000, 250),
-    "gpu": ((0, 1, 2), 20_000, 10_000),
+    "gpu": ((0, 1, 2), 2_000, 5_000),
 }
 
 
@@ -39,7 +39,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     changes = {"diffusion.prediction": target, "diffusion.weighting": weighting, "diffusion.schedule": "linear"}
     changes |= {"diffusion.steps": steps, "seed": seed}
     run = lab.on_shared_latents(f"prediction_target/{arm} {seed}", changes)
-    images = measures.drawing(trained.load(run), num)(seed=seed, guidance=1.5, sampler="ddpm", steps=CALLS)
+    images = measures.drawing(lab, trained.load(run), num)(seed=seed, guidance=1.5, sampler="ddpm", steps=CALLS)
     return {"target": target, "weighting": weighting, "steps": steps, "cards": measures.cards(lab, images)}
 
 
@@ -80,7 +80,7 @@ def draw(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "Does predicting the noise work better than predicting the image?",
-    plan, measure, table, answer, draw,
+    plan, measure, table, answer, draw, Lab.shared_autoencoder,
 )  # fmt: skip
 
 if __name__ == "__main__":

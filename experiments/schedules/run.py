@@ -30,7 +30,7 @@ CALLS = (10, 50, 250)
 BUDGETS = {  # seeds, training steps, pictures
     "smoke": ((0,), 2, 10),
     "cpu": ((0, 1, 2), 800, 250),
-    "gpu": ((0, 1, 2), 20_000, 10_000),
+    "gpu": ((0, 1, 2), 2_000, 5_000),
 }
 
 
@@ -44,7 +44,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     # Even weights: those of min-SNR depend on the schedule, and it is the schedule that is asked for.
     changes = {"diffusion.prediction": "v", "diffusion.weighting": "uniform", "diffusion.steps": steps, "seed": seed}
     model = trained.load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
-    draw = measures.drawing(model, num)
+    draw = measures.drawing(lab, model, num)
     drawn = {calls: draw(seed=seed, sampler="ddim", steps=calls) for calls in CALLS}
     return {
         "steps": steps,
@@ -97,8 +97,9 @@ def draw(rows: Rows) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    Path(__file__).parent, "Does the cosine schedule beat the linear one?", plan, measure, table, answer, draw
-)
+    Path(__file__).parent, "Does the cosine schedule beat the linear one?",
+    plan, measure, table, answer, draw, Lab.shared_autoencoder,
+)  # fmt: skip
 
 if __name__ == "__main__":
     frame.run(EXPERIMENT, __doc__)

@@ -34,7 +34,7 @@ STEPS = {  # solver -> as many steps as so many network calls allow, where that 
 BUDGETS = {  # network calls, pictures
     "smoke": ((5, 10), 10),
     "cpu": ((5, 10, 20, 50), 250),
-    "gpu": ((5, 10, 20, 50, 250), 10_000),
+    "gpu": ((5, 10, 20, 50, 250), 5_000),
 }
 GUIDANCE = {"guidance": 2.0, "interval": (0.1, 0.9)}  # the main job's
 
@@ -46,7 +46,7 @@ def plan(budget: str) -> list[tuple[str, int]]:
 @functools.cache
 def drawing(lab: Lab) -> Callable[..., np.ndarray]:
     """Draws with the shared model; compiled."""
-    draw = measures.drawing(trained.load(lab.shared_model()), BUDGETS[lab.budget][1])
+    draw = measures.drawing(lab, trained.load(lab.shared_model()), BUDGETS[lab.budget][1])
     draw(sampler="ddim", steps=1)
     return draw
 
@@ -110,7 +110,7 @@ def draw(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "Which solver comes nearest to the data in how many network calls?",
-    plan, measure, table, answer, draw,
+    plan, measure, table, answer, draw, alone=True,
 )  # fmt: skip
 
 if __name__ == "__main__":

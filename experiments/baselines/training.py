@@ -1,0 +1,67 @@
+"""Baselines trained for a time by the main job's loop."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import frame, speed
+from experiments.baselines.models import SHAPE, Model
+from experiments.baselines.stage import Stage
+from experiments.frame import Lab
+from ldm_jax.data.datasets import load_dataset
+from ldm_jax.data.feeds import DeviceFeed
+from ldm_jax.run_folder import Log
+from ldm_jax.training.checkpoint import Checkpoints
+from ldm_jax.training.interrupt import InterruptWatch
+from ldm_jax.training.loop import train
+
+
+def course(lab: Lab, model: Model) -> speed.Course:
+    """What its training is timed by."""
+    return speed.of_pictures(model.stage(1_000), SHAPE, lab.batch_size)
+
+
+def trained_for(lab: Lab, name: str, model: Model, seconds: float, seed: int) -> tuple[Any, int]:
+    """The state after as many steps as fit into the time, and their number; in a folder of this name and seed."""
+    rate = speed.images_per_second(lab, {name: lambda: course(lab, model)})[name]
+    steps = lab.steps_in(seconds, rate, lab.batch_size)
+    return train_baseline(lab, lab.runs / frame.file_name(f"{name} {seed}"), model.stage(steps), steps, seed), steps
+
+
+def train_baseline(lab: Lab, folder: Path, stage: Stage, steps: int, seed: int) -> Any:
+    """The state after so many steps on the training images; goes on from the newest checkpoint in `folder`."""
+    split = "train[:512]" if lab.budget == "smoke" else "train"
+    images = load_dataset("fashion_mnist", split, data_dir=lab.data_dir).arrays
+    folder.mkdir(parents=True, exist_ok=True)
+    frame.forget_programs()
+    log, identity = Log(folder, write=True), {"steps": str(steps), "seed": str(seed)}
+    with InterruptWatch() as watch, Checkpoints(folder / "baseline", keep=1, identity=identity) as checkpoints:
+        try:
+            return train(
+                "baseline", stage, steps=steps, seed=seed, feed=DeviceFeed(images, lab.batch_size, seed), frozen={},
+                checkpoints=checkpoints, log=log, watch=watch, log_every=50, checkpoint_every=1_000,
+            )  # fmt: skip
+        finally:
+            log.close()
+
+
+def drawing_params(model: Model, state: Any) -> Any:
+    """The averaged parameters that draw."""
+    averaged = jax.device_get(state.ema_params)
+    return averaged[model.part] if model.part else averaged
+
+
+def size(state: Any) -> int:
+    """The number of all parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def held_out_bits(lab: Lab, model: Model, params: Any, tested: int) -> float:
+    """The mean bits per dim of the first test images."""
+    images = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir).arrays
+    keys, batch = jax.random.split(jax.random.key(0), tested), min(100, tested)
+    bits = jax.jit(lambda params, x, label, keys: model.bits(params, x, label, keys))
+    parts = [slice(start, start + batch) for start in range(0, tested, batch)]
+    return float(np.mean([bits(params, images["x"][p], images["label"][p], keys[p]).mean() for p in parts]))

@@ -1,0 +1,104 @@
+"""How fast stages are trained: found out by steps on made-up examples, before anything is trained."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from experiments.frame import Lab
+from ldm_jax import builders
+from ldm_jax.data.feeds import DeviceFeed
+from ldm_jax.training.parallel import parallel_step, replicate, shard
+
+SECONDS = {"smoke": 0.1, "cpu": 5.0, "gpu": 2.0}  # that a stage is timed for
+EXAMPLES, CLASSES = 1_024, 10  # made up
+AT_ONCE = 8  # steps that are not waited for one by one, as in `ldm_jax.training.loop`
+
+
+class Course(NamedTuple):
+    """A stage and what its step is given."""
+
+    stage: Any  # init and step, as in `ldm_jax.training`
+    examples: dict[str, np.ndarray]
+    batch_size: int
+    frozen: dict[str, Any] = {}  # noqa: RUF012
+
+
+def images_per_second(lab: Lab, courses: dict[str, Callable[[], Course]]) -> dict[str, float]:
+    """Name -> images a second in training, of which `lab` keeps a note: asked for again, it is not measured again.
+
+    What is not known yet is compiled side by side, and timed one by one.
+    """
+    missing = {name: make for name, make in courses.items() if not lab.knows(note(name))}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        ready = dict(zip(missing, pool.map(lambda make: prepared(make()), missing.values())))
+    with lab.alone("clock"):
+        return {
+            name: lab.once(note(name), partial(timed, *ready.get(name, ()), SECONDS[lab.budget])) for name in courses
+        }
+
+
+def note(name: str) -> str:
+    return f"{name}, images a second"
+
+
+def prepared(course: Course) -> tuple[Callable[[int], jax.Array], int]:
+    """(step(number) -> its loss, compiled; the batch size)."""
+    feed = DeviceFeed(course.examples, course.batch_size, 0)
+    frozen, resident = replicate(course.frozen), replicate(feed.resident)
+    init = jax.jit(course.stage.init, compiler_options={"xla_backend_optimization_level": 0})  # runs once
+    state, compiled = replicate(init(jax.random.key(0))), parallel_step(course.stage.step)
+
+    def step(number: int) -> jax.Array:
+        nonlocal state
+        state, metrics = compiled(state, frozen, resident, shard(feed(number)), np.int32(number), np.uint32(0))
+        return metrics["loss"]
+
+    step(0).block_until_ready()
+    return step, course.batch_size
+
+
+def timed(step: Callable[[int], jax.Array], batch_size: int, seconds: float) -> float:
+    """Images a second over about so many seconds."""
+    start, done = time.monotonic(), 1
+    while (taken := time.monotonic() - start) < seconds:
+        for number in range(done, done + AT_ONCE):
+            loss = step(number)
+        loss.block_until_ready()
+        done += AT_ONCE
+    return (done - 1) * batch_size / taken
+
+
+def of_pictures(stage: Any, shape: tuple[int, int, int], batch_size: int) -> Course:
+    """A stage that is trained on pictures of this shape."""
+    examples = {"x": random().integers(0, 256, (EXAMPLES, *shape), dtype=np.uint8), "label": labels()}
+    return Course(stage, examples, batch_size)
+
+
+def of_autoencoder(config: ConfigDict) -> Course:
+    """Stage 1 of a config, without an adversary."""
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    return of_pictures(builders.build_autoencoder_stage(config), shape, config.autoencoder.batch_size)
+
+
+def of_diffusion(config: ConfigDict) -> Course:
+    """Stage 2 of a config, on made-up latents."""
+    shape, stage = builders.latent_shape(config), builders.build_diffusion_stage(config, CLASSES)
+    scale = {"autoencoder": {}, "shift": np.zeros(shape[-1], np.float32), "scale": np.ones(shape[-1], np.float32)}
+    if config.autoencoder.kind == "none":
+        return of_pictures(stage, shape, config.diffusion.batch_size)._replace(frozen=scale)
+    moments = random().normal(size=(EXAMPLES, 1, *shape[:2], 2 * shape[2])).astype(np.float32)
+    return Course(stage, {"moments": moments, "label": labels()}, config.diffusion.batch_size, scale)
+
+
+def labels() -> np.ndarray:
+    return random().integers(0, CLASSES, EXAMPLES).astype(np.int32)
+
+
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
