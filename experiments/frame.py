@@ -43,9 +43,11 @@ Rows = dict[str, Row]
 
 # Every run of an experiment: trained, but neither drawn from nor scored at its end, which is left to the experiment.
 TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.bound_examples": 0}
+# An autoencoder that is good enough to compare what comes after it.
+SHORTER_AUTOENCODER = {"autoencoder.steps": 2_000, "autoencoder.loss.adversarial_start": 1_000}
 # What minutes on two cores are enough for: a network of a quarter of the main job's size, and many small steps.
 SMALLER_UNET = {"unet.block_out_channels": (32, 64), "unet.norm_num_groups": 8}
-MINUTES = SMALLER_UNET | {"diffusion.batch_size": 16}
+MINUTES = SHORTER_AUTOENCODER | SMALLER_UNET | {"diffusion.batch_size": 16}
 # Networks and steps of a smoke run, which shows that all of it works and nothing else.
 SMOKE = {
     "data.train_split": "train[:512]",
@@ -61,13 +63,8 @@ SMOKE = {
     "diffusion.validation_examples": 64,
     "sampling.steps": 4,
 }
-# What a GPU needs to be busy: larger batches; checkpoints of so short a run at its end.
-LARGER_BATCHES = {
-    "autoencoder.batch_size": 64,
-    "autoencoder.steps": 3_000,
-    "diffusion.batch_size": 256,
-    "checkpoint_every": 2_000,
-}
+# What a GPU is busy with; checkpoints of so short a run at its end.
+LARGER_BATCHES = SHORTER_AUTOENCODER | {"diffusion.batch_size": 128, "checkpoint_every": 2_000}
 CHANGES = {"smoke": SMOKE, "cpu": MINUTES, "gpu": LARGER_BATCHES}  # of configs/fashion_mnist.py
 MODEL_STEPS = {"smoke": 2, "cpu": 12_000, "gpu": 8_000}  # of the model that solvers and guidance are tried on
 
@@ -151,10 +148,15 @@ def file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def forget_programs() -> None:
-    """Lets go of what XLA has compiled: the maps of memory that Linux gives a process end after a dozen runs."""
-    jax.clear_caches()
-    gc.collect()
+MAPS = 20_000  # of memory, of the 65,530 that Linux gives a process; a run's programs take some thousands
+
+
+def forget_programs(limit: int = MAPS) -> None:
+    """Lets go of what XLA has compiled if the process has more maps of memory than the limit, or does not know."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_text().splitlines()) > limit:
+        jax.clear_caches()
+        gc.collect()
 
 
 def nothing(lab: Lab) -> None:

@@ -1,4 +1,4 @@
-"""How fast stages are trained: found out by steps on made-up examples, before anything is trained."""
+"""How fast stages are trained and models draw: found out before anything is trained, by steps on made-up examples."""
 
 import time
 from collections.abc import Callable
@@ -29,22 +29,39 @@ class Course(NamedTuple):
     frozen: dict[str, Any] = {}  # noqa: RUF012
 
 
-def images_per_second(lab: Lab, courses: dict[str, Callable[[], Course]]) -> dict[str, float]:
-    """Name -> images a second in training, of which `lab` keeps a note: asked for again, it is not measured again.
+Task = Callable[[], Callable[[], float]]  # compiles what the function that it gives then times
 
-    What is not known yet is compiled side by side, and timed one by one.
-    """
-    missing = {name: make for name, make in courses.items() if not lab.knows(note(name))}
+
+def measured(lab: Lab, tasks: dict[str, Task]) -> dict[str, float]:
+    """Note -> what its task found out, now or before: they compile side by side, and are timed one by one."""
+    missing = [note for note in tasks if not lab.knows(note)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        ready = dict(zip(missing, pool.map(lambda make: prepared(make()), missing.values())))
+        ready = dict(zip(missing, pool.map(lambda note: tasks[note](), missing)))
     with lab.alone("clock"):
-        return {
-            name: lab.once(note(name), partial(timed, *ready.get(name, ()), SECONDS[lab.budget])) for name in courses
-        }
+        return {note: lab.once(note, ready.get(note)) for note in tasks}
 
 
-def note(name: str) -> str:
-    return f"{name}, images a second"
+def images_per_second(lab: Lab, make: Callable[[], Course]) -> Task:
+    """Of a stage in training."""
+    return lambda: partial(timed, *prepared(make()), SECONDS[lab.budget])
+
+
+def seconds_per_image(make: Callable[[], Callable[[int], np.ndarray]]) -> Task:
+    """Of a function from a seed to pictures."""
+
+    def task() -> Callable[[], float]:
+        draw = make()
+        num = len(draw(0))  # compiles
+        return lambda: min(seconds(partial(draw, turn)) for turn in (1, 2)) / num
+
+    return task
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    start = time.monotonic()
+    call()
+    return time.monotonic() - start
 
 
 def prepared(course: Course) -> tuple[Callable[[int], jax.Array], int]:
@@ -63,10 +80,10 @@ def prepared(course: Course) -> tuple[Callable[[int], jax.Array], int]:
     return step, course.batch_size
 
 
-def timed(step: Callable[[int], jax.Array], batch_size: int, seconds: float) -> float:
+def timed(step: Callable[[int], jax.Array], batch_size: int, limit: float) -> float:
     """Images a second over about so many seconds."""
     start, done = time.monotonic(), 1
-    while (taken := time.monotonic() - start) < seconds:
+    while (taken := time.monotonic() - start) < limit:
         for number in range(done, done + AT_ONCE):
             loss = step(number)
         loss.block_until_ready()

@@ -23,18 +23,36 @@ def test_a_rate_is_told_by_the_clock(monkeypatch):
     assert steps == list(range(1, 17))
 
 
-def test_what_is_known_is_not_measured_again(tmp_path, monkeypatch):
-    made, lab = [], Lab("smoke", "", tmp_path)
-    monkeypatch.setattr(speed, "prepared", lambda course: (lambda number: jnp.zeros(()), course))
-    monkeypatch.setattr(speed, "timed", lambda step, batch_size, seconds: 10.0 * batch_size)
+def test_what_is_known_is_not_measured_again(tmp_path):
+    """And all that is not is made ready before the first is timed."""
+    done, lab = [], Lab("smoke", "", tmp_path)
 
-    def course(batch_size):
-        made.append(batch_size)
-        return batch_size
+    def task(name, value):
+        def ready():
+            done.append(f"{name} ready")
+            return lambda: done.append(f"{name} timed") or value
 
-    assert speed.images_per_second(lab, {"a": lambda: course(1)}) == {"a": 10.0}
-    again = speed.images_per_second(lab, {"a": lambda: course(7), "b": lambda: course(2)})
-    assert again == {"a": 10.0, "b": 20.0} and made == [1, 2]
+        return ready
+
+    assert speed.measured(lab, {"a": task("a", 1.0)}) == {"a": 1.0}
+    assert speed.measured(lab, {"a": task("a", 7.0), "b": task("b", 2.0), "c": task("c", 3.0)}) == {
+        "a": 1.0, "b": 2.0, "c": 3.0
+    }  # fmt: skip
+    assert done[:2] == ["a ready", "a timed"] and sorted(done[2:4]) == ["b ready", "c ready"]
+    assert done[4:] == ["b timed", "c timed"]
+
+
+def test_drawing_is_timed_after_it_has_compiled(monkeypatch):
+    now, turns = [0.0], []
+
+    def draw(seed):
+        turns.append(seed)
+        now[0] += {0: 100.0, 1: 6.0, 2: 4.0}[seed]
+        return np.zeros(8)
+
+    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    ready = speed.seconds_per_image(lambda: draw)()
+    assert turns == [0] and ready() == 0.5 and turns == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", ["kl", "none"])

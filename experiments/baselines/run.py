@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
 
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ AUTOENCODER_SHARE = 0.4  # of the time, of latent diffusion
 BUDGETS = {  # seeds, seconds of training, pictures, test images for the bits per dim
     "smoke": ((0,), 0.2, 10, 20),
     "cpu": ((0, 1, 2, 3, 4), 60, 250, 500),
-    "gpu": ((0, 1, 2, 3, 4), 8, 5_000, 10_000),
+    "gpu": ((0, 1, 2, 3, 4), 20, 5_000, 10_000),
 }
 COVERED = 0.1  # of a class's pictures, read as it, from which on the class counts as covered
 ALIKE = 1.2  # times as long, up to which models count as about as fast
@@ -49,10 +48,8 @@ def plan(budget: str) -> list[tuple[str, int]]:
 
 
 def first(lab: Lab) -> None:
+    speed.measured(lab, training_tasks(lab) | drawing_tasks(lab))
     measures.judge_of(lab)
-    rates(lab)
-    for arm, _ in plan(lab.budget):
-        seconds_per_image(lab, arm)
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
@@ -64,7 +61,8 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         images, bits = diffusion_drawing(lab, model, num)(seed), None
     else:
         model = baseline_of(lab, arm)
-        state, number = trained_for(lab, named(arm), model, seconds, seed)
+        rate = speed.measured(lab, training_tasks(lab))[rate_of(arm)]
+        state, number = trained_for(lab, named(arm), model, seconds, rate, seed)
         params, steps, parameters = drawing_params(model, state), {"baseline": number}, size(state)
         images = baseline_drawing(model, params, labels)(seed)
         bits = held_out_bits(lab, model, params, tested) if model.bits else None
@@ -73,7 +71,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     return {
         "steps": steps,
         "parameters": int(parameters),
-        "seconds_per_image": seconds_per_image(lab, arm),
+        "seconds_per_image": speed.measured(lab, drawing_tasks(lab))[drawing_of(arm)],
         "pictures_seen": seen(lab, steps),
         "training_seconds": seconds,
         "bits_per_dim": bits,
@@ -86,45 +84,43 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     }
 
 
-def rates(lab: Lab) -> dict[str, float]:
+def training_tasks(lab: Lab) -> dict[str, speed.Task]:
     """Images a second in training, of each stage of latent diffusion and of each baseline."""
     config = lab.config(diffusion_config(lab))
     courses = {"autoencoder": partial(speed.of_autoencoder, config), "diffusion": partial(speed.of_diffusion, config)}
-    baselines = [arm for arm, seed in plan(lab.budget) if arm != DIFFUSION and seed == 0]
-    courses |= {arm: partial(course, lab, baseline_of(lab, arm)) for arm in baselines}
-    found = speed.images_per_second(lab, {named(name): make for name, make in courses.items()})
-    return {name: found[named(name)] for name in courses}
+    courses |= {arm: partial(course, lab, baseline_of(lab, arm)) for arm in arms(lab) if arm != DIFFUSION}
+    return {rate_of(name): speed.images_per_second(lab, make) for name, make in courses.items()}
+
+
+def rate_of(name: str) -> str:
+    return f"{named(name)}, images a second"
+
+
+def drawing_tasks(lab: Lab) -> dict[str, speed.Task]:
+    """Seconds an image, which a model takes before it is trained as after."""
+
+    def drawing(arm: str) -> Draw:
+        num = BUDGETS[lab.budget][2]
+        if arm == DIFFUSION:
+            return diffusion_drawing(lab, untrained(lab), num)
+        model = baseline_of(lab, arm)
+        params = drawing_params(model, jax.jit(model.stage(1).init)(jax.random.key(0)))
+        return baseline_drawing(model, params, np.arange(num, dtype=np.int32) % CLASSES)
+
+    return {drawing_of(arm): speed.seconds_per_image(partial(drawing, arm)) for arm in arms(lab)}
+
+
+def drawing_of(arm: str) -> str:
+    return f"{named(arm)}, seconds an image"
 
 
 def named(arm: str) -> str:
     return f"baselines {arm}"
 
 
-def seconds_per_image(lab: Lab, arm: str) -> float:
-    """Of drawing, which a model does as fast before it is trained as after."""
-    num = BUDGETS[lab.budget][2]
-
-    def measured() -> float:
-        if arm == DIFFUSION:
-            draw = diffusion_drawing(lab, untrained(lab), num)
-        else:
-            model = baseline_of(lab, arm)
-            params = drawing_params(model, jax.jit(model.stage(1).init)(jax.random.key(0)))
-            draw = baseline_drawing(model, params, np.arange(num, dtype=np.int32) % CLASSES)
-        with lab.alone("clock"):
-            return fastest(draw) / num
-
-    return lab.once(f"{named(arm)}, seconds an image", measured)
-
-
-def fastest(draw: Draw, turns: int = 2) -> float:
-    """Seconds of the fastest of some turns, after one that compiles."""
-    taken = []
-    for turn in range(turns + 1):
-        start = time.monotonic()
-        draw(turn)
-        taken.append(time.monotonic() - start)
-    return min(taken[1:])
+def arms(lab: Lab) -> list[str]:
+    """Those of the budget."""
+    return list(dict.fromkeys(arm for arm, _ in plan(lab.budget)))
 
 
 def baseline_of(lab: Lab, arm: str) -> Model:
@@ -147,9 +143,11 @@ def leaves(model: trained.Trained, name: str) -> list[np.ndarray]:
 
 def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[trained.Trained, dict[str, int]]:
     """The main job with a smaller UNet, both stages in the time."""
-    shares, rate = {"autoencoder": AUTOENCODER_SHARE, "diffusion": 1 - AUTOENCODER_SHARE}, rates(lab)
+    shares = {"autoencoder": AUTOENCODER_SHARE, "diffusion": 1 - AUTOENCODER_SHARE}
+    rates = speed.measured(lab, training_tasks(lab))
     steps = {
-        stage: lab.steps_in(shares[stage] * seconds, rate[stage], size) for stage, size in batch_sizes(lab).items()
+        stage: lab.steps_in(shares[stage] * seconds, rates[rate_of(stage)], size)
+        for stage, size in batch_sizes(lab).items()
     }
     changes = diffusion_config(lab) | {f"{stage}.steps": number for stage, number in steps.items()} | {"seed": seed}
     return trained.load(lab.train(f"baselines/{DIFFUSION} {seed}", changes)), steps
@@ -167,11 +165,12 @@ def untrained(lab: Lab) -> trained.Trained:
 
 def diffusion_config(lab: Lab) -> dict:
     unet = {} if lab.budget == "smoke" else frame.SMALLER_UNET  # with the autoencoder 1.7 million parameters
-    return unet | {"autoencoder.loss.adversarial": 0.0}  # the discriminator takes half of the time
+    large = {"autoencoder.batch_size": lab.batch_size} if lab.budget == "gpu" else {}
+    return unet | large | {"autoencoder.loss.adversarial": 0.0}  # the discriminator takes half of the time
 
 
 def batch_sizes(lab: Lab) -> dict[str, int]:
-    config = lab.config({})
+    config = lab.config(diffusion_config(lab))
     return {stage: config[stage].batch_size for stage in STAGES}
 
 

@@ -23,9 +23,9 @@ def course(lab: Lab, model: Model) -> speed.Course:
     return speed.of_pictures(model.stage(1_000), SHAPE, lab.batch_size)
 
 
-def trained_for(lab: Lab, name: str, model: Model, seconds: float, seed: int) -> tuple[Any, int]:
-    """The state after as many steps as fit into the time, and their number; in a folder of this name and seed."""
-    rate = speed.images_per_second(lab, {name: lambda: course(lab, model)})[name]
+def trained_for(lab: Lab, name: str, model: Model, seconds: float, rate: float, seed: int) -> tuple[Any, int]:
+    """The state after as many steps as fit into the time at `rate` images a second, and their number; in a folder of
+    this name and seed."""
     steps = lab.steps_in(seconds, rate, lab.batch_size)
     return train_baseline(lab, lab.runs / frame.file_name(f"{name} {seed}"), model.stage(steps), steps, seed), steps
 

@@ -57,8 +57,9 @@ def rates(lab: Lab) -> dict[str, float]:
     """Images a second in training, of each model."""
     courses = {arm: partial(speed.of_diffusion, lab.config(changes_of(lab, arm))) for arm in DIFFUSION}
     courses |= {arm: partial(course, lab, other(lab, arm)) for arm in OTHERS}
-    found = speed.images_per_second(lab, {f"likelihood {arm}": make for arm, make in courses.items()})
-    return {arm: found[f"likelihood {arm}"] for arm in courses}
+    notes = {arm: f"likelihood {arm}, images a second" for arm in courses}
+    found = speed.measured(lab, {notes[arm]: speed.images_per_second(lab, make) for arm, make in courses.items()})
+    return {arm: found[note] for arm, note in notes.items()}
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
@@ -66,7 +67,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     if arm in DIFFUSION:
         return {"training_seconds": seconds} | of_diffusion(lab, arm, seconds, tested, seed)
     model = other(lab, arm)
-    state, steps = trained_for(lab, f"likelihood {arm}", model, seconds, seed)
+    state, steps = trained_for(lab, f"likelihood {arm}", model, seconds, rates(lab)[arm], seed)
     bits = held_out_bits(lab, model, drawing_params(model, state), tested)
     return {"training_seconds": seconds, "steps": steps, "parameters": size(state), "bits_per_dim": bits}
 

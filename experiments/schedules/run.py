@@ -30,7 +30,7 @@ CALLS = (10, 50, 250)
 BUDGETS = {  # seeds, training steps, pictures
     "smoke": ((0,), 2, 10),
     "cpu": ((0, 1, 2), 800, 250),
-    "gpu": ((0, 1, 2), 2_000, 5_000),
+    "gpu": ((0, 1, 2), 2_500, 5_000),
 }
 
 
