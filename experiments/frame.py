@@ -43,11 +43,12 @@ Rows = dict[str, Row]
 
 # Every run of an experiment: trained, but neither drawn from nor scored at its end, which is left to the experiment.
 TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.bound_examples": 0}
-# An autoencoder that is good enough to compare what comes after it.
-SHORTER_AUTOENCODER = {"autoencoder.steps": 2_000, "autoencoder.loss.adversarial_start": 1_000}
+# Autoencoders that are good enough to compare what comes after them.
+SHORT_AUTOENCODER = {"autoencoder.steps": 1_200, "autoencoder.loss.adversarial_start": 600}
+LONGER_AUTOENCODER = {"autoencoder.steps": 2_000, "autoencoder.loss.adversarial_start": 1_000}
 # What minutes on two cores are enough for: a network of a quarter of the main job's size, and many small steps.
 SMALLER_UNET = {"unet.block_out_channels": (32, 64), "unet.norm_num_groups": 8}
-MINUTES = SHORTER_AUTOENCODER | SMALLER_UNET | {"diffusion.batch_size": 16}
+MINUTES = SHORT_AUTOENCODER | SMALLER_UNET | {"diffusion.batch_size": 16}
 # Networks and steps of a smoke run, which shows that all of it works and nothing else.
 SMOKE = {
     "data.train_split": "train[:512]",
@@ -64,9 +65,9 @@ SMOKE = {
     "sampling.steps": 4,
 }
 # What a GPU is busy with; checkpoints of so short a run at its end.
-LARGER_BATCHES = SHORTER_AUTOENCODER | {"diffusion.batch_size": 128, "checkpoint_every": 2_000}
+LARGER_BATCHES = LONGER_AUTOENCODER | {"diffusion.batch_size": 128, "checkpoint_every": 2_000}
 CHANGES = {"smoke": SMOKE, "cpu": MINUTES, "gpu": LARGER_BATCHES}  # of configs/fashion_mnist.py
-MODEL_STEPS = {"smoke": 2, "cpu": 12_000, "gpu": 8_000}  # of the model that solvers and guidance are tried on
+MODEL_STEPS = {"smoke": 2, "cpu": 5_000, "gpu": 8_000}  # of the model that solvers and guidance are tried on
 
 
 class Lab(NamedTuple):

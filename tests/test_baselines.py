@@ -1,5 +1,7 @@
 """The models that experiments/baselines compares with: their densities and their order of pixels are what they say."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import optax
 import pytest
 from scipy.special import expit
 
-from experiments.baselines import flow, gan, pixelcnn, vae
-from experiments.baselines.models import SMALL, Sizes, models
+from experiments.baselines import flow, gan, pixelcnn, run, vae
+from experiments.baselines.models import models
 from experiments.baselines.stage import make_stage
+from experiments.frame import Lab
+from ldm_jax import builders
 from ldm_jax.data.pixels import to_pixels
 
 SHAPE = (4, 8, 1)
@@ -233,12 +237,16 @@ def test_a_gan_without_spectral_norm_keeps_no_singular_vectors():
     assert jax.eval_shape(stage.init, jax.random.key(0)).params[gan.SINGULAR] == {}
 
 
-def test_all_baselines_have_about_as_many_parameters():
-    sizes = [
-        sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(model.stage(10).init, jax.random.key(0)).params))
-        for model in models(Sizes()).values()
-    ]
-    assert max(sizes) / min(sizes) < 1.2 and models(SMALL).keys() == models(Sizes()).keys()
+@pytest.mark.parametrize("budget", ["cpu", "gpu"])
+def test_all_models_have_about_as_many_parameters(budget):
+    def size(stage):
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0)).params))
+
+    lab = Lab(budget, "", Path())
+    config = lab.config(run.diffusion_config(lab))
+    stages = builders.build_autoencoder_stage(config), builders.build_diffusion_stage(config, 10)
+    sizes = [sum(map(size, stages)), *(size(model.stage(10)) for model in models(run.SIZES[budget]).values())]
+    assert max(sizes) / min(sizes) < 1.2
 
 
 def test_a_stage_of_likelihood_learns(pixels):

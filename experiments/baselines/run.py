@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import frame, measures, speed, strips, tables
-from experiments.baselines.models import CLASSES, GAN, SMALL, Model, Sizes, models
+from experiments.baselines.models import CLASSES, GAN, HALF_A_MILLION, SMALL, Model, Sizes, models
 from experiments.baselines.training import course, drawing_params, held_out_bits, size, trained_for
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import builders, trained
@@ -32,8 +32,14 @@ STAGES = ("autoencoder", "diffusion")
 AUTOENCODER_SHARE = 0.4  # of the time, of latent diffusion
 BUDGETS = {  # seeds, seconds of training, pictures, test images for the bits per dim
     "smoke": ((0,), 0.2, 10, 20),
-    "cpu": ((0, 1, 2, 3, 4), 60, 250, 500),
+    "cpu": ((0, 1, 2, 3, 4), 20, 250, 500),
     "gpu": ((0, 1, 2, 3, 4), 20, 5_000, 10_000),
+}
+SIZES = {"smoke": SMALL, "cpu": HALF_A_MILLION, "gpu": Sizes()}
+DIFFUSION_SIZES = {  # as many parameters, with the autoencoder's
+    "smoke": {},
+    "cpu": {"unet.block_out_channels": (16, 32), "autoencoder.block_out_channels": (16, 32, 32)},
+    "gpu": frame.SMALLER_UNET,
 }
 COVERED = 0.1  # of a class's pictures, read as it, from which on the class counts as covered
 ALIKE = 1.2  # times as long, up to which models count as about as fast
@@ -124,7 +130,7 @@ def arms(lab: Lab) -> list[str]:
 
 
 def baseline_of(lab: Lab, arm: str) -> Model:
-    return models(SMALL if lab.budget == "smoke" else Sizes())[arm]
+    return models(SIZES[lab.budget])[arm]
 
 
 def baseline_drawing(model: Model, params: dict, labels: np.ndarray) -> Draw:
@@ -164,9 +170,9 @@ def untrained(lab: Lab) -> trained.Trained:
 
 
 def diffusion_config(lab: Lab) -> dict:
-    unet = {} if lab.budget == "smoke" else frame.SMALLER_UNET  # with the autoencoder 1.7 million parameters
     large = {"autoencoder.batch_size": lab.batch_size} if lab.budget == "gpu" else {}
-    return unet | large | {"autoencoder.loss.adversarial": 0.0}  # the discriminator takes half of the time
+    # Without the discriminator, which takes half of the time.
+    return DIFFUSION_SIZES[lab.budget] | large | {"autoencoder.loss.adversarial": 0.0}
 
 
 def batch_sizes(lab: Lab) -> dict[str, int]:
