@@ -46,9 +46,10 @@ TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.bou
 # Autoencoders that are good enough to compare what comes after them.
 SHORT_AUTOENCODER = {"autoencoder.steps": 1_200, "autoencoder.loss.adversarial_start": 600}
 LONGER_AUTOENCODER = {"autoencoder.steps": 2_000, "autoencoder.loss.adversarial_start": 1_000}
-# What minutes on two cores are enough for: a network of a quarter of the main job's size, and many small steps.
+# What minutes on two cores are enough for: a network of a quarter of the main job's size, many small steps, a third of
+# the pictures.
 SMALLER_UNET = {"unet.block_out_channels": (32, 64), "unet.norm_num_groups": 8}
-MINUTES = SHORT_AUTOENCODER | SMALLER_UNET | {"diffusion.batch_size": 16}
+MINUTES = SHORT_AUTOENCODER | SMALLER_UNET | {"diffusion.batch_size": 16, "data.train_split": "train[:20000]"}
 # Networks and steps of a smoke run, which shows that all of it works and nothing else.
 SMOKE = {
     "data.train_split": "train[:512]",

@@ -22,7 +22,7 @@ from ldm_jax.xla import cache_folder
 
 BATCHES = {"smoke": 20, "cpu": 250, "gpu": 1_000}  # pictures at once
 REFERENCES = {"smoke": "test[:60]", "cpu": "test", "gpu": "test"}  # the images compared with
-JUDGE_EPOCHS = {"smoke": 1, "cpu": 1, "gpu": 4}  # of the classifier that reads what is drawn
+JUDGE_EPOCHS = {"smoke": 1, "cpu": 3, "gpu": 4}  # of the classifier that reads what is drawn
 VARIED = {"smoke": "test[:60]", "cpu": "test[:1000]", "gpu": "test[:1000]"}  # images whose variety is compared with
 RECONSTRUCTED = 2_000  # test images that an autoencoder is to give back
 

@@ -36,7 +36,7 @@ ARMS = {
 }
 BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
     "smoke": (4, 2, 10),
-    "cpu": (1_000, 700, 250),
+    "cpu": (600, 700, 250),
     "gpu": (5_000, 2_500, 5_000),
 }
 SHOWN = 8  # pictures of each kind in the figure

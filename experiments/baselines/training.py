@@ -32,8 +32,7 @@ def trained_for(lab: Lab, name: str, model: Model, seconds: float, rate: float, 
 
 def train_baseline(lab: Lab, folder: Path, stage: Stage, steps: int, seed: int) -> Any:
     """The state after so many steps on the training images; goes on from the newest checkpoint in `folder`."""
-    split = "train[:512]" if lab.budget == "smoke" else "train"
-    images = load_dataset("fashion_mnist", split, data_dir=lab.data_dir).arrays
+    images = load_dataset("fashion_mnist", lab.config({}).data.train_split, data_dir=lab.data_dir).arrays
     folder.mkdir(parents=True, exist_ok=True)
     frame.forget_programs()
     log, identity = Log(folder, write=True), {"steps": str(steps), "seed": str(seed)}
