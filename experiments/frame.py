@@ -166,7 +166,7 @@ def nothing(lab: Lab) -> None:
 
 
 class Experiment(NamedTuple):
-    """One question. `table` and `answer` see only what results.json has of the largest budget that there is.
+    """One question. `table`, `answer` and `draw` see only what results.json has of one budget.
 
     `first` is what one process does with the whole machine before rows are measured side by side: it trains what they
     share, and finds out by `Lab.once` how fast the machine is. `alone`: a row takes the whole machine.
@@ -216,21 +216,35 @@ def run(experiment: Experiment, doc: str) -> None:
             workers.run([*sys.argv, "--only=rows"], number)
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(workers.REFUSED) from None
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
         raise SystemExit(workers.INTERRUPTED) from None
-    rows = kept(path, args.budget)
-    if rows and not args.only:
-        report(experiment, rows, path.with_name("figure.png"))
+    if path.exists() and not args.only:
+        report(experiment, read_json(path), args.budget, path.with_name("figure.png"))
 
 
-def report(experiment: Experiment, rows: Rows, figure: Path) -> None:
-    """Draws the figure and prints the table and the answer."""
-    with atomic(figure) as temporary:
-        # Without the version of matplotlib in it, so that the same results make the same file.
-        experiment.draw(rows).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
-    print(f"\n{experiment.table(rows)}\n\n{experiment.answer(rows)}")
+def report(experiment: Experiment, results: dict[str, Rows], budget: str, figure: Path) -> None:
+    """Prints the table of a budget, and its answer if every arm has been measured; draws the figure of the budget that
+    tells most."""
+    rows, most = results.get(budget, {}), telling(experiment, results)
+    print(f"\n{experiment.table(rows)}")
+    if whole(experiment, budget, rows):
+        print(f"\n{experiment.answer(rows)}")
+    if most:
+        with atomic(figure) as temporary:
+            # Without the version of matplotlib in it, so that the same results make the same file.
+            experiment.draw(results[most]).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
+
+
+def whole(experiment: Experiment, budget: str, rows: Rows) -> bool:
+    """Whether every arm of a budget has been measured with one seed at least."""
+    return {arm for arm, _ in experiment.plan(budget)} <= {row["arm"] for row in rows.values()}
+
+
+def telling(experiment: Experiment, results: dict[str, Rows]) -> str:
+    """The largest budget of which every arm has been measured; "" if there is none."""
+    return next((name for name in reversed(BUDGETS) if whole(experiment, name, results.get(name, {}))), "")
 
 
 def begin(experiment: Experiment, lab: Lab) -> None:

@@ -3,14 +3,14 @@
     python -m experiments.index
 
 Prints what has been measured, and writes what stands between the marks in experiments/README.md, in each experiment's
-README.md and in the main one. A budget for GPUs counts for more than one for CPUs; smoke runs do not count.
+README.md and in the main one. The answer is that of the largest budget of which every arm has been measured.
 """
 
 import importlib
 from pathlib import Path
 
 from experiments import tables
-from experiments.frame import BUDGETS, ROOT, Experiment, Rows
+from experiments.frame import BUDGETS, ROOT, Experiment, Rows, telling
 from ldm_jax.files import atomic, read_json
 
 NAMES = (
@@ -34,37 +34,54 @@ def load(name: str) -> Experiment:
     return importlib.import_module(f"experiments.{name}.run").EXPERIMENT
 
 
-def measured(experiment: Experiment) -> tuple[str, Rows]:
-    """The largest budget of which there is a result, and its rows; ("", {}) of none."""
+def results_of(experiment: Experiment) -> dict[str, Rows]:
+    """What results.json has, the largest budget first."""
     path = experiment.folder / "results.json"
     results = read_json(path) if path.exists() else {}
-    budget = next((name for name in reversed(BUDGETS[1:]) if results.get(name)), "")
+    return {budget: results[budget] for budget in reversed(BUDGETS) if results.get(budget)}
+
+
+def measured(experiment: Experiment) -> tuple[str, Rows]:
+    """The budget that answers, and its rows; ("", {}) if there is none."""
+    results = results_of(experiment)
+    budget = telling(experiment, results)
     return budget, results.get(budget, {})
 
 
 def state_of(experiment: Experiment) -> str:
-    """ "cpu, 6 of 18 rows"; "-" of nothing."""
+    """ "cpu, 18 of 18 rows"; "-" of nothing."""
     budget, rows = measured(experiment)
-    return f"{budget}, {len(rows)} of {len(experiment.plan(budget))} rows" if rows else "-"
+    return counted(experiment, budget, rows) if rows else "-"
 
 
-def results_of(experiment: Experiment) -> str:
-    """What stands in an experiment's README: table, figure, answer, and what it took."""
-    _, rows = measured(experiment)
-    if not rows:
-        return "Not measured yet."
+def counted(experiment: Experiment, budget: str, rows: Rows) -> str:
+    """ "cpu, 6 of 18 rows"."""
+    return f"{budget}, {len(rows)} of {len(experiment.plan(budget))} rows"
+
+
+def page_of(experiment: Experiment) -> str:
+    """What stands in an experiment's README: of the budget that answers all of it, of others a table."""
+    budget, rows = measured(experiment)
+    told = []
+    if rows:
+        source = f"{how(experiment, budget, rows)}; of several seeds the mean, the lowest and the highest"
+        told += [f"**Result** ({source})", experiment.table(rows), "![The figure](figure.png)"]
+        told += [f"**Answer.** {experiment.answer(rows)}"]
+    for other, some in results_of(experiment).items():
+        if other != budget:
+            told += [f"**Besides** ({how(experiment, other, some)})", experiment.table(some)]
+    return "\n\n".join(told) or "Not measured yet."
+
+
+def how(experiment: Experiment, budget: str, rows: Rows) -> str:
+    """Where rows stand, what they took, on what, and which version measured them."""
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows.values()))
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows.values()))
     first = next(iter(rows.values()))["first_seconds"] / 60
     minutes = first + sum(row["seconds"] / row["workers"] for row in rows.values()) / 60
     before = f", {first:.0f} of them for what the rows share" if first >= 1 else ""
-    return "\n\n".join([
-        f"**Result** (`results.json`, budget {state_of(experiment)}: {minutes:.0f} minutes{before}; a row on "
-        f"{devices}; commit {commits}; of several seeds the mean, the lowest and the highest)",
-        experiment.table(rows),
-        "![The figure](figure.png)",
-        f"**Answer.** {experiment.answer(rows)}",
-    ])  # fmt: skip
+    counts = counted(experiment, budget, rows)
+    return f"`results.json`, budget {counts}: {minutes:.0f} minutes{before}; a row on {devices}; commit {commits}"
 
 
 def index(experiments: list[Experiment], folder: str) -> str:
@@ -82,7 +99,7 @@ def pages() -> dict[Path, str]:
     experiments = [load(name) for name in NAMES]
     told = {ROOT / "experiments" / "README.md": index(experiments, "")}
     told[ROOT / "README.md"] = index([found for found in experiments if measured(found)[1]], "experiments/")
-    told |= {experiment.folder / "README.md": results_of(experiment) for experiment in experiments}
+    told |= {experiment.folder / "README.md": page_of(experiment) for experiment in experiments}
     return {path: _filled(path.read_text(), text) for path, text in told.items()}
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from ldm_jax.errors import RunError
 
 INTERRUPTED = 130  # the exit status of a process that was asked to stop and has saved what it had
+REFUSED = 2  # that of one that has said in a line what is wrong
 NUMBER = "LDM_JAX_WORKERS"  # in the environment of each: how many they are
 
 
@@ -21,10 +22,11 @@ def run(command: list[str], count: int) -> None:
 
     Raises:
         RunError: a process failed; what it said is above.
-        SystemExit: they were interrupted.
+        SystemExit: they were interrupted, or refused to run and said why.
     """
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / count:.2f}"} | os.environ  # of a GPU's memory
     environment |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", NUMBER: str(count)}
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # memory in huge pages, as in the Makefile
     processes: list[subprocess.Popen] = []
 
     def ask(signal_number: int, _: object) -> None:
@@ -46,9 +48,11 @@ def run(command: list[str], count: int) -> None:
         for reader in readers:
             reader.join()
         ended = [process.wait() for process in processes]
-    if INTERRUPTED in ended:
-        raise SystemExit(INTERRUPTED)
-    if failed := sum(status != 0 for status in ended):
+    failed = sum(status != 0 for status in ended)
+    for known in (INTERRUPTED, REFUSED):
+        if known in ended and set(ended) <= {0, known}:
+            raise SystemExit(known)
+    if failed:
         raise RunError(f"{failed} of {count} processes failed; what went wrong is above")
 
 

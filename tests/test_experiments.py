@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments import frame, index, strips, tables
 from experiments.frame import Experiment, Lab
@@ -64,11 +66,51 @@ def test_what_was_interrupted_goes_on(tmp_path):
     assert len(calls) == 6 and json.loads(path.read_text()).keys() == {"cpu", "gpu"}
 
 
+def test_the_budget_with_all_arms_tells(tmp_path, capsys):
+    experiment = count([])._replace(draw=lambda rows: Figure(figsize=(len(rows), 1)), table=lambda rows: "a table",
+                                    answer=lambda rows: "an answer")  # fmt: skip
+    a_seed = {name: row for name, row in ROWS.items() if row["seed"] == 0}
+    assert frame.telling(experiment, {}) == ""
+    assert frame.telling(experiment, {"cpu": a_seed, "gpu": {"a 0": ROWS["a 0"]}}) == "cpu"
+    assert frame.telling(experiment, {"cpu": ROWS, "gpu": a_seed}) == "gpu"
+    figure = tmp_path / "figure.png"
+    results = {"cpu": ROWS, "gpu": {"a 0": ROWS["a 0"]}}
+    frame.report(experiment, {"gpu": results["gpu"]}, "gpu", figure)
+    assert capsys.readouterr().out == "\na table\n" and not figure.exists()
+    frame.report(experiment, results, "gpu", figure)
+    assert Image.open(figure).width == 3 * 110  # of budget cpu
+    capsys.readouterr()
+    frame.report(experiment, results, "cpu", figure)
+    assert capsys.readouterr().out == "\na table\n\nan answer\n"
+
+
+def test_a_page_has_every_budget(tmp_path):
+    def named(name):
+        return lambda rows: f"{name} of {len(rows)}"
+
+    folder = tmp_path / "some"
+    folder.mkdir()
+    experiment = count([])._replace(folder=folder, table=named("table"), answer=named("answer"))
+    assert index.page_of(experiment) == "Not measured yet." and index.state_of(experiment) == "-"
+    took = {"seconds": 240.0, "workers": 2, "first_seconds": 60.0, "commit": "abc", "device": "a machine"}
+    rows = {name: row | took for name, row in ROWS.items()}
+    (folder / "results.json").write_text(json.dumps({"cpu": rows, "gpu": {"a 0": rows["a 0"]}}))
+    assert index.state_of(experiment) == "cpu, 3 of 3 rows"
+    assert index.page_of(experiment).split("\n\n") == [
+        "**Result** (`results.json`, budget cpu, 3 of 3 rows: 7 minutes, 1 of them for what the rows share; a row on a "
+        "machine; commit abc; of several seeds the mean, the lowest and the highest)",
+        "table of 3", "![The figure](figure.png)", "**Answer.** answer of 3",
+        "**Besides** (`results.json`, budget gpu, 1 of 3 rows: 3 minutes, 1 of them for what the rows share; a row on "
+        "a machine; commit abc)",
+        "table of 1",
+    ]  # fmt: skip
+
+
 def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys):
     def measure(lab, arm, seed):
         raise InputError("there is no such data set")
 
-    monkeypatch.setattr(sys, "argv", ["run.py", f"--runs={tmp_path}", f"--out={tmp_path / 'out'}"])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--workers=1", f"--runs={tmp_path}", f"--out={tmp_path / 'out'}"])
     with pytest.raises(SystemExit) as ended:
         frame.run(count([])._replace(measure=measure), "what it does")
     assert ended.value.code == 2
