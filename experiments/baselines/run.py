@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, speed, strips, tables
+from experiments import frame, measures, scales, speed, strips, tables
 from experiments.baselines.models import CLASSES, GAN, HALF_A_MILLION, SMALL, Model, Sizes, models
 from experiments.baselines.training import course, drawing_params, held_out_bits, size, trained_for
 from experiments.frame import Experiment, Lab, Row, Rows
@@ -246,7 +246,8 @@ def draw(rows: Rows) -> Figure:
         axes[0].plot(recall, precision, "o", label=arm)
         axes[1].plot([row["seconds_per_image"] for row in some], fd, "o", label=arm)
     axes[0].set(xlabel="recall", ylabel="precision", title="variety and likeness (dots: seeds)")
-    axes[1].set(xlabel="seconds an image", ylabel="FD-VGG16", xscale="log", yscale="log", title="quality and speed")
+    axes[1].set(xlabel="seconds an image", ylabel="FD-VGG16", title="quality and speed")
+    scales.logarithmic(axes[1])
     axes[0].legend(fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3, which="both")

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import frame, measures, speed, strips, tables
+from experiments import frame, measures, scales, speed, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import builders, trained
 
@@ -177,9 +177,10 @@ def draw(rows: Rows) -> Figure:
                 [row[over] for row in some], [fd(row) for row in some], marker="o", label=f"f = {factor}"
             )
             axis.plot([row[over] for row in equal], [fd(row) for row in equal], "s", mfc="none", color=line.get_color())
-    axes[0].set(xlabel="seconds of training", ylabel="FD-VGG16", xscale="log", yscale="log")
-    axes[1].set(xlabel="Tflop of training (squares: equal for all)", xscale="log")
+    axes[0].set(xlabel="seconds of training", ylabel="FD-VGG16")
+    axes[1].set(xlabel="Tflop of training (squares: equal for all)")
     for axis in axes:
+        scales.logarithmic(axis)
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
     strips.draw_in(below, [{"": strip} for strip in shown.values()], [f"f = {factor}" for factor in shown])

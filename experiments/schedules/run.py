@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, tables
+from experiments import frame, measures, scales, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import trained
 from ldm_jax.diffusion.schedules import make_schedule
@@ -88,7 +88,8 @@ def draw(rows: Rows) -> Figure:
             found = tables.values(rows, arm, fd(calls))
             right.plot([calls] * len(found), found, ".", color=line.get_color())
     left.set(title="signal to noise", xlabel="t", ylabel="log10 of the ratio", ylim=(-6, 4.5))
-    right.set(title="FD-VGG16 (dots: seeds)", xlabel="network calls", xscale="log")
+    right.set(title="FD-VGG16 (dots: seeds)", xlabel="network calls")
+    scales.logarithmic(right, "x")
     left.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, tables
+from experiments import frame, measures, scales, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import trained
 
@@ -101,7 +101,7 @@ def draw(rows: Rows) -> Figure:
     axes[0].set(xlabel="network calls", ylabel="FD-VGG16")
     axes[1].set(xlabel="seconds an image")
     for axis in axes:
-        axis.set(xscale="log", yscale="log")
+        scales.logarithmic(axis)
         axis.grid(alpha=0.3, which="both")
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.tight_layout(rect=(0, 0, 0.86, 1))
