@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, scales, strips, tables
+from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax import guides, trained
 
@@ -134,7 +134,6 @@ def draw(rows: Rows) -> Figure:
             axis.plot(*zip(*some), marker=".", label=way)
         axis.set(title=name, xlabel="scale")
         axis.grid(alpha=0.3)
-    scales.logarithmic(axes[0], "y")
     axes[-1].legend(fontsize=7)
     strips.draw_in(below, shown, ends)
     return figure
