@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments import frame, index, strips, tables
+from experiments import frame, index, scales, strips, tables
 from experiments.frame import Experiment, Lab
 from ldm_jax.errors import InputError
 
@@ -137,6 +137,16 @@ def test_pictures_come_back_from_the_results():
     assert [axis.get_title() for axis in figure.axes] == ["drawn", "real", "", ""]
     assert [axis.get_ylabel() for axis in figure.axes] == ["a", "", "b", ""]
     assert (figure.axes[3].images[0].get_array() == strips.unpacked(strip)).all()
+
+
+def test_logarithmic_scales_have_plain_numbers():
+    axes = Figure().subplots()
+    axes.plot([4, 60], [1, 2])
+    scales.logarithmic(axes, "x")
+    axes.figure.draw_without_rendering()
+    shown = [label.get_text() for label in axes.get_xticklabels(which="both") if label.get_text()]
+    assert {"5", "10", "20", "50"} <= set(shown) and all(number.isdigit() for number in shown)
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells of its maps of memory")
