@@ -32,7 +32,7 @@ FACTORS = {  # f -> the autoencoder's channels, and those of its latents
 }
 BUDGETS = {  # steps of the autoencoders; seconds of the diffusion models; their Tflop, if equal; pictures
     "smoke": (4, (1,), 1e-4, 5),
-    "cpu": (800, (10, 20, 40), 1.0, 250),
+    "cpu": (600, (10, 20, 40), 1.0, 250),
     "gpu": (5_000, (10, 20, 40), 100.0, 5_000),
 }
 EQUAL = ("time", "operations")
