@@ -169,7 +169,8 @@ class Experiment(NamedTuple):
     """One question. `table`, `answer` and `draw` see only what results.json has of one budget.
 
     `first` is what one process does with the whole machine before rows are measured side by side: it trains what they
-    share, and finds out by `Lab.once` how fast the machine is. `alone`: a row takes the whole machine.
+    share, and finds out by `Lab.once` how fast the machine is. `alone`: a row takes the whole machine. `spoken_of`: the
+    arms without which there is no answer, if not all.
     """
 
     folder: Path
@@ -181,6 +182,7 @@ class Experiment(NamedTuple):
     draw: Callable[[Rows], Figure]
     first: Callable[[Lab], Any] = nothing
     alone: bool = False
+    spoken_of: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -225,11 +227,10 @@ def run(experiment: Experiment, doc: str) -> None:
 
 
 def report(experiment: Experiment, results: dict[str, Rows], budget: str, figure: Path) -> None:
-    """Prints the table of a budget, and its answer if every arm has been measured; draws the figure of the budget that
-    tells most."""
+    """Prints the table of a budget, and its answer if it has one; draws the figure of the budget that tells most."""
     rows, most = results.get(budget, {}), telling(experiment, results)
     print(f"\n{experiment.table(rows)}")
-    if whole(experiment, budget, rows):
+    if answers(experiment, budget, rows):
         print(f"\n{experiment.answer(rows)}")
     if most:
         with atomic(figure) as temporary:
@@ -237,14 +238,14 @@ def report(experiment: Experiment, results: dict[str, Rows], budget: str, figure
             experiment.draw(results[most]).savefig(temporary, format="png", dpi=110, metadata={"Software": None})
 
 
-def whole(experiment: Experiment, budget: str, rows: Rows) -> bool:
-    """Whether every arm of a budget has been measured with one seed at least."""
-    return {arm for arm, _ in experiment.plan(budget)} <= {row["arm"] for row in rows.values()}
+def answers(experiment: Experiment, budget: str, rows: Rows) -> bool:
+    """Whether every arm of a budget that the answer needs has been measured with one seed at least."""
+    return set(experiment.spoken_of or dict(experiment.plan(budget))) <= {row["arm"] for row in rows.values()}
 
 
 def telling(experiment: Experiment, results: dict[str, Rows]) -> str:
-    """The largest budget of which every arm has been measured; "" if there is none."""
-    return next((name for name in reversed(BUDGETS) if whole(experiment, name, results.get(name, {}))), "")
+    """The largest budget that has an answer; "" if there is none."""
+    return next((name for name in reversed(BUDGETS) if answers(experiment, name, results.get(name, {}))), "")
 
 
 def begin(experiment: Experiment, lab: Lab) -> None:

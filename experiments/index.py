@@ -3,7 +3,7 @@
     python -m experiments.index
 
 Prints what has been measured, and writes what stands between the marks in experiments/README.md, in each experiment's
-README.md and in the main one. The answer is that of the largest budget of which every arm has been measured.
+README.md and in the main one. The answer is that of the largest budget that has one.
 """
 
 import importlib

@@ -73,6 +73,7 @@ def test_the_budget_with_all_arms_tells(tmp_path, capsys):
     assert frame.telling(experiment, {}) == ""
     assert frame.telling(experiment, {"cpu": a_seed, "gpu": {"a 0": ROWS["a 0"]}}) == "cpu"
     assert frame.telling(experiment, {"cpu": ROWS, "gpu": a_seed}) == "gpu"
+    assert frame.telling(experiment._replace(spoken_of=("a",)), {"gpu": {"a 0": ROWS["a 0"]}}) == "gpu"
     figure = tmp_path / "figure.png"
     results = {"cpu": ROWS, "gpu": {"a 0": ROWS["a 0"]}}
     frame.report(experiment, {"gpu": results["gpu"]}, "gpu", figure)
