@@ -44,7 +44,7 @@ SIZES = {  # PixelCNN's network works at each pixel: as large as in experiments/
 BOUND_BATCHES = {"smoke": 50, "cpu": 50, "gpu": 500}  # test images at once
 BUDGETS = {  # seeds, seconds of training, test images
     "smoke": ((0,), 0.2, 50),
-    "cpu": ((0, 1), 90, 500),
+    "cpu": ((0, 1), 60, 500),
     "gpu": ((0, 1, 2), 12, 2_000),
 }
 
