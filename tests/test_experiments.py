@@ -218,6 +218,9 @@ def leaves(value, place=()):
             if re.fullmatch(r"\d+", name):
                 yield (*place, name), float(name)
             yield from leaves(inner, (*place, name, "of"))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from leaves(inner, (*place, number))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield place, float(value)
 

@@ -120,14 +120,15 @@ def draw(rows: Rows) -> Figure:
             style = "-" if way == "pmap" else "--"
             axes[0].plot(np.maximum(apart, 1e-9), style, label=f"{row['arm']}, {way}")  # 0 has no logarithm
     axes[0].set(title="difference of the loss from one device's", xlabel="step", yscale="log")
-    axes[0].legend(fontsize=6)
+    axes[0].set_ylim(top=1e-5)  # room for the legend
+    axes[0].legend(fontsize=6, ncols=3, loc="upper center")
     timed = [row for row in rows.values() if "jit" in row["ways"]]
     for number, way in enumerate(WAYS):
         places = np.arange(len(timed)) + 0.27 * (number - 1)
         axes[1].bar(places, [row["ways"][way]["times"] for row in timed], 0.25, label=way)
     axes[1].set_xticks(range(len(timed)), [row["arm"] for row in timed])
     axes[1].set(title="time of a step beside jit on one device")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="lower right", framealpha=1)
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.tight_layout()
