@@ -169,8 +169,7 @@ class Experiment(NamedTuple):
     """One question. `table`, `answer` and `draw` see only what results.json has of one budget.
 
     `first` is what one process does with the whole machine before rows are measured side by side: it trains what they
-    share, and finds out by `Lab.once` how fast the machine is. `alone`: a row takes the whole machine. `spoken_of`: the
-    arms without which there is no answer, if not all.
+    share, and finds out by `Lab.once` how fast the machine is. `alone`: a row takes the whole machine.
     """
 
     folder: Path
@@ -182,7 +181,6 @@ class Experiment(NamedTuple):
     draw: Callable[[Rows], Figure]
     first: Callable[[Lab], Any] = nothing
     alone: bool = False
-    spoken_of: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -239,8 +237,8 @@ def report(experiment: Experiment, results: dict[str, Rows], budget: str, figure
 
 
 def answers(experiment: Experiment, budget: str, rows: Rows) -> bool:
-    """Whether every arm of a budget that the answer needs has been measured with one seed at least."""
-    return set(experiment.spoken_of or dict(experiment.plan(budget))) <= {row["arm"] for row in rows.values()}
+    """Whether every arm of a budget has been measured with one seed at least, without which there is no answer."""
+    return {arm for arm, _ in experiment.plan(budget)} <= {row["arm"] for row in rows.values()}
 
 
 def telling(experiment: Experiment, results: dict[str, Rows]) -> str:

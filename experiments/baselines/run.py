@@ -258,7 +258,7 @@ def draw(rows: Rows) -> Figure:
 EXPERIMENT = Experiment(
     Path(__file__).parent,
     "Does diffusion beat GANs in variety and stability, and autoregressive models in speed?",
-    plan, measure, table, answer, draw, first, spoken_of=(DIFFUSION, GAN, PIXELCNN),
+    plan, measure, table, answer, draw, first,
 )  # fmt: skip
 
 if __name__ == "__main__":

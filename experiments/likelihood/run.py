@@ -95,8 +95,7 @@ def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> 
         "parameters": sum(leaf.size for leaf in jax.tree.leaves([model.params["unet"], model.params["conditioner"]])),
         "bits_per_dim": bound.total,
         "prior": bound.prior,
-        "first_timestep": bound.first,
-        "bits_by_range": bound.ranges,
+        "bits_from": {str(first): bits for first, bits in zip(bound.first, bound.ranges)},
     }
 
 
@@ -105,7 +104,7 @@ def bits(row: Row) -> float:
 
 
 def first_step(row: Row) -> float:
-    return row["bits_by_range"][0]
+    return row["bits_from"]["0"]
 
 
 def table(rows: Rows) -> str:
@@ -113,7 +112,7 @@ def table(rows: Rows) -> str:
     for arm in tables.arms(rows):
         some = [row for row in rows.values() if row["arm"] == arm]
         parts = (
-            [[first_step(row) for row in some], [sum(row["bits_by_range"][1:]) for row in some]]
+            [[first_step(row) for row in some], [sum(row["bits_from"].values()) - first_step(row) for row in some]]
             if arm in DIFFUSION
             else []
         )
@@ -148,8 +147,8 @@ def draw(rows: Rows) -> Figure:
     axes[0].set(ylabel="bits/dim", title="test pictures (dots: seeds)")
     for arm in DIFFUSION:
         some = [row for row in rows.values() if row["arm"] == arm]
-        edges = [*some[0]["first_timestep"], 1000]
-        means = np.mean([row["bits_by_range"] for row in some], axis=0) / np.diff(edges)
+        edges = [*map(int, some[0]["bits_from"]), 1000]
+        means = np.mean([list(row["bits_from"].values()) for row in some], axis=0) / np.diff(edges)
         axes[1].stairs(means, [max(edge, 0.5) for edge in edges], label=arm)
     axes[1].set(xlabel="t", ylabel="bits/dim of one timestep", xscale="log", yscale="log", title="where the bits go")
     axes[1].legend(fontsize=8)
