@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NOT_INSTALLED = "INSTALLED=/nowhere"  # as on a machine without the package, whatever this one has
+NOT_INSTALLED = "INSTALLED=nowhere"  # in the new project: as on a machine without the package, whatever this one has
 
 
 @pytest.fixture
@@ -112,12 +112,12 @@ def files_below(folder):
 
 def test_emoji_data_from_the_packages(emoji_packages):
     for asked in (["fonts-noto-color-emoji", "unicode-data"], []):  # the second time they are there
-        run = make(emoji_packages, "emoji-data", "SYSTEM=/nowhere")
+        run = make(emoji_packages, "emoji-data", "SYSTEM=nowhere")
         assert (run.returncode, run.stderr) == (0, "")
         assert run.stdout.splitlines() == [f"Fetching the Debian package {name} ..." for name in asked]
         assert files_below(emoji_packages / "data") == EMOJI_FILES
     (emoji_packages / "data" / EMOJI_FILES[1]).unlink()
-    make(emoji_packages, "emoji-data", "SYSTEM=/nowhere")
+    make(emoji_packages, "emoji-data", "SYSTEM=nowhere")
     asked = (emoji_packages / "asked.log").read_text().splitlines()
     assert [line.split()[-1] for line in asked] == ["fonts-noto-color-emoji", "unicode-data", "unicode-data"]
 
@@ -133,7 +133,7 @@ def test_emoji_data_that_is_installed(emoji_packages):
 
 def test_no_emoji_data_is_no_error(project):
     stand_in(project, "apt-get", "echo E: no network >&2; exit 100")
-    run = make(project, "emoji-data", "SYSTEM=/nowhere")
+    run = make(project, "emoji-data", "SYSTEM=nowhere")
     assert (run.returncode, run.stderr) == (0, "")
     assert [line for line in run.stdout.splitlines() if not line.startswith("Fetching")] == [
         "No Debian package to be had here: put NotoColorEmoji.ttf in data/usr/share/fonts/truetype/noto for the emoji.",
