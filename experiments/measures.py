@@ -28,14 +28,15 @@ RECONSTRUCTED = 2_000  # test images that an autoencoder is to give back
 
 
 def drawing(lab: Lab, model: Trained, num: int, guides: Guides = NO_GUIDES) -> Callable[..., np.ndarray]:
-    """draw(seed, guidance, interval, classifier_scale, **table) -> `num` pictures uint8 [N, H, W, C], the same number
-    of each class.
+    """draw(seed, guidance, interval, classifier_scale, params, **table) -> `num` pictures uint8 [N, H, W, C], the same
+    number of each class.
 
-    The arguments are as in `generate.Request`, `table` those of `samplers.build_table`. It compiles when first called.
+    The arguments are as in `generate.Request`, `table` those of `samplers.build_table`, `params` those of another state
+    of the model. It compiles when first called.
     """
     batch, labels = min(BATCHES[lab.budget], num), list(range(len(model.class_names)))
     generator = samplers.build_generator(model.config, len(labels), batch, guides)
-    params = replicate(model.params | guides.params)
+    own = replicate(model.params | guides.params)
 
     def draw(
         *,
@@ -43,12 +44,14 @@ def drawing(lab: Lab, model: Trained, num: int, guides: Guides = NO_GUIDES) -> C
         guidance: float = 1.0,
         interval: tuple[float, float] = (0.0, 1.0),
         classifier_scale: float = 0.0,
+        params: dict[str, Any] | None = None,
         **table: Any,
     ) -> np.ndarray:
         wanted = request(num, labels, guidance=guidance, seed=seed, interval=interval)
         if guides.classifier:
             wanted = wanted._replace(classifier_scale=np.full(num, classifier_scale, np.float32))
-        batches = generator.images(params, wanted, samplers.build_table(model.config, **table))
+        given = own if params is None else replicate(params | guides.params)
+        batches = generator.images(given, wanted, samplers.build_table(model.config, **table))
         return np.concatenate(list(tqdm(batches, total=-(-num // batch), desc="    drawing", leave=False)))
 
     return draw
@@ -95,9 +98,16 @@ def share_read_as(lab: Lab, images: np.ndarray, labels: np.ndarray) -> list[floa
 
 def variety(lab: Lab, images: np.ndarray, labels: np.ndarray) -> float:
     """The variance of VGG16's features within the classes, as a multiple of that of as many real pictures."""
+    return variance_within(in_vgg16(lab)(images), labels) / variance_of_real(lab)
+
+
+@functools.cache
+def variance_of_real(lab: Lab) -> float:
+    """The same of real pictures."""
     real = load_dataset("fashion_mnist", VARIED[lab.budget], data_dir=lab.data_dir).arrays
-    drawn, known = (
-        np.mean([features[of == label].var(0).sum() for label in np.unique(of)])
-        for features, of in ((in_vgg16(lab)(images), labels), (in_vgg16(lab)(real["x"]), real["label"]))
-    )
-    return float(drawn / known)
+    return variance_within(in_vgg16(lab)(real["x"]), real["label"])
+
+
+def variance_within(features: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over the classes of the variance of their features [N, D], summed over D."""
+    return float(np.mean([features[labels == label].var(0).sum() for label in np.unique(labels)]))

@@ -72,10 +72,21 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
     if config.init_from or config_rules.tells_texts(config):
         return _load_fine_tuned(path, _with_dtype(config, dtype))
-    flat = load_latest(path / "diffusion")
-    like = jax.eval_shape(builders.build_diffusion_stage(config, len(class_names)).init, jax.random.key(0)).ema_params
-    params = run_parts.averaged(flat, like, path / "diffusion") | run_parts.load_first_stage(path, config)
-    return Trained(_with_dtype(config, dtype), class_names, params, int(flat["step"]))
+    model = Trained(_with_dtype(config, dtype), class_names, run_parts.load_first_stage(path, config), 0)
+    return at_step(model, path)
+
+
+def at_step(model: Trained, path: Path, up_to: float = np.inf) -> Trained:
+    """The model of a run folder, which is not fine-tuned, as it was at its newest checkpoint of `up_to` steps at most.
+
+    Raises:
+      InputError: there is none, or it does not fit the model's config.
+    """
+    flat = load_latest(path / "diffusion", up_to)
+    stage = builders.build_diffusion_stage(model.config, len(model.class_names))
+    like = jax.eval_shape(stage.init, jax.random.key(0)).ema_params
+    params = run_parts.averaged(flat, like, path / "diffusion")
+    return model._replace(params=model.params | params, step=int(flat["step"]))
 
 
 def is_pretrained(path: Path) -> bool:

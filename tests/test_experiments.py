@@ -14,6 +14,7 @@ from PIL import Image
 
 from experiments import frame, index, scales, strips, tables
 from experiments.frame import Experiment, Lab
+from experiments.latent_vs_pixel import run as latent_vs_pixel
 from ldm_jax.errors import InputError
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)")
@@ -120,6 +121,12 @@ def test_what_is_wrong_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_steps_fit_into_a_time():
     assert [Lab(budget, "", Path()).steps_in(3, 64, 8) for budget in ("smoke", "cpu")] == [2, 24]
+
+
+def test_about_equal_operations():
+    """Of trainings in 16 parts: the part after which a model is nearest to what the least of all took in the end."""
+    nearest, part = latent_vs_pixel.nearest_part, latent_vs_pixel.Effort(steps=5, seconds=7.5, tflops=0.5)
+    assert [nearest(tflops, part) for tflops in (1.6, 1.8, 8.0, 0.1, 99.0)] == [3, 4, 16, 1, 16]
 
 
 def test_what_is_measured_once_stays(tmp_path):

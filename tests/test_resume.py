@@ -4,9 +4,13 @@ import shutil
 import signal
 import time
 
+import jax
 import jobs
+import numpy as np
 import pytest
 
+from ldm_jax import trained
+from ldm_jax.errors import InputError
 from ldm_jax.run_folder import read_metrics
 from ldm_jax.training.checkpoint import load_latest
 
@@ -105,6 +109,22 @@ def test_a_damaged_newest_checkpoint_is_put_aside(run_copy, trained_run, tiny_da
     assert (run_copy / "diffusion" / "damaged.8").is_dir()
     jobs.assert_same_training(run_copy, trained_run)
     assert jobs.losses(run_copy) == jobs.losses(trained_run)
+
+
+def test_the_model_of_an_earlier_checkpoint(trained_run):
+    newest = trained.load(trained_run)
+    earlier = {up_to: trained.at_step(newest, trained_run, up_to) for up_to in (4, 7, 8)}
+    assert newest.step == 8 and {up_to: model.step for up_to, model in earlier.items()} == {4: 4, 7: 4, 8: 8}
+
+    def apart(one, other):
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+    assert apart(earlier[8].params, newest.params) == apart(earlier[4].params, earlier[7].params) == 0
+    assert apart(earlier[4].params["unet"], newest.params["unet"]) > 0
+    assert apart(earlier[4].params["autoencoder"], newest.params["autoencoder"]) == 0
+    with pytest.raises(InputError, match="no readable checkpoint"):
+        trained.at_step(newest, trained_run, 3)
 
 
 def test_a_finished_run_says_so(trained_run, tiny_data, capsys):

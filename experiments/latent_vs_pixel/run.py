@@ -3,7 +3,7 @@
     python experiments/latent_vs_pixel/run.py [--budget=smoke|cpu|gpu]
 
 The same UNet on pixels (f = 1) and on the latents of autoencoders that make pictures f = 2, 4 and 8 times smaller
-(Rombach 2022, figures 6 and 7), trained for equal times and with equal numbers of operations, at 32 x 32 pixels.
+(Rombach 2022, figures 6 and 7), at 32 x 32 pixels: FD on the way, after equal times and equal numbers of operations.
 """
 
 import sys
@@ -30,64 +30,73 @@ FACTORS = {  # f -> the autoencoder's channels, and those of its latents
     4: ((16, 32, 64), 8),
     8: ((16, 32, 64, 64), 16),
 }
-BUDGETS = {  # steps of the autoencoders; seconds of the diffusion models; their Tflop, if equal; pictures
-    "smoke": (4, (1,), 1e-4, 5),
-    "cpu": (600, (10, 20, 40), 1.0, 250),
-    "gpu": (5_000, (10, 20, 40), 100.0, 5_000),
+BUDGETS = {  # steps of the autoencoders; seconds of the diffusion models; pictures
+    "smoke": (4, 1, 5),
+    "cpu": (600, 120, 250),
+    "gpu": (5_000, 40, 5_000),
 }
-EQUAL = ("time", "operations")
+PARTS = 16  # of a training, each of which leaves a checkpoint
+SHOWN = (2, 4, 8, 16)  # after how many of them pictures are drawn
 BACKWARD = 3  # a training step costs about three forward passes
 
 
-class Arm(NamedTuple):
-    """How much smaller the pictures become, and what is spent on training: one of the two."""
+class Effort(NamedTuple):
+    """What a part of the training of a model is."""
 
-    factor: int
-    seconds: float | None = None
-    tflops: float | None = None
-
-
-def arms(budget: str) -> dict[str, Arm]:
-    _, times, tflops, _ = BUDGETS[budget]
-    factors = (1, 4) if budget == "smoke" else tuple(FACTORS)
-    by_time = {f"f = {factor}, {seconds} s": Arm(factor, seconds=seconds) for factor in factors for seconds in times}
-    by_operations = {f"f = {factor}, {tflops:g} Tflop": Arm(factor, tflops=tflops) for factor in factors}
-    return by_time | (by_operations if budget != "smoke" else dict(list(by_operations.items())[-1:]))
+    steps: int
+    seconds: float
+    tflops: float
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    return [(name, 0) for name in arms(budget)]
+    return [(f"f = {factor}", 0) for factor in factors(budget)]
 
 
-def rates(lab: Lab) -> dict[int, float]:
-    """Images a second in training, for each factor."""
-    factors = dict.fromkeys(arm.factor for arm in arms(lab.budget).values())
-    courses = {factor: partial(speed.of_diffusion, lab.config(fields(lab, factor))) for factor in factors}
-    notes = {factor: f"latent_vs_pixel {factor}, images a second" for factor in factors}
-    found = speed.measured(lab, {notes[factor]: speed.images_per_second(lab, make) for factor, make in courses.items()})
-    return {factor: found[note] for factor, note in notes.items()}
+def factors(budget: str) -> tuple[int, ...]:
+    return (1, 4) if budget == "smoke" else tuple(FACTORS)
+
+
+def efforts(lab: Lab) -> dict[int, Effort]:
+    """A part of the training on each factor, of as many steps as fit into an equal time."""
+    configs = {factor: lab.config(fields(lab, factor)) for factor in factors(lab.budget)}
+    notes = {factor: f"latent_vs_pixel {factor}, images a second" for factor in configs}
+    courses = {notes[factor]: partial(speed.of_diffusion, config) for factor, config in configs.items()}
+    rates = speed.measured(lab, {note: speed.images_per_second(lab, make) for note, make in courses.items()})
+    found = {}
+    for factor, config in configs.items():
+        tflops = BACKWARD * lab.once(f"latent_vs_pixel {factor}, flop an image", partial(flops, config)) / 1e12
+        steps = lab.steps_in(BUDGETS[lab.budget][1] / PARTS, rates[notes[factor]], lab.batch_size)
+        images = steps * lab.batch_size
+        found[factor] = Effort(steps, images / rates[notes[factor]], images * tflops)
+    return found
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
-    factor, seconds, tflops = arms(lab.budget)[arm]
-    per_step = BACKWARD * flops(lab.config(fields(lab, factor))) * lab.batch_size / 1e12
-    images_per_second = rates(lab)[factor]
-    if seconds is None:
-        steps = max(1, round(tflops / per_step))
-    else:
-        steps = lab.steps_in(seconds, images_per_second, lab.batch_size)
-    model = trained.load(diffusion(lab, factor, arm, {"diffusion.steps": steps, "seed": seed}))
-    images = measures.drawing(lab, model, BUDGETS[lab.budget][3])(seed=seed)
-    return {
-        "factor": factor,
-        "equal": "time" if tflops is None else "operations",
-        "training_seconds": steps * lab.batch_size / images_per_second,
-        "training_tflops": steps * per_step,
-        "images_per_second": images_per_second,
-        "steps": steps,
-        "cards": measures.cards(lab, images, size=SIZES[lab.budget]),
-        "pictures": strips.packed(images[:20]),
-    }
+    factor, num = int(arm.removeprefix("f = ")), BUDGETS[lab.budget][2]
+    parts = efforts(lab)
+    part = parts[factor]
+    # A constant learning rate, so that every checkpoint is what a training that ended there would have come to.
+    changes = {"diffusion.steps": PARTS * part.steps, "diffusion.decay": "constant", "seed": seed}
+    run = diffusion(lab, factor, changes | {"checkpoint_every": part.steps, "keep_checkpoints": PARTS})
+    model = trained.load(run)
+    draw = measures.drawing(lab, model, num)
+    alike = nearest_part(min(other.tflops for other in parts.values()) * PARTS, part)
+    after = {}
+    for done in sorted({*SHOWN, alike}):
+        images = draw(seed=seed, params=trained.at_step(model, run, done * part.steps).params)
+        after[str(done * part.steps)] = {
+            "training_seconds": done * part.seconds,
+            "training_tflops": done * part.tflops,
+            "equal": ["time"] * (done in SHOWN) + ["operations"] * (done == alike),
+            "cards": measures.cards(lab, images, size=SIZES[lab.budget]),
+            "pictures": strips.packed(images[:20]),
+        }
+    return {"factor": factor, "images_per_second": lab.batch_size * part.steps / part.seconds, "after": after}
+
+
+def nearest_part(tflops: float, part: Effort) -> int:
+    """After how many parts about so many operations have been made."""
+    return min(max(round(tflops / part.tflops), 1), PARTS)
 
 
 def fields(lab: Lab, factor: int) -> dict:
@@ -103,13 +112,13 @@ def fields(lab: Lab, factor: int) -> dict:
     }
 
 
-def diffusion(lab: Lab, factor: int, name: str, changes: dict) -> Path:
-    """A run on pixels, or on the latents of this factor, whose autoencoder serves for all."""
+def diffusion(lab: Lab, factor: int, changes: dict) -> Path:
+    """A run on pixels, or on the latents of this factor."""
     changes = fields(lab, factor) | changes
     if FACTORS[factor] is not None:
         only = fields(lab, factor) | {"stages": ("autoencoder",)}
         changes |= {"autoencoder.checkpoint": str(lab.train(f"latent_vs_pixel/autoencoder {factor}", only))}
-    return lab.train(f"latent_vs_pixel/{name}", changes)
+    return lab.train(f"latent_vs_pixel/f {factor}", changes)
 
 
 def flops(config: ConfigDict) -> float:
@@ -122,63 +131,70 @@ def flops(config: ConfigDict) -> float:
     return float(jax.jit(unet.apply).lower(params, z, t, context).cost_analysis()["flops"])
 
 
-def fd(row: Row) -> float:
-    return row["cards"]["FD-VGG16"]["value"]
+def fd(state: Row) -> float:
+    return state["cards"]["FD-VGG16"]["value"]
 
 
-def by_factor(rows: Rows, equal: str) -> dict[int, list[Row]]:
-    """Factor -> its rows with equal time or operations, in the order of what was spent."""
-    found: dict[int, list[Row]] = {}
-    for row in sorted(rows.values(), key=lambda row: row["training_seconds"]):
-        if row["equal"] == equal:
-            found.setdefault(row["factor"], []).append(row)
-    return dict(sorted(found.items()))
+def states(rows: Rows, equal: str) -> dict[int, list[Row]]:
+    """Factor -> its model after the same times as the others, or after about as many operations."""
+    return {
+        row["factor"]: [state for state in on_the_way(row) if equal in state["equal"]]
+        for row in sorted(rows.values(), key=lambda row: row["factor"])
+    }
+
+
+def on_the_way(row: Row) -> list[Row]:
+    """A model in the order of what had been spent on it."""
+    return sorted(row["after"].values(), key=lambda state: state["training_seconds"])
 
 
 def table(rows: Rows) -> str:
-    columns = {
-        "FD-VGG16": (fd, 1),
-        "precision": (lambda row: row["cards"]["precision-VGG16"]["value"], 2),
-        "recall": (lambda row: row["cards"]["recall-VGG16"]["value"], 2),
-        "images a second": (lambda row: row["images_per_second"], 0),
-        "seconds of training": (lambda row: row["training_seconds"], 0),
-        "Tflop of training": (lambda row: row["training_tflops"], 1),
-    }
-    return tables.by_arm(rows, columns)
+    head = ["factor", "images a second", "seconds of training", "Tflop of training", "FD-VGG16", "precision", "recall"]
+    body = []
+    for row in rows.values():
+        for state in on_the_way(row):
+            precision, recall = (state["cards"][f"{name}-VGG16"]["value"] for name in ("precision", "recall"))
+            spent = [f"{state['training_seconds']:.1f}", f"{state['training_tflops']:.2f}"]
+            scores = [f"{fd(state):.1f}", f"{precision:.2f}", f"{recall:.2f}"]
+            body.append([row["arm"], f"{row['images_per_second']:.0f}", *spent, *scores])
+    return tables.table(head, body)
 
 
 def answer(rows: Rows) -> str:
-    longest = {equal: {factor: some[-1] for factor, some in by_factor(rows, equal).items()} for equal in EQUAL}
-    best = {equal: min(some, key=lambda factor, some=some: fd(some[factor])) for equal, some in longest.items()}
+    last = {
+        equal: {factor: some[-1] for factor, some in states(rows, equal).items()} for equal in ("time", "operations")
+    }
+    best = {equal: min(some, key=lambda factor, some=some: fd(some[factor])) for equal, some in last.items()}
     listed = {
-        equal: ", ".join(f"f = {factor}: {fd(row):.1f}" for factor, row in some.items())
-        for equal, some in longest.items()
+        equal: ", ".join(f"f = {factor}: {fd(state):.1f}" for factor, state in some.items())
+        for equal, some in last.items()
     }
     word = "It does" if best["time"] != 1 else "Not here"
-    spent = {equal: next(iter(some.values())) for equal, some in longest.items()}
+    seconds = max(state["training_seconds"] for state in last["time"].values())
+    tflops = [state["training_tflops"] for state in last["operations"].values()]
     return (
-        f"{word}: after {spent['time']['training_seconds']:.0f} seconds of training f = {best['time']} is nearest to "
-        f"the data (FD {listed['time']}), and after {spent['operations']['training_tflops']:.1f} Tflop f = "
-        f"{best['operations']} ({listed['operations']})."
+        f"{word}: after {seconds:.0f} seconds of training f = {best['time']} is nearest to the data (FD "
+        f"{listed['time']}), and after {min(tflops):.2f} to {max(tflops):.2f} Tflop f = {best['operations']} "
+        f"({listed['operations']})."
     )
 
 
 def draw(rows: Rows) -> Figure:
     """FD over both kinds of effort; below what was drawn after the longest time."""
-    shown = {factor: some[-1]["pictures"] for factor, some in by_factor(rows, "time").items()}
+    by_time, by_operations = states(rows, "time"), states(rows, "operations")
+    shown = {factor: some[-1]["pictures"] for factor, some in by_time.items()}
     height = strips.height_of([{"": strip} for strip in shown.values()], 10)
     figure = plt.figure(figsize=(10, 3.8 + height), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[3.8, height])
     axes = above.subplots(1, 2, sharey=True)
-    for factor, some in by_factor(rows, "time").items():
-        equal = by_factor(rows, "operations").get(factor, [])
-        for axis, over in zip(axes, ("training_seconds", "training_tflops")):
-            (line,) = axis.plot(
-                [row[over] for row in some], [fd(row) for row in some], marker="o", label=f"f = {factor}"
-            )
-            axis.plot([row[over] for row in equal], [fd(row) for row in equal], "s", mfc="none", color=line.get_color())
+    for factor, some in by_time.items():
+        for axis, spent in zip(axes, ("training_seconds", "training_tflops")):
+            found = [fd(state) for state in some]
+            (line,) = axis.plot([state[spent] for state in some], found, "o-", label=f"f = {factor}")
+        for state in by_operations[factor]:
+            axes[1].plot(state["training_tflops"], fd(state), "s", ms=10, mfc="none", color=line.get_color())
     axes[0].set(xlabel="seconds of training", ylabel="FD-VGG16")
-    axes[1].set(xlabel="Tflop of training (squares: equal for all)")
+    axes[1].set(xlabel="Tflop of training (squares: about equal for all)")
     for axis in axes:
         scales.logarithmic(axis)
         axis.grid(alpha=0.3, which="both")
@@ -195,7 +211,7 @@ EXPERIMENT = Experiment(
     table,
     answer,
     draw,
-    rates,
+    efforts,
 )
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ ARMS = {
 CALLS = (10, 50, 250)
 BUDGETS = {  # seeds, training steps, pictures
     "smoke": ((0,), 2, 10),
-    "cpu": ((0, 1, 2), 700, 250),
+    "cpu": ((0, 1, 2), 1_800, 250),
     "gpu": ((0, 1, 2), 2_500, 5_000),
 }
 

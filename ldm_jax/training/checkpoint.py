@@ -103,10 +103,10 @@ class Checkpoints:
         return None
 
 
-def load_latest(folder: Path) -> dict[str, np.ndarray]:
-    """The newest sound checkpoint of a stage as a flat dict, without changing anything in the folder."""
-    steps = sorted((int(p.name) for p in folder.glob("*") if p.name.isdigit()), reverse=True)
-    for step in steps:
+def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
+    """The newest sound checkpoint of a stage, of steps `up_to` at most, as a flat dict; the folder stays as it is."""
+    steps = (int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    for step in sorted((step for step in steps if step <= up_to), reverse=True):
         try:
             return _read(folder.absolute(), step, {})
         except _DamagedError as error:
