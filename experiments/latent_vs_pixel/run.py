@@ -181,13 +181,14 @@ def answer(rows: Rows) -> str:
 
 def draw(rows: Rows) -> Figure:
     """FD over both kinds of effort; below what was drawn after the longest time."""
-    by_time, by_operations = states(rows, "time"), states(rows, "operations")
-    shown = {factor: some[-1]["pictures"] for factor, some in by_time.items()}
+    by_operations = states(rows, "operations")
+    shown = {factor: some[-1]["pictures"] for factor, some in states(rows, "time").items()}
     height = strips.height_of([{"": strip} for strip in shown.values()], 10)
     figure = plt.figure(figsize=(10, 3.8 + height), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[3.8, height])
     axes = above.subplots(1, 2, sharey=True)
-    for factor, some in by_time.items():
+    for row in sorted(rows.values(), key=lambda row: row["factor"]):
+        factor, some = row["factor"], on_the_way(row)
         for axis, spent in zip(axes, ("training_seconds", "training_tflops")):
             found = [fd(state) for state in some]
             (line,) = axis.plot([state[spent] for state in some], found, "o-", label=f"f = {factor}")
