@@ -32,7 +32,7 @@ STAGES = ("autoencoder", "diffusion")
 AUTOENCODER_SHARE = 0.4  # of the time, of latent diffusion
 BUDGETS = {  # seeds, seconds of training, pictures, test images for the bits per dim
     "smoke": ((0,), 0.2, 10, 20),
-    "cpu": ((0, 1, 2, 3, 4), 30, 250, 500),
+    "cpu": ((0, 1, 2, 3, 4), 25, 250, 500),
     "gpu": ((0, 1, 2, 3, 4), 20, 5_000, 10_000),
 }
 SIZES = {"smoke": SMALL, "cpu": HALF_A_MILLION, "gpu": Sizes()}
