@@ -221,16 +221,14 @@ def answer(rows: Rows) -> str:
     listed = ", ".join(f"{arm} {fds[arm]:.1f}" for arm in ranked)
     gan, diffusion = (tables.values(rows, arm, lambda row: row["variety"]) for arm in (GAN, DIFFUSION))
     # Seeds that overlap tell of no difference.
-    compared = (
-        "more than" if min(diffusion) > max(gan) else "less than" if max(diffusion) < min(gan) else "about that of"
-    )
+    compared = "more" if min(diffusion) > max(gan) else "less" if max(diffusion) < min(gan) else "neither more nor less"
     collapsed = {arm: sum(row["collapsed"] for row in rows.values() if row["arm"] == arm) for arm in varied}
     ratio = slow[PIXELCNN] / slow[DIFFUSION]
     faster = "faster than" if ratio > ALIKE else "slower than" if ratio < 1 / ALIKE else "about as fast as"
     return (
-        f"In equal time the FD is: {listed}. The variety of diffusion is {compared} the GAN (within the classes "
+        f"In equal time the FD is: {listed}. Diffusion has {compared} variety than the GAN (within the classes "
         f"{varied[DIFFUSION]:.2f} against {varied[GAN]:.2f} of the variance of real pictures; collapsed: "
-        f"{collapsed[DIFFUSION]} and {collapsed[GAN]}) and is {faster} PixelCNN ({slow[DIFFUSION]:.4f} against "
+        f"{collapsed[DIFFUSION]} and {collapsed[GAN]}), and it is {faster} PixelCNN ({slow[DIFFUSION]:.4f} against "
         f"{slow[PIXELCNN]:.4f} seconds an image)."
     )
 
