@@ -72,8 +72,8 @@ def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Tr
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
     if config.init_from or config_rules.tells_texts(config):
         return _load_fine_tuned(path, _with_dtype(config, dtype))
-    model = Trained(_with_dtype(config, dtype), class_names, run_parts.load_first_stage(path, config), 0)
-    return at_step(model, path)
+    model = at_step(Trained(_with_dtype(config, dtype), class_names, {}, 0), path)
+    return model._replace(params=model.params | run_parts.load_first_stage(path, config))
 
 
 def at_step(model: Trained, path: Path, up_to: float = np.inf) -> Trained:
