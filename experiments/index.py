@@ -2,8 +2,8 @@
 
     python -m experiments.index
 
-Prints what has been measured, and writes what stands between the marks in experiments/README.md, in each experiment's
-README.md and in the main one. The answer is that of the largest budget that has one.
+Writes what stands between the marks in experiments/README.md, in each experiment's README.md and in the main one, and
+prints what has been measured. The answer is that of the largest budget that has one.
 """
 
 import importlib
@@ -109,14 +109,14 @@ def _filled(page: str, text: str) -> str:
 
 
 def main() -> None:
-    for name in NAMES:
-        experiment = load(name)
-        _, rows = measured(experiment)
-        print(f"{name} ({state_of(experiment)}): {experiment.question} {experiment.answer(rows) if rows else ''}")
     for path, text in pages().items():
         if path.read_text() != text:
             with atomic(path) as temporary:
                 temporary.write_text(text)
+    for name in NAMES:
+        experiment = load(name)
+        _, rows = measured(experiment)
+        print(f"{name} ({state_of(experiment)}): {experiment.question} {experiment.answer(rows) if rows else ''}")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,10 @@ def share_read_as(lab: Lab, images: np.ndarray, labels: np.ndarray) -> list[floa
 
 
 def variety(lab: Lab, images: np.ndarray, labels: np.ndarray) -> float:
-    """The variance of VGG16's features within the classes, as a multiple of that of as many real pictures."""
+    """The variance of VGG16's features within the classes, as a multiple of that of real pictures.
+
+    Both are biased variances, which of few pictures are a little too small: of 25 in a class by 4 %, of 100 by 1 %.
+    """
     return variance_within(in_vgg16(lab)(images), labels) / variance_of_real(lab)
 
 
