@@ -11,12 +11,12 @@ About an hour, after which soccer balls, apples, hearts, flags, faces and people
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ldm_jax.config import defaults
 
 
 def get_config() -> ConfigDict:
     """What `make emoji` runs."""
-    config = base.get_config().unlock()
+    config = defaults.get_config().unlock()
     config.stages = ("autoencoder", "clip", "diffusion")
 
     data = config.data

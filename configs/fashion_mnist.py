@@ -7,12 +7,12 @@
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ldm_jax.config import defaults
 
 
 def get_config() -> ConfigDict:
     """The main job: `make train`."""
-    config = base.get_config().unlock()
+    config = defaults.get_config().unlock()
 
     autoencoder = config.autoencoder
     autoencoder.latent_channels = 8

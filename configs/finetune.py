@@ -25,12 +25,12 @@ What MODEL is decides what it is given of the pictures beside their captions, an
 
 from ml_collections import ConfigDict
 
-from configs import base
+from ldm_jax.config import defaults
 
 
 def get_config() -> ConfigDict:
     """Full fine-tuning at a low rate; the model's own size and sampler."""
-    config = base.get_config().unlock()
+    config = defaults.get_config().unlock()
     config.init_from = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     config.stages = ("diffusion",)
 

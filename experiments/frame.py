@@ -25,11 +25,14 @@ from ml_collections import ConfigDict
 
 from configs import fashion_mnist
 from experiments import workers
-from ldm_jax import config_rules, job, run_folder, scoring
+from ldm_jax import job
+from ldm_jax.config import rules as config_rules
 from ldm_jax.errors import InputError, RunError
-from ldm_jax.files import atomic, read_json, write_json
-from ldm_jax.training.interrupt import Interrupted
-from ldm_jax.xla import configure
+from ldm_jax.evaluation import scoring
+from ldm_jax.run_folder import layout as run_folder_layout
+from ldm_jax.runtime.files import atomic, read_json, write_json
+from ldm_jax.runtime.interrupt import Interrupted
+from ldm_jax.runtime.xla import configure
 
 matplotlib.use("Agg")  # figures go to files
 
@@ -95,7 +98,7 @@ class Lab(NamedTuple):
         forget_programs()
         workdir = self.runs / file_name(name)
         with self.alone(workdir.name):
-            run_folder.check(workdir, config)
+            run_folder_layout.check(workdir, config)
             job.run(config, workdir)
         if not scoring.is_done(workdir, config):
             raise SystemExit(workers.INTERRUPTED)

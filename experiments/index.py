@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments import tables
 from experiments.frame import BUDGETS, ROOT, Experiment, Rows, telling
-from ldm_jax.files import atomic, read_json
+from ldm_jax.runtime.files import atomic, read_json
 
 NAMES = (
     "latent_vs_pixel",

@@ -10,15 +10,15 @@ from tqdm import tqdm
 from experiments.frame import Lab
 from experiments.judge.classifier import judge
 from experiments.judge.run import load_judge
-from ldm_jax import samplers
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
 from ldm_jax.evaluation.features import FeatureExtractor, lpips_distance, vgg16_features
-from ldm_jax.generate import request
-from ldm_jax.guides import NO_GUIDES, Guides
-from ldm_jax.trained import Trained
-from ldm_jax.training.parallel import replicate
-from ldm_jax.xla import cache_folder
+from ldm_jax.pipeline.model import Trained
+from ldm_jax.runtime.parallel import replicate
+from ldm_jax.runtime.xla import cache_folder
+from ldm_jax.sampling import generate, tables
+from ldm_jax.sampling.generate import request
+from ldm_jax.sampling.guidance_models import NO_GUIDES, Guides
 
 BATCHES = {"smoke": 20, "cpu": 250, "gpu": 1_000}  # pictures at once
 REFERENCES = {"smoke": "test[:60]", "cpu": "test", "gpu": "test"}  # the images compared with
@@ -35,7 +35,7 @@ def drawing(lab: Lab, model: Trained, num: int, guides: Guides = NO_GUIDES) -> C
     of the model. It compiles when first called.
     """
     batch, labels = min(BATCHES[lab.budget], num), list(range(len(model.class_names)))
-    generator = samplers.build_generator(model.config, len(labels), batch, guides)
+    generator = generate.build_generator(model.config, len(labels), batch, guides)
     own = replicate(model.params | guides.params)
 
     def draw(
@@ -51,7 +51,7 @@ def drawing(lab: Lab, model: Trained, num: int, guides: Guides = NO_GUIDES) -> C
         if guides.classifier:
             wanted = wanted._replace(classifier_scale=np.full(num, classifier_scale, np.float32))
         given = own if params is None else replicate(params | guides.params)
-        batches = generator.images(given, wanted, samplers.build_table(model.config, **table))
+        batches = generator.images(given, wanted, tables.build_table(model.config, **table))
         return np.concatenate(list(tqdm(batches, total=-(-num // batch), desc="    drawing", leave=False)))
 
     return draw

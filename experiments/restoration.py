@@ -9,9 +9,13 @@ from matplotlib.figure import Figure
 
 from experiments import measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import builders, given, samplers, trained
-from ldm_jax.generate import request
-from ldm_jax.training.parallel import replicate
+from ldm_jax.data import from_config as data_from_config
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.runtime.parallel import replicate
+from ldm_jax.sampling import concat_inputs, generate
+from ldm_jax.sampling import tables as sampling_tables
+from ldm_jax.sampling.generate import request
 
 DIFFUSION, AUTOENCODER = "diffusion", "autoencoder alone"
 BUDGETS = {  # steps of the diffusion model, test pictures
@@ -33,20 +37,22 @@ def make_experiment(folder: Path, question: str, baseline: str, changes: dict[st
         return lab.on_shared_latents(folder.name, changes | {"diffusion.steps": BUDGETS[lab.budget][0]})
 
     def measure(lab: Lab, arm: str, seed: int) -> Row:
-        model, num = trained.load(run_of(lab)), BUDGETS[lab.budget][1]
-        test_set = builders.load_split(model.config, model.config.data.test_split)
-        known = given.from_split(model.config, test_set, num, seed)
-        first = given.from_split(model.config, test_set, SHOWN, seed)  # the same ones, hidden alike
+        model, num = pipeline_load.load(run_of(lab)), BUDGETS[lab.budget][1]
+        test_set = data_from_config.load_split(model.config, model.config.data.test_split)
+        known = concat_inputs.from_split(model.config, test_set, num, seed)
+        first = concat_inputs.from_split(model.config, test_set, SHOWN, seed)  # the same ones, hidden alike
         if arm == DIFFUSION:
             images = restoring(lab, model, known)(seed)
             again = restoring(lab, model, first)
-            shown = {"given": given.shown(model.config, first)}
+            shown = {"given": concat_inputs.shown(model.config, first)}
             shown |= {f"drawing {1 + number}": again(seed + number) for number in range(DRAWINGS)}
             shown |= {"original": first.originals}
         else:
             restore = {
-                baseline: lambda some: given.baseline(model.config, some),
-                AUTOENCODER: lambda some: trained.reconstructions(model, some.originals, measures.BATCHES[lab.budget]),
+                baseline: lambda some: concat_inputs.baseline(model.config, some),
+                AUTOENCODER: lambda some: pipeline_model.reconstructions(
+                    model, some.originals, measures.BATCHES[lab.budget]
+                ),
             }[arm]
             images, shown = restore(known), {arm: restore(first)}
         return {
@@ -71,19 +77,19 @@ def make_experiment(folder: Path, question: str, baseline: str, changes: dict[st
     return Experiment(folder, question, plan, measure, table, answer, draw, run_of)
 
 
-def restoring(lab: Lab, model: trained.Trained, known: given.Given) -> Callable[[int], np.ndarray]:
+def restoring(lab: Lab, model: pipeline_model.Trained, known: concat_inputs.Given) -> Callable[[int], np.ndarray]:
     """restore(seed) -> uint8 [N, H, W, C]: one drawing of each picture, what is known of it put back."""
     num = len(known.originals)
     batch, config = min(measures.BATCHES[lab.budget], num), model.config
-    generator = samplers.build_generator(config, len(model.class_names), batch)
-    params, table = replicate(model.params), samplers.build_table(config)
+    generator = generate.build_generator(config, len(model.class_names), batch)
+    params, table = replicate(model.params), sampling_tables.build_table(config)
     maps = generator.maps(params, known.known)
     labels = known.labels.tolist() if model.class_names else []
     fields = {"guidance": config.sampling.guidance, "interval": config.sampling.guidance_interval, "maps": maps}
 
     def restore(seed: int) -> np.ndarray:
         images = generator.images(params, request(num, labels, seed=seed, **fields), table)
-        return given.keep_known(known, np.concatenate(list(images)))
+        return concat_inputs.keep_known(known, np.concatenate(list(images)))
 
     return restore
 

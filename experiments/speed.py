@@ -11,9 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.frame import Lab
-from ldm_jax import builders
 from ldm_jax.data.feeds import DeviceFeed
-from ldm_jax.training.parallel import parallel_step, replicate, shard
+from ldm_jax.pipeline import from_config as pipeline_from_config
+from ldm_jax.runtime.parallel import parallel_step, replicate, shard
+from ldm_jax.training import from_config as training_from_config
 
 SECONDS = {"smoke": 0.1, "cpu": 5.0, "gpu": 2.0}  # that a stage is timed for
 EXAMPLES, CLASSES = 1_024, 10  # made up
@@ -100,12 +101,15 @@ def of_pictures(stage: Any, shape: tuple[int, int, int], batch_size: int) -> Cou
 def of_autoencoder(config: ConfigDict) -> Course:
     """Stage 1 of a config, without an adversary."""
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
-    return of_pictures(builders.build_autoencoder_stage(config), shape, config.autoencoder.batch_size)
+    return of_pictures(training_from_config.build_autoencoder_stage(config), shape, config.autoencoder.batch_size)
 
 
 def of_diffusion(config: ConfigDict) -> Course:
     """Stage 2 of a config, on made-up latents."""
-    shape, stage = builders.latent_shape(config), builders.build_diffusion_stage(config, CLASSES)
+    shape, stage = (
+        pipeline_from_config.latent_shape(config),
+        training_from_config.build_diffusion_stage(config, CLASSES),
+    )
     scale = {"autoencoder": {}, "shift": np.zeros(shape[-1], np.float32), "scale": np.ones(shape[-1], np.float32)}
     if config.autoencoder.kind == "none":
         return of_pictures(stage, shape, config.diffusion.batch_size)._replace(frozen=scale)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import command_line, commands
-from ldm_jax.config_ranges import DTYPES, check_choice
+from ldm_jax import command_line
+from ldm_jax.config.fields import DTYPES, check_choice
 from ldm_jax.errors import InputError
-from ldm_jax.files import new_folder
+from ldm_jax.runtime.files import new_folder
 
 
 def define_flags() -> flags.FlagValues:
@@ -50,26 +50,29 @@ def main(argv: list[str]) -> None:
 
 def _convert(values: flags.FlagValues, folder: Path) -> str:
     """Writes the model to `folder`; returns what that is, in words."""
-    from ldm_jax.xla import configure
+    from ldm_jax.runtime.xla import configure
 
     configure()
 
-    from ldm_jax import exported, exporting, hub, trained
-    from ldm_jax.extras import Extras
+    from ldm_jax.export import diffusers_folder
+    from ldm_jax.interop import hub
+    from ldm_jax.pipeline import from_exported
+    from ldm_jax.pipeline import load as pipeline_load
+    from ldm_jax.pipeline.overrides import Extras
 
     path, dtype = hub.find(values.model), values.dtype or "float32"
-    if exported.is_exported(path):
+    if from_exported.is_exported(path):
         if dtype != "float32":
             raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
-        exporting.write_run(folder, exported.load(path))
+        diffusers_folder.write_run(folder, from_exported.load(path))
         return "Run folder"
-    model = trained.load(path, dtype, Extras(values.tokenizer, values.prediction, values.vae))
+    model = pipeline_load.load(path, dtype, Extras(values.tokenizer, values.prediction, values.vae))
     if model.pretrained:
-        exporting.write_pretrained_anew(path, folder, model)
+        diffusers_folder.write_pretrained_anew(path, folder, model)
         return f"{model.pretrained.pipeline} in {dtype}"
-    exporting.write_run_for_diffusers(path, folder, model, dtype)
+    diffusers_folder.write_run_for_diffusers(path, folder, model, dtype)
     return f"Diffusers folder in {dtype}"
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    sys.exit(command_line.run(main))

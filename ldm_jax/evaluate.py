@@ -16,8 +16,11 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import command_line, commands, config_rules, run_folder
+from ldm_jax import command_line
+from ldm_jax.config import rules as config_rules
 from ldm_jax.errors import InputError
+from ldm_jax.run_folder import layout as run_folder_layout
+from ldm_jax.runtime import files as runtime_files
 
 
 def define_flags() -> flags.FlagValues:
@@ -43,18 +46,22 @@ def main(argv: list[str]) -> None:
     if values.num < 4:
         raise InputError(f"--num={values.num} pictures are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")
-    run_folder.check_folder("out", out)
-    commands.start_devices(values)
+    run_folder_layout.check_folder("out", out)
+    command_line.start_devices(values)
 
-    from ldm_jax import asked, builders, drawing, hub, recipe, scoring, trained
-    from ldm_jax.extras import Extras
+    from ldm_jax.data import from_config as data_from_config
+    from ldm_jax.evaluation import scoring
+    from ldm_jax.interop import hub
+    from ldm_jax.pipeline import load as pipeline_load
+    from ldm_jax.pipeline.overrides import Extras
+    from ldm_jax.sampling import from_flags, recipe, sample_images
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
     extras = Extras(values.tokenizer, values.prediction, values.vae)
     told = f"--model={values.model} knows no data set; say by --config=FILE what its pictures are to be compared with"
-    if not with_config and (hub.is_name(values.model) or trained.is_pretrained(Path(values.model))):
+    if not with_config and (hub.is_name(values.model) or pipeline_load.is_pretrained(Path(values.model))):
         raise InputError(told)
-    model = trained.load(hub.find(values.model), values.dtype, extras)
+    model = pipeline_load.load(hub.find(values.model), values.dtype, extras)
     if with_config:
         config = scoring.with_data_of(model, values.config).unlock()
     elif model.pretrained and not config_rules.tells_texts(model.config):  # fine-tuned: it has seen all its data
@@ -63,18 +70,20 @@ def main(argv: list[str]) -> None:
         config = model.config.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
-    train_set, test_set = (builders.load_split(config, s) for s in (config.data.train_split, config.data.test_split))
+    train_set, test_set = (
+        data_from_config.load_split(config, s) for s in (config.data.train_split, config.data.test_split)
+    )
     own_texts = model.pretrained and not with_config  # told of texts by a CLIP of its own
     captions = recipe.captions_of(test_set, values.num) if own_texts else None
-    wanted = asked.from_flags(model, values, list(range(len(model.class_names))), captions)
-    drawn = drawing.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
-    drawing.save(out, drawn)
+    wanted = from_flags.from_flags(model, values, list(range(len(model.class_names))), captions)
+    drawn = sample_images.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
+    sample_images.save(out, drawn)
     cards = scoring.score(model._replace(config=config.lock()), drawn.images, train_set, test_set, drawn.given)
     if own_texts and wanted.prompts == captions[0]:
         cards["prompts"] = scoring.score_captions(Path(values.model), config, drawn, test_set)
     if not model.pretrained:
         cards["model"] = scoring.score_model(model, test_set, out)
-    run_folder.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
+    runtime_files.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
     for group in ("samples", "prompts", "restored", "baseline", "autoencoder", "model"):
         for name, card in cards.get(group, {}).items():
             print(f"{group:>12} {name:>18} {card['value']:.4g}")
@@ -82,4 +91,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    sys.exit(command_line.run(main))

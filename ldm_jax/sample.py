@@ -34,8 +34,9 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import command_line, commands, run_folder
+from ldm_jax import command_line
 from ldm_jax.errors import InputError
+from ldm_jax.run_folder import layout as run_folder_layout
 
 # How a picture is given to a model of each kind of map.
 MAP_FLAGS = {"low_resolution": "--map", "segments": "--map", "inpainting": "--init_image and --mask"}
@@ -62,27 +63,30 @@ def main(argv: list[str]) -> None:
     command_line.parse(values, argv)
     command_line.require(values, "model", "out")
     out = Path(values.out)
-    run_folder.check_folder("out", out)
+    run_folder_layout.check_folder("out", out)
     if values.lora_scale is not None and not values.lora:
         raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
-    commands.start_devices(values)
+    command_line.start_devices(values)
 
-    from ldm_jax import asked, drawing, hub, recipe, trained
-    from ldm_jax.extras import Extras
+    from ldm_jax.interop import hub
+    from ldm_jax.pipeline import load as pipeline_load
+    from ldm_jax.pipeline import model as pipeline_model
+    from ldm_jax.pipeline.overrides import Extras
+    from ldm_jax.sampling import from_flags, recipe, sample_images
 
     extras = Extras(values.tokenizer, values.prediction, values.vae)
-    model = trained.load(hub.find(values.model), values.dtype, extras)
+    model = pipeline_load.load(hub.find(values.model), values.dtype, extras)
     if values.lora:
         scale = 1.0 if values.lora_scale is None else values.lora_scale
-        model = trained.with_lora(model, Path(values.lora), scale)
+        model = pipeline_model.with_lora(model, Path(values.lora), scale)
     if values.from_recipe:
         beside = ("model", "out", "batch_size", "dtype", "save_trajectory", "lora", "lora_scale", *extras._fields)
         check_alone(values, "from_recipe", beside=beside)
         wanted = recipe.from_picture(model, Path(values.from_recipe))
     else:
         labels = find_labels("--label", values.label, model.class_names)
-        wanted = asked.with_edits(asked.from_flags(model, values, labels), values, model.config.concat.kind)
-        wanted = asked.with_pretrained(wanted, values, model)
+        wanted = from_flags.with_edits(from_flags.from_flags(model, values, labels), values, model.config.concat.kind)
+        wanted = from_flags.with_pretrained(wanted, values, model)
         if values.label is not None and wanted.map_split:
             raise InputError(
                 f"--label={','.join(values.label)}: without a picture of yours this model restores test pictures, "
@@ -93,8 +97,8 @@ def main(argv: list[str]) -> None:
             wanted = wanted._replace(negative_label=away_from[0])
     batch_size = values.batch_size or model.config.sampling.batch_size
     film = values.save_trajectory and (values["save_trajectory"].present or not model.pretrained)  # it decodes a lot
-    drawn = drawing.draw(model, wanted, batch_size=batch_size, film=bool(film))
-    drawing.save(out, drawn)
+    drawn = sample_images.draw(model, wanted, batch_size=batch_size, film=bool(film))
+    sample_images.save(out, drawn)
     print(f"{wanted.num} {'picture' if wanted.num == 1 else 'pictures'}: {out / 'samples.png'}")
 
 
@@ -125,4 +129,4 @@ def find_labels(flag: str, wanted: list[str] | None, class_names: tuple[str, ...
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    sys.exit(command_line.run(main))

@@ -12,7 +12,10 @@ from pathlib import Path
 
 from absl import flags
 
-from ldm_jax import command_line, commands, config_rules, configuration, run_folder
+from ldm_jax import command_line
+from ldm_jax.config import io as config_io
+from ldm_jax.config import rules as config_rules
+from ldm_jax.run_folder import layout as run_folder_layout
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
@@ -36,12 +39,12 @@ def main(argv: list[str]) -> None:
     config = flag_values.config
     config_rules.validate(config)
     if flag_values.print_config:
-        print(configuration.to_json(config), end="")
+        print(config_io.to_json(config), end="")
         return
     config_file = Path(flag_values["config"].config_filename)
     workdir = Path(flag_values.workdir or Path("runs") / config_file.stem)
-    run_folder.check(workdir, config)
-    commands.start_devices(flag_values)
+    run_folder_layout.check(workdir, config)
+    command_line.start_devices(flag_values)
 
     from ldm_jax import job  # JAX and all that stands on it: imported after the checks that need none of it
 
@@ -50,4 +53,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    sys.exit(command_line.run(main))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from ldm_jax import samplers
-from ldm_jax.guides import NO_GUIDES
-from ldm_jax.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, fast_compile_flags, knows_cpu_flags
+from ldm_jax.runtime.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, fast_compile_flags, knows_cpu_flags
+from ldm_jax.sampling import generate
+from ldm_jax.sampling.guidance_models import NO_GUIDES
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
@@ -40,9 +40,9 @@ def pytest_unconfigure():
 
 
 # What takes long, first, and so that no worker waits for a run folder that another one is making: the stages need none.
-FIRST = ("test_bad_input", "test_stages", "test_resume", "test_generate", "test_map_condition", "test_classifier",
-         "test_parallel", "test_pretrained", "test_editing", "test_compilation", "test_text_run", "test_convert",
-         "test_finetune")  # fmt: skip
+FIRST = ("test_bad_input", "test_stages", "test_resume", "test_generate", "test_concat_inputs", "test_classifier",
+         "test_parallel", "test_from_diffusers", "test_image_inputs", "test_compilation", "test_from_run",
+         "test_diffusers_folder", "test_finetune")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -64,7 +64,7 @@ def generators_kept():
 
     It is shared in the module alone, so that nothing of it is left for the others.
     """
-    make, kept = samplers.generator_of, {}
+    make, kept = generate.generator_of, {}
 
     def generator_of(model, batch_size, guided_by=NO_GUIDES, *, vae_tiling=False):
         networks = model.pretrained and repr(model.pretrained._replace(tokenizers=()))
@@ -82,7 +82,7 @@ def generators_kept():
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samplers, "generator_of", generator_of)
+        patch.setattr(generate, "generator_of", generator_of)
         yield
 
 

@@ -4,7 +4,6 @@ import jax
 import numpy as np
 from bpe import LOW_LOWER, make_vocab, write_tokenizer
 
-from ldm_jax.files import write_json
 from ldm_jax.interop.clip_weights import state_dict_from_text_params
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.folder import write_component
@@ -13,6 +12,7 @@ from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet2d import UNet2D
+from ldm_jax.runtime.files import write_json
 
 LENGTH, WIDTH = 8, 16  # of texts in tokens; of what is said of each
 SIZE = 8  # of the latents; pictures have twice that

@@ -3,7 +3,7 @@
 import jax
 from PIL import Image
 
-from ldm_jax import commands, train
+from ldm_jax import command_line, train
 
 CAPTIONS = ("low", "lower", "low low", "wool")
 
@@ -45,7 +45,7 @@ def flags(home, run, *changes):
 
 def fine_tune(home, run, *changes):
     """Runs it, and returns the exit status."""
-    return commands.run(train.main, ["train", *flags(home, run, *changes)])
+    return command_line.run(train.main, ["train", *flags(home, run, *changes)])
 
 
 def leaves(tree):

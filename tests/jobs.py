@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ldm_jax import commands, train
-from ldm_jax.run_folder import read_metrics
-from ldm_jax.training.checkpoint import load_latest
+from ldm_jax import command_line, train
+from ldm_jax.run_folder.checkpoint import load_latest
+from ldm_jax.run_folder.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +44,7 @@ def flags(data, workdir, *changes):
 
 def train_here(data, workdir, *changes):
     """Runs a small job in this process, on its 4 devices; returns the exit status."""
-    return commands.run(train.main, ["train", *flags(data, workdir, *changes)])
+    return command_line.run(train.main, ["train", *flags(data, workdir, *changes)])
 
 
 def start(data, workdir, *changes, devices=1):

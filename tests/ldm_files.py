@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from bpe import LOW_LOWER, make_vocab, write_tokenizer
 
-from ldm_jax.files import write_json
 from ldm_jax.interop.clip_weights import state_dict_from_text_params
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.folder import write_component
@@ -24,6 +23,7 @@ from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet2d import UNet2D
+from ldm_jax.runtime.files import write_json
 
 RESNET = {
     "norm1": "in_layers.0",

@@ -5,10 +5,12 @@ import jax
 import numpy as np
 import tiny
 
-from ldm_jax import builders, config_rules
-from ldm_jax.exported import Exported
-from ldm_jax.exporting import write_run
+from ldm_jax.config import rules as config_rules
+from ldm_jax.export.diffusers_folder import write_run
 from ldm_jax.interop.modules import abstract_params
+from ldm_jax.pipeline import from_config as pipeline_from_config
+from ldm_jax.pipeline.from_exported import Exported
+from ldm_jax.training import from_config as training_from_config
 
 
 def random_run(folder, changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
@@ -17,11 +19,14 @@ def random_run(folder, changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
     config.update_from_flattened_dict(dict(changes))
     config.lock()
     config_rules.validate(config)
-    stage = builders.build_diffusion_stage(config, len(class_names))
+    stage = training_from_config.build_diffusion_stage(config, len(class_names))
     params = diffusers_folder.random_params(jax.eval_shape(stage.init, jax.random.key(0)).ema_params, 0)
     if config.autoencoder.kind == "none":
         params["unet"]["conv_out"] = jax.tree.map(lambda leaf: contrast * leaf, params["unet"]["conv_out"])
-    channels, autoencoder = builders.latent_shape(config)[-1], builders.build_autoencoder(config)
+    channels, autoencoder = (
+        pipeline_from_config.latent_shape(config)[-1],
+        pipeline_from_config.build_autoencoder(config),
+    )
     scaling = {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
     params["autoencoder"] = {}
     if autoencoder:

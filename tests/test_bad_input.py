@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import command_line, commands, configuration, evaluate, sample, train, trained
-from ldm_jax.training.checkpoint import load_latest
+from ldm_jax import command_line, evaluate, sample, train
+from ldm_jax.config import io as config_io
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.run_folder.checkpoint import load_latest
 
 TINY = "--config=tests/tiny.py"
 
@@ -148,7 +150,7 @@ TRAIN = {  # flags -> what the line must say
 def fails(command, flags, capsys, status=2):
     """The one line of a command that must fail."""
     capsys.readouterr()
-    assert commands.run(command, ["command", *map(str, flags)]) == status
+    assert command_line.run(command, ["command", *map(str, flags)]) == status
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1, lines
     assert lines[0].startswith("command: ")
@@ -251,7 +253,7 @@ def test_train_refuses_a_workdir(case, tiny_data, tmp_path, capsys):
     run = tmp_path / "parent" / "run"
     run.mkdir(parents=True)
     (run / "notes.txt").write_text("someone's own")
-    (run / "config.json").write_text(configuration.to_json(small_config()))
+    (run / "config.json").write_text(config_io.to_json(small_config()))
     damage(run)
     before = contents(tmp_path)
     assert expected in fails(train.main, jobs.flags(tiny_data, run), capsys)
@@ -344,7 +346,7 @@ CLASSIFIERS = {
 
 @pytest.mark.parametrize("case", CLASSIFIERS)
 def test_a_classifier_is_refused(case, classifier_run, trained_run, tmp_path, capsys, monkeypatch, loaded_once):
-    monkeypatch.setattr(trained, "load", loaded_once)
+    monkeypatch.setattr(pipeline_load, "load", loaded_once)
     damage, expected = CLASSIFIERS[case]
     run = shutil.copytree(classifier_run, tmp_path / "run")
     damage(run)
@@ -519,13 +521,13 @@ def filled_in(flags, files):
 @pytest.fixture(scope="session")
 def loaded_once():
     """`trained.load`, which takes longer than all else in these cases, for a run folder that none of them changes."""
-    return functools.cache(trained.load)
+    return functools.cache(pipeline_load.load)
 
 
 @pytest.mark.parametrize("case", BOTH)
 @pytest.mark.parametrize("command", [sample, evaluate])
 def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once):
-    monkeypatch.setattr(trained, "load", loaded_once)
+    monkeypatch.setattr(pipeline_load, "load", loaded_once)
     flags, expected = BOTH[case]
     out = [] if any(flag.startswith("--out=") for flag in flags) else [f"--out={tmp_path / 'out'}"]
     before = contents(trained_run)
@@ -537,7 +539,7 @@ def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys, 
 
 @pytest.mark.parametrize("case", SAMPLE)
 def test_sample_refuses(case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once):
-    monkeypatch.setattr(trained, "load", loaded_once)
+    monkeypatch.setattr(pipeline_load, "load", loaded_once)
     flags, expected = SAMPLE[case]
     out = tmp_path / "out"
     line = fails(sample.main, ["--num=4", *filled_in(flags, files), f"--model={trained_run}", f"--out={out}"], capsys)
@@ -547,7 +549,7 @@ def test_sample_refuses(case, trained_run, files, tmp_path, capsys, monkeypatch,
 
 @pytest.mark.parametrize("case", EVALUATE)
 def test_evaluate_refuses(case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once):
-    monkeypatch.setattr(trained, "load", loaded_once)
+    monkeypatch.setattr(pipeline_load, "load", loaded_once)
     flags, expected = EVALUATE[case]
     out = tmp_path / "out"
     line = fails(evaluate.main, ["--num=4", *filled_in(flags, files), f"--model={trained_run}", f"--out={out}"], capsys)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import base
+from ldm_jax.config import defaults
 
 CLASS_NAMES = ("horizontal", "vertical", "bright", "dark")
 
 
 def get_config() -> ConfigDict:
-    config = base.get_config().unlock()
+    config = defaults.get_config().unlock()
     config.data.name = "tiny"
     config.data.image_size = 8
     autoencoder = config.autoencoder

@@ -17,8 +17,11 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import builders, samplers, trained
-from ldm_jax.training.parallel import replicate
+from ldm_jax.pipeline import from_config as pipeline_from_config
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.runtime.parallel import replicate
+from ldm_jax.sampling import generate
 
 PLAIN = {"autoencoder.loss.perceptual": 0.0, "autoencoder.loss.adversarial": 0.0}
 LPIPS = {"autoencoder.loss.perceptual": 0.5, "autoencoder.loss.perceptual_every": 8}
@@ -51,9 +54,9 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     first, second, num = BUDGETS[lab.budget]
     steps = {"autoencoder.steps": first, "autoencoder.loss.adversarial_start": first // 3, "diffusion.steps": second}
     smoke = {"autoencoder.loss.adversarial": 0.0} if lab.budget == "smoke" else {}
-    model = trained.load(lab.train(f"autoencoders/{arm}", steps | ARMS[arm] | smoke | {"seed": seed}))
+    model = pipeline_load.load(lab.train(f"autoencoders/{arm}", steps | ARMS[arm] | smoke | {"seed": seed}))
     originals = measures.reference(lab)[: measures.RECONSTRUCTED]
-    reconstructed = trained.reconstructions(model, originals, measures.BATCHES[lab.budget])
+    reconstructed = pipeline_model.reconstructions(model, originals, measures.BATCHES[lab.budget])
     images = {
         "prior": decoded_noise(model, num, seed),
         "diffusion": measures.drawing(lab, model, num)(seed=seed, guidance=1.5),
@@ -69,10 +72,10 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     }
 
 
-def decoded_noise(model: trained.Trained, num: int, seed: int) -> np.ndarray:
+def decoded_noise(model: pipeline_model.Trained, num: int, seed: int) -> np.ndarray:
     """Pictures of latents from the Gaussian with the mean and the variance that the latents have in each channel."""
-    generator = samplers.build_generator(model.config, len(model.class_names), num)
-    z = jax.random.normal(jax.random.key(seed), (num, *builders.latent_shape(model.config)))
+    generator = generate.build_generator(model.config, len(model.class_names), num)
+    z = jax.random.normal(jax.random.key(seed), (num, *pipeline_from_config.latent_shape(model.config)))
     return generator.decode(replicate(model.params), np.asarray(z))
 
 

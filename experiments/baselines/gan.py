@@ -12,8 +12,9 @@ from flax import linen as nn
 
 from experiments.baselines.squeeze import squeeze, unsqueeze
 from experiments.baselines.stage import STREAM, Stage
-from ldm_jax.data.pixels import to_pixels, to_uint8
-from ldm_jax.training.state import TrainState, ema_update, example_keys, keep_if
+from ldm_jax.diffusion.random import example_keys
+from ldm_jax.models.pixels import to_pixels, to_uint8
+from ldm_jax.training.state import TrainState, ema_update, keep_if
 
 LOSSES = ("hinge", "non_saturating")
 SINGULAR = "singular"  # the vectors of spectral norm, of which parameters and optimizers know nothing

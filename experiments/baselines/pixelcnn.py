@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ldm_jax.data.pixels import to_pixels
+from ldm_jax.models.pixels import to_pixels
 
 LEVELS = 256
 

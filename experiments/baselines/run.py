@@ -24,7 +24,10 @@ from experiments import frame, measures, scales, speed, strips, tables
 from experiments.baselines.models import CLASSES, GAN, HALF_A_MILLION, SMALL, Model, Sizes, models
 from experiments.baselines.training import course, drawing_params, held_out_bits, size, trained_for
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import builders, trained
+from ldm_jax.pipeline import from_config as pipeline_from_config
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.training import from_config as training_from_config
 
 DIFFUSION, PIXELCNN = "latent diffusion", "PixelCNN"
 ARMS = (DIFFUSION, *models(SMALL))
@@ -138,16 +141,16 @@ def baseline_drawing(model: Model, params: dict, labels: np.ndarray) -> Draw:
     return lambda seed: np.asarray(drawn(params, labels, jax.random.split(jax.random.key(seed), len(labels))))
 
 
-def diffusion_drawing(lab: Lab, model: trained.Trained, num: int) -> Draw:
+def diffusion_drawing(lab: Lab, model: pipeline_model.Trained, num: int) -> Draw:
     draw = measures.drawing(lab, model, num)
     return lambda seed: draw(seed=seed, guidance=1.5)
 
 
-def leaves(model: trained.Trained, name: str) -> list[np.ndarray]:
+def leaves(model: pipeline_model.Trained, name: str) -> list[np.ndarray]:
     return jax.tree.leaves(model.params[name])
 
 
-def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[trained.Trained, dict[str, int]]:
+def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[pipeline_model.Trained, dict[str, int]]:
     """The main job with a smaller UNet, both stages in the time."""
     shares = {"autoencoder": AUTOENCODER_SHARE, "diffusion": 1 - AUTOENCODER_SHARE}
     rates = speed.measured(lab, training_tasks(lab))
@@ -156,17 +159,22 @@ def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[trained.Train
         for stage, size in batch_sizes(lab).items()
     }
     changes = diffusion_config(lab) | {f"{stage}.steps": number for stage, number in steps.items()} | {"seed": seed}
-    return trained.load(lab.train(f"baselines/{DIFFUSION} {seed}", changes)), steps
+    return pipeline_load.load(lab.train(f"baselines/{DIFFUSION} {seed}", changes)), steps
 
 
-def untrained(lab: Lab) -> trained.Trained:
+def untrained(lab: Lab) -> pipeline_model.Trained:
     """Latent diffusion as it begins, for what does not depend on what it has learned."""
     config, key = lab.config(diffusion_config(lab)), jax.random.key(0)
-    first, second = builders.build_autoencoder_stage(config), builders.build_diffusion_stage(config, CLASSES)
-    channels = builders.latent_shape(config)[-1]
+    first, second = (
+        training_from_config.build_autoencoder_stage(config),
+        training_from_config.build_diffusion_stage(config, CLASSES),
+    )
+    channels = pipeline_from_config.latent_shape(config)[-1]
     params = {name: jax.jit(stage.init)(key).ema_params for name, stage in (("first", first), ("second", second))}
     scale = {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
-    return trained.Trained(config, tuple(map(str, range(CLASSES))), params["first"] | params["second"] | scale, 0)
+    return pipeline_model.Trained(
+        config, tuple(map(str, range(CLASSES))), params["first"] | params["second"] | scale, 0
+    )
 
 
 def diffusion_config(lab: Lab) -> dict:

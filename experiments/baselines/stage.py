@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldm_jax.training.state import TrainState, example_keys, update_if_finite
+from ldm_jax.diffusion.random import example_keys
+from ldm_jax.training.state import TrainState, update_if_finite
 
 STREAM = 11  # of `example_keys`; the main job's stages have lower ones
 

@@ -12,9 +12,9 @@ from experiments.baselines.stage import Stage
 from experiments.frame import Lab
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.data.feeds import DeviceFeed
-from ldm_jax.run_folder import Log
-from ldm_jax.training.checkpoint import Checkpoints
-from ldm_jax.training.interrupt import InterruptWatch
+from ldm_jax.run_folder.checkpoint import Checkpoints
+from ldm_jax.run_folder.log import Log
+from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.training.loop import train
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from experiments.baselines.squeeze import squeeze, unsqueeze
-from ldm_jax.data.pixels import to_pixels, to_uint8
-from ldm_jax.first_stage import draw as draw_posterior
-from ldm_jax.first_stage import kl_divergence
+from ldm_jax.models.first_stage import draw as draw_posterior
+from ldm_jax.models.first_stage import kl_divergence
+from ldm_jax.models.pixels import to_pixels, to_uint8
 
 
 class VAE(nn.Module):

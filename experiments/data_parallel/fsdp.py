@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ldm_jax.training.parallel import AXIS, take
+from ldm_jax.runtime.parallel import AXIS, take
 
 
 def cut(mesh: Mesh, leaf: Any) -> NamedSharding:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from experiments import frame, tables
 from experiments.frame import ROOT, Experiment, Lab, Row, Rows
 from ldm_jax.errors import RunError
-from ldm_jax.files import read_json
+from ldm_jax.runtime.files import read_json
 
 ARMS = {  # arm -> (processes, devices of each)
     "1 device": (1, 1),

@@ -18,11 +18,13 @@ from jax.sharding import Mesh
 
 from experiments.data_parallel import fsdp
 from experiments.frame import Lab
-from ldm_jax import builders, run_parts
+from ldm_jax.data import from_config as data_from_config
 from ldm_jax.data.feeds import DeviceFeed
-from ldm_jax.files import write_json
-from ldm_jax.training.parallel import parallel_step, replicate, shard, take, wait_for_hosts
-from ldm_jax.xla import configure
+from ldm_jax.pipeline import from_run
+from ldm_jax.runtime.files import write_json
+from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take, wait_for_hosts
+from ldm_jax.runtime.xla import configure
+from ldm_jax.training import from_config as training_from_config
 
 STEPS = {"smoke": 3, "cpu": 40, "gpu": 400}
 BATCH_SIZE = 16
@@ -50,9 +52,12 @@ def main() -> None:
 def measure(lab: Lab, steps: int) -> dict[str, Any]:
     """{way: {"losses": [steps], "step_seconds": [steps], "state_bytes": on a device}}"""
     config = lab.config(PIXELS | ({"data.image_size": 8} if lab.budget == "smoke" else {}))
-    data = builders.load_split(config, config.data.train_split)
+    data = data_from_config.load_split(config, config.data.train_split)
     feed = DeviceFeed(data.arrays, BATCH_SIZE, 0, jax.process_index(), jax.process_count())
-    stage, frozen = builders.build_diffusion_stage(config, data.num_classes), run_parts.load_first_stage(Path(), config)
+    stage, frozen = (
+        training_from_config.build_diffusion_stage(config, data.num_classes),
+        from_run.load_first_stage(Path(), config),
+    )
     state = jax.device_get(jax.jit(stage.init)(jax.random.fold_in(jax.random.key(0), 0)))
     ways = ways_of(stage, frozen, feed, state)
     found: dict[str, Any] = {way: {"losses": [], "step_seconds": []} for way in ways}

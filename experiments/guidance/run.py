@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import guides, trained
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.sampling import guidance_models
 
 
 class Setting(NamedTuple):
@@ -60,15 +61,15 @@ def plan(budget: str) -> list[tuple[str, int]]:
 def drawing(lab: Lab) -> Callable[..., np.ndarray]:
     """Draws with the shared model, led by a classifier of its latents."""
     steps, num = BUDGETS[lab.budget]
-    model = trained.load(lab.shared_model())
+    model = pipeline_load.load(lab.shared_model())
     smaller = {} if lab.budget == "gpu" else CLASSIFIER
     fields = {
         "stages": ("autoencoder", "classifier"),
         "classifier.steps": steps,
         "classifier.batch_size": lab.batch_size,
     }
-    classifier = guides.classifier_for(lab.on_shared_latents("classifier", smaller | fields), model)
-    return measures.drawing(lab, model, num, guides.Guides(classifier))
+    classifier = guidance_models.classifier_for(lab.on_shared_latents("classifier", smaller | fields), model)
+    return measures.drawing(lab, model, num, guidance_models.Guides(classifier))
 
 
 def first(lab: Lab) -> None:

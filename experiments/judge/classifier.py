@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from ldm_jax.data.pixels import flip_images, to_pixels
+from ldm_jax.models.pixels import flip_images, to_pixels
 
 
 class Classifier(nn.Module):

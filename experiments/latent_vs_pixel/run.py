@@ -21,7 +21,8 @@ from ml_collections import ConfigDict
 
 from experiments import frame, measures, scales, speed, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import builders, trained
+from ldm_jax.pipeline import from_config as pipeline_from_config
+from ldm_jax.pipeline import load as pipeline_load
 
 SIZES = {"smoke": 8, "cpu": 32, "gpu": 32}  # pixels
 FACTORS = {  # f -> the autoencoder's channels, and those of its latents
@@ -78,12 +79,12 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     # A constant learning rate, so that every checkpoint is what a training that ended there would have come to.
     changes = {"diffusion.steps": PARTS * part.steps, "diffusion.decay": "constant", "seed": seed}
     run = diffusion(lab, factor, changes | {"checkpoint_every": part.steps, "keep_checkpoints": PARTS})
-    model = trained.load(run)
+    model = pipeline_load.load(run)
     draw = measures.drawing(lab, model, num)
     alike = nearest_part(min(other.tflops for other in parts.values()) * PARTS, part)
     after = {}
     for done in sorted({*SHOWN, alike}):
-        images = draw(seed=seed, params=trained.at_step(model, run, done * part.steps).params)
+        images = draw(seed=seed, params=pipeline_load.at_step(model, run, done * part.steps).params)
         after[str(done * part.steps)] = {
             "training_seconds": done * part.seconds,
             "training_tflops": done * part.tflops,
@@ -123,8 +124,8 @@ def diffusion(lab: Lab, factor: int, changes: dict) -> Path:
 
 def flops(config: ConfigDict) -> float:
     """Floating-point operations of one forward pass of the UNet on one picture, as XLA counts them."""
-    unet, size = builders.build_unet(config), config.unet
-    z = jax.ShapeDtypeStruct((1, *builders.latent_shape(config)), jnp.float32)
+    unet, size = pipeline_from_config.build_unet(config), config.unet
+    z = jax.ShapeDtypeStruct((1, *pipeline_from_config.latent_shape(config)), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     context = jax.ShapeDtypeStruct((1, size.context_tokens, size.context_dim), jnp.float32)
     params = jax.eval_shape(unet.init, jax.random.key(0), z, t, context)

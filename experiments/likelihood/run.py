@@ -21,9 +21,10 @@ from experiments import frame, speed, tables
 from experiments.baselines.models import SMALL, Model, Sizes, models
 from experiments.baselines.training import course, drawing_params, held_out_bits, size, trained_for
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import builders, trained
 from ldm_jax.data.datasets import load_dataset
-from ldm_jax.training.parallel import replicate
+from ldm_jax.evaluation import scoring
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.runtime.parallel import replicate
 
 ON_PIXELS = {
     "autoencoder.kind": "none",
@@ -86,10 +87,10 @@ def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> 
     """The bound, as a whole and by ranges of timesteps."""
     steps = lab.steps_in(seconds, rates(lab)[arm], lab.batch_size)
     run = lab.train(f"likelihood/{arm} {seed}", changes_of(lab, arm) | {"diffusion.steps": steps, "seed": seed})
-    model = trained.load(run)
+    model = pipeline_load.load(run)
     pixels = model.config.data.image_size
     examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir, image_size=pixels).arrays
-    bound = builders.build_bound(model.config, len(model.class_names))(replicate(model.params), examples, seed)
+    bound = scoring.build_bound(model.config, len(model.class_names))(replicate(model.params), examples, seed)
     return {
         "steps": steps,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves([model.params["unet"], model.params["conditioner"]])),

@@ -108,7 +108,7 @@ def ours(name: str, folder: Path, dtype: str) -> Outputs:
     import jax
 
     from ldm_jax.models.unet import Added
-    from ldm_jax.xla import configure
+    from ldm_jax.runtime.xla import configure
 
     configure()
     module, params = load(name, folder, dtype)
@@ -132,14 +132,14 @@ def loading_memory(name: str, folder: Path, dtype: str) -> float:
 
     It is all that the process gains, pages of mapped files too, once JAX and ours are imported.
     """
-    from ldm_jax.xla import configure
+    from ldm_jax.runtime.xla import configure
 
     configure()
 
     import jax
-
     import ldm_jax.pretrained  # noqa: F401 (so that its imports are over)
-    from ldm_jax.training.parallel import replicate
+
+    from ldm_jax.runtime.parallel import replicate
 
     jax.devices()
     with MemoryPeak() as peak:
@@ -153,7 +153,7 @@ def load(name: str, folder: Path, dtype: str) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from ldm_jax.interop.folder import load_autoencoder, load_unet
-    from ldm_jax.pretrained_files import load_text_encoder
+    from ldm_jax.pipeline.from_diffusers import load_text_encoder
 
     kind = NETWORKS[name][0]
     if kind.startswith("CLIP"):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import trained
+from ldm_jax.pipeline import load as pipeline_load
 
 TARGETS = {"eps": "eps", "z0": "z0", "v": "v"}
 WEIGHTINGS = {"uniform": "uniform", "min-SNR": "min_snr"}
@@ -39,7 +39,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     changes = {"diffusion.prediction": target, "diffusion.weighting": weighting, "diffusion.schedule": "linear"}
     changes |= {"diffusion.steps": steps, "seed": seed}
     run = lab.on_shared_latents(f"prediction_target/{arm} {seed}", changes)
-    images = measures.drawing(lab, trained.load(run), num)(seed=seed, guidance=1.5, sampler="ddpm", steps=CALLS)
+    images = measures.drawing(lab, pipeline_load.load(run), num)(seed=seed, guidance=1.5, sampler="ddpm", steps=CALLS)
     return {"target": target, "weighting": weighting, "steps": steps, "cards": measures.cards(lab, images)}
 
 

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, scales, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import trained
 from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.pipeline import load as pipeline_load
 
 ARMS = {
     "linear": {"diffusion.schedule": "linear"},
@@ -43,7 +43,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     _, steps, num = BUDGETS[lab.budget]
     # Even weights: those of min-SNR depend on the schedule, and it is the schedule that is asked for.
     changes = {"diffusion.prediction": "v", "diffusion.weighting": "uniform", "diffusion.steps": steps, "seed": seed}
-    model = trained.load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
+    model = pipeline_load.load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
     draw = measures.drawing(lab, model, num)
     drawn = {calls: draw(seed=seed, sampler="ddim", steps=calls) for calls in CALLS}
     return {

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, scales, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax import trained
+from ldm_jax.pipeline import load as pipeline_load
 
 PLAIN = ("ddpm", "ddim", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc")
 WITH_EPS = ("plms", "heun", "edm")
@@ -46,7 +46,7 @@ def plan(budget: str) -> list[tuple[str, int]]:
 @functools.cache
 def drawing(lab: Lab) -> Callable[..., np.ndarray]:
     """Draws with the shared model; compiled."""
-    draw = measures.drawing(lab, trained.load(lab.shared_model()), BUDGETS[lab.budget][1])
+    draw = measures.drawing(lab, pipeline_load.load(lab.shared_model()), BUDGETS[lab.budget][1])
     draw(sampler="ddim", steps=1)
     return draw
 

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from ldm_jax.xla import configure
+from ldm_jax.runtime.xla import configure
 
 configure()
 
@@ -11,9 +11,11 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs.fashion_mnist import get_config  # noqa: E402
-from ldm_jax import builders, samplers  # noqa: E402
-from ldm_jax.generate import request  # noqa: E402
-from ldm_jax.training.parallel import parallel_step, replicate, shard  # noqa: E402
+from ldm_jax.pipeline import from_config as pipeline_from_config  # noqa: E402
+from ldm_jax.runtime.parallel import parallel_step, replicate, shard  # noqa: E402
+from ldm_jax.sampling import generate, tables  # noqa: E402
+from ldm_jax.sampling.generate import request  # noqa: E402
+from ldm_jax.training import from_config as training_from_config  # noqa: E402
 
 BATCH, STEPS, GUIDANCE = 128, 10, 1.5
 
@@ -21,8 +23,8 @@ BATCH, STEPS, GUIDANCE = 128, 10, 1.5
 def main() -> None:
     config = get_config().unlock()
     config.diffusion.batch_size = BATCH
-    shape, rng = builders.latent_shape(config), np.random.default_rng(0)
-    stage = builders.build_diffusion_stage(config, 10)
+    shape, rng = pipeline_from_config.latent_shape(config), np.random.default_rng(0)
+    stage = training_from_config.build_diffusion_stage(config, 10)
     state = replicate(jax.jit(stage.init)(jax.random.key(0)))
     params = sum(leaf.size for leaf in jax.tree.leaves(state.params["unet"]))
     frozen = replicate({"autoencoder": {}, "shift": np.zeros(shape[-1]), "scale": np.ones(shape[-1])})
@@ -34,8 +36,8 @@ def main() -> None:
         }
     )
     step = parallel_step(stage.step)
-    generator = samplers.build_generator(config, 10, BATCH)
-    table = samplers.build_table(config, sampler="ddim", steps=STEPS)
+    generator = generate.build_generator(config, 10, BATCH)
+    table = tables.build_table(config, sampler="ddim", steps=STEPS)
     drawn = replicate(jax.tree.map(np.asarray, state.ema_params)) | frozen
     wanted, number = request(BATCH, list(range(10)), guidance=GUIDANCE, seed=0), 0
     print(f"ready {params}", flush=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from experiments.judge.run import open_court
-from ldm_jax import samplers, trained
 from ldm_jax.evaluation.features import vgg16_features
 from ldm_jax.evaluation.metrics import frechet_distance
-from ldm_jax.generate import request
-from ldm_jax.training.parallel import replicate
-from ldm_jax.xla import configure
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.runtime.parallel import replicate
+from ldm_jax.runtime.xla import configure
+from ldm_jax.sampling import generate, tables
+from ldm_jax.sampling.generate import request
 
 
 def main() -> None:
@@ -30,13 +31,13 @@ def main() -> None:
     args = parser.parse_args()
     configure()
     court = open_court(args.data_dir)
-    model = trained.load(args.run)
+    model = pipeline_load.load(args.run)
     extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=250)
     reference = extractor(court.test_set["x"])
-    generator, params = samplers.build_generator(model.config, 10, 200), replicate(model.params)
+    generator, params = generate.build_generator(model.config, 10, 200), replicate(model.params)
     for setting in args.settings:
         sampler, steps, guidance, *interval = setting.split(":")
-        table = samplers.build_table(model.config, sampler=sampler, steps=int(steps))
+        table = tables.build_table(model.config, sampler=sampler, steps=int(steps))
         interval = tuple(float(share) for share in interval)
         wanted = request(args.num, list(range(10)), guidance=float(guidance), seed=0, interval=interval)
         start = time.perf_counter()

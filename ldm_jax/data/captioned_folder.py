@@ -16,7 +16,7 @@ from ldm_jax.data.images import decode
 from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.data.skipped import Skipped, report, tell
 from ldm_jax.errors import InputError
-from ldm_jax.files import read_json, write_json
+from ldm_jax.runtime.files import read_json, write_json
 
 METADATA = "metadata.jsonl"
 SKIPPED = "skipped.json"  # beside the prepared data set

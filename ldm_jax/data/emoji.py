@@ -18,7 +18,7 @@ from ldm_jax.data.emoji_names import Emoji, captions_of, in_hex, read_emoji, spl
 from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.data.skipped import Skipped, report, tell
 from ldm_jax.errors import InputError
-from ldm_jax.files import read_json, write_json
+from ldm_jax.runtime.files import read_json, write_json
 
 FONT, NAMES = "NotoColorEmoji.ttf", "emoji-test.txt"
 # File -> Debian's package with it, and where that puts it.

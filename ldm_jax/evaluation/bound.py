@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ldm_jax.data.pixels import to_pixels
 from ldm_jax.diffusion.guidance import Estimate, clip_z0, from_network
 from ldm_jax.diffusion.likelihood import bound_term, prior_term
 from ldm_jax.diffusion.process import level_at, q_sample
-from ldm_jax.evaluation.cards import Card, fingerprint
-from ldm_jax.first_stage import FirstStage, to_latents
-from ldm_jax.map_condition import MapCondition
-from ldm_jax.training.parallel import map_in_batches, parallel_map
-from ldm_jax.training.state import example_keys
+from ldm_jax.diffusion.random import example_keys
+from ldm_jax.evaluation.cards import Card
+from ldm_jax.evaluation.features import fingerprint
+from ldm_jax.models.concat_conditioning import MapCondition
+from ldm_jax.models.first_stage import FirstStage, to_latents
+from ldm_jax.models.pixels import to_pixels
+from ldm_jax.runtime.parallel import map_in_batches, parallel_map
 
 STREAM = 6  # of `example_keys`; the training stages have 1 to 5
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance, check_images, fingerprint
+from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance, fingerprint
 from ldm_jax.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
-from ldm_jax.run_folder import atomic
+from ldm_jax.runtime.files import atomic
+from ldm_jax.sampling.image_grids import check_images
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3

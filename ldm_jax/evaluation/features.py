@@ -20,20 +20,7 @@ from ldm_jax.interop.inception_weights import load_inception
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.models.inception import IMAGE_SIZE, InceptionV3
 from ldm_jax.models.perceptual import LPIPS, VGG16
-
-
-def check_images(images: np.ndarray, name: str) -> None:
-    """Raise `InputError` unless `images` is uint8 [N, H, W, 1 or 3] with N >= 1; `name` says which images they are."""
-    if (
-        not isinstance(images, np.ndarray)
-        or images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[3] not in (1, 3)
-    ):
-        given = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise InputError(f"{name} must be a uint8 array [N, H, W, 1 or 3], got {given}")
-    if images.size == 0:
-        raise InputError(f"{name} must hold at least one image, got {list(images.shape)}")
+from ldm_jax.sampling.image_grids import check_images
 
 
 def fingerprint(images: np.ndarray) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import page
 from ldm_jax.evaluation.charts import Series, bar_chart, line_chart, number
-from ldm_jax.evaluation.pictures import read_recipe
-from ldm_jax.run_folder import atomic, read_json, read_metrics
+from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.runtime.files import atomic, read_json
+from ldm_jax.sampling.image_grids import read_recipe
 
 MOMENTS = 12  # at most so many pictures behind a slider
 PARTS = {

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import atomic, write_json
 from ldm_jax.interop.tokenizer import (
     CLASSES,
     CONFIG,
@@ -21,6 +20,7 @@ from ldm_jax.interop.tokenizer import (
     load_tokenizer,
     text_to_words,
 )
+from ldm_jax.runtime.files import atomic, write_json
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"

@@ -10,7 +10,6 @@ from flax import linen as nn
 from numpy.typing import DTypeLike
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import read_json, write_json
 from ldm_jax.interop import class_table
 from ldm_jax.interop.diffusers import params_from_state_dict
 from ldm_jax.interop.modules import VERSION, abstract_params, autoencoder_from_config, unet_from_config
@@ -19,6 +18,7 @@ from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.layers import Dtype
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet2d import UNet2D
+from ldm_jax.runtime.files import read_json, write_json
 
 INDEX = "model_index.json"
 # Judges of the pictures and what prepares them for these: no part of the model.

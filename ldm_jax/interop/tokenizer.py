@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import write_json
+from ldm_jax.runtime.files import write_json
 
 CONFIG = "tokenizer_config.json"
 # The vocabulary in either layout; transformers 5 writes the second one alone, and reads it if both are there.

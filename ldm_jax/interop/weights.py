@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import atomic, read_json
 from ldm_jax.interop.stored import Stored
 from ldm_jax.interop.torch_pickle import PickledTensors
+from ldm_jax.runtime.files import atomic, read_json
 
 # (name, suffix) of the files with weights, the first that is there is taken.
 FILES = (

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from ldm_jax.data.pixels import flip_images, to_pixels
-from ldm_jax.first_stage import draw, kl_divergence
+from ldm_jax.diffusion.random import example_keys
+from ldm_jax.models.first_stage import draw, kl_divergence
+from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.models.quantizer import perplexity
-from ldm_jax.training.state import TrainState, ema_update, example_keys, keep_if
+from ldm_jax.training.state import TrainState, ema_update, keep_if
 
 STREAM = 1  # of `example_keys`
 

@@ -9,10 +9,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from ldm_jax.diffusion.classification import log_probability, make_classify
-from ldm_jax.first_stage import FirstStage
-from ldm_jax.training.noising import make_noising, split_keys
-from ldm_jax.training.state import TrainState, example_keys, update_if_finite
+from ldm_jax.diffusion.guidance import log_probability, make_classify
+from ldm_jax.diffusion.random import example_keys, split_keys
+from ldm_jax.models.first_stage import FirstStage
+from ldm_jax.training.noising import make_noising
+from ldm_jax.training.state import TrainState, update_if_finite
 
 STREAM, VALIDATION_STREAM = 4, 5  # of `example_keys`; the diffusion model has 2 and 3
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from ldm_jax.data.augmentation import check_ranges, move_and_zoom
-from ldm_jax.data.pixels import flip_images, to_pixels
+from ldm_jax.diffusion.random import example_keys, split_keys
 from ldm_jax.models.clip_vision import CLIP
+from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.training.contrastive import contrastive_loss, with_bounded_scale
-from ldm_jax.training.noising import split_keys
-from ldm_jax.training.state import TrainState, example_keys, update_if_finite
+from ldm_jax.training.state import TrainState, update_if_finite
 
 STREAM, VALIDATION_STREAM = 8, 9  # of `example_keys`; the others have 1 to 7
 

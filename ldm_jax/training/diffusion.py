@@ -8,51 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
 
 from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
-from ldm_jax.first_stage import FirstStage
-from ldm_jax.map_condition import MapCondition
-from ldm_jax.training.noising import make_noising, split_keys
-from ldm_jax.training.state import TrainState, example_keys, update_if_finite
+from ldm_jax.diffusion.random import example_keys, split_keys
+from ldm_jax.models.concat_conditioning import MapCondition
+from ldm_jax.models.first_stage import FirstStage
+from ldm_jax.pipeline.trainable import Network
+from ldm_jax.training.noising import make_noising
+from ldm_jax.training.state import TrainState, update_if_finite
 
 STREAM, VALIDATION_STREAM = 2, 3  # of `example_keys`; stage 1 has 1
-
-
-class Network(NamedTuple):
-    """What is trained: a UNet that is told of labels, all of it or a part.
-
-    init: rng -> the parameters that learn.
-    unet: (params, frozen) -> those of the UNet.
-    tell: (params, frozen, label [B]) -> the arguments by which the UNet is told of it (Rombach 2022, section 3.3).
-    null: the label that stands for nothing.
-    choose: (frozen, label [B], keys [B]) -> what each is told by in this step, where a label leaves a choice: from then
-        on that is the label.
-    """
-
-    module: nn.Module
-    init: Callable[[jax.Array], Any]
-    unet: Callable[[Any, dict], Any]
-    tell: Callable[[Any, dict, jax.Array], dict[str, Any]]
-    null: int
-    choose: Callable[[dict, jax.Array, jax.Array], jax.Array] | None = None
-
-
-def labelled(unet: nn.Module, conditioner: nn.Module, seen_shape: tuple[int, int, int]) -> Network:
-    """A UNet and the conditioner that tells it of classes, {"unet", "conditioner"}; `seen_shape` is of its input."""
-
-    def init(rng: jax.Array) -> dict[str, Any]:
-        rng_unet, rng_conditioner = jax.random.split(rng)
-        label = jnp.zeros((1,), jnp.int32)
-        conditioner_params = conditioner.init(rng_conditioner, label)["params"]
-        context = conditioner.apply({"params": conditioner_params}, label)
-        unet_params = unet.init(rng_unet, jnp.zeros((1, *seen_shape)), label, context)["params"]
-        return {"unet": unet_params, "conditioner": conditioner_params}
-
-    def tell(params: Any, frozen: dict, label: jax.Array) -> dict[str, Any]:
-        return {"context": conditioner.apply({"params": params["conditioner"]}, label)}
-
-    return Network(unet, init, lambda params, frozen: params["unet"], tell, conditioner.null)
 
 
 # (maps [B, h, w, k], keys [B]) -> the maps as the UNet sees them, and the arguments by which it is told what was done.

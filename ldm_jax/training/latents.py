@@ -16,10 +16,10 @@ from numpy.lib.format import open_memmap
 
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import in_order
-from ldm_jax.data.pixels import to_pixels
-from ldm_jax.first_stage import LOGVAR_MAX, LOGVAR_MIN, FirstStage
-from ldm_jax.run_folder import atomic, content_hash
-from ldm_jax.training.parallel import parallel_map, replicate
+from ldm_jax.models.first_stage import LOGVAR_MAX, LOGVAR_MIN, FirstStage
+from ldm_jax.models.pixels import to_pixels
+from ldm_jax.runtime.files import atomic, content_hash
+from ldm_jax.runtime.parallel import parallel_map, replicate
 
 
 class Latents(NamedTuple):

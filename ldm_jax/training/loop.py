@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from ldm_jax.errors import RunError
-from ldm_jax.run_folder import Log
-from ldm_jax.training.checkpoint import Checkpoints
-from ldm_jax.training.interrupt import Interrupted, InterruptWatch
-from ldm_jax.training.parallel import parallel_step, replicate, shard, take
+from ldm_jax.run_folder.checkpoint import Checkpoints
+from ldm_jax.run_folder.log import Log
+from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
+from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take
 
 IN_FLIGHT = 8  # steps the host may run ahead of the device: enough to hide it, few enough to stop within seconds
 

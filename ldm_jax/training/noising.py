@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.data.pixels import flip_images, to_pixels
 from ldm_jax.diffusion.process import q_sample
-from ldm_jax.first_stage import FirstStage, to_latents
+from ldm_jax.diffusion.random import split_keys
+from ldm_jax.models.first_stage import FirstStage, to_latents
+from ldm_jax.models.pixels import flip_images, to_pixels
 
 
 def make_noising(*, first_stage: FirstStage, alpha_bar: np.ndarray, flip: bool) -> Callable[..., dict[str, jax.Array]]:
@@ -43,8 +44,3 @@ def make_noising(*, first_stage: FirstStage, alpha_bar: np.ndarray, flip: bool) 
         return pictures | {"z0": z0, "t": t, "eps": eps, "z_t": q_sample(z0, t, eps, alpha_bar)}
 
     return add_noise
-
-
-def split_keys(keys: jax.Array, n: int) -> list[jax.Array]:
-    """[B] keys -> n arrays of [B] keys."""
-    return list(jnp.moveaxis(jax.vmap(partial(jax.random.split, num=n))(keys), 1, 0))

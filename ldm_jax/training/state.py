@@ -77,13 +77,3 @@ def update_if_finite(
     ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (number == state.step)
     return keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state), grad_norm
-
-
-def example_keys(seed: jax.Array, stream: int, step: jax.Array, ids: jax.Array) -> jax.Array:
-    """One key an example, [B]: fold_in(fold_in(fold_in(key(seed), stream), step), id).
-
-    `stream` tells the stages apart; `ids` are the examples' global numbers within the batch. The noise of an example
-    so depends neither on the number of devices nor on the batch it travels in.
-    """
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.training.parallel import AXIS, parallel_map, replicate
+from ldm_jax.runtime.parallel import AXIS, parallel_map, replicate
 
 BUCKETS = 10
 

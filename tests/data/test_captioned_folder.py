@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data.captioned_folder import prepare, tell
+from ldm_jax.data.captioned_folder import prepare
 from ldm_jax.data.datasets import load_dataset
+from ldm_jax.data.skipped import tell
 from ldm_jax.errors import InputError
 
 

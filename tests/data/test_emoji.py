@@ -9,12 +9,12 @@ from emoji_font import write_font
 from fontTools.fontBuilder import FontBuilder
 from PIL import Image
 
-from configs import base
-from ldm_jax.builders import load_split
+from ldm_jax.config import defaults
 from ldm_jax.data import emoji
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.data.emoji_font import BITMAP, draw, read_font
 from ldm_jax.data.emoji_names import base_of, captions_of, read_emoji, split_of, spoken
+from ldm_jax.data.from_config import load_split
 from ldm_jax.data.images import decode
 from ldm_jax.data.skipped import tell
 from ldm_jax.errors import InputError
@@ -138,7 +138,7 @@ def test_the_other_features(prepared):
 
 
 def test_by_config(prepared):
-    config = base.get_config().unlock()
+    config = defaults.get_config().unlock()
     config.data.update({"name": "emoji", "dir": str(prepared), "image_size": 16, "channels": 3, "caption_key": "auto"})
     assert load_split(config, "train").shape == (4, 16, 16, 3)
     assert load_split(config, "validation").shape == (2, 16, 16, 3)

@@ -1,14 +1,7 @@
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.schedules import (
-    EVEN,
-    SCHEDULES,
-    Schedule,
-    make_schedule,
-    rescale_zero_terminal_snr,
-    timesteps,
-)
+from ldm_jax.diffusion.schedules import EVEN, SCHEDULES, Schedule, make_schedule, rescale_zero_terminal_snr, timesteps
 
 
 def test_linear_by_hand():

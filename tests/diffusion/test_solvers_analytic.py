@@ -10,8 +10,9 @@ from scipy.stats import kstest, norm
 
 from ldm_jax.diffusion.guidance import Estimate
 from ldm_jax.diffusion.process import from_z0, posterior_coefficients, to_z0
-from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
+from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import Schedule, make_schedule
+from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 from ldm_jax.diffusion.tables import HISTORY, with_resampling
 

@@ -10,8 +10,9 @@ from scipy.stats import kstest
 
 from ldm_jax.diffusion.guidance import Estimate, classifier_free
 from ldm_jax.diffusion.process import Level
-from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
+from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import make_table
 from ldm_jax.diffusion.tables import HISTORY, Table
 

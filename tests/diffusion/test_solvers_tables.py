@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.guidance import Estimate
+from ldm_jax.diffusion.likelihood import VARIANCES
 from ldm_jax.diffusion.process import Level
-from ldm_jax.diffusion.sampling import initial_latents, sample_keys, solve
+from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.diffusion.schedules import EVEN, SPACINGS, Schedule, make_schedule, timesteps
-from ldm_jax.diffusion.solvers import SOLVERS, VARIANCES, make_table
+from ldm_jax.diffusion.solve import solve
+from ldm_jax.diffusion.solvers import SOLVERS, make_table
 from ldm_jax.diffusion.tables import HISTORY, with_resampling
 
 T = 40

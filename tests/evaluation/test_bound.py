@@ -11,8 +11,8 @@ from ldm_jax.diffusion.likelihood import bound_term, log_variance_bounds, prior_
 from ldm_jax.diffusion.process import posterior_coefficients, q_sample
 from ldm_jax.diffusion.schedules import make_schedule
 from ldm_jax.evaluation.bound import bound_card, make_bound, range_edges, stratified_timesteps
-from ldm_jax.first_stage import make_first_stage
-from ldm_jax.training.parallel import replicate
+from ldm_jax.models.first_stage import make_first_stage
+from ldm_jax.runtime.parallel import replicate
 
 T, MEAN, STD = 100, 0.1, 0.25
 ALPHA_BAR = make_schedule("linear", T, beta_start=0.001, beta_end=0.15).alpha_bar

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation.features import check_images, lpips_distance, map_chunks, to_pixels, vgg16_features
+from ldm_jax.evaluation.features import lpips_distance, map_chunks, to_pixels, vgg16_features
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.models.perceptual import LPIPS, VGG16
+from ldm_jax.sampling.image_grids import check_images
 
 
 def images(*shape, seed=0):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation.pictures import reconstruction_strip, sample_grid, save_denoising_gif, save_png
 from ldm_jax.evaluation.report import cards, duration, write_report
+from ldm_jax.sampling.image_grids import reconstruction_strip, sample_grid, save_denoising_gif, save_png
 
 CARD = {
     "score": "FD-VGG16",

@@ -12,7 +12,7 @@ import pytest
 from ldm_jax.interop.diffusers import params_from_state_dict, state_dict_from_params
 from ldm_jax.interop.stored import Stored
 from ldm_jax.interop.weights import read_state_dict, write_safetensors
-from ldm_jax.training.parallel import replicate
+from ldm_jax.runtime.parallel import replicate
 
 LAYERS = 24
 TARGET = {

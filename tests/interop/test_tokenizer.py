@@ -9,10 +9,10 @@ import pytest
 from bpe import BEGIN, END, write_tokenizer
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import tokenizer as tokenizer_module
+from ldm_jax.interop import tokenizer
 from ldm_jax.interop.tokenizer import load_tokenizer, tokenizer_of_vocabulary
 
-REPOSITORY = Path(tokenizer_module.__file__).parents[2]
+REPOSITORY = Path(tokenizer.__file__).parents[2]
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ldm_jax.diffusion.guidance import clip_z0, from_network
-from ldm_jax.diffusion.sampling import sample_keys, solve
+from ldm_jax.diffusion.random import sample_keys
+from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import make_table
 
 SHAPE = (4, 4, 3)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_jax.first_stage import make_first_stage
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
-from ldm_jax.tiling import tiled
+from ldm_jax.models.first_stage import make_first_stage
+from ldm_jax.models.tiled_autoencoder import tiled
 
 X = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
 

@@ -19,7 +19,7 @@ import ldm_files
 import random_runs
 import tiny
 
-from ldm_jax import commands, convert, sample
+from ldm_jax import command_line, convert, sample
 from ldm_jax.interop.ldm_families import FAMILIES
 
 LATENTS = {"diffusion.timesteps": 1000, "sampling.guidance": 3.0}
@@ -97,7 +97,7 @@ def modules(tmp_path, monkeypatch):
 
 
 def converted(model, to):
-    assert commands.run(convert.main, ["convert", f"--model={model}", f"--to={to}"]) == 0
+    assert command_line.run(convert.main, ["convert", f"--model={model}", f"--to={to}"]) == 0
     return to
 
 
@@ -122,7 +122,7 @@ def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
     noise = np.random.default_rng(0).standard_normal((8, size, size, c)).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
     command = ["sample", f"--model={made}", f"--out={tmp_path / 'out'}", f"--init_latents={tmp_path / 'noise.npy'}"]
-    assert commands.run(sample.main, [*command, "--num=8", "--batch_size=8", "--nosave_trajectory"]) == 0
+    assert command_line.run(sample.main, [*command, "--num=8", "--batch_size=8", "--nosave_trajectory"]) == 0
     with np.load(tmp_path / "out" / "samples.npz") as samples:
         ours, labels = samples["images"].astype(float), samples["labels"].tolist()
 
@@ -173,7 +173,7 @@ def test_diffusers_draws_what_is_known_of(kind, tmp_path):
     noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
     command = ["sample", f"--model={made}", f"--out={tmp_path / 'out'}", f"--init_latents={tmp_path / 'noise.npy'}"]
-    assert commands.run(sample.main, [*command, *flags, f"--num={NUM}", "--nosave_trajectory"]) == 0
+    assert command_line.run(sample.main, [*command, *flags, f"--num={NUM}", "--nosave_trajectory"]) == 0
     with np.load(tmp_path / "out" / "samples.npz") as samples:
         ours, labels = samples["images"].astype(float), samples["labels"].tolist()
 
@@ -243,7 +243,7 @@ def test_diffusers_draws_a_single_file_of_classes(tmp_path, monkeypatch):
     flags = [f"--init_latents={tmp_path / 'noise.npy'}", "--num=4", "--steps=8", "--label=1,3"]
     ours = []
     for model in (file, folder):
-        assert commands.run(sample.main, ["sample", f"--model={model}", f"--out={tmp_path / 'out'}", *flags]) == 0
+        assert command_line.run(sample.main, ["sample", f"--model={model}", f"--out={tmp_path / 'out'}", *flags]) == 0
         with np.load(tmp_path / "out" / "samples.npz") as samples:
             ours.append(samples["images"].astype(float))
     np.testing.assert_array_equal(*ours)

@@ -18,16 +18,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
 import diffusers_folder
 
 from configs import finetune as finetune_config
-from ldm_jax import commands, finetune, sample
-from ldm_jax.diffusion.sampling import map_noise
-from ldm_jax.first_stage import make_first_stage
+from ldm_jax import command_line, sample
+from ldm_jax.diffusion.random import example_keys, map_noise, split_keys
 from ldm_jax.interop import lora
 from ldm_jax.interop.diffusers import state_dict_from_params
-from ldm_jax.pretrained import map_condition_of, scheduler_of
-from ldm_jax.told import NO_CAPTIONS, numbered
+from ldm_jax.models.first_stage import make_first_stage
+from ldm_jax.pipeline import base_model, trainable
+from ldm_jax.pipeline.model import map_condition_of, scheduler_of
+from ldm_jax.pipeline.trainable import NO_CAPTIONS
+from ldm_jax.training import from_config as training_from_config
 from ldm_jax.training.diffusion import STREAM
-from ldm_jax.training.noising import make_noising, split_keys
-from ldm_jax.training.state import example_keys
+from ldm_jax.training.noising import make_noising
+from ldm_jax.training.text_embeddings import numbered
 
 TEXTS = ("low", "lower low", "wool")
 CAPTIONS = numbered([(text,) for text in TEXTS])
@@ -69,9 +71,9 @@ def config_of(folder, weighting, rank):
 
 def ours(folder, weighting, tmp_path, rank=0):
     """Two steps of our own: what they were made of, their losses, and what is trained before and after."""
-    base, config = finetune.load_base(config_of(folder, weighting, rank).lock())
-    stage = finetune.build_stage(config, base, CAPTIONS)
-    frozen = finetune.frozen_arrays(config, base, CAPTIONS, tmp_path / "cache")
+    base, config = base_model.load_base(config_of(folder, weighting, rank).lock())
+    stage = training_from_config.build_stage(config, base, CAPTIONS)
+    frozen = training_from_config.frozen_arrays(config, base, CAPTIONS, tmp_path / "cache")
     rng = np.random.default_rng(0)
     batch = {"x": rng.integers(0, 256, (N, 16, 16, 3), np.uint8), "label": np.arange(N, dtype=np.int32) % len(TEXTS),
              "id": np.arange(N, dtype=np.int32)}  # fmt: skip
@@ -246,16 +248,16 @@ def test_two_steps_move_a_lora_as_in_torch(kind, tmp_path):
 
 def random_lora(folder, path):
     """A file with LoRA of the folder's UNet, strong enough to be seen."""
-    base, config = finetune.load_base(config_of(folder, "uniform", RANK).lock())
-    params = finetune.build_network(config, base, NO_CAPTIONS).init(jax.random.key(0))["lora"]
+    base, config = base_model.load_base(config_of(folder, "uniform", RANK).lock())
+    params = trainable.build_network(config, base, NO_CAPTIONS).init(jax.random.key(0))["lora"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: rng.normal(size=p.shape, scale=0.5).astype(np.float32), params)
-    lora.save_lora(path, params, finetune.lora_scale(config))
+    lora.save_lora(path, params, trainable.lora_scale(config))
 
 
 def drawn(folder, path, out, *flags):
     command = ["sample", f"--model={folder}", f"--out={out}", "--steps=10", "--prompt=low", f"--lora={path}"]
-    assert commands.run(sample.main, [*command, *flags]) == 0
+    assert command_line.run(sample.main, [*command, *flags]) == 0
     with np.load(out / "samples.npz") as samples:
         return samples["images"].astype(float)
 

@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import finetuning`
 import diffusers_folder
 from finetuning import fine_tune, write_pictures
 
-from ldm_jax import commands, convert, trained
+from ldm_jax import command_line, convert
 from ldm_jax.data.image_folder import prepare
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.lora import FILE
+from ldm_jax.pipeline import load as pipeline_load
 
 KINDS = {
     "inpainting": "StableDiffusionInpaintPipeline",
@@ -48,7 +49,7 @@ def trained_by(home, kind, name, *changes):
 
 def opened(model, folder, kind):
     """diffusers' pipeline of what `convert` makes of a model."""
-    assert commands.run(convert.main, ["convert", f"--model={model}", f"--to={folder}"]) == 0
+    assert command_line.run(convert.main, ["convert", f"--model={model}", f"--to={folder}"]) == 0
     with without_warnings():
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
     assert type(pipe).__name__ == KINDS[kind]
@@ -56,7 +57,7 @@ def opened(model, folder, kind):
 
 
 def unet_of(model):
-    return state_dict_from_params(trained.load(model).params["unet"])
+    return state_dict_from_params(pipeline_load.load(model).params["unet"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,10 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
 
 from bpe import learn_merges, make_vocab, write_tokenizer
 
-from ldm_jax import commands, sample
-from ldm_jax.class_folder import PIPELINE_CLASS
-from ldm_jax.diffusion.sampling import map_noise, sample_keys
-from ldm_jax.pretrained import PIPELINES
+from ldm_jax import command_line, sample
+from ldm_jax.diffusion.random import map_noise, sample_keys
+from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES
 
 PROMPTS = ["a red cat", "two small dogs, sleeping"]
 NEGATIVE = "a blurry picture"
@@ -164,7 +163,7 @@ def draw(tmp_path, noise):
     def run(folder, *flags):
         out = tmp_path / "out"
         command = ["sample", f"--model={folder}", f"--out={out}", "--steps=20", *map("--prompt={}".format, PROMPTS)]
-        assert commands.run(sample.main, [*command, f"--init_latents={tmp_path}/noise.npy", *flags]) == 0
+        assert command_line.run(sample.main, [*command, f"--init_latents={tmp_path}/noise.npy", *flags]) == 0
         with np.load(out / "samples.npz") as samples:
             return samples["images"].astype(float)
 

@@ -23,8 +23,8 @@ from parity.fixed_network import (
 from scheduler_configs import PUBLISHED
 
 from ldm_jax.diffusion.guidance import from_network
-from ldm_jax.diffusion.sampling import solve
 from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
 from ldm_jax.interop.scheduler_fields import ALGORITHM, CLASS_OF, DEFAULTS, fields_of

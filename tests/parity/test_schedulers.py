@@ -25,8 +25,8 @@ from parity.fixed_network import (
 )
 
 from ldm_jax.diffusion.guidance import from_network
-from ldm_jax.diffusion.sampling import solve
 from ldm_jax.diffusion.schedules import make_schedule, timesteps
+from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
 
 THEIR_SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}

@@ -18,13 +18,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe, ldm_fi
 import ldm_files
 from bpe import LOW_LOWER, make_vocab, write_tokenizer
 
-from ldm_jax import commands, sample, trained
+from ldm_jax import command_line, sample
 from ldm_jax.interop import single_file
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.ldm_configs import autoencoder_config, clip_config, open_clip_config, unet_config
 from ldm_jax.interop.ldm_families import FAMILIES, UNET
 from ldm_jax.interop.modules import autoencoder_from_config, unet_from_config
 from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline import model as pipeline_model
 
 VOCABULARY, LENGTH, POOLED = 517, 8, 64
 
@@ -310,10 +312,12 @@ def test_a_file_draws_what_its_folder_draws(tmp_path, draw_weights, monkeypatch)
     images = {}
     for name in ("folder", "model.safetensors"):
         command = ["sample", f"--model={tmp_path / name}", f"--out={tmp_path / 'out'}", "--prompt=low lower!"]
-        assert commands.run(sample.main, [*command, "--steps=6", "--num=2"]) == 0
+        assert command_line.run(sample.main, [*command, "--steps=6", "--num=2"]) == 0
         with np.load(tmp_path / "out" / "samples.npz") as samples:
             images[name] = samples["images"]
     assert images["folder"].std() > 10
     np.testing.assert_array_equal(images["folder"], images["model.safetensors"])
-    hashes = {trained.fingerprint(trained.load(tmp_path / name)) for name in ("folder", "model.safetensors")}
+    hashes = {
+        pipeline_model.fingerprint(pipeline_load.load(tmp_path / name)) for name in ("folder", "model.safetensors")
+    }
     assert len(hashes) == 1

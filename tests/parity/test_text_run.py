@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import tiny`
 import jobs
 import tiny
 
-from ldm_jax import commands, convert, sample
+from ldm_jax import command_line, convert, sample
 
 TEXTS = (
     "--config.stages=('autoencoder','clip','diffusion')",
@@ -41,9 +41,9 @@ def test_diffusers_draws_the_same(run, tmp_path, sampler):
     np.save(tmp_path / "noise.npy", latents)
     command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", "--prompt=dark", "--prompt=a bright picture"]
     command += [f"--init_latents={tmp_path / 'noise.npy'}", f"--sampler={sampler}", "--steps=10", "--guidance=3"]
-    assert commands.run(sample.main, command) == 0
+    assert command_line.run(sample.main, command) == 0
     changed = tmp_path / "folder"
-    assert commands.run(convert.main, ["convert", f"--model={run}", f"--to={changed}"]) == 0
+    assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={changed}"]) == 0
     with without_warnings():
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(changed)
     pipe.scheduler = {

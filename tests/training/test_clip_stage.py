@@ -10,12 +10,13 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from ldm_jax.clip_builders import build_clip, build_clip_stage
-from ldm_jax.data.pixels import to_pixels
 from ldm_jax.evaluation.retrieval import retrieval
+from ldm_jax.models.pixels import to_pixels
+from ldm_jax.pipeline.from_config import build_clip
+from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training.contrastive import caption_arrays
+from ldm_jax.training.from_config import build_clip_stage
 from ldm_jax.training.loop import first_nonfinite
-from ldm_jax.training.parallel import parallel_step, replicate, shard
 from ldm_jax.training.validation import make_contrastive_validation
 
 FIELDS = {

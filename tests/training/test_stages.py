@@ -10,15 +10,18 @@ import optax
 import pytest
 import tiny
 
-from ldm_jax import builders
-from ldm_jax.data.pixels import to_pixels
 from ldm_jax.diffusion.likelihood import bound_term
 from ldm_jax.diffusion.process import level_at, q_sample, target, to_z0
+from ldm_jax.diffusion.random import example_keys
 from ldm_jax.interop.lpips_weights import load_lpips
+from ldm_jax.models.pixels import to_pixels
+from ldm_jax.pipeline import from_config as pipeline_from_config
+from ldm_jax.pipeline import trainable
+from ldm_jax.runtime.parallel import parallel_step, replicate, shard
+from ldm_jax.training import from_config as training_from_config
 from ldm_jax.training.diffusion import STREAM
 from ldm_jax.training.loop import first_nonfinite
-from ldm_jax.training.parallel import parallel_step, replicate, shard
-from ldm_jax.training.state import TrainState, example_keys
+from ldm_jax.training.state import TrainState
 
 IMAGES, LABELS = tiny.pictures(16)
 
@@ -35,11 +38,11 @@ class Compiled(NamedTuple):
 def compiled(which, **changes):
     """A stage of the tiny config with these fields changed ("a__b" is a.b)."""
     if which == "diffusion":
-        stage = builders.build_diffusion_stage(config(**changes), 4)
+        stage = training_from_config.build_diffusion_stage(config(**changes), 4)
     elif which == "classifier":
-        stage = builders.build_classifier_stage(config(**changes), 4)
+        stage = training_from_config.build_classifier_stage(config(**changes), 4)
     else:
-        stage = builders.build_autoencoder_stage(config(**changes))
+        stage = training_from_config.build_autoencoder_stage(config(**changes))
     init = jax.jit(stage.init)
     return Compiled(stage, init(jax.random.key(0)), jax.jit(stage.step))
 
@@ -133,7 +136,7 @@ def drop(tree):
 def test_the_perceptual_term_is_measured_on_a_share():
     changes = {"perceptual": 0.5, "perceptual_every": 4, "perceptual_size": 16}
     c = config(**{f"autoencoder__loss__{name}": value for name, value in changes.items()})
-    stage, lpips = builders.build_autoencoder_stage(c), builders.build_lpips(c)
+    stage, lpips = training_from_config.build_autoencoder_stage(c), training_from_config.build_lpips(c)
     frozen, batch = {"lpips": load_lpips("vgg16")[0]}, autoencoder_batch()
     state = jax.jit(stage.init)(jax.random.key(0))
     after, metrics = jax.jit(stage.step)(state, frozen, batch, np.uint32(0))
@@ -165,12 +168,12 @@ def test_one_backward_pass_gives_the_gradient_of_all_terms():
 
         return optax.GradientTransformation(lambda params: (), update)
 
-    from ldm_jax.first_stage import draw, kl_divergence
+    from ldm_jax.diffusion.random import example_keys
     from ldm_jax.models.discriminator import PatchDiscriminator
+    from ldm_jax.models.first_stage import draw, kl_divergence
     from ldm_jax.training.autoencoder import STREAM, make_autoencoder_stage
-    from ldm_jax.training.state import example_keys
 
-    autoencoder = builders.build_autoencoder(c)
+    autoencoder = pipeline_from_config.build_autoencoder(c)
     discriminator = PatchDiscriminator(in_channels=1, features=8, layers=1, norm_num_groups=4)
     stage = make_autoencoder_stage(
         autoencoder=autoencoder, kind="kl", discriminator=discriminator, lpips=None, image_shape=(8, 8, 1),
@@ -245,7 +248,11 @@ def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
     """Of the last layer, the half of the mean has the gradient of L_simple alone, that of the variance the bound's."""
     small = {"unet__block_out_channels": (8,), "unet__attention": (False,), "diffusion__timesteps": 1000}
     c = config(**small, diffusion__variance="learned", diffusion__bound_weight=0.1, diffusion__prediction="v")
-    stage, unet, alpha_bar = builders.build_diffusion_stage(c, 4), builders.build_unet(c), builders.build_schedule(c)[1]
+    stage, unet, alpha_bar = (
+        training_from_config.build_diffusion_stage(c, 4),
+        pipeline_from_config.build_unet(c),
+        pipeline_from_config.build_schedule(c)[1],
+    )
     rng, batch = np.random.default_rng(0), moments_batch(8)
     shapes = jax.eval_shape(stage.init, jax.random.key(0)).params
     params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(p.dtype), shapes)
@@ -288,7 +295,7 @@ def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
 
 def test_pixels_without_labels_are_diffused_by_the_same_stage():
     c = config(autoencoder__kind="none", data__flip=True, **SMALL | NO_ATTENTION)
-    stage = builders.build_diffusion_stage(c, 0)
+    stage = training_from_config.build_diffusion_stage(c, 0)
     state = jax.jit(stage.init)(jax.random.key(0))
     frozen = {"autoencoder": {}, "shift": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
     state, metrics = jax.jit(stage.step)(state, frozen, autoencoder_batch(), np.uint32(0))
@@ -364,11 +371,11 @@ def test_the_label_is_dropped_at_its_rate():
 
 def test_captions_are_drawn_evenly_and_dropped_at_the_rate(monkeypatch):
     """Of a picture with two of them: each is what it is told by in half of the steps that are told anything."""
-    make = builders.labelled
+    make = trainable.labelled
     captions = jnp.array([[0, 1], [1, 3], [2, 3], [0, 3]])
     drawn = lambda frozen, label, keys: captions[label, jax.vmap(jax.random.bernoulli)(keys).astype(int)]  # noqa: E731
-    monkeypatch.setattr(builders, "labelled", lambda *parts: make(*parts)._replace(choose=drawn))
-    stage, n = builders.build_diffusion_stage(config(**SMALL | NO_ATTENTION), 4), 2000
+    monkeypatch.setattr(training_from_config, "labelled", lambda *parts: make(*parts)._replace(choose=drawn))
+    stage, n = training_from_config.build_diffusion_stage(config(**SMALL | NO_ATTENTION), 4), 2000
     state = jax.jit(stage.init)(jax.random.key(0))
     batch = moments_batch() | {"id": np.arange(n, dtype=np.int32), "label": np.full(n, 1, np.int32)}
     batch["moments"] = np.zeros((n, 1, 4, 4, 4), np.float32)

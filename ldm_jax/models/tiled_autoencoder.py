@@ -1,0 +1,83 @@
+"""Large pictures through an autoencoder in tiles: the memory is that of one tile, however large the picture.
+
+Tiles, their overlap and how one fades into the next are those of AutoencoderKL.enable_tiling in diffusers 0.42.1.
+What comes out is near to what the whole would give but not the same: norms and attention see a tile alone.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.models.first_stage import FirstStage
+
+PARTS = 4  # a tile shares this part of its side with the next
+
+
+def tiled(first_stage: FirstStage, tile: int, factor: int) -> FirstStage:
+    """The first stage, in tiles where a picture or its latents are larger than one.
+
+    Args:
+      first_stage: a convolutional one.
+      tile: side of a tile in pixels.
+      factor: how many pixels a latent is high and wide.
+
+    Raises:
+      ValueError: a tile that does not divide into PARTS of whole latents.
+    """
+    if tile % (PARTS * factor):
+        raise ValueError(f"a tile of {tile} pixels must be a multiple of {PARTS} latents of {factor} pixels")
+    small = tile // factor
+
+    def encode(params: Any, x: jax.Array) -> jax.Array:
+        return in_tiles(partial(first_stage.encode, params), x, tile, small)
+
+    def decode(params: Any, raw: jax.Array) -> jax.Array:
+        return in_tiles(partial(first_stage.decode, params), raw, small, tile)
+
+    return first_stage._replace(encode=encode, decode=decode)
+
+
+def in_tiles(function: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int, result: int) -> jax.Array:
+    """`function`, which brings a side of `tile` to one of `result`, on x [B, h, w, c] by tiles, from top left on.
+
+    Those at the right and the bottom may be smaller, so that the function is compiled for up to four shapes.
+    """
+    if max(x.shape[1:3]) <= tile:
+        return function(x)
+    step, fade = tile - tile // PARTS, result // PARTS
+    rows, columns = (range(0, side, step) for side in x.shape[1:3])
+    pieces = _map_by_shape(function, {(i, j): x[:, i : i + tile, j : j + tile] for i in rows for j in columns})
+    lines = []
+    for i in rows:
+        for j in columns:
+            if i:
+                pieces[i, j] = _faded(pieces[i - step, j], pieces[i, j], fade, axis=1)
+            if j:
+                pieces[i, j] = _faded(pieces[i, j - step], pieces[i, j], fade, axis=2)
+        kept = [pieces[i, j][:, : result - fade, : result - fade] for j in columns]
+        lines.append(jnp.concatenate(kept, axis=2))
+    return jnp.concatenate(lines, axis=1)
+
+
+def _map_by_shape(function: Callable[[jax.Array], jax.Array], pieces: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
+    """The function of each piece, one after the other."""
+    places: dict[tuple[int, ...], list] = {}
+    for place, piece in pieces.items():
+        places.setdefault(piece.shape, []).append(place)
+    done = {}
+    for alike in places.values():
+        results = jax.lax.map(function, jnp.stack([pieces[place] for place in alike]))
+        done |= {place: results[k] for k, place in enumerate(alike)}
+    return done
+
+
+def _faded(before: jax.Array, piece: jax.Array, fade: int, axis: int) -> jax.Array:
+    """The piece, its first `fade` rows (or columns) going over from the last ones of the piece before."""
+    n = min(fade, before.shape[axis], piece.shape[axis])
+    share = jnp.expand_dims(jnp.arange(n) / n, [a for a in range(piece.ndim) if a != axis])
+    last = jax.lax.slice_in_dim(before, before.shape[axis] - n, before.shape[axis], axis=axis)
+    first, rest = jnp.split(piece, [n], axis=axis)
+    return jnp.concatenate([last * (1 - share) + first * share, rest], axis=axis)

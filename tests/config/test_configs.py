@@ -1,0 +1,24 @@
+"""The configs that the project ships are sound, on any usual number of devices."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from ldm_jax import job
+from ldm_jax.config import rules as config_rules
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_config_is_sound(name, capsys):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config_rules.validate(config)
+    for devices in (1, 2, 4, 8, 16):  # the batches of 16 of the smallest end there
+        config_rules.validate_devices(config, devices)
+    if config.init_from:  # its networks are in a folder that is not here
+        return
+    job.describe_models(config, num_classes=10)
+    last = config.stages[-1]
+    assert {"diffusion": "unet", "classifier": "classifier", "clip": "logit_scale"}[last] in capsys.readouterr().out

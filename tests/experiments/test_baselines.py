@@ -1,0 +1,270 @@
+"""The models that experiments/baselines compares with: their densities and their order of pixels are what they say."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import expit
+
+from experiments.baselines import flow, gan, pixelcnn, run, vae
+from experiments.baselines.models import models
+from experiments.baselines.stage import make_stage
+from experiments.frame import Lab
+from ldm_jax.models.pixels import to_pixels
+from ldm_jax.training import from_config as training_from_config
+
+SHAPE = (4, 8, 1)
+LABEL = jnp.array([1, 0])
+KEYS = jax.random.split(jax.random.key(3), 2)
+
+
+def random_params(model, *arguments):
+    """Parameters of which none is zero, as a trained model's."""
+    params = jax.jit(model.init)(jax.random.key(0), *arguments)["params"]
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    return jax.tree.unflatten(treedef, noisy)
+
+
+def images(shape=SHAPE, n=2):
+    return jnp.asarray(np.random.default_rng(5).integers(0, 256, (n, *shape)), jnp.uint8)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    model = pixelcnn.PixelCNN(2, features=4, layers=9)  # enough to see across all eight columns
+    return model, random_params(model, jnp.zeros((1, *SHAPE)), LABEL[:1])
+
+
+def test_a_pixel_is_told_of_those_before_it_and_of_all_of_them(pixels):
+    """By the Jacobians at several pictures, as in one alone units may be off."""
+    model, params = pixels
+    n = SHAPE[0] * SHAPE[1]
+
+    def summed(x):
+        return model.apply({"params": params}, x.reshape(1, *SHAPE), LABEL[:1]).reshape(n, -1).sum(axis=-1)
+
+    slopes = jax.jit(jax.vmap(jax.jacrev(summed)))(to_pixels(images(n=8)).reshape(8, n))
+    np.testing.assert_array_equal((slopes != 0).any(axis=0), np.tri(n, k=-1, dtype=bool))
+
+
+def test_a_pixelcnn_gives_the_probabilities_that_it_draws_by(pixels):
+    """Its bits are those of its own softmaxes; drawn with the same keys, each pixel is what these say."""
+    model, params = pixels
+    drawn = jax.jit(lambda params: pixelcnn.draw(model, params, LABEL, KEYS, SHAPE[:2]))(params)
+    logits = np.asarray(model.apply({"params": params}, to_pixels(drawn), LABEL))
+    bits = pixelcnn.bits_per_dim(model, params, drawn, LABEL)
+    for i in range(2):
+        nats = 0.0
+        for number, (row, column) in enumerate(np.ndindex(SHAPE[:2])):
+            here = logits[i, row, column]
+            assert drawn[i, row, column, 0] == jax.random.categorical(jax.random.fold_in(KEYS[i], number), here)
+            nats -= float(jax.nn.log_softmax(here)[drawn[i, row, column, 0]])
+        np.testing.assert_allclose(bits[i], nats / np.log(2) / 32, rtol=1e-5)
+
+
+def test_a_pixelcnn_is_told_of_the_class(pixels):
+    model, params = pixels
+    same = jnp.repeat(images()[:1], 2, axis=0)
+    assert np.ptp(pixelcnn.bits_per_dim(model, params, same, LABEL)) > 1e-4
+
+
+@pytest.fixture(scope="module")
+def flowing():
+    model = flow.Flow(2, features=8, steps=2)
+    return model, random_params(model, jnp.zeros((1, *SHAPE)), LABEL[:1])
+
+
+def test_a_flow_goes_both_ways(flowing):
+    model, params = flowing
+    y = jax.random.normal(jax.random.key(7), (2, *SHAPE))
+    latents, _ = model.apply({"params": params}, y, LABEL)
+    assert [z.shape[1:] for z in latents] == flow.latent_shapes(SHAPE, 2) == [(2, 4, 2), (1, 2, 8)]
+    back = model.apply({"params": params}, latents, LABEL, method="inverse")
+    np.testing.assert_allclose(back, y, atol=1e-4)
+    np.testing.assert_array_equal(flow.unsqueeze(flow.squeeze(y)), y)
+
+
+def test_a_flow_knows_its_determinant(flowing):
+    """Against that of the Jacobian, which has 32 x 32 entries."""
+    model, params = flowing
+    y = jax.random.normal(jax.random.key(7), (1, *SHAPE))
+
+    def flat(y):
+        latents, _ = model.apply({"params": params}, y.reshape(1, *SHAPE), LABEL[:1])
+        return jnp.concatenate([z.ravel() for z in latents])
+
+    _, log_det = model.apply({"params": params}, y, LABEL[:1])
+    np.testing.assert_allclose(log_det[0], jnp.linalg.slogdet(jax.jacfwd(flat)(y.ravel()))[1], rtol=1e-4)
+
+
+def test_dequantized_pixels_keep_their_density():
+    x = images((2, 2, 1), 1)
+    noise = jnp.full(x.shape, 0.25)
+    y, log_det = flow.to_logits(x, noise)
+    slope = jax.vmap(jax.grad(lambda value: flow.to_logits(value.reshape(1, 1, 1, 1), 0.0)[0].sum()))
+    np.testing.assert_allclose(log_det[0], jnp.log(slope((x + noise).ravel())).sum(), rtol=1e-5)
+    np.testing.assert_array_equal(flow.from_logits(y), x)
+
+
+def test_the_bits_of_a_flow_that_does_nothing():
+    """By hand: a picture whose logits are its latents."""
+    model = flow.Flow(2, features=8, steps=0)
+    x = images()
+    found = flow.bits_per_dim(model, {"embed": {"embedding": jnp.zeros((2, 8))}}, x, LABEL, KEYS)
+    noise = np.stack([jax.random.uniform(key, SHAPE) for key in KEYS])
+    p = 0.05 + 0.9 * (np.asarray(x, np.float64) + noise) / 256
+    density = np.exp(-0.5 * np.log(p / (1 - p)) ** 2) / np.sqrt(2 * np.pi) * 0.9 / 256 / (p * (1 - p))
+    np.testing.assert_allclose(found, -np.log2(density).mean(axis=(1, 2, 3)), rtol=1e-4)
+
+
+def test_a_discretized_logistic_is_a_distribution():
+    levels = jnp.arange(256, dtype=jnp.uint8).reshape(256, 1, 1, 1)
+    for mean, log_scale in ((0.1, -3.0), (-1.2, -1.0), (0.97, -4.0)):
+        nats = vae.log_likelihood(levels, jnp.float32(mean), jnp.float32(log_scale))
+        assert float(jnp.exp(nats).sum()) == pytest.approx(1.0, abs=1e-4)
+    middle = vae.log_likelihood(levels[128], jnp.float32(0.1), jnp.float32(-3.0)).item()
+    edges = (np.array([128.5, 127.5]) / 127.5 - 1 - 0.1) * np.exp(3.0)
+    assert middle == pytest.approx(np.log(np.subtract(*expit(edges))), abs=1e-4)
+
+
+def test_the_bound_of_a_vae_by_hand():
+    model = vae.VAE(2, (4, 4, 1), features=4, latent=3)
+    x = images((4, 4, 1))
+    params = random_params(model, to_pixels(x), LABEL)
+    moments = np.asarray(model.apply({"params": params}, to_pixels(x), LABEL, method="encode"), np.float64)
+    mean, logvar = moments[..., :3], moments[..., 3:]
+    kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum(axis=(1, 2, 3))
+    noise = np.stack([jax.random.normal(key, (1, 1, 3)) for key in KEYS])
+    z = jnp.asarray(mean + np.exp(logvar / 2) * noise, jnp.float32)
+    told = vae.log_likelihood(x, *model.apply({"params": params}, z, LABEL, method="decode")).sum(axis=(1, 2, 3))
+    found = jax.jit(lambda params: vae.bits_per_dim(model, params, x, LABEL, KEYS))(params)
+    np.testing.assert_allclose(found, (kl - told) / 16 / np.log(2), rtol=1e-4)
+    assert vae.draw(model, params, LABEL, KEYS).shape == (2, 4, 4, 1)
+
+
+def gan_stage(spectral_norm=False, **changes):
+    fields = {"loss": "hinge", "r1": 0.5} | changes
+    adam = optax.adam(1e-3, b1=0.5)
+    maker = gan.Generator(2, (4, 4, 1), features=16, latent=4)
+    judge = gan.Discriminator(2, features=4, spectral_norm=spectral_norm)
+    return maker, gan.make_gan_stage(
+        generator=maker, discriminator=judge, generator_optimizer=adam, discriminator_optimizer=adam, ema_decay=0.9,
+        **fields,
+    )  # fmt: skip
+
+
+BATCH = {"x": images((4, 4, 1), 4), "label": jnp.array([0, 1, 0, 1]), "id": jnp.arange(4), "step": jnp.int32(0)}
+
+
+@pytest.mark.parametrize(("loss", "real", "fake"), [("hinge", 2.0, 0.0), ("non_saturating", 2 * np.log(2), np.log(2))])
+def test_the_losses_of_a_gan_whose_judge_knows_nothing(loss, real, fake):
+    """A discriminator of zeros says 0 of every picture: each loss is known, and R1 is none."""
+    _, stage = gan_stage(loss=loss)
+    state = jax.jit(stage.init)(jax.random.key(0))
+    blind = state.replace(
+        params=state.params | {"discriminator": jax.tree.map(jnp.zeros_like, state.params["discriminator"])}
+    )
+    seen = jax.jit(stage.trace)(blind, {}, BATCH, jnp.uint32(0))
+    assert float(seen["losses"]["discriminator"]) == pytest.approx(real)
+    assert float(seen["losses"]["generator"]) == pytest.approx(fake)
+
+
+def test_the_gradient_penalty_of_a_gan_by_differences():
+    losses = {}
+    for r1 in (0.0, 3.0):
+        _, stage = gan_stage(r1=r1)
+        state = jax.jit(stage.init)(jax.random.key(0))
+        losses[r1] = float(jax.jit(stage.trace)(state, {}, BATCH, jnp.uint32(0))["losses"]["discriminator"])
+    judge, x = gan.Discriminator(2, features=4), np.asarray(to_pixels(BATCH["x"]), np.float64)
+    logits = lambda x: np.asarray(judge.apply({"params": state.params["discriminator"]}, x, BATCH["label"]), np.float64)  # noqa: E731
+    square = np.zeros(4)
+    for place in np.ndindex(4, 4):
+        step = np.zeros_like(x)
+        step[:, place[0], place[1]] = 1e-3
+        square += ((logits(jnp.float32(x + step)) - logits(jnp.float32(x - step))) / 2e-3) ** 2
+    assert losses[3.0] - losses[0.0] == pytest.approx(0.5 * 3.0 * square.mean(), rel=2e-2)
+
+
+def test_a_gan_takes_steps_of_both_and_draws():
+    maker, stage = gan_stage()
+    state = jax.jit(stage.init)(jax.random.key(0))
+    new, metrics = jax.jit(stage.step)(state, {}, BATCH, jnp.uint32(0))
+    assert int(new.step) == 1 and metrics.keys() == {"loss", "discriminator", "grad_norm"}
+    for name in ("generator", "discriminator"):
+        moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params[name], state.params[name])
+        assert max(jax.tree.leaves(moved)) > 1e-4
+    drawn = gan.draw(maker, new.ema_params["generator"], LABEL, KEYS)
+    assert drawn.shape == (2, 4, 4, 1) and drawn.dtype == jnp.uint8
+    wrong, _ = jax.jit(stage.step)(state, {}, BATCH | {"step": jnp.int32(5)}, jnp.uint32(0))
+    assert int(wrong.step) == 0  # another step's batch
+    with pytest.raises(ValueError, match="loss is 'wgan'; it must be one of hinge, non_saturating"):
+        gan_stage(loss="wgan")
+
+
+def test_spectral_norm_divides_by_the_largest_singular_values():
+    """After enough power iterations the discriminator is that of the divided weights, which are found by NumPy."""
+    _, stage = gan_stage(spectral_norm=True, r1=0.0)
+    state, step = jax.jit(stage.init)(jax.random.key(0)), jax.jit(stage.step)
+    still = state
+    for number in range(60):  # only the singular vectors are taken on
+        new, _ = step(still.replace(step=jnp.int32(number)), {}, BATCH | {"step": jnp.int32(number)}, jnp.uint32(0))
+        still = still.replace(params=still.params | {gan.SINGULAR: new.params[gan.SINGULAR]})
+
+    def divided(weights):
+        if weights.ndim < 2:
+            return weights
+        return weights / np.linalg.svd(np.asarray(weights).reshape(-1, weights.shape[-1]), compute_uv=False)[0]
+
+    x, label, weights = to_pixels(BATCH["x"]), BATCH["label"], still.params["discriminator"]
+    variables = {"params": weights, gan.SINGULAR: still.params[gan.SINGULAR]}
+    found = gan.Discriminator(2, features=4, spectral_norm=True).apply(variables, x, label)
+    expected = gan.Discriminator(2, features=4).apply({"params": jax.tree.map(divided, weights)}, x, label)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    moved = [
+        float(jnp.abs(a - b).max())
+        for a, b in zip(jax.tree.leaves(new.params[gan.SINGULAR]), jax.tree.leaves(state.params[gan.SINGULAR]))
+    ]
+    assert max(moved) > 0.1
+
+
+def test_a_gan_without_spectral_norm_keeps_no_singular_vectors():
+    _, stage = gan_stage()
+    assert jax.eval_shape(stage.init, jax.random.key(0)).params[gan.SINGULAR] == {}
+
+
+@pytest.mark.parametrize("budget", ["cpu", "gpu"])
+def test_all_models_have_about_as_many_parameters(budget):
+    def size(stage):
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0)).params))
+
+    lab = Lab(budget, "", Path())
+    config = lab.config(run.diffusion_config(lab))
+    stages = (
+        training_from_config.build_autoencoder_stage(config),
+        training_from_config.build_diffusion_stage(config, 10),
+    )
+    sizes = [sum(map(size, stages)), *(size(model.stage(10)) for model in models(run.SIZES[budget]).values())]
+    assert max(sizes) / min(sizes) < 1.2
+
+
+def test_a_stage_of_likelihood_learns(pixels):
+    model, params = pixels
+    x = jnp.repeat(images()[:1], 4, axis=0)
+    stage = make_stage(
+        init_params=lambda rng: params,
+        loss=lambda params, x, label, keys: pixelcnn.bits_per_dim(model, params, x, label),
+        optimizer=optax.adam(1e-2),
+        ema_decay=0.9,
+    )
+    state, step, losses = stage.init(jax.random.key(0)), jax.jit(stage.step), []
+    for number in range(30):
+        batch = {"x": x, "label": jnp.zeros(4, jnp.int32), "id": jnp.arange(4), "step": jnp.int32(number)}
+        state, metrics = step(state, {}, batch, jnp.uint32(0))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+    assert stage.trace(state, {}, batch, jnp.uint32(0)).keys() == {"params", "loss", "gradient"}

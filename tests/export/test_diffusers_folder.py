@@ -1,0 +1,391 @@
+"""Runs to diffusers folders and back, diffusers folders to new ones: nothing is lost, and what cannot be is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import diffusers_folder
+import jobs
+import numpy as np
+import pytest
+import random_runs
+import tiny
+
+from ldm_jax import command_line, convert, evaluate, sample
+from ldm_jax.errors import InputError
+from ldm_jax.evaluation import scoring
+from ldm_jax.interop.weights import read_state_dict, write_safetensors
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.pipeline import scheduler_config
+from ldm_jax.run_folder.checkpoint import load_latest
+from ldm_jax.runtime import files as runtime_files
+from ldm_jax.runtime.files import content_hash
+
+pytestmark = pytest.mark.usefixtures("generators_kept")
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def run(model, to, *flags):
+    """The command; returns where it wrote."""
+    assert command_line.run(convert.main, ["convert", f"--model={model}", f"--to={to}", *flags]) == 0
+    return to
+
+
+def arrays_of(folder):
+    """The weights in a folder, read."""
+    return {name: np.asarray(tensor) for name, tensor in read_state_dict(folder).items()}
+
+
+def fails(flags, capsys, status=2):
+    """The one line that the command prints as it fails."""
+    capsys.readouterr()
+    assert command_line.run(convert.main, ["convert", *flags]) == status
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def exported(trained_run, tmp_path_factory):
+    """The trained run as a diffusers folder; to be read or copied."""
+    return run(trained_run, tmp_path_factory.mktemp("exported") / "new" / "folder")
+
+
+@pytest.fixture(scope="module")
+def again(exported, tmp_path_factory):
+    """And as a run folder again."""
+    return run(exported, tmp_path_factory.mktemp("again") / "run")
+
+
+def assert_same_parameters(one, other):
+    """Of two run folders: all that there is in the second, to the bit, which is all that draws."""
+    stages = [stage for stage in ("autoencoder", "diffusion") if (one / stage).exists()]
+    for stage in stages:
+        before, after = load_latest(one / stage), load_latest(other / stage)
+        kept = {name for name in before if name == "step" or name.startswith("ema_params/")}
+        assert after.keys() == kept
+        for name in after:
+            np.testing.assert_array_equal(after[name], before[name], err_msg=name, strict=True)
+
+
+def test_a_run_there_and_back_is_the_same_to_the_bit(trained_run, exported, again):
+    assert_same_parameters(trained_run, again)
+    # Also to `--from_recipe`, which knows a model by this:
+    assert pipeline_model.fingerprint(pipeline_load.load(trained_run)) == pipeline_model.fingerprint(
+        pipeline_load.load(exported)
+    )
+    for name in ("config.json", "data.json", "autoencoder/scale.json"):
+        assert (again / name).read_bytes() == (trained_run / name).read_bytes()
+
+
+def test_an_exported_run_is_scored_on_its_own_data(exported, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(scoring, "score", lambda model, images, train, test, given: seen.append(test.name) or {})
+    monkeypatch.setattr(scoring, "score_model", lambda *_: {})
+    command = ["evaluate", f"--model={exported}", f"--out={tmp_path / 'out'}", "--num=4", "--steps=2"]
+    assert command_line.run(evaluate.main, command) == 0
+    assert seen == ["tiny"]
+    assert command_line.run(evaluate.main, [*command, "--config=tests/tiny.py"]) == 2
+
+
+def test_what_an_exported_run_holds(trained_run, exported):
+    files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json", "pipeline.py", "recipe.json", "README.md", "scheduler/scheduler_config.json",
+        "unet/config.json", f"unet/{WEIGHTS}", "vae/config.json", f"vae/{WEIGHTS}",
+    }  # fmt: skip
+    assert len({path.stat().st_mode for path in exported.rglob("*") if path.is_file()}) == 1
+    index = json.loads((exported / "model_index.json").read_text())
+    assert index["_class_name"] == ["pipeline", "LatentDiffusionPipeline"]
+    assert index["id2label"] == {str(k): name for k, name in enumerate(tiny.CLASS_NAMES)}
+    assert [path.name for path in exported.parent.iterdir()] == ["folder"]  # nothing temporary stays
+
+
+def test_the_model_card(trained_run, exported):
+    card = (exported / "README.md").read_text()
+    evaluation = json.loads((trained_run / "evaluation.json").read_text())
+    for name, score in evaluation["samples"].items():
+        assert f"| The samples | {name} | {score['value']:.4g} |" in card
+    for words in ("horizontal, vertical, bright, dark", "64 pictures of tiny", "trust_remote_code=True", "# license:"):
+        assert words in card
+
+
+def test_an_exported_run_draws_the_pictures_of_the_run(trained_run, exported, tmp_path):
+    """Those that ended the run, and by the name of a class."""
+    command = ["sample", f"--model={exported}", "--num=8", "--batch_size=8", "--nosave_trajectory"]
+    assert command_line.run(sample.main, [*command, f"--out={tmp_path / 'all'}"]) == 0
+    expected, drawn = jobs.samples(trained_run), jobs.samples(tmp_path / "all")
+    np.testing.assert_array_equal(drawn["images"], expected["images"])
+    np.testing.assert_array_equal(drawn["labels"], expected["labels"])
+    assert command_line.run(sample.main, [*command, f"--out={tmp_path / 'one'}", "--label=dark"]) == 0
+    assert jobs.samples(tmp_path / "one")["labels"].tolist() == [3] * 8
+
+
+KINDS = {  # changes of tests/tiny.py, classes
+    "codes, two tokens for each of two classes": ({"autoencoder.kind": "vq", "unet.context_tokens": 2}, ("cat", "dog")),
+    "pixels, a variance, no classes, no attention": (
+        {"autoencoder.kind": "none", "diffusion.variance": "learned", "unet.attention": (False, False)},
+        (),
+    ),
+    "beside a small picture": ({"concat.kind": "low_resolution", "concat.factor": 2}, tiny.CLASS_NAMES),
+    "codes beside what is left of a picture": (
+        {"concat.kind": "inpainting", "autoencoder.kind": "vq", "unet.attention": (False, False)},
+        (),
+    ),
+    "pixels beside a map of segments": (
+        {
+            "concat.kind": "segments",
+            "concat.num_segments": 3,
+            "data.segments_key": "areas",
+            "autoencoder.kind": "none",
+            "unet.attention": (False, False),
+        },
+        ("cat", "dog"),
+    ),
+}
+MAPS = {  # what model_index.json says of the map
+    "beside a small picture": ("low_resolution", 1, [4, 4]),
+    "codes beside what is left of a picture": ("inpainting", 3, [8, 8]),
+    "pixels beside a map of segments": ("segments", 3, [8, 8]),
+}
+CARD = {  # what the card says of it
+    "beside a small picture": ("a picture of 4x4 pixels", "pipe([0, 3], known=Image", "--label=0,3 --map=small.png"),
+    "codes beside what is left of a picture": ("a mask, white where", "num_images=4, known=(", "--mask=mask.png"),
+    "pixels beside a map of segments": ("8x8 pixels, grey or", "numbers of 3 classes", "--map=map.png"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_runs_there_and_back(kind, tmp_path):
+    made = random_runs.random_run(tmp_path / "run", *KINDS[kind])
+    again = run(run(made, tmp_path / "folder"), tmp_path / "again")
+    assert_same_parameters(made, again)
+    for name in ("config.json", "data.json", *(() if "pixels" in kind else ("autoencoder/scale.json",))):
+        assert (again / name).read_bytes() == (made / name).read_bytes()
+    assert (tmp_path / "folder" / "vae").exists() == (again / "autoencoder").exists() == ("pixels" not in kind)
+    said = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    card, told = (tmp_path / "folder" / "README.md").read_text(), MAPS.get(kind)
+    assert tuple(said.get(name) for name in ("map_kind", "map_channels", "map_size")) == (told or (None,) * 3)
+    assert all(words in card for words in CARD.get(kind, ())) and ("known=" in card) == bool(told)
+    if told and "pixels" not in kind:
+        (tmp_path / "folder" / "recipe.json").unlink()
+        with pytest.raises(InputError, match=r"lacks recipe\.json, without which a model with a map"):
+            pipeline_load.load(tmp_path / "folder")
+
+
+def test_a_run_in_bfloat16(trained_run, exported, tmp_path):
+    folder = run(trained_run, tmp_path / "half", "--dtype=bfloat16")
+    for name in ("unet", "vae"):
+        exact, half = arrays_of(exported / name), arrays_of(folder / name)
+        assert {array.dtype.name for array in half.values()} == {"bfloat16"}
+        assert half.keys() == exact.keys()
+        for key, array in half.items():
+            np.testing.assert_allclose(array.astype(np.float32), exact[key], rtol=2**-8, err_msg=key)
+    assert (folder / "recipe.json").read_bytes() == (exported / "recipe.json").read_bytes()
+
+
+SCHEDULERS = {  # changes of tests/tiny.py -> diffusers' class, what the card must say
+    "the solver that there is": ({"sampling.sampler": "unipc"}, "UniPCMultistepScheduler", None),
+    "ddim with trailing steps": ({}, "EulerDiscreteScheduler", None),
+    "ddim with leading steps": ({"sampling.spacing": "leading"}, "DDIMScheduler", None),
+    "ddim with noise": ({"sampling.eta": 1.0}, "DDIMScheduler", "takes 20 // steps for each step"),
+    "ddim down to pure noise": (
+        {"diffusion.zero_terminal_snr": True, "diffusion.prediction": "v"}, "DDIMScheduler", "takes 20 // steps"),
+    "churn": ({"sampling.sampler": "edm", "sampling.churn": 5.0}, "DDIMScheduler", "By DDIM with trailing steps"),
+    "clipped pixels": (
+        {"sampling.sampler": "unipc", "autoencoder.kind": "none"}, "DDIMScheduler", "does not know clip_sample = True"),
+    "thresholded pixels": (
+        {"sampling.spacing": "leading", "autoencoder.kind": "none", "sampling.threshold": 0.99},
+        "DDIMScheduler", "Without dynamic thresholding"),
+    "uneven steps of a class without": (
+        {"sampling.sampler": "euler_a", "sampling.spacing": "karras"}, "DDIMScheduler", "use_karras_sigmas"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCHEDULERS)
+def test_the_scheduler_of_a_run(case):
+    changes, expected, said = SCHEDULERS[case]
+    config = tiny.get_config().unlock()
+    config.update_from_flattened_dict(changes)
+    fields, notes = scheduler_config.scheduler_config(config)
+    assert fields["_class_name"] == expected
+    assert (said in " ".join(notes)) if said else notes == []
+    assert fields["clip_sample"] == (config.autoencoder.kind == "none")
+
+
+FOLDERS = {
+    "plain": lambda folder: diffusers_folder.write_stable_diffusion(folder),
+    "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),
+    "upscaler": lambda folder: diffusers_folder.write_stable_diffusion(folder, upscaling=True),
+    "unconditional": diffusers_folder.write_unconditional,
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_diffusers_folder_anew_is_the_same_to_the_bit(kind, tmp_path):
+    old = FOLDERS[kind](tmp_path / "old")
+    (old / "README.md").write_text("of theirs")
+    new = run(old, tmp_path / "new")
+    before, after = pipeline_load.load(old), pipeline_load.load(new)
+    assert pipeline_model.fingerprint(before) == pipeline_model.fingerprint(after)
+    assert str(before.config) == str(after.config)
+    for field in ("unet", "autoencoder", "encoders", "scheduler", "zeros_for_nothing", "pipeline", "tile"):
+        assert getattr(before.pretrained, field) == getattr(after.pretrained, field)
+    for one, other in zip(before.pretrained.tokenizers, after.pretrained.tokenizers, strict=True):
+        np.testing.assert_array_equal(one(["low lower"]).ids, other(["low lower"]).ids)
+    if kind == "upscaler":
+        assert before.pretrained.upscaling.max_noise_level == after.pretrained.upscaling.max_noise_level
+        assert before.pretrained.upscaling.scheduler == after.pretrained.upscaling.scheduler
+    assert (new / "README.md").read_text() == "of theirs"
+    index = json.loads((new / "model_index.json").read_text())
+    components = {name: kind for name, kind in index.items() if isinstance(kind, list)}
+    expected = {"unet": "UNet2DModel" if kind == "unconditional" else "UNet2DConditionModel"}
+    assert components.items() >= {name: ["diffusers", value] for name, value in expected.items()}.items()
+    if kind == "xl":
+        assert components["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
+    if kind == "plain":
+        assert components["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
+
+
+def test_a_diffusers_folder_in_bfloat16_keeps_what_it_is_told(tmp_path):
+    """The flags that keep half precision from overflowing in diffusers."""
+    old = FOLDERS["plain"](tmp_path / "old")
+    for name, field in (("unet", "upcast_attention"), ("vae", "force_upcast")):
+        config = json.loads((old / name / "config.json").read_text())
+        (old / name / "config.json").write_text(json.dumps(config | {field: name == "unet"}))
+    new = run(old, tmp_path / "new", "--dtype=bfloat16")
+    configs = {name: json.loads((new / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")}
+    assert configs["unet"]["upcast_attention"] is True
+    assert configs["vae"]["force_upcast"] is False
+    assert configs["text_encoder"]["dtype"] == "bfloat16"
+    assert {array.dtype.name for array in arrays_of(new / "text_encoder").values()} == {"bfloat16"}
+    assert pipeline_model.fingerprint(pipeline_load.load(old, "bfloat16")) == pipeline_model.fingerprint(
+        pipeline_load.load(new, "bfloat16")
+    )
+
+
+def test_old_names_become_todays(tmp_path):
+    old = FOLDERS["unconditional"](tmp_path / "old")
+    file = old / "unet" / WEIGHTS
+    modern = arrays_of(old / "unet")
+    renamed = {name.replace("to_out.0", "proj_attn").replace("to_q", "query"): array for name, array in modern.items()}
+    assert renamed.keys() != modern.keys()
+    write_safetensors(file, renamed)
+    new = arrays_of(run(old, tmp_path / "new") / "unet")
+    assert new.keys() == modern.keys()
+    for name, array in modern.items():
+        np.testing.assert_array_equal(new[name], array, err_msg=name)
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+FLAGS = {  # flags -> what the line must say
+    "no model": (["--to=TO"], "--model is missing"),
+    "nowhere to go": (["--model=RUN"], "--to is missing; it must be the new folder"),
+    "an empty model": (["--model=", "--to=TO"], "--model is missing"),
+    "an unknown flag": (["--model=RUN", "--too=TO"], "did you mean to?"),
+    "an unknown type": (["--model=RUN", "--to=TO", "--dtype=float16"], "--dtype"),
+    "a stray word": (["--model=RUN", "--to=TO", "now"], "'now' is no flag"),
+    "a model that is not there": (["--model=nowhere", "--to=TO"], "nowhere does not exist"),
+    "a model that is a file": (["--model=README.md", "--to=TO"], "is a file"),
+    "no model at all": (["--model=configs", "--to=TO"], "is no run folder"),
+    "a folder with something in it": (["--model=RUN", "--to=RUN"], "is not empty; choose a new or an empty folder"),
+    "a file to write to": (["--model=RUN", "--to=README.md"], "is a file; it must be a new or an empty folder"),
+    "a folder below a file": (["--model=RUN", "--to=README.md/below"], "no folder can be made"),
+    "a place that takes nothing": (["--model=RUN", "--to=/proc/nowhere/run"], "no folder can be made in /proc"),
+    "half precision of a run": (["--model=EXPORTED", "--to=TO", "--dtype=bfloat16"], "of a run are float32"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_what_is_refused(case, trained_run, exported, tmp_path, capsys):
+    flags, expected = FLAGS[case]
+    names = {"=RUN": trained_run, "=TO": tmp_path / "to", "=EXPORTED": exported}
+    for name, path in names.items():
+        flags = [f"{flag.removesuffix(name)}={path}" if flag.endswith(name) else flag for flag in flags]
+    assert expected in fails(flags, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exported_run_without_its_recipe_is_a_model_of_classes(exported, tmp_path):
+    """As which diffusers knows it: of the same parameters, and drawn as its index says."""
+    copied = shutil.copytree(exported, tmp_path / "model")
+    (copied / "recipe.json").unlink()
+    index = json.loads((copied / "model_index.json").read_text())
+    changes = {"num_inference_steps": 7, "guidance_scale": 1.5, "guidance_interval": [0, 0.5]}
+    (copied / "model_index.json").write_text(json.dumps(index | changes))
+    run, model = pipeline_load.load(exported), pipeline_load.load(copied)
+    assert content_hash(run.params) == content_hash(model.params)
+    assert (model.class_names, model.pretrained.pipeline) == (run.class_names, "LatentDiffusionPipeline")
+    sampling = model.config.sampling
+    assert (sampling.steps, sampling.guidance, sampling.guidance_interval) == (7, 1.5, (0.0, 0.5))
+    (copied / "model_index.json").write_text(json.dumps(index | {"guidance_scale": "much"}))
+    with pytest.raises(InputError, match="is damaged: guidance_scale is 'much'"):
+        pipeline_load.load(copied)
+
+
+DAMAGED = {  # what is done to an exported run -> what the line must say
+    "half a recipe": (lambda f: cut_short(f / "recipe.json"), "recipe.json is damaged"),
+    "a recipe of nothing": (lambda f: (f / "recipe.json").write_text("{}"), "it has no config and no data"),
+    "a recipe of numbers": (lambda f: edit(f / "recipe.json", config=3), "its config is of another kind"),
+    "a recipe without classes": (lambda f: edit(f / "recipe.json", data={}), "its data is of another kind"),
+    "a recipe of fewer classes": (lambda f: edit(f / "recipe.json", data={"class_names": ["a"]}), "encoder_hid_proj"),
+    "latents without scale": (lambda f: edit(f / "model_index.json", latents_scale=None), "latents_scale must be 2"),
+    "half the weights": (lambda f: cut_short(f / "unet" / WEIGHTS), WEIGHTS),
+    "no autoencoder": (lambda f: shutil.rmtree(f / "vae"), "there is no folder"),
+    "another autoencoder": (
+        lambda f: shutil.copy(f / "unet" / WEIGHTS, f / "vae" / WEIGHTS),
+        "not those of this model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_folder_is_refused(case, exported, tmp_path, capsys):
+    damage, expected = DAMAGED[case]
+    damage(shutil.copytree(exported, tmp_path / "model"))
+    assert expected in fails([f"--model={tmp_path / 'model'}", f"--to={tmp_path / 'to'}"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_runs_that_cannot_be_exported(trained_run, tmp_path, capsys):
+    made = random_runs.random_run(tmp_path / "run")
+    flags = [f"--model={made}", f"--to={tmp_path / 'to'}"]
+    shutil.rmtree(made / "diffusion")
+    assert "no readable checkpoint" in fails(flags, capsys)
+    edit(made / "config.json", stages=["autoencoder"])
+    assert "has no diffusion model" in fails(flags, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_failure_leaves_nothing(exported, tmp_path, monkeypatch, capsys):
+    """Not even when the disk fills as the last file is written; an empty folder is as good as none."""
+
+    def full(path, value):
+        raise OSError(28, "No space left on device", str(path))
+
+    (tmp_path / "to").mkdir()
+    flags = [f"--model={exported}", f"--to={tmp_path / 'to'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime_files, "write_json", full)
+        assert "No space left" in fails(flags, capsys, status=1)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "to"]
+    assert command_line.run(convert.main, ["convert", *flags]) == 0
+    assert (tmp_path / "to" / "config.json").is_file()
+
+
+def test_help_is_quick():
+    """It takes a quarter of a second: JAX is not imported."""
+    code = (
+        "import sys; from ldm_jax import convert; convert.main(['convert', '--help']); assert 'jax' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--to=" in done.stdout

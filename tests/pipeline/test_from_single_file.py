@@ -1,0 +1,272 @@
+"""Single files drawn by the command: as the same model's folder, and what is refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import jobs
+import ldm_files
+import numpy as np
+import pytest
+
+from configs import finetune as finetune_config
+from ldm_jax import command_line, convert, evaluate, sample
+from ldm_jax.errors import InputError
+from ldm_jax.evaluation import scoring
+from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance
+from ldm_jax.interop import hub, ldm_families
+from ldm_jax.interop.weights import read_weights, write_safetensors
+from ldm_jax.pipeline import base_model
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.pipeline.overrides import Extras, other_autoencoder
+
+SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
+
+
+@pytest.fixture(scope="module")
+def file_of(tmp_path_factory):
+    """file_of(family): a tiny single file, its tokenizer beside it; made once, to be read or copied."""
+    made = {}
+
+    def make(family):
+        if family not in made:
+            made[family] = ldm_files.write_file(tmp_path_factory.mktemp("file") / "model", family)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """The sizes are those of the published models."""
+    for family, fields in ldm_families.FAMILIES.items():
+        monkeypatch.setitem(ldm_families.FAMILIES, family, fields._replace(sample_size=8))
+
+
+def run(model, out, *flags):
+    return command_line.run(sample.main, ["sample", f"--model={model}", f"--out={out}", "--steps=2", *flags])
+
+
+@pytest.mark.parametrize("family", [XL, UPSCALER])
+def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
+    """The same modules, parameters, tokenizers and scheduler, and so the same pictures."""
+    file = pipeline_load.load(file_of(family))
+    folder = pipeline_load.load(ldm_files.write_folder(tmp_path / "folder", family, size=8))
+    assert pipeline_model.fingerprint(file) == pipeline_model.fingerprint(folder)
+    assert file.config.to_dict() == folder.config.to_dict()
+    ours, theirs = file.pretrained._asdict(), folder.pretrained._asdict()
+    for name in ("unet", "autoencoder", "encoders", "scheduler", "zeros_for_nothing", "pipeline"):
+        assert ours[name] == theirs[name], name
+    if family == UPSCALER:
+        assert ours["upscaling"].max_noise_level == theirs["upscaling"].max_noise_level == 350
+        np.testing.assert_array_equal(ours["upscaling"].alpha_bar, theirs["upscaling"].alpha_bar)
+    for one, other in zip(ours["tokenizers"], theirs["tokenizers"], strict=True):
+        np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
+
+
+@pytest.mark.parametrize("family", [SD2, XL, UPSCALER, CLASSES])
+def test_a_file_becomes_a_folder(family, file_of, tmp_path):
+    """The same model to the bit, whose tokenizers fill up as they should: with ! in SD 2 and in SDXL's second."""
+    file, folder = file_of(family), tmp_path / "folder"
+    assert command_line.run(convert.main, ["convert", f"--model={file}", f"--to={folder}"]) == 0
+    before, after = pipeline_load.load(file), pipeline_load.load(folder)
+    assert pipeline_model.fingerprint(before) == pipeline_model.fingerprint(after)
+    assert before.config.to_dict() == after.config.to_dict()
+    for one, other in zip(before.pretrained.tokenizers, after.pretrained.tokenizers, strict=True):
+        np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
+
+
+def test_a_folder_of_classes(file_of, tmp_path):
+    command_line.run(
+        convert.main, ["convert", f"--model={file_of(CLASSES)}", f"--to={tmp_path / 'm'}", "--dtype=bfloat16"]
+    )
+    assert pipeline_model.fingerprint(pipeline_load.load(tmp_path / "m", "bfloat16")) == pipeline_model.fingerprint(
+        pipeline_load.load(file_of(CLASSES), "bfloat16")
+    )
+    index = json.loads((tmp_path / "m" / "model_index.json").read_text())
+    assert index["id2label"] == {str(k): str(k) for k in range(ldm_files.CLASSES)}
+    named = {str(k): f"kind {k}" for k in range(ldm_files.CLASSES)}
+    (tmp_path / "m" / "model_index.json").write_text(json.dumps(index | {"id2label": named}))
+    assert pipeline_load.load(tmp_path / "m").class_names == tuple(named.values())
+    assert "--label=0,4" in (tmp_path / "m" / "README.md").read_text()
+    for change, words in (
+        ({"id2label": 3}, "must have id2label, from 0, and class_tokens, 1 or more"),
+        ({"id2label": {"1": "a"}}, "must have id2label, from 0"),
+        ({"id2label": {"0": "a"}}, r"unet: the weights have no encoder_hid_proj of \(16, 2\)"),
+        ({"latents_scale": [1.0]}, "latents_scale must be 3 numbers"),
+        ({"vae": [None, None]}, "names no vae, which a LatentDiffusionPipeline needs"),
+        ({"_class_name": ["pipeline", "Another"]}, "is a .*Another.*; supported are"),
+    ):
+        (tmp_path / "m" / "model_index.json").write_text(json.dumps(index | change))
+        with pytest.raises(InputError, match=words):
+            pipeline_load.load(tmp_path / "m")
+
+
+def test_a_tokenizer_of_another_model(file_of, tmp_path):
+    """The folder of a tokenizer, or of a model that has one; its own padding is of no matter."""
+    alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
+    ldm_files.write_tokenizer(tmp_path / "other" / "tokenizer", length=20, pad_token="!")
+    said = [
+        pipeline_load.load(path, None, Extras(tokenizer=given)).pretrained.tokenizers[0](["low! lower"])
+        for path, given in ((file_of(SD1), ""), (alone, str(tmp_path / "other")))
+    ]
+    np.testing.assert_array_equal(said[0].ids, said[1].ids)
+
+
+def test_a_model_of_classes_draws(file_of, tmp_path):
+    """By their numbers; here with another autoencoder, which knows no red, and told that it predicts v."""
+    states = ldm_files.states_of(CLASSES)[1]["vae"]
+    no_red = states | {"decoder.conv_out.bias": np.array([-100, 0, 0], np.float32)}
+    write_safetensors(tmp_path / "vae.safetensors", ldm_files.autoencoder_to_ldm(no_red, 2, ""))
+    model, more = file_of(CLASSES), [f"--vae={tmp_path}/vae.safetensors", "--prediction=v"]
+    assert run(model, tmp_path / "out", "--label=1,3", "--num=4", *more) == 0
+    drawn = jobs.samples(tmp_path / "out")
+    assert drawn["labels"].tolist() == [1, 3, 1, 3]
+    assert drawn["images"].shape == (4, 16, 16, 3) and not drawn["images"][..., 0].any()
+    assert (drawn["images"][0] != drawn["images"][1]).any()
+    again = ["sample", f"--model={model}", f"--from_recipe={tmp_path / 'out' / 'samples.png'}", more[0]]
+    assert command_line.run(sample.main, [*again, f"--out={tmp_path / 'again'}"]) == 2  # of eps it is another model
+
+
+def test_another_autoencoder_from_a_folder(file_of, tmp_path):
+    """Its own, or that of a whole model."""
+    folder, own = ldm_files.write_folder(tmp_path / "folder", SD1), ldm_files.make_autoencoder(SD1)
+    shift, scale = np.zeros(4, np.float32), np.full(4, 0.18215, np.float32)
+    for path in (folder, folder / "vae"):
+        autoencoder, params = other_autoencoder(path, own, shift, scale, "bfloat16")
+        assert autoencoder == own.clone(dtype=jnp.dtype("bfloat16"))
+        assert params["decoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+    with pytest.raises(InputError, match="their scale is"):
+        other_autoencoder(folder, own, shift, 2 * scale, "float32")
+    with pytest.raises(InputError, match="has other latents than --model: kind"):
+        other_autoencoder(folder, ldm_files.make_autoencoder(CLASSES), shift, scale, "float32")
+
+
+def write_autoencoder(folder, family):
+    """A folder with an autoencoder alone."""
+    whole = ldm_files.write_folder(folder / "whole", family)
+    name = ldm_families.FAMILIES[family].autoencoder
+    return shutil.move(whole / name, folder / "other")
+
+
+REFUSED = {  # family, flags -> what the line must say
+    "no tokenizer": (SD1, ["--prompt=low", "--tokenizer=nowhere"], "there is no folder --tokenizer=nowhere"),
+    "no such prediction": (SD1, ["--prompt=low", "--prediction=z0"], "prediction"),
+    "a class beyond the last": (CLASSES, ["--label=5"], "--label=5 is no class"),
+    "a tokenizer for no texts": (CLASSES, ["--tokenizer=some"], "--tokenizer=some is for models of texts"),
+    "no such autoencoder": (SD1, ["--prompt=low", "--vae=nowhere"], "there is no folder nowhere"),
+    "a model as an autoencoder": (SD1, ["--prompt=low", "--vae=MODEL"], "unexpected: cond_stage_model"),
+    "an autoencoder of other latents": (SD1, ["--prompt=low", "--vae=OTHER"], "has other latents than --model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_sample_refuses(case, file_of, tmp_path, capsys):
+    family, flags, words = REFUSED[case]
+    other = write_autoencoder(tmp_path, XL) if "--vae=OTHER" in flags else ""
+    flags = [flag.replace("MODEL", str(file_of(family))).replace("OTHER", str(other)) for flag in flags]
+    assert_refused(file_of(family), flags, words, tmp_path, capsys)
+
+
+def assert_refused(model, flags, words, tmp_path, capsys):
+    assert run(model, tmp_path / "out", *flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_a_tokenizer(file_of, tmp_path, capsys):
+    alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
+    words = "has no tokenizer in it, nor beside it; CLIP's vocab.json and merges.txt must be in a folder"
+    assert_refused(alone, ["--prompt=low"], words, tmp_path, capsys)
+
+
+def test_a_tokenizer_of_another_vocabulary(file_of, tmp_path, capsys):
+    ldm_files.write_tokenizer(tmp_path / "tokenizer", [("l", "o")])
+    flags = ["--prompt=low", f"--tokenizer={tmp_path}"]
+    assert_refused(file_of(SD1), flags, "the tokenizer has 515 tokens; the text encoder of", tmp_path, capsys)
+
+
+def test_code_is_not_run(tmp_path, capsys):
+    more = f"Vcallbacks\ncposix\nsystem\n(Vtouch {tmp_path}/witness\ntRs"
+    path = ldm_files.write_checkpoint(tmp_path / "m.ckpt", {"a": np.zeros(1, np.float32)}, more=more)
+    assert_refused(path, ["--prompt=low"], "it asks for posix.system", tmp_path, capsys)
+    assert not (tmp_path / "witness").exists()
+
+
+def test_files_that_are_none(tmp_path, capsys):
+    for name, content, words in (
+        ("m.safetensors", b"", "is damaged: it ends within its header"),
+        ("m.ckpt", b"hello", "not readable as a file of weights"),
+        ("m.png", b"", "is a file of another kind; it must be a run folder"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert_refused(tmp_path / name, ["--prompt=low"], words, tmp_path, capsys)
+
+
+def fine_tuning(path):
+    """The config of a fine-tuning that begins with this file."""
+    config = finetune_config.get_config()
+    config.init_from, config.data.image_size = str(path), 16
+    return config
+
+
+def test_fine_tuning_begins_with_a_file(file_of, tmp_path):
+    """As with its folder; it is known again by what is in it, wherever it is."""
+    moved = shutil.copytree(file_of(SD1).parent, tmp_path / "moved") / "model.safetensors"
+    (base, config), (other, _) = (base_model.load_base(fine_tuning(path)) for path in (file_of(SD1), moved))
+    jax.tree.map(np.testing.assert_array_equal, base.params, pipeline_load.load(file_of(SD1)).params)
+    assert (config.diffusion.prediction, config.autoencoder.latent_channels) == ("eps", 4)
+    assert base.fingerprint == other.fingerprint
+    tensors = {name: np.array(tensor) for name, tensor in read_weights(moved).items()}
+    tensors["model.diffusion_model.out.2.bias"] += 1
+    write_safetensors(moved, tensors)
+    assert base_model.load_base(fine_tuning(moved))[0].fingerprint != base.fingerprint
+    shutil.rmtree(moved.parent / "tokenizer")
+    with pytest.raises(InputError, match=r"config\.init_from=.* has no tokenizer in it, nor beside it"):
+        base_model.load_base(fine_tuning(moved))
+
+
+def test_what_folders_say_themselves(tmp_path, capsys):
+    folder = ldm_files.write_folder(tmp_path / "folder", SD1)
+    words = "--prediction is for models in a single file"
+    assert_refused(folder, ["--prompt=low", "--prediction=v"], words, tmp_path, capsys)
+    assert_refused(tmp_path, ["--vae=some"], "--vae is for diffusers folders and single files", tmp_path, capsys)
+
+
+def test_evaluate_wants_to_know_what_to_compare_with(file_of, tmp_path, capsys, monkeypatch):
+    """Before anything is read, or looked for on the hub."""
+    monkeypatch.setattr(hub, "find", None)
+    monkeypatch.setattr(pipeline_load, "load", None)
+    for model in (file_of(PLAIN), "org/name", "org/name@main"):
+        assert command_line.run(evaluate.main, ["evaluate", f"--model={model}", f"--out={tmp_path / 'out'}"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        told = "knows no data set; say by --config=FILE what its pictures are to be compared with"
+        assert line == f"evaluate: --model={model} {told}"
+
+
+def test_evaluate_scores_a_file(file_of, tiny_data, tmp_path, monkeypatch):
+    """By features that need no network: the mean of each quarter, and the mean difference."""
+
+    def quarters(params, images):
+        return jnp.mean(images.reshape(len(images), 2, 8, 2, 8, 3).astype(np.float32), axis=(2, 4, 5)).reshape(-1, 4)
+
+    def features(resize, batch_size):
+        return FeatureExtractor("VGG16", "quarters", resize, "ab" * 32, {}, quarters, batch_size)
+
+    def distance(resize, batch_size):
+        return PerceptualDistance("LPIPS-vgg16", resize, "ab" * 32, {}, lambda _, a, b: jnp.zeros(len(a)), batch_size)
+
+    monkeypatch.setattr(scoring, "vgg16_features", features)
+    monkeypatch.setattr(scoring, "lpips_distance", distance)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = ["--config=tests/tiny.py", f"--config.data.dir={tiny_data}", "--num=8", "--steps=2", "--batch_size=8"]
+    assert (
+        command_line.run(evaluate.main, ["evaluate", f"--model={file_of(PLAIN)}", f"--out={tmp_path}/out", *flags]) == 0
+    )
+    cards = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (cards["samples"]["FD-VGG16"]["n"], cards["samples"]["FD-VGG16"]["reference_n"]) == (8, 16)
+    assert cards["samples"]["FD-VGG16"]["value"] > 0 and "PSNR" in " ".join(cards["autoencoder"])
+    assert jobs.samples(tmp_path / "out")["images"].shape == (8, 16, 16, 3)

@@ -1,0 +1,67 @@
+"""Run folders from before some fields of the config: read as what those fields' defaults say, not gone on with."""
+
+import json
+import shutil
+
+import jax
+import jobs
+import numpy as np
+import pytest
+
+from ldm_jax.config import io as config_io
+from ldm_jax.pipeline import load as pipeline_load
+
+SINCE = ("init_from", "lora.rank", "lora.alpha", "sampling.prompts", "diffusion.snr_gamma", "classifier.steps")
+
+
+def without(fields, names):
+    for name in names:
+        *sections, field = name.split(".")
+        place = fields
+        for section in sections:
+            place = place[section]
+        del place[field]
+    return fields
+
+
+@pytest.fixture
+def older_run(trained_run, tmp_path):
+    """A run folder whose config has not all the fields, and not one of its sections."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    fields = without(json.loads((run / "config.json").read_text()), SINCE)
+    del fields["lora"]
+    (run / "config.json").write_text(json.dumps(fields))
+    return run
+
+
+def test_an_older_run_is_read_as_it_was_meant(older_run, trained_run, capsys):
+    """Its own fields stay as they are, whatever their defaults."""
+    older = pipeline_load.load(older_run)
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    assert "as in ldm_jax/config/defaults.py are config.classifier.steps, config.diffusion.snr" in line
+    assert line.endswith(", config.init_from, config.lora.*, config.sampling.prompts")
+    newer = pipeline_load.load(trained_run)
+    assert capsys.readouterr().out == ""
+    was, expected = config_io.flatten(older.config), config_io.flatten(newer.config)
+    assert {name: was[name] for name in was if was[name] != expected[name]} == {"classifier.steps": 100_000}
+    assert older.config.lora.alpha == 8.0 and older.config.unet.context_dim == 8
+    jax.tree.map(np.testing.assert_array_equal, older.params, newer.params)
+
+
+def test_an_older_run_is_not_gone_on_with(older_run, tiny_data, capsys):
+    """Its checkpoints are of another config, whose hash they have."""
+    before = (older_run / "config.json").read_text()
+    assert jobs.train_here(tiny_data, older_run) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "was begun by an older version, which knew no config.classifier.steps" in line
+    assert (older_run / "config.json").read_text() == before
+
+
+SECTIONS = {name: {} for name in config_io.ALWAYS}
+NO_CONFIGS = [{"seed": 1}, SECTIONS | {"data": 3}, SECTIONS | {"lora": None}]
+
+
+@pytest.mark.parametrize("fields", NO_CONFIGS)
+def test_what_is_no_config_stays_as_it_is(fields):
+    config = config_io.from_fields(fields)
+    assert config_io.completed(config, "there").to_dict() == config.to_dict()

@@ -1,0 +1,149 @@
+"""A run that was stopped, in whatever way, and started again ends as one that was left alone: to the last bit."""
+
+import shutil
+import signal
+import time
+
+import jax
+import jobs
+import numpy as np
+import pytest
+
+from ldm_jax.errors import InputError
+from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.run_folder.checkpoint import load_latest
+from ldm_jax.run_folder.log import read_metrics
+
+
+def steps_logged(workdir, stage):
+    return [line["step"] for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == stage]
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(one_device_run, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    # The log only gets its first line once a step is done; it is then in the middle of the stage.
+    process = jobs.start(tiny_data, run)
+    jobs.stop_when(process, lambda: steps_logged(run, "diffusion"), signal.SIGTERM)
+    asked = time.monotonic()
+    output = jobs.finish(process)  # status 0
+    assert time.monotonic() - asked < 15
+    assert "The same command goes on from there." in output
+    assert 0 < load_latest(run / "diffusion")["step"] <= 8
+    assert not (run / "samples.npz").exists()
+
+    assert "Done: " in jobs.finish(jobs.start(tiny_data, run))
+    jobs.assert_same_training(run, one_device_run)
+    assert jobs.losses(run) == jobs.losses(one_device_run)
+    for name, array in jobs.samples(one_device_run).items():
+        assert (jobs.samples(run)[name] == array).all()
+
+
+def test_resume_across_the_start_of_the_adversary(tiny_data, tmp_path):
+    changes = ("--config.autoencoder.loss.adversarial=0.5", "--config.autoencoder.loss.adversarial_start=4")
+    changes += ("--config.stages=('autoencoder',)", "--config.log_every=1")
+    whole, cut_short = tmp_path / "whole", tmp_path / "cut_short"
+    jobs.finish(jobs.start(tiny_data, whole, *changes))
+    process = jobs.start(tiny_data, cut_short, *changes, "--config.checkpoint_every=1")
+    jobs.stop_when(process, lambda: steps_logged(cut_short, "autoencoder"), signal.SIGKILL)
+    jobs.finish(process, status=-signal.SIGKILL)
+    jobs.finish(jobs.start(tiny_data, cut_short, *changes, "--config.checkpoint_every=1"))
+    jobs.assert_same_training(cut_short, whole, stages=("autoencoder",))
+    lines = [line for line in read_metrics(whole / "metrics.jsonl") if line["stage"] == "autoencoder"]
+    with_adversary = [line["step"] for line in lines if "adversarial_weight" in line]
+    assert with_adversary == [5, 6, 7, 8]  # the log counts the steps made: the first with it is number 4
+
+
+def test_kill_at_any_moment(one_device_run, tiny_data, tmp_path):
+    """SIGKILL in the middle of a save of either stage, and while the latents are written."""
+    run = tmp_path / "run"
+    often = ("--config.checkpoint_every=1", "--config.sampling.num=0")
+
+    def saving(stage):
+        return lambda: any((run / stage).glob("*.orbax-checkpoint-tmp*")) and any((run / stage).glob("[1-9]"))
+
+    for moment in (saving("autoencoder"), lambda: (run / "latents").exists(), saving("diffusion")):
+        process = jobs.start(tiny_data, run, *often)
+        jobs.stop_when(process, moment, signal.SIGKILL)
+        jobs.finish(process, status=-signal.SIGKILL)
+    jobs.finish(jobs.start(tiny_data, run, *often))
+    jobs.assert_same_training(run, one_device_run)
+    assert not list(run.rglob("*.orbax-checkpoint-tmp*"))
+    assert steps_logged(run, "diffusion").count(8) == 1
+
+
+@pytest.fixture
+def run_copy(trained_run, tmp_path):
+    """The trained run, to be damaged."""
+    return shutil.copytree(trained_run, tmp_path / "run")
+
+
+def array_files(checkpoint):
+    """All of them: Orbax's threads share the arrays out over files as it happens, and not every file is read back."""
+    return [path for path in checkpoint.rglob("d/*") if path.is_file()]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit])
+def test_a_damaged_newest_checkpoint_is_not_read(damage, run_copy):
+    for path in array_files(run_copy / "diffusion" / "8"):
+        damage(path)
+    assert load_latest(run_copy / "diffusion")["step"] == 4  # for sample and evaluate: the one before
+
+
+def test_a_damaged_newest_checkpoint_is_put_aside(run_copy, trained_run, tiny_data, capsys):
+    for path in array_files(run_copy / "diffusion" / "8"):
+        flip_a_bit(path)
+    assert jobs.train_here(tiny_data, run_copy, "--config.sampling.num=0") == 0
+    output = capsys.readouterr().out
+    assert "8 is damaged" in output
+    assert "going back to the one before" in output
+    assert (run_copy / "diffusion" / "damaged.8").is_dir()
+    jobs.assert_same_training(run_copy, trained_run)
+    assert jobs.losses(run_copy) == jobs.losses(trained_run)
+
+
+def test_the_model_of_an_earlier_checkpoint(trained_run):
+    newest = pipeline_load.load(trained_run)
+    earlier = {up_to: pipeline_load.at_step(newest, trained_run, up_to) for up_to in (4, 7, 8)}
+    assert newest.step == 8 and {up_to: model.step for up_to, model in earlier.items()} == {4: 4, 7: 4, 8: 8}
+
+    def apart(one, other):
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+    assert apart(earlier[8].params, newest.params) == apart(earlier[4].params, earlier[7].params) == 0
+    assert apart(earlier[4].params["unet"], newest.params["unet"]) > 0
+    assert apart(earlier[4].params["autoencoder"], newest.params["autoencoder"]) == 0
+    with pytest.raises(InputError, match="no readable checkpoint"):
+        pipeline_load.at_step(newest, trained_run, 3)
+
+
+def test_a_finished_run_says_so(trained_run, tiny_data, capsys):
+    before = (trained_run / "metrics.jsonl").read_text()
+    assert jobs.train_here(tiny_data, trained_run) == 0
+    assert "All is done: " in capsys.readouterr().out
+    assert (trained_run / "metrics.jsonl").read_text() == before
+
+
+def test_a_change_of_sampling_draws_again_without_training(run_copy, trained_run, tiny_data):
+    assert jobs.train_here(tiny_data, run_copy, "--config.sampling.steps=2", "--config.sampling.num=12") == 0
+    jobs.assert_same_training(run_copy, trained_run)
+    assert steps_logged(run_copy, "diffusion") == steps_logged(trained_run, "diffusion")
+    assert jobs.samples(run_copy)["images"].shape == (12, 8, 8, 1)
+
+
+def test_damaged_samples_are_drawn_again(run_copy, trained_run, tiny_data):
+    cut(run_copy / "samples.npz")
+    (run_copy / "report.html").unlink()
+    assert jobs.train_here(tiny_data, run_copy) == 0
+    for name, array in jobs.samples(trained_run).items():
+        assert (jobs.samples(run_copy)[name] == array).all()
