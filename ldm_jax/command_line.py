@@ -8,8 +8,11 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ldm_jax.config.fields import DTYPES, SAMPLERS, SPACINGS, VARIANCES, check_choice, check_interval, nearest
+from ldm_jax.config.fields import DTYPES, check_choice, check_interval, nearest
 from ldm_jax.config.io import flatten
+from ldm_jax.diffusion.process import VARIANCES
+from ldm_jax.diffusion.solvers import SOLVERS
+from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import InputError, RunError
 
 MODEL = "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
@@ -55,7 +58,7 @@ def require(values: flags.FlagValues, *names: str) -> None:
     for name in names:
         if not values[name].value:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
-    for name, choices in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("variance", VARIANCES), ("dtype", DTYPES)):
+    for name, choices in (("sampler", SOLVERS), ("spacing", SPACINGS), ("variance", VARIANCES), ("dtype", DTYPES)):
         if values[name].value is not None:
             check_choice(f"--{name}", values[name].value, choices)
 
@@ -81,7 +84,7 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE_string("prompt_file", None, "the same from a file, a line each", flag_values=values)
     flags.DEFINE_string("negative_prompt", None, "models of texts: what guidance leads away from", flag_values=values)
     flags.DEFINE_string("dtype", None, f"of the arithmetic: {' or '.join(DTYPES)}", flag_values=values)
-    flags.DEFINE_string("sampler", None, f"one of {', '.join(SAMPLERS)}", flag_values=values)
+    flags.DEFINE_string("sampler", None, f"one of {', '.join(SOLVERS)}", flag_values=values)
     flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
     flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)
     flags.DEFINE_string("classifier", None, "a run folder with a classifier, to guide by as well", flag_values=values)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, scales, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.pipeline import load as pipeline_load
 
 ARMS = {
@@ -76,12 +76,12 @@ def draw(rows: Rows) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
     for arm, changes in ARMS.items():
         fields = {name.split(".")[1]: value for name, value in changes.items()}
-        alpha_bar = make_schedule(
+        process = make_process(
             fields["schedule"], 1000, beta_start=1e-4, beta_end=0.02,
             zero_terminal_snr=fields.get("zero_terminal_snr", False),
-        ).alpha_bar  # fmt: skip
+        )  # fmt: skip
         with np.errstate(divide="ignore"):
-            left.plot(np.log10(alpha_bar / (1 - alpha_bar)), label=arm)
+            left.plot(2 * np.log10(process.alpha / process.sigma), label=arm)
         means = [tables.mean(rows, arm, fd(calls)) for calls in CALLS]
         (line,) = right.plot(CALLS, means, label=arm)
         for calls in CALLS:

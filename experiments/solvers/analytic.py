@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.diffusion.solvers import SOLVERS, make_table
 from ldm_jax.diffusion.tables import HISTORY, Table
 
@@ -53,14 +53,12 @@ def error(table: Table) -> float:
 
 def measure() -> dict[str, dict[str, list]]:
     """{spacing: {solver: [[calls, error], ...]}}; lcm is for other networks and left out."""
-    schedule = make_schedule("scaled_linear", 1000)
+    process = make_process("scaled_linear", 1000)
     return {
         spacing: {
             solver: [
                 [int(table.rows), error(table)]
-                for table in (
-                    make_table(solver, schedule, n, spacing=spacing, **OPTIONS.get(solver, {})) for n in STEPS
-                )
+                for table in (make_table(solver, process, n, spacing=spacing, **OPTIONS.get(solver, {})) for n in STEPS)
             ]
             for solver in SOLVERS
             if solver != "lcm"

@@ -4,26 +4,15 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from ldm_jax.diffusion.prediction import PREDICTIONS
+from ldm_jax.diffusion.process import VARIANCES
+from ldm_jax.diffusion.schedules import SCHEDULES
+from ldm_jax.diffusion.solvers import SOLVERS
+from ldm_jax.diffusion.spacing import SPACINGS
+from ldm_jax.diffusion.weighting import WEIGHTINGS
 from ldm_jax.errors import InputError
 
-# As in diffusion/, which imports JAX: too slow for --help.
-SAMPLERS = (
-    "ddpm",
-    "ddim",
-    "plms",
-    "euler",
-    "euler_a",
-    "heun",
-    "edm",
-    "dpmpp_2m",
-    "dpmpp_2m_sde",
-    "dpmpp_2s",
-    "unipc",
-    "lcm",
-)
 OWN = "own"  # the sampler of the model that is fine-tuned
-SPACINGS = ("leading", "trailing", "linspace", "karras", "exponential")
-VARIANCES = ("fixed_small", "fixed_large", "learned")
 DTYPES = ("float32", "bfloat16")
 
 # Everything that can be trained, in the order in which it may be.
@@ -39,12 +28,12 @@ _CHOICES = {
     "clip.decay": ("constant", "cosine"),
     "diffusion.decay": ("constant", "cosine"),
     "classifier.decay": ("constant", "cosine"),
-    "diffusion.schedule": ("linear", "scaled_linear", "cosine"),
-    "diffusion.prediction": ("eps", "v", "z0"),
-    "diffusion.weighting": ("uniform", "min_snr"),
+    "diffusion.schedule": SCHEDULES,
+    "diffusion.prediction": tuple(PREDICTIONS),
+    "diffusion.weighting": tuple(WEIGHTINGS),
     "concat.kind": ("none", "low_resolution", "inpainting", "segments"),
     "diffusion.variance": ("fixed", "learned"),
-    "sampling.sampler": (*SAMPLERS, OWN),
+    "sampling.sampler": (*SOLVERS, OWN),
     "sampling.spacing": SPACINGS,
     "sampling.variance": VARIANCES,
 }

@@ -2,8 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from ldm_jax.config.fields import OWN, STAGES, check_choice, check_fields
+from ldm_jax.config.fields import OWN, SCHEDULE, STAGES, check_choice, check_fields
 from ldm_jax.config.io import flatten
+from ldm_jax.diffusion.prediction import coefficient_tables
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.errors import InputError
 
 
@@ -22,11 +24,16 @@ def validate(config: ConfigDict) -> None:
 def _validate_together(config: ConfigDict) -> None:
     """Raises InputError for fields that rule each other out."""
     diffusion, loss = config.diffusion, config.autoencoder.loss
-    if diffusion.schedule != "cosine" and not 0 < diffusion.beta_start <= diffusion.beta_end:
+    if diffusion.schedule in ("linear", "scaled_linear") and not 0 < diffusion.beta_start <= diffusion.beta_end:
         raise InputError(
             f"config.diffusion.beta_start is {diffusion.beta_start}, beta_end {diffusion.beta_end}; "
             "they must rise from above 0"
         )
+    try:
+        process = make_process(**{name: diffusion[name] for name in SCHEDULE})
+        coefficient_tables(diffusion.prediction, process)
+    except ValueError as error:
+        raise InputError(f"config.diffusion.prediction: {error}") from error
     if config.autoencoder.batch_size % loss.perceptual_every:
         raise InputError(
             f"config.autoencoder.loss.perceptual_every is {loss.perceptual_every}; it must divide "
@@ -40,11 +47,6 @@ def _validate_together(config: ConfigDict) -> None:
     if concat.kind == "segments" and config.data.segments_key == "none":
         raise InputError(
             "config.concat.kind is 'segments'; config.data.segments_key must name the feature with the map"
-        )
-    if config.diffusion.zero_terminal_snr and config.diffusion.prediction == "eps":
-        raise InputError(
-            "config.diffusion.prediction is 'eps' with zero_terminal_snr, where eps tells nothing of z0 at the last "
-            "timestep; use --config.diffusion.prediction=v or z0"
         )
     if diffusion.variance == "learned" and not diffusion.bound_weight:
         raise InputError(

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ldm_jax.diffusion.likelihood import bound_term
-from ldm_jax.diffusion.process import level_at, loss_weight, target, to_z0
+from ldm_jax.diffusion.forward import gather, noise_level, target
+from ldm_jax.diffusion.likelihood import vlb_term
+from ldm_jax.diffusion.prediction import to_z0
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.weighting import loss_weights
 
 
 def diffusion_loss(
@@ -16,55 +18,56 @@ def diffusion_loss(
     *,
     prediction: str,
     weighting: str,
-    alpha_bar: np.ndarray,
+    process: Process,
     gamma: float = 5.0,
 ) -> jax.Array:
     """Weighted mean squared error between the network's output and its target (Ho 2020, eq. 14, for eps and uniform).
 
     Args:
-      output: [B, ...] what the network said at z_t = q_sample(z0, t, eps, alpha_bar); any float type.
+      output: [B, ...] the network's output at z_t = q_sample(z0, t, eps, process); any float type.
       z0: [B, ...] clean latents.
       eps: [B, ...] the noise in z_t.
       t: [B] int32 in [0, T).
-      prediction: `eps`, `v` or `z0`: what the network is asked for.
-      weighting: `uniform` or `min_snr`.
-      alpha_bar: [T] float64 table of the schedule.
+      prediction: the target, a key of `prediction.PREDICTIONS`.
+      weighting: a key of `weighting.WEIGHTINGS`.
+      process: the forward process.
       gamma: where min_snr clips the SNR (Hang 2023 recommend 5).
 
     Returns:
       [B] float32, the mean over all axes but the first, times the weight of t.
 
     Raises:
-      ValueError: unknown option, eps on a schedule with alpha_bar = 0, or an output not shaped like z0.
+      ValueError: unknown option, a prediction that does not fit the process, or an output not shaped like z0.
     """
     if output.shape != z0.shape:
         raise ValueError(f"the network's output must have the shape of z0, {z0.shape}, got {output.shape}")
-    error = output.astype(jnp.float32) - target(prediction, z0, eps, t, alpha_bar)
+    error = output.astype(jnp.float32) - target(prediction, z0, eps, t, process)
     per_example = jnp.mean(jnp.square(error), axis=tuple(range(1, error.ndim)))
-    return loss_weight(weighting, prediction, t, alpha_bar, gamma) * per_example
+    return gather(loss_weights(weighting, prediction, process, gamma), t) * per_example
 
 
 def variance_loss(
     output: jax.Array,
-    spread: jax.Array,
+    var_frac: jax.Array,
     z0: jax.Array,
     z_t: jax.Array,
     t: jax.Array,
     *,
     prediction: str,
-    alpha_bar: np.ndarray,
-    levels: int | None = None,
+    process: Process,
+    num_bins: int | None = None,
 ) -> jax.Array:
-    """L_t of the variational bound as a loss of the variance alone (Nichol 2021, section 3.1): no gradient to the mean.
+    """L_t of the VLB as a loss of the variance alone (Nichol 2021, section 3.1): no gradient reaches the mean.
 
     Args:
-      output: [B, ...] the network's prediction, of which the mean is made.
-      spread: [B, ...] where it says that the variance lies: see `likelihood.log_variance`.
-      z0, z_t, t, prediction, alpha_bar: as in `diffusion_loss`.
-      levels: see `likelihood.bound_term`.
+      output: [B, ...] the network's prediction, which the mean is computed from.
+      var_frac: [B, ...] the network's variance: see `likelihood.log_variance`.
+      z0, z_t, t, prediction, process: as in `diffusion_loss`.
+      num_bins: see `likelihood.vlb_term`.
 
     Returns:
-      [B] bits per dimension. T times its mean over all t is the bound, up to the prior term, which is no network's.
+      [B] bits per dimension. T times its mean over all t is the VLB without L_T, which no network changes.
     """
-    z0_hat = to_z0(prediction, jax.lax.stop_gradient(output), z_t, level_at(t, alpha_bar))
-    return bound_term(z0, z_t, z0_hat, t, alpha_bar, variance="learned", learned=spread, levels=levels)
+    alpha, sigma = noise_level(t, process).broadcast_to(z_t)
+    z0_hat = to_z0(prediction, jax.lax.stop_gradient(output), z_t, alpha, sigma)
+    return vlb_term(z0, z_t, z0_hat, t, process, variance="learned", var_frac=var_frac, num_bins=num_bins)

@@ -1,48 +1,71 @@
-"""Random keys and noise, indexed by (seed, stream, step, example), never consumed."""
+"""Random keys and noise, indexed by (seed, stream, step, example) and never consumed.
 
+Batch size, devices and hosts change nothing: the noise of an example is a function of its own index.
+"""
+
+from enum import IntEnum
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-# Names of the random streams, far above any row or step number. A key that has children is never drawn from.
-_SAMPLES, _INITIAL, _PROJECT, _MAP = 2**32 - 1, 2**32 - 2, 2**32 - 3, 2**32 - 4
+
+class Stream(IntEnum):
+    """Every random stream. A key that other keys are folded from is never sampled from itself."""
+
+    # Folded into the seed's key. Training: step, then example.
+    INIT = 0
+    AUTOENCODER = 1
+    DIFFUSION = 2
+    DIFFUSION_VALIDATION = 3
+    CLASSIFIER = 4
+    CLASSIFIER_VALIDATION = 5
+    LIKELIHOOD = 6
+    DEGRADE = 7  # the images that concat conditioning is made of, at sampling
+    CLIP = 8
+    CLIP_VALIDATION = 9
+    SAMPLES = 2**32 - 1  # then the sample's index
+    # Folded into a sample's key, beside the rows of its solver table.
+    INITIAL_LATENTS = 2**32 - 2
+    PROJECT = 2**32 - 3  # then the row
+    LOW_RESOLUTION = 2**32 - 4
 
 
-def sample_keys(seed: jax.Array | int, index: jax.Array) -> jax.Array:
-    """The keys of samples `index` [B] of the run with this seed: a key array [B]. Apart from training's streams."""
-    samples = jax.random.fold_in(jax.random.key(seed), _SAMPLES)
-    return jax.vmap(jax.random.fold_in, (None, 0))(samples, jnp.asarray(index, jnp.uint32))
+def example_keys(seed: jax.Array, stream: Stream, step: jax.Array, ids: jax.Array) -> jax.Array:
+    """The key of each training example, [B]: fold_in(fold_in(fold_in(key(seed), stream), step), id).
 
-
-def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """z_T ~ N(0, I): [B, *shape] float32, sample k from keys[k] alone."""
-    return _normal(_fold(keys, _INITIAL), shape)
-
-
-def map_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise for what a sample is told of as a map: [B, *shape] float32, from keys[k] alone, apart from its z_T."""
-    return _normal(_fold(keys, _MAP), shape)
-
-
-def _fold(keys: jax.Array, name: jax.Array | int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.asarray(name, jnp.uint32))
-
-
-def _normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
-
-
-def example_keys(seed: jax.Array, stream: int, step: jax.Array, ids: jax.Array) -> jax.Array:
-    """One key an example, [B]: fold_in(fold_in(fold_in(key(seed), stream), step), id).
-
-    `stream` tells the stages apart; `ids` are the examples' global numbers within the batch. The noise of an example
-    so depends neither on the number of devices nor on the batch it travels in.
+    `ids` [B] are the examples' global indices within the batch.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), step)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
 
 
+def sample_keys(seed: jax.Array | int, index: jax.Array) -> jax.Array:
+    """The keys of samples `index` [B] with this seed: a key array [B]."""
+    samples = jax.random.fold_in(jax.random.key(seed), Stream.SAMPLES)
+    return jax.vmap(jax.random.fold_in, (None, 0))(samples, jnp.asarray(index, jnp.uint32))
+
+
+def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """z_T ~ N(0, I): [B, *shape] float32, sample k from keys[k] alone."""
+    return normal(fold(keys, Stream.INITIAL_LATENTS), shape)
+
+
+def low_resolution_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise for the low-resolution image of an upscaler: [B, *shape] float32, independent of the sample's z_T."""
+    return normal(fold(keys, Stream.LOW_RESOLUTION), shape)
+
+
+def fold(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+    """fold_in(keys[k], data) for keys [B]; `data` is a scalar."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.asarray(data, jnp.uint32))
+
+
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """N(0, I): [B, *shape] float32, row k from keys[k] alone."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
 def split_keys(keys: jax.Array, n: int) -> list[jax.Array]:
-    """[B] keys -> n arrays of [B] keys."""
+    """Keys [B] -> n arrays of keys [B]."""
     return list(jnp.moveaxis(jax.vmap(partial(jax.random.split, num=n))(keys), 1, 0))

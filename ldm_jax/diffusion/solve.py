@@ -1,7 +1,4 @@
-"""The one compiled loop that runs any solver's table, and the randomness of samples.
-
-Randomness is indexed, never consumed: each sample has a key made of (seed, k), and each of its draws a fold of it.
-"""
+"""The one compiled loop that runs any solver's table."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.guidance import Denoiser, Estimate
-from ldm_jax.diffusion.process import Level
-from ldm_jax.diffusion.random import _PROJECT, _fold, _normal
+from ldm_jax.diffusion.denoiser import Denoiser, Estimate
+from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.diffusion.random import Stream, fold, normal
 from ldm_jax.diffusion.tables import HISTORY, Table
 
 
 class Trajectory(NamedTuple):
-    """Snapshots of a run, evenly spaced over its rows, the last row included; S = 0 if none were asked for."""
+    """Snapshots of a sampling run, evenly spaced over its rows, the last row included; S = 0 if none are requested."""
 
     z_t: jax.Array  # [S, B, ...] after the row
     z0_hat: jax.Array  # [S, B, ...] predicted in the row
@@ -29,25 +26,25 @@ def solve(
     table: Table,
     keys: jax.Array,
     *,
-    project: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
+    project: Callable[[jax.Array, NoiseLevel, jax.Array], jax.Array] | None = None,
     snapshots: int = 0,
 ) -> tuple[jax.Array, Trajectory]:
-    """Runs a table from noise to data. For use inside jit or pmap, with the table as an argument.
+    """Runs a solver's table from noise to data. For use inside jit or pmap, with the table as an argument.
 
     Only shapes, `snapshots` and the schedule's length are compiled in: another solver, step count or eta is another
     table of the same shape.
 
     Args:
       denoise: `(z_t [B, ...], level) -> z0_hat`, or an Estimate; a table of a learned variance needs the latter.
-      z_T: [B, ...] initial latents at the level of the first row: unit Gaussian noise for a whole run.
+      z_T: [B, ...] initial latents at the noise level of the first row: unit Gaussian noise for a whole run.
       table: from `solvers.make_table`.
-      keys: [B] keys, from `sample_keys`. The noise of row i for sample k is drawn from fold_in(keys[k], i).
-      project: `(z, alpha_bar, keys) -> z`, applied after each row (inpainting, say): alpha_bar, a float32 scalar, is
-        the level z has reached (1 = clean), and keys [B] are fresh ones for this row.
-      snapshots: how many states to keep on the way, a static number.
+      keys: [B] keys, from `random.sample_keys`. The noise of row i for sample k comes from fold_in(keys[k], i).
+      project: `(z, level, keys) -> z`, applied after each row (inpainting, say): level is the scalar noise level of z
+        and keys [B] are new ones for this row.
+      snapshots: how many states of the trajectory to keep, a static number.
 
     Returns:
-      z [B, ...] float32 at the last level, and a Trajectory of `snapshots` states.
+      z [B, ...] float32 at the last noise level, and a Trajectory of `snapshots` states.
     """
     z_T = z_T.astype(jnp.float32)
     table = jax.tree.map(lambda c: jnp.asarray(c, c.dtype if c.dtype == np.int32 else jnp.float32), table)
@@ -55,25 +52,26 @@ def solve(
 
     def body(i, state):
         z, old_z, old_z0, kept = state
-        said = denoise(z, Level(table.t[i], table.alpha[i], table.sigma[i]))
-        z0_hat, spread = said if isinstance(said, Estimate) else (said, None)
+        estimate = denoise(z, NoiseLevel(table.t[i], table.alpha[i], table.sigma[i]))
+        z0_hat, var_frac = estimate if isinstance(estimate, Estimate) else (estimate, None)
         z0_hat, weights = z0_hat.astype(jnp.float32), table.weights[i]
 
-        def draw():
-            noise = _normal(_fold(keys, i), z.shape[1:])
-            return noise if spread is None else noise * jnp.exp(table.widen[i] * (spread + 1) / 2)
+        def sample_noise():
+            noise = normal(fold(keys, i), z.shape[1:])
+            return noise if var_frac is None else noise * jnp.exp(table.log_std_ratio[i] * var_frac)
 
-        noise = jax.lax.cond(weights[-1] > 0, draw, lambda: jnp.zeros_like(z))
+        noise = jax.lax.cond(weights[-1] > 0, sample_noise, lambda: jnp.zeros_like(z))
         # A sum, not a dot product: accelerators would round that to bfloat16 or TF32.
-        seen_z, seen_z0 = jnp.concatenate([z[None], old_z]), jnp.concatenate([z0_hat[None], old_z0])
-        z = sum(weights[k] * term for k, term in enumerate([*seen_z, *seen_z0, noise]))
+        all_z, all_z0 = jnp.concatenate([z[None], old_z]), jnp.concatenate([z0_hat[None], old_z0])
+        z = sum(weights[k] * term for k, term in enumerate([*all_z, *all_z0, noise]))
         if project is not None:
-            z = project(z, table.alpha_bar[i], _fold(_fold(keys, _PROJECT), i))
+            reached = NoiseLevel(table.t[i], table.reached_alpha[i], table.reached_sigma[i])
+            z = project(z, reached, fold(fold(keys, Stream.PROJECT), i))
         here = (keep_at == i).reshape(snapshots, *[1] * z.ndim)
         kept = Trajectory(jnp.where(here, z, kept.z_t), jnp.where(here, z0_hat, kept.z0_hat))
-        return z, seen_z[:-1], seen_z0[:-1], kept
+        return z, all_z[:-1], all_z0[:-1], kept
 
-    nothing = jnp.zeros((snapshots, *z_T.shape))
+    empty = jnp.zeros((snapshots, *z_T.shape))
     old = jnp.zeros((HISTORY, *z_T.shape))
-    z, *_, kept = jax.lax.fori_loop(0, table.rows, body, (z_T, old, old, Trajectory(nothing, nothing)))
+    z, *_, kept = jax.lax.fori_loop(0, table.rows, body, (z_T, old, old, Trajectory(empty, empty)))
     return z, kept

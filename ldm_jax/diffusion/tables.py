@@ -1,14 +1,14 @@
 """A sampler as a table of coefficients, made on the host in float64: one row for each network call.
 
-Every sampler here moves z linearly in what it has seen. Row i is network call i, told of the level (t, alpha, sigma):
+Every sampler here moves z linearly in the states and predictions of the last calls. Row i is network call i:
 
-    z0_hat = denoise(z, level)
+    z0_hat = denoise(z, (t, alpha, sigma))
     z      = sum_j weight[Z_j] (z of j calls ago) + weight[X_j] (z0_hat of j calls ago) + weight[NOISE] (fresh noise)
 
-and of a network with a learned variance (see `guidance.Estimate`) the noise is exp(widen (spread + 1) / 2) times that.
+For a network with a learned variance (see `guidance.Estimate`) the noise is exp(log_std_ratio var_frac) times that.
 
 Z[0], X[0], Z[1], ... and NOISE are unit vectors, so that a paper's update, written down with them, is the row.
-`sampling.solve` runs any table; columns are padded to one length and the number of rows is data, so that it compiles
+`solve.solve` runs any table; columns are padded to one length and the number of rows is data, so that it compiles
 once for all.
 """
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ldm_jax.diffusion.schedules import Point
+from ldm_jax.diffusion.process import Point, forward_step
 
 HISTORY = 4  # earlier calls that a row may look back to
 
@@ -28,21 +28,22 @@ Z, X, NOISE = _UNITS[: HISTORY + 1], _UNITS[HISTORY + 1 : -1], _UNITS[-1]
 class Row(NamedTuple):
     """One network call and the move after it."""
 
-    at: Point  # where z stands when the network is called
-    reached: Point  # where the move leaves it
+    at: Point  # the noise level of the network call
+    reached: Point  # the noise level after the move
     weights: np.ndarray  # [2 HISTORY + 3], in terms of Z, X and NOISE
-    widen: float = 0.0  # log sqrt(beta / beta_tilde) where the variance is the network's to choose
+    log_std_ratio: float = 0.0  # log sqrt(beta / beta_tilde) where the variance is predicted by the network
 
 
 class Table(NamedTuple):
-    """A solver's rows: [R] float64 columns, of which the first `rows` are meant; padding is 0 and never run."""
+    """A solver's rows: [R] float64 columns, of which the first `rows` count; padding is 0 and never run."""
 
-    t: np.ndarray  # [R] the time that the network is told
+    t: np.ndarray  # [R] the timestep that the network is conditioned on
     alpha: np.ndarray  # [R] z = alpha z0 + sigma eps when the network is called
     sigma: np.ndarray
     weights: np.ndarray  # [R, 2 HISTORY + 3]
-    widen: np.ndarray  # [R] 0 where the variance is fixed
-    alpha_bar: np.ndarray  # [R] the level reached: z after row i is a sample of q at this alpha_bar; 1 = clean
+    log_std_ratio: np.ndarray  # [R] 0 where the variance is fixed
+    reached_alpha: np.ndarray  # [R] after row i z is a sample of q at this level; alpha 1 and sigma 0 are clean data
+    reached_sigma: np.ndarray
     rows: np.ndarray  # [] int32
 
 
@@ -54,14 +55,15 @@ def tabulate(rows: Iterator[Row] | Sequence[Row], T: int) -> Table:
     """
     rows = list(rows)
     if len(rows) > 2 * T:
-        raise ValueError(f"a table holds {2 * T} network calls, this solver wants {len(rows)}; take fewer steps")
+        raise ValueError(f"a table holds {2 * T} network calls, this solver needs {len(rows)}; take fewer steps")
     columns = (
         [row.at.t for row in rows],
         [row.at.alpha for row in rows],
         [row.at.sigma for row in rows],
         [row.weights for row in rows],
-        [row.widen for row in rows],
-        [row.reached.alpha_bar for row in rows],
+        [row.log_std_ratio for row in rows],
+        [row.reached.alpha for row in rows],
+        [row.reached.sigma for row in rows],
     )
     pad = 2 * T - len(rows)
     padded = [np.pad(np.asarray(c, np.float64), [(0, pad)] + [(0, 0)] * (np.ndim(c) - 1)) for c in columns]
@@ -69,10 +71,10 @@ def tabulate(rows: Iterator[Row] | Sequence[Row], T: int) -> Table:
 
 
 def with_resampling(table: Table, times: int, jump: int) -> Table:
-    """RePaint (Lugmayr 2022, algorithm 1): every `jump` rows go back up by fresh noise and are done `times` times.
+    """RePaint (Lugmayr 2022, algorithm 1): every `jump` rows are noised back and repeated, `times` times in all.
 
-    For solvers that look at nothing but the current z and z0_hat (ddpm, ddim, euler, euler_a); for use with a `project`
-    that blends in what is known, which the repetitions bring into harmony with what is drawn.
+    For solvers without memory (ddpm, ddim, euler, euler_a); for use with a `project` that pastes the known region,
+    which the repetitions harmonize with the rest.
 
     Raises:
       ValueError: times or jump less than 1, a solver with a memory, a learned variance, or more rows than a table
@@ -83,25 +85,26 @@ def with_resampling(table: Table, times: int, jump: int) -> Table:
     now = np.isin(np.arange(len(_UNITS)), [0, HISTORY + 1, len(_UNITS) - 1])
     if table.weights[:, ~now].any():
         raise ValueError("resampling needs a solver without memory: ddpm, ddim, euler or euler_a")
-    if table.widen.any():
+    if table.log_std_ratio.any():
         raise ValueError("resampling needs a fixed variance: fixed_small or fixed_large")
     n, rows = int(table.rows), []
-    at = [Point(*point) for point in zip(table.t, table.alpha**2)][:n]
-    plain = [Row(at[i], Point(0.0, table.alpha_bar[i]), table.weights[i]) for i in range(n)]
+    at = [Point(*point) for point in zip(table.t, table.alpha, table.sigma)][:n]
+    reached = [Point(0.0, *level) for level in zip(table.reached_alpha, table.reached_sigma)]
+    plain = [Row(at[i], reached[i], table.weights[i]) for i in range(n)]
     for start in range(0, n, jump):
         part = plain[start : start + jump]
         for repetition in range(times):
             rows += part
             if repetition < times - 1 and start + jump < n:
-                rows[-1] = _jump_back(part[-1], part[0].at)
+                rows[-1] = _noised_back(part[-1], part[0].at)
             elif start + jump >= n:  # the last part ends on clean data, from which there is no way back
                 break
     return tabulate(rows, len(table.t) // 2)
 
 
-def _jump_back(row: Row, to: Point) -> Row:
+def _noised_back(row: Row, to: Point) -> Row:
     """The row, followed by the forward process up to the level `to` (Ho 2020, eq. 2)."""
-    keep = to.alpha_bar / row.reached.alpha_bar
-    weights = np.sqrt(keep) * row.weights
-    weights[-1] = np.hypot(weights[-1], np.sqrt(1 - keep))
+    keep, variance = forward_step(to.alpha, to.sigma, row.reached.alpha, row.reached.sigma)
+    weights = keep * row.weights
+    weights[-1] = np.hypot(weights[-1], np.sqrt(variance))
     return Row(row.at, to, weights)

@@ -14,18 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ldm_jax.diffusion.guidance import Estimate, clip_z0, from_network
-from ldm_jax.diffusion.likelihood import bound_term, prior_term
-from ldm_jax.diffusion.process import level_at, q_sample
-from ldm_jax.diffusion.random import example_keys
+from ldm_jax.diffusion.denoiser import Estimate, clip_z0, from_network
+from ldm_jax.diffusion.forward import noise_level, q_sample
+from ldm_jax.diffusion.likelihood import prior_kl, vlb_term
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.evaluation.cards import Card
 from ldm_jax.evaluation.features import fingerprint
 from ldm_jax.models.concat_conditioning import MapCondition
 from ldm_jax.models.first_stage import FirstStage, to_latents
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.runtime.parallel import map_in_batches, parallel_map
-
-STREAM = 6  # of `example_keys`; the training stages have 1 to 5
 
 
 class Bound(NamedTuple):
@@ -60,7 +59,7 @@ def make_bound(
     unet: nn.Module,
     conditioner: nn.Module,
     first_stage: FirstStage,
-    alpha_bar: np.ndarray,
+    process: Process,
     prediction: str,
     clip: float,
     levels: int | None,
@@ -70,14 +69,14 @@ def make_bound(
     """`measure(params, examples, seed)` -> Bound, for replicated `params` as `generate.make_generator` takes them.
 
     `examples` holds `x` uint8 [N, H, W, C], in labelled sets `label` [N], and what `map_condition` needs. z0_hat stays
-    within [-clip, clip]; `levels` is that of `likelihood.bound_term`. The variance is the learned one if the UNet has
+    within [-clip, clip]; `levels` is that of `likelihood.vlb_term`. The variance is the learned one if the UNet has
     it, else fixed_large.
     """
-    T = len(alpha_bar)
+    T = len(process)
 
     def bits(params: Any, batch: dict[str, jax.Array], seed: jax.Array) -> jax.Array:
         """[B, 1 + ranges]: the prior term, and the terms at the timesteps `t` [B, ranges]."""
-        keys = example_keys(seed, STREAM, 0, batch["id"])
+        keys = example_keys(seed, Stream.LIKELIHOOD, 0, batch["id"])
         moments = first_stage.encode(params["autoencoder"], to_pixels(batch["x"]))
         z0 = to_latents(first_stage.draw(moments, _fold(keys, T)), params["shift"], params["scale"])
         context = conditioner.apply({"params": params["conditioner"]}, batch["label"])
@@ -88,19 +87,19 @@ def make_bound(
         def network(z_t: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
             return unet.apply({"params": params["unet"]}, jnp.concatenate([z_t, beside], axis=-1), t, context)
 
-        from_unet = from_network(network, prediction, alpha_bar)
+        from_unet = from_network(network, prediction, process)
         denoise = clip_z0(lambda z_t, level: from_unet(z_t, level, context), clip)
 
         def terms(t: jax.Array) -> jax.Array:
             eps = jax.vmap(lambda key: jax.random.normal(key, z0.shape[1:]))(jax.vmap(jax.random.fold_in)(keys, t))
-            z_t = q_sample(z0, t, eps, alpha_bar)
-            said = denoise(z_t, level_at(t, alpha_bar))
+            z_t = q_sample(z0, t, eps, process)
+            said = denoise(z_t, noise_level(t, process))
             if isinstance(said, Estimate):
-                options = {"variance": "learned", "learned": said.spread}
-                return bound_term(z0, z_t, said.z0, t, alpha_bar, levels=levels, **options)
-            return bound_term(z0, z_t, said, t, alpha_bar, levels=levels, variance="fixed_large")
+                options = {"variance": "learned", "var_frac": said.var_frac}
+                return vlb_term(z0, z_t, said.z0, t, process, num_bins=levels, **options)
+            return vlb_term(z0, z_t, said, t, process, num_bins=levels, variance="fixed_large")
 
-        return jnp.concatenate([prior_term(z0, alpha_bar)[:, None], jax.lax.map(terms, batch["t"].T).T], axis=1)
+        return jnp.concatenate([prior_kl(z0, process)[:, None], jax.lax.map(terms, batch["t"].T).T], axis=1)
 
     compiled = parallel_map(bits)
 

@@ -27,7 +27,7 @@ from ldm_jax.pipeline.from_config import (
     build_conditioner,
     build_first_stage,
     build_map_condition,
-    build_schedule,
+    build_process,
     build_unet,
     pixel_levels,
 )
@@ -245,7 +245,7 @@ def build_bound(config: ConfigDict, num_classes: int) -> Callable[[Any, dict[str
         unet=build_unet(config),
         conditioner=build_conditioner(config, num_classes),
         first_stage=build_first_stage(config),
-        alpha_bar=build_schedule(config).alpha_bar,
+        process=build_process(config),
         prediction=config.diffusion.prediction,
         clip=1.0 if levels else float("inf"),
         levels=levels,

@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_jax.diffusion.guidance import Denoiser, clip_z0, threshold_z0
-from ldm_jax.diffusion.process import check_prediction
-from ldm_jax.diffusion.schedules import EVEN, Schedule, make_schedule, rescale_zero_terminal_snr
+from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, threshold_z0
+from ldm_jax.diffusion.prediction import coefficient_tables
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.schedules import make_process, process_of_betas
 from ldm_jax.diffusion.solvers import SOLVERS, make_table
+from ldm_jax.diffusion.spacing import EVEN
 from ldm_jax.diffusion.tables import Table
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_fields import (
@@ -57,7 +59,7 @@ _FORCED = {
 class Scheduler(NamedTuple):
     """What a scheduler's config comes to, for a model's samples."""
 
-    schedule: Schedule  # that the network was trained with
+    process: Process  # that the network was trained with
     prediction: str  # eps | v | z0
     sampler: str  # one of SOLVERS
     options: dict[str, Any]  # of `make_table`, beyond the number of steps
@@ -72,7 +74,7 @@ class Scheduler(NamedTuple):
           InputError: a combination that the solver does not take.
         """
         try:
-            return make_table(self.sampler, self.schedule, steps, prediction=self.prediction, **(self.options | more))
+            return make_table(self.sampler, self.process, steps, prediction=self.prediction, **(self.options | more))
         except ValueError as error:
             raise InputError(f"sampling: {error}") from error
 
@@ -125,15 +127,15 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
         if sampler == "dpmpp_2m" and fields["algorithm_type"] == ALGORITHM["dpmpp_2m_sde"]:
             sampler = "dpmpp_2m_sde"
 
-    schedule, prediction = _schedule(fields, sampler), PREDICTIONS[fields["prediction_type"]]
-    _check_range(config, name, fields, schedule)
+    process, prediction = _process(fields, sampler), PREDICTIONS[fields["prediction_type"]]
+    _check_range(config, name, fields, process)
     try:
-        check_prediction(prediction, schedule.alpha_bar)
+        coefficient_tables(prediction, process)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
     clips, thresholds = fields["clip_sample"], fields["thresholding"]
     return Scheduler(
-        schedule,
+        process,
         prediction,
         sampler,
         _options(fields, sampler),
@@ -143,7 +145,7 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
     )
 
 
-def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any], schedule: Schedule) -> None:
+def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any], process: Process) -> None:
     """Refuses another range of noise levels than the schedule's own.
 
     diffusers looks sigma_min and sigma_max up in the config of any class that has uneven sigmas.
@@ -153,7 +155,7 @@ def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any]
             if config.get(field) is not None:
                 raise InputError(f"{name}: {field} = {config[field]!r} is not supported; supported: None")
     if "lambda_min_clipped" in fields:
-        lowest = np.log(schedule.alpha_bar[-1] / (1 - schedule.alpha_bar[-1])) / 2
+        lowest = process.point(-1).half_log_snr
         if fields["lambda_min_clipped"] > lowest:
             raise InputError(
                 f"{name}: lambda_min_clipped = {fields['lambda_min_clipped']!r} is not supported; "
@@ -161,24 +163,23 @@ def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any]
             )
 
 
-def _schedule(fields: Mapping[str, Any], sampler: str) -> Schedule:
+def _process(fields: Mapping[str, Any], sampler: str) -> Process:
     T, zero_snr, given = fields["num_train_timesteps"], fields["rescale_betas_zero_snr"], fields["trained_betas"]
     try:
         if given is None:
             name, start, end = SCHEDULES[fields["beta_schedule"]], fields["beta_start"], fields["beta_end"]
-            schedule = make_schedule(name, T, beta_start=start, beta_end=end, zero_terminal_snr=zero_snr)
+            process = make_process(name, T, beta_start=start, beta_end=end, zero_terminal_snr=zero_snr)
         else:
             beta = np.asarray(given, np.float64)
             if beta.shape != (T,) or not ((beta > 0) & (beta < 1)).all():
                 raise ValueError(f"trained_betas must be {T} numbers between 0 and 1, as num_train_timesteps says")
-            beta = rescale_zero_terminal_snr(beta) if zero_snr else beta
-            schedule = Schedule(beta, np.cumprod(1 - beta))
+            process = process_of_betas(beta, zero_terminal_snr=zero_snr)
     except ValueError as error:
         raise InputError(f"{CLASS_OF[sampler]}: {error}") from error
     if zero_snr and sampler in _FLOORED:
-        alpha_bar = np.append(schedule.alpha_bar[:-1], _FLOOR)
-        return Schedule(np.append(schedule.beta[:-1], 1 - _FLOOR / alpha_bar[-2]), alpha_bar)
-    return schedule
+        ends = np.sqrt(_FLOOR), np.sqrt(1 - _FLOOR)
+        return Process(*(np.append(table[:-1], end) for table, end in zip((process.alpha, process.sigma), ends)))
+    return process
 
 
 def _options(fields: Mapping[str, Any], sampler: str) -> dict[str, Any]:
@@ -223,7 +224,7 @@ def config_from_schedule(
     its kin read a steps_offset of 0 as 1, which matters with leading spacing. Some classes lift alpha_bar from 0.
 
     Args:
-      name, T, beta_start, beta_end, zero_terminal_snr: as in `make_schedule`.
+      name, T, beta_start, beta_end, zero_terminal_snr: as in `make_process`.
       prediction: eps, v or z0.
       sampler: one of SOLVERS, whose class it will be.
       spacing, between, steps_offset, set_alpha_to_one, variance: as in `make_table`.
@@ -268,5 +269,8 @@ def config_from_schedule(
 
 
 def _key(names: Mapping[Any, str], ours: str) -> Any:
-    """diffusers' name for ours, the first if there are several."""
-    return next(theirs for theirs, name in names.items() if name == ours)
+    """diffusers' name for ours, the first if there are several; raises InputError if there is none."""
+    for theirs, name in names.items():
+        if name == ours:
+            return theirs
+    raise InputError(f"diffusers' DDPM schedulers have no {ours!r}; they have {', '.join(names.values())}")

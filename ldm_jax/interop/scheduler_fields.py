@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.diffusion.schedules import EVEN
+from ldm_jax.diffusion.spacing import EVEN
 from ldm_jax.errors import InputError
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}

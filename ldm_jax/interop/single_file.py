@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 from numpy.typing import DTypeLike
 
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.schedules import scaled_linear_betas
 from ldm_jax.errors import InputError
 from ldm_jax.interop import ldm_names
 from ldm_jax.interop.clip_weights import PREFIX, text_encoder_from_config
@@ -183,7 +183,7 @@ def _variant(family: str, shapes: Shapes, prediction: str, step: int | None) -> 
 def _check_noise_levels(file: WeightFile, fields: Family) -> None:
     """Raises InputError if the file tells its noise levels, and they are not those of its family."""
     T, start, end = (fields.scheduler[name] for name in ("num_train_timesteps", "beta_start", "beta_end"))
-    wanted = make_schedule("scaled_linear", T, beta_start=start, beta_end=end).beta
+    wanted = scaled_linear_betas(T, start, end)
     for name in {"betas", "low_scale_model.betas"} & file.shapes.keys():
         betas = file.view(name).astype(np.float64)
         if betas.shape != wanted.shape or not np.allclose(betas, wanted, rtol=5e-3, atol=0):  # that of bfloat16

@@ -61,7 +61,7 @@ class NoisyClassifier(nn.Module):
         Args:
           z_t: [B, h, w, c].
           t: integer or float, [B].
-          alpha: [B], sqrt(alpha_bar) of t.
+          alpha: [B], the weight of z0 at t.
 
         Returns:
           [B, num_classes] float32.

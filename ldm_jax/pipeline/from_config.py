@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from ldm_jax.diffusion.guidance import Classify, make_classify
-from ldm_jax.diffusion.schedules import Schedule, make_schedule
+from ldm_jax.config.fields import SCHEDULE
+from ldm_jax.diffusion.guidance import ClassLogProbabilities, class_log_probabilities
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.classifier import NoisyClassifier
 from ldm_jax.models.clip import CLIPTextEncoder
@@ -20,16 +22,9 @@ from ldm_jax.models.first_stage import FirstStage, make_first_stage
 from ldm_jax.models.unet import UNet
 
 
-def build_schedule(config: ConfigDict) -> Schedule:
+def build_process(config: ConfigDict) -> Process:
     """The noise schedule of the config."""
-    diffusion = config.diffusion
-    return make_schedule(
-        diffusion.schedule,
-        diffusion.timesteps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-        zero_terminal_snr=diffusion.zero_terminal_snr,
-    )
+    return make_process(**{name: config.diffusion[name] for name in SCHEDULE})
 
 
 def build_autoencoder(config: ConfigDict) -> nn.Module | None:
@@ -142,9 +137,9 @@ def build_classifier(config: ConfigDict, num_classes: int) -> NoisyClassifier:
     )
 
 
-def build_classify(config: ConfigDict, num_classes: int) -> Classify:
+def build_classify(config: ConfigDict, num_classes: int) -> ClassLogProbabilities:
     """(params, z_t, t) -> log p(y | z_t) of the config's classifier."""
-    return make_classify(build_classifier(config, num_classes).apply, build_schedule(config).alpha_bar)
+    return class_log_probabilities(build_classifier(config, num_classes).apply, build_process(config))
 
 
 def build_clip(config: ConfigDict, *, vocab_size: int, max_length: int, eos_token_id: int) -> CLIP:

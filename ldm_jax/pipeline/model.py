@@ -79,7 +79,7 @@ def config_of(model: Pretrained, size: tuple[int, int], dtype: str) -> ConfigDic
                 "latent_channels": model.unet.out_channels,
             },
             "concat": {"kind": model.map_kind, "factor": autoencoder.downsampling},
-            "diffusion": {"timesteps": len(scheduler.schedule.alpha_bar), "prediction": scheduler.prediction},
+            "diffusion": {"timesteps": len(scheduler.process), "prediction": scheduler.prediction},
             "sampling": {
                 "sampler": scheduler.sampler,
                 "steps": family.steps,

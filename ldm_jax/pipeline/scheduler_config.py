@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax.diffusion.schedules import EVEN
+from ldm_jax.diffusion.spacing import EVEN
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_config import config_from_schedule
 

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.process import q_sample
-from ldm_jax.diffusion.random import map_noise, sample_keys
+from ldm_jax.diffusion.forward import q_sample
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.random import low_resolution_noise, sample_keys
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
 from ldm_jax.interop.scheduler_config import scheduler_from_config
@@ -25,7 +26,7 @@ SCALE = 0.08333  # of its latents; diffusers' pipeline takes it whatever the aut
 class Upscaling(NamedTuple):
     """How the picture that is to be enlarged is noised."""
 
-    alpha_bar: np.ndarray  # [T] float64
+    process: Process
     max_noise_level: int
     scheduler: Mapping[str, Any]  # the scheduler_config.json that says so
 
@@ -47,14 +48,14 @@ def read(path: Path, settings: Mapping[str, Any], levels: int | None) -> Upscali
 
 def make(scheduler: Mapping[str, Any], highest: Any, levels: int | None, *, where: Path) -> Upscaling:
     """By a scheduler's config and the highest level; errors, which name the file `where`, as in `read`."""
-    alpha_bar = scheduler_from_config(scheduler).schedule.alpha_bar
-    known = min(levels or 0, len(alpha_bar))
+    process = scheduler_from_config(scheduler).process
+    known = min(levels or 0, len(process))
     if not isinstance(highest, int) or not 0 <= highest < known:
         raise InputError(
             f"{where}: max_noise_level is {highest}; the UNet's num_class_embeds and low_res_scheduler know {known} "
             "levels, from 0"
         )
-    return Upscaling(alpha_bar, highest, scheduler)
+    return Upscaling(process, highest, scheduler)
 
 
 def noised(maps: np.ndarray, noise_level: int, upscaling: Upscaling, seed: int, num: int) -> np.ndarray:
@@ -68,8 +69,8 @@ def noised(maps: np.ndarray, noise_level: int, upscaling: Upscaling, seed: int, 
     Returns:
       [num, h, w, C] float32.
     """
-    noise = map_noise(sample_keys(np.uint32(seed), np.arange(num)), maps.shape[1:])
-    return np.asarray(q_sample(jnp.asarray(maps), np.full(num, noise_level), noise, upscaling.alpha_bar))
+    noise = low_resolution_noise(sample_keys(np.uint32(seed), np.arange(num)), maps.shape[1:])
+    return np.asarray(q_sample(jnp.asarray(maps), np.full(num, noise_level), noise, upscaling.process))
 
 
 def make_augment(upscaling: Upscaling) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]:
@@ -82,7 +83,7 @@ def make_augment(upscaling: Upscaling) -> Callable[[jax.Array, jax.Array], tuple
         highest = upscaling.max_noise_level
         key_level, key_noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         level = jax.vmap(lambda key: jax.random.randint(key, (), 0, highest + 1))(key_level)
-        noise = map_noise(key_noise, maps.shape[1:])
-        return q_sample(maps, level, noise, upscaling.alpha_bar), {"class_labels": level}
+        noise = low_resolution_noise(key_noise, maps.shape[1:])
+        return q_sample(maps, level, noise, upscaling.process), {"class_labels": level}
 
     return augment

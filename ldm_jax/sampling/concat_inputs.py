@@ -11,14 +11,13 @@ from scipy.ndimage import distance_transform_edt
 
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.images import fit_segments
-from ldm_jax.diffusion.random import example_keys
+from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline import from_config as pipeline_from_config
 from ldm_jax.runtime.parallel import map_in_batches, parallel_map
 from ldm_jax.sampling import image_inputs
 from ldm_jax.sampling.generate import smallest_batch
 
-STREAM = 7  # of `example_keys`: which parts of a picture are hidden
 GREY = 128  # how a hidden part is shown
 
 
@@ -34,7 +33,7 @@ def from_split(config: ConfigDict, dataset: Dataset, num: int, seed: int) -> Giv
     """What is known of the first `num` pictures of a data set, which goes round; for inpainting, hidden by the seed."""
     condition, rows = pipeline_from_config.build_map_condition(config), np.arange(num)
     examples = dataset[rows % len(dataset)]
-    know = parallel_map(lambda seed, batch: condition.know(batch, example_keys(seed, STREAM, 0, batch["id"])))
+    know = parallel_map(lambda seed, batch: condition.know(batch, example_keys(seed, Stream.DEGRADE, 0, batch["id"])))
     batch = examples | {"id": rows.astype(np.int32)}
     batch_size = smallest_batch(num, config.evaluation.batch_size, jax.local_device_count())
     known = map_in_batches(know, np.uint32(seed), batch, batch_size)

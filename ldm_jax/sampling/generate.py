@@ -10,17 +10,15 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from ldm_jax.diffusion.denoiser import clip_z0, from_network, paste_known, threshold_z0
 from ldm_jax.diffusion.guidance import (
-    Classify,
+    ClassLogProbabilities,
     classifier_free,
     classifier_guided,
-    clip_z0,
-    from_network,
-    keep_known,
     log_probability,
     similarity_guided,
-    threshold_z0,
 )
+from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.tables import Table
@@ -114,12 +112,12 @@ def make_generator(
     map_condition: MapCondition | None,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
-    alpha_bar: np.ndarray,
+    process: Process,
     prediction: str,
     pixels: bool,
     batch_size: int,
     snapshots: int,
-    classify: Classify | None = None,
+    classify: ClassLogProbabilities | None = None,
     similarity: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Generator:
     """Builds a generator for replicated `params` {"unet", "conditioner", "autoencoder", "shift", "scale"}.
@@ -145,7 +143,7 @@ def make_generator(
         if "toward" in batch:
             told = _between(told, tau(params["conditioner"], batch["toward"]), batch["share"])
         guided = classifier_free(
-            from_network(network, prediction, alpha_bar),
+            from_network(network, prediction, process),
             condition(told),
             condition(tau(params["conditioner"], options["negative"])),
             batch["guidance"],
@@ -173,7 +171,7 @@ def make_generator(
             batch["z_T"],
             table,
             sample_keys(seed, batch["id"]),
-            project=keep_known(options["z0"], options["mask"]),
+            project=paste_known(options["z0"], options["mask"]),
             snapshots=snapshots,
         )
         return z, jnp.moveaxis(on_the_way.z0_hat, 0, 1)
@@ -201,7 +199,7 @@ def make_generator(
     def latents(params: Any, request: Request, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         options = {
             "negative": y_of(request, np.array([request.negative], np.int32)),
-            "interval": np.asarray(request.interval, np.float32) * len(alpha_bar),
+            "interval": np.asarray(request.interval, np.float32) * len(process),
             "rescale": np.float32(request.rescale),
             "threshold": np.float32(request.threshold),
             "clip": np.float32(request.clip),
@@ -293,7 +291,7 @@ def build_generator(config: ConfigDict, num_classes: int, batch_size: int, guide
         map_condition=pipeline_from_config.build_map_condition(config),
         first_stage=pipeline_from_config.build_first_stage(config),
         latent_shape=pipeline_from_config.latent_shape(config),
-        alpha_bar=pipeline_from_config.build_schedule(config).alpha_bar,
+        process=pipeline_from_config.build_process(config),
         prediction=config.diffusion.prediction,
         pixels=config.autoencoder.kind == "none",
         batch_size=batch_size,
@@ -323,7 +321,7 @@ def _pretrained_generator(
         map_condition=pipeline_model.map_condition_of(model, first_stage, latent_shape),
         first_stage=first_stage,
         latent_shape=latent_shape,
-        alpha_bar=scheduler.schedule.alpha_bar,
+        process=scheduler.process,
         prediction=scheduler.prediction,
         pixels=False,
         batch_size=batch_size,

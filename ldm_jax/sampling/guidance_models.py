@@ -75,8 +75,8 @@ def classifier_for(path: Path, model: Trained) -> Classifier:
             f"--classifier={path} tells {len(class_names)} classes apart ({', '.join(class_names)}); those of --model "
             f"are {len(model.class_names)} ({', '.join(model.class_names)})"
         )
-    schedules = [pipeline_from_config.build_schedule(config).alpha_bar for config in (guide.config, model.config)]
-    if not np.array_equal(*schedules):
+    processes = [pipeline_from_config.build_process(config) for config in (guide.config, model.config)]
+    if processes[0] != processes[1]:
         theirs, ours = guide.config.diffusion, model.config.diffusion
         unlike = [f"{n} {theirs[n]} and {ours[n]}" for n in config_fields.SCHEDULE if theirs[n] != ours[n]]
         raise InputError(f"--classifier={path} and --model have other noise schedules: {'; '.join(unlike)}")

@@ -17,7 +17,7 @@ from ldm_jax.config import io as config_io
 from ldm_jax.data import from_config as data_from_config
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.diffusion.random import initial_latents, sample_keys
-from ldm_jax.diffusion.schedules import EVEN
+from ldm_jax.diffusion.spacing import EVEN
 from ldm_jax.diffusion.tables import Table
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline import from_config as pipeline_from_config

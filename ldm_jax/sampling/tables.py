@@ -49,7 +49,7 @@ def build_table(config: ConfigDict, *, resample: int = 1, jump: int = 1, **chang
     try:
         table = make_table(
             fields.pop("sampler"),
-            pipeline_from_config.build_schedule(config),
+            pipeline_from_config.build_process(config),
             fields.pop("steps"),
             prediction=config.diffusion.prediction,
             **fields,
@@ -69,10 +69,10 @@ def _resampled(table: Table, times: int, jump: int) -> Table:
 def inversion_table_of(model: Trained, steps: int, spacing: str) -> Table:
     """The table that leads from clean latents to their noise in `steps` steps of DDIM; raises InputError."""
     if model.pretrained:
-        schedule = pipeline_model.scheduler_of(model.pretrained).schedule
+        process = pipeline_model.scheduler_of(model.pretrained).process
     else:
-        schedule = pipeline_from_config.build_schedule(model.config)
+        process = pipeline_from_config.build_process(model.config)
     try:
-        return make_inversion_table(schedule, steps, spacing=spacing)
+        return make_inversion_table(process, steps, spacing=spacing)
     except ValueError as error:
         raise InputError(f"inversion: {error}") from error

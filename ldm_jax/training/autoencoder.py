@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from ldm_jax.diffusion.random import example_keys
+from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.models.first_stage import draw, kl_divergence
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.models.quantizer import perplexity
 from ldm_jax.training.state import TrainState, ema_update, keep_if
-
-STREAM = 1  # of `example_keys`
 
 
 class AutoencoderStage(NamedTuple):
@@ -62,7 +60,7 @@ def make_autoencoder_stage(
 
     def prepare(batch: dict, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(pixels x, one key an example for its latent)."""
-        keys = example_keys(seed, STREAM, batch["step"], batch["id"])
+        keys = example_keys(seed, Stream.AUTOENCODER, batch["step"], batch["id"])
         key_flip, key_raw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x = to_pixels(batch["x"])
         return flip_images(x, key_flip) if flip else x, key_raw

@@ -5,17 +5,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
-from ldm_jax.diffusion.guidance import log_probability, make_classify
-from ldm_jax.diffusion.random import example_keys, split_keys
+from ldm_jax.diffusion.guidance import class_log_probabilities, log_probability
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.random import Stream, example_keys, split_keys
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.training.noising import make_noising
 from ldm_jax.training.state import TrainState, update_if_finite
-
-STREAM, VALIDATION_STREAM = 4, 5  # of `example_keys`; the diffusion model has 2 and 3
 
 
 class ClassifierStage(NamedTuple):
@@ -32,7 +30,7 @@ def make_classifier_stage(
     classifier: nn.Module,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
-    alpha_bar: np.ndarray,
+    process: Process,
     flip: bool,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
@@ -41,8 +39,8 @@ def make_classifier_stage(
 
     A batch holds `id` [B] int32, `label` [B] int32 and `moments` or `x`, as that of the diffusion model does.
     """
-    add_noise = make_noising(first_stage=first_stage, alpha_bar=alpha_bar, flip=flip)
-    classify = make_classify(classifier.apply, alpha_bar)
+    add_noise = make_noising(first_stage=first_stage, process=process, flip=flip)
+    classify = class_log_probabilities(classifier.apply, process)
 
     def init(rng: jax.Array) -> TrainState:
         one = jnp.ones((1,))
@@ -50,7 +48,7 @@ def make_classifier_stage(
         ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
-    def noised(batch: dict, frozen: dict, seed: jax.Array, stream: int, step: jax.Array | int) -> dict:
+    def noised(batch: dict, frozen: dict, seed: jax.Array, stream: Stream, step: jax.Array | int) -> dict:
         keys = example_keys(seed, stream, step, batch["id"])
         return add_noise(batch, frozen, split_keys(keys, 3), batch.get("t")) | {"label": batch["label"]}
 
@@ -65,7 +63,7 @@ def make_classifier_stage(
         return means["loss"], means
 
     def step(state, frozen, batch, seed, *, axis_name=None):
-        example = noised(batch, frozen, seed, STREAM, batch["step"])
+        example = noised(batch, frozen, seed, Stream.CLASSIFIER, batch["step"])
         (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example)
         if axis_name is not None:
             metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
@@ -76,11 +74,11 @@ def make_classifier_stage(
 
     def validate(params, frozen, batch, seed):
         """{"loss", "accuracy"} of each example [B] at the batch's own timesteps `t` [B]."""
-        return measure(params, noised(batch, frozen, seed, VALIDATION_STREAM, 0))
+        return measure(params, noised(batch, frozen, seed, Stream.CLASSIFIER_VALIDATION, 0))
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        example = noised(batch, frozen, seed, STREAM, batch["step"])
+        example = noised(batch, frozen, seed, Stream.CLASSIFIER, batch["step"])
         alpha = jnp.ones(example["t"].shape)  # it only scales the logits, which `loss` shows
         _, seen = classifier.apply(
             {"params": state.params["classifier"]}, example["z_t"], example["t"], alpha, capture_intermediates=True

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from ldm_jax.data.augmentation import check_ranges, move_and_zoom
-from ldm_jax.diffusion.random import example_keys, split_keys
+from ldm_jax.diffusion.random import Stream, example_keys, split_keys
 from ldm_jax.models.clip_vision import CLIP
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.training.contrastive import contrastive_loss, with_bounded_scale
 from ldm_jax.training.state import TrainState, update_if_finite
-
-STREAM, VALIDATION_STREAM = 8, 9  # of `example_keys`; the others have 1 to 7
 
 
 class CLIPStage(NamedTuple):
@@ -63,7 +61,7 @@ def make_clip_stage(
         return {"x": to_pixels(batch["x"]), "ids": ids[rows, k], "drawn": number[rows, k], "captions": number}
 
     def augmented(batch: dict, frozen: dict, seed: jax.Array) -> dict[str, jax.Array]:
-        key_caption, key_flip, key_move = split_keys(example_keys(seed, STREAM, batch["step"], batch["id"]), 3)
+        key_caption, key_flip, key_move = split_keys(example_keys(seed, Stream.CLIP, batch["step"], batch["id"]), 3)
         example = pair(batch, frozen, key_caption)
         if flip:
             example["x"] = flip_images(example["x"], key_flip)
@@ -94,7 +92,7 @@ def make_clip_stage(
     def validate(params, frozen, batch, seed, *, axis_name=None):
         """{"loss", "text_accuracy", "image_accuracy"} of each example [B] among those of the whole batch, its pictures
         as they are; an example's caption is the same each time."""
-        keys = example_keys(seed, VALIDATION_STREAM, 0, batch["id"])
+        keys = example_keys(seed, Stream.CLIP_VALIDATION, 0, batch["id"])
         return measure(params, pair(batch, frozen, keys), axis_name)[0]
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:

@@ -6,19 +6,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from ldm_jax.diffusion.denoiser import to_var_frac
 from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
-from ldm_jax.diffusion.random import example_keys, split_keys
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.random import Stream, example_keys, split_keys
 from ldm_jax.models.concat_conditioning import MapCondition
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.pipeline.trainable import Network
 from ldm_jax.training.noising import make_noising
 from ldm_jax.training.state import TrainState, update_if_finite
-
-STREAM, VALIDATION_STREAM = 2, 3  # of `example_keys`; stage 1 has 1
-
 
 # (maps [B, h, w, k], keys [B]) -> the maps as the UNet sees them, and the arguments by which it is told what was done.
 Augment = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -40,7 +38,7 @@ def make_diffusion_stage(
     map_condition: MapCondition | None,
     first_stage: FirstStage,
     latent_shape: tuple[int, int, int],
-    alpha_bar: np.ndarray,
+    process: Process,
     prediction: str,
     weighting: str,
     snr_gamma: float,
@@ -55,14 +53,14 @@ def make_diffusion_stage(
     """Builds the stage for the loss of Ho 2020, eq. 14 (Rombach 2022, eq. 3), generalised to v and z0.
 
     With a `bound_weight` (lambda of Nichol 2021, eq. 16) the variance is learned: the UNet's second half of channels is
-    its spread, and the loss L_simple + bound_weight L_vlb. `levels` is that of `likelihood.bound_term`.
+    its spread, and the loss L_simple + bound_weight L_vlb. `levels` is that of `likelihood.vlb_term`.
     `augment` is what a map goes through before the UNet sees it (Ho 2022, section 4).
 
     A batch holds `id` [B] int32, `label` [B] int32 (absent in unlabelled sets) and either `moments`
     [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with a map
     condition it is `x`, and `segments` [B, H, W, 1] uint8 where that is the map.
     """
-    add_noise = make_noising(first_stage=first_stage, alpha_bar=alpha_bar, flip=flip)
+    add_noise = make_noising(first_stage=first_stage, process=process, flip=flip)
 
     def init(rng: jax.Array) -> TrainState:
         params = network.init(rng)
@@ -73,7 +71,10 @@ def make_diffusion_stage(
         told = network.tell(params, frozen, label) | example["told"]
         unet_params = network.unet(params, frozen)
         output = network.module.apply({"params": unet_params}, example["seen"], example["t"], **told)
-        return tuple(jnp.split(output, 2, axis=-1)) if bound_weight else (output, None)
+        if not bound_weight:
+            return output, None
+        output, variance = jnp.split(output, 2, axis=-1)
+        return output, to_var_frac(variance)
 
     def noised(batch: dict, frozen: dict, keys: jax.Array, t: jax.Array | None = None) -> dict:
         """Everything the loss needs; `t` is drawn uniformly from [0, T) unless given."""
@@ -94,20 +95,20 @@ def make_diffusion_stage(
         dropped = jnp.where(dropped, network.null, label)
         return example | {"seen": seen, "told": told, "label": label, "dropped": dropped}
 
-    per_example = partial(diffusion_loss, alpha_bar=alpha_bar, prediction=prediction)
+    per_example = partial(diffusion_loss, process=process, prediction=prediction)
 
     def loss_fn(params: Any, frozen: dict, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
         z0, z_t, t = example["z0"], example["z_t"], example["t"]
-        output, spread = predict(params, frozen, example, example["dropped"])
+        output, var_frac = predict(params, frozen, example, example["dropped"])
         simple = per_example(output, z0, example["eps"], t, weighting=weighting, gamma=snr_gamma).mean()
-        if spread is None:
+        if var_frac is None:
             return simple, {}
-        terms = variance_loss(output, spread, z0, z_t, t, prediction=prediction, alpha_bar=alpha_bar, levels=levels)
-        bound = len(alpha_bar) * terms.mean()
+        terms = variance_loss(output, var_frac, z0, z_t, t, prediction=prediction, process=process, num_bins=levels)
+        bound = len(process) * terms.mean()
         return simple + bound_weight * bound, {"simple": simple, "bound": bound}
 
     def step(state, frozen, batch, seed, *, axis_name=None):
-        keys = example_keys(seed, STREAM, batch["step"], batch["id"])
+        keys = example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"])
         example = noised(batch, frozen, keys)
         (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, example)
         if axis_name is not None:
@@ -117,13 +118,13 @@ def make_diffusion_stage(
 
     def validate(params, frozen, batch, seed):
         """{"loss": unweighted, of each example [B]} at the batch's own timesteps `t` [B]; no label is dropped."""
-        example = noised(batch, frozen, example_keys(seed, VALIDATION_STREAM, 0, batch["id"]), batch["t"])
+        example = noised(batch, frozen, example_keys(seed, Stream.DIFFUSION_VALIDATION, 0, batch["id"]), batch["t"])
         output, _ = predict(params, frozen, example, example["label"])
         return {"loss": per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")}
 
     def trace(state, frozen, batch, seed) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        example = noised(batch, frozen, example_keys(seed, STREAM, batch["step"], batch["id"]))
+        example = noised(batch, frozen, example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"]))
         told = network.tell(state.params, frozen, example["dropped"]) | example["told"]
         unet_params = network.unet(state.params, frozen)
         _, seen = network.module.apply(

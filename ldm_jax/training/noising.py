@@ -5,15 +5,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ldm_jax.diffusion.process import q_sample
+from ldm_jax.diffusion.forward import q_sample
+from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.random import split_keys
 from ldm_jax.models.first_stage import FirstStage, to_latents
 from ldm_jax.models.pixels import flip_images, to_pixels
 
 
-def make_noising(*, first_stage: FirstStage, alpha_bar: np.ndarray, flip: bool) -> Callable[..., dict[str, jax.Array]]:
+def make_noising(*, first_stage: FirstStage, process: Process, flip: bool) -> Callable[..., dict[str, jax.Array]]:
     """`add_noise(batch, frozen, keys, t=None)` -> {"z0", "t", "eps", "z_t"}, by Ho 2020, eq. 4.
 
     A batch holds either `moments` [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x`
@@ -21,7 +21,7 @@ def make_noising(*, first_stage: FirstStage, alpha_bar: np.ndarray, flip: bool) 
     {"autoencoder", "shift", "scale"}; `keys` are three arrays of [B] keys. t [B] is drawn uniformly from [0, T) unless
     given.
     """
-    T = alpha_bar.shape[0]
+    T = len(process)
 
     def one_side(batch: dict, frozen: dict, keys: jax.Array) -> tuple[jax.Array, dict]:
         """The moments of each example, as it is or mirrored by the coin of its own key, and its pictures alike."""
@@ -41,6 +41,6 @@ def make_noising(*, first_stage: FirstStage, alpha_bar: np.ndarray, flip: bool) 
         if t is None:
             t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=T))(key_t)
         eps = jax.vmap(partial(jax.random.normal, shape=z0.shape[1:]))(key_noise)
-        return pictures | {"z0": z0, "t": t, "eps": eps, "z_t": q_sample(z0, t, eps, alpha_bar)}
+        return pictures | {"z0": z0, "t": t, "eps": eps, "z_t": q_sample(z0, t, eps, process)}
 
     return add_noise

@@ -3,23 +3,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.guidance import (
-    Estimate,
-    classifier_free,
-    classifier_guided,
-    clip_z0,
-    from_network,
-    keep_known,
-    similarity_guided,
-    threshold_z0,
-)
-from ldm_jax.diffusion.process import PREDICTIONS, from_z0, level_at, to_z0
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.denoiser import Estimate, clip_z0, from_network, paste_known, threshold_z0
+from ldm_jax.diffusion.forward import NoiseLevel, noise_level
+from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, similarity_guided
+from ldm_jax.diffusion.prediction import PREDICTIONS, from_z0, to_z0
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.schedules import make_process
 
-ALPHA_BAR = make_schedule("scaled_linear", 100).alpha_bar
+PROCESS = make_process("scaled_linear", 100)
 Z = jax.random.normal(jax.random.key(0), (3, 4, 4, 2))
 T = jnp.array([0, 50, 99])
-LEVEL = level_at(T, ALPHA_BAR)
+LEVEL = noise_level(T, PROCESS)
 CONTEXT = jnp.array([1.0, 2.0, 3.0]).reshape(3, 1, 1)
 NULL = jnp.full((1, 1, 1), -1.0)
 
@@ -36,16 +30,16 @@ def plain(z_t, level, context):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_from_network_converts(prediction):
-    denoise = from_network(network, prediction, ALPHA_BAR)
-    expected = to_z0(prediction, network(Z, T, CONTEXT), Z, LEVEL)
+    denoise = from_network(network, prediction, PROCESS)
+    expected = to_z0(prediction, network(Z, T, CONTEXT), Z, *LEVEL.broadcast_to(Z))
     np.testing.assert_allclose(denoise(Z, LEVEL, CONTEXT), expected, rtol=1e-6)
 
 
 def test_from_network_refuses_before_it_is_called():
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        from_network(network, "eps", make_schedule("linear", 10, zero_terminal_snr=True).alpha_bar)
+        from_network(network, "eps", make_process("linear", 10, zero_terminal_snr=True))
     with pytest.raises(ValueError, match="got 'x0'"):
-        from_network(network, "x0", ALPHA_BAR)
+        from_network(network, "x0", PROCESS)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, [0.0, 1.0, 3.0], [1.0, 1.0, 1.0]])
@@ -53,8 +47,8 @@ def test_from_network_refuses_before_it_is_called():
 def test_guiding_z0_is_guiding_the_prediction(prediction, scale):
     cond, null = network(Z, T, CONTEXT), network(Z, T, jnp.broadcast_to(NULL, CONTEXT.shape))
     w = jnp.reshape(jnp.asarray(scale), (-1, 1, 1, 1))
-    expected = to_z0(prediction, null + w * (cond - null), Z, LEVEL)
-    denoise = classifier_free(from_network(network, prediction, ALPHA_BAR), CONTEXT, NULL, scale)
+    expected = to_z0(prediction, null + w * (cond - null), Z, *LEVEL.broadcast_to(Z))
+    denoise = classifier_free(from_network(network, prediction, PROCESS), CONTEXT, NULL, scale)
     np.testing.assert_allclose(denoise(Z, LEVEL), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -86,8 +80,8 @@ def test_one_call_of_2B_or_of_B():
     assert len(traces) == 2, "without and with an interval"
 
 
-def test_outside_the_interval_the_conditional_speaks_alone():
-    denoise = from_network(network, "v", ALPHA_BAR)
+def test_outside_the_interval_there_is_no_guidance():
+    denoise = from_network(network, "v", PROCESS)
     everywhere = classifier_free(denoise, CONTEXT, NULL, jnp.array([2.0, 3.0, 4.0]))(Z, LEVEL)
     got = classifier_free(denoise, CONTEXT, NULL, jnp.array([2.0, 3.0, 4.0]), interval=(1, 50))(Z, LEVEL)
     np.testing.assert_allclose(got[1], everywhere[1], rtol=1e-6)
@@ -109,7 +103,7 @@ def test_context_may_be_a_tree_and_t_a_scalar():
     context = {"tokens": CONTEXT, "pooled": jnp.ones((3, 1))}
     null = {"tokens": NULL, "pooled": jnp.zeros((1, 1))}
     cond, uncond = network(Z, jnp.full(3, 5), CONTEXT) + 1, network(Z, jnp.full(3, 5), jnp.full((3, 1, 1), -1.0))
-    got = classifier_free(two, context, null, 3.0)(Z, level_at(5, ALPHA_BAR))
+    got = classifier_free(two, context, null, 3.0)(Z, noise_level(5, PROCESS))
     np.testing.assert_allclose(got, uncond + 3 * (cond - uncond), rtol=1e-5, atol=1e-5)
 
 
@@ -133,21 +127,21 @@ def test_guidance_has_a_gradient():
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_rescaling_brings_the_spread_back(prediction):
-    """Lin 2023, eq. 15 and 16: of each example by itself, in the network's own terms."""
-    level = level_at(jnp.array([10, 50, 99]), ALPHA_BAR)
-    denoise = from_network(network, prediction, ALPHA_BAR)
-    spreads = {}
+def test_rescaling_brings_the_standard_deviation_back(prediction):
+    """Lin 2023, eq. 15 and 16: of each example by itself, on the network's own output."""
+    level = noise_level(jnp.array([10, 50, 99]), PROCESS)
+    denoise = from_network(network, prediction, PROCESS)
+    stds = {}
     for phi in (0.0, 0.5, 1.0):
         z0 = classifier_free(denoise, CONTEXT, NULL, 6.0, rescale=phi, prediction=prediction)(Z, level)
-        spreads[phi] = np.asarray(from_z0(prediction, z0, Z, level).std((1, 2, 3)))
-    cond = from_z0(prediction, denoise(Z, level, CONTEXT), Z, level).std((1, 2, 3))
-    np.testing.assert_allclose(spreads[1.0], cond, rtol=1e-3)
-    np.testing.assert_allclose(spreads[0.5], (spreads[0.0] + spreads[1.0]) / 2, rtol=1e-3)
-    assert (np.abs(spreads[0.0] / cond - 1) > 0.1).all()
+        stds[phi] = np.asarray(from_z0(prediction, z0, Z, *level.broadcast_to(Z)).std((1, 2, 3)))
+    cond = from_z0(prediction, denoise(Z, level, CONTEXT), Z, *level.broadcast_to(Z)).std((1, 2, 3))
+    np.testing.assert_allclose(stds[1.0], cond, rtol=1e-3)
+    np.testing.assert_allclose(stds[0.5], (stds[0.0] + stds[1.0]) / 2, rtol=1e-3)
+    assert (np.abs(stds[0.0] / cond - 1) > 0.1).all()
 
 
-def test_a_negative_condition_is_led_away_from():
+def test_a_negative_condition():
     away = jnp.broadcast_to(jnp.float32(0.5), CONTEXT.shape)
     got = classifier_free(plain, CONTEXT, away, 3.0)(Z, LEVEL)
     expected = plain(Z, LEVEL, away) + 3 * (plain(Z, LEVEL, CONTEXT) - plain(Z, LEVEL, away))
@@ -156,7 +150,7 @@ def test_a_negative_condition_is_led_away_from():
 
 def gaussian_denoiser(z_t, level):
     """E[z0 | z_t] for z0 ~ N(0, 1): alpha z_t."""
-    return level.beside(z_t)[0] * z_t
+    return level.broadcast_to(z_t)[0] * z_t
 
 
 @pytest.mark.parametrize("y, noise", [(0.7, 0.5), (-2.0, 1.5)])
@@ -164,13 +158,13 @@ def test_classifier_guidance_makes_the_posterior(y, noise):
     """z0 ~ N(0, 1) and y = z0 + noise: guided by log p(y | z_t) at scale 1, the denoiser is E[z0 | z_t, y]."""
 
     def log_probability(z_t, t):
-        alpha, sigma = level_at(t.astype(jnp.int32), ALPHA_BAR).beside(z_t)
+        alpha, sigma = noise_level(t.astype(jnp.int32), PROCESS).broadcast_to(z_t)
         return (-((y - alpha * z_t) ** 2) / (2 * (sigma**2 + noise**2))).sum((1, 2, 3))
 
     guided = jax.jit(lambda z_t, level: classifier_guided(gaussian_denoiser, log_probability, 1.0)(z_t, level))
     t = jnp.array([20, 50, 99])
-    level = level_at(t, ALPHA_BAR)
-    alpha, sigma = level.beside(Z)
+    level = noise_level(t, PROCESS)
+    alpha, sigma = level.broadcast_to(Z)
     precision = 1 + alpha**2 / sigma**2 + 1 / noise**2
     posterior_mean = (alpha * Z / sigma**2 + y / noise**2) / precision
     np.testing.assert_allclose(guided(Z, level), posterior_mean, rtol=1e-3, atol=1e-4)
@@ -179,8 +173,8 @@ def test_classifier_guidance_makes_the_posterior(y, noise):
 def test_similarity_guidance_makes_the_posterior():
     """z0 ~ N(0, 1) tilted by exp(s c z0): given z_t, N(alpha z_t, sigma^2) tilted, of mean alpha z_t + sigma^2 s c."""
     c, t = jax.random.normal(jax.random.key(1), Z.shape[1:]), jnp.array([20, 50, 99])
-    level, scale = level_at(t, ALPHA_BAR), jnp.array([0.5, -1.0, 2.0])
-    alpha, sigma = level.beside(Z)
+    level, scale = noise_level(t, PROCESS), jnp.array([0.5, -1.0, 2.0])
+    alpha, sigma = level.broadcast_to(Z)
     guided = jax.jit(
         lambda z_t: similarity_guided(gaussian_denoiser, lambda z0: (z0 * c).sum((1, 2, 3)), scale)(z_t, level)
     )
@@ -190,14 +184,14 @@ def test_similarity_guidance_makes_the_posterior():
 
 def test_similarity_guidance_looks_at_the_estimate():
     """log N(y; z0_hat, noise^2) with z0_hat = alpha z_t: the push is sigma^2 (y - alpha z_t) / noise^2."""
-    y, noise, level = 0.7, 0.8, level_at(jnp.array([20, 50, 99]), ALPHA_BAR)
-    alpha, sigma = level.beside(Z)
+    y, noise, level = 0.7, 0.8, noise_level(jnp.array([20, 50, 99]), PROCESS)
+    alpha, sigma = level.broadcast_to(Z)
     log_p = lambda z0: (-((y - z0) ** 2) / (2 * noise**2)).sum((1, 2, 3))  # noqa: E731
     learned = lambda z_t, level: Estimate(gaussian_denoiser(z_t, level), z_t)  # noqa: E731
     got = similarity_guided(learned, log_p, 1.0)(Z, level)
     expected = alpha * Z + sigma**2 * (y - alpha * Z) / noise**2
     np.testing.assert_allclose(got.z0, expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(got.spread, Z)  # guidance changes z0 alone
+    np.testing.assert_array_equal(got.var_frac, Z)  # guidance changes z0 alone
 
 
 def test_similarity_guidance_composes_and_costs_nothing_where_it_does_nothing():
@@ -223,7 +217,7 @@ def test_similarity_guidance_composes_and_costs_nothing_where_it_does_nothing():
 
 
 def test_similarity_guidance_at_no_signal():
-    level = level_at(jnp.array([0, 1]), np.array([0.5, 0.0]))
+    level = noise_level(jnp.array([0, 1]), Process.variance_preserving([0.5, 0.0]))
     got = similarity_guided(lambda z, level: 3 * z, lambda z0: z0.sum((1, 2, 3)), 1.0)(Z[:2], level)
     assert np.isfinite(got).all()
     np.testing.assert_array_equal(got[1], 3 * Z[1])
@@ -231,8 +225,8 @@ def test_similarity_guidance_at_no_signal():
 
 def test_classifier_guidance_has_a_scale_for_each_example_and_composes():
     log_probability = lambda z_t, t: (z_t * t[:, None, None, None]).sum((1, 2, 3))  # noqa: E731  (gradient: t)
-    level = level_at(jnp.array([10, 20, 30]), ALPHA_BAR)
-    alpha, sigma = level.beside(Z)
+    level = noise_level(jnp.array([10, 20, 30]), PROCESS)
+    alpha, sigma = level.broadcast_to(Z)
     inner = classifier_free(plain, CONTEXT, NULL, 2.0)
     got = clip_z0(classifier_guided(inner, log_probability, jnp.array([0.0, 0.1, 0.2])), 5.0)(Z, level)
     push = sigma**2 / alpha * jnp.array([0.0, 2.0, 6.0]).reshape(3, 1, 1, 1)
@@ -256,14 +250,14 @@ def test_classifier_guidance_costs_nothing_where_it_does_nothing():
     assert calls == []
     some = np.asarray(guided(Z, jnp.array([1.0, 2.0, 3.0]), jnp.array([50.0, 98.0])))  # t = 0, 50, 99
     np.testing.assert_array_equal(some[::2], plainly[::2])
-    alpha, sigma = LEVEL.beside(Z)
+    alpha, sigma = LEVEL.broadcast_to(Z)
     np.testing.assert_allclose(some[1] - plainly[1], np.full(Z.shape[1:], 2 * sigma[1] ** 2 / alpha[1]), rtol=1e-3)
     jax.effects_barrier()
     assert calls
 
 
 def test_classifier_guidance_of_pure_noise_adds_nothing():
-    level = level_at(jnp.array([99, 99, 50]), make_schedule("linear", 100, zero_terminal_snr=True).alpha_bar)
+    level = noise_level(jnp.array([99, 99, 50]), make_process("linear", 100, zero_terminal_snr=True))
     assert level.alpha[0] == 0
     denoise = lambda z_t, level: 0.5 * z_t  # noqa: E731
     got = classifier_guided(denoise, lambda z_t, t: z_t.sum((1, 2, 3)), jnp.ones(3))(Z, level)
@@ -275,41 +269,43 @@ def test_classifier_guidance_of_pure_noise_adds_nothing():
 def test_dynamic_thresholding_by_hand():
     """|z0| = .5, 1, 2, 4, 8: at the 75 % quantile s = 4, so that 8 becomes 1 and .5 an eighth; at most 2, a quarter."""
     z0 = jnp.array([[0.5, -1.0, 2.0, -4.0, 8.0], [0.1, 0.2, -0.3, 0.4, 0.5]])
-    threshold = jax.jit(lambda q, highest: threshold_z0(lambda z, level: z0, q, highest)(z0, level_at(0, ALPHA_BAR)))
+    threshold = jax.jit(lambda q, highest: threshold_z0(lambda z, level: z0, q, highest)(z0, noise_level(0, PROCESS)))
     np.testing.assert_allclose(threshold(0.75, jnp.inf), [[0.125, -0.25, 0.5, -1, 1], z0[1]], rtol=1e-6)
     np.testing.assert_array_equal(threshold(0.0, jnp.inf), np.clip(z0, -1, 1))
     np.testing.assert_allclose(threshold(0.75, 2.0), [[0.25, -0.5, 1, -1, 1], z0[1]], rtol=1e-6)
 
 
-def test_what_is_known_is_kept_at_its_level():
+def test_the_known_region_is_pasted_at_its_noise_level():
     z, z0, mask = jnp.full((500, 3), 9.0), jnp.array([1.0, 2.0, 3.0]), jnp.array([True, False, False])
     keys = jax.random.split(jax.random.key(0), 500)
-    kept = keep_known(z0, mask)(z, jnp.float32(0.64), keys)
+    kept = paste_known(z0, mask)(z, NoiseLevel(0.0, 0.8, 0.6), keys)
     np.testing.assert_array_equal(kept[:, 0], 9)
     np.testing.assert_allclose(kept[:, 1:].mean(0), 0.8 * z0[1:], atol=0.1)
     np.testing.assert_allclose(kept[:, 1:].std(0), 0.6, atol=0.06)
-    np.testing.assert_array_equal(keep_known(z0, mask)(z, jnp.float32(1), keys)[:, 1:], jnp.tile(z0[1:], (500, 1)))
-    np.testing.assert_array_equal(keep_known(z0, jnp.ones(3, bool))(z, jnp.float32(0.5), keys), z)
+    np.testing.assert_array_equal(
+        paste_known(z0, mask)(z, NoiseLevel(0.0, 1.0, 0.0), keys)[:, 1:], jnp.tile(z0[1:], (500, 1))
+    )
+    np.testing.assert_array_equal(paste_known(z0, jnp.ones(3, bool))(z, NoiseLevel(0.0, 0.6, 0.8), keys), z)
 
 
 def wide(z_t, t, context):
-    """`network`, and beside it a spread of its own."""
+    """`network`, with a learned variance behind it."""
     return jnp.concatenate([network(z_t, t, context), jnp.cos(3 * z_t) + context[..., None]], axis=-1)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_network_of_twice_the_channels_says_its_spread(prediction):
-    said = from_network(wide, prediction, ALPHA_BAR)(Z, LEVEL, CONTEXT)
-    assert isinstance(said, Estimate)
-    np.testing.assert_array_equal(said.z0, from_network(network, prediction, ALPHA_BAR)(Z, LEVEL, CONTEXT))
-    np.testing.assert_allclose(said.spread, jnp.cos(3 * Z) + CONTEXT[..., None], rtol=1e-6)
+def test_a_network_of_twice_the_channels_has_a_learned_variance(prediction):
+    estimate = from_network(wide, prediction, PROCESS)(Z, LEVEL, CONTEXT)
+    assert isinstance(estimate, Estimate)
+    np.testing.assert_array_equal(estimate.z0, from_network(network, prediction, PROCESS)(Z, LEVEL, CONTEXT))
+    np.testing.assert_allclose(estimate.var_frac, (jnp.cos(3 * Z) + CONTEXT[..., None] + 1) / 2, rtol=1e-6)
 
 
 def log_probability(z_t, t):
     return -(z_t**2).sum((1, 2, 3)) - t
 
 
-CHAIN = {  # what is made of a denoiser
+CHAIN = {  # rules composed on a denoiser
     "without guidance": lambda d: classifier_free(d, CONTEXT, NULL, 1.0),
     "guided": lambda d: classifier_free(d, CONTEXT, NULL, 3.0),
     "guided by shares": lambda d: classifier_free(d, CONTEXT, NULL, jnp.array([0.0, 1.0, 3.0])),
@@ -324,7 +320,7 @@ CHAIN = {  # what is made of a denoiser
 
 @pytest.mark.parametrize("name", CHAIN)
 def test_guidance_changes_z0_alone(name):
-    """z0 is what it is without a spread, and the spread is that of the condition, untouched."""
-    said = CHAIN[name](from_network(wide, "v", ALPHA_BAR))(Z, LEVEL)
-    np.testing.assert_array_equal(said.z0, CHAIN[name](from_network(network, "v", ALPHA_BAR))(Z, LEVEL))
-    np.testing.assert_allclose(said.spread, jnp.cos(3 * Z) + CONTEXT[..., None], rtol=1e-6)
+    """z0 is as without a learned variance, which is that of the condition, unchanged."""
+    estimate = CHAIN[name](from_network(wide, "v", PROCESS))(Z, LEVEL)
+    np.testing.assert_array_equal(estimate.z0, CHAIN[name](from_network(network, "v", PROCESS))(Z, LEVEL))
+    np.testing.assert_allclose(estimate.var_frac, (jnp.cos(3 * Z) + CONTEXT[..., None] + 1) / 2, rtol=1e-6)

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from scipy.stats import kstest
 
-from ldm_jax.diffusion.guidance import Estimate, classifier_free
-from ldm_jax.diffusion.process import Level
+from ldm_jax.diffusion.denoiser import Estimate
+from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.random import initial_latents, sample_keys
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import make_table
 from ldm_jax.diffusion.tables import HISTORY, Table
 
 T = 40
-SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)
-ZERO_SNR = make_schedule("linear", T, beta_start=0.002, beta_end=0.3, zero_terminal_snr=True)
+PROCESS = make_process("linear", T, beta_start=0.002, beta_end=0.3)
+ZERO_SNR = make_process("linear", T, beta_start=0.002, beta_end=0.3, zero_terminal_snr=True)
 SHAPE = (3, 2, 2)
 KEYS = sample_keys(0, jnp.arange(4))
 Z_T = initial_latents(KEYS, SHAPE)
@@ -48,25 +49,26 @@ def any_table(rows, seed=0):
         alpha=rng.uniform(0, 1, 2 * T),
         sigma=rng.uniform(0, 1, 2 * T),
         weights=weights,
-        widen=rng.uniform(0, 0.8, 2 * T),
-        alpha_bar=rng.uniform(0, 1, 2 * T),
+        log_std_ratio=rng.uniform(0, 0.8, 2 * T),
+        reached_alpha=rng.uniform(0, 1, 2 * T),
+        reached_sigma=rng.uniform(0, 1, 2 * T),
         rows=np.int32(rows),
     )
 
 
-def spread(z_t, level, xp=jnp):
-    return 1.5 * xp.cos(z_t + 0.2 * level.t + level.sigma)
+def var_frac(z_t, level, xp=jnp):
+    return 0.75 * xp.cos(z_t + 0.2 * level.t + level.sigma) + 0.5
 
 
 def plain_loop(table, learned=False):
     """The sentence at the top of tables.py. Returns z and z0_hat after each row."""
     zs, z0_hats, states = [np.asarray(Z_T, np.float64)], [], []
     for i in range(int(table.rows)):
-        level = Level(table.t[i], table.alpha[i], table.sigma[i])
+        level = NoiseLevel(table.t[i], table.alpha[i], table.sigma[i])
         z0_hats.insert(0, denoise(zs[0], level, np))
         z = table.weights[i, -1] * row_noise(i)
         if learned:
-            z = z * np.exp(table.widen[i] * (spread(zs[0], level, np) + 1) / 2)
+            z = z * np.exp(table.log_std_ratio[i] * var_frac(zs[0], level, np))
         for j in range(min(i, HISTORY) + 1):
             z = z + table.weights[i, j] * zs[j] + table.weights[i, HISTORY + 1 + j] * z0_hats[j]
         zs.insert(0, z)
@@ -81,7 +83,7 @@ def test_any_table_runs_as_written(rows):
 
 
 def test_any_table_runs_as_written_on_a_learned_variance():
-    learned = lambda z_t, level: Estimate(denoise(z_t, level), spread(z_t, level))  # noqa: E731
+    learned = lambda z_t, level: Estimate(denoise(z_t, level), var_frac(z_t, level))  # noqa: E731
     z, trajectory = jax.jit(partial(solve, learned, snapshots=1))(Z_T, any_table(9), KEYS)
     expected = plain_loop(any_table(9), learned=True)[-1]
     np.testing.assert_allclose(z, expected[0], rtol=1e-3, atol=1e-4)
@@ -108,20 +110,21 @@ def test_no_snapshots_is_an_empty_trajectory():
 
 
 def test_project_sees_every_level_with_fresh_keys():
-    """Row by row z is replaced by q at the level reached; the last, at alpha_bar = 1, is exactly the known z0."""
+    """Row by row z is replaced by q at the level reached; the last, at alpha = 1, is exactly the known z0."""
     known = jnp.arange(12.0).reshape(SHAPE)
     seen = []
 
-    def project(z, alpha_bar, keys):
+    def project(z, level, keys):
         eps = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
-        jax.debug.callback(lambda *values: seen.append(values), alpha_bar, eps, z)
-        return jnp.sqrt(alpha_bar) * known + jnp.sqrt(1 - alpha_bar) * eps
+        jax.debug.callback(lambda *values: seen.append(values), (level.alpha, level.sigma), eps, z)
+        return level.alpha * known + level.sigma * eps
 
-    table = make_table("ddpm", SCHEDULE, 4, spacing="trailing")
+    table = make_table("ddpm", PROCESS, 4, spacing="trailing")
     z, _ = jax.jit(partial(solve, denoise, project=project))(Z_T, table, KEYS)
     jax.effects_barrier()
     np.testing.assert_array_equal(z, jnp.broadcast_to(known, z.shape))
-    np.testing.assert_allclose([s[0] for s in seen], table.alpha_bar[:4], rtol=1e-6)
+    levels = np.stack([table.reached_alpha, table.reached_sigma], 1)[:4]
+    np.testing.assert_allclose([s[0] for s in seen], levels, rtol=1e-6)
     noises = [s[1] for s in seen] + [row_noise(i) for i in range(4)] + [Z_T]
     values = np.stack(noises).ravel()
     assert len(np.unique(values.astype(np.float32))) == len(values)  # no draw is used twice
@@ -132,7 +135,7 @@ def test_bfloat16_latents_and_denoiser_are_solved_in_float32():
         assert z_t.dtype == jnp.float32
         return denoise(z_t, level).astype(jnp.bfloat16)
 
-    z, _ = solve(half, Z_T.astype(jnp.bfloat16), make_table("ddim", SCHEDULE, 3), KEYS)
+    z, _ = solve(half, Z_T.astype(jnp.bfloat16), make_table("ddim", PROCESS, 3), KEYS)
     assert z.dtype == jnp.float32
 
 
@@ -162,7 +165,7 @@ def test_nothing_recompiles():
     results = []
     for seed, option in enumerate(options):
         for scale in (1.0, 4.0):
-            results.append(sample(jnp.uint32(seed), make_table(schedule=SCHEDULE, **option), jnp.float32(scale)))
+            results.append(sample(jnp.uint32(seed), make_table(process=PROCESS, **option), jnp.float32(scale)))
     results.append(sample(jnp.uint32(0), make_table("ddim", ZERO_SNR, 3, prediction="v"), jnp.float32(1)))
     assert len(traces) == 1
     assert np.isfinite(results).all()
@@ -172,7 +175,7 @@ def test_nothing_recompiles():
 @pytest.mark.parametrize("solver, eta", [("ddpm", 0.0), ("ddim", 0.7), ("dpmpp_2m", 0.0)])
 @pytest.mark.parametrize("split", [[2, 4], [1, 1, 1, 1, 1, 1]])
 def test_sample_k_depends_on_seed_and_k_alone(solver, eta, split):
-    table = make_table(solver, SCHEDULE, 8, eta=eta)
+    table = make_table(solver, PROCESS, 8, eta=eta)
 
     def sample(index):
         keys = sample_keys(3, index)
@@ -198,7 +201,7 @@ def test_initial_latents_are_unit_gaussian():
 
 
 def test_runs_under_pmap():
-    table = make_table("ddpm", SCHEDULE, 6)
+    table = make_table("ddpm", PROCESS, 6)
     got = jax.pmap(lambda z, table, keys: solve(denoise, z, table, keys)[0], in_axes=(0, None, 0))(
         Z_T[None], table, KEYS[None]
     )

@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.guidance import Estimate
-from ldm_jax.diffusion.likelihood import VARIANCES
-from ldm_jax.diffusion.process import Level
+from ldm_jax.diffusion.denoiser import Estimate
+from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.diffusion.process import VARIANCES, Process
 from ldm_jax.diffusion.random import initial_latents, sample_keys
-from ldm_jax.diffusion.schedules import EVEN, SPACINGS, Schedule, make_schedule, timesteps
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import SOLVERS, make_table
+from ldm_jax.diffusion.spacing import EVEN, SPACINGS, timesteps
 from ldm_jax.diffusion.tables import HISTORY, with_resampling
 
 T = 40
-SCHEDULE = make_schedule("linear", T, beta_start=0.002, beta_end=0.3)
-ZERO_SNR = make_schedule("linear", T, beta_start=0.002, beta_end=0.3, zero_terminal_snr=True)
+PROCESS = make_process("linear", T, beta_start=0.002, beta_end=0.3)
+ZERO_SNR = make_process("linear", T, beta_start=0.002, beta_end=0.3, zero_terminal_snr=True)
 SHAPE = (3, 2, 2)
 KEYS = sample_keys(0, jnp.arange(4))
 Z_T = initial_latents(KEYS, SHAPE)
@@ -29,13 +30,13 @@ def denoise(z_t, level, xp=jnp):
     return xp.sin(2 * z_t + 0.3 * level.t) + 0.5 * z_t
 
 
-def spread(z_t, level, xp=jnp):
-    """Of a learned variance: beyond -1 and 1 too, and different for each entry and t."""
-    return 1.5 * xp.cos(2 * z_t + 0.2 * level.t)
+def var_frac(z_t, level, xp=jnp):
+    """Of a learned variance: beyond 0 and 1 too, and different for each entry and t."""
+    return 0.75 * xp.cos(2 * z_t + 0.2 * level.t) + 0.5
 
 
 run = jax.jit(partial(solve, denoise))
-run_learned = jax.jit(partial(solve, lambda z_t, level: Estimate(denoise(z_t, level), spread(z_t, level))))
+run_learned = jax.jit(partial(solve, lambda z_t, level: Estimate(denoise(z_t, level), var_frac(z_t, level))))
 
 
 @cache
@@ -55,7 +56,7 @@ def ho_2020(alpha_bar, t, end, variance):
         now, after = levels[i], levels[i + 1]
         alpha = now / after
         beta = 1 - alpha
-        z0 = denoise(z, Level(t[i], None, None), np)
+        z0 = denoise(z, NoiseLevel(t[i], None, None), np)
         eps = (z - np.sqrt(now) * z0) / np.sqrt(1 - now)
         if alpha > 0:
             mean = (z - beta / np.sqrt(1 - now) * eps) / np.sqrt(alpha)
@@ -64,7 +65,7 @@ def ho_2020(alpha_bar, t, end, variance):
         beta_tilde = (1 - after) / (1 - now) * beta
         sigma = np.sqrt(beta if variance == "fixed_large" else beta_tilde)
         if variance == "learned" and i < len(t) - 1:
-            v = (spread(z, Level(t[i], None, None), np) + 1) / 2
+            v = var_frac(z, NoiseLevel(t[i], None, None), np)
             sigma = np.exp((v * np.log(beta) + (1 - v) * np.log(beta_tilde)) / 2)
         z = mean + (sigma * row_noise(i) if i < len(t) - 1 else 0)
     return z
@@ -76,7 +77,7 @@ def song_2021(alpha_bar, t, end, eta):
     levels = [*alpha_bar[t], end]
     for i in range(len(t)):
         now, after = levels[i], levels[i + 1]
-        z0 = denoise(z, Level(t[i], None, None), np)
+        z0 = denoise(z, NoiseLevel(t[i], None, None), np)
         eps = (z - np.sqrt(now) * z0) / np.sqrt(1 - now)
         sigma = eta * np.sqrt((1 - after) / (1 - now)) * np.sqrt(1 - now / after)
         z = np.sqrt(after) * z0 + np.sqrt(max(1 - after - sigma**2, 0)) * eps + sigma * row_noise(i)
@@ -90,7 +91,7 @@ def lu_2022(alpha_bar, t, end):
     before = lambda_before = None
     for i in range(len(t)):
         (alpha, alpha_next), (sigma, sigma_next) = np.sqrt(levels[i : i + 2]), np.sqrt(1 - np.array(levels[i : i + 2]))
-        z0 = denoise(z, Level(t[i], None, None), np)
+        z0 = denoise(z, NoiseLevel(t[i], None, None), np)
         if sigma_next == 0:
             return z0  # alpha' (1 - e^-h) -> 1, first order
         with np.errstate(divide="ignore"):
@@ -104,7 +105,11 @@ def lu_2022(alpha_bar, t, end):
     return z
 
 
-ENDS = {True: lambda s: 1.0, False: lambda s: s.alpha_bar[0]}
+def alpha_bar(process):
+    return process.alpha**2
+
+
+ENDS = {True: lambda process: 1.0, False: lambda process: alpha_bar(process)[0]}
 
 
 @pytest.mark.parametrize("to_one", [True, False])
@@ -112,15 +117,15 @@ ENDS = {True: lambda s: 1.0, False: lambda s: s.alpha_bar[0]}
 @pytest.mark.parametrize("steps", [1, 7, T])
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_ddpm_is_ho_2020(variance, steps, spacing, to_one):
-    table = make_table("ddpm", SCHEDULE, steps, variance=variance, spacing=spacing, set_alpha_to_one=to_one)
+    table = make_table("ddpm", PROCESS, steps, variance=variance, spacing=spacing, set_alpha_to_one=to_one)
     got, _ = (run_learned if variance == "learned" else run)(Z_T, table, KEYS)
-    expected = ho_2020(SCHEDULE.alpha_bar, timesteps(spacing, T, steps), ENDS[to_one](SCHEDULE), variance)
+    expected = ho_2020(alpha_bar(PROCESS), timesteps(spacing, T, steps), ENDS[to_one](PROCESS), variance)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_a_network_with_a_learned_variance_draws_as_one_without_unless_asked(solver):
-    table = make_table(solver, SCHEDULE, 7)
+def test_a_learned_variance_changes_nothing_but_by_request(solver):
+    table = make_table(solver, PROCESS, 7)
     np.testing.assert_allclose(run_learned(Z_T, table, KEYS)[0], run(Z_T, table, KEYS)[0], rtol=1e-5, atol=2e-6)
 
 
@@ -129,9 +134,9 @@ def test_a_network_with_a_learned_variance_draws_as_one_without_unless_asked(sol
 @pytest.mark.parametrize("steps", [1, 7, T])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_song_2021(eta, steps, spacing, to_one):
-    table = make_table("ddim", SCHEDULE, steps, eta=eta, spacing=spacing, set_alpha_to_one=to_one)
+    table = make_table("ddim", PROCESS, steps, eta=eta, spacing=spacing, set_alpha_to_one=to_one)
     got, _ = run(Z_T, table, KEYS)
-    expected = song_2021(SCHEDULE.alpha_bar, timesteps(spacing, T, steps), ENDS[to_one](SCHEDULE), eta)
+    expected = song_2021(alpha_bar(PROCESS), timesteps(spacing, T, steps), ENDS[to_one](PROCESS), eta)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -139,20 +144,20 @@ def test_ddim_is_song_2021(eta, steps, spacing, to_one):
 @pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])
 @pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_dpmpp_2m_is_lu_2022(steps, spacing, offset, to_one):
-    table = make_table("dpmpp_2m", SCHEDULE, steps, spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one)
+    table = make_table("dpmpp_2m", PROCESS, steps, spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one)
     got, _ = run(Z_T, table, KEYS)
     t = timesteps(spacing, T, steps) if spacing == "trailing" else timesteps(spacing, T, steps + 1, offset)[:-1]
     np.testing.assert_array_equal(table.t[:steps], t)
-    np.testing.assert_allclose(got, lu_2022(SCHEDULE.alpha_bar, t, ENDS[to_one](SCHEDULE)), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got, lu_2022(alpha_bar(PROCESS), t, ENDS[to_one](PROCESS)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [1, 5, T])
 @pytest.mark.parametrize("solver, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
 def test_zero_terminal_snr_is_the_papers_too(solver, eta, steps):
     table = make_table(solver, ZERO_SNR, steps, prediction="v", eta=eta, spacing="trailing")
-    assert table.t[0] == T - 1 and ZERO_SNR.alpha_bar[T - 1] == 0
+    assert table.t[0] == T - 1 and ZERO_SNR.alpha[T - 1] == 0
     reference = partial(ho_2020, variance="fixed_small") if solver == "ddpm" else partial(song_2021, eta=eta)
-    expected = reference(ZERO_SNR.alpha_bar, timesteps("trailing", T, steps), 1.0)
+    expected = reference(alpha_bar(ZERO_SNR), timesteps("trailing", T, steps), 1.0)
     np.testing.assert_allclose(run(Z_T, table, KEYS)[0], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -162,11 +167,11 @@ def test_zero_terminal_snr_multistep_is_the_limit(prediction, steps):
     table = make_table("dpmpp_2m", ZERO_SNR, steps, prediction=prediction, spacing="trailing")
     assert all(np.isfinite(column).all() for column in table)
     got, _ = run(Z_T, table, KEYS)
-    expected = lu_2022(ZERO_SNR.alpha_bar, timesteps("trailing", T, steps), 1.0)
+    expected = lu_2022(alpha_bar(ZERO_SNR), timesteps("trailing", T, steps), 1.0)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-HAND = Schedule(np.array([0.19, 1 - 0.36 / 0.81]), np.array([0.81, 0.36]))
+HAND = Process.variance_preserving([0.81, 0.36])
 
 
 def column(table, name):
@@ -183,15 +188,16 @@ def test_ddpm_table_by_hand():
     np.testing.assert_allclose(column(table, "z0"), [0.78125, 1.0], rtol=1e-12)
     np.testing.assert_allclose(column(table, "z"), [0.19791666667, 0.0], atol=1e-11)
     np.testing.assert_allclose(column(table, "noise"), [np.sqrt(0.19 / 0.64 * 5 / 9), 0.0], atol=1e-12)
-    np.testing.assert_allclose(table.alpha_bar[:2], [0.81, 1.0])
+    np.testing.assert_allclose(table.reached_alpha[:2], [0.9, 1.0])
+    np.testing.assert_allclose(table.reached_sigma[:2], [np.sqrt(0.19), 0.0])
     assert np.count_nonzero(table.weights) == 4
     large = make_table("ddpm", HAND, 2, variance="fixed_large")
     np.testing.assert_allclose(column(large, "noise"), [np.sqrt(5 / 9), 0.0], rtol=1e-12)
     learned = make_table("ddpm", HAND, 2, variance="learned")
-    np.testing.assert_allclose(learned.widen, [np.log(0.64 / 0.19) / 2, 0, 0, 0], rtol=1e-12)
-    for name in set(table._fields) - {"widen"}:
+    np.testing.assert_allclose(learned.log_std_ratio, [np.log(0.64 / 0.19) / 2, 0, 0, 0], rtol=1e-12)
+    for name in set(table._fields) - {"log_std_ratio"}:
         np.testing.assert_array_equal(getattr(learned, name), getattr(table, name))
-    assert not (table.widen.any() or large.widen.any())
+    assert not (table.log_std_ratio.any() or large.log_std_ratio.any())
 
 
 def test_ddim_table_by_hand():
@@ -200,14 +206,14 @@ def test_ddim_table_by_hand():
     np.testing.assert_allclose(column(table, "z"), [0.54486236, 1.0], rtol=1e-7)
     np.testing.assert_allclose(column(table, "z0"), [0.57308258, 0.0], atol=1e-8)
     np.testing.assert_array_equal(column(table, "noise"), 0)
-    np.testing.assert_allclose(table.alpha_bar[:2], [0.81, 0.81])
+    np.testing.assert_allclose(table.reached_alpha[:2], [0.9, 0.9])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 3, 11, T])
 def test_ddim_with_eta_1_is_ddpm(spacing, steps):
-    ddim = make_table("ddim", SCHEDULE, steps, eta=1.0, spacing=spacing)
-    ddpm = make_table("ddpm", SCHEDULE, steps, spacing=spacing)
+    ddim = make_table("ddim", PROCESS, steps, eta=1.0, spacing=spacing)
+    ddpm = make_table("ddpm", PROCESS, steps, spacing=spacing)
     for one, other in zip(ddim, ddpm):
         np.testing.assert_allclose(one, other, atol=1e-12)
 
@@ -215,7 +221,7 @@ def test_ddim_with_eta_1_is_ddpm(spacing, steps):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_tables_are_float64_of_one_shape(solver):
     for steps in (1, 17, T - 1):
-        table = make_table(solver, SCHEDULE, steps)
+        table = make_table(solver, PROCESS, steps)
         calls = {"heun": 2 * steps - 1, "edm": 2 * steps - 1, "plms": steps + (steps > 1)}.get(solver, steps)
         assert table.rows == calls and table.rows.shape == () and table.rows.dtype == np.int32
         assert table.weights.shape == (2 * T, 2 * HISTORY + 3)
@@ -229,7 +235,7 @@ def test_a_constant_denoiser_is_reached_exactly():
     constant = jax.jit(partial(solve, lambda z_t, level: jnp.full_like(z_t, 0.7)))
     for solver in SOLVERS:
         for spacing in EVEN if solver == "lcm" else SPACINGS:
-            z, _ = constant(Z_T, make_table(solver, SCHEDULE, 9, spacing=spacing), KEYS)
+            z, _ = constant(Z_T, make_table(solver, PROCESS, 9, spacing=spacing), KEYS)
             np.testing.assert_allclose(z, 0.7, rtol=1e-3 if solver == "lcm" else 1e-5)  # lcm keeps c_skip of z
 
 
@@ -240,7 +246,10 @@ def test_a_constant_denoiser_is_reached_exactly():
             {"solver": "dpm"},
             "solver must be one of ddpm, ddim, plms, euler, euler_a, heun, edm, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, ",
         ),
-        ({"solver": "lcm", "spacing": "karras"}, "lcm has timesteps of its own, karras spacing is for the others"),
+        (
+            {"solver": "lcm", "spacing": "karras"},
+            "lcm has timesteps of its own; karras spacing is for the",
+        ),
         ({"solver": "lcm", "steps": 41, "spacing": "trailing"}, "lcm needs steps in 1..40, got 41"),
         ({"spacing": (30, 20, 10)}, "3 timesteps are listed for 5 steps"),
         ({"spacing": (40, 20, 10, 5, 0)}, "timesteps must be whole numbers that fall, from 39 at most to 0 at least"),
@@ -250,10 +259,10 @@ def test_a_constant_denoiser_is_reached_exactly():
         ({"solver": "heun", "churn": 1.0}, "churn is for edm only, got churn = 1.0 with solver 'heun'"),
         ({"strength": 0.0}, "strength must lie above 0 and up to 1, got 0.0"),
         ({"strength": 1.1}, "strength must lie above 0 and up to 1, got 1.1"),
-        ({"strength": 0.1}, "strength 0.1 of 5 steps leaves none; take 10 or more"),
+        ({"strength": 0.1}, "strength 0.1 of 5 steps runs none; use 10 or more"),
         (
-            {"schedule": ZERO_SNR, "prediction": "v", "spacing": "karras"},
-            "karras spacing needs a schedule that ends above alpha_bar = 0",
+            {"process": ZERO_SNR, "prediction": "v", "spacing": "karras"},
+            "karras spacing needs a schedule that ends above alpha = 0",
         ),
         ({"variance": "small"}, "variance must be one of fixed_small, fixed_large, learned, got 'small'"),
         ({"solver": "ddim", "variance": "learned"}, "variance is for ddpm only, got variance = learned"),
@@ -271,17 +280,20 @@ def test_a_constant_denoiser_is_reached_exactly():
         ({"solver": "dpmpp_2m", "steps": 0}, "leading spacing needs steps in 1..39 with this solver, got 0"),
         ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, karras, exponential, got 'even'"),
         ({"steps": 40, "steps_offset": 1}, "steps_offset must lie in 0..0"),
-        ({"prediction": "x0"}, "prediction must be one of eps, v, z0, got 'x0'"),
-        ({"schedule": ZERO_SNR}, "prediction 'eps' cannot recover z0 where alpha_bar = 0"),
+        ({"prediction": "x0"}, "prediction must be one of eps, v, z0, flow, got 'x0'"),
+        (
+            {"process": ZERO_SNR},
+            "prediction 'eps' does not determine z0 at timestep 39, where alpha = 0",
+        ),
     ],
 )
 def test_refusals(arguments, message):
     with pytest.raises(ValueError) as error:
-        make_table(**{"solver": "ddpm", "schedule": SCHEDULE, "steps": 5, **arguments})
+        make_table(**{"solver": "ddpm", "process": PROCESS, "steps": 5, **arguments})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_resampling_refuses_a_learned_variance():
     with pytest.raises(ValueError, match="resampling needs a fixed variance"):
-        with_resampling(make_table("ddpm", SCHEDULE, 5, variance="learned"), times=2, jump=1)
+        with_resampling(make_table("ddpm", PROCESS, 5, variance="learned"), times=2, jump=1)

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.likelihood import bound_term, log_variance_bounds, prior_term
-from ldm_jax.diffusion.process import posterior_coefficients, q_sample
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.forward import q_sample
+from ldm_jax.diffusion.likelihood import log_variance_bounds, prior_kl, vlb_term
+from ldm_jax.diffusion.process import neighbours, posterior
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.evaluation.bound import bound_card, make_bound, range_edges, stratified_timesteps
 from ldm_jax.models.first_stage import make_first_stage
 from ldm_jax.runtime.parallel import replicate
 
 T, MEAN, STD = 100, 0.1, 0.25
-ALPHA_BAR = make_schedule("linear", T, beta_start=0.001, beta_end=0.15).alpha_bar
+PROCESS = make_process("linear", T, beta_start=0.001, beta_end=0.15)
 PARAMS = {"unet": {}, "conditioner": {}, "autoencoder": {}, "shift": np.zeros(1), "scale": np.ones(1)}
 
 
@@ -47,9 +48,9 @@ def pixels(n, seed=0):
 
 def exact(z_t, t, learned):
     """E[z0 | z_t], and beside it where Var[z_{t-1} | z_t] lies, from t = 1 on."""
-    a2, before = ALPHA_BAR, np.append(1, ALPHA_BAR[:-1])
-    on_z0, _, small = posterior_coefficients(a2, before)
-    low, high = log_variance_bounds(ALPHA_BAR)
+    a2 = PROCESS.alpha**2
+    on_z0, _, small = posterior(*neighbours(PROCESS))
+    low, high = log_variance_bounds(PROCESS)
     variance = small + on_z0**2 * STD**2 * (1 - a2) / (a2 * STD**2 + 1 - a2)
     v = jnp.asarray(2 * (np.log(variance) - low) / np.where(high > low, high - low, 1) - 1, jnp.float32)
     a2 = jnp.asarray(a2, jnp.float32)[t].reshape(-1, 1, 1, 1)
@@ -66,7 +67,7 @@ def measure(examples, *, learned, levels, seed=0, clip=np.inf):
         unet=unet,
         conditioner=SimpleNamespace(apply=lambda _, label: label.astype(jnp.float32), null=0),
         first_stage=make_first_stage(None),
-        alpha_bar=ALPHA_BAR,
+        process=PROCESS,
         prediction="z0",
         clip=clip,
         levels=levels,
@@ -100,14 +101,14 @@ def test_the_estimate_is_that_of_the_sum_over_all_timesteps():
     def term(t):
         eps = jax.random.normal(jax.random.fold_in(jax.random.key(1), t), z0.shape)
         at = jnp.full(len(z0), t)
-        z_t = q_sample(z0, at, eps, ALPHA_BAR)
+        z_t = q_sample(z0, at, eps, PROCESS)
         z0_hat = exact(z_t, at, False) + 0.05
-        return bound_term(z0, z_t, z0_hat, at, ALPHA_BAR, variance="fixed_large").mean()
+        return vlb_term(z0, z_t, z0_hat, at, PROCESS, variance="fixed_large").mean()
 
     every = np.array([term(t) for t in range(T)])
     expected = np.add.reduceat(every, range_edges(T)[:-1])
     np.testing.assert_allclose(bound.ranges, expected, rtol=0.05, atol=0.01)
-    prior = float(prior_term(z0, ALPHA_BAR).mean())
+    prior = float(prior_kl(z0, PROCESS).mean())
     assert bound.total == pytest.approx(every.sum() + prior, abs=4 * bound.std + 0.005)
 
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from scheduler_configs import PUBLISHED
 
-from ldm_jax.diffusion.process import Level
-from ldm_jax.diffusion.schedules import SCHEDULES, SPACINGS, make_schedule
+from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.diffusion.schedules import BETAS, make_process
 from ldm_jax.diffusion.solvers import SOLVERS, make_table
+from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
 
@@ -38,8 +39,8 @@ def timesteps(scheduler, steps):
 def test_published_models(model, sampler, prediction, options, last_alpha_bar):
     scheduler = scheduler_from_config(PUBLISHED[model])
     assert (scheduler.sampler, scheduler.prediction, scheduler.options) == (sampler, prediction, options)
-    assert scheduler.schedule.alpha_bar.shape == (1000,)
-    assert scheduler.schedule.alpha_bar[-1] == pytest.approx(last_alpha_bar, rel=1e-3)
+    assert len(scheduler.process) == 1000
+    assert scheduler.process.alpha[-1] ** 2 == pytest.approx(last_alpha_bar, rel=1e-3)
     assert scheduler.clip == (1.0 if model == "x4_upscaler_low_res" else np.inf)
     assert scheduler.threshold is None
     assert scheduler.start(scheduler.table(5)) == 1.0
@@ -59,7 +60,9 @@ def test_another_sampler_has_its_own_defaults():
     assert scheduler.table(3).t[:3].tolist() == [999, 499.5, 0]
     assert scheduler_from_config(PUBLISHED["sdxl"], "euler_a").options["spacing"] == "leading"
     assert scheduler_from_config({"_class_name": "PNDMScheduler"}, "ddim").clip == 1.0
-    assert scheduler_from_config({"_class_name": "EulerDiscreteScheduler"}, "heun").schedule.beta[0] == 0.00085
+    assert scheduler_from_config({"_class_name": "EulerDiscreteScheduler"}, "heun").process.sigma[
+        0
+    ] ** 2 == pytest.approx(0.00085)
 
 
 def test_a_field_of_another_class_carries_over():
@@ -144,7 +147,7 @@ def test_the_end():
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "lcm"])
 def test_zero_terminal_snr(sampler):
     config = PUBLISHED["sd21_v"] | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    assert scheduler_from_config(config, sampler).schedule.alpha_bar[-1] == 0
+    assert scheduler_from_config(config, sampler).process.alpha[-1] == 0
     with pytest.raises(InputError, match="eps"):
         scheduler_from_config(config | {"prediction_type": "epsilon"}, sampler)
 
@@ -152,23 +155,23 @@ def test_zero_terminal_snr(sampler):
 @pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 def test_zero_terminal_snr_with_a_floor(sampler):
     config = PUBLISHED["sd21_v"] | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    beta, alpha_bar = scheduler_from_config(config, sampler).schedule
-    assert alpha_bar[-1] == 2**-24
-    np.testing.assert_allclose(np.cumprod(1 - beta), alpha_bar, rtol=1e-9)
+    process = scheduler_from_config(config, sampler).process
+    assert process.alpha[-1] == 2**-12
+    np.testing.assert_allclose(process.alpha**2 + process.sigma**2, 1, rtol=1e-9)
 
 
 @pytest.mark.parametrize("sampler", ["heun", "plms", "dpmpp_2s"])
 def test_classes_that_cannot_rescale(sampler):
     config = PUBLISHED["sd21_v"] | {"rescale_betas_zero_snr": True}
-    assert scheduler_from_config(config, sampler).schedule.alpha_bar[-1] == pytest.approx(0.00466, rel=1e-3)
+    assert scheduler_from_config(config, sampler).process.alpha[-1] ** 2 == pytest.approx(0.00466, rel=1e-3)
 
 
 def test_trained_betas():
     beta = np.linspace(0.01, 0.3, 20)
     config = {"_class_name": "DDIMScheduler", "trained_betas": beta.tolist(), "num_train_timesteps": 20}
-    np.testing.assert_array_equal(scheduler_from_config(config).schedule.beta, beta)
+    np.testing.assert_allclose(scheduler_from_config(config).process.alpha ** 2, np.cumprod(1 - beta), rtol=1e-12)
     rescaled = config | {"rescale_betas_zero_snr": True, "prediction_type": "sample"}
-    assert scheduler_from_config(rescaled).schedule.alpha_bar[-1] == 0
+    assert scheduler_from_config(rescaled).process.alpha[-1] == 0
     for wrong in (beta[:-1].tolist(), [0.0, *beta[1:]], "many"):
         with pytest.raises(InputError):
             scheduler_from_config(config | {"trained_betas": wrong})
@@ -186,7 +189,7 @@ def test_variances(told, variance):
 
 
 def test_bounds():
-    level, far = Level(jnp.zeros(()), jnp.ones(()), jnp.zeros(())), jnp.asarray([[-3.0, 0.5, 2.0, 1.0]])
+    level, far = NoiseLevel(jnp.zeros(()), jnp.ones(()), jnp.zeros(())), jnp.asarray([[-3.0, 0.5, 2.0, 1.0]])
 
     def bounded(**fields):
         scheduler = scheduler_from_config({"_class_name": "DDPMScheduler", **fields})
@@ -275,12 +278,12 @@ OURS = {"T": 1000, "beta_start": 0.00085, "beta_end": 0.012, "zero_terminal_snr"
 
 
 @pytest.mark.parametrize("sampler", SOLVERS)
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", BETAS)
 def test_export_and_back(name, sampler):
-    schedule = make_schedule(name, 1000)
+    process = make_process(name, 1000)
     for spacing in SPACINGS:
         try:
-            expected = make_table(sampler, schedule, 12, prediction="v", spacing=spacing)
+            expected = make_table(sampler, process, 12, prediction="v", spacing=spacing)
             scheduler = scheduler_from_config(config_from_schedule(name, **OURS, sampler=sampler, spacing=spacing))
         except (InputError, ValueError):
             assert (sampler, spacing) in {
@@ -292,7 +295,7 @@ def test_export_and_back(name, sampler):
             continue
         assert scheduler.sampler == ("heun" if sampler == "edm" else sampler)
         assert scheduler.prediction == "v"
-        np.testing.assert_array_equal(scheduler.schedule.alpha_bar, schedule.alpha_bar)
+        assert scheduler.process == process
         for got, wanted in zip(scheduler.table(12), expected):
             np.testing.assert_array_equal(got, wanted)
 
@@ -300,9 +303,8 @@ def test_export_and_back(name, sampler):
 def test_export_of_other_options():
     ours = OURS | {"name": "linear", "zero_terminal_snr": True, "steps_offset": 1, "set_alpha_to_one": False}
     back = scheduler_from_config(config_from_schedule(**ours, clip=2.0))
-    np.testing.assert_array_equal(
-        back.schedule.alpha_bar, make_schedule("linear", 1000, zero_terminal_snr=True).alpha_bar
-    )
+    beta = {name: OURS[name] for name in ("beta_start", "beta_end")}
+    assert back.process == make_process("linear", 1000, zero_terminal_snr=True, **beta)
     assert back.options == SD_END
     assert back.clip == 2.0
     assert not scheduler_from_config(config_from_schedule(**ours, sampler="unipc")).options["set_alpha_to_one"]
@@ -319,11 +321,13 @@ def test_export_of_other_options():
         ({"sampler": "euler", "set_alpha_to_one": False}, "final_sigmas_type = 'sigma_min' is not supported"),
         ({"sampler": "dpmpp_2s", "spacing": "trailing"}, "does not know timestep_spacing = 'trailing'"),
         ({"sampler": "euler_a", "spacing": "karras"}, "does not know use_karras_sigmas = True"),
+        ({"prediction": "flow"}, "have no 'flow'; they have eps, v, z0"),
+        ({"name": "rectified_flow"}, "have no 'rectified_flow'; they have linear, scaled_linear, cosine"),
     ],
 )
 def test_what_diffusers_has_no_field_for(change, named):
     with pytest.raises(InputError, match=named):
-        config_from_schedule("linear", **(OURS | change))
+        config_from_schedule(**({"name": "linear"} | OURS | change))
 
 
 def test_an_exported_config_means_the_same_with_another_sampler():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ldm_jax.diffusion.guidance import clip_z0, from_network
+from ldm_jax.diffusion.denoiser import clip_z0, from_network
 from ldm_jax.diffusion.random import sample_keys
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import make_table
@@ -24,8 +24,8 @@ def network(z_t, t, xp=jnp):
     return gain * z_t + 0.1
 
 
-def spread(z_t, t, xp=jnp):
-    """Of a learned variance."""
+def variance_output(z_t, t, xp=jnp):
+    """The variance channels of a learned variance, from -1 to 1 and beyond."""
     return 1.2 * xp.cos(z_t + 0.01 * t)
 
 
@@ -33,16 +33,16 @@ def row_noise(i):
     return np.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in KEYS]).astype(np.float64)
 
 
-def share_alpha_bar(theirs, schedule):
+def share_alpha_bar(theirs, process):
     """Gives theirs our table of alpha_bar, in float64, so that rounding does not hide a real difference."""
-    np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), schedule.alpha_bar, rtol=0, atol=1e-5)
-    theirs.alphas_cumprod = torch.from_numpy(schedule.alpha_bar)
+    np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), process.alpha**2, rtol=0, atol=1e-5)
+    theirs.alphas_cumprod = torch.from_numpy(process.alpha**2)
     if hasattr(theirs, "final_alpha_cumprod") and not theirs.config.set_alpha_to_one:
         theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
 
 
 def unit_start(theirs):
-    """The factor by which what the network sees first is the noise itself; some hold z / alpha."""
+    """The factor that makes the network's first input the noise itself; some hold z / alpha."""
     if hasattr(theirs, "is_scale_input_called") or isinstance(theirs, diffusers.HeunDiscreteScheduler):
         return (theirs.sigmas[0].double() ** 2 + 1) ** 0.5
     return 1.0
@@ -54,22 +54,22 @@ def run_theirs(theirs, steps, start=unit_start, network=network, **step_options)
     z = torch.from_numpy(Z_T) * start(theirs)
     for i, t in enumerate(theirs.timesteps):
         options = {name: value(i) if callable(value) else value for name, value in step_options.items()}
-        seen = theirs.scale_model_input(z, t)
-        z = theirs.step(torch.from_numpy(network(seen.numpy(), float(t), np)), t, z, **options).prev_sample.double()
+        scaled = theirs.scale_model_input(z, t)
+        z = theirs.step(torch.from_numpy(network(scaled.numpy(), float(t), np)), t, z, **options).prev_sample.double()
     return z.numpy()
 
 
 @cache
-def solver(alpha_bar, prediction):
-    """The compiled loop for one schedule and prediction: (table, bound of z0_hat, z_T) -> latents."""
-    denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), prediction, np.array(alpha_bar))
+def solver(process, prediction):
+    """The compiled loop for one process and prediction: (table, clip range of z0_hat, z_T) -> latents."""
+    denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), prediction, process)
     plain = lambda z, level: denoise(z, level, None)  # noqa: E731
-    return jax.jit(lambda table, bound, z_T=Z_T: solve(clip_z0(plain, bound), z_T, table, KEYS)[0])
+    return jax.jit(lambda table, clip_range, z_T=Z_T: solve(clip_z0(plain, clip_range), z_T, table, KEYS)[0])
 
 
-def run_ours(schedule, prediction, bound=np.inf, **options):
-    table = make_table(schedule=schedule, prediction=prediction, **options)
-    return np.asarray(solver(tuple(schedule.alpha_bar), prediction)(table, bound))
+def run_ours(process, prediction, clip_range=np.inf, **options):
+    table = make_table(process=process, prediction=prediction, **options)
+    return np.asarray(solver(process, prediction)(table, clip_range))
 
 
 def assert_same(ours, theirs):

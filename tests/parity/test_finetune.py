@@ -19,7 +19,7 @@ import diffusers_folder
 
 from configs import finetune as finetune_config
 from ldm_jax import command_line, sample
-from ldm_jax.diffusion.random import example_keys, map_noise, split_keys
+from ldm_jax.diffusion.random import example_keys, low_resolution_noise, split_keys
 from ldm_jax.interop import lora
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.models.first_stage import make_first_stage
@@ -110,7 +110,7 @@ def known(model, x, keys):
     key_level, key_noise = split_keys(split_keys(keys, 2)[1], 2)
     level = jax.vmap(lambda key: jax.random.randint(key, (), 0, model.upscaling.max_noise_level + 1))(key_level)
     assert len({*level.tolist()}) > 1
-    return {"small": small, "level": level, "small_noise": map_noise(key_noise, small.shape[1:])}
+    return {"small": small, "level": level, "small_noise": low_resolution_noise(key_noise, small.shape[1:])}
 
 
 def nchw(x):

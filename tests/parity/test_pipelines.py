@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
 from bpe import learn_merges, make_vocab, write_tokenizer
 
 from ldm_jax import command_line, sample
-from ldm_jax.diffusion.random import map_noise, sample_keys
+from ldm_jax.diffusion.random import low_resolution_noise, sample_keys
 from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES
 
 PROMPTS = ["a red cat", "two small dogs, sleeping"]
@@ -301,9 +301,9 @@ def test_upscaling(tokenizer, saved, draw, noise, monkeypatch, tmp_path):
     z_T = np.random.default_rng(2).standard_normal((2, 16, 12, 4)).astype(np.float32)
     np.save(tmp_path / "noise.npy", z_T)
 
-    ours_of_map = np.array(map_noise(sample_keys(np.uint32(0), np.arange(2)), small.shape)).transpose(0, 3, 1, 2)
+    noise = np.array(low_resolution_noise(sample_keys(np.uint32(0), np.arange(2)), small.shape)).transpose(0, 3, 1, 2)
     where = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_upscale.randn_tensor"
-    monkeypatch.setattr(where, lambda *_, **__: torch.from_numpy(ours_of_map.copy()))
+    monkeypatch.setattr(where, lambda *_, **__: torch.from_numpy(noise.copy()))
     latents = torch.from_numpy(z_T.transpose(0, 3, 1, 2).copy())
     for level in (20, 300):
         images = [Image.fromarray(small)] * 2

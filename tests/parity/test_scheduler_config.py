@@ -22,8 +22,8 @@ from parity.fixed_network import (
 )
 from scheduler_configs import PUBLISHED
 
-from ldm_jax.diffusion.guidance import from_network
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.denoiser import from_network
+from ldm_jax.diffusion.schedules import cosine_betas, make_process
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
@@ -53,9 +53,7 @@ def pipeline_start(theirs):
 
 def latents_of(ours, steps):
     table = ours.table(steps)
-    return np.asarray(
-        solver(tuple(ours.schedule.alpha_bar), ours.prediction)(table, ours.clip, Z_T * ours.start(table))
-    )
+    return np.asarray(solver(ours.process, ours.prediction)(table, ours.clip, Z_T * ours.start(table)))
 
 
 def latents_of_both(config, sampler, steps, same_noise):
@@ -118,10 +116,10 @@ def test_dynamic_thresholding(sampler, same_noise):
     thresholds = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5}
     config = PUBLISHED["ldm_celebahq"] | thresholds
     ours, theirs = scheduler_from_config(config, sampler), their_scheduler(config, sampler)
-    share_alpha_bar(theirs, ours.schedule)
+    share_alpha_bar(theirs, ours.process)
     if sampler in NOISY:
         same_noise(NOISY[sampler], 8)
-    denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), ours.prediction, ours.schedule.alpha_bar)
+    denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), ours.prediction, ours.process)
     bounded = ours.bounded(lambda z, level: denoise(z, level, None))
     got, _ = jax.jit(lambda table: solve(bounded, Z_T, table, KEYS))(ours.table(8))
     assert_same(got, run_theirs(theirs, 8, start=pipeline_start))
@@ -131,20 +129,19 @@ def test_dynamic_thresholding(sampler, same_noise):
 def test_plms_of_v_is_theirs_of_the_eps_that_v_means(model):
     ours = scheduler_from_config(PUBLISHED[model], "plms")
     theirs = diffusers.PNDMScheduler.from_config(own_scheduler(PUBLISHED[model]).config, prediction_type="epsilon")
-    share_alpha_bar(theirs, ours.schedule)
+    share_alpha_bar(theirs, ours.process)
 
     def eps(z, t, xp):
-        alpha_bar = ours.schedule.alpha_bar[int(t)]
-        return alpha_bar**0.5 * network(z, t, xp) + (1 - alpha_bar) ** 0.5 * z
+        return ours.process.alpha[int(t)] * network(z, t, xp) + ours.process.sigma[int(t)] * z
 
     assert_same(latents_of(ours, 10), run_theirs(theirs, 10, network=eps))
 
 
 def test_ddim_with_eta(same_noise):
     ours, theirs = (make(PUBLISHED["sd15"], "ddim") for make in (scheduler_from_config, their_scheduler))
-    share_alpha_bar(theirs, ours.schedule)
+    share_alpha_bar(theirs, ours.process)
     expected = run_theirs(theirs, 10, eta=0.7, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
-    got = solver(tuple(ours.schedule.alpha_bar), ours.prediction)(ours.table(10, eta=0.7), ours.clip)
+    got = solver(ours.process, ours.prediction)(ours.table(10, eta=0.7), ours.clip)
     assert_same(np.asarray(got), expected)
 
 
@@ -202,7 +199,7 @@ def test_pipelines_that_change_their_schedulers_config(config, kind):
 
 def test_cosine_is_theirs_to_a_rounding():
     theirs = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2").betas.numpy()
-    np.testing.assert_array_max_ulp(make_schedule("cosine", 1000).beta.astype(np.float32), theirs, maxulp=1)
+    np.testing.assert_array_max_ulp(cosine_betas(1000).astype(np.float32), theirs, maxulp=1)
 
 
 EXPORTS = [
@@ -223,7 +220,7 @@ def test_exported_configs_in_diffusers(sampler, spacing, schedule, prediction, t
     )
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
-    ours = make_schedule(schedule, 1000, **betas)
+    ours = make_process(schedule, 1000, **betas)
     share_alpha_bar(theirs, ours)
     if sampler in NOISY:
         same_noise(NOISY[sampler], 10)
@@ -235,6 +232,6 @@ def test_exported_zero_terminal_snr_in_diffusers(prediction, tmp_path):
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "zero_terminal_snr": True}
     config = config_from_schedule("linear", 1000, **betas, prediction=prediction, spacing="trailing")
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
-    theirs, ours = diffusers.DDIMScheduler.from_pretrained(tmp_path), make_schedule("linear", 1000, **betas)
+    theirs, ours = diffusers.DDIMScheduler.from_pretrained(tmp_path), make_process("linear", 1000, **betas)
     share_alpha_bar(theirs, ours)
     assert_same(run_ours(ours, prediction, solver="ddim", steps=10, spacing="trailing"), run_theirs(theirs, 10))

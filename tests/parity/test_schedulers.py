@@ -21,20 +21,22 @@ from parity.fixed_network import (
     run_theirs,
     share_alpha_bar,
     solver,
-    spread,
+    variance_output,
 )
 
-from ldm_jax.diffusion.guidance import from_network
-from ldm_jax.diffusion.schedules import make_schedule, timesteps
+from ldm_jax.diffusion.denoiser import from_network
+from ldm_jax.diffusion.process import Process, forward_step, neighbours
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import make_inversion_table, make_table
+from ldm_jax.diffusion.spacing import timesteps
 
 THEIR_SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 THEIR_PREDICTION = {"eps": "epsilon", "v": "v_prediction", "z0": "sample"}
 
 
 def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", offset=0, prediction="eps", **options):
-    """Theirs, with our table of alpha_bar, and the schedule that it is of."""
+    """Theirs, with our table of alpha_bar, and the process that it is of."""
     options = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -48,8 +50,9 @@ def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", off
     known = inspect.signature(kind).parameters
     assert all(name in known or value in (False, "leading", 0) for name, value in options.items())
     theirs = kind(**{name: value for name, value in options.items() if name in known})
-    ours = make_schedule(schedule, 1000, zero_terminal_snr=zero_terminal_snr)
-    np.testing.assert_allclose(theirs.betas.numpy(), ours.beta, rtol=0, atol=1e-5)  # theirs are 1 - ratio in float32
+    ours = make_process(schedule, 1000, zero_terminal_snr=zero_terminal_snr)
+    betas = forward_step(*neighbours(ours))[1]
+    np.testing.assert_allclose(theirs.betas.numpy(), betas, rtol=0, atol=1e-5)  # theirs are 1 - ratio in float32
     share_alpha_bar(theirs, ours)
     return theirs, ours
 
@@ -58,7 +61,7 @@ def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", off
 def test_timesteps_for_every_number_of_steps(spacing, offset):
     theirs, _ = scheduler(diffusers.DDIMScheduler, "linear", spacing=spacing, offset=offset)
     multistep, _ = scheduler(diffusers.DPMSolverMultistepScheduler, "linear", spacing=spacing, offset=offset)
-    schedule = make_schedule("linear", 1000)
+    process = make_process("linear", 1000)
     for steps in range(1, 1000):
         theirs.set_timesteps(steps)
         multistep.set_timesteps(steps)
@@ -68,7 +71,7 @@ def test_timesteps_for_every_number_of_steps(spacing, offset):
         # A float rounding gives their trailing a timestep too many, -1, for some numbers of steps.
         expected, expected_multistep = theirs.timesteps.numpy()[:steps], multistep.timesteps.numpy()[:steps]
         np.testing.assert_array_equal(timesteps(spacing, 1000, steps, offset), expected, err_msg=str(steps))
-        table = make_table("dpmpp_2m", schedule, steps, spacing=spacing, steps_offset=offset)
+        table = make_table("dpmpp_2m", process, steps, spacing=spacing, steps_offset=offset)
         np.testing.assert_array_equal(table.t[:steps], expected_multistep, err_msg=str(steps))
 
 
@@ -93,7 +96,7 @@ def test_ddpm(schedule, spacing, steps, prediction, variance, same_noise):
     expected = run_theirs(theirs, steps)
     if spacing == "trailing" and variance == "fixed_large":
         # Its last timestep is not 0, so diffusers adds noise of variance beta to the finished sample; Ho 2020 does not.
-        expected = expected - np.sqrt(1 - ours.alpha_bar[theirs.timesteps[-1]]) * row_noise(steps - 1)
+        expected = expected - ours.sigma[theirs.timesteps[-1]] * row_noise(steps - 1)
     got = run_ours(ours, prediction, solver="ddpm", steps=steps, spacing=spacing, variance=variance)
     assert_same(got, expected)
 
@@ -109,11 +112,11 @@ def test_ddpm_with_a_learned_variance(schedule, spacing, steps, prediction, same
     theirs.set_timesteps(steps)
     z = torch.from_numpy(Z_T)
     for t in theirs.timesteps:
-        said = [f(z.numpy(), float(t), np) for f in (network, spread)]
-        z = theirs.step(torch.from_numpy(np.concatenate(said, axis=1)), t, z).prev_sample.double()
+        outputs = [f(z.numpy(), float(t), np) for f in (network, variance_output)]
+        z = theirs.step(torch.from_numpy(np.concatenate(outputs, axis=1)), t, z).prev_sample.double()
     table = make_table("ddpm", ours, steps, prediction=prediction, spacing=spacing, variance="learned")
-    wide = lambda z, t, _: jnp.concatenate([f(z, t.reshape(-1, 1, 1, 1)) for f in (network, spread)], -1)  # noqa: E731
-    denoise = from_network(wide, prediction, ours.alpha_bar)
+    wide = lambda z, t, _: jnp.concatenate([f(z, t.reshape(-1, 1, 1, 1)) for f in (network, variance_output)], -1)  # noqa: E731
+    denoise = from_network(wide, prediction, ours)
     got, _ = jax.jit(lambda table: solve(lambda z, level: denoise(z, level, None), Z_T, table, KEYS))(table)
     assert_same(got, z.numpy())
 
@@ -222,8 +225,8 @@ def test_dpmpp_2m_at_zero_terminal_snr_with_their_floor(prediction):
         spacing="trailing",
         prediction=prediction,
     )
-    floored = ours._replace(alpha_bar=np.maximum(ours.alpha_bar, 2**-24))
-    theirs.alphas_cumprod = torch.from_numpy(floored.alpha_bar)
+    floored = Process.variance_preserving(np.maximum(ours.alpha**2, 2**-24))
+    theirs.alphas_cumprod = torch.from_numpy(floored.alpha**2)
     assert_same(run_ours(floored, prediction, solver="dpmpp_2m", steps=10, spacing="trailing"), run_theirs(theirs, 10))
 
 
@@ -368,5 +371,5 @@ def test_ddim_inversion(prediction, schedule, spacing, offset, steps):
     )
     theirs.initial_alpha_cumprod = theirs.alphas_cumprod[0]
     table = make_inversion_table(ours, steps, spacing=spacing, steps_offset=offset)
-    got = np.asarray(solver(tuple(ours.alpha_bar), prediction)(table, np.inf))
+    got = np.asarray(solver(ours, prediction)(table, np.inf))
     assert_same(got, run_theirs(theirs, steps))

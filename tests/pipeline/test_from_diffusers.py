@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from ldm_jax import command_line, evaluate, sample
-from ldm_jax.diffusion.random import initial_latents, map_noise, sample_keys
+from ldm_jax.diffusion.process import Process
+from ldm_jax.diffusion.random import initial_latents, low_resolution_noise, sample_keys
 from ldm_jax.evaluation import scoring
 from ldm_jax.interop.scheduler_config import Scheduler
 from ldm_jax.models.conditioning import make_tau
@@ -214,11 +215,11 @@ def test_an_upscalers_latents_have_the_scale_of_the_pipeline(folder_of):
 
 def test_a_small_picture_is_noised_by_the_level():
     maps, alpha_bar = np.full((1, 4, 6, 3), 0.5, np.float32), np.array([1.0, 0.36])
-    upscaling = Upscaling(alpha_bar, 1, {})
+    upscaling = Upscaling(Process.variance_preserving(alpha_bar), 1, {})
     np.testing.assert_array_equal(noised(maps, 0, upscaling, 3, 2), maps.repeat(2, 0))
     keys = sample_keys(np.uint32(3), np.arange(2))
     noise = (noised(maps, 1, upscaling, 3, 2) - 0.3) / 0.8
-    np.testing.assert_allclose(noise, map_noise(keys, maps.shape[1:]), atol=1e-6)
+    np.testing.assert_allclose(noise, low_resolution_noise(keys, maps.shape[1:]), atol=1e-6)
     assert abs(np.corrcoef(noise.ravel(), np.ravel(initial_latents(keys, maps.shape[1:])))[0, 1]) < 0.5
 
 

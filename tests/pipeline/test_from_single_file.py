@@ -61,7 +61,7 @@ def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
         assert ours[name] == theirs[name], name
     if family == UPSCALER:
         assert ours["upscaling"].max_noise_level == theirs["upscaling"].max_noise_level == 350
-        np.testing.assert_array_equal(ours["upscaling"].alpha_bar, theirs["upscaling"].alpha_bar)
+        assert ours["upscaling"].process == theirs["upscaling"].process
     for one, other in zip(ours["tokenizers"], theirs["tokenizers"], strict=True):
         np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
 

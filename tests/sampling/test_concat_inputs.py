@@ -12,7 +12,7 @@ from PIL import Image
 
 from ldm_jax import command_line, evaluate, sample
 from ldm_jax.data import from_config as data_from_config
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.models.concat_conditioning import (
     inpainting,
     low_resolution,
@@ -115,7 +115,7 @@ def test_in_training_the_map_lies_beside_its_own_picture():
         map_condition=condition,
         first_stage=PIXELS,
         latent_shape=(8, 8, 1),
-        alpha_bar=make_schedule("linear", 20).alpha_bar,
+        process=make_process("linear", 20),
         prediction="eps",
         weighting="uniform",
         snr_gamma=5.0,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ldm_jax import command_line, sample
-from ldm_jax.diffusion.guidance import classifier_free, from_network, similarity_guided
-from ldm_jax.diffusion.process import Level
+from ldm_jax.diffusion.denoiser import from_network
+from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.diffusion.guidance import classifier_free, similarity_guided
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline import clip as pipeline_clip
 from ldm_jax.pipeline import load as pipeline_load
@@ -95,12 +96,12 @@ def assert_seen_as_by_hand(generator, model, params, found, rng):
         pipeline_from_config.build_first_stage(model.config),
     )
     tau, null = pipeline_from_config.build_tau(model.config, 4)
-    alpha_bar, t = pipeline_from_config.build_schedule(model.config).alpha_bar, int(table.t[0])
+    process, t = pipeline_from_config.build_process(model.config), int(table.t[0])
     denoise = classifier_free(
         from_network(
             lambda z, t, told: unet.apply({"params": params["unet"]}, z, t, **told),
             model.config.diffusion.prediction,
-            alpha_bar,
+            process,
         ),
         tau(params["conditioner"], np.full(8, 1)),
         tau(params["conditioner"], np.full(1, null)),
@@ -112,7 +113,7 @@ def assert_seen_as_by_hand(generator, model, params, found, rng):
         image = found.clip.apply({"params": found.params}, x, method="embed_image")
         return np.exp(found.params["logit_scale"]) * (image * sought).sum(-1)
 
-    level = Level(t, np.sqrt(alpha_bar[t]), np.sqrt(1 - alpha_bar[t]))
+    level = NoiseLevel(t, process.alpha[t], process.sigma[t])
     by_hand = jax.jit(lambda z_T: similarity_guided(denoise, cosines, scales)(z_T, level))(z_T)
     np.testing.assert_allclose(got, by_hand, rtol=1e-3, atol=1e-3)
     assert np.abs(got - np.asarray(jax.jit(lambda z: denoise(z, level))(z_T)))[scales > 0].max() > 0.01

@@ -7,8 +7,6 @@ from PIL import Image
 from scipy.stats import kstest
 
 from ldm_jax import command_line, sample
-from ldm_jax.config.fields import SAMPLERS, SPACINGS
-from ldm_jax.diffusion import schedules, solvers
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline import load as pipeline_load
 from ldm_jax.runtime.parallel import replicate
@@ -17,11 +15,6 @@ from ldm_jax.sampling.image_grids import read_recipe, save_png
 from ldm_jax.sampling.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("generators_kept")
-
-
-def test_the_command_line_knows_all_solvers_and_spacings():
-    assert SAMPLERS == solvers.SOLVERS
-    assert SPACINGS == schedules.SPACINGS
 
 
 def test_slerp_by_hand():

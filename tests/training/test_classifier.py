@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ldm_jax import command_line, sample
-from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, from_network
+from ldm_jax.diffusion.denoiser import from_network
+from ldm_jax.diffusion.guidance import classifier_free, classifier_guided
 from ldm_jax.diffusion.random import sample_keys
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.pipeline import from_config as pipeline_from_config
@@ -97,20 +98,20 @@ class Model:
         """The same without the generator, for a batch of 8 with labels."""
         config, params = self.trained.config, self.params
         unet, conditioner = pipeline_from_config.build_unet(config), pipeline_from_config.build_conditioner(config, 4)
-        classifier, alpha_bar = (
+        classifier, process = (
             pipeline_from_config.build_classifier(self.guide.config, 4),
-            pipeline_from_config.build_schedule(config).alpha_bar,
+            pipeline_from_config.build_process(config),
         )
         network = lambda z_t, t, context: unet.apply({"params": params["unet"]}, z_t, t, context)  # noqa: E731
         tau = lambda label: conditioner.apply({"params": params["conditioner"]}, label)  # noqa: E731
 
         def log_probability(z_t, t):
-            alpha = jnp.sqrt(jnp.asarray(alpha_bar, jnp.float32))[t.astype(int)]
+            alpha = jnp.asarray(process.alpha, jnp.float32)[t.astype(int)]
             logits = classifier.apply({"params": params["classifier"]}, z_t, t, alpha)
             return jax.nn.log_softmax(logits)[jnp.arange(8), wanted.labels]
 
         guided = classifier_free(
-            from_network(network, "eps", alpha_bar), tau(wanted.labels), tau(np.full(8, 4)), wanted.guidance
+            from_network(network, "eps", process), tau(wanted.labels), tau(np.full(8, 4)), wanted.guidance
         )
         guided = classifier_guided(guided, log_probability, scales)
         table = tables.build_table(config, sampler="ddpm", steps=5)

@@ -8,7 +8,7 @@ import pytest
 
 from configs import finetune as finetune_config
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.diffusion.schedules import make_schedule
+from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline import base_model, from_diffusers, trainable
 from ldm_jax.pipeline import model as pipeline_model
@@ -154,14 +154,14 @@ def test_what_a_model_of_texts_draws_unless_it_is_told(kind, home):
 
 
 def test_small_pictures_are_noised_by_levels_of_their_own():
-    alpha_bar = make_schedule("linear", 1000, beta_start=1e-4, beta_end=0.02).alpha_bar
-    augment = make_augment(Upscaling(alpha_bar, 3, {}))
+    process = make_process("linear", 1000, beta_start=1e-4, beta_end=0.02)
+    augment = make_augment(Upscaling(process, 3, {}))
     maps = np.full((400, 2, 2, 3), 0.5, np.float32)
     seen, told = augment(maps, jax.random.split(jax.random.key(0), 400))
     level = np.asarray(told["class_labels"])
     assert np.bincount(level).min() > 70 and level.max() == 3
     for k in range(4):
-        noise = (np.asarray(seen)[level == k] - np.sqrt(alpha_bar[k]) * 0.5) / np.sqrt(1 - alpha_bar[k])
+        noise = (np.asarray(seen)[level == k] - process.alpha[k] * 0.5) / process.sigma[k]
         assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
     assert np.unique(seen).size > 4000
 

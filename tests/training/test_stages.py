@@ -10,16 +10,16 @@ import optax
 import pytest
 import tiny
 
-from ldm_jax.diffusion.likelihood import bound_term
-from ldm_jax.diffusion.process import level_at, q_sample, target, to_z0
-from ldm_jax.diffusion.random import example_keys
+from ldm_jax.diffusion.forward import noise_level, q_sample, target
+from ldm_jax.diffusion.likelihood import vlb_term
+from ldm_jax.diffusion.prediction import to_z0
+from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline import from_config as pipeline_from_config
 from ldm_jax.pipeline import trainable
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training import from_config as training_from_config
-from ldm_jax.training.diffusion import STREAM
 from ldm_jax.training.loop import first_nonfinite
 from ldm_jax.training.state import TrainState
 
@@ -171,7 +171,7 @@ def test_one_backward_pass_gives_the_gradient_of_all_terms():
     from ldm_jax.diffusion.random import example_keys
     from ldm_jax.models.discriminator import PatchDiscriminator
     from ldm_jax.models.first_stage import draw, kl_divergence
-    from ldm_jax.training.autoencoder import STREAM, make_autoencoder_stage
+    from ldm_jax.training.autoencoder import make_autoencoder_stage
 
     autoencoder = pipeline_from_config.build_autoencoder(c)
     discriminator = PatchDiscriminator(in_channels=1, features=8, layers=1, norm_num_groups=4)
@@ -188,7 +188,7 @@ def test_one_backward_pass_gives_the_gradient_of_all_terms():
 
     seen, metrics = jax.jit(step)(state, batch)
     x, params = to_pixels(batch["x"]), state.params["autoencoder"]
-    keys = jax.vmap(jax.random.split)(example_keys(np.uint32(3), STREAM, 0, batch["id"]))[:, 1]
+    keys = jax.vmap(jax.random.split)(example_keys(np.uint32(3), Stream.AUTOENCODER, 0, batch["id"]))[:, 1]
 
     def reconstruct(params):
         moments = autoencoder.apply({"params": params}, x, method="encode")
@@ -248,10 +248,10 @@ def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
     """Of the last layer, the half of the mean has the gradient of L_simple alone, that of the variance the bound's."""
     small = {"unet__block_out_channels": (8,), "unet__attention": (False,), "diffusion__timesteps": 1000}
     c = config(**small, diffusion__variance="learned", diffusion__bound_weight=0.1, diffusion__prediction="v")
-    stage, unet, alpha_bar = (
+    stage, unet, process = (
         training_from_config.build_diffusion_stage(c, 4),
         pipeline_from_config.build_unet(c),
-        pipeline_from_config.build_schedule(c)[1],
+        pipeline_from_config.build_process(c),
     )
     rng, batch = np.random.default_rng(0), moments_batch(8)
     shapes = jax.eval_shape(stage.init, jax.random.key(0)).params
@@ -261,19 +261,19 @@ def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
 
     @jax.jit
     def drawn(ids):
-        keys = jax.vmap(partial(jax.random.split, num=4))(example_keys(np.uint32(0), STREAM, 0, ids))
+        keys = jax.vmap(partial(jax.random.split, num=4))(example_keys(np.uint32(0), Stream.DIFFUSION, 0, ids))
         t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=1000))(keys[:, 1])
         return t, jax.vmap(partial(jax.random.normal, shape=(4, 4, 2)))(keys[:, 2])
 
     t, eps = drawn(batch["id"])
-    np.testing.assert_allclose(z_t, q_sample(z0, t, eps, alpha_bar), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(z_t, q_sample(z0, t, eps, process), rtol=1e-4, atol=1e-5)
 
     def simple(output):
-        return ((output[..., :2] - target("v", z0, eps, t, alpha_bar)) ** 2).mean()
+        return ((output[..., :2] - target("v", z0, eps, t, process)) ** 2).mean()
 
     def bound(output, mean=jax.lax.stop_gradient):
-        z0_hat = mean(to_z0("v", output[..., :2], z_t, level_at(t, alpha_bar)))
-        return bound_term(z0, z_t, z0_hat, t, alpha_bar, variance="learned", learned=output[..., 2:]).mean()
+        z0_hat = mean(to_z0("v", output[..., :2], z_t, *noise_level(t, process).broadcast_to(z_t)))
+        return vlb_term(z0, z_t, z0_hat, t, process, variance="learned", var_frac=(output[..., 2:] + 1) / 2).mean()
 
     @jax.jit
     def gradients(params):

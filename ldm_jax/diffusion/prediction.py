@@ -1,0 +1,77 @@
+"""What a denoiser predicts, as coefficients of (alpha, sigma): one row for each prediction target.
+
+The target is  out = on_z0 z0 + on_eps eps,  and a prediction at z_t = alpha z0 + sigma eps means
+z0 = z0_skip z_t + z0_out out.  Nothing else knows the predictions apart.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ldm_jax.diffusion.process import Process
+
+
+class Coefficients(NamedTuple):
+    """A prediction at given alpha and sigma: NumPy or JAX arrays, or numbers."""
+
+    on_z0: Any
+    on_eps: Any
+    z0_skip: Any
+    z0_out: Any
+
+
+PREDICTIONS: dict[str, Callable[[Any, Any], Coefficients]] = {
+    "eps": lambda a, s: Coefficients(0.0, 1.0, 1 / a, -s / a),  # Ho 2020
+    "v": lambda a, s: Coefficients(-s, a, a, -s),  # Salimans & Ho 2022, section 4
+    "z0": lambda a, s: Coefficients(1.0, 0.0, 0.0, 1.0),
+    "flow": lambda a, s: Coefficients(-1.0, 1.0, 1 / (a + s), -s / (a + s)),  # Liu 2022, eq. 1: dz/dt = eps - z0
+}
+
+
+def coefficients(prediction: str, alpha: Any, sigma: Any) -> Coefficients:
+    """The row of a prediction; ValueError for an unknown one."""
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
+    return PREDICTIONS[prediction](alpha, sigma)
+
+
+def coefficient_tables(prediction: str, process: Process) -> Coefficients:
+    """The row of a prediction at each timestep of a process, [T] float64 each.
+
+    Raises:
+      ValueError: an unknown prediction, or one that does not determine z0 at some timestep: eps where alpha = 0 (zero
+        terminal SNR), v of a process that does not preserve the variance.
+    """
+    row, recovers = _tables(prediction, process)
+    if not recovers.all():
+        t = int(np.flatnonzero(~recovers)[-1])
+        why = " (zero terminal SNR)" if process.alpha[t] == 0 else ""
+        fitting = " or ".join(name for name in PREDICTIONS if _tables(name, process)[1].all())
+        raise ValueError(
+            f"prediction {prediction!r} does not determine z0 at timestep {t}, where alpha = {process.alpha[t]:.3g} and "
+            f"sigma = {process.sigma[t]:.3g}{why}; predict {fitting}, or choose another noise schedule"
+        )
+    return row
+
+
+def _tables(prediction: str, process: Process) -> tuple[Coefficients, np.ndarray]:
+    """The row at each timestep, and whether it recovers z0 there, [T] bool."""
+    alpha, sigma = process.alpha, process.sigma
+    with np.errstate(divide="ignore", invalid="ignore"):
+        row = Coefficients(*(np.broadcast_to(c, alpha.shape) for c in coefficients(prediction, alpha, sigma)))
+        on_z0 = row.z0_skip * alpha + row.z0_out * row.on_z0
+        on_eps = row.z0_skip * sigma + row.z0_out * row.on_eps
+    return row, np.isclose(on_z0, 1) & np.isclose(on_eps, 0)
+
+
+def to_z0(prediction: str, output: Any, z_t: Any, alpha: Any, sigma: Any) -> Any:
+    """The z0 that a network's output means at z_t, float32; alpha and sigma broadcast against z_t [B, ...]."""
+    row = coefficients(prediction, alpha, sigma)
+    return row.z0_skip * z_t + row.z0_out * output.astype(np.float32)
+
+
+def from_z0(prediction: str, z0: Any, z_t: Any, alpha: Any, sigma: Any) -> Any:
+    """The output that means z0 at z_t, float32: the inverse of `to_z0`; sigma must not be 0."""
+    row = coefficients(prediction, alpha, sigma)
+    return (z0.astype(np.float32) - row.z0_skip * z_t) / row.z0_out

@@ -1,0 +1,138 @@
+"""The timesteps of a sampler: which noise levels of a process it visits, from noise to data, in float64."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ldm_jax.diffusion.process import Point, Process
+
+EVEN = ("leading", "trailing", "linspace")
+SPACINGS = (*EVEN, "karras", "exponential")
+GRIDS = ("integer", "endpoint", "continuous", "lcm")
+
+
+def visits(
+    spacing: str | Sequence[int],
+    process: Process,
+    steps: int,
+    *,
+    grid: str = "integer",
+    steps_offset: int = 0,
+    between: str = "linspace",
+) -> list[Point]:
+    """The noise levels that a sampler visits, from noise to data.
+
+    Args:
+      spacing: `leading`, `trailing` or `linspace`, even in time (see `timesteps`); `karras` (Karras 2022, eq. 5, with
+        rho = 7) or `exponential`, even in a power or the logarithm of sigma / alpha; or timesteps, descending.
+      process: the forward process, of T timesteps.
+      steps: how many; at most T.
+      grid: `integer`: timesteps of the process, and for `karras` and `exponential` the nearest ones as the network's t.
+        `endpoint`: the same, but of `leading` and `linspace` the end point counts as one and is left out.
+        `continuous`: `linspace`, `karras` and `exponential` lie between the timesteps: sigma / alpha is linear in t
+        for `linspace`, its logarithm for the others. `lcm`: every T // 50th timestep, thinned (Luo 2023).
+      steps_offset: see `timesteps`.
+      between: the even spacing whose first and last points `karras` and `exponential` span on a continuous grid.
+
+    Raises:
+      ValueError: unknown spacing, steps or timesteps out of range, or `karras` or `exponential` where alpha = 0.
+    """
+    T = len(process)
+    if not isinstance(spacing, str):
+        return _listed(spacing, process, steps)
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
+    if spacing not in EVEN:
+        if grid == "lcm":
+            raise ValueError(f"lcm has timesteps of its own; {spacing} spacing is for the other samplers")
+        return _even_in_ratio(spacing, process, steps, grid, steps_offset, between)
+    if grid == "continuous" and spacing == "linspace":
+        _check_steps(steps, T)
+        t = np.linspace(0, T - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
+        ratio = np.interp(t, np.arange(T), [process.point(i).ratio for i in range(T)])
+        return [process.point(int(t)) if t % 1 == 0 else process.between(t, r) for t, r in zip(t, ratio)]
+    if grid == "lcm":
+        t = _lcm_timesteps(T, steps)
+    elif grid == "endpoint" and spacing != "trailing":
+        if not 1 <= steps < T:
+            raise ValueError(f"{spacing} spacing needs steps in 1..{T - 1} with this solver, got {steps}")
+        t = timesteps(spacing, T, steps + 1, steps_offset)[:-1]
+    else:
+        t = timesteps(spacing, T, steps, steps_offset)
+    return [process.point(t) for t in t]
+
+
+def _check_steps(steps: int, T: int) -> None:
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must lie in 1..{T} for a schedule of {T} timesteps, got {steps}")
+
+
+def _listed(t: Sequence[int], process: Process, steps: int) -> list[Point]:
+    t, T = np.asarray(t), len(process)
+    fits = t.ndim == 1 and len(t) and np.issubdtype(t.dtype, np.integer) and (np.diff(t) < 0).all()
+    if not fits or t[0] >= T or t[-1] < 0:
+        raise ValueError(
+            f"timesteps must be whole numbers that fall, from {T - 1} at most to 0 at least, got {t.tolist()}"
+        )
+    if len(t) != steps:
+        raise ValueError(f"{len(t)} timesteps are listed for {steps} steps")
+    return [process.point(t) for t in t]
+
+
+def _even_in_ratio(
+    spacing: str, process: Process, steps: int, grid: str, steps_offset: int, between: str
+) -> list[Point]:
+    """`karras` and `exponential`; see `visits`."""
+    _check_steps(steps, len(process))
+    if process.alpha[-1] <= 0:
+        raise ValueError(f"{spacing} spacing needs a schedule that ends above alpha = 0 (zero terminal SNR)")
+    first, last = process.point(-1), process.point(0)
+    if grid == "continuous":
+        ends = visits(between, process, steps, grid=grid, steps_offset=steps_offset)
+        first, last = ends[0], ends[-1]
+    if spacing == "karras":
+        ratio = np.linspace(first.ratio ** (1 / 7), last.ratio ** (1 / 7), steps) ** 7
+    else:
+        ratio = np.exp(np.linspace(np.log(first.ratio), np.log(last.ratio), steps))
+    points = [process.between(t, r) for t, r in zip(process.time_of(ratio), ratio)]
+    return points if grid == "continuous" else [point._replace(t=float(np.round(point.t))) for point in points]
+
+
+def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:
+    """`steps` of the `distilled` timesteps that latent consistency models are distilled on (Luo 2023)."""
+    distilled = min(distilled, T)
+    if not 1 <= steps <= distilled:
+        raise ValueError(f"lcm needs steps in 1..{distilled}, got {steps}")
+    t = np.arange(distilled, 0, -1) * (T // distilled) - 1
+    return t[np.floor(np.linspace(0, distilled, steps, endpoint=False)).astype(int)]
+
+
+def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.ndarray:
+    """The timesteps of a sampler (Lin 2023, table 2), with the rounding of diffusers.
+
+    Args:
+      spacing: `leading` (0 and every T // steps above it), `trailing` (T - 1 and every T / steps below it) or
+        `linspace` (both ends).
+      T: length of the schedule.
+      steps: how many to visit, in [1, T].
+      steps_offset: added to `leading` timesteps, and to no others (Stable Diffusion has 1).
+
+    Returns:
+      [steps] int64, strictly descending, in [0, T).
+
+    Raises:
+      ValueError: unknown spacing, steps out of range, or an offset that leaves [0, T).
+    """
+    _check_steps(steps, T)
+    if spacing == "leading":
+        t = np.arange(steps)[::-1] * (T // steps) + steps_offset
+        if t[0] >= T or t[-1] < 0:
+            highest = T - 1 - (steps - 1) * (T // steps)
+            raise ValueError(f"steps_offset must lie in 0..{highest} for {steps} of {T} timesteps, got {steps_offset}")
+    elif spacing == "trailing":
+        t = np.round(np.arange(T, 0, -T / steps)[:steps]) - 1  # float rounding may give arange one element too many
+    elif spacing == "linspace":
+        t = np.round(np.linspace(0, T - 1, steps))[::-1]
+    else:
+        raise ValueError(f"spacing must be one of {', '.join(EVEN)} here, got {spacing!r}")
+    return t.astype(np.int64)

@@ -1,0 +1,35 @@
+"""Weights of the training loss over timesteps, as float64 tables on the host."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ldm_jax.diffusion.prediction import coefficient_tables
+from ldm_jax.diffusion.process import Process
+
+# (SNR [T], z0_out [T], gamma) -> the weight of the squared error of the network's output, [T]. That error is the error
+# of z0 divided by z0_out, so a weight w of the squared error of z0 is w z0_out^2 here.
+WEIGHTINGS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "uniform": lambda snr, z0_out, gamma: np.ones(len(snr)),
+    "min_snr": lambda snr, z0_out, gamma: np.minimum(snr, gamma) * z0_out**2,  # Hang 2023, section 3.4
+}
+
+
+def loss_weights(weighting: str, prediction: str, process: Process, gamma: float = 5.0) -> np.ndarray:
+    """The weight of each timestep's squared error of the output, [T] float64.
+
+    Args:
+      weighting: a key of WEIGHTINGS.
+      prediction: a key of `prediction.PREDICTIONS`.
+      process: the forward process.
+      gamma: above 0, where min_snr clips the SNR (Hang 2023 recommend 5).
+
+    Raises:
+      ValueError: unknown weighting, gamma <= 0, or as `prediction.coefficient_tables`.
+    """
+    row = coefficient_tables(prediction, process)
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    if gamma <= 0:
+        raise ValueError(f"min_snr needs gamma > 0, got {gamma}")
+    return WEIGHTINGS[weighting]((process.alpha / process.sigma) ** 2, row.z0_out, gamma)
