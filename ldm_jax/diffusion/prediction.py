@@ -49,8 +49,8 @@ def coefficient_tables(prediction: str, process: Process) -> Coefficients:
         why = " (zero terminal SNR)" if process.alpha[t] == 0 else ""
         fitting = " or ".join(name for name in PREDICTIONS if _tables(name, process)[1].all())
         raise ValueError(
-            f"prediction {prediction!r} does not determine z0 at timestep {t}, where alpha = {process.alpha[t]:.3g} and "
-            f"sigma = {process.sigma[t]:.3g}{why}; predict {fitting}, or choose another noise schedule"
+            f"prediction {prediction!r} does not determine z0 at timestep {t}, where alpha = {process.alpha[t]:.3g} "
+            f"and sigma = {process.sigma[t]:.3g}{why}; predict {fitting}, or choose another noise schedule"
         )
     return row
 

@@ -80,7 +80,7 @@ def test_z0_and_flow_fit_every_process(prediction, process):
         (lambda: from_z0("x0", jnp.ones(3), jnp.ones(3), 0.6, 0.8), "got 'x0'"),
         (
             lambda: coefficient_tables("eps", ZERO_SNR),
-            "prediction 'eps' does not determine z0 at timestep 99, where alpha = 0 and sigma = 1 (zero terminal SNR); predict",
+            "does not determine z0 at timestep 99, where alpha = 0 and sigma = 1 (zero terminal SNR); predict v or z0",
         ),
         (
             lambda: coefficient_tables("v", PROCESSES["rectified_flow"]),
