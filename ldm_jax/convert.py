@@ -1,4 +1,4 @@
-"""Writes a model in another shape.
+"""Writes a model in another format.
 
     python -m ldm_jax.convert --model=runs/fashion_mnist --to=FOLDER    a run as a diffusers folder
     python -m ldm_jax.convert --model=FOLDER --to=runs/again            such a folder as a run again
@@ -6,7 +6,7 @@
                                                                         safetensors, [--dtype=bfloat16]
     python -m ldm_jax.convert --model=FILE.ckpt --to=FOLDER             a single file, or a model of the hub, likewise
 
-A run becomes unet/, vae/, scheduler/, model_index.json, the pipeline.py that diffusers draws with, a model card and
+A run becomes unet/, vae/, scheduler/, model_index.json, the pipeline.py that diffusers samples with, a model card and
 recipe.json, from which the run is made again to the bit. --to appears whole or not at all.
 """
 
@@ -49,29 +49,27 @@ def main(argv: list[str]) -> None:
 
 
 def _convert(values: flags.FlagValues, folder: Path) -> str:
-    """Writes the model to `folder`; returns what that is, in words."""
+    """Writes the model to `folder`; returns its format, in words."""
     from ldm_jax.runtime.xla import configure
 
     configure()
 
-    from ldm_jax.export import diffusers_folder
+    from ldm_jax.export.diffusers_folder import write_diffusers
+    from ldm_jax.export.run_folder import write_run
     from ldm_jax.interop import hub
-    from ldm_jax.pipeline import from_exported
-    from ldm_jax.pipeline import load as pipeline_load
-    from ldm_jax.pipeline.overrides import Extras
+    from ldm_jax.pipeline.from_exported import read_record
+    from ldm_jax.pipeline.load import is_exported, load
+    from ldm_jax.pipeline.overrides import Overrides
 
     path, dtype = hub.find(values.model), values.dtype or "float32"
-    if from_exported.is_exported(path):
+    if is_exported(path):
         if dtype != "float32":
             raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
-        diffusers_folder.write_run(folder, from_exported.load(path))
+        write_run(*load(path), folder, read_record(path))
         return "Run folder"
-    model = pipeline_load.load(path, dtype, Extras(values.tokenizer, values.prediction, values.vae))
-    if model.pretrained:
-        diffusers_folder.write_pretrained_anew(path, folder, model)
-        return f"{model.pretrained.pipeline} in {dtype}"
-    diffusers_folder.write_run_for_diffusers(path, folder, model, dtype)
-    return f"Diffusers folder in {dtype}"
+    model, params = load(path, dtype, Overrides(values.tokenizer, values.prediction, values.vae))
+    write_diffusers(model, params, folder, dtype=dtype)
+    return f"{model.origin.pipeline or 'Diffusers folder'} in {dtype}"
 
 
 if __name__ == "__main__":

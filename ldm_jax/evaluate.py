@@ -11,16 +11,23 @@ compare it, and bound.json, the variational bound in bits per dimension term by 
 run folder. Of diffusers models there is no bound.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from ldm_jax import command_line
-from ldm_jax.config import rules as config_rules
+from ldm_jax.config.rules import text_conditioned, validate
 from ldm_jax.errors import InputError
 from ldm_jax.run_folder import layout as run_folder_layout
-from ldm_jax.runtime import files as runtime_files
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+    from ldm_jax.pipeline.model import LatentDiffusion
 
 
 def define_flags() -> flags.FlagValues:
@@ -42,52 +49,62 @@ def main(argv: list[str]) -> None:
     command_line.parse(values, argv, config=with_config)
     command_line.require(values, "model", *(["out"] if with_config else []))
     if with_config:
-        config_rules.validate(values.config)
+        validate(values.config)
     if values.num < 4:
         raise InputError(f"--num={values.num} pictures are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")
     run_folder_layout.check_folder("out", out)
     command_line.start_devices(values)
 
-    from ldm_jax.data import from_config as data_from_config
+    from ldm_jax.data.from_config import load_split
     from ldm_jax.evaluation import scoring
-    from ldm_jax.interop import hub
-    from ldm_jax.pipeline import load as pipeline_load
-    from ldm_jax.pipeline.overrides import Extras
-    from ldm_jax.sampling import from_flags, recipe, sample_images
+    from ldm_jax.pipeline.load import has_data, load
+    from ldm_jax.pipeline.overrides import Overrides
+    from ldm_jax.runtime.files import write_json
+    from ldm_jax.sampling.from_flags import recipe_from_flags
+    from ldm_jax.sampling.recipe_of_run import captions_of
+    from ldm_jax.sampling.sample_images import sample_images, save
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
-    extras = Extras(values.tokenizer, values.prediction, values.vae)
-    told = f"--model={values.model} knows no data set; say by --config=FILE what its pictures are to be compared with"
-    if not with_config and (hub.is_name(values.model) or pipeline_load.is_pretrained(Path(values.model))):
-        raise InputError(told)
-    model = pipeline_load.load(hub.find(values.model), values.dtype, extras)
-    if with_config:
-        config = scoring.with_data_of(model, values.config).unlock()
-    elif model.pretrained and not config_rules.tells_texts(model.config):  # fine-tuned: it has seen all its data
-        raise InputError(told)
-    else:
-        config = model.config.copy_and_resolve_references().unlock()
-    if values.inception_weights:
-        config.evaluation.inception_weights = values.inception_weights
-    train_set, test_set = (
-        data_from_config.load_split(config, s) for s in (config.data.train_split, config.data.test_split)
-    )
-    own_texts = model.pretrained and not with_config  # told of texts by a CLIP of its own
-    captions = recipe.captions_of(test_set, values.num) if own_texts else None
-    wanted = from_flags.from_flags(model, values, list(range(len(model.class_names))), captions)
-    drawn = sample_images.draw(model, wanted, batch_size=values.batch_size or config.sampling.batch_size)
-    sample_images.save(out, drawn)
-    cards = scoring.score(model._replace(config=config.lock()), drawn.images, train_set, test_set, drawn.given)
-    if own_texts and wanted.prompts == captions[0]:
-        cards["prompts"] = scoring.score_captions(Path(values.model), config, drawn, test_set)
-    if not model.pretrained:
-        cards["model"] = scoring.score_model(model, test_set, out)
-    runtime_files.write_json(out / "evaluation.json", {"recipe": drawn.recipe} | cards)
+    no_data = f"--model={values.model} has no data set of its own to be compared with; give one by --config=FILE"
+    if not with_config and not has_data(values.model):
+        raise InputError(no_data)
+    overrides = Overrides(values.tokenizer, values.prediction, values.vae)
+    model, params = load(values.model, values.dtype, overrides)
+    config = _config(values, model, with_config, no_data)
+    train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    by_caption = text_conditioned(config) and not with_config
+    captions = captions_of(test_set, values.num) if by_caption else None
+    recipe = recipe_from_flags(model, values, list(range(len(model.class_names))), captions)
+    samples = sample_images(model, params, recipe, batch_size=values.batch_size or config.sampling.batch_size)
+    save(out, samples)
+    cards = scoring.score(model, params, config, samples.images, train_set, test_set, samples.concat_images)
+    if by_caption and recipe.prompts == captions[0]:
+        cards["prompts"] = scoring.score_captions(Path(values.model), config, samples, test_set)
+    cards["model"] = scoring.score_likelihood(model, params, config, test_set, out)
+    write_json(out / "evaluation.json", {"recipe": samples.recipe} | cards)
     for group in ("samples", "prompts", "restored", "baseline", "autoencoder", "model"):
         for name, card in cards.get(group, {}).items():
             print(f"{group:>12} {name:>18} {card['value']:.4g}")
     print(f"Cards: {out / 'evaluation.json'}")
+
+
+def _config(values: flags.FlagValues, model: LatentDiffusion, with_config: bool, no_data: str) -> ConfigDict:
+    """The config whose data and evaluation the model is scored by: --config, or that of the run that trained it."""
+    from ldm_jax.evaluation.scoring import at_size_of
+
+    own = model.origin.config
+    if with_config:
+        if own is not None and not own.init_from:
+            raise InputError("--config is for diffusers models; a run is scored on the data set of its own config")
+        config = at_size_of(values.config, model).unlock()
+    elif own is None or own.init_from:  # it has seen all its data
+        raise InputError(no_data)
+    else:
+        config = own.copy_and_resolve_references().unlock()
+    if values.inception_weights:
+        config.evaluation.inception_weights = values.inception_weights
+    return config.lock()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The main job, top to bottom: data, autoencoder, latents, diffusion model, samples, scores, report.
+"""The main job from top to bottom: data, autoencoder, latents, diffusion model, samples, scores, report.
 
-Every part leaves its result in the run folder and first looks whether it is there already, so the same call again goes
-on where the last one stopped.
+Every stage leaves its result in the run folder and first looks whether it is there already, so that the same call again
+goes on where the last one stopped.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,31 @@ from ml_collections import ConfigDict
 
 from ldm_jax.config import rules as config_rules
 from ldm_jax.config.fields import STAGES
-from ldm_jax.data import from_config as data_from_config
+from ldm_jax.data.datasets import Dataset
+from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import scoring
 from ldm_jax.evaluation.report import write_report
-from ldm_jax.interop.modules import abstract_params
-from ldm_jax.pipeline import base_model, from_run, trainable
-from ldm_jax.pipeline import from_config as pipeline_from_config
+from ldm_jax.pipeline.clip import clip_on_paper
+from ldm_jax.pipeline.fine_tuning import check_data
+from ldm_jax.pipeline.from_run import of_classes, on_paper
+from ldm_jax.pipeline.load import load_base
+from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
 from ldm_jax.run_folder.log import Log
-from ldm_jax.runtime import files as runtime_files
+from ldm_jax.runtime.files import write_json
 from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
 from ldm_jax.runtime.parallel import wait_for_hosts
 from ldm_jax.runtime.xla import CompileClock
-from ldm_jax.sampling import prompt_sheets, sample_images, tables
+from ldm_jax.sampling import prompt_sheets
 from ldm_jax.sampling.concat_inputs import check_segments
-from ldm_jax.sampling.recipe import of_config
+from ldm_jax.sampling.from_flags import solving_defaults
+from ldm_jax.sampling.sample_images import sample_run
+from ldm_jax.sampling.tables import make_table
 from ldm_jax.training import clip_data, stages
-from ldm_jax.training import from_config as training_from_config
+from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_clip_stage
 from ldm_jax.training.run import Run
+from ldm_jax.training.text_embeddings import check_memory
 
 
 def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
@@ -45,65 +52,33 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     """
     config_rules.validate_devices(config, jax.device_count())
     scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
-    asked = config  # is recorded; a model that is fine-tuned has fields of its own
-    base, config = base_model.load_base(asked) if asked.init_from else (None, asked)
-    train_set, test_set = (
-        data_from_config.load_split(config, split) for split in (config.data.train_split, config.data.test_split)
-    )
+    recorded = config  # a model that is fine-tuned has fields of its own
+    base, config = load_base(config) if config.init_from else (None, config)
+    train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
     print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
           f"{train_set.num_classes:,} {'classes' if config.data.caption_key == 'none' else 'captions'}",
           flush=True)  # fmt: skip
-    check_segments(config, train_set)
-    describe_models(config, train_set.num_classes, base)
     if base:
-        training_from_config.check_data(config, base, train_set)
-        model = stages.before_fine_tuning(config, base, train_set)
-        sample_images.table_for(model, of_config(model, test_set))  # for its errors, before anything is written
-    if config.autoencoder.kind != "none" and config.autoencoder.checkpoint and not base:
-        stages.adopted_autoencoder(config)  # for its errors, before anything is written
-        stages.adopted_scale(config)
-    if "clip" in config.stages:
-        clip_data.check(config)
-        scoring.zero_shot_classes(config)
+        base = of_classes(base[0], train_set.class_names), base[1]
+    model, params = base or on_paper(config, train_set.class_names)
+    _check(config, model, params, train_set)
     if dry_run:
         return
-    if workdir.exists() and scoring.is_done(workdir, asked):
+    if workdir.exists() and scoring.is_done(workdir, recorded):
         print(f"All is done: {workdir / 'report.html'}")
         return
     primary = jax.process_index() == 0
     if primary:
         workdir.mkdir(parents=True, exist_ok=True)
-        runtime_files.write_json(workdir / "config.json", asked.to_dict())
-        runtime_files.write_json(
-            workdir / "data.json",
-            {"class_names": train_set.class_names, "train": len(train_set), "test": len(test_set),
-             "train_fingerprint": train_set.fingerprint, "test_fingerprint": test_set.fingerprint,
-             "device": describe_device(), "command": command,
-             **({"init_from_fingerprint": base.fingerprint} if base else {})},
-        )  # fmt: skip
+        write_json(workdir / "config.json", recorded.to_dict())
+        write_json(workdir / "data.json", _about(train_set, test_set, model, command))
     log = Log(workdir, write=primary)
     try:
         with InterruptWatch() as watch:
-            run = Run(config, workdir, train_set, test_set, log, watch, base)
+            job = Run(config, workdir, train_set, test_set, log, watch, base)
             clock = CompileClock()
-            if "autoencoder" in config.stages and config.autoencoder.kind != "none" and not base:
-                _timed(run, clock, "autoencoder", stages.train_autoencoder)
-                _timed(run, clock, "latents", stages.measure_latents)
-            if "clip" in config.stages:
-                _timed(run, clock, "clip", stages.train_clip)
-            if "diffusion" in config.stages:
-                part = stages.train_on_texts if config_rules.tells_texts(config) else stages.train_diffusion
-                _timed(run, clock, "diffusion", stages.fine_tune if base else part)
-            if "classifier" in config.stages:
-                _timed(run, clock, "classifier", stages.train_classifier)
-            if primary:
-                if "diffusion" in config.stages:
-                    told_texts = config_rules.tells_texts(config)
-                    split = train_set if told_texts else test_set
-                    _timed(run, clock, "sampling", lambda run: sample_images.draw_final(run.workdir, split))
-                    if told_texts:
-                        _timed(run, clock, "prompts", lambda run: prompt_sheets.draw(run.workdir, train_set, test_set))
-                _timed(run, clock, "scoring", lambda run: scoring.score_run(run.workdir, run.train_set, run.test_set))
+            for name, stage in _stages(job, primary):
+                _timed(job, clock, name, stage)
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
         return
@@ -115,53 +90,99 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     wait_for_hosts("done")  # the others would leave, and a host that misses another ends with an error
 
 
-def _timed(run: Run, clock: CompileClock, name: str, part: Callable[[Run], None]) -> None:
+def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None]]]:
+    """The stages of a run, in their order; the first host alone samples and scores."""
+    wanted, latents = job.config.stages, job.config.autoencoder.kind != "none"
+    if "autoencoder" in wanted and latents:
+        yield "autoencoder", stages.train_autoencoder
+        yield "latents", stages.measure_latents
+    if "clip" in wanted:
+        yield "clip", stages.train_clip
+    if "diffusion" in wanted:
+        yield "diffusion", stages.train_diffusion
+    if "classifier" in wanted:
+        yield "classifier", stages.train_classifier
+    if not primary:
+        return
+    if "diffusion" in wanted:
+        yield "sampling", lambda job: sample_run(job.workdir, job.sampling_set)
+        if config_rules.text_conditioned(job.config):
+            yield "prompts", lambda job: prompt_sheets.sample_sheets(job.workdir, job.train_set, job.test_set)
+    yield "scoring", lambda job: scoring.score_run(job.workdir, job.train_set, job.test_set)
+
+
+def _timed(job: Run, clock: CompileClock, name: str, stage: Callable[[Run], None]) -> None:
     start, compiling, count = time.monotonic(), clock.seconds, clock.count
-    part(run)
+    stage(job)
     seconds = time.monotonic() - start
-    run.log("timing", 0, **{f"{name}_seconds": seconds, f"{name}_compile_seconds": clock.seconds - compiling,
+    job.log("timing", 0, **{f"{name}_seconds": seconds, f"{name}_compile_seconds": clock.seconds - compiling,
                             f"{name}_compilations": clock.count - count})  # fmt: skip
     if jax.process_index() == 0:
         print(f"{name:>12} took {seconds:.0f} s, {clock.seconds - compiling:.0f} s of it compiling", flush=True)
 
 
-def describe_models(config: ConfigDict, num_classes: int, base: base_model.Base | None = None) -> None:
-    """Builds all models on paper and prints their sizes, of one that is fine-tuned that of what learns.
+def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset) -> None:
+    """Checks, before anything is compiled or written, that all stages can run, and prints the networks' sizes.
+
+    Args:
+      config: of the run.
+      model, params: that diffusion training starts from; params may be shapes.
+      train_set: the training split.
 
     Raises:
-      InputError: one cannot be built.
+      InputError: a model cannot be built, or does not fit the data; another run's model is missing or does not fit.
     """
-    sizes = {}
+    check_segments(model, train_set)
+    if config.init_from:
+        check_data(config, model, params, train_set)
+        check_memory(model, params, train_set.captions, config)
+    if "autoencoder" in config.stages and config.autoencoder.checkpoint and model.first_stage.module is not None:
+        stages.reused_autoencoder(config)
+        stages.reused_scale(config)
+    if "clip" in config.stages:
+        clip_data.check(config)
+        scoring.zero_shot_classes(config)
     try:
-        if base:
-            sizes["diffusion"] = trainable.trained_shapes(config, base)
-        else:
-            sizes = {name: jax.eval_shape(stage.init, jax.random.key(0)).params
-                     for name, stage in _stages(config, num_classes).items()}  # fmt: skip
-        if config_rules.tells_texts(config):
-            from_run.check(config)
-            sizes["diffusion"] = {"unet": abstract_params(pipeline_from_config.build_unet(config))}
-        elif "diffusion" in config.stages and not base:
-            tables.build_table(config)
+        sizes = _trained_shapes(config, model, params, train_set)
+        if "diffusion" in config.stages:
+            make_table(model, solving_defaults(model, model.defaults.sampler))
     except ValueError as error:
         raise InputError(f"config: {error}") from error
     for name in sorted(sizes, key=STAGES.index):
-        for part, params in sizes[name].items():
-            print(f"{name:>12} {part}: {sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters", flush=True)
+        for part, shapes in sizes[name].items():
+            size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+            print(f"{name:>12} {part}: {size:,} parameters", flush=True)
 
 
-def _stages(config: ConfigDict, num_classes: int) -> dict[str, Any]:
-    """The stages of a config, but for what is known only when others are trained."""
-    stages: dict[str, Any] = {}
-    if "autoencoder" in config.stages and config.autoencoder.kind != "none":
-        stages["autoencoder"] = training_from_config.build_autoencoder_stage(config)
+def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset) -> dict[str, Any]:
+    """Stage -> the shapes of what it trains."""
+    shapes: dict[str, Any] = {}
+    if "autoencoder" in config.stages and model.first_stage.module is not None:
+        shapes["autoencoder"] = jax.eval_shape(make_autoencoder_stage(config).init, jax.random.key(0)).params
     if "clip" in config.stages:
-        stages["clip"] = clip_data.on_paper(config)
-    if "diffusion" in config.stages and not config_rules.tells_texts(config):
-        stages["diffusion"] = training_from_config.build_diffusion_stage(config, num_classes)
+        stage = make_clip_stage(clip_on_paper(config), config)
+        shapes["clip"] = jax.eval_shape(stage.init, jax.random.key(0)).params
+    if "diffusion" in config.stages:
+        shapes["diffusion"] = trained_shapes(trainable_of(config, model), params)
     if "classifier" in config.stages:
-        stages["classifier"] = training_from_config.build_classifier_stage(config, num_classes)
-    return stages
+        stage = make_classifier_stage(model, train_set.num_classes, config)
+        shapes["classifier"] = jax.eval_shape(stage.init, jax.random.key(0)).params
+    return shapes
+
+
+def _about(train_set: Dataset, test_set: Dataset, model: LatentDiffusion, command: str) -> dict[str, Any]:
+    """What data.json records of a run."""
+    about = {
+        "class_names": train_set.class_names,
+        "train": len(train_set),
+        "test": len(test_set),
+        "train_fingerprint": train_set.fingerprint,
+        "test_fingerprint": test_set.fingerprint,
+        "device": describe_device(),
+        "command": command,
+    }
+    fingerprint = model.origin.fingerprint
+    return about | ({"init_from_fingerprint": fingerprint} if fingerprint else {})
 
 
 def describe_device() -> str:

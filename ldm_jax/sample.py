@@ -29,8 +29,11 @@ or, of a diffusers folder, as in diffusers. Picture k depends on the seed, k and
 alone, not on the batch around it.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -38,9 +41,11 @@ from ldm_jax import command_line
 from ldm_jax.errors import InputError
 from ldm_jax.run_folder import layout as run_folder_layout
 
-# How a picture is given to a model of each kind of map.
-MAP_FLAGS = {"low_resolution": "--map", "segments": "--map", "inpainting": "--init_image and --mask"}
+if TYPE_CHECKING:
+    from ldm_jax.pipeline.model import LatentDiffusion, Params
+    from ldm_jax.sampling.recipe import Recipe
 
+SMALL = 64  # side in pixels up to which denoising.gif is written by default: each of its frames is decoded
 
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
@@ -68,45 +73,51 @@ def main(argv: list[str]) -> None:
         raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
     command_line.start_devices(values)
 
-    from ldm_jax.interop import hub
-    from ldm_jax.pipeline import load as pipeline_load
-    from ldm_jax.pipeline import model as pipeline_model
-    from ldm_jax.pipeline.overrides import Extras
+    from ldm_jax.pipeline.load import load
+    from ldm_jax.pipeline.overrides import Overrides, with_lora
+    from ldm_jax.sampling.sample_images import sample_images, save
+
+    overrides = Overrides(values.tokenizer, values.prediction, values.vae)
+    model, params = load(values.model, values.dtype, overrides)
+    if values.lora:
+        params = with_lora(params, Path(values.lora), 1.0 if values.lora_scale is None else values.lora_scale)
+    recipe = _recipe(values, model, params)
+    film = values["save_trajectory"]
+    trajectory = bool(film.value) if film.present else max(model.image_shape[:2]) <= SMALL
+    batch_size = values.batch_size or model.defaults.batch_size
+    save(out, sample_images(model, params, recipe, batch_size=batch_size, trajectory=trajectory))
+    print(f"{recipe.num} {'image' if recipe.num == 1 else 'images'}: {out / 'samples.png'}")
+
+
+def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:
+    """The recipe of the flags, or that of --from_recipe."""
     from ldm_jax.sampling import from_flags, recipe, sample_images
 
-    extras = Extras(values.tokenizer, values.prediction, values.vae)
-    model = pipeline_load.load(hub.find(values.model), values.dtype, extras)
-    if values.lora:
-        scale = 1.0 if values.lora_scale is None else values.lora_scale
-        model = pipeline_model.with_lora(model, Path(values.lora), scale)
     if values.from_recipe:
-        beside = ("model", "out", "batch_size", "dtype", "save_trajectory", "lora", "lora_scale", *extras._fields)
-        check_alone(values, "from_recipe", beside=beside)
-        wanted = recipe.from_picture(model, Path(values.from_recipe))
-    else:
-        labels = find_labels("--label", values.label, model.class_names)
-        wanted = from_flags.with_edits(from_flags.from_flags(model, values, labels), values, model.config.concat.kind)
-        wanted = from_flags.with_pretrained(wanted, values, model)
-        if values.label is not None and wanted.map_split:
-            raise InputError(
-                f"--label={','.join(values.label)}: without a picture of yours this model restores test pictures, "
-                f"which have classes of their own; give {MAP_FLAGS[model.config.concat.kind]}"
-            )
-        if values.negative_label is not None:
-            away_from = find_labels("--negative_label", [values.negative_label], model.class_names)
-            wanted = wanted._replace(negative_label=away_from[0])
-    batch_size = values.batch_size or model.config.sampling.batch_size
-    film = values.save_trajectory and (values["save_trajectory"].present or not model.pretrained)  # it decodes a lot
-    drawn = sample_images.draw(model, wanted, batch_size=batch_size, film=bool(film))
-    sample_images.save(out, drawn)
-    print(f"{wanted.num} {'picture' if wanted.num == 1 else 'pictures'}: {out / 'samples.png'}")
+        of_model = ("model", "dtype", "lora", "lora_scale", "tokenizer", "prediction", "vae")
+        check_alone(values, "from_recipe", others=(*of_model, "out", "batch_size", "save_trajectory"))
+        found, recorded = recipe.from_png(Path(values.from_recipe), model, params)
+        sample_images.check_inputs(found, recorded, model, params, f"--from_recipe={values.from_recipe}")
+        return found
+    labels = find_labels("--label", values.label, model.class_names)
+    wanted = from_flags.recipe_from_flags(model, values, labels)
+    wanted = from_flags.with_edit_flags(wanted, values, model)
+    if values.label is not None and wanted.concat.split:
+        raise InputError(
+            f"--label={','.join(values.label)}: without an image of yours this model restores test images, which have "
+            f"classes of their own; give {from_flags.image_flags(model)}"
+        )
+    if values.negative_label is not None:
+        (negative,) = find_labels("--negative_label", [values.negative_label], model.class_names)
+        wanted = wanted._replace(guidance=wanted.guidance._replace(negative_label=negative))
+    return wanted
 
 
-def check_alone(values: flags.FlagValues, flag: str, *, beside: tuple[str, ...]) -> None:
-    """Raises InputError if --`flag`, which says all, comes with another flag than those `beside` it."""
+def check_alone(values: flags.FlagValues, flag: str, *, others: tuple[str, ...]) -> None:
+    """Raises InputError if --`flag`, which has the whole recipe, comes with another flag than these `others`."""
     for name in values:
-        if values[name].present and name not in (flag, *beside):
-            raise InputError(f"--{flag} says it all; leave out --{name}")
+        if values[name].present and name not in (flag, *others):
+            raise InputError(f"--{flag} has the whole recipe; leave out --{name}")
 
 
 def find_labels(flag: str, wanted: list[str] | None, class_names: tuple[str, ...]) -> list[int]:

@@ -9,8 +9,6 @@ import pytest
 from filelock import FileLock
 
 from ldm_jax.runtime.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, fast_compile_flags, knows_cpu_flags
-from ldm_jax.sampling import generate
-from ldm_jax.sampling.guidance_models import NO_GUIDES
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
@@ -50,40 +48,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
+MOST_MAPPINGS = 30_000  # of memory; a process may have 65,530, and each compiled program takes several
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """A process may map 65,530 pieces of memory, and each compiled program takes several: the suite would need more."""
+    """Compiled programs are shared by the tests of a process until there are too many."""
     yield
-    jax.clear_caches()
-    gc.collect()
-
-
-@pytest.fixture(scope="module")
-def generators_kept():
-    """Commands that draw with equal models in equal batches share what has been traced, which takes most of their time.
-
-    It is shared in the module alone, so that nothing of it is left for the others.
-    """
-    make, kept = generate.generator_of, {}
-
-    def generator_of(model, batch_size, guided_by=NO_GUIDES, *, vae_tiling=False):
-        networks = model.pretrained and repr(model.pretrained._replace(tokenizers=()))
-        configs = [part.config.to_json() for part in (model, guided_by.classifier) if part]
-        key = (
-            *configs,
-            guided_by.clip and repr(guided_by.clip.clip),
-            model.class_names,
-            networks,
-            batch_size,
-            vae_tiling,
-        )
-        if key not in kept:
-            kept[key] = make(model, batch_size, guided_by, vae_tiling=vae_tiling)
-        return kept[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "generator_of", generator_of)
-        yield
+    if Path("/proc/self/maps").exists() and len(Path("/proc/self/maps").read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def _validate_own(config: ConfigDict) -> None:
     for name, value in asked.items():
         if value:
             raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers model")
-    if tells_texts(config):
+    if text_conditioned(config):
         _validate_texts(config)
     elif sampling.prompts or config.diffusion.train_text:
         name, value = ("sampling.prompts", sampling.prompts) if sampling.prompts else ("diffusion.train_text", True)
@@ -105,7 +105,7 @@ def _validate_own(config: ConfigDict) -> None:
         _validate_clip(config)
 
 
-def tells_texts(config: ConfigDict) -> bool:
+def text_conditioned(config: ConfigDict) -> bool:
     """Whether a run of ours trains a diffusion model that is told of texts, by a CLIP of its own."""
     return not config.init_from and {"clip", "diffusion"} <= set(config.stages)
 

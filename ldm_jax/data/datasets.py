@@ -27,7 +27,7 @@ class Dataset:
     fingerprint: str  # equal means equal examples in equal order
     arrays: dict[str, np.ndarray] | None  # "x" uint8 [N, H, W, C], "label" int32 [N] if labelled ...; None: on the disk
     records: Records | None  # None: in memory
-    kinds: np.ndarray | None = None  # int64 [N], of which kind each example is; None: without kinds
+    groups: np.ndarray | None = None  # int64 [N], the group of each example; None: without groups
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -58,7 +58,7 @@ def load_dataset(
     label_key: str = "auto",
     segments_key: str = "none",
     caption_key: str = "none",
-    kind_key: str = "none",
+    group_key: str = "none",
     memory_limit: int = 2**31,
 ) -> Dataset:
     """A split of "fashion_mnist", "emoji" or "folder", prepared here if not there, or of any prepared TFDS data set.
@@ -75,7 +75,7 @@ def load_dataset(
         label_key: the feature with the class; "auto" finds it, "none" goes without.
         segments_key: the feature with a map of classes, an image whose pixels are their numbers; "none" goes without.
         caption_key: the feature with a text or several, which then are the class; "auto" finds it, "none" goes without.
-        kind_key: the feature, a text or a number, that tells the kinds of pictures apart; "none" goes without.
+        group_key: the feature, a text or a number, that tells the groups of pictures apart; "none" goes without.
         memory_limit: bytes of pixels above which the examples stay on the disk.
 
     Raises:
@@ -83,7 +83,7 @@ def load_dataset(
         RunError: preparing the data failed on the way (a full disk).
     """
     options = {"image_size": image_size, "channels": channels, "crop": crop, "image_key": image_key}
-    options |= {"label_key": label_key, "segments_key": segments_key, "caption_key": caption_key, "kind_key": kind_key}
+    options |= {"label_key": label_key, "segments_key": segments_key, "caption_key": caption_key, "group_key": group_key}
     return _held(_open(name, split, data_dir, manual_dir, options), name, split, memory_limit)
 
 
@@ -120,7 +120,7 @@ def _open(
 def _held(records: Records, name: str, split: str, memory_limit: int) -> Dataset:
     common = {"name": name, "split": split, "shape": records.shape}
     common |= {"class_names": records.class_names, "captions": records.captions, "present": records.present}
-    common |= {"kinds": records.kinds}
+    common |= {"groups": records.groups}
     if math.prod(records.shape) > memory_limit:
         return Dataset(**common, fingerprint=records.fingerprint, arrays=None, records=records)
     arrays = records.load()

@@ -4,7 +4,8 @@ Step s of a run takes the positions s*B ... s*B + B - 1 of an endless sequence. 
 a permutation of the N examples that depends on the seed and the number of the epoch alone. Batches go on across the end
 of an epoch, and may be larger than the data set. Of P processes, process p takes the p-th of P equal parts of each.
 
-Where examples are of kinds, as many as there are kinds are one epoch: one of each kind, the next one in the next epoch.
+Where examples are in groups, as many as there are groups are one epoch: one of each group, the next one in the next
+epoch.
 """
 
 import functools
@@ -57,7 +58,7 @@ class Order:
         batch_size: B, over all processes.
         seed: 0 or more; another seed is another order.
         process_index, process_count: which part of each batch is wanted.
-        kinds: int [n], which kind each example is of; None = each is one of its own.
+        groups: int [n], the group of each example; None = each is one of its own.
 
     Raises:
         InputError: no examples, or a batch that does not divide.
@@ -70,7 +71,7 @@ class Order:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        kinds: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         if n < 1:
             raise InputError("the data set is empty")
@@ -84,17 +85,17 @@ class Order:
         local = batch_size // process_count
         self.id = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int32)
         self._batch_size, self._seed = batch_size, seed
-        kinds = np.arange(n) if kinds is None else kinds
-        self._by_kind = np.argsort(kinds, kind="stable").astype(np.int32)
-        _, self._first, self._count = np.unique(kinds[self._by_kind], return_index=True, return_counts=True)
+        groups = np.arange(n) if groups is None else groups
+        self._by_group = np.argsort(groups, kind="stable").astype(np.int32)
+        _, self._first, self._count = np.unique(groups[self._by_group], return_index=True, return_counts=True)
 
     def __call__(self, step: int) -> np.ndarray:
         """The examples of this process's part of step's batch, int32 [B / process_count]."""
         positions = step * self._batch_size + self.id.astype(np.int64)
-        kinds = examples_at(positions, len(self._count), self._seed)
+        groups = examples_at(positions, len(self._count), self._seed)
         epochs = positions // len(self._count)
-        # By the kind's number they do not all begin with their first, which may be alike.
-        return self._by_kind[self._first[kinds] + (epochs + kinds) % self._count[kinds]]
+        # By the group's number they do not all begin with their first, which may be alike.
+        return self._by_group[self._first[groups] + (epochs + groups) % self._count[groups]]
 
 
 class DeviceFeed:
@@ -102,7 +103,7 @@ class DeviceFeed:
 
     Args:
         arrays: name -> [N, ...], such as a `Dataset`'s.
-        batch_size, seed, process_index, process_count, kinds: see `Order`.
+        batch_size, seed, process_index, process_count, groups: see `Order`.
 
     Attributes:
         resident: the arrays, to be put on the device once.
@@ -115,13 +116,13 @@ class DeviceFeed:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        kinds: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         lengths = {name: len(values) for name, values in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"arrays of unequal length: {lengths}")
         self.resident = dict(arrays)
-        self._order = Order(max(lengths.values(), default=0), batch_size, seed, process_index, process_count, kinds)
+        self._order = Order(max(lengths.values(), default=0), batch_size, seed, process_index, process_count, groups)
 
     def __call__(self, step: int) -> Batch:
         """{"index": int32 [B_local] rows of the resident arrays, "id": int32 [B_local] places in the batch}."""
@@ -168,7 +169,7 @@ class HostFeed(_Streamed):
 
     Args:
         source: see `Source`.
-        batch_size, seed, process_index, process_count, kinds: see `Order`.
+        batch_size, seed, process_index, process_count, groups: see `Order`.
         prefetch, threads: batches read ahead, and threads that read them, one batch each.
     """
 
@@ -179,12 +180,12 @@ class HostFeed(_Streamed):
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        kinds: np.ndarray | None = None,
+        groups: np.ndarray | None = None,
         *,
         prefetch: int = 8,
         threads: int = 8,
     ) -> None:
-        order = Order(len(source), batch_size, seed, process_index, process_count, kinds)
+        order = Order(len(source), batch_size, seed, process_index, process_count, groups)
         super().__init__(lambda step: source[order(step)] | {"id": order.id}, prefetch, threads)
 
 

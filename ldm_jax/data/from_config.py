@@ -20,11 +20,12 @@ def load_train_buckets(config: ConfigDict) -> list[Dataset]:
 
 def _data_fields(config: ConfigDict) -> dict[str, Any]:
     data = config.data
-    keys = ("image_key", "label_key", "segments_key", "caption_key", "kind_key")
+    keys = ("image_key", "label_key", "segments_key", "caption_key")
     same = ("image_size", "channels", "crop", *keys)
     return {
         "data_dir": data.dir,
         "manual_dir": data.path or None,
         "memory_limit": int(data.memory_limit_gb * 2**30),
+        "group_key": data.kind_key,
         **{name: data[name] for name in same},
     }

@@ -36,14 +36,14 @@ class Records:
         caption_key: the feature with a text or a sequence of texts, "auto" for the only one there is, or "none". With
             texts, each that the data set has, in whatever split, is a class of its own (of a sequence, all of a
             picture's together), and the label is its number.
-        kind_key: the feature, a text or a number, whose values are the kinds of pictures, or "none".
+        group_key: the feature, a text or a number, whose values are the groups of images, or "none".
 
     Attributes:
         shape: (N, H, W, C).
         class_names: of the labels, of several texts the first; empty without labels.
         captions: all texts of each class, at least one; empty without texts.
         present: the classes that this split has, if they are captions.
-        kinds: the number of each picture's kind, int64 [N]; None without kinds.
+        groups: the group of each image, int64 [N]; None without groups.
         fingerprint: a hash of the arguments and of the record files' names, sizes, beginnings and ends.
 
     Raises:
@@ -62,7 +62,7 @@ class Records:
         label_key: str = "auto",
         segments_key: str = "none",
         caption_key: str = "none",
-        kind_key: str = "none",
+        group_key: str = "none",
     ) -> None:
         _check_arguments(image_size, channels, crop)
         import tensorflow_datasets as tfds
@@ -107,12 +107,12 @@ class Records:
             self.class_names = tuple(captions[0] for captions in self.captions)
             self._label_of = {captions: i for i, captions in enumerate(self.captions)}
             self.present = tuple(sorted({self._label_of[c] for c in _captions(folder, split, self._caption_key)}))
-        self.kinds: np.ndarray | None = None
-        if kind_key != "none":
-            kind_key = _choose(features, kind_key, "kind", _is_kind, self._where)
-            if kind_key is None:
-                raise InputError(f"{self._where} tells no kinds apart, it has only {', '.join(sorted(features))}")
-            self.kinds = np.unique(list(_values(folder, split, kind_key)), return_inverse=True)[1]
+        self.groups: np.ndarray | None = None
+        if group_key != "none":
+            group_key = _choose(features, group_key, "group", _is_group, self._where)
+            if group_key is None:
+                raise InputError(f"{self._where} tells no groups apart, it has only {', '.join(sorted(features))}")
+            self.groups = np.unique(list(_values(folder, split, group_key)), return_inverse=True)[1]
         self.fingerprint = _fingerprint(info.splits[split].file_instructions, [self.shape, self._fit, list(used)])
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ class Records:
             self._fit | {"size": size},
             (len(rows), *size, self.shape[3]),
         )
-        some.kinds = None if self.kinds is None else self.kinds[rows]
+        some.groups = None if self.groups is None else self.groups[rows]
         told = json.dumps([self.fingerprint, size, some._rows.tolist()])
         some.fingerprint = hashlib.sha256(told.encode()).hexdigest()
         return some
@@ -281,7 +281,7 @@ def _is_image(feature: Any) -> bool:
     return isinstance(feature, tfds.features.Tensor) and feature.np_dtype == np.uint8 and len(feature.shape) in (2, 3)
 
 
-def _is_kind(feature: Any) -> bool:
+def _is_group(feature: Any) -> bool:
     """One text, class or number."""
     import tensorflow_datasets as tfds
 

@@ -13,10 +13,10 @@ def into_autoencoder(params: Mapping[str, Any]) -> dict[str, Any]:
     way, the latter rise by 2 log scale. The first of the decoder, 1x1 too, takes z / scale + shift.
 
     Args:
-      params: {"autoencoder": of an AutoencoderKL with both convolutions, "shift" [c], "scale" [c], ...}.
+      params: {"first_stage": of an AutoencoderKL with both convolutions, "shift" [c], "scale" [c], ...}.
     """
     shift, scale = np.asarray(params["shift"]), np.asarray(params["scale"])
-    quant, post = params["autoencoder"]["quant_conv"], params["autoencoder"]["post_quant_conv"]
+    quant, post = params["first_stage"]["quant_conv"], params["first_stage"]["post_quant_conv"]
     kernel, bias, post_kernel, post_bias = map(
         np.asarray, (quant["kernel"], quant["bias"], post["kernel"], post["bias"])
     )
@@ -26,5 +26,5 @@ def into_autoencoder(params: Mapping[str, Any]) -> dict[str, Any]:
         "bias": np.concatenate([(mean - shift) * scale, logvar + 2 * np.log(scale)]),
     }
     post = {"kernel": post_kernel / scale[:, None], "bias": post_bias + shift @ post_kernel[0, 0]}
-    autoencoder = {**params["autoencoder"], "quant_conv": quant, "post_quant_conv": post}
-    return {**params, "autoencoder": autoencoder, "shift": np.zeros_like(shift), "scale": np.ones_like(scale)}
+    autoencoder = {**params["first_stage"], "quant_conv": quant, "post_quant_conv": post}
+    return {**params, "first_stage": autoencoder, "shift": np.zeros_like(shift), "scale": np.ones_like(scale)}

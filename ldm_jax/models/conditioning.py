@@ -1,6 +1,11 @@
-"""Conditioning: from what the user asks for to the tokens that the UNet attends to, tau(y) in Rombach et al. 2022."""
+"""Conditioning by classes, by texts or by nothing: the arguments tau(y) of the denoiser (Rombach 2022, section 3.3).
+
+A conditioning makes a table with a row for each condition, whose last row is the null condition, and encodes any rows
+of it. Classes, texts and nothing are one to what samples and trains.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -34,74 +39,126 @@ class ClassEmbedder(nn.Module):
         init = nn.initializers.normal(1.0)
         self.embedding = nn.Embed(self.num_classes + 1, self.tokens * self.dim, embedding_init=init, dtype=self.dtype)
 
-    @property
-    def null(self) -> int:
-        """The label that stands for "no class"."""
-        return self.num_classes
-
     def __call__(self, label: Array) -> Array:
         """Labels [B], integers in [0, num_classes] -> context [B, tokens, dim]."""
         return self.embedding(label.astype(jnp.int32)).reshape(*label.shape, self.tokens, self.dim)
 
 
-def texts_of(
-    tokenizers: Sequence[Callable[[Sequence[str]], Any]],
-    prompts: Sequence[str],
-    negative: str | None,
-    *,
-    zeros_for_nothing: bool,
-    size: tuple[int, int],
-    noise_level: int,
-) -> tuple[dict[str, Any], int]:
-    """What `tau` takes of each prompt, and in the last row of the negative one: [P + 1, ...].
+@dataclass(frozen=True)
+class ClassConditioning:
+    """Conditioning on class labels; of num_classes 0, on the learned null context alone."""
 
-    Args:
-      tokenizers: one for each text encoder: texts to `interop.tokenizer.Tokens`.
-      prompts: one or more.
-      negative: what guidance leads away from; None = nothing.
-      zeros_for_nothing: whether nothing is told by zeros, as SDXL has it, or by the empty text.
-      size: (height, width) of the pictures in pixels, which SDXL is told.
-      noise_level: of the picture that is enlarged, which the upscaler is told.
+    embedder: ClassEmbedder
 
-    Returns:
-      The arrays, and how many prompts were longer than the model reads.
-    """
-    said = [tokenizer([*prompts, negative or ""]) for tokenizer in tokenizers]
-    n = len(prompts) + 1
-    nothing = np.arange(n) == n - 1 if negative is None and zeros_for_nothing else np.zeros(n, bool)
-    sizes = np.tile(np.float32([*size, 0, 0, *size]), (n, 1))  # original, crop from top and left, target
-    cut = np.any([tokens.cut for tokens in said], axis=0)
-    texts = {"ids": [tokens.ids for tokens in said], "nothing": nothing, "sizes": sizes}
-    return texts | {"noise_level": np.full(n, noise_level, np.int32)}, int(cut.sum())
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are beside the null condition."""
+        return self.embedder.num_classes
+
+    def table(self) -> np.ndarray:
+        """int32 [K + 1]: every class, then the null condition."""
+        return np.arange(self.num_classes + 1, dtype=np.int32)
+
+    def encode(self, params: Any, rows: Array) -> dict[str, Array]:
+        """Rows of the table [B] -> {"context" [B, tokens, dim]}."""
+        return {"context": self.embedder.apply({"params": params}, rows)}
+
+    def init(self, rng: Array) -> Any:
+        """Parameters at random."""
+        return self.embedder.init(rng, jnp.zeros((1,), jnp.int32))["params"]
 
 
-def make_tau(
-    encoders: tuple[CLIPTextEncoder, ...], *, upscales: bool = False
-) -> Callable[[Any, Any], dict[str, jax.Array]]:
-    """(params, rows of `texts_of`) -> the arguments by which the UNet is told of a text.
+@dataclass(frozen=True)
+class TextConditioning:
+    """Conditioning on prompts by one or two CLIP text encoders, whose parameters are a list.
 
-    Of one encoder, what its last layer says of each token (Rombach 2022, section 4.3.1); of two, what the layers before
-    the last say, side by side, and the second's summary of the whole text (Podell 2023, section 2.1).
+    With one, the context is its last layer's features of each token (Rombach 2022, section 4.3.1); with two, the layers
+    before the last, concatenated, and the pooled text of the second with the sizes (Podell 2023, section 2.1 and 2.2).
+
+    Attributes:
+      encoders: one or two.
+      tokenizers: one for each: texts -> `interop.tokenizer.Tokens`. They are no part of what is compiled.
+      force_zeros_for_empty_prompt: of two encoders: an absent negative prompt is zeros, not the encoded empty text.
     """
 
-    def tau(params: Any, texts: Any) -> dict[str, Any]:
-        if not encoders:
-            return {}
-        said = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(encoders, params, texts["ids"])]
-        if len(said) == 1:
-            return {"context": said[0].last} | ({"class_labels": texts["noise_level"]} if upscales else {})
-        told = (jnp.concatenate([features.penultimate for features in said], axis=-1), said[-1].pooled)
-        context, pooled = (jnp.where(_beside(texts["nothing"], a), 0, a) for a in told)
-        return {"context": context, "added": Added(pooled, texts["sizes"])}
+    encoders: tuple[CLIPTextEncoder, ...]
+    tokenizers: tuple[Callable[[Sequence[str]], Any], ...] = field(compare=False)
+    force_zeros_for_empty_prompt: bool = True
 
-    return tau
+    num_classes = 0
+
+    def table(
+        self, prompts: Sequence[str], negative_prompt: str | None, image_size: tuple[int, int]
+    ) -> tuple[dict[str, Any], int]:
+        """The encoders' inputs for each prompt, then for the negative prompt: a tree of arrays [P + 1, ...].
+
+        Args:
+          prompts: one or more.
+          negative_prompt: None: the null condition.
+          image_size: (height, width) in pixels, on which SDXL is conditioned.
+
+        Returns:
+          The tree, and how many prompts are longer than the encoders' context.
+        """
+        tokens = [tokenizer([*prompts, negative_prompt or ""]) for tokenizer in self.tokenizers]
+        n = len(prompts) + 1
+        zeros = np.zeros(n, bool)
+        zeros[-1] = negative_prompt is None and self.force_zeros_for_empty_prompt
+        sizes = np.tile(np.float32([*image_size, 0, 0, *image_size]), (n, 1))  # original, crop from top left, target
+        truncated = np.any([each.cut for each in tokens], axis=0)
+        return {"ids": [each.ids for each in tokens], "zeros": zeros, "sizes": sizes}, int(truncated.sum())
+
+    def encode(self, params: Any, rows: Any) -> dict[str, Any]:
+        """Rows of the table -> {"context" [B, L, D]}, with "added" of two encoders."""
+        features = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(self.encoders, params, rows["ids"])]
+        if len(features) == 1:
+            return {"context": features[0].last}
+        context = jnp.concatenate([each.penultimate for each in features], axis=-1)
+        context, pooled = (
+            jnp.where(rows["zeros"].reshape(-1, *[1] * (a.ndim - 1)), 0, a) for a in (context, features[-1].pooled)
+        )
+        return {"context": context, "added": Added(pooled, rows["sizes"])}
 
 
-def make_class_tau(classes: ClassEmbedder) -> Callable[[Any, Any], dict[str, jax.Array]]:
-    """(params, labels) -> the arguments by which the UNet is told of a class."""
-    return lambda params, label: {"context": classes.apply({"params": params}, label)}
+@dataclass(frozen=True)
+class NoConditioning:
+    """The conditioning of an unconditional denoiser: its table has the null row alone, and no arguments come of it."""
+
+    num_classes = 0
+
+    def table(self) -> np.ndarray:
+        """int32 [1]: the null condition."""
+        return np.zeros(1, np.int32)
+
+    def encode(self, params: Any, rows: Array) -> dict[str, Array]:
+        """No arguments."""
+        return {}
+
+    def init(self, rng: Array) -> Any:
+        """No parameters."""
+        return {}
 
 
-def _beside(rows: jax.Array, array: jax.Array) -> jax.Array:
-    """[B] in the shape [B, 1, ...] that goes with an array [B, ...]."""
-    return rows.reshape(-1, *[1] * (array.ndim - 1))
+@dataclass(frozen=True)
+class EncodedConditioning:
+    """Conditioning whose table has the denoiser's arguments themselves: text embeddings computed before training."""
+
+    num_classes = 0
+
+    def encode(self, params: Any, rows: dict[str, Any]) -> dict[str, Any]:
+        """The rows, as they are."""
+        return rows
+
+
+Conditioning = ClassConditioning | TextConditioning | NoConditioning | EncodedConditioning
+
+
+def interpolate(cond: dict[str, Any], other: dict[str, Any], weights: Array) -> dict[str, Any]:
+    """Linear interpolation of encoded conditions, weights [B] from 0 (cond) to 1; integers are those of cond."""
+
+    def lerp(one: Array, two: Array) -> Array:
+        if not jnp.issubdtype(one.dtype, jnp.floating):
+            return one
+        return one + weights.reshape(-1, *[1] * (one.ndim - 1)).astype(one.dtype) * (two - one)
+
+    return jax.tree.map(lerp, cond, other)

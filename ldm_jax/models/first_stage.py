@@ -1,54 +1,82 @@
-"""The first stage (Rombach 2022, section 3.1) as three pure functions, whatever its kind, and the latents' scale.
+"""The first stage (Rombach 2022, section 3.1): pixels to latents and back, and the scale of the latents.
 
-Raw latents are what the encoder gives; `z = (raw - shift) * scale` is what the diffusion model sees. Both directions
-of that are here and nowhere else. Pixel diffusion is the first stage that does nothing.
+Raw latents are the encoder's; `z = (raw - shift) * scale` is what the diffusion model is trained on. Both directions of
+that are here and nowhere else. Diffusion on pixels has the identity as its first stage.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from ldm_jax.models.autoencoder import VQModel
+from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.pixels import to_pixels, to_uint8
+from ldm_jax.models.tiled_autoencoder import PARTS, in_tiles
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0  # as in diffusers' DiagonalGaussianDistribution
 
 
-class FirstStage(NamedTuple):
-    """Pixels to latents and back.
+@dataclass(frozen=True)
+class FirstStage:
+    """An autoencoder's pure functions, equal and hashed by its fields; `params` are those of the module, {} of pixels.
 
-    encode: (params, x [B, H, W, C]) -> moments [B, h, w, 2c] (kl), or the latents themselves (vq, none).
-    draw: (moments, keys [B]) -> raw latents [B, h, w, c], each example with its own key.
-    mode: moments -> raw latents, the most likely ones.
-    decode: (params, raw) -> x.
+    Attributes:
+      module: None for diffusion on pixels.
+      sample_size: side in pixels of the images that it was trained on, which is the side of a tile.
+      tiled: encode and decode larger images in tiles, for less memory.
     """
 
-    encode: Callable[[Any, jax.Array], jax.Array]
-    draw: Callable[[jax.Array, jax.Array], jax.Array]
-    mode: Callable[[jax.Array], jax.Array]
-    decode: Callable[[Any, jax.Array], jax.Array]
+    module: AutoencoderKL | VQModel | None
+    sample_size: int = 32
+    tiled: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tiled and self.sample_size % (PARTS * self.downsampling):
+            raise ValueError(
+                f"a tile of {self.sample_size} pixels must be a multiple of {PARTS} x {self.downsampling}"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent, in height and in width."""
+        return 1 if self.module is None else self.module.downsampling
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the encoder gives the moments of a Gaussian."""
+        return isinstance(self.module, AutoencoderKL)
+
+    def encode(self, params: Any, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] in [-1, 1] -> moments (mean, logvar) [B, h, w, 2c], of a VQ autoencoder [B, h, w, c]."""
+        if self.module is None:
+            return x
+        encode = lambda x: self.module.apply({"params": params}, x, method="encode")  # noqa: E731
+        tile = self.sample_size
+        return in_tiles(encode, x, tile, tile // self.downsampling) if self.tiled else encode(x)
+
+    def sample(self, moments: jax.Array, keys: jax.Array) -> jax.Array:
+        """Raw latents [B, h, w, c] of the posterior, each example with its own key; keys [B]."""
+        return sample_posterior(moments, keys) if self.stochastic else moments
+
+    def mode(self, moments: jax.Array) -> jax.Array:
+        """The most likely raw latents, [B, h, w, c]."""
+        return jnp.split(moments, 2, axis=-1)[0] if self.stochastic else moments
+
+    def decode(self, params: Any, raw: jax.Array) -> jax.Array:
+        """Raw latents [B, h, w, c] -> x [B, H, W, C]; a VQ autoencoder quantizes them first."""
+        if self.module is None:
+            return raw
+        decode = lambda raw: self.module.apply({"params": params}, raw, method="decode")  # noqa: E731
+        tile = self.sample_size
+        return in_tiles(decode, raw, tile // self.downsampling, tile) if self.tiled else decode(raw)
+
+    def reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
+        """Images uint8 [B, H, W, C] encoded and, from the most likely latents, decoded."""
+        return to_uint8(self.decode(params, self.mode(self.encode(params, to_pixels(images)))))
 
 
-def make_first_stage(module: nn.Module | None) -> FirstStage:
-    """The first stage of an `AutoencoderKL`, of a `VQModel`, or of None for pixel space."""
-    if module is None:
-        return FirstStage(lambda params, x: x, _keep, _keep, lambda params, raw: raw)
-
-    def encode(params: Any, x: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, x, method="encode")
-
-    def decode(params: Any, raw: jax.Array) -> jax.Array:
-        return module.apply({"params": params}, raw, method="decode")
-
-    if isinstance(module, VQModel):  # `decode` looks the codes up
-        return FirstStage(encode, _keep, _keep, decode)
-    return FirstStage(encode, draw, lambda moments: jnp.split(moments, 2, axis=-1)[0], decode)
-
-
-def draw(moments: jax.Array, keys: jax.Array) -> jax.Array:
+def sample_posterior(moments: jax.Array, keys: jax.Array) -> jax.Array:
     """raw = mean + exp(logvar / 2) * noise (Kingma 2014, eq. 10); moments [B, h, w, 2c], keys [B]."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
@@ -70,13 +98,3 @@ def to_latents(raw: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 def from_latents(z: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """raw = z / scale + shift."""
     return z / scale + shift
-
-
-def reconstruct(first_stage: FirstStage, params: Any, images: jax.Array) -> jax.Array:
-    """Images through the encoder and, from the most likely latents, back: uint8 [B, H, W, C] to the same."""
-    moments = first_stage.encode(params, to_pixels(images))
-    return to_uint8(first_stage.decode(params, first_stage.mode(moments)))
-
-
-def _keep(moments: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-    return moments

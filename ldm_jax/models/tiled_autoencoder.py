@@ -1,47 +1,20 @@
-"""Large pictures through an autoencoder in tiles: the memory is that of one tile, however large the picture.
+"""Large images through an autoencoder in tiles: the memory is that of one tile, however large the image.
 
 Tiles, their overlap and how one fades into the next are those of AutoencoderKL.enable_tiling in diffusers 0.42.1.
-What comes out is near to what the whole would give but not the same: norms and attention see a tile alone.
+The result is near to that of the whole image but not the same: norms and attention cover a tile alone.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.models.first_stage import FirstStage
-
-PARTS = 4  # a tile shares this part of its side with the next
-
-
-def tiled(first_stage: FirstStage, tile: int, factor: int) -> FirstStage:
-    """The first stage, in tiles where a picture or its latents are larger than one.
-
-    Args:
-      first_stage: a convolutional one.
-      tile: side of a tile in pixels.
-      factor: how many pixels a latent is high and wide.
-
-    Raises:
-      ValueError: a tile that does not divide into PARTS of whole latents.
-    """
-    if tile % (PARTS * factor):
-        raise ValueError(f"a tile of {tile} pixels must be a multiple of {PARTS} latents of {factor} pixels")
-    small = tile // factor
-
-    def encode(params: Any, x: jax.Array) -> jax.Array:
-        return in_tiles(partial(first_stage.encode, params), x, tile, small)
-
-    def decode(params: Any, raw: jax.Array) -> jax.Array:
-        return in_tiles(partial(first_stage.decode, params), raw, small, tile)
-
-    return first_stage._replace(encode=encode, decode=decode)
+PARTS = 4  # neighbouring tiles overlap by this fraction of a side
 
 
 def in_tiles(function: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int, result: int) -> jax.Array:
-    """`function`, which brings a side of `tile` to one of `result`, on x [B, h, w, c] by tiles, from top left on.
+    """`function`, which maps a side of `tile` to one of `result`, on x [B, h, w, c] by tiles, from top left on.
 
     Those at the right and the bottom may be smaller, so that the function is compiled for up to four shapes.
     """
@@ -75,9 +48,9 @@ def _map_by_shape(function: Callable[[jax.Array], jax.Array], pieces: dict[Any, 
 
 
 def _faded(before: jax.Array, piece: jax.Array, fade: int, axis: int) -> jax.Array:
-    """The piece, its first `fade` rows (or columns) going over from the last ones of the piece before."""
+    """The piece, its first `fade` rows (or columns) blended with the last ones of the piece before."""
     n = min(fade, before.shape[axis], piece.shape[axis])
-    share = jnp.expand_dims(jnp.arange(n) / n, [a for a in range(piece.ndim) if a != axis])
+    weight = jnp.expand_dims(jnp.arange(n) / n, [a for a in range(piece.ndim) if a != axis])
     last = jax.lax.slice_in_dim(before, before.shape[axis] - n, before.shape[axis], axis=axis)
     first, rest = jnp.split(piece, [n], axis=axis)
-    return jnp.concatenate([last * (1 - share) + first * share, rest], axis=axis)
+    return jnp.concatenate([last * (1 - weight) + first * weight, rest], axis=axis)

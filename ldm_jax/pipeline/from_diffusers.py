@@ -1,4 +1,7 @@
-"""Somebody's model, read from a diffusers folder or a single file: its modules, and its parameters as NumPy arrays."""
+"""A model from a diffusers folder.
+
+Stable Diffusion 1, 2, XL, their inpainting models, the x4 upscaler, and latent diffusion on classes or unconditional.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -6,116 +9,254 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from flax import linen as nn
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import folder, pipelines, single_file
+from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
-from ldm_jax.interop.pipelines import family_of
+from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, Family, family_of
+from ldm_jax.interop.scheduler_config import scheduler_from_config
 from ldm_jax.interop.tokenizer import load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.models.clip import CLIPTextEncoder
+from ldm_jax.models.concat_conditioning import ConcatConditioning, Inpainting, LowResolution, NoiseAugmentation
+from ldm_jax.models.conditioning import (
+    ClassConditioning,
+    ClassEmbedder,
+    Conditioning,
+    NoConditioning,
+    TextConditioning,
+)
+from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.models.unet import UNet
-from ldm_jax.pipeline import from_class_folder, upscaler
-from ldm_jax.pipeline.model import Pretrained, config_of
-from ldm_jax.pipeline.overrides import NO_EXTRAS, Extras, find_tokenizers, other_autoencoder
+from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults
+from ldm_jax.pipeline.scheduler import own_scheduler, solvers_of_scheduler
+
+MAX_NOISE_LEVEL = 350  # of an upscaler whose model_index.json does not say
+UPSCALER_SCALE = 0.08333  # of its latents; diffusers' pipeline takes it whatever the autoencoder's config says
+DEFAULTS = {  # field of SamplingDefaults -> argument of LatentDiffusionPipeline that states it
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "guidance_interval": "guidance_interval",
+    "guidance_rescale": "guidance_rescale",
+    "eta": "eta",
+}
 
 
-def is_folder(path: Path) -> bool:
-    """Whether this is a diffusers folder rather than a run folder."""
-    return (path / folder.INDEX).is_file()
-
-
-def is_single_file(path: Path) -> bool:
-    """Whether this is a file that may hold a whole model."""
-    return path.is_file() and path.suffix in single_file.SUFFIXES
-
-
-def load(
-    path: Path, dtype: str = "float32", extras: Extras = NO_EXTRAS
-) -> tuple[Pretrained, ConfigDict, dict[str, Any]]:
-    """Reads a diffusers folder or a single file.
+def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion, Params]:
+    """Reads a diffusers folder.
 
     Args:
-      path: a folder with model_index.json, or a .safetensors or .ckpt in the layout of CompVis and Stability AI.
-      dtype: of parameters and arithmetic, float32 or bfloat16.
-      extras: what such a path does not say.
+      path: a folder with model_index.json.
+      dtype: of parameters and computation, float32 or bfloat16.
 
     Returns:
-      What it is; a config with the fields of ours that say how it draws; params as `generate.make_generator` takes
-      them, NumPy arrays.
+      The model; its parameters, NumPy arrays.
 
     Raises:
       InputError: something is missing or damaged, or of a kind that is not supported; the line names it.
     """
-    if path.is_file():
-        model, params, size = _load_file(path, dtype, extras)
-    else:
-        given = [name for name in ("tokenizer", "prediction") if getattr(extras, name)]
-        if given:
-            raise InputError(f"--{given[0]} is for models in a single file; {path} says it itself")
-        model, params, size = _load_folder(path, dtype)
-    if extras.vae:
-        autoencoder, own = other_autoencoder(
-            Path(extras.vae), model.autoencoder, params["shift"], params["scale"], dtype
-        )
-        model, params = model._replace(autoencoder=autoencoder), params | {"autoencoder": own}
-    _check_widths(path, model, len(params["scale"]))
-    return model, config_of(model, size, dtype), params
-
-
-def _load_folder(path: Path, dtype: str) -> tuple[Pretrained, dict[str, Any], tuple[int, int]]:
-    """The model, its parameters, and the (height, width) of its latents."""
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline, family = family_of(path)
     for name in ("unet", *family.schedulers, family.autoencoder, *family.encoders):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
-    if pipeline == pipelines.PIPELINE_CLASS:
-        return *_with_classes(path, from_class_folder.load(path, dtype)), _latent_size(path)
-    kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
-    unet, unet_params = folder.load_unet(path / "unet", **kind)
+    dtypes = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
+    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **dtypes)
+    if pipeline == PIPELINE_CLASS:
+        names, parts = _classes(path, settings, **dtypes)
+        shift, scale = latents_scaling(path, parts[0].in_channels)
+    else:
+        names, parts = (), _unet_and_texts(path, pipeline, family, dtype)
+    denoiser, denoiser_params, conditioning, conditioning_params = parts
+    if "low_res_scheduler" in family.schedulers:
+        scale = np.full_like(scale, UPSCALER_SCALE)
+    model = assemble(
+        path=path,
+        pipeline=pipeline,
+        denoiser=denoiser,
+        first_stage=FirstStage(autoencoder, _sample_size(path / family.autoencoder)),
+        conditioning=conditioning,
+        schedulers={name: folder.component_config(path, name) for name in family.schedulers},
+        max_noise_level=settings.get("max_noise_level", MAX_NOISE_LEVEL),
+        latent_size=_latent_size(path),
+        stated=_stated_defaults(path, settings) if pipeline == PIPELINE_CLASS else {},
+        class_names=names,
+        channels=len(scale),
+    )
+    params = {"denoiser": denoiser_params, "conditioning": conditioning_params, "first_stage": autoencoder_params}
+    return model, params | {"shift": shift, "scale": scale}
+
+
+def assemble(
+    *,
+    path: Path,
+    pipeline: str,
+    denoiser: nn.Module,
+    first_stage: FirstStage,
+    conditioning: Conditioning,
+    schedulers: dict[str, dict[str, Any]],
+    max_noise_level: Any,
+    latent_size: tuple[int, int],
+    stated: dict[str, Any],
+    class_names: tuple[str, ...],
+    channels: int,
+) -> LatentDiffusion:
+    """The model of components read from another library's files; `path` is for errors, which name it.
+
+    Args:
+      pipeline: the class in diffusers that samples from it.
+      schedulers: component -> its scheduler_config.json: "scheduler", and of the upscaler "low_res_scheduler".
+      max_noise_level: the upscaler's highest.
+      latent_size: (height, width) of the latents that it was trained on.
+      stated: fields of SamplingDefaults, and "eta", that the files state themselves.
+      class_names: of a model conditioned on classes.
+      channels: of the latents.
+    """
+    family, scheduler = PIPELINES[pipeline], own_scheduler(schedulers["scheduler"], pipeline)
+    factor, image_channels = first_stage.downsampling, first_stage.module.in_channels
+    concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
+    _check_widths(path, pipeline, denoiser, conditioning, channels, concat)
+    solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline)
+    own, eta = solvers[scheduler.sampler], stated.pop("eta", 0.0)
+    return LatentDiffusion(
+        denoiser=denoiser,
+        first_stage=first_stage,
+        conditioning=conditioning,
+        concat=concat,
+        process=scheduler.process,
+        prediction=scheduler.prediction,
+        image_shape=(latent_size[0] * factor, latent_size[1] * factor, image_channels),
+        defaults=SamplingDefaults(
+            sampler=scheduler.sampler,
+            solvers=solvers | {scheduler.sampler: own._replace(options=own.options | {"eta": eta})},
+            batch_size=jax.local_device_count(),
+            **{"steps": family.steps, "guidance": family.guidance} | stated,
+        ),
+        origin=Origin(
+            path=path,
+            class_names=class_names,
+            hashed=(scheduler.prediction,),
+            pipeline=pipeline,
+            schedulers=schedulers,
+        ),
+    )
+
+
+def _unet_and_texts(
+    path: Path, pipeline: str, family: Family, dtype: str
+) -> tuple[nn.Module, Params, Conditioning, Any]:
+    """The UNet with its parameters, and the conditioning with its own."""
+    unet, params = folder.load_unet(path / "unet", dtype=jnp.dtype(dtype), params_dtype=jnp.dtype(dtype))
     if isinstance(unet, UNet) != bool(family.encoders):
         raise InputError(f"--model={path}: the class of its UNet, which unet/config.json names, is not a {pipeline}'s")
-    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **kind)
+    if not family.encoders:
+        return unet, params, NoConditioning(), {}
     texts = [load_text_encoder(path / name, dtype) for name in family.encoders]
-    upscales = "low_res_scheduler" in family.schedulers
-    model = Pretrained(
-        pipeline=pipeline,
-        unet=unet,
-        autoencoder=autoencoder,
-        encoders=tuple(encoder for encoder, _ in texts),
-        tokenizers=tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in family.encoders),
-        scheduler=folder.component_config(path, "scheduler"),
-        zeros_for_nothing=bool(settings.get("force_zeros_for_empty_prompt", True)),
-        tile=_tile(path / family.autoencoder),
-        upscaling=upscaler.read(path, settings, unet.num_class_embeds) if upscales else None,
+    conditioning = TextConditioning(
+        tuple(encoder for encoder, _ in texts),
+        tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in family.encoders),
+        bool(folder.read_settings(path).get("force_zeros_for_empty_prompt", True)),
     )
-    params = {"unet": unet_params, "autoencoder": autoencoder_params, "shift": shift, "scale": scale}
-    params["conditioner"] = [text_params for _, text_params in texts]
-    if upscales:
-        params["scale"] = np.full_like(scale, upscaler.SCALE)
-    return model, params, _latent_size(path)
+    return unet, params, conditioning, [text_params for _, text_params in texts]
 
 
-def _with_classes(path: Path, found: from_class_folder.ClassModel) -> tuple[Pretrained, dict[str, Any]]:
-    """A class-conditional model, and its parameters."""
-    parts = {"unet": found.unet, "autoencoder": found.autoencoder, "conditioner": found.classes}
-    model = Pretrained(
-        pipeline=pipelines.PIPELINE_CLASS,
-        unet=found.unet[0],
-        autoencoder=found.autoencoder[0],
-        encoders=(),
-        tokenizers=(),
-        scheduler=folder.component_config(path, "scheduler"),
-        zeros_for_nothing=True,
-        tile=_tile(path / "vae"),
-        upscaling=None,
-        classes=found.classes[0],
-        class_names=found.class_names,
-        draws=found.draws,
-    )
-    return model, {name: params for name, (_, params) in parts.items()} | {"shift": found.shift, "scale": found.scale}
+def _classes(path: Path, settings: dict[str, Any], **dtypes: Any) -> tuple[tuple[str, ...], tuple]:
+    """The names of the classes of a LatentDiffusionPipeline, and what `_unet_and_texts` gives.
+
+    The class embedding is part of the UNet there: see `interop.class_table`.
+    """
+    names, tokens = settings.get("id2label"), settings.get("class_tokens")
+    if settings.get("map_kind", "none") != "none":
+        raise InputError(f"{path} lacks recipe.json, without which concat conditioning cannot be read")
+    names = [names.get(str(number)) for number in range(len(names))] if isinstance(names, dict) else [None]
+    if not all(isinstance(name, str) for name in names) or not isinstance(tokens, int) or tokens < 1:
+        raise InputError(
+            f"{path / folder.INDEX} is damaged: it must have id2label, from 0, and class_tokens, 1 or more"
+        )
+    rows = len(names) + 1
+    unet, params, table = folder.load_unet_of_classes(path / "unet", rows * tokens, **dtypes)
+    embedder = ClassEmbedder(len(names), unet.cross_attention_dim, tokens, dtype=dtypes["dtype"])
+    embedding = {"embedding": {"embedding": table.reshape(rows, -1)}}
+    return tuple(names), (unet, params, ClassConditioning(embedder), embedding)
+
+
+def _stated_defaults(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The sampling defaults that a LatentDiffusionPipeline's index states; raises InputError for what is none."""
+    return {field: _numbers(settings[name], path, name) for field, name in DEFAULTS.items() if name in settings}
+
+
+def _numbers(value: Any, path: Path, name: str) -> float | tuple[float, ...]:
+    """A number or, of an interval, two; raises InputError for anything else."""
+    values = value if isinstance(value, list) else [value]
+    known = len(values) == 1 + isinstance(value, list) and all(type(v) in (int, float) and v >= 0 for v in values)
+    if not known or (name == DEFAULTS["steps"] and not (isinstance(value, int) and value)):
+        raise InputError(f"{path / folder.INDEX} is damaged: {name} is {value!r}")
+    return tuple(map(float, value)) if isinstance(value, list) else value
+
+
+def latents_scaling(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """The latents' shift and scale, each [c] float32, of model_index.json; raises InputError if it lacks them."""
+    settings, scaling = folder.read_settings(path), []
+    for name in ("latents_shift", "latents_scale"):
+        values = settings.get(name)
+        if not isinstance(values, list) or len(values) != channels:
+            raise InputError(f"{path / folder.INDEX} is damaged: {name} must be {channels} numbers")
+        scaling.append(np.array(values, np.float32))
+    return tuple(scaling)
+
+
+def load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
+    """The network of a text encoder's folder, and its parameters, NumPy arrays; raises InputError."""
+    encoder = text_encoder_from_config(folder.component_config(path.parent, path.name)).clone(dtype=jnp.dtype(dtype))
+    target = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    return encoder, text_params_from_state_dict(read_state_dict(path, dtype=jnp.dtype(dtype)), target)
+
+
+def _concat(
+    path: Path, denoiser: nn.Module, first_stage: FirstStage, schedulers: dict[str, dict], highest: Any
+) -> ConcatConditioning | None:
+    """The denoiser's concat conditioning: an upscaler's if it has a second scheduler, else by its channels."""
+    if "low_res_scheduler" in schedulers:
+        process = scheduler_from_config(schedulers["low_res_scheduler"]).process
+        levels = min(denoiser.num_class_embeds or 0, len(process))
+        if not isinstance(highest, int) or not 0 <= highest < levels:
+            where = path / folder.INDEX if path.is_dir() else path
+            raise InputError(
+                f"{where}: max_noise_level is {highest}; the UNet's num_class_embeds and low_res_scheduler have "
+                f"{levels} levels, from 0"
+            )
+        noise = NoiseAugmentation(process, highest)
+        return LowResolution(first_stage.downsampling, first_stage.module.in_channels, noise)
+    return None if denoiser.in_channels == denoiser.out_channels else Inpainting(denoiser.out_channels)
+
+
+def _check_widths(
+    path: Path,
+    pipeline: str,
+    denoiser: nn.Module,
+    conditioning: Conditioning,
+    channels: int,
+    concat: ConcatConditioning | None,
+) -> None:
+    """Raises InputError unless the networks fit together."""
+    upscales = isinstance(concat, LowResolution)
+    fit = (channels + concat.channels,) if upscales else (channels, 2 * channels + 1)
+    if denoiser.in_channels not in fit or denoiser.out_channels != channels:
+        raise InputError(
+            f"--model={path}: latents of {channels} channels do not go with a UNet of {denoiser.in_channels} to "
+            f"{denoiser.out_channels}; it must be {' or '.join(map(str, fit))} to {channels}"
+        )
+    if not isinstance(conditioning, TextConditioning):
+        return
+    if not upscales and denoiser.num_class_embeds is not None:
+        raise InputError(f"--model={path}: a {pipeline} has no classes, but its UNet has num_class_embeds")
+    width = sum(encoder.hidden_size for encoder in conditioning.encoders)
+    if width != denoiser.cross_attention_dim:
+        raise InputError(
+            f"--model={path}: text features of {width} channels do not go with a UNet whose cross_attention_dim is "
+            f"{denoiser.cross_attention_dim}"
+        )
 
 
 def _latent_size(path: Path) -> tuple[int, int]:
@@ -130,61 +271,10 @@ def _latent_size(path: Path) -> tuple[int, int]:
     return tuple(sides)
 
 
-def _load_file(path: Path, dtype: str, extras: Extras) -> tuple[Pretrained, dict[str, Any], tuple[int, int]]:
-    """As `_load_folder`, of a single file."""
-    kind = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
-    found = single_file.read(path, prediction=extras.prediction, **kind)
-    encoders, unet, noising = tuple(encoder for encoder, _ in found.texts), found.unet[0], found.low_res_scheduler
-    levels = noising and unet.num_class_embeds
-    model = Pretrained(
-        pipeline=found.pipeline,
-        unet=unet,
-        autoencoder=found.autoencoder[0],
-        encoders=encoders,
-        tokenizers=find_tokenizers(path, extras.tokenizer, encoders, found.pads),
-        scheduler=found.scheduler,
-        zeros_for_nothing=True,
-        tile=found.sample_size * found.autoencoder[0].downsampling,
-        upscaling=noising and upscaler.make(noising, upscaler.MAX_NOISE_LEVEL, levels, where=path),
-        classes=found.classes[0] if found.classes else None,
-        class_names=tuple(map(str, range(found.classes[0].num_classes))) if found.classes else (),
-    )
-    params = {"unet": found.unet[1], "autoencoder": found.autoencoder[1], "shift": found.shift, "scale": found.scale}
-    params["conditioner"] = found.classes[1] if found.classes else [text_params for _, text_params in found.texts]
-    return model, params, (found.sample_size, found.sample_size)
-
-
-def load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
-    """The network of a text encoder's folder, and its parameters, NumPy arrays; raises InputError."""
-    encoder = text_encoder_from_config(folder.component_config(path.parent, path.name)).clone(dtype=jnp.dtype(dtype))
-    target = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    return encoder, text_params_from_state_dict(read_state_dict(path, dtype=jnp.dtype(dtype)), target)
-
-
-def _check_widths(path: Path, model: Pretrained, channels: int) -> None:
-    """Raises InputError unless the networks fit together."""
-    # Beside the latents an upscaler sees the small picture, an inpainting model the mask and the masked latents.
-    fit = (channels + model.autoencoder.in_channels,) if model.upscaling else (channels, 2 * channels + 1)
-    if model.unet.in_channels not in fit or model.unet.out_channels != channels:
-        raise InputError(
-            f"--model={path}: latents of {channels} channels do not go with a UNet of {model.unet.in_channels} to "
-            f"{model.unet.out_channels}; it must be {' or '.join(map(str, fit))} to {channels}"
-        )
-    if model.encoders:
-        if not model.upscaling and model.unet.num_class_embeds is not None:
-            raise InputError(f"--model={path}: a {model.pipeline} knows no classes, but its UNet has num_class_embeds")
-        width = sum(encoder.hidden_size for encoder in model.encoders)
-        if width != model.unet.cross_attention_dim:
-            raise InputError(
-                f"--model={path}: texts of {width} features do not go with a UNet whose cross_attention_dim is "
-                f"{model.unet.cross_attention_dim}"
-            )
-
-
-def _tile(path: Path) -> int:
-    """The side of the pictures that the autoencoder was trained on, as its config tells; raises InputError."""
+def _sample_size(path: Path) -> int:
+    """The side of the images that the autoencoder was trained on, in its config; raises InputError."""
     size = folder.component_config(path.parent, path.name).get("sample_size", 32)  # diffusers' default
     side = size[0] if isinstance(size, list) and size else size
     if not isinstance(side, int) or side < 1:
-        raise InputError(f"{path / 'config.json'}: sample_size is {size}; it must be the side of pictures in pixels")
+        raise InputError(f"{path / 'config.json'}: sample_size is {size}; it must be the side of images in pixels")
     return side

@@ -1,13 +1,14 @@
-"""A run of ours in the shape of a diffusers folder, as `convert` writes it: what is in it, and how it is read back.
+"""A model from a diffusers folder that `convert` wrote of a run: what is in it, and how it is read back.
 
-model_index.json   what diffusers opens; the latents' scaling, kind of map     unet/         with tau(y) in it
-pipeline.py        the class that diffusers draws with                         vae/          unless it is of pixels
-recipe.json        config and data of the run, and how far it was trained      scheduler/
+model_index.json   of diffusers; the latents' scaling, the concat conditioning   unet/        with the class embedding
+pipeline.py        the class of diffusers that samples from it                   vae/         unless it is of pixels
+recipe.json        config and data of the run, and its numbers of steps          scheduler/
 README.md          the model card
 
-The conditioner is part of the UNet there: see `class_table`.
+The class embedding is part of the UNet there: see `class_table`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,73 +16,77 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax.config import io as config_io
-from ldm_jax.config import rules as config_rules
+from ldm_jax.config.rules import validate
 from ldm_jax.errors import InputError
-from ldm_jax.interop import folder
 from ldm_jax.interop.class_table import split_table
 from ldm_jax.interop.diffusers import params_from_state_dict
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.interop.pipelines import RECIPE
 from ldm_jax.interop.weights import read_state_dict
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline.from_class_folder import latents_scaling
+from ldm_jax.pipeline.from_config import from_config
+from ldm_jax.pipeline.from_diffusers import latents_scaling
+from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.runtime.files import read_json
 
 
-class Exported(NamedTuple):
-    """All of a run that such a folder keeps."""
+class Record(NamedTuple):
+    """What recipe.json holds of the run."""
 
     config: ConfigDict
-    data: dict[str, Any]  # of data.json
-    params: dict[str, Any]  # as of `trained.Trained`
-    step: int  # updates behind the diffusion model
-    autoencoder_step: int  # and behind the autoencoder; 0 of a model of pixels
-    measured_on: str  # what the latents' scale was measured on
+    data: dict[str, Any]  # its data.json
+    step: int  # updates of the denoiser
+    autoencoder_step: int  # and of the autoencoder; 0 of a model of pixels
+    measured_on: str  # the data that the latents' scale was measured on
 
 
-# The fields of recipe.json.
 FIELDS = {"config": dict, "data": dict, "step": int, "autoencoder_step": int, "measured_on": str}
 
 
-def is_exported(path: Path) -> bool:
-    """Whether this is a diffusers folder that was written of a run of ours."""
-    return (path / RECIPE).is_file() and (path / folder.INDEX).is_file()
-
-
-def load(path: Path) -> Exported:
-    """Reads such a folder.
+def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion, Params]:
+    """Reads the model of such a folder, in another dtype of computation if one is given.
 
     Raises:
       InputError: something is missing or damaged, or does not fit the config in recipe.json.
     """
-    recipe = read_json(path / RECIPE, *FIELDS)
-    wrong = [name for name, kind in FIELDS.items() if not isinstance(recipe[name], kind)]
-    if wrong or not isinstance(recipe["data"].get("class_names"), list):
-        raise InputError(f"{path / RECIPE} is damaged: its {wrong[0] if wrong else 'data'} is of another kind")
-    config = config_io.completed(config_io.from_fields(recipe["config"]), str(path / RECIPE))
-    config_rules.validate(config)
-    params = _load_unet(path / "unet", config, len(recipe["data"]["class_names"])) | _load_first_stage(path, config)
-    return Exported(params=params, **{name: recipe[name] for name in FIELDS} | {"config": config})
+    record = read_record(path)
+    if dtype is not None:
+        with record.config.unlocked():
+            record.config.dtype = dtype
+    model = from_config(record.config, tuple(record.data["class_names"]))
+    model = replace(model, origin=model.origin._replace(path=path, step=record.step))
+    return model, _load_unet(path / "unet", model) | _load_first_stage(path, model)
 
 
-def _load_unet(path: Path, config: ConfigDict, num_classes: int) -> dict[str, Any]:
-    """{"unet", "conditioner"}."""
-    tokens, width, rows = config.unet.context_tokens, config.unet.context_dim, num_classes + 1
+def read_record(path: Path) -> Record:
+    """The record of the run in such a folder; raises InputError if it is damaged."""
+    fields = read_json(path / RECIPE, *FIELDS)
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
+    if wrong or not isinstance(fields["data"].get("class_names"), list):
+        raise InputError(f"{path / RECIPE} is damaged: its {wrong[0] if wrong else 'data'} is of another type")
+    config = config_io.completed(config_io.from_fields(fields["config"]), str(path / RECIPE))
+    validate(config)
+    return Record(**{name: fields[name] for name in FIELDS} | {"config": config})
+
+
+def _load_unet(path: Path, model: LatentDiffusion) -> Params:
+    """{"denoiser", "conditioning"}."""
+    embedder = model.conditioning.embedder
+    rows = embedder.num_classes + 1
     try:
-        state, table = split_table(read_state_dict(path, dtype=np.float32), rows * tokens, width)
+        state, table = split_table(read_state_dict(path, dtype=np.float32), rows * embedder.tokens, embedder.dim)
     except InputError as error:
-        raise InputError(f"{path}: {error}, which {RECIPE} speaks of") from error
+        raise InputError(f"{path}: {error}, which {RECIPE} asks for") from error
     return {
-        "unet": params_from_state_dict(state, abstract_params(pipeline_from_config.build_unet(config))),
-        "conditioner": {"embedding": {"embedding": table.reshape(rows, tokens * width)}},
+        "denoiser": params_from_state_dict(state, abstract_params(model.denoiser)),
+        "conditioning": {"embedding": {"embedding": table.reshape(rows, embedder.tokens * embedder.dim)}},
     }
 
 
-def _load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
-    """{"autoencoder", "shift", "scale"}."""
-    autoencoder = pipeline_from_config.build_autoencoder(config)
-    scaling = dict(zip(("shift", "scale"), latents_scaling(path, pipeline_from_config.latent_shape(config)[-1])))
+def _load_first_stage(path: Path, model: LatentDiffusion) -> Params:
+    """{"first_stage", "shift", "scale"}."""
+    scaling = dict(zip(("shift", "scale"), latents_scaling(path, model.latent_shape[-1])))
+    autoencoder = model.first_stage.module
     if autoencoder is None:
-        return {"autoencoder": {}, **scaling}
+        return {"first_stage": {}, **scaling}
     state = read_state_dict(path / "vae", dtype=np.float32)
-    return {"autoencoder": params_from_state_dict(state, abstract_params(autoencoder)), **scaling}
+    return {"first_stage": params_from_state_dict(state, abstract_params(autoencoder)), **scaling}

@@ -1,97 +1,131 @@
-"""The trained parts of a run folder, read back: the averaged parameters, the autoencoder, the scale of its latents."""
+"""A model from a run folder: its config, and the averaged parameters of its checkpoints."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.config import io as config_io
+from ldm_jax.config.rules import text_conditioned, validate
 from ldm_jax.errors import InputError
-from ldm_jax.interop.modules import abstract_params
-from ldm_jax.models.unet import UNet
-from ldm_jax.pipeline import clip as pipeline_clip
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline.base_model import Base
-from ldm_jax.pipeline.model import Pretrained
-from ldm_jax.pipeline.scheduler_config import scheduler_config
-from ldm_jax.run_folder.checkpoint import load_latest, subtree
-from ldm_jax.runtime import files as runtime_files
-from ldm_jax.runtime.files import content_hash
+from ldm_jax.models.conditioning import TextConditioning
+from ldm_jax.pipeline.clip import clip_on_paper, load_clip, text_conditioning
+from ldm_jax.pipeline.from_config import from_config, identity_scale, init_params
+from ldm_jax.pipeline.model import LatentDiffusion, Params, stored
+from ldm_jax.pipeline.trainable import merge_trained, trainable_of, trained_shapes
+from ldm_jax.run_folder.checkpoint import ema_params, load_latest, subtree
+from ldm_jax.runtime.files import content_hash, read_json, write_json
 
-SCALE = "scale.json"  # beside the checkpoints of the autoencoder
+SCALE = "scale.json"  # of the latents, with the checkpoints of the autoencoder
 
 
-def load_first_stage(path: Path, config: ConfigDict) -> dict[str, Any]:
-    """{"autoencoder", "shift", "scale"} of a run folder; pixel space has no parameters, shift 0 and scale 1."""
+def read_config(path: Path, dtype: str | None = None) -> ConfigDict:
+    """The config of a run folder with a diffusion model, in another dtype if one is given.
+
+    Raises:
+      InputError: it has none, or a config that no run could have.
+    """
+    config = config_io.of_run(path / "config.json")
+    validate(config)
+    if "diffusion" not in config.stages:
+        raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
+    if dtype is not None:
+        with config.unlocked():
+            config.dtype = dtype
+    return config
+
+
+def from_run(
+    path: Path,
+    config: ConfigDict,
+    base: tuple[LatentDiffusion, Params] | None = None,
+    step: float = np.inf,
+) -> tuple[LatentDiffusion, Params]:
+    """The trained model of a run folder.
+
+    Args:
+      path: of the folder.
+      config: from `read_config`.
+      base: the model of `config.init_from`, if the run fine-tunes one: see `fine_tuning.load_base`.
+      step: the newest checkpoint of so many steps at most.
+
+    Raises:
+      InputError: it is not trained yet, does not fit its own config, or was fine-tuned from another model.
+    """
+    about = read_json(path / "data.json", "class_names")
+    flat = load_latest(path / "diffusion", step)
+    if base is None:
+        model, params = untrained(path, config, tuple(about["class_names"]))
+    else:
+        model, params = base
+        if about.get("init_from_fingerprint") != model.origin.fingerprint:
+            raise InputError(
+                f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
+            )
+        model = of_classes(model, tuple(about["class_names"]))
+    trainable = trainable_of(config, model)
+    trained = ema_params(flat, trained_shapes(trainable, params), path / "diffusion")
+    origin = model.origin._replace(path=path, step=int(flat["step"]))
+    return replace(model, origin=origin), merge_trained(trainable, params, trained)
+
+
+def untrained(path: Path, config: ConfigDict, class_names: tuple[str, ...]) -> tuple[LatentDiffusion, Params]:
+    """The model of a run folder before its diffusion stage: of what that trains from scratch the params are shapes."""
+    params = load_first_stage(path, config)
+    if not text_conditioned(config):
+        model = from_config(config, class_names)
+        return model, params | jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    text, text_params = text_conditioning(load_clip(path, config))
+    model = from_config(config, class_names, text)
+    params |= {"conditioning": text_params}
+    fingerprint = content_hash(stored(params), config.dtype)
+    model = replace(model, origin=model.origin._replace(fingerprint=fingerprint))
+    return model, params | jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+
+
+def on_paper(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[LatentDiffusion, Params]:
+    """The model that a config describes, before anything is trained, and the shapes of the denoiser's parameters.
+
+    Raises:
+      InputError: as `from_config`.
+      ValueError: a network cannot be built.
+    """
+    text = None
+    if text_conditioned(config):
+        text = TextConditioning((clip_on_paper(config).text.clone(projection_dim=None),), (), False)
+    model = from_config(config, class_names, text)
+    return model, jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+
+
+def of_classes(model: LatentDiffusion, class_names: tuple[str, ...]) -> LatentDiffusion:
+    """A fine-tuned model with the classes of its data set, if it is conditioned on classes."""
+    names = class_names if model.conditioning.num_classes else ()
+    others = model.class_names[len(names) :]
+    return replace(model, origin=model.origin._replace(class_names=names, other_class_names=others))
+
+
+def load_first_stage(path: Path, config: ConfigDict) -> Params:
+    """{"first_stage", "shift", "scale"} of a run folder; pixel space has no parameters, shift 0 and scale 1."""
     if config.autoencoder.kind == "none":
-        channels = config.data.channels
-        return {"autoencoder": {}, "shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
+        return {"first_stage": {}, **identity_scale(config.data.channels)}
     shift, scale, _ = load_scale(path)
-    return {"autoencoder": load_autoencoder_params(path), "shift": shift, "scale": scale}
+    return {"first_stage": load_autoencoder_params(path), "shift": shift, "scale": scale}
 
 
-def load_autoencoder_params(path: Path) -> dict[str, Any]:
+def load_autoencoder_params(path: Path) -> Params:
     """The averaged parameters of a run folder's autoencoder; raises InputError if it has none."""
     return subtree(load_latest(path / "autoencoder"), "ema_params/autoencoder")
 
 
 def load_scale(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """The latents' shift and scale, each [c], of a run folder, and what they were measured on."""
-    stored = runtime_files.read_json(path / "autoencoder" / SCALE, "shift", "scale", "measured_on")
+    """The latents' shift and scale, each [c], of a run folder, and the data that they were measured on."""
+    stored = read_json(path / "autoencoder" / SCALE, "shift", "scale", "measured_on")
     return np.asarray(stored["shift"], np.float32), np.asarray(stored["scale"], np.float32), stored["measured_on"]
 
 
 def save_scale(path: Path, shift: np.ndarray, scale: np.ndarray, *, measured_on: str) -> None:
     """Stores the latents' shift and scale, each [c], with the autoencoder."""
     values = {"shift": shift.tolist(), "scale": scale.tolist(), "measured_on": measured_on}
-    runtime_files.write_json(path / "autoencoder" / SCALE, values)
-
-
-PIPELINE = "StableDiffusionPipeline"
-
-
-def check(config: ConfigDict) -> None:
-    """Raises InputError for a way of drawing that diffusers has not."""
-    _, notes = scheduler_config(config)
-    if notes:
-        raise InputError(f"config.sampling: a model of texts draws as diffusers does. {notes[0]}")
-
-
-def base_of(path: Path, config: ConfigDict, *, draw_unet: bool) -> Base:
-    """What the run folder has beside the UNet, whose parameters are drawn at random, or zeros if they do not matter.
-
-    Raises:
-      InputError: the run folder lacks a part, or it does not fit the config.
-    """
-    found, first_stage = pipeline_clip.load(path, config), load_first_stage(path, config)
-    encoder = found.clip.text.clone(projection_dim=None)  # what is said of each token, not of the whole text
-    text = {name: tree for name, tree in found.params["text"].items() if name != "text_projection"}
-    unet = pipeline_from_config.build_unet(config)
-    model = Pretrained(
-        pipeline=PIPELINE,
-        unet=unet,
-        autoencoder=pipeline_from_config.build_autoencoder(config),
-        encoders=(encoder,),
-        tokenizers=(found.tokenizer,),
-        scheduler=scheduler_config(config)[0],
-        zeros_for_nothing=False,
-        tile=config.data.image_size,
-        upscaling=None,
-    )
-    params = first_stage | {"conditioner": [text]}
-    fingerprint = content_hash(params, config.dtype)
-    return Base(model, params | {"unet": _drawn(unet, config) if draw_unet else _zeros(unet)}, fingerprint)
-
-
-def _drawn(unet: UNet, config: ConfigDict) -> dict[str, Any]:
-    """A UNet's parameters, as the config's seed draws them."""
-    h, w, c = pipeline_from_config.latent_shape(config)
-    z, t, context = jnp.zeros((1, h, w, c)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 1, config.unet.context_dim))
-    init = jax.jit(unet.init, compiler_options={"xla_backend_optimization_level": 0})  # run once, as in `loop.train`
-    return jax.device_get(init(jax.random.fold_in(jax.random.key(config.seed), 1), z, t, context)["params"])
-
-
-def _zeros(unet: UNet) -> dict[str, Any]:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract_params(unet))
+    write_json(path / "autoencoder" / SCALE, values)

@@ -1,103 +1,108 @@
-"""A trained model, read back from its run folder."""
+"""Loading a model: the one place that asks what a path is."""
 
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax.config import io as config_io
-from ldm_jax.config import rules as config_rules
 from ldm_jax.errors import InputError
-from ldm_jax.pipeline import base_model, from_diffusers, from_exported, from_run, trainable
-from ldm_jax.pipeline.from_config import build_conditioner, build_unet, latent_shape
-from ldm_jax.pipeline.model import Trained
-from ldm_jax.pipeline.overrides import NO_EXTRAS, Extras
-from ldm_jax.run_folder import checkpoint
-from ldm_jax.run_folder.checkpoint import load_latest
-from ldm_jax.runtime import files as runtime_files
+from ldm_jax.interop import folder, hub, single_file
+from ldm_jax.interop.pipelines import RECIPE
+from ldm_jax.pipeline.fine_tuning import prepare_base
+from ldm_jax.pipeline.from_diffusers import from_diffusers
+from ldm_jax.pipeline.from_exported import from_exported
+from ldm_jax.pipeline.from_run import from_run, read_config
+from ldm_jax.pipeline.from_single_file import from_single_file
+from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.pipeline.overrides import NO_OVERRIDES, Overrides, with_autoencoder
 
 
-def load(path: Path, dtype: str | None = None, extras: Extras = NO_EXTRAS) -> Trained:
-    """Reads a run folder, or what `convert` made of one, a diffusers folder or a single file.
+def load(
+    where: str | Path, dtype: str | None = None, overrides: Overrides = NO_OVERRIDES, step: float = np.inf
+) -> tuple[LatentDiffusion, Params]:
+    """Loads a model: the static half, and its parameters as NumPy arrays.
 
     Args:
-      path: of any of them.
-      dtype: of the arithmetic; None: as in the config.
-      extras: what a diffusers folder or a single file does not say.
+      where: a run folder, a diffusers folder (perhaps made by `convert`), a single file, or a name on the hub.
+      dtype: of the computation, and of the parameters of diffusers folders and single files; None: as in the config of
+        a run, else float32.
+      overrides: what a diffusers folder or a single file does not state.
+      step: of a run: the newest checkpoint of so many steps at most.
 
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    if is_pretrained(path):
-        model, config, params = from_diffusers.load(path, dtype or "float32", extras)
-        return Trained(config, model.class_names, params, 0, model)
-    for name, value in extras._asdict().items():
-        if value:
-            raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
-    if from_exported.is_exported(path):
-        found = from_exported.load(path)
-        class_names = tuple(found.data["class_names"])
-        return Trained(_with_dtype(found.config, dtype), class_names, found.params, found.step)
+    path = hub.find(where) if isinstance(where, str) else where
+    if is_single_file(path):
+        model, params = from_single_file(path, dtype or "float32", overrides)
+    elif is_diffusers_folder(path):
+        for name in ("tokenizer", "prediction"):
+            if getattr(overrides, name):
+                raise InputError(f"--{name} is for models in a single file; {path} says it itself")
+        model, params = from_diffusers(path, dtype or "float32")
+    else:
+        for name, value in overrides._asdict().items():
+            if value:
+                raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
+        return _load_run(path, dtype, step)
+    return with_autoencoder(model, params, Path(overrides.vae)) if overrides.vae else (model, params)
+
+
+def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusion, Params]:
+    """A run folder, or a diffusers folder that was exported from one."""
+    if is_exported(path):
+        return from_exported(path, dtype)
     if not path.is_dir():
         problem = "is a file of another kind" if path.exists() else "does not exist"
         raise InputError(
             f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist, a diffusers folder, or a "
             "model in one .safetensors or .ckpt"
         )
-    config = config_io.of_run(path / "config.json")
-    config_rules.validate(config)
-    class_names = tuple(runtime_files.read_json(path / "data.json", "class_names")["class_names"])
-    if "diffusion" not in config.stages:
-        raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
-    if config.init_from or config_rules.tells_texts(config):
-        return _load_fine_tuned(path, _with_dtype(config, dtype))
-    model = at_step(Trained(_with_dtype(config, dtype), class_names, {}, 0), path)
-    return model._replace(params=model.params | from_run.load_first_stage(path, config))
+    config = read_config(path, dtype)
+    if not config.init_from:
+        return from_run(path, config, step=step)
+    base, config = load_base(config, config.dtype)
+    return from_run(path, config, base, step)
 
 
-def at_step(model: Trained, path: Path, up_to: float = np.inf) -> Trained:
-    """The model of a run folder, which is not fine-tuned, as it was at its newest checkpoint of `up_to` steps at most.
+def load_base(
+    config: ConfigDict, dtype: str = "float32"
+) -> tuple[tuple[LatentDiffusion, Params], ConfigDict]:
+    """The model of `config.init_from` with its parameters in `dtype`, and the config with the model's own fields.
 
     Raises:
-      InputError: there is none, or it does not fit the model's config.
+      InputError: there is no such model, or the config does not fit it.
     """
-    flat = load_latest(path / "diffusion", up_to)
-    unet, conditioner = build_unet(model.config), build_conditioner(model.config, len(model.class_names))
-    network = trainable.labelled(unet, conditioner, (*latent_shape(model.config)[:2], unet.in_channels))
-    like = jax.eval_shape(network.init, jax.random.key(0))
-    params = checkpoint.averaged(flat, like, path / "diffusion")
-    return model._replace(params=model.params | params, step=int(flat["step"]))
+    path = hub.find(config.init_from, flag="config.init_from")
+    if not (is_diffusers_folder(path) or is_single_file(path)):
+        raise InputError(
+            f"config.init_from={path} must be a diffusers folder, with a model_index.json, or a model in one "
+            ".safetensors or .ckpt; it is neither"
+        )
+    try:
+        model, params = load(path, dtype)
+    except InputError as error:
+        raise InputError(f"config.init_from={path}: {error}") from error
+    model, config = prepare_base(config, model, path)
+    return (model, params), config
 
 
-def is_pretrained(path: Path) -> bool:
-    """Whether this is a model of other people: a diffusers folder, unless `convert` made it of a run, or one file."""
-    return not from_exported.is_exported(path) and (
-        from_diffusers.is_folder(path) or from_diffusers.is_single_file(path)
-    )
+def has_data(where: str) -> bool:
+    """Whether the model at this path or name may know a data set, as a run does."""
+    path = Path(where)
+    return not (hub.is_name(where) or is_diffusers_folder(path) or is_single_file(path))
 
 
-def _with_dtype(config: ConfigDict, dtype: str | None) -> ConfigDict:
-    if dtype is not None:
-        with config.unlocked():
-            config.dtype = dtype
-    return config
+def is_diffusers_folder(path: Path) -> bool:
+    """Whether this is a diffusers folder, and not one that was exported from a run."""
+    return (path / folder.INDEX).is_file() and not is_exported(path)
 
 
-def _load_fine_tuned(path: Path, config: ConfigDict) -> Trained:
-    """The model that the run began with, which must still be there, with what the run has made of it."""
-    about = runtime_files.read_json(path / "data.json", "class_names")
-    if config.init_from:
-        base, config = base_model.load_base(config, config.dtype)
-        if about.get("init_from_fingerprint") != base.fingerprint:
-            raise InputError(
-                f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
-            )
-    else:
-        base = from_run.base_of(path, config, draw_unet=False)
-    flat = load_latest(path / "diffusion")
-    params = trainable.with_trained(
-        config, base, checkpoint.averaged(flat, trainable.trained_shapes(config, base), path / "diffusion")
-    )
-    class_names = tuple(about["class_names"]) if base.model.classes else ()
-    return Trained(config, class_names, params, int(flat["step"]), base.model)
+def is_exported(path: Path) -> bool:
+    """Whether this is a diffusers folder that was exported from a run."""
+    return (path / RECIPE).is_file() and (path / folder.INDEX).is_file()
+
+
+def is_single_file(path: Path) -> bool:
+    """Whether this is a file that may hold a whole model."""
+    return path.is_file() and path.suffix in single_file.SUFFIXES

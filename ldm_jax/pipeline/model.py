@@ -1,164 +1,172 @@
-"""Somebody's model beside its parameters: Stable Diffusion 1, 2, XL, inpainting, the x4 upscaler, LDMs.
+"""A latent diffusion model in memory: one shape, whether it comes from a config, a run folder or another library.
 
-Its modules, and how its pictures are drawn unless one is told otherwise. `pretrained_files` reads it.
+The static half, `LatentDiffusion`, has modules, tables and numbers; the parameters are a tree of arrays beside it:
+{"denoiser", "conditioning", "first_stage", "shift", "scale"}.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from ldm_jax.diffusion.process import Process
 from ldm_jax.errors import InputError
-from ldm_jax.interop.lora import add_lora, read_lora
-from ldm_jax.interop.pipelines import PIPELINES
-from ldm_jax.interop.scheduler_config import Scheduler, scheduler_from_config
-from ldm_jax.interop.tokenizer import Tokenizer
-from ldm_jax.models.autoencoder import AutoencoderKL
-from ldm_jax.models.clip import CLIPTextEncoder
-from ldm_jax.models.concat_conditioning import MapCondition, make_map_condition
-from ldm_jax.models.conditioning import ClassEmbedder, texts_of
-from ldm_jax.models.first_stage import FirstStage, make_first_stage, reconstruct
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline.upscaler import Upscaling
+from ldm_jax.models.concat_conditioning import ConcatConditioning
+from ldm_jax.models.conditioning import Conditioning
+from ldm_jax.models.first_stage import FirstStage, from_latents, to_latents
+from ldm_jax.models.pixels import to_pixels
+from ldm_jax.run_folder.checkpoint import STORED_NAMES
 from ldm_jax.runtime.files import content_hash
-from ldm_jax.runtime.parallel import map_in_batches, parallel_map, replicate
+
+Params = dict[str, Any]
 
 
-class Pretrained(NamedTuple):
-    """What a folder or file holds beside the parameters."""
+class Solver(NamedTuple):
+    """How a sampler runs on a model unless a user says otherwise."""
 
-    pipeline: str  # its class
-    unet: nn.Module
-    autoencoder: nn.Module
-    encoders: tuple[CLIPTextEncoder, ...]  # none of an unconditional model
-    tokenizers: tuple[Tokenizer, ...]
-    scheduler: Mapping[str, Any]  # its scheduler_config.json
-    zeros_for_nothing: bool  # SDXL: no negative prompt is told by zeros, not by the empty text
-    tile: int  # side in pixels of what the autoencoder takes at a time, if asked to tile
-    upscaling: Upscaling | None  # of the x4 upscaler
-    classes: ClassEmbedder | None = None  # of a class-conditional model
-    class_names: tuple[str, ...] = ()  # of that; their numbers where it has no names
-    draws: Mapping[str, Any] = MappingProxyType({})  # fields of config.sampling that it says itself
+    process: Process  # the model's own but where diffusers' class changes its end
+    options: Mapping[str, Any]  # arguments of `solvers.make_table` beyond the number of steps
+    clip_sample_range: float = np.inf  # z0_hat of latents is kept within [-range, range]
+    scaled_initial_noise: bool = False  # z_T = sigma_T eps, diffusers' init_noise_sigma of k-diffusion's samplers
+
+
+class SamplingDefaults(NamedTuple):
+    """How a model is sampled unless a user says otherwise."""
+
+    sampler: str
+    steps: int
+    solvers: Mapping[str, Solver | str]  # sampler -> how it runs, or why it cannot
+    guidance: float
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    threshold: float = 0.0
+    batch_size: int = 1
+    crop: str = "center"  # how images are brought to the model's size: see `data.images.fit`
+
+    def solver(self, sampler: str) -> Solver:
+        """How this sampler runs on the model; raises InputError if it cannot."""
+        found = self.solvers.get(sampler, f"sampler must be one of {', '.join(self.solvers)}, got {sampler!r}")
+        if isinstance(found, str):
+            raise InputError(found)
+        return found
+
+
+class Origin(NamedTuple):
+    """Where a model comes from: what is recorded and exported, and nothing that sampling or training depends on."""
+
+    path: Path | None = None
+    step: int = 0  # updates behind the denoiser
+    class_names: tuple[str, ...] = ()  # () without classes
+    other_class_names: tuple[str, ...] = ()  # of the classes that a fine-tuned model has beside those of its data
+    config: ConfigDict | None = None  # of the run that trained it, with its data set; None: it has none
+    fingerprint: str = ""  # of the weights' files: equal means the same parameters
+    hashed: tuple[str, ...] = ()  # beside the parameters, in the fingerprint that recipes carry
+    pipeline: str = ""  # the class of diffusers that samples from such a model
+    schedulers: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # component -> its scheduler_config.json
+
+
+@dataclass(frozen=True)
+class LatentDiffusion:
+    """A latent diffusion model (Rombach 2022) without its parameters: static, equal and hashed by value.
+
+    Attributes:
+      denoiser: a Flax module: apply({"params": p}, z_t or z_t with concatenated channels, t, **cond) -> prediction.
+      first_stage: the autoencoder; the identity for diffusion on pixels.
+      conditioning: on classes, texts or nothing.
+      concat: further input channels of the denoiser, if it has such.
+      process: the forward process that the denoiser was trained with.
+      prediction: what it predicts, a key of `prediction.PREDICTIONS`.
+      image_shape: (H, W, C).
+      defaults: how it is sampled.
+      origin: where it comes from.
+    """
+
+    denoiser: nn.Module
+    first_stage: FirstStage
+    conditioning: Conditioning
+    concat: ConcatConditioning | None
+    process: Process
+    prediction: str
+    image_shape: tuple[int, int, int]
+    defaults: SamplingDefaults = field(compare=False)
+    origin: Origin = field(default=Origin(), compare=False)
 
     @property
-    def map_kind(self) -> str:
-        """Of its map condition: see `map_condition.KINDS`; "none" without one."""
-        if self.upscaling:
-            return "low_resolution"
-        return "none" if self.unet.in_channels == self.unet.out_channels else "inpainting"
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of one example's latents."""
+        height, width, _ = self.image_shape
+        factor = self.first_stage.downsampling
+        concat = self.concat.channels if self.concat else 0
+        return height // factor, width // factor, self.denoiser.in_channels - concat
 
-    def texts(
-        self, prompts: Sequence[str], negative: str | None, size: tuple[int, int], noise_level: int
-    ) -> tuple[dict[str, Any], int]:
-        """See `texts_of`."""
-        told = {"zeros_for_nothing": self.zeros_for_nothing, "size": size, "noise_level": noise_level}
-        return texts_of(self.tokenizers, prompts, negative, **told)
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the denoiser predicts the variance of the reverse process too (Nichol 2021)."""
+        return self.denoiser.out_channels == 2 * self.latent_shape[-1]
 
+    @property
+    def num_bins(self) -> int | None:
+        """How many values a number of z0 can take: 256 in pixel space; latents are continuous, None."""
+        return 256 if self.first_stage.module is None else None
 
-def config_of(model: Pretrained, size: tuple[int, int], dtype: str) -> ConfigDict:
-    """The fields of configs/base.py that drawing looks at, for latents of this (height, width)."""
-    scheduler, autoencoder, family = scheduler_of(model), model.autoencoder, PIPELINES[model.pipeline]
-    return ConfigDict(
-        {
-            "seed": 0,
-            "dtype": dtype,
-            "data": {
-                "image_size": tuple(side * autoencoder.downsampling for side in size),
-                "channels": autoencoder.in_channels,
-                "crop": "center",
-                "test_split": "",  # it knows no data set
-            },
-            "autoencoder": {
-                "kind": "kl" if isinstance(autoencoder, AutoencoderKL) else "vq",
-                "block_out_channels": tuple(autoencoder.block_out_channels),
-                "latent_channels": model.unet.out_channels,
-            },
-            "concat": {"kind": model.map_kind, "factor": autoencoder.downsampling},
-            "diffusion": {"timesteps": len(scheduler.process), "prediction": scheduler.prediction},
-            "sampling": {
-                "sampler": scheduler.sampler,
-                "steps": family.steps,
-                "spacing": scheduler.options["spacing"],
-                "eta": 0.0,
-                "variance": scheduler.options.get("variance", "fixed_small"),
-                "churn": 0.0,
-                "guidance": family.guidance,
-                "guidance_interval": (0.0, 1.0),
-                "guidance_rescale": 0.0,
-                "threshold": 0.0,
-                "batch_size": jax.local_device_count(),
-                **model.draws,
-            },
-        }
-    ).lock()
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the classes, in the order of their labels; () without classes."""
+        return self.origin.class_names
+
+    @property
+    def dtype(self) -> str:
+        """Of the computation."""
+        return jnp.dtype(self.denoiser.dtype).name
+
+    def at_size(self, size: tuple[int, int]) -> "LatentDiffusion":
+        """The model for images of this (height, width): every part of it is convolutional."""
+        return replace(self, image_shape=(*size, self.image_shape[-1]))
 
 
-def scheduler_of(model: Pretrained, sampler: str | None = None) -> Scheduler:
-    """The model's own scheduler, or what another sampler makes of its config; raises InputError."""
-    scheduler = scheduler_from_config(model.scheduler, sampler, pipeline=model.pipeline)
-    if scheduler.threshold is not None:
-        raise InputError(f"the scheduler {model.scheduler['_class_name']} has thresholding, which latents are not for")
-    return scheduler
+def apply_denoiser(
+    model: LatentDiffusion, params: Params, z_t: jax.Array, t: jax.Array, cond: dict[str, Any], **options: Any
+) -> Any:
+    """The one place where the denoiser is called: in training, sampling and likelihood.
+
+    Args:
+      model, params: the model; only params["denoiser"] is used.
+      z_t: [B, h, w, c] noised latents.
+      t: [B] timesteps, perhaps fractional.
+      cond: the denoiser's arguments from `model.conditioning.encode`, and "concat" [B, h, w, k] of `model.concat`.
+      options: of Flax' `apply`, such as capture_intermediates.
+
+    Returns:
+      [B, h, w, c], or 2c with a learned variance, float32; with such options what Flax returns.
+    """
+    arguments = {name: value for name, value in cond.items() if name != "concat"}
+    denoiser_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
+    return model.denoiser.apply({"params": params["denoiser"]}, denoiser_input, t, **arguments, **options)
 
 
-def map_condition_of(
-    model: Pretrained, first_stage: FirstStage, latent_shape: tuple[int, int, int]
-) -> MapCondition | None:
-    """What the model's UNet sees beside its latents, of the shape (h, w, c); None if nothing."""
-    if model.map_kind == "none":
-        return None
-    return make_map_condition(
-        model.map_kind,
-        first_stage=first_stage,
-        latent_shape=latent_shape,
-        channels=model.autoencoder.in_channels,
-        factor=model.autoencoder.downsampling,
-        segments=0,
-    )
+def encode_images(model: LatentDiffusion, params: Params, images: jax.Array) -> jax.Array:
+    """The most likely latents z [B, h, w, c] of images uint8 [B, H, W, C]."""
+    raw = model.first_stage.mode(model.first_stage.encode(params["first_stage"], to_pixels(images)))
+    return to_latents(raw, params["shift"], params["scale"])
 
 
-class Trained(NamedTuple):
-    """Everything that makes pictures."""
-
-    config: ConfigDict
-    class_names: tuple[str, ...]  # () for unlabelled sets
-    params: dict[str, Any]  # unet, conditioner, autoencoder, shift, scale: what `generate` takes
-    step: int  # updates behind the parameters
-    pretrained: Pretrained | None = None  # what a diffusers folder or file holds beside; None for a run of ours
+def decode_latents(model: LatentDiffusion, params: Params, z: jax.Array) -> jax.Array:
+    """Pixels x [B, H, W, C] in [-1, 1] of latents z [B, h, w, c]."""
+    return model.first_stage.decode(params["first_stage"], from_latents(z, params["shift"], params["scale"]))
 
 
-def with_lora(model: Trained, path: Path, scale: float) -> Trained:
-    """The model with a file's LoRA added to its UNet, `scale` times; raises InputError for one of another model."""
-    unet = add_lora(model.params["unet"], read_lora(path), scale, where=f"--lora={path}")
-    return model._replace(params=model.params | {"unet": unet})
+def stored(params: Params) -> Params:
+    """The parameters under the names that hashes and checkpoints have had since the first version."""
+    return {STORED_NAMES.get(name, name): tree for name, tree in params.items()}
 
 
-def fingerprint(model: Trained) -> str:
-    """A hash of all parameters, and of what they predict if a user can say: equal means the same model."""
-    return content_hash(model.params, *([model.config.diffusion.prediction] if model.pretrained else []))
-
-
-def reconstructions(model: Trained, images: np.ndarray, batch_size: int) -> np.ndarray | None:
-    """Images uint8 [N, H, W, C] through the autoencoder and back; None in pixel space, which has none."""
-    if model.config.autoencoder.kind == "none":
-        return None
-    autoencoder = (
-        model.pretrained.autoencoder if model.pretrained else pipeline_from_config.build_autoencoder(model.config)
-    )
-    first_stage = make_first_stage(autoencoder)
-    decode = parallel_map(lambda params, batch: reconstruct(first_stage, params, batch["x"]))
-    return map_in_batches(decode, replicate(model.params["autoencoder"]), {"x": images}, batch_size)
-
-
-def at_size(model: Trained, size: tuple[int, int]) -> Trained:
-    """The model for pictures of this (height, width); a run of ours has but one size."""
-    if tuple(size) == pipeline_from_config.picture_size(model.config):
-        return model
-    config = model.config.copy_and_resolve_references().unlock()
-    config.data.image_size = tuple(size)
-    return model._replace(config=config.lock())
+def fingerprint(model: LatentDiffusion, params: Params) -> str:
+    """A hash of all parameters: equal means the same model. Recipes carry it."""
+    return content_hash(stored(params), *model.origin.hashed)

@@ -15,11 +15,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from ldm_jax.config import fields as config_fields
 from ldm_jax.config import io as config_io
+from ldm_jax.config.fields import SCHEDULE
 from ldm_jax.errors import InputError, RunError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
+
+# What the parts of a model are called in checkpoints, since the first version.
+STORED_NAMES = {"denoiser": "unet", "conditioning": "conditioner", "first_stage": "autoencoder"}
+
+# The fields that the checkpoints of a stage depend on; those of another run are refused.
+AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
+IDENTITY_FIELDS = {
+    "autoencoder": AUTOENCODER_FIELDS,
+    "clip": ("seed", "dtype", "data", "clip"),
+    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat", "init_from", "lora"),
+    "classifier": (*AUTOENCODER_FIELDS, *(f"diffusion.{name}" for name in SCHEDULE), "classifier"),
+}
+
+
+def identity(config: ConfigDict, stage: str) -> dict[str, str]:
+    """What a checkpoint of `stage` is recorded with: a hash of the fields that it depends on."""
+    return {"config": config_io.identity(config, IDENTITY_FIELDS[stage])}
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
@@ -117,6 +134,12 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
     raise InputError(f"there is no readable checkpoint in {folder}; has the run got that far?")
 
 
+def ema_params(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
+    """The averaged parameters in a stage's checkpoint, in the structure of `like`."""
+    averaged = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
+    return unflatten(averaged, like, where=str(where))
+
+
 def subtree(flat: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
     """The nested dict below `prefix`, e.g. "ema_params/unet"; raises InputError if nothing is there."""
     nested: dict[str, Any] = {}
@@ -164,31 +187,9 @@ def _read(folder: Path, step: int, identity: dict[str, str]) -> dict[str, np.nda
 
 
 def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return "/".join(STORED_NAMES.get(name, name) for name in names)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-# What a stage's checkpoints depend on; another run's are refused.
-AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
-
-
-SCHEDULE_FIELDS = tuple(f"diffusion.{name}" for name in config_fields.SCHEDULE)
-
-
-IDENTITY_FIELDS = {
-    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat", "init_from", "lora"),
-    "classifier": (*AUTOENCODER_FIELDS, *SCHEDULE_FIELDS, "classifier"),
-}
-
-
-def _identity(config: ConfigDict, fields: tuple[str, ...]) -> dict[str, str]:
-    return {"config": config_io.identity(config, fields)}
-
-
-def averaged(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
-    """The averaged parameters of a stage's checkpoint, in the structure of `like`."""
-    ema_params = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
-    return unflatten(ema_params, like, where=str(where))

@@ -5,6 +5,7 @@ donated from step to step. Batches are [local devices, examples, ...].
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -21,14 +22,14 @@ def replicate(tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def shard(batch: dict[str, Any]) -> dict[str, Any]:
+def shard(batch: Any) -> Any:
     """[B, ...] -> [local devices, B / local devices, ...], leaf by leaf; raises ValueError if B does not divide."""
     devices = jax.local_device_count()
-    for name, value in batch.items():
-        n = len(jax.tree.leaves(value)[0])
-        if n % devices:
-            raise ValueError(f"a batch of {n} ({name}) does not divide over {devices} devices")
-    return jax.tree.map(lambda value: value.reshape(devices, -1, *value.shape[1:]), batch)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if len(leaf) % devices:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"a batch of {len(leaf)} ({name}) does not divide over {devices} devices")
+    return jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
 
 
 def unshard(values: jax.Array) -> np.ndarray:
@@ -44,16 +45,18 @@ def take(resident: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[st
     return {name: rows[index] for name, rows in resident.items()} | batch
 
 
-def parallel_step(step: Callable) -> Callable:
-    """`step(state, frozen, batch, seed, axis_name)` as one compiled, data-parallel call.
+@lru_cache(maxsize=16)
+def parallel_step(stage: Any, **static: Any) -> Callable:
+    """`stage.step(state, frozen, batch, seed, axis_name=..., **static)` as one compiled, data-parallel call.
 
-    The call is (state, frozen, resident, batch, number, seed) -> (state, metrics); `state` is donated, `batch` is
-    sharded (see `shard`), all else replicated (see `replicate`). `number` is the step that the batch belongs to.
+    The call is (state, frozen, resident, batch, index, seed) -> (state, metrics); `state` is donated, `batch` is
+    sharded (see `shard`), all else replicated (see `replicate`). `index` is the step that the batch belongs to. Equal
+    stages share it, so that training twice in one process compiles once.
     """
 
-    def one_device(state, frozen, resident, batch, number, seed):
-        batch = take(resident, batch) | {"step": number}
-        return step(state, frozen, batch, seed, axis_name=AXIS)
+    def one_device(state, frozen, resident, batch, index, seed):
+        batch = take(resident, batch) | {"step": index}
+        return stage.step(state, frozen, batch, seed, axis_name=AXIS, **static)
 
     return jax.pmap(
         one_device, axis_name=AXIS, in_axes=(None, None, None, 0, None, None), out_axes=None, donate_argnums=0
@@ -63,7 +66,7 @@ def parallel_step(step: Callable) -> Callable:
 def parallel_map(function: Callable) -> Callable:
     """`function(params, batch, *rest) -> [B, ...]` over this host's devices: `batch` sharded, all else replicated."""
 
-    def call(params: Any, batch: dict[str, np.ndarray], *rest: Any) -> Any:
+    def call(params: Any, batch: Any, *rest: Any) -> Any:
         if len(rest) not in compiled:
             axes = (None, 0, *(None,) * len(rest))
             compiled[len(rest)] = jax.pmap(function, axis_name=AXIS, in_axes=axes, devices=jax.local_devices())
@@ -73,7 +76,7 @@ def parallel_map(function: Callable) -> Callable:
     return call
 
 
-def map_in_batches(mapped: Callable, params: Any, batch: dict[str, Any], batch_size: int) -> Any:
+def map_in_batches(mapped: Callable, params: Any, batch: Any, batch_size: int) -> Any:
     """`mapped`, from `parallel_map`, over any number of rows, `batch_size` at a time; the last batch is filled up."""
     n, parts = len(jax.tree.leaves(batch)[0]), []
     for start in range(0, n, batch_size):

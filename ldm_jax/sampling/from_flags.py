@@ -1,4 +1,4 @@
-"""What a command line asks of a trained model: flags to a recipe, with what they leave out."""
+"""From the flags of a command line to a recipe, with the model's defaults where a flag is left out."""
 
 from pathlib import Path
 from typing import Any
@@ -7,99 +7,126 @@ import jax
 from absl.flags import FlagValues
 
 from ldm_jax.errors import InputError
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline.model import Trained
-from ldm_jax.pipeline.upscaler import NOISE_LEVEL
-from ldm_jax.sampling import image_inputs, tables
-from ldm_jax.sampling.recipe import Recipe, map_split
+from ldm_jax.models.concat_conditioning import Inpainting, LowResolution
+from ldm_jax.models.conditioning import TextConditioning
+from ldm_jax.pipeline.model import LatentDiffusion
+from ldm_jax.sampling import image_inputs
+from ldm_jax.sampling.recipe import ConcatInput, Edit, Guidance, Recipe, Solving
 
-BETWEEN = 8  # pictures from one prompt to another, unless one says how many
-# What a model with a map condition must be given, if it knows no data set to take it from.
-GIVEN = {
-    "inpainting": "inpaints; it must be given a picture and what to draw of it: --init_image --mask",
-    "low_resolution": "enlarges; it must be given a small picture: --map",
-}
+INTERPOLATED = 8  # images from one prompt to another, unless --num says how many
+NOISE_LEVEL = 20  # of an upscaler's low-resolution image, unless --noise_level says otherwise
 
 
-def from_flags(
-    model: Trained, values: FlagValues, labels: list[int], captions: tuple[list[str], list[int]] | None = None
+def recipe_from_flags(
+    model: LatentDiffusion,
+    values: FlagValues,
+    labels: list[int],
+    captions: tuple[list[str], list[int]] | None = None,
 ) -> Recipe:
-    """What a command line asks for (see `command_line.define_drawing_flags`); what it leaves out is as in the config.
+    """The recipe of `command_line.define_sampling_flags`.
 
-    `captions` are what a model of texts draws by if no prompt is given: texts, and which of them each picture has.
+    Args:
+      model: the model.
+      values: the parsed flags.
+      labels: the classes, in turn; [] = none.
+      captions: of a text-to-image model, if no prompt is given: the prompts, and the prompt's index of each sample.
 
     Raises:
-      InputError: guidance for a model without classes, a batch that does not divide over the devices, or timesteps
-        that are no numbers.
+      InputError: flags that do not fit the model, or each other.
     """
-    sampling, devices = model.config.sampling, jax.local_device_count()
-    given = bool(values.prompt or values.prompt_file)
-    prompts, labels = captions if captions and not given else (_prompts(model, values), labels)
-    if values.guidance not in (None, 1.0) and not (model.class_names or _told_texts(model)):
-        raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
-    if values.batch_size and values.batch_size % devices:
-        raise InputError(f"--batch_size={values.batch_size} does not divide over {devices} devices")
-    if values.threshold and model.config.autoencoder.kind != "none":
+    by_prompt = bool(values.prompt or values.prompt_file)
+    texts = isinstance(model.conditioning, TextConditioning)
+    if captions and not by_prompt:
+        prompts, labels = captions
+    else:
+        prompts = _prompts(model, values)
+        labels = list(range(len(prompts))) if by_prompt and texts else labels
+    if values.batch_size and values.batch_size % jax.local_device_count():
         raise InputError(
-            f"--threshold={values.threshold} is for models of pixels; the latents of this one know no bounds"
+            f"--batch_size={values.batch_size} does not divide over {jax.local_device_count()} devices"
         )
-    if values.classifier_scale is not None and not values.classifier:
-        raise InputError("--classifier_scale needs --classifier, a run folder with a classifier")
-    if values.clip_scale is not None and not values.clip:
-        raise InputError("--clip_scale needs --clip, a run folder with a CLIP")
-    if values.clip and not prompts:
-        raise InputError(f'--clip={values.clip} needs a text to guide towards, e.g. --prompt="red cat"')
-    sampler = _or(values.sampler, sampling.sampler)
-    defaults = tables.defaults_of(model, sampler)
-    spacing = _or(values.spacing, defaults["spacing"])
-    if values.timesteps is not None:
-        if values.steps or values.spacing:
-            raise InputError("--timesteps says it all; leave out --steps and --spacing")
-        spacing = _whole_numbers("--timesteps", values.timesteps)
     return Recipe(
-        num=len(prompts) if given and not values["num"].present else values.num,
-        labels=list(range(len(prompts))) if given and _told_texts(model) else labels,
-        prompts=prompts,
+        num=len(prompts) if by_prompt and not values["num"].present else values.num,
         seed=values.seed,
-        guidance=_or(values.guidance, sampling.guidance),
-        guidance_interval=_or(values.guidance_interval, list(sampling.guidance_interval)),
-        guidance_rescale=_or(values.guidance_rescale, sampling.guidance_rescale),
-        threshold=_or(values.threshold, sampling.threshold),
-        sampler=sampler,
-        steps=len(spacing) if isinstance(spacing, list) else _or(values.steps, sampling.steps),
-        spacing=spacing,
-        eta=_or(values.eta, defaults["eta"]),
-        churn=_or(values.churn, defaults["churn"]),
-        classifier=values.classifier or "",
-        classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
-        clip=values.clip or "",
-        clip_scale=_or(values.clip_scale, 1.0 if values.clip else 0.0),
-        variance=_or(values.variance, defaults["variance"]),
-        dtype=model.config.dtype,
-        size=list(pipeline_from_config.picture_size(model.config)),
-        negative_prompt=values.negative_prompt,
-        map_split=map_split(model),
+        labels=labels,
+        prompts=prompts,
+        size=list(model.image_shape[:2]),
+        dtype=model.dtype,
+        solving=_solving(model, values),
+        guidance=_guidance(model, values, prompts),
+        concat=ConcatInput(split=test_split(model)),
     )
 
 
-def _prompts(model: Trained, values: FlagValues) -> list[str]:
-    """The prompts of a command line; raises InputError for a model that wants none, or lacks one."""
-    texts = _told_texts(model)
+def test_split(model: LatentDiffusion) -> str | None:
+    """The split whose images concat conditioning is made of unless a user gives one; None for a model without data."""
+    config = model.origin.config
+    return config.data.test_split if model.concat and config is not None else None
+
+
+def solving_defaults(model: LatentDiffusion, sampler: str, steps: int | None = None) -> Solving:
+    """The solver, steps and bounds of a model with this sampler."""
+    options = model.defaults.solver(sampler).options
+    return Solving(
+        sampler=sampler,
+        steps=model.defaults.steps if steps is None else steps,
+        threshold=model.defaults.threshold,
+        **{name: options[name] for name in ("spacing", "eta", "churn", "variance") if name in options},
+    )
+
+
+def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
+    if values.threshold and model.first_stage.module is not None:
+        raise InputError(f"--threshold={values.threshold} is for diffusion on pixels; latents have no bounds")
+    solving = solving_defaults(model, _or(values.sampler, model.defaults.sampler), values.steps)
+    if values.timesteps is not None:
+        if values.steps or values.spacing:
+            raise InputError("--timesteps lists the steps; leave out --steps and --spacing")
+        timesteps = _whole_numbers("--timesteps", values.timesteps)
+        solving = solving._replace(steps=len(timesteps), spacing=timesteps)
+    flags = ("spacing", "eta", "churn", "variance", "threshold")
+    return solving._replace(**{name: values[name].value for name in flags if values[name].value is not None})
+
+
+def _guidance(model: LatentDiffusion, values: FlagValues, prompts: list[str]) -> Guidance:
+    conditional = model.class_names or isinstance(model.conditioning, TextConditioning)
+    if values.guidance not in (None, 1.0) and not conditional:
+        raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
+    for name, what in (("classifier", "a classifier"), ("clip", "a CLIP")):
+        if values[f"{name}_scale"].value is not None and not values[name].value:
+            raise InputError(f"--{name}_scale needs --{name}, a run folder with {what}")
+    if values.clip and not prompts:
+        raise InputError(f'--clip={values.clip} needs a text to guide to, e.g. --prompt="red cat"')
+    defaults = model.defaults
+    return Guidance(
+        scale=_or(values.guidance, defaults.guidance),
+        interval=_or(values.guidance_interval, list(defaults.guidance_interval)),
+        rescale=_or(values.guidance_rescale, defaults.guidance_rescale),
+        negative_prompt=values.negative_prompt,
+        classifier=values.classifier or None,
+        classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
+        clip=values.clip or None,
+        clip_scale=_or(values.clip_scale, 1.0 if values.clip else 0.0),
+    )
+
+
+def _prompts(model: LatentDiffusion, values: FlagValues) -> list[str]:
+    """The prompts of a command line; raises InputError for a model that takes none, or lacks one."""
+    texts = isinstance(model.conditioning, TextConditioning)
     for flag in ("prompt", "prompt_file", "negative_prompt"):
         guides = values.clip and flag != "negative_prompt"
         if values[flag].value is not None and not texts and not guides:
-            raise InputError(f"--{flag} is for models of texts, or with --clip; this one draws {_what_it_draws(model)}")
+            what = f"classes: {', '.join(model.class_names)}" if model.class_names else "nothing"
+            raise InputError(
+                f"--{flag} is for text-to-image models, or with --clip; this one is conditioned on {what}"
+            )
     if values.prompt and values.prompt_file:
-        raise InputError("--prompt and --prompt_file both say what to draw; choose one")
+        raise InputError("--prompt and --prompt_file both give prompts; choose one")
     if values.prompt_file:
         return _lines(Path(values.prompt_file))
     if texts and not values.prompt:
-        raise InputError('--prompt is missing; it must be a text to draw, e.g. --prompt="a photo of a cat"')
+        raise InputError('--prompt is missing; it must be a text, e.g. --prompt="a photo of a cat"')
     return list(values.prompt or [])
-
-
-def _told_texts(model: Trained) -> bool:
-    return bool(model.pretrained and model.pretrained.encoders)
 
 
 def _lines(path: Path) -> list[str]:
@@ -115,126 +142,127 @@ def _lines(path: Path) -> list[str]:
     return prompts
 
 
-def _what_it_draws(model: Trained) -> str:
-    return f"classes: {', '.join(model.class_names)}" if model.class_names else "without being told anything"
-
-
-def with_edits(recipe: Recipe, values: FlagValues, kind: str) -> Recipe:
-    """The recipe with what the flags of `command_line.define_editing_flags` ask for; `kind` is of the model's map.
+def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) -> Recipe:
+    """The recipe with the flags of `command_line.define_editing_flags`.
 
     Raises:
       InputError: flags that do not go together, or not with the model.
     """
+    _check_pairs(recipe, values)
+    concat_given = _concat_given(values, model)
+    if model.concat and not concat_given and not recipe.concat.split:
+        how = "inpaints; give it an image and what to sample of it: --init_image --mask"
+        how = how if isinstance(model.concat, Inpainting) else "enlarges; give it a low-resolution image: --map"
+        raise InputError(f"this model {how}")
+    split = None if concat_given else recipe.concat.split
+    interpolates = values.to_prompt is not None and not values["num"].present
+    return recipe._replace(
+        num=INTERPOLATED if interpolates else recipe.num,
+        size=_size(recipe, values, model, split),
+        edit=_edit(values),
+        concat=ConcatInput(values.map or None, split, _noise_level(values.noise_level, model)),
+        vae_tiling=_vae_tiling(values, model),
+    )
+
+
+def _check_pairs(recipe: Recipe, values: FlagValues) -> None:
+    """Raises InputError for edit flags that need another one, or exclude each other."""
     needs = {"strength": "init_image", "mask": "init_image", "invert": "init_image", "to_image": "init_image",
              "outpaint": "init_image", "resample_jump": "resample"}  # fmt: skip
     for flag, other in needs.items():
         if values[flag].value and not values[other].value:
             raise InputError(f"--{flag} needs --{other}")
     if values.to_prompt is not None and len(recipe.prompts) != 1:
-        raise InputError(f"--to_prompt needs one --prompt to lead from; there are {len(recipe.prompts)}")
+        raise InputError(f"--to_prompt needs one --prompt to interpolate from; there are {len(recipe.prompts)}")
     if values.to_prompt is not None and recipe.labels != [0]:
-        raise InputError("--to_prompt is for models of texts; this one is told none")
+        raise InputError("--to_prompt is for text-to-image models; this one is not conditioned on texts")
     if values.mask and values.outpaint:
-        raise InputError("--mask and --outpaint both say what to draw; choose one")
-    masked = values.mask or values.outpaint
-    if values.resample and not masked:
+        raise InputError("--mask and --outpaint both say what to sample; choose one")
+    if values.resample and not (values.mask or values.outpaint):
         raise InputError("--resample needs --mask or --outpaint")
     noises = [n for n in ("init_latents", "to_seed", "to_image", "invert") if values[n].value not in (None, False)]
     if len(noises) > 1:
         raise InputError(f"--{noises[0]} and --{noises[1]} both say what noise to begin from; choose one")
-    given = _is_given_a_map(values, kind)
-    if kind != "none" and not given and not recipe.map_split:
-        raise InputError(f"this model {GIVEN[kind]}")
-    own_noise = values.invert or values.to_image
     for flag in ("strength", "mask", "outpaint"):
-        if own_noise and values[flag].value:
+        if (values.invert or values.to_image) and values[flag].value:
             raise InputError(f"--{flag} and --{'invert' if values.invert else 'to_image'} do not go together")
+
+
+def _edit(values: FlagValues) -> Edit:
     strength = 1.0
-    if values.init_image and not own_noise:
-        strength = _or(values.strength, 1.0 if masked else 0.6)
-    return recipe._replace(
-        init_image=values.init_image or "",
+    if values.init_image and not (values.invert or values.to_image):
+        strength = _or(values.strength, 1.0 if values.mask or values.outpaint else 0.6)
+    return Edit(
         strength=strength,
-        mask=values.mask or "",
-        outpaint=values.outpaint or "",
         resample=_or(values.resample, 1),
         resample_jump=_or(values.resample_jump, 1),
-        num=BETWEEN if values.to_prompt is not None and not values["num"].present else recipe.num,
-        to_prompt=_or(values.to_prompt, ""),
-        to_seed=_or(values.to_seed, -1),
-        to_image=values.to_image or "",
         invert=bool(values.invert),
-        init_latents=values.init_latents or "",
-        map=values.map or "",
-        map_split="" if given else recipe.map_split,
+        to_seed=values.to_seed,
+        to_prompt=values.to_prompt,
+        **{name: values[name].value or None for name in ("init_image", "mask", "outpaint", "to_image", "init_latents")},
     )
 
 
-def with_pretrained(recipe: Recipe, values: FlagValues, model: Trained) -> Recipe:
-    """The recipe with what is asked of diffusers models alone: --height and --width, --vae_tiling, --noise_level.
-
-    Raises:
-      InputError: for a model that does not take them, or a size that the autoencoder cannot halve.
-    """
-    if values.vae_tiling and not (model.pretrained and model.config.autoencoder.kind == "kl"):
-        raise InputError("--vae_tiling is for diffusers models with an AutoencoderKL; this model has none")
-    return recipe._replace(
-        size=_size(recipe, values, model),
-        vae_tiling=bool(values.vae_tiling),
-        noise_level=_noise_level(values.noise_level, model),
-    )
+def _concat_given(values: FlagValues, model: LatentDiffusion) -> bool:
+    """Whether the flags give an image for concat conditioning; raises InputError for one the model does not take."""
+    inpaints = isinstance(model.concat, Inpainting)
+    if values.map and (model.concat is None or inpaints):
+        takes = image_flags(model) if inpaints else "neither"
+        raise InputError(f"--map={values.map} is for super-resolution or segmentation maps; this model takes {takes}")
+    given = (values.mask or values.outpaint) if inpaints else values.map
+    if model.concat and values.init_image and not given:
+        raise InputError(f"--init_image needs {'--mask' if inpaints else '--map'} with this model")
+    return bool(given)
 
 
-def _size(recipe: Recipe, values: FlagValues, model: Trained) -> list[int]:
-    """Height and width: the model's own unless they are given, or a multiple of those of the picture to enlarge."""
-    asked = {flag: values[flag].value for flag in ("height", "width") if values[flag].value is not None}
-    factor = pipeline_from_config.downsampling(model.config)
-    for flag, side in asked.items():
-        if not model.pretrained:
+def image_flags(model: LatentDiffusion) -> str:
+    """The flags that give an image to a model with concat conditioning."""
+    return "--init_image and --mask" if isinstance(model.concat, Inpainting) else "--map"
+
+
+def _vae_tiling(values: FlagValues, model: LatentDiffusion) -> bool:
+    if values.vae_tiling and model.first_stage.module is None:
+        raise InputError("--vae_tiling is for latent diffusion; this model has no autoencoder")
+    return bool(values.vae_tiling)
+
+
+def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str | None) -> list[int]:
+    """Height and width: the model's own unless they are given, or a multiple of those of an upscaler's image."""
+    given = {flag: values[flag].value for flag in ("height", "width") if values[flag].value is not None}
+    factor, upscaler = model.first_stage.downsampling, model.concat is not None and model.concat.noise is not None
+    for flag, side in given.items():
+        if upscaler:
             raise InputError(
-                f"--{flag}={side} is for diffusers models; this run draws {'x'.join(map(str, recipe.size))}"
+                f"--{flag}={side}: this model's images are {factor} times as large as --map; leave it out"
             )
-        if model.pretrained.upscaling:
+        if split:
             raise InputError(
-                f"--{flag}={side}: what this model draws is {factor} times as large as --map; leave it out"
-            )
-        if recipe.map_split:
-            raise InputError(
-                f"--{flag}={side}: without a picture of yours this run restores test pictures, of its own size; give "
-                "--init_image and --mask"
+                f"--{flag}={side}: without an image of yours this model restores test images, of their own size; give "
+                f"{image_flags(model)}"
             )
         if side % factor:
             raise InputError(
                 f"--{flag}={side} must be a multiple of {factor}, as a latent of this autoencoder is "
                 f"{factor}x{factor} pixels; next to it is {max(side // factor, 1) * factor}"
             )
-    if model.pretrained and model.pretrained.upscaling and recipe.map:
-        small = image_inputs.read_picture(Path(recipe.map), "--map")
+        if isinstance(model.concat, LowResolution) and side % model.concat.factor:
+            raise InputError(f"--{flag}={side} must be a multiple of {model.concat.factor}, the model's enlargement")
+    if upscaler and values.map:
+        small = image_inputs.open_image(Path(values.map), "--map")
         return [factor * small.height, factor * small.width]
-    return [asked.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]
+    return [given.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]
 
 
-def _noise_level(asked: int | None, model: Trained) -> int:
-    upscaling = model.pretrained.upscaling if model.pretrained else None
-    if upscaling is None:
-        if asked is not None:
-            raise InputError(f"--noise_level={asked} is for diffusers' upscalers; this model is none")
-        return -1
-    level = _or(asked, NOISE_LEVEL)
-    if level > upscaling.max_noise_level:
-        raise InputError(f"--noise_level={level} must be from 0 to {upscaling.max_noise_level} for this model")
+def _noise_level(level: int | None, model: LatentDiffusion) -> int | None:
+    noise = model.concat.noise if model.concat else None
+    if noise is None:
+        if level is not None:
+            raise InputError(f"--noise_level={level} is for upscalers of Stable Diffusion; this model is none")
+        return None
+    level = _or(level, NOISE_LEVEL)
+    if level > noise.max_noise_level:
+        raise InputError(f"--noise_level={level} must be from 0 to {noise.max_noise_level} for this model")
     return level
-
-
-def _is_given_a_map(values: FlagValues, kind: str) -> bool:
-    """Whether the flags say what the model's map is; raises InputError for a map that it does not take, or lacks."""
-    if values.map and kind in ("none", "inpainting"):
-        takes = "no map" if kind == "none" else "--init_image and --mask"
-        raise InputError(f"--map={values.map} is for models of super-resolution or segments; this one takes {takes}")
-    given = (values.mask or values.outpaint) if kind == "inpainting" else values.map
-    if kind != "none" and values.init_image and not given:
-        raise InputError(f"--init_image needs {'--mask' if kind == 'inpainting' else '--map'} with this model")
-    return bool(given)
 
 
 def _or(value: Any, default: Any) -> Any:

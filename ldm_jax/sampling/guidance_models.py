@@ -1,134 +1,134 @@
-"""What guides a trained model beside its own conditions: a classifier of noisy latents, a CLIP that sees pictures."""
+"""Models that guide sampling beside the model's own condition: a classifier of noisy latents, a CLIP."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax.config import fields as config_fields
 from ldm_jax.config import io as config_io
-from ldm_jax.config import rules as config_rules
+from ldm_jax.config.fields import SCHEDULE
+from ldm_jax.config.rules import validate
 from ldm_jax.errors import InputError
-from ldm_jax.pipeline import clip as pipeline_clip
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline import from_run
-from ldm_jax.pipeline.clip import TrainedCLIP
-from ldm_jax.pipeline.model import Trained
-from ldm_jax.run_folder import checkpoint
-from ldm_jax.run_folder.checkpoint import load_latest
-from ldm_jax.runtime import files as runtime_files
-from ldm_jax.runtime.files import content_hash
+from ldm_jax.models.classifier import NoisyClassifier
+from ldm_jax.pipeline.clip import TrainedCLIP, embed_texts, load_clip
+from ldm_jax.pipeline.from_config import build_classifier, build_process, from_config
+from ldm_jax.pipeline.from_run import load_first_stage
+from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.run_folder.checkpoint import ema_params, load_latest
+from ldm_jax.runtime.files import content_hash, read_json
+from ldm_jax.sampling.recipe import Recipe
+from ldm_jax.sampling.sampler import Sampler, make_sampler
 
 
-class Classifier(NamedTuple):
-    """A classifier of noisy latents."""
+class TrainedClassifier(NamedTuple):
+    """A classifier of noisy latents, its averaged parameters, and the model that it was trained beside."""
 
-    config: ConfigDict
-    params: Any  # the averaged ones
+    module: NoisyClassifier
+    params: Any
+    model: LatentDiffusion  # without a denoiser's parameters: its latents, process and classes
 
 
-class Guides(NamedTuple):
-    """What guides, if it does."""
+class GuidanceModels(NamedTuple):
+    """The models that guide, if any do."""
 
-    classifier: Classifier | None = None
+    classifier: TrainedClassifier | None = None
     clip: TrainedCLIP | None = None
 
     @property
     def params(self) -> dict[str, Any]:
-        """Those that a generator takes beside the model's."""
+        """Their parameters, which a sampler takes beside the model's."""
         return {name: guide.params for name, guide in self._asdict().items() if guide}
 
+    def sampler(self, model: LatentDiffusion, batch_size: int) -> Sampler:
+        """The model's sampler with this guidance: see `sampler.make_sampler`."""
+        classifier, clip = self
+        return make_sampler(model, batch_size, classifier and classifier.module, clip and clip.clip)
 
-NO_GUIDES = Guides()
+
+def guidance_models(recipe: Recipe, model: LatentDiffusion, params: Params) -> GuidanceModels:
+    """The models that a recipe's guidance names; raises InputError for one that does not fit the model."""
+    guidance = recipe.guidance
+    return GuidanceModels(
+        classifier_for(Path(guidance.classifier), model, params) if guidance.classifier else None,
+        clip_for(Path(guidance.clip), model) if guidance.clip else None,
+    )
 
 
-def load_classifier(path: Path) -> Classifier:
+def hashes(recipe: Recipe, guides: GuidanceModels) -> dict[str, str]:
+    """Run folder -> hash of its parameters, of the models that guide."""
+    present = {name: guide for name, guide in guides._asdict().items() if guide}
+    return {getattr(recipe.guidance, name): content_hash(guide.params) for name, guide in present.items()}
+
+
+def load_classifier(path: Path) -> TrainedClassifier:
     """Reads the classifier of a run folder; raises InputError if there is none, or it does not fit its own config."""
     if not path.is_dir():
         raise InputError(f"--classifier={path} does not exist; it must be a run folder with a classifier")
     config = config_io.of_run(path / "config.json")
-    config_rules.validate(config)
+    validate(config)
     if "classifier" not in config.stages:
         raise InputError(f"--classifier={path} has no classifier: its config.stages are {', '.join(config.stages)}")
-    num_classes = len(runtime_files.read_json(path / "data.json", "class_names")["class_names"])
-    flat = load_latest(path / "classifier")
-    z_t, one = np.zeros((1, *pipeline_from_config.latent_shape(config))), np.ones(1)
-    classifier = pipeline_from_config.build_classifier(config, num_classes)
+    names = tuple(read_json(path / "data.json", "class_names")["class_names"])
+    flat, model = load_latest(path / "classifier"), from_config(config, names)
+    classifier, z_t, one = build_classifier(config, len(names)), np.zeros((1, *model.latent_shape)), np.ones(1)
     like = {"classifier": jax.eval_shape(classifier.init, jax.random.key(0), z_t, one, one)["params"]}
-    return Classifier(config, checkpoint.averaged(flat, like, path / "classifier")["classifier"])
+    return TrainedClassifier(classifier, ema_params(flat, like, path / "classifier")["classifier"], model)
 
 
-def classifier_for(path: Path, model: Trained) -> Classifier:
-    """The classifier of a run folder, if it can guide `model`.
+def classifier_for(path: Path, model: LatentDiffusion, params: Params) -> TrainedClassifier:
+    """The classifier of a run folder, if it can guide a model.
 
     Raises:
-      InputError: as `load_classifier`, or it knows other classes, another noise schedule or other latents.
+      InputError: as `load_classifier`, or it has other classes, another noise schedule or other latents.
     """
-    guide = load_classifier(path)
-    class_names = tuple(runtime_files.read_json(path / "data.json", "class_names")["class_names"])
-    if class_names != model.class_names:
+    classifier = load_classifier(path)
+    its, config = classifier.model, classifier.model.origin.config
+    if its.class_names != model.class_names:
         raise InputError(
-            f"--classifier={path} tells {len(class_names)} classes apart ({', '.join(class_names)}); those of --model "
+            f"--classifier={path} has {len(its.class_names)} classes ({', '.join(its.class_names)}); those of --model "
             f"are {len(model.class_names)} ({', '.join(model.class_names)})"
         )
-    processes = [pipeline_from_config.build_process(config) for config in (guide.config, model.config)]
-    if processes[0] != processes[1]:
-        theirs, ours = guide.config.diffusion, model.config.diffusion
-        unlike = [f"{n} {theirs[n]} and {ours[n]}" for n in config_fields.SCHEDULE if theirs[n] != ours[n]]
-        raise InputError(f"--classifier={path} and --model have other noise schedules: {'; '.join(unlike)}")
-    if _latents_of(from_run.load_first_stage(path, guide.config), guide.config) != _latents_of(
-        model.params, model.config
-    ):
+    if its.process != model.process:
+        raise InputError(f"--classifier={path} and --model have other noise schedules: {_schedules(config, model)}")
+    first_stage = load_first_stage(path, config)
+    if _latents_hash(first_stage, its) != _latents_hash(params, model):
         raise InputError(
-            f"--classifier={path} knows other latents than those of --model, of another autoencoder or scale; it "
-            "must be trained with --config.autoencoder.checkpoint set to the run that it is to guide"
+            f"--classifier={path} was trained on other latents than those of --model, of another autoencoder or scale; "
+            "it must be trained with --config.autoencoder.checkpoint set to the run that it is to guide"
         )
-    return guide
+    return classifier
 
 
-def _latents_of(params: dict[str, Any], config: ConfigDict) -> str:
-    """A hash of all that latents depend on: equal means the same z of the same picture."""
-    parts = {name: params[name] for name in ("autoencoder", "shift", "scale")}
-    return content_hash(parts, str(pipeline_from_config.latent_shape(config)))
+def _schedules(config: ConfigDict, model: LatentDiffusion) -> str:
+    """In which fields two noise schedules differ, or that one has none of these."""
+    other = model.origin.config
+    ours = {name: config.diffusion[name] for name in SCHEDULE}
+    if other is None or build_process(other) != model.process:
+        return f"{', '.join(f'{name} {value}' for name, value in ours.items())}, and that of --model"
+    return "; ".join(f"{n} {v} and {other.diffusion[n]}" for n, v in ours.items() if v != other.diffusion[n])
 
 
-def clip_for(path: Path, model: Trained) -> TrainedCLIP:
-    """The CLIP of a run folder, if it can see what `model` draws.
+def _latents_hash(params: Params, model: LatentDiffusion) -> str:
+    """A hash of all that latents depend on: equal means the same z of the same image."""
+    parts = {name: params[name] for name in ("first_stage", "shift", "scale")}
+    return content_hash(parts, str(model.latent_shape))
 
-    Raises:
-      InputError: there is none, or it sees pictures of other colours.
-    """
+
+def clip_for(path: Path, model: LatentDiffusion) -> TrainedCLIP:
+    """The CLIP of a run folder, if it can encode a model's images; raises InputError if there is none, or it cannot."""
     try:
-        found = pipeline_clip.load(path)
+        trained = load_clip(path)
     except InputError as error:
         raise InputError(f"--clip: {error}") from error
-    theirs, ours = found.clip.image.num_channels, model.config.data.channels
-    if theirs != ours:
-        raise InputError(f"--clip={path} sees pictures of {theirs} channels; those of --model have {ours}")
-    return found
+    its, channels = trained.clip.image.num_channels, model.image_shape[-1]
+    if its != channels:
+        raise InputError(f"--clip={path} takes images of {its} channels; those of --model have {channels}")
+    return trained
 
 
-def make_similarity(found: TrainedCLIP) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """(params, x [B, H, W, C] in [-1, 1], embeddings [B, D] of texts) -> [B], the logits of CLIP (Radford 2021, section
-    2.3) for picture and text, of whatever size the pictures are."""
-
-    def similarity(params: Any, x: jax.Array, texts: jax.Array) -> jax.Array:
-        seen = jax.image.resize(x, (len(x), *(found.clip.image.image_size,) * 2, x.shape[-1]), "linear")
-        image = found.clip.apply({"params": params}, seen, method="embed_image")
-        return jnp.exp(params["logit_scale"]) * jnp.sum(image * texts, axis=-1)
-
-    return similarity
-
-
-def sought(found: TrainedCLIP, prompts: Sequence[str], rows: np.ndarray) -> np.ndarray:
-    """Embeddings float32 [N, D] of the prompts with these numbers [N]."""
-    return pipeline_clip.embed_texts(found, list(prompts), len(prompts) * jax.local_device_count())[rows]
-
-
-def fingerprint(guide: Classifier | TrainedCLIP) -> str:
-    """A hash of all parameters: equal means the same guide."""
-    return content_hash(guide.params)
+def text_embeds(trained: TrainedCLIP, prompts: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """Embeddings float32 [N, D] of the prompts with these indices [N]."""
+    return embed_texts(trained, list(prompts), len(prompts) * jax.local_device_count())[rows]

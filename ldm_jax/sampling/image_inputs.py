@@ -1,4 +1,4 @@
-"""Pictures that a drawing starts from: read, checked, brought to the model's size; and ways between two noises."""
+"""Images that sampling begins from: read, checked, brought to the model's size; and interpolation of noise."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from PIL import Image
 from ldm_jax.data.images import decode, fit
 from ldm_jax.errors import InputError
 
-SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis, before the picture?
+SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis, before the image?
 
 
 def read_image(path: Path, flag: str, *, size: tuple[int, int], channels: int, crop: str) -> np.ndarray:
-    """A picture as the model takes it, uint8 [*size, channels]; raises InputError if it is none."""
-    return fit(read_picture(path, flag), size=size, channels=channels, crop=crop)
+    """An image as the model takes it, uint8 [*size, channels]; raises InputError if it is none."""
+    return fit(open_image(path, flag), size=size, channels=channels, crop=crop)
 
 
-def read_picture(path: Path, flag: str) -> Image.Image:
-    """A picture as it is in the file that `flag` names; raises InputError if it is none."""
+def open_image(path: Path, flag: str) -> Image.Image:
+    """The image in the file that `flag` names, as it is; raises InputError if it is none."""
     try:
         return decode(path.read_bytes())
     except (InputError, OSError) as error:
@@ -26,32 +26,32 @@ def read_picture(path: Path, flag: str) -> Image.Image:
 
 
 def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str) -> np.ndarray:
-    """Where to draw, bool [*size]: the mask's white (or bright) parts, cropped as the picture it belongs to.
+    """Where to sample, bool [*size]: the mask's white (or bright) parts, cropped as the image it belongs to.
 
     Raises:
-      InputError: no picture, of another size than the one it belongs to, or nothing of it is white.
+      InputError: no image, of another size than the one it belongs to, or nothing of it is white.
     """
-    picture, image = read_picture(path, "--mask"), read_picture(image_path, "--init_image")
-    if picture.size != image.size:
+    mask, image = open_image(path, "--mask"), open_image(image_path, "--init_image")
+    if mask.size != image.size:
         raise InputError(
-            f"--mask={path} is {picture.width}x{picture.height}; it must be {image.width}x{image.height} like "
+            f"--mask={path} is {mask.width}x{mask.height}; it must be {image.width}x{image.height} like "
             f"--init_image={image_path}"
         )
-    mask = fit(picture, size=size, channels=1, crop=crop)[..., 0] >= 128
-    if not mask.any():
-        raise InputError(f"--mask={path} has no white part; white is what is drawn anew")
-    return mask
+    white = fit(mask, size=size, channels=1, crop=crop)[..., 0] >= 128
+    if not white.any():
+        raise InputError(f"--mask={path} has no white part; white is what is sampled")
+    return white
 
 
 def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a model sees of a picture that is to be continued: as much of its edge as fits, and what is to be drawn.
+    """The model's view of an image that is to be extended: as much of its edge as fits, and the new part.
 
     Args:
       image: uint8 [H, W, C].
       where: a side and a number of pixels, e.g. "right:8".
 
     Returns:
-      uint8 [H, W, C], the new part like the edge for now, and bool [H, W], True there.
+      uint8 [H, W, C], the new part repeating the edge, and bool [H, W], True in the new part.
 
     Raises:
       InputError: no such side, or not from 1 pixel to one less than there are.
@@ -69,13 +69,13 @@ def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarr
     return np.pad(image, grown, mode="edge")[tuple(kept)], new[tuple(kept)][..., 0]
 
 
-def outpainted(image: np.ndarray, drawn: np.ndarray, where: str) -> np.ndarray:
-    """The whole picture [H, W, C] and, on its side, what was drawn in the window [N, H, W, C]: [N, H or more, ...]."""
+def outpainted(image: np.ndarray, samples: np.ndarray, where: str) -> np.ndarray:
+    """The whole image [H, W, C] extended by the new part of sampled windows [N, H, W, C]: [N, H or more, ...]."""
     side, _, pixels = where.partition(":")
     axis, before = SIDES[side]
     new = [slice(None)] * 4
     new[axis + 1] = slice(int(pixels)) if before else slice(-int(pixels), None)
-    parts = [drawn[tuple(new)], np.broadcast_to(image, drawn.shape)]
+    parts = [samples[tuple(new)], np.broadcast_to(image, samples.shape)]
     return np.concatenate(parts if before else parts[::-1], axis=axis + 1)
 
 
@@ -93,24 +93,24 @@ def read_latents(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return z_T
 
 
-def mask_of_latents(mask: np.ndarray, factor: int) -> np.ndarray:
-    """bool [H, W] -> bool [H / factor, W / factor, 1]: a latent is drawn anew if any of its pixels is."""
+def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
+    """bool [H, W] -> bool [H / factor, W / factor, 1]: a latent is sampled if any of its pixels is."""
     h, w = (side // factor for side in mask.shape)
     return mask.reshape(h, factor, w, factor).any((1, 3))[..., None]
 
 
-def slerp(a: np.ndarray, b: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """Points on the great circle from a to b (Shoemake 1985), where Gaussian noise lives: float32 [N, ...].
+def slerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Spherical interpolation of Gaussian noise (Shoemake 1985): float32 [N, ...].
 
     Args:
       a, b: float32 of one shape.
-      shares: [N], 0 at a and 1 at b.
+      weights: [N], 0 at a and 1 at b.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    shares = np.asarray(shares, np.float64).reshape(-1, *[1] * a.ndim)
+    weights = np.asarray(weights, np.float64).reshape(-1, *[1] * a.ndim)
     cosine = np.clip(np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)), -1, 1)
     angle = np.arccos(cosine)
     if np.sin(angle) < 1e-6:  # the same direction, or opposite ones
-        return ((1 - shares) * a + shares * b).astype(np.float32)
-    way = np.sin((1 - shares) * angle) * a + np.sin(shares * angle) * b
-    return (way / np.sin(angle)).astype(np.float32)
+        return ((1 - weights) * a + weights * b).astype(np.float32)
+    arc = np.sin((1 - weights) * angle) * a + np.sin(weights * angle) * b
+    return (arc / np.sin(angle)).astype(np.float32)

@@ -1,147 +1,148 @@
-"""What is asked of a trained model: every choice that its pictures depend on, written into each of them."""
+"""A recipe: every choice that a model's samples depend on, written into each PNG and read back from it.
+
+`image_grids.save_png` keeps it as JSON, nested as here. Recipes of versions before 0.2 are flat, with sentinels.
+"""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline import model as pipeline_model
-from ldm_jax.pipeline.model import Trained
-from ldm_jax.pipeline.upscaler import NOISE_LEVEL
-from ldm_jax.sampling import guidance_models, image_grids
-from ldm_jax.sampling.guidance_models import Guides
+from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
+from ldm_jax.sampling.image_grids import read_recipe
 
 
-class Recipe(NamedTuple):
-    """`num` pictures, whose classes go round `labels` ([] = no class) or `prompts`, made as the rest says."""
+class Solving(NamedTuple):
+    """The solver and its steps: arguments of `solvers.make_table`, and the bound of z0_hat."""
 
-    num: int
-    labels: list[int]
-    prompts: list[str]
-    seed: int
-    guidance: float
-    guidance_interval: list[float]
-    guidance_rescale: float
-    threshold: float
     sampler: str
     steps: int
     spacing: str | list[int]
-    eta: float
-    churn: float
-    variance: str
-    dtype: str
-    size: list[int]  # height and width
-    negative_prompt: str | None = None  # what guidance leads away from; None = nothing
-    classifier: str = ""  # a run folder with a classifier that guides as well
+    eta: float = 0.0
+    churn: float = 0.0
+    variance: str = "fixed_small"
+    threshold: float = 0.0
+
+
+class Guidance(NamedTuple):
+    """Guidance: by the model itself, a classifier, a CLIP."""
+
+    scale: float
+    interval: list[float]
+    rescale: float = 0.0
+    negative_prompt: str | None = None
+    negative_label: int | None = None
+    classifier: str | None = None  # a run folder with a classifier
     classifier_scale: float = 0.0
-    clip: str = ""  # a run folder with a CLIP that guides as well: towards `prompts`, in turn
+    clip: str | None = None  # a run folder with a CLIP, which guides to the prompts, in turn
     clip_scale: float = 0.0
-    to_prompt: str = ""  # from the one prompt to this one, from the same noise
-    negative_label: int = -1
-    vae_tiling: bool = False  # pictures larger than the autoencoder was trained on go through it in tiles
-    init_image: str = ""  # begin from this picture, not from noise alone
-    strength: float = 1.0  # the share of the steps that is done from there
-    mask: str = ""  # the white part of init_image is drawn, the rest kept
-    outpaint: str = ""  # init_image is continued on this side by so many pixels, e.g. "right:8"
-    resample: int = 1  # RePaint: how often each part of the way is gone
-    resample_jump: int = 1  # and of how many steps a part is
-    to_seed: int = -1  # from the noise of `seed` to that of this one
-    to_image: str = ""  # from the noise of init_image to that of this one
-    invert: bool = False  # begin from init_image's own noise
-    init_latents: str = ""  # the noise itself
-    map: str = ""  # of a model with a map condition: the small picture, or the map of segments
-    noise_level: int = -1  # of the map of a diffusers upscaler; -1 = the model is none
-    map_split: str = ""  # or the split that sample i's map is taken from, of its picture number i
 
 
-FEW = 8  # texts that a run draws by, unless it is told which
-LOOKED_AT = 64  # pictures, for as many texts that differ
+class Edit(NamedTuple):
+    """What sampling begins from, if not from the seed's noise alone."""
+
+    init_image: str | None = None
+    strength: float = 1.0  # the fraction of the steps that is run from there
+    mask: str | None = None  # the white part of init_image is sampled, the rest kept
+    outpaint: str | None = None  # init_image is extended on this side by so many pixels, e.g. "right:8"
+    resample: int = 1  # RePaint's number of repetitions
+    resample_jump: int = 1  # and the steps of each
+    invert: bool = False  # begin from init_image's own noise (DDIM inversion)
+    to_image: str | None = None  # interpolate from the noise of init_image to that of this one
+    to_seed: int | None = None  # interpolate from the noise of the seed to that of this one
+    to_prompt: str | None = None  # interpolate from the one prompt to this one
+    init_latents: str | None = None  # the initial noise itself
 
 
-def map_split(model: Trained) -> str:
-    """Where maps come from unless a user gives one: the test split of a run; other models know no data set."""
-    return "" if model.config.concat.kind == "none" else model.config.data.test_split
+class ConcatInput(NamedTuple):
+    """What a model with concat conditioning is given beside `Edit`: an image, or a split whose images are degraded."""
+
+    image: str | None = None  # the low-resolution image, or the segmentation map
+    split: str | None = None  # sample i is made of image i of this split
+    noise_level: int | None = None  # of an upscaler's low-resolution image
 
 
-def from_picture(model: Trained, path: Path) -> Recipe:
-    """The recipe that made a picture.
+class Recipe(NamedTuple):
+    """`num` samples, whose classes are `labels` in turn ([] = none), or whose prompts are `prompts[label]`."""
+
+    num: int
+    seed: int
+    labels: list[int]
+    prompts: list[str]
+    size: list[int]  # height and width
+    dtype: str
+    solving: Solving
+    guidance: Guidance
+    edit: Edit = Edit()
+    concat: ConcatInput = ConcatInput()
+    vae_tiling: bool = False
+
+
+NO_EDIT = Edit()
+SECTIONS = {"solving": Solving, "guidance": Guidance, "edit": Edit, "concat": ConcatInput}
+
+# The flat names of versions before 0.2 that differ, and what stood for None there, if not "".
+FLAT = {
+    "guidance.scale": "guidance",
+    "guidance.interval": "guidance_interval",
+    "guidance.rescale": "guidance_rescale",
+    "concat.image": "map",
+    "concat.split": "map_split",
+}
+SENTINELS = {"negative_label": -1, "to_seed": -1, "noise_level": -1}
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts."""
+    return {n: value._asdict() if n in SECTIONS else value for n, value in recipe._asdict().items()}
+
+
+def from_json(found: Mapping[str, Any], where: str) -> Recipe:
+    """The inverse of `to_json`, also of a flat recipe; raises InputError, which names `where`, for fields that lack."""
+    found = found if isinstance(found.get("guidance"), Mapping) else _nested(found)
+    sections = {name: _read(section, found.get(name, {}), where) for name, section in SECTIONS.items()}
+    return _read(Recipe, {**found, **sections}, where)
+
+
+def _read(kind: type, fields: Mapping[str, Any], where: str) -> Any:
+    missing = [name for name in kind._fields if name not in fields and name not in kind._field_defaults]
+    if missing:
+        raise InputError(f"{where} is of another version: its recipe lacks {', '.join(missing)}")
+    return kind(**{name: fields[name] for name in kind._fields if name in fields})
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat recipe in sections, without sentinels."""
+    nested = dict(flat)
+    for section, kind in SECTIONS.items():
+        nested[section] = {}
+        for name in kind._fields:
+            old = FLAT.get(f"{section}.{name}", name)
+            if old in flat:
+                none = name != "negative_prompt" and flat[old] == SENTINELS.get(name, "")
+                nested[section][name] = None if none else flat[old]
+    return nested
+
+
+def from_png(path: Path, model: LatentDiffusion, params: Params) -> tuple[Recipe, dict[str, str]]:
+    """The recipe that a PNG was made by, and the hashes of the files that it read.
 
     Raises:
-      InputError: the picture has no recipe, or another model drew it, or one of its inputs has changed since.
+      InputError: the PNG has no recipe, or it was sampled from another model.
     """
-    found = image_grids.read_recipe(path)
-    missing = [name for name in Recipe._fields if name not in found and name not in Recipe._field_defaults]
-    if missing:
-        raise InputError(f"--from_recipe={path} is of another version: it says nothing of {', '.join(missing)}")
-    if found.get("model") != pipeline_model.fingerprint(model):
-        raise InputError(f"--from_recipe={path} was drawn by another model ({found.get('model')}) than --model")
-    recipe = Recipe(**{name: found[name] for name in Recipe._fields if name in found})  # older ones have fewer
-    if recipe.dtype != model.config.dtype:
-        raise InputError(f"--from_recipe={path} was drawn in {recipe.dtype}; add --dtype={recipe.dtype}")
-    for file, digest in digests(recipe, guides_of(model, recipe)).items():
-        if found.get("inputs", {}).get(file) != digest:
-            raise InputError(f"--from_recipe={path} was drawn from another {file} than the one that is there now")
-    return recipe
+    found = read_recipe(path)
+    recipe = from_json(found, f"--from_recipe={path}")
+    if found.get("model") != fingerprint(model, params):
+        raise InputError(f"--from_recipe={path} was sampled from another model ({found.get('model')}) than --model")
+    if recipe.dtype != model.dtype:
+        raise InputError(f"--from_recipe={path} was sampled in {recipe.dtype}; add --dtype={recipe.dtype}")
+    return recipe, found.get("inputs", {})
 
 
-def of_config(model: Trained, dataset: Dataset) -> Recipe:
-    """The recipe that ends a run: as its config has it, or of a model of texts by those of `dataset`.
-
-    That is the training split of a run with a CLIP of its own, whose pictures each give their caption; else the test
-    split, of which a few do, or, where these are what is drawn from, each.
-    """
-    sampling, pretrained = model.config.sampling, model.pretrained
-    prompts, labels = list(sampling.prompts), list(range(len(sampling.prompts or model.class_names)))
-    own = "clip" in model.config.stages if pretrained and model.config.get("stages") else False
-    if pretrained and pretrained.encoders and sampling.num and (own or not prompts):
-        prompts, labels = captions_of(dataset, sampling.num if own or map_split(model) else 0)
-    return Recipe(
-        num=sampling.num,
-        labels=labels,
-        prompts=prompts,
-        seed=model.config.seed,
-        guidance=sampling.guidance,
-        guidance_interval=list(sampling.guidance_interval),
-        guidance_rescale=sampling.guidance_rescale,
-        threshold=sampling.threshold,
-        sampler=sampling.sampler,
-        steps=sampling.steps,
-        spacing=sampling.spacing,
-        eta=sampling.eta,
-        churn=sampling.churn,
-        variance=sampling.variance,
-        dtype=model.config.dtype,
-        size=list(pipeline_from_config.picture_size(model.config)),
-        noise_level=NOISE_LEVEL if pretrained and pretrained.upscaling else -1,
-        map_split=map_split(model),
-    )
-
-
-def captions_of(dataset: Dataset, pictures: int) -> tuple[list[str], list[int]]:
-    """The first few texts of a split that differ, in turn; or those of its first `pictures`, and which each one has."""
-    label = dataset[np.arange(min(pictures or LOOKED_AT, len(dataset)))]["label"].tolist()
-    distinct = list(dict.fromkeys(label))
-    if not pictures:
-        distinct = label = distinct[:FEW]
-    return [dataset.class_names[number] for number in distinct], [distinct.index(number) for number in label]
-
-
-def guides_of(model: Trained, recipe: Recipe) -> Guides:
-    """What guides beside the model's own conditions."""
-    return Guides(
-        guidance_models.classifier_for(Path(recipe.classifier), model) if recipe.classifier else None,
-        guidance_models.clip_for(Path(recipe.clip), model) if recipe.clip else None,
-    )
-
-
-def digests(recipe: Recipe, guided_by: Guides) -> dict[str, str]:
-    """File -> hash, of all that a recipe reads; a file that is not there has none."""
-    names = ("init_image", "mask", "to_image", "init_latents", "map")
-    files = [getattr(recipe, name) for name in names if getattr(recipe, name)]
-    digests = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()}
-    named = {getattr(recipe, name): guide for name, guide in guided_by._asdict().items() if guide}
-    return digests | {folder: guidance_models.fingerprint(guide) for folder, guide in named.items()}
+def file_hashes(recipe: Recipe) -> dict[str, str]:
+    """File -> hash, of the files that a recipe reads and that exist."""
+    edit = recipe.edit
+    files = [edit.init_image, edit.mask, edit.to_image, edit.init_latents, recipe.concat.image]
+    existing = [file for file in files if file and Path(file).is_file()]
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in existing}

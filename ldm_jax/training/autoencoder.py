@@ -1,188 +1,226 @@
 """Stage 1, the autoencoder (Esser 2021, Rombach 2022 appendix G): reconstruction, perceptual, KL or codebook, and
 patch-adversarial loss, in one pure step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from ldm_jax.diffusion.random import Stream, example_keys
-from ldm_jax.models.first_stage import draw, kl_divergence
+from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
+from ldm_jax.models.discriminator import PatchDiscriminator
+from ldm_jax.models.first_stage import kl_divergence, sample_posterior
+from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.models.quantizer import perplexity
-from ldm_jax.training.state import TrainState, ema_update, keep_if
+from ldm_jax.training.state import AdamW, TrainState, ema_update, keep_if, make_optimizer
+
+LAST_LAYER = ("decoder", "conv_out", "kernel")
+MAX_ADVERSARIAL_WEIGHT = 1e4
 
 
-class AutoencoderStage(NamedTuple):
-    """The pure functions of stage 1. `frozen` is {"lpips": parameters of the perceptual net}."""
+class LossWeights(NamedTuple):
+    """The weights of the terms of the loss."""
 
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    trace: Callable[..., dict[str, Any]]
+    reconstruction: float  # of mean |x - x_hat|
+    perceptual: float  # of LPIPS
+    adversarial: float  # of the patch discriminator, times the adaptive weight
+    kl: float
+    codebook: float  # of a VQ autoencoder, like the next
+    commitment: float
 
 
-def make_autoencoder_stage(
-    *,
-    autoencoder: nn.Module,
-    kind: str,
-    discriminator: nn.Module | None,
-    lpips: nn.Module | None,
-    image_shape: tuple[int, int, int],
-    weights: Mapping[str, float],
-    perceptual_every: int,
-    flip: bool,
-    optimizer: optax.GradientTransformation,
-    discriminator_optimizer: optax.GradientTransformation,
-    ema_decay: float,
-) -> AutoencoderStage:
-    """Builds the stage. `weights` has reconstruction, perceptual, adversarial, and kl, or codebook and commitment.
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """The loss of the first stage as pure functions.
 
-    `lpips` or `discriminator` None leaves that term out. A batch holds `x` [B, H, W, C] uint8 and `id` [B] int32.
-    LPIPS is measured on the examples whose `id` is a multiple of `perceptual_every`, which divides the whole batch: an
-    unbiased estimate at a fraction of its cost, the same on any number of devices. The step's `adversarial` is compiled
-    in: with False the discriminator neither takes part nor learns.
+    A batch holds `x` [B, H, W, C] uint8 and `id` [B] int32. `frozen` is {"lpips": parameters of the perceptual net}.
+
+    Attributes:
+      autoencoder: of KL or codebook regularisation.
+      discriminator, lpips: None leaves that term out.
+      weights: of the terms.
+      perceptual_every: LPIPS is measured on the examples whose `id` is a multiple of this, which divides the whole
+        batch: an unbiased estimate at a fraction of its cost, the same on any number of devices.
+      image_shape: (H, W, C).
+      flip: images are mirrored at random.
+      adamw, discriminator_adamw, ema_decay: of the optimizers, and of the averaged parameters.
     """
-    last_layer = ("decoder", "conv_out", "kernel")
 
-    def init(rng: jax.Array) -> TrainState:
+    autoencoder: AutoencoderKL | VQModel
+    discriminator: PatchDiscriminator | None
+    lpips: LPIPS | None
+    weights: LossWeights
+    perceptual_every: int
+    image_shape: tuple[int, int, int]
+    flip: bool
+    adamw: AdamW
+    discriminator_adamw: AdamW
+    ema_decay: float
+
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first update."""
         rng_autoencoder, rng_discriminator = jax.random.split(rng)
-        x = jnp.zeros((1, *image_shape))
-        params = {"autoencoder": autoencoder.init(rng_autoencoder, x)["params"]}
-        opt_state = {"autoencoder": optimizer.init(params["autoencoder"])}
-        if discriminator is not None:
-            params["discriminator"] = discriminator.init(rng_discriminator, x)["params"]
-            opt_state["discriminator"] = discriminator_optimizer.init(params["discriminator"])
+        x = jnp.zeros((1, *self.image_shape))
+        params = {"autoencoder": self.autoencoder.init(rng_autoencoder, x)["params"]}
+        opt_state = {"autoencoder": make_optimizer(self.adamw).init(params["autoencoder"])}
+        if self.discriminator is not None:
+            params["discriminator"] = self.discriminator.init(rng_discriminator, x)["params"]
+            opt_state["discriminator"] = make_optimizer(self.discriminator_adamw).init(params["discriminator"])
         ema_params = {"autoencoder": jax.tree.map(jnp.copy, params["autoencoder"])}
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
 
-    def prepare(batch: dict, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(pixels x, one key an example for its latent)."""
-        keys = example_keys(seed, Stream.AUTOENCODER, batch["step"], batch["id"])
-        key_flip, key_raw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        x = to_pixels(batch["x"])
-        return flip_images(x, key_flip) if flip else x, key_raw
+    def step(
+        self,
+        state: TrainState,
+        frozen: dict,
+        batch: dict,
+        seed: jax.Array,
+        *,
+        adversarial: bool = True,
+        axis_name: str | None = None,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update by the batch; the metrics are scalars.
 
-    def reconstruct(params: dict, x: jax.Array, keys: jax.Array) -> tuple[tuple, tuple]:
-        """((x_hat, regularizer), (features before the last layer, metrics))."""
-        code = autoencoder.apply({"params": params}, x, method="encode")
-        if kind == "kl":
-            raw = draw(code, keys)
-            kl = kl_divergence(code).mean() / x[0].size
-            regularizer, metrics = weights["kl"] * kl, {"kl": kl}
-        else:
-            raw, _, codebook, commitment, usage = autoencoder.apply({"params": params}, code, method="quantize")
-            regularizer = weights["codebook"] * codebook + weights["commitment"] * commitment
-            metrics = {"codebook": codebook, "commitment": commitment, "usage": usage}
-        features = autoencoder.apply({"params": params}, raw, method="decode_features")
-        x_hat = autoencoder.apply({"params": params}, features, method="to_pixels")
-        return (x_hat, regularizer), (features, metrics)
-
-    def perceptual(x_hat: jax.Array, x: jax.Array, ids: jax.Array, lpips_params: Any) -> jax.Array:
-        """Mean LPIPS of the examples that have their turn; the mean over the devices is that over the batch."""
-        n = len(ids)
-        some = -ids[0] % perceptual_every + jnp.arange(0, n, perceptual_every)  # ids follow one another
-        distance = lpips.apply({"params": lpips_params}, x[some % n], x_hat[some % n])
-        # A device with fewer than `perceptual_every` examples may have none; what it measured instead does not count.
-        return jnp.where(some < n, distance, 0.0).sum() * perceptual_every / n
-
-    def reconstruction_loss(
-        x_hat: jax.Array, x: jax.Array, ids: jax.Array, lpips_params: Any
-    ) -> tuple[jax.Array, dict]:
-        l1 = jnp.abs(x - x_hat).mean()
-        loss, metrics = weights["reconstruction"] * l1, {"l1": l1}
-        if lpips is not None:
-            metrics["perceptual"] = perceptual(x_hat, x, ids, lpips_params)
-            loss += weights["perceptual"] * metrics["perceptual"]
-        return loss, metrics
-
-    def logits(params: dict, x: jax.Array) -> jax.Array:
-        return discriminator.apply({"params": params}, x)
-
-    def discriminator_loss(params: dict, x: jax.Array, x_hat: jax.Array) -> tuple[jax.Array, dict]:
-        """Hinge loss (Lim & Ye 2017): E[max(0, 1 - D(x))] / 2 + E[max(0, 1 + D(x_hat))] / 2."""
-        real, fake = jnp.split(logits(params, jnp.concatenate([x, x_hat])), 2)
-        loss = 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
-        return loss, {"logits_real": real.mean(), "logits_fake": fake.mean()}
-
-    def adversarial_gradients(params: dict, x: jax.Array, x_hat: jax.Array) -> tuple:
-        """Gradient of the generator's loss -E[D(x_hat)] at x_hat, the discriminator's own gradient, and metrics."""
-        generator = jax.grad(lambda x_hat: -logits(params, x_hat).mean())(x_hat)
-        (loss, metrics), own = jax.value_and_grad(discriminator_loss, has_aux=True)(params, x, x_hat)
-        return generator, own, {"discriminator": loss} | metrics
-
-    def step(state, frozen, batch, seed, *, adversarial=True, axis_name=None):
-        def mean(tree):
-            return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-        x, key_raw = prepare(batch, seed)
+        `adversarial` is compiled in: with False the discriminator neither takes part nor is trained.
+        """
+        mean = partial(jax.lax.pmean, axis_name=axis_name) if axis_name is not None else lambda tree: tree
+        x, key_raw = self._prepare(batch, seed)
         params = state.params["autoencoder"]
         (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(
-            lambda params: reconstruct(params, x, key_raw), params, has_aux=True
+            lambda params: self._reconstruct(params, x, key_raw), params, has_aux=True
         )
-        (rec_loss, rec_metrics), at_x_hat = jax.value_and_grad(reconstruction_loss, has_aux=True)(
-            x_hat, x, batch["id"], frozen.get("lpips")
-        )
+        (rec_loss, rec_metrics), at_x_hat = self._reconstruction_gradient(x_hat, x, batch["id"], frozen)
         metrics = metrics | rec_metrics | {"loss": rec_loss + regularizer}
-
         new_params, opt_state = dict(state.params), dict(state.opt_state)
-        if discriminator is not None and adversarial:
+        if self.discriminator is not None and adversarial:
             old = state.params["discriminator"]
-            generator, own, adversarial_metrics = adversarial_gradients(old, x, x_hat)
-            # Adaptive weight (Esser 2021, eq. 7): |grad of the reconstruction| / |grad of D| at the last layer.
-            pull_last = _pull_last_layer(autoencoder, params, features, last_layer)
+            generator, grads, adversarial_metrics = self._adversarial_gradients(old, x, x_hat)
+            pull_last = self._pull_back_to_last_layer(params, features)
             rec_norm, adversarial_norm = map(jnp.linalg.norm, mean((pull_last(at_x_hat), pull_last(generator))))
-            weight = weights["adversarial"] * jnp.minimum(rec_norm / (adversarial_norm + 1e-4), 1e4)
+            weight = self.weights.adversarial * adaptive_weight(rec_norm, adversarial_norm)
             at_x_hat += weight * generator
-            updates, opt_state["discriminator"] = discriminator_optimizer.update(
-                mean(own), state.opt_state["discriminator"], old
+            updates, opt_state["discriminator"] = make_optimizer(self.discriminator_adamw).update(
+                mean(grads), state.opt_state["discriminator"], old
             )
             new_params["discriminator"] = optax.apply_updates(old, updates)
             metrics |= adversarial_metrics | {"adversarial_weight": weight}
-
         # One backward pass through the autoencoder serves all terms: its gradient is linear in theirs at x_hat.
         (grads,) = pull_back((at_x_hat, jnp.ones_like(regularizer)))
         metrics, grads = mean((metrics, grads))
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        if "usage" in metrics:  # [K], already the mean over the devices
-            metrics["codes_used"] = (metrics["usage"] > 0).mean()
-            metrics["perplexity"] = perplexity(metrics.pop("usage"))
-        updates, opt_state["autoencoder"] = optimizer.update(grads, state.opt_state["autoencoder"], params)
+        metrics = _of_batch(metrics, grads)
+        updates, opt_state["autoencoder"] = make_optimizer(self.adamw).update(
+            grads, state.opt_state["autoencoder"], params
+        )
         new_params["autoencoder"] = optax.apply_updates(params, updates)
-        ema = ema_update(state.ema_params["autoencoder"], new_params["autoencoder"], state.step, ema_decay)
-        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"]) & (batch["step"] == state.step)
-        if "discriminator" in metrics:
-            good &= jnp.isfinite(metrics["discriminator"])
+        ema = ema_update(state.ema_params["autoencoder"], new_params["autoencoder"], state.step, self.ema_decay)
+        good = _is_finite(metrics) & (batch["step"] == state.step)
         return keep_if(good, TrainState(state.step + 1, new_params, {"autoencoder": ema}, opt_state), state), metrics
 
-    def trace(state, frozen, batch, seed) -> dict[str, Any]:
+    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        (x, key_raw), params = prepare(batch, seed), state.params["autoencoder"]
+        (x, key_raw), params = self._prepare(batch, seed), state.params["autoencoder"]
         (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(
-            lambda params: reconstruct(params, x, key_raw), params, has_aux=True
+            lambda params: self._reconstruct(params, x, key_raw), params, has_aux=True
         )
-        (loss, terms), at_x_hat = jax.value_and_grad(reconstruction_loss, has_aux=True)(
-            x_hat, x, batch["id"], frozen.get("lpips")
-        )
+        (loss, terms), at_x_hat = self._reconstruction_gradient(x_hat, x, batch["id"], frozen)
         (grads,) = pull_back((at_x_hat, jnp.ones_like(regularizer)))
-        seen = {"params": state.params, "x": x, "features": features, "x_hat": x_hat, "terms": metrics | terms}
-        if discriminator is not None:
-            seen["discriminator"] = logits(state.params["discriminator"], x_hat)
-        return seen | {"loss": loss + regularizer, "gradient": grads}
+        tensors = {"params": state.params, "x": x, "features": features, "x_hat": x_hat, "terms": metrics | terms}
+        if self.discriminator is not None:
+            tensors["discriminator"] = self._logits(state.params["discriminator"], x_hat)
+        return tensors | {"loss": loss + regularizer, "gradient": grads}
 
-    return AutoencoderStage(init, step, trace)
+    def _prepare(self, batch: dict, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(pixels x, one key an example for its latents)."""
+        keys = example_keys(seed, Stream.AUTOENCODER, batch["step"], batch["id"])
+        key_flip, key_raw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        x = to_pixels(batch["x"])
+        return flip_images(x, key_flip) if self.flip else x, key_raw
+
+    def _reconstruct(self, params: dict, x: jax.Array, keys: jax.Array) -> tuple[tuple, tuple]:
+        """((x_hat, regularizer), (features before the last layer, metrics))."""
+        autoencoder, weights = partial(self.autoencoder.apply, {"params": params}), self.weights
+        code = autoencoder(x, method="encode")
+        if isinstance(self.autoencoder, AutoencoderKL):
+            raw = sample_posterior(code, keys)
+            kl = kl_divergence(code).mean() / x[0].size
+            regularizer, metrics = weights.kl * kl, {"kl": kl}
+        else:
+            raw, _, codebook, commitment, usage = autoencoder(code, method="quantize")
+            regularizer = weights.codebook * codebook + weights.commitment * commitment
+            metrics = {"codebook": codebook, "commitment": commitment, "usage": usage}
+        features = autoencoder(raw, method="decode_features")
+        return (autoencoder(features, method="to_pixels"), regularizer), (features, metrics)
+
+    def _reconstruction_gradient(self, x_hat: jax.Array, x: jax.Array, ids: jax.Array, frozen: dict) -> tuple:
+        """((loss, metrics), its gradient at x_hat)."""
+
+        def loss(x_hat: jax.Array) -> tuple[jax.Array, dict]:
+            l1 = jnp.abs(x - x_hat).mean()
+            loss, metrics = self.weights.reconstruction * l1, {"l1": l1}
+            if self.lpips is not None:
+                metrics["perceptual"] = self._perceptual(x_hat, x, ids, frozen["lpips"])
+                loss += self.weights.perceptual * metrics["perceptual"]
+            return loss, metrics
+
+        return jax.value_and_grad(loss, has_aux=True)(x_hat)
+
+    def _perceptual(self, x_hat: jax.Array, x: jax.Array, ids: jax.Array, lpips_params: Any) -> jax.Array:
+        """Mean LPIPS of the examples that it is measured on; the mean over the devices is that over the batch."""
+        n, every = len(ids), self.perceptual_every
+        some = -ids[0] % every + jnp.arange(0, n, every)  # ids follow one another
+        distance = self.lpips.apply({"params": lpips_params}, x[some % n], x_hat[some % n])
+        # A device with fewer than `every` examples may have none; what it measured instead does not count.
+        return jnp.where(some < n, distance, 0.0).sum() * every / n
+
+    def _logits(self, params: dict, x: jax.Array) -> jax.Array:
+        return self.discriminator.apply({"params": params}, x)
+
+    def _adversarial_gradients(self, params: dict, x: jax.Array, x_hat: jax.Array) -> tuple:
+        """Gradient of the generator's loss -E[D(x_hat)] at x_hat, the discriminator's own gradient, and metrics."""
+
+        def discriminator_loss(params: dict) -> tuple[jax.Array, dict]:
+            """Hinge loss (Lim & Ye 2017): E[max(0, 1 - D(x))] / 2 + E[max(0, 1 + D(x_hat))] / 2."""
+            real, fake = jnp.split(self._logits(params, jnp.concatenate([x, x_hat])), 2)
+            loss = 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
+            return loss, {"logits_real": real.mean(), "logits_fake": fake.mean()}
+
+        generator = jax.grad(lambda x_hat: -self._logits(params, x_hat).mean())(x_hat)
+        (loss, metrics), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(params)
+        return generator, grads, {"discriminator": loss} | metrics
+
+    def _pull_back_to_last_layer(self, params: dict, features: jax.Array) -> Callable[[jax.Array], jax.Array]:
+        """Maps a gradient at x_hat to the last layer's kernel, without a pass through the rest of the network."""
+        module, layer, leaf = LAST_LAYER
+
+        def to_pixels(kernel: jax.Array) -> jax.Array:
+            last = params[module][layer] | {leaf: kernel}
+            replaced = params | {module: params[module] | {layer: last}}
+            return self.autoencoder.apply({"params": replaced}, features, method="to_pixels")
+
+        _, pull_back = jax.vjp(to_pixels, params[module][layer][leaf])
+        return lambda at_x_hat: pull_back(at_x_hat)[0]
 
 
-def _pull_last_layer(autoencoder: nn.Module, params: dict, features: jax.Array, path: tuple) -> Callable:
-    """Maps a gradient at x_hat to the last layer's kernel, without a pass through the rest of the network."""
-    module, layer, leaf = path
+def adaptive_weight(rec_norm: jax.Array, adversarial_norm: jax.Array) -> jax.Array:
+    """|grad of the reconstruction loss| / |grad of D|, both at the last layer (Esser 2021, eq. 7)."""
+    return jnp.minimum(rec_norm / (adversarial_norm + 1e-4), MAX_ADVERSARIAL_WEIGHT)
 
-    def to_pixels(kernel: jax.Array) -> jax.Array:
-        last = params[module][layer] | {leaf: kernel}
-        replaced = params | {module: params[module] | {layer: last}}
-        return autoencoder.apply({"params": replaced}, features, method="to_pixels")
 
-    _, pull_back = jax.vjp(to_pixels, params[module][layer][leaf])
-    return lambda at_x_hat: pull_back(at_x_hat)[0]
+def _of_batch(metrics: dict[str, jax.Array], grads: Any) -> dict[str, jax.Array]:
+    """The metrics of the whole batch, as scalars."""
+    metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
+    if "usage" in metrics:  # [K] of the codebook
+        usage = metrics.pop("usage")
+        metrics |= {"codes_used": (usage > 0).mean(), "perplexity": perplexity(usage)}
+    return metrics
+
+
+def _is_finite(metrics: dict[str, jax.Array]) -> jax.Array:
+    """Whether the losses and the gradient are."""
+    names = [name for name in ("loss", "grad_norm", "discriminator") if name in metrics]
+    return jnp.stack([jnp.isfinite(metrics[name]) for name in names]).all()

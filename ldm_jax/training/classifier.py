@@ -1,90 +1,85 @@
 """The classifier of noisy latents, which guides a diffusion model on the same latents: a pure stage like that one's."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax import linen as nn
 
 from ldm_jax.diffusion.guidance import class_log_probabilities, log_probability
-from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.random import Stream, example_keys, split_keys
-from ldm_jax.models.first_stage import FirstStage
-from ldm_jax.training.noising import make_noising
-from ldm_jax.training.state import TrainState, update_if_finite
+from ldm_jax.models.classifier import NoisyClassifier
+from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.training.noising import add_noise
+from ldm_jax.training.state import AdamW, TrainState, init_state, make_optimizer, update_if_finite
 
 
-class ClassifierStage(NamedTuple):
-    """The pure functions of the stage. `frozen` is {"autoencoder", "shift", "scale"}: arrays that do not learn."""
+@dataclass(frozen=True)
+class ClassifierStage:
+    """The cross-entropy -log p(y | z_t), t uniform (Dhariwal & Nichol 2021, section 4), as pure functions.
 
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    validate: Callable[..., dict[str, jax.Array]]
-    trace: Callable[..., dict[str, Any]]
+    A batch holds `id` [B] int32, `label` [B] int32 and `moments` or `x`, as that of the diffusion model does. `frozen`
+    is {"first_stage", "shift", "scale"}.
 
-
-def make_classifier_stage(
-    *,
-    classifier: nn.Module,
-    first_stage: FirstStage,
-    latent_shape: tuple[int, int, int],
-    process: Process,
-    flip: bool,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-) -> ClassifierStage:
-    """Builds the stage for the cross-entropy -log p(y | z_t), t uniform (Dhariwal & Nichol 2021, section 4).
-
-    A batch holds `id` [B] int32, `label` [B] int32 and `moments` or `x`, as that of the diffusion model does.
+    Attributes:
+      model: whose noisy latents are classified; its denoiser takes no part.
+      classifier: the network.
+      flip: images are mirrored at random.
+      adamw, ema_decay: of `state.make_optimizer` and `state.update_if_finite`.
     """
-    add_noise = make_noising(first_stage=first_stage, process=process, flip=flip)
-    classify = class_log_probabilities(classifier.apply, process)
 
-    def init(rng: jax.Array) -> TrainState:
+    model: LatentDiffusion
+    classifier: NoisyClassifier
+    flip: bool
+    adamw: AdamW
+    ema_decay: float
+
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first update."""
         one = jnp.ones((1,))
-        params = {"classifier": classifier.init(rng, jnp.zeros((1, *latent_shape)), one, one)["params"]}
-        ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+        params = self.classifier.init(rng, jnp.zeros((1, *self.model.latent_shape)), one, one)["params"]
+        return init_state({"classifier": params}, make_optimizer(self.adamw))
 
-    def noised(batch: dict, frozen: dict, seed: jax.Array, stream: Stream, step: jax.Array | int) -> dict:
-        keys = example_keys(seed, stream, step, batch["id"])
-        return add_noise(batch, frozen, split_keys(keys, 3), batch.get("t")) | {"label": batch["label"]}
-
-    def measure(params: dict, example: dict) -> dict[str, jax.Array]:
-        """Loss and accuracy of each example, [B]."""
-        log_p = classify(params["classifier"], example["z_t"], example["t"])
-        right = jnp.argmax(log_p, axis=1) == example["label"]
-        return {"loss": -log_probability(log_p, example["label"]), "accuracy": right.astype(jnp.float32)}
-
-    def loss_fn(params: dict, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        means = jax.tree.map(jnp.mean, measure(params, example))
-        return means["loss"], means
-
-    def step(state, frozen, batch, seed, *, axis_name=None):
-        example = noised(batch, frozen, seed, Stream.CLASSIFIER, batch["step"])
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example)
+    def step(
+        self, state: TrainState, frozen: Params, batch: dict, seed: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update by the batch; the metrics are scalars."""
+        example = self._noised(batch, frozen, seed, Stream.CLASSIFIER, batch["step"])
+        (_, metrics), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, example)
         if axis_name is not None:
             metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
-        state, grad_norm = update_if_finite(
-            state, batch["step"], metrics["loss"], grads, optimizer=optimizer, ema_decay=ema_decay
-        )
+        optimizer = make_optimizer(self.adamw)
+        state, grad_norm = update_if_finite(state, batch["step"], metrics["loss"], grads, optimizer, self.ema_decay)
         return state, metrics | {"grad_norm": grad_norm}
 
-    def validate(params, frozen, batch, seed):
+    def validate(self, params: Params, frozen: Params, batch: dict, seed: jax.Array) -> dict[str, jax.Array]:
         """{"loss", "accuracy"} of each example [B] at the batch's own timesteps `t` [B]."""
-        return measure(params, noised(batch, frozen, seed, Stream.CLASSIFIER_VALIDATION, 0))
+        return self._measure(params, self._noised(batch, frozen, seed, Stream.CLASSIFIER_VALIDATION, 0))
 
-    def trace(state, frozen, batch, seed) -> dict[str, Any]:
+    def trace(self, state: TrainState, frozen: Params, batch: dict, seed: jax.Array) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        example = noised(batch, frozen, seed, Stream.CLASSIFIER, batch["step"])
+        example = self._noised(batch, frozen, seed, Stream.CLASSIFIER, batch["step"])
         alpha = jnp.ones(example["t"].shape)  # it only scales the logits, which `loss` shows
-        _, seen = classifier.apply(
+        _, tensors = self.classifier.apply(
             {"params": state.params["classifier"]}, example["z_t"], example["t"], alpha, capture_intermediates=True
         )
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example)
+        (loss, _), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, example)
         return {"params": state.params, "z0": example["z0"], "z_t": example["z_t"],
-                "classifier": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
+                "classifier": tensors["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
 
-    return ClassifierStage(init, step, validate, trace)
+    def _noised(self, batch: dict, frozen: Params, seed: jax.Array, stream: Stream, step: jax.Array | int) -> dict:
+        keys = split_keys(example_keys(seed, stream, step, batch["id"]), 3)
+        model = self.model
+        example = add_noise(batch, frozen, keys, batch.get("t"), model.first_stage, model.process, flip=self.flip)
+        return example | {"label": batch["label"]}
+
+    def _measure(self, params: Params, example: dict) -> dict[str, jax.Array]:
+        """Loss and accuracy of each example, [B]."""
+        classify = class_log_probabilities(self.classifier.apply, self.model.process)
+        log_p = classify(params["classifier"], example["z_t"], example["t"])
+        correct = jnp.argmax(log_p, axis=1) == example["label"]
+        return {"loss": -log_probability(log_p, example["label"]), "accuracy": correct.astype(jnp.float32)}
+
+    def _loss(self, params: Params, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        means = jax.tree.map(jnp.mean, self._measure(params, example))
+        return means["loss"], means

@@ -1,7 +1,7 @@
-"""CLIP as a stage of its own (Radford et al. 2021): pictures and captions to one space, in one pure step."""
+"""CLIP as a stage of its own (Radford et al. 2021): images and captions to one embedding space, in one pure step."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,96 +12,103 @@ from ldm_jax.diffusion.random import Stream, example_keys, split_keys
 from ldm_jax.models.clip_vision import CLIP
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.training.contrastive import contrastive_loss, with_bounded_scale
-from ldm_jax.training.state import TrainState, update_if_finite
+from ldm_jax.training.state import AdamW, TrainState, init_state, make_optimizer, update_if_finite
 
 
-class CLIPStage(NamedTuple):
-    """The pure functions of the stage. `frozen` is {"texts": `contrastive.caption_arrays` of the captions}."""
-
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    validate: Callable[..., dict[str, jax.Array]]
-    trace: Callable[..., dict[str, Any]]
-
-
-def make_clip_stage(
-    *,
-    clip: CLIP,
-    flip: bool,
-    max_shift: int,
-    max_zoom: float,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-) -> CLIPStage:
-    """Builds the stage for the loss of Radford et al. 2021, figure 3; see `contrastive_loss`.
+@dataclass(frozen=True)
+class CLIPStage:
+    """The contrastive loss of Radford et al. 2021, figure 3, as pure functions; see `contrastive_loss`.
 
     A batch holds `id` [B] int32, `x` [B, H, W, C] uint8 and `label` [B] int32, the class of which one of the captions
-    is drawn anew at each step. `flip` is whether pictures are mirrored at random; `max_shift` and `max_zoom` are those
-    of `move_and_zoom`, 0 and 0.0 for none.
+    is chosen anew at each step. `frozen` is {"texts": `contrastive.caption_arrays` of the captions}.
+
+    Attributes:
+      clip: both encoders.
+      flip: images are mirrored at random.
+      max_shift, max_zoom: of `move_and_zoom`, 0 and 0.0 for none.
+      adamw, ema_decay: of `state.make_optimizer` and `state.update_if_finite`.
 
     Raises:
       ValueError: for encoders that do not fit together, or a shift or zoom out of range.
     """
-    clip.check_fields()
-    check_ranges(max_shift, max_zoom)
-    optimizer = with_bounded_scale(optimizer)
 
-    def init(rng: jax.Array) -> TrainState:
-        ids = jnp.zeros((1, clip.text.max_position_embeddings), jnp.int32)
-        x = jnp.zeros((1, clip.image.image_size, clip.image.image_size, clip.image.num_channels))
-        params = clip.init(rng, ids, x)["params"]
-        ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+    clip: CLIP
+    flip: bool
+    max_shift: int
+    max_zoom: float
+    adamw: AdamW
+    ema_decay: float
 
-    def pair(batch: dict, frozen: dict, keys: jax.Array) -> dict[str, jax.Array]:
-        """Pictures as they are, each with one of its captions."""
-        ids, number = (frozen["texts"][name][batch["label"]] for name in ("ids", "number"))
-        k = jax.vmap(lambda key: jax.random.randint(key, (), 0, number.shape[1]))(keys)
-        rows = jnp.arange(len(k))
-        return {"x": to_pixels(batch["x"]), "ids": ids[rows, k], "drawn": number[rows, k], "captions": number}
+    def __post_init__(self) -> None:
+        self.clip.check_fields()
+        check_ranges(self.max_shift, self.max_zoom)
 
-    def augmented(batch: dict, frozen: dict, seed: jax.Array) -> dict[str, jax.Array]:
-        key_caption, key_flip, key_move = split_keys(example_keys(seed, Stream.CLIP, batch["step"], batch["id"]), 3)
-        example = pair(batch, frozen, key_caption)
-        if flip:
-            example["x"] = flip_images(example["x"], key_flip)
-        if max_shift or max_zoom:
-            example["x"] = move_and_zoom(example["x"], key_move, max_shift=max_shift, max_zoom=max_zoom)
-        return example
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Which keeps the logit scale bounded."""
+        return with_bounded_scale(make_optimizer(self.adamw))
 
-    def measure(params: dict, example: dict, axis_name: str | None) -> tuple[dict[str, jax.Array], jax.Array]:
-        text, image, scale = clip.apply({"params": params}, example["ids"], example["x"])
-        told = example["drawn"], example["captions"]
-        return contrastive_loss(text, image, scale, *told, axis_name=axis_name), scale
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first update."""
+        size = self.clip.image.image_size
+        ids = jnp.zeros((1, self.clip.text.max_position_embeddings), jnp.int32)
+        params = self.clip.init(rng, ids, jnp.zeros((1, size, size, self.clip.image.num_channels)))["params"]
+        return init_state(params, self.optimizer)
 
-    def loss_fn(params: dict, example: dict, axis_name: str | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        measured, scale = measure(params, example, axis_name)
-        means = jax.tree.map(jnp.mean, measured) | {"scale": scale}
-        return means["loss"], means
-
-    def step(state, frozen, batch, seed, *, axis_name=None):
-        example = augmented(batch, frozen, seed)
-        (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example, axis_name)
+    def step(
+        self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update by the batch; the metrics are scalars."""
+        example = self._augmented(batch, frozen, seed)
+        (_, metrics), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, example, axis_name)
         if axis_name is not None:
             metrics, grads = jax.lax.pmean((metrics, grads), axis_name)
         state, grad_norm = update_if_finite(
-            state, batch["step"], metrics["loss"], grads, optimizer=optimizer, ema_decay=ema_decay
+            state, batch["step"], metrics["loss"], grads, self.optimizer, self.ema_decay
         )
         return state, metrics | {"grad_norm": grad_norm}
 
-    def validate(params, frozen, batch, seed, *, axis_name=None):
-        """{"loss", "text_accuracy", "image_accuracy"} of each example [B] among those of the whole batch, its pictures
-        as they are; an example's caption is the same each time."""
+    def validate(
+        self, params: Any, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
+    ) -> dict[str, jax.Array]:
+        """{"loss", "text_accuracy", "image_accuracy"} of each example [B] among those of the whole batch, without
+        augmentation; an example's caption is the same each time."""
         keys = example_keys(seed, Stream.CLIP_VALIDATION, 0, batch["id"])
-        return measure(params, pair(batch, frozen, keys), axis_name)[0]
+        return self._measure(params, _pair(batch, frozen, keys), axis_name)[0]
 
-    def trace(state, frozen, batch, seed) -> dict[str, Any]:
+    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
         """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        example = augmented(batch, frozen, seed)
-        _, seen = clip.apply({"params": state.params}, example["ids"], example["x"], capture_intermediates=True)
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, example, None)
+        example = self._augmented(batch, frozen, seed)
+        _, tensors = self.clip.apply({"params": state.params}, example["ids"], example["x"], capture_intermediates=True)
+        (loss, _), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, example, None)
         return {"params": state.params, "x": example["x"], "ids": example["ids"],
-                **{name: seen["intermediates"][name] for name in ("text", "image")},
+                **{name: tensors["intermediates"][name] for name in ("text", "image")},
                 "loss": loss, "gradient": grads}  # fmt: skip
 
-    return CLIPStage(init, step, validate, trace)
+    def _augmented(self, batch: dict, frozen: dict, seed: jax.Array) -> dict[str, jax.Array]:
+        key_caption, key_flip, key_move = split_keys(example_keys(seed, Stream.CLIP, batch["step"], batch["id"]), 3)
+        example = _pair(batch, frozen, key_caption)
+        if self.flip:
+            example["x"] = flip_images(example["x"], key_flip)
+        if self.max_shift or self.max_zoom:
+            ranges = {"max_shift": self.max_shift, "max_zoom": self.max_zoom}
+            example["x"] = move_and_zoom(example["x"], key_move, **ranges)
+        return example
+
+    def _measure(self, params: Any, example: dict, axis_name: str | None) -> tuple[dict[str, jax.Array], jax.Array]:
+        text, image, scale = self.clip.apply({"params": params}, example["ids"], example["x"])
+        captions = example["caption"], example["captions"]
+        return contrastive_loss(text, image, scale, *captions, axis_name=axis_name), scale
+
+    def _loss(self, params: Any, example: dict, axis_name: str | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        measured, scale = self._measure(params, example, axis_name)
+        means = jax.tree.map(jnp.mean, measured) | {"scale": scale}
+        return means["loss"], means
+
+
+def _pair(batch: dict, frozen: dict, keys: jax.Array) -> dict[str, jax.Array]:
+    """Each image with one of its captions, chosen at random."""
+    ids, number = (frozen["texts"][name][batch["label"]] for name in ("ids", "number"))
+    k = jax.vmap(lambda key: jax.random.randint(key, (), 0, number.shape[1]))(keys)
+    rows = jnp.arange(len(k))
+    return {"x": to_pixels(batch["x"]), "ids": ids[rows, k], "caption": number[rows, k], "captions": number}

@@ -1,138 +1,139 @@
 """Stage 2, the diffusion model: one pure step over (state, frozen, batch, seed), its validation and its trace."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ldm_jax.diffusion.denoiser import to_var_frac
 from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
-from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.random import Stream, example_keys, split_keys
-from ldm_jax.models.concat_conditioning import MapCondition
-from ldm_jax.models.first_stage import FirstStage
-from ldm_jax.pipeline.trainable import Network
-from ldm_jax.training.noising import make_noising
-from ldm_jax.training.state import TrainState, update_if_finite
-
-# (maps [B, h, w, k], keys [B]) -> the maps as the UNet sees them, and the arguments by which it is told what was done.
-Augment = Callable[[jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+from ldm_jax.models.concat_conditioning import concat_arguments
+from ldm_jax.pipeline.model import LatentDiffusion, Params, apply_denoiser
+from ldm_jax.pipeline.trainable import Trainable
+from ldm_jax.training.noising import add_noise
+from ldm_jax.training.state import AdamW, TrainState, init_state, make_optimizer, update_if_finite
 
 
-class DiffusionStage(NamedTuple):
-    """The pure functions of stage 2. `frozen` are arrays that do not learn: {"autoencoder", "shift", "scale"}, and what
-    the network wants."""
+@dataclass(frozen=True)
+class DiffusionStage:
+    """The loss of Ho 2020, eq. 14 (Rombach 2022, eq. 3), for any prediction, as pure functions.
 
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    validate: Callable[..., dict[str, jax.Array]]
-    trace: Callable[..., dict[str, Any]]
+    Of a learned variance the loss is L_simple + vlb_weight L_vlb (Nichol 2021, eq. 16).
 
+    A batch holds `id` [B] int32, `label` [B] int32 (absent in unlabelled sets: the null condition) and either
+    `moments` [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with
+    concat conditioning it is `x`, and `segments` [B, H, W, 1] uint8 where that is made of a segmentation map.
 
-def make_diffusion_stage(
-    *,
-    network: Network,
-    map_condition: MapCondition | None,
-    first_stage: FirstStage,
-    latent_shape: tuple[int, int, int],
-    process: Process,
-    prediction: str,
-    weighting: str,
-    snr_gamma: float,
-    label_dropout: float,
-    flip: bool,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-    bound_weight: float = 0.0,
-    levels: int | None = None,
-    augment: Augment | None = None,
-) -> DiffusionStage:
-    """Builds the stage for the loss of Ho 2020, eq. 14 (Rombach 2022, eq. 3), generalised to v and z0.
+    `frozen` are the arrays that are not trained: what `trainable.frozen` gives of the model's parameters, and
+    "table" [K + 1, ...], the rows of the conditioning, whose last is the null condition. Where a label stands for
+    several captions, "captions" int32 [P, k] has the rows of each.
 
-    With a `bound_weight` (lambda of Nichol 2021, eq. 16) the variance is learned: the UNet's second half of channels is
-    its spread, and the loss L_simple + bound_weight L_vlb. `levels` is that of `likelihood.vlb_term`.
-    `augment` is what a map goes through before the UNet sees it (Ho 2022, section 4).
-
-    A batch holds `id` [B] int32, `label` [B] int32 (absent in unlabelled sets) and either `moments`
-    [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x` [B, H, W, C] uint8; with a map
-    condition it is `x`, and `segments` [B, H, W, 1] uint8 where that is the map.
+    Attributes:
+      model, trainable: the model, and which of its parameters are trained.
+      weighting, snr_gamma: see `losses.diffusion_loss`.
+      label_dropout: probability of the null condition, for classifier-free guidance.
+      vlb_weight: lambda of Nichol 2021, eq. 16; of a learned variance only.
+      flip: images are mirrored at random.
+      adamw, ema_decay: of `state.make_optimizer` and `state.update_if_finite`.
     """
-    add_noise = make_noising(first_stage=first_stage, process=process, flip=flip)
 
-    def init(rng: jax.Array) -> TrainState:
-        params = network.init(rng)
-        ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+    model: LatentDiffusion
+    trainable: Trainable
+    weighting: str
+    snr_gamma: float
+    label_dropout: float
+    vlb_weight: float
+    flip: bool
+    adamw: AdamW
+    ema_decay: float
 
-    def predict(params: Any, frozen: dict, example: dict, label: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        told = network.tell(params, frozen, label) | example["told"]
-        unet_params = network.unet(params, frozen)
-        output = network.module.apply({"params": unet_params}, example["seen"], example["t"], **told)
-        if not bound_weight:
+    def init(self, rng: jax.Array, params: Params) -> TrainState:
+        """The state before the first update, from the model's parameters."""
+        return init_state(self.trainable.init(rng, params), make_optimizer(self.adamw))
+
+    def step(
+        self, state: TrainState, frozen: Params, batch: dict, seed: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update by the batch; the metrics are scalars."""
+        example = self._noised(batch, frozen, example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"]))
+        (loss, terms), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, frozen, example)
+        if axis_name is not None:
+            loss, terms, grads = jax.lax.pmean((loss, terms, grads), axis_name)
+        optimizer = make_optimizer(self.adamw)
+        state, grad_norm = update_if_finite(state, batch["step"], loss, grads, optimizer, self.ema_decay)
+        return state, {"loss": loss, "grad_norm": grad_norm} | terms
+
+    def validate(self, params: Params, frozen: Params, batch: dict, seed: jax.Array) -> dict[str, jax.Array]:
+        """{"loss": unweighted, of each example [B]} at the batch's own timesteps `t` [B]; no label is dropped."""
+        keys = example_keys(seed, Stream.DIFFUSION_VALIDATION, 0, batch["id"])
+        example = self._noised(batch, frozen, keys, batch["t"])
+        output, _ = self._predict(params, frozen, example, example["label"])
+        return {"loss": self._per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")}
+
+    def trace(self, state: TrainState, frozen: Params, batch: dict, seed: jax.Array) -> dict[str, Any]:
+        """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
+        example = self._noised(batch, frozen, example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"]))
+        z_t, t = example["z_t"], example["t"]
+        params, cond = self._condition(state.params, frozen, example, example["dropped"])
+        _, tensors = apply_denoiser(self.model, params, z_t, t, cond, capture_intermediates=True)
+        (loss, _), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, frozen, example)
+        return {"params": state.params, "z0": example["z0"], "z_t": z_t, **cond,
+                "denoiser": tensors["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
+
+    def _noised(self, batch: dict, frozen: Params, keys: jax.Array, t: jax.Array | None = None) -> dict[str, Any]:
+        """Everything the loss needs; `t` is sampled uniformly from [0, T) unless given."""
+        *noising_keys, key_label, key_concat = split_keys(keys, 5)
+        model, concat = self.model, {}
+        example = add_noise(batch, frozen, noising_keys, t, model.first_stage, model.process, flip=self.flip)
+        null = len(jax.tree.leaves(frozen["table"])[0]) - 1
+        label = batch.get("label", jnp.full(example["t"].shape, null, jnp.int32))
+        if "captions" in frozen:
+            key_label, key_caption = split_keys(key_label, 2)
+            label = choose_caption(frozen["captions"], label, key_caption)
+        drop = jax.vmap(partial(jax.random.bernoulli, p=self.label_dropout))(key_label)
+        if model.concat:
+            size = model.latent_shape[:2]
+            concat = concat_arguments(model.concat, model.first_stage, frozen, example, key_concat, size)
+        return example | {"label": label, "dropped": jnp.where(drop, null, label), "concat": concat}
+
+    def _condition(self, params: Params, frozen: Params, example: dict, label: jax.Array) -> tuple[Params, dict]:
+        """The model's parameters, and the denoiser's arguments."""
+        params = self.trainable.merge(frozen, params)
+        rows = jax.tree.map(lambda rows: rows[label], frozen["table"])
+        return params, self.model.conditioning.encode(params.get("conditioning"), rows) | example["concat"]
+
+    def _predict(
+        self, params: Params, frozen: Params, example: dict, label: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The output for the training target, and of a learned variance its interpolation coefficient."""
+        params, cond = self._condition(params, frozen, example, label)
+        output = apply_denoiser(self.model, params, example["z_t"], example["t"], cond)
+        if not self.model.learned_variance:
             return output, None
         output, variance = jnp.split(output, 2, axis=-1)
         return output, to_var_frac(variance)
 
-    def noised(batch: dict, frozen: dict, keys: jax.Array, t: jax.Array | None = None) -> dict:
-        """Everything the loss needs; `t` is drawn uniformly from [0, T) unless given."""
-        *noising_keys, key_label, key_map = split_keys(keys, 5)
-        example = add_noise(batch, frozen, noising_keys, t)
-        label = batch.get("label", jnp.full(example["t"].shape, network.null, jnp.int32))
-        if network.choose:
-            key_label, key_choice = split_keys(key_label, 2)
-            label = network.choose(frozen, label, key_choice)
-        dropped = jax.vmap(partial(jax.random.bernoulli, p=label_dropout))(key_label)
-        seen, told = example["z_t"], {}
-        if map_condition:
-            key_known, key_augment = split_keys(key_map, 2) if augment else (key_map, None)
-            beside = map_condition.to_map(frozen, map_condition.know(example, key_known))
-            if augment:
-                beside, told = augment(beside, key_augment)
-            seen = jnp.concatenate([seen, beside], axis=-1)
-        dropped = jnp.where(dropped, network.null, label)
-        return example | {"seen": seen, "told": told, "label": label, "dropped": dropped}
+    def _per_example(
+        self, output: jax.Array, z0: jax.Array, eps: jax.Array, t: jax.Array, *, weighting: str
+    ) -> jax.Array:
+        options = {"process": self.model.process, "prediction": self.model.prediction, "gamma": self.snr_gamma}
+        return diffusion_loss(output, z0, eps, t, weighting=weighting, **options)
 
-    per_example = partial(diffusion_loss, process=process, prediction=prediction)
-
-    def loss_fn(params: Any, frozen: dict, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
-        z0, z_t, t = example["z0"], example["z_t"], example["t"]
-        output, var_frac = predict(params, frozen, example, example["dropped"])
-        simple = per_example(output, z0, example["eps"], t, weighting=weighting, gamma=snr_gamma).mean()
+    def _loss(self, params: Params, frozen: Params, example: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model, z0, z_t, t = self.model, example["z0"], example["z_t"], example["t"]
+        output, var_frac = self._predict(params, frozen, example, example["dropped"])
+        simple = self._per_example(output, z0, example["eps"], t, weighting=self.weighting).mean()
         if var_frac is None:
             return simple, {}
-        terms = variance_loss(output, var_frac, z0, z_t, t, prediction=prediction, process=process, num_bins=levels)
-        bound = len(process) * terms.mean()
-        return simple + bound_weight * bound, {"simple": simple, "bound": bound}
+        options = {"prediction": model.prediction, "process": model.process, "num_bins": model.num_bins}
+        vlb = len(model.process) * variance_loss(output, var_frac, z0, z_t, t, **options).mean()
+        return simple + self.vlb_weight * vlb, {"simple": simple, "vlb": vlb}
 
-    def step(state, frozen, batch, seed, *, axis_name=None):
-        keys = example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"])
-        example = noised(batch, frozen, keys)
-        (loss, terms), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, example)
-        if axis_name is not None:
-            loss, terms, grads = jax.lax.pmean((loss, terms, grads), axis_name)
-        state, grad_norm = update_if_finite(state, batch["step"], loss, grads, optimizer=optimizer, ema_decay=ema_decay)
-        return state, {"loss": loss, "grad_norm": grad_norm} | terms
 
-    def validate(params, frozen, batch, seed):
-        """{"loss": unweighted, of each example [B]} at the batch's own timesteps `t` [B]; no label is dropped."""
-        example = noised(batch, frozen, example_keys(seed, Stream.DIFFUSION_VALIDATION, 0, batch["id"]), batch["t"])
-        output, _ = predict(params, frozen, example, example["label"])
-        return {"loss": per_example(output, example["z0"], example["eps"], example["t"], weighting="uniform")}
-
-    def trace(state, frozen, batch, seed) -> dict[str, Any]:
-        """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        example = noised(batch, frozen, example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"]))
-        told = network.tell(state.params, frozen, example["dropped"]) | example["told"]
-        unet_params = network.unet(state.params, frozen)
-        _, seen = network.module.apply(
-            {"params": unet_params}, example["seen"], example["t"], **told, capture_intermediates=True
-        )
-        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, frozen, example)
-        return {"params": state.params, "z0": example["z0"], "z_t": example["z_t"], **told,
-                "map": example["seen"][..., latent_shape[-1] :],
-                "unet": seen["intermediates"], "loss": loss, "gradient": grads}  # fmt: skip
-
-    return DiffusionStage(init, step, validate, trace)
+def choose_caption(captions: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
+    """The row of one caption of each label, chosen at random; captions int32 [P, k], label [B], keys [B] -> [B]."""
+    k = jax.vmap(lambda key: jax.random.randint(key, (), 0, captions.shape[1]))(keys)
+    return captions[label, k]

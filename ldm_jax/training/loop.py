@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ldm_jax.diffusion.random import Stream
 from ldm_jax.errors import RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints
 from ldm_jax.run_folder.log import Log
@@ -24,9 +25,16 @@ from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take
 IN_FLIGHT = 8  # steps the host may run ahead of the device: enough to hide it, few enough to stop within seconds
 
 
+def initial_state(init: Callable[[jax.Array], Any], seed: int) -> Any:
+    """The state that `init(rng)` makes of a run's seed; as it is run once, it is compiled without optimization."""
+    compiled = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
+    return compiled(jax.random.fold_in(jax.random.key(seed), Stream.INIT))
+
+
 def train(
     name: str,
     stage: Any,
+    initial: Any,
     *,
     steps: int,
     seed: int,
@@ -37,89 +45,98 @@ def train(
     watch: InterruptWatch,
     log_every: int,
     checkpoint_every: int,
-    initial: Any = None,
     variant: Callable[[int], dict[str, bool]] = lambda step: {},
     after_step: Callable[[int, Any], None] = lambda step, state: None,
 ) -> Any:
-    """Trains `stage` from its newest checkpoint, or from the start, to step `steps`; returns the state.
+    """Trains `stage` from its newest checkpoint, or from the initial state, to step `steps`; returns the state.
 
     Args:
       name: of the stage, in the log and on the screen.
-      stage: has init(rng), step(state, frozen, batch, seed, axis_name) and trace(state, frozen, batch, seed).
+      stage: has step(state, frozen, batch, seed, axis_name) and trace(state, frozen, batch, seed).
+      initial: the state before the first step.
       steps: where to stop; a checkpoint is there then.
       seed: the run's seed.
       feed: `feed(step)` -> this process's batch; `feed.resident` -> arrays that live on the device.
-      frozen: arrays the step needs that do not learn.
-      checkpoints, log, watch: where progress is kept, told, and cut short.
+      frozen: arrays that the step needs and that are not trained.
+      checkpoints, log, watch: where progress is kept and logged, and what interrupts it.
       log_every: steps between lines of the log.
       checkpoint_every: steps between checkpoints.
-      initial: the state to begin from; None: one that `stage.init` draws.
-      variant: of a step's number, the keyword arguments of `stage.step` that are compiled in. Each variant is a program
-        of its own, as XLA's CPU compiler makes gradients inside a `lax.cond` many times slower.
+      variant: step index -> the keyword arguments of `stage.step` that are compiled in. Each variant is a program of
+        its own, as XLA's CPU compiler makes gradients inside a `lax.cond` many times slower.
       after_step: called with (steps made, state) after each step: samples while training.
 
     Raises:
-      Interrupted: after saving, if the run was asked to stop.
+      Interrupted: after saving, if the run was interrupted.
       RunError: a loss or gradient was not finite, or a checkpoint could not be saved.
     """
-    state = initial
-    if state is None:
-        # Run once, so the compiler need not try hard: it takes a third of the time this way.
-        init = jax.jit(stage.init, compiler_options={"xla_backend_optimization_level": 0})
-        state = init(jax.random.fold_in(jax.random.key(seed), 0))
-    restored = checkpoints.restore(state)
-    state = replicate(state if restored is None else restored)
+    restored = checkpoints.restore(initial)
+    state = replicate(initial if restored is None else restored)
     start = int(state.step)
     log.rewind(name, start)
     if start >= steps:
         return state
     frozen, resident = replicate(frozen), replicate(feed.resident)
-    step = cache(lambda **compiled_in: parallel_step(partial(stage.step, **compiled_in)))
-    interval, in_flight, progress = [], deque(), Progress(name, steps)
-    unread: tuple[int, list] | None = None
+    progress, in_flight, compiled = Progress(name, steps), deque(), cache(partial(parallel_step, stage))
 
-    def read(entry: tuple[int, list] | None) -> None:
-        """Fetches an interval's metrics, logs their means, and stops the run if one is not finite."""
-        if entry is None:
-            return
-        last, metrics = entry
-        metrics = jax.device_get(metrics)
-        for number, values in zip(range(last - len(metrics), last), metrics):
+    def report(last: int, interval: list[dict]) -> None:
+        """Logs the means of an interval's metrics, and stops the run if one is not finite."""
+        for step, values in zip(range(last - len(interval), last), interval):
             if not all(np.isfinite(value) for value in values.values()):
-                _fail(name, stage, state, frozen, resident, feed, number, seed, checkpoints)
-        means = {key: float(np.mean([values[key] for values in metrics])) for key in metrics[0]}
+                _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints)
+        means = {key: float(np.mean([values[key] for values in interval])) for key in interval[0]}
         log(name, last, **means, examples_per_second=progress.rate)
         progress.show(last, means["loss"])
 
-    for number in range(start, steps):
-        if watch.asked(number):
-            in_flight.clear()
-            read((number, interval) if interval else None)
+    metrics = LateMetrics(report)
+    for step in range(start, steps):
+        if watch.asked(step):
+            metrics.end_interval(step)
+            metrics.flush()
             checkpoints.save(state)
             checkpoints.wait()
-            raise Interrupted(f"stopped at step {number} of stage {name!r}, which is saved")
-        batch = feed(number)
-        one_step = step(**variant(number))
-        state, metrics = one_step(state, frozen, resident, shard(batch), np.int32(number), np.uint32(seed))
+            raise Interrupted(f"stopped at step {step} of stage {name!r}, which is saved")
+        batch, run_step = feed(step), compiled(**variant(step))
+        state, values = run_step(state, frozen, resident, shard(batch), np.int32(step), np.uint32(seed))
         watch.guard(True)
-        interval.append(metrics)
-        in_flight.append(metrics["loss"])
+        metrics.add(values)
+        in_flight.append(values["loss"])
         if len(in_flight) > IN_FLIGHT:
             in_flight.popleft().block_until_ready()
-        done = number + 1
+        done = step + 1
         progress.count(done, len(batch["id"]) * jax.process_count())
         if done % log_every == 0 or done == steps:
-            read(unread)
-            unread, interval = (done, interval), []
+            metrics.end_interval(done)
         if done % checkpoint_every == 0 or done == steps:
-            read(unread)
-            unread = None
+            metrics.flush()
             checkpoints.save(state)
         after_step(done, state)
-    read(unread)
+    metrics.flush()
     checkpoints.wait()
     watch.guard(False)
     return state
+
+
+class LateMetrics:
+    """The metrics of steps, on the device, whose intervals are fetched and reported one late."""
+
+    def __init__(self, report: Callable[[int, list[dict]], None]) -> None:
+        self._report, self._interval, self._complete = report, [], None
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Keeps the metrics of a step, without waiting for them."""
+        self._interval.append(metrics)
+
+    def end_interval(self, last: int) -> None:
+        """Ends an interval at step `last`, and reports the one before."""
+        self.flush()
+        self._complete = (last, self._interval) if self._interval else None
+        self._interval = []
+
+    def flush(self) -> None:
+        """Reports the complete interval, if there is one."""
+        if self._complete:
+            (last, interval), self._complete = self._complete, None
+            self._report(last, jax.device_get(interval))
 
 
 class Progress:
@@ -151,15 +168,15 @@ class Progress:
         self._shown = now
 
 
-def _fail(name, stage, state, frozen, resident, feed, number, seed, checkpoints) -> None:
+def _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints) -> None:
     """Saves the last finite state, names the first tensor of the step that is not finite, and raises RunError."""
     checkpoints.save(state)
     checkpoints.wait()
     state, frozen, resident = jax.device_get((state, frozen, resident))
-    batch = take(resident, feed(number)) | {"step": np.int32(number)}
+    batch = take(resident, feed(step)) | {"step": np.int32(step)}
     first = first_nonfinite(stage.trace(state, frozen, batch, np.uint32(seed)))
     raise RunError(
-        f"stage {name!r}: the loss or its gradient is not finite at step {number} (seed {seed}); the first tensor "
+        f"stage {name!r}: the loss or its gradient is not finite at step {step} (seed {seed}); the first tensor "
         f"that is not: {first or 'none, when computed again'}. The state before that step is saved; a lower learning "
         "rate may help"
     )

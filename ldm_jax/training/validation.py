@@ -1,7 +1,7 @@
-"""What a stage measures on held-out images; with noise for each range of timesteps: it shows overfitting and where
-errors lie."""
+"""The validation loss on held-out images; of noised ones by ranges of timesteps: overfitting, and where errors lie."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ BUCKETS = 10
 
 
 def make_validation(
-    stage: Any, dataset: Dataset, *, num: int, batch_size: int, T: int, null_label: int
+    stage: Any, dataset: Dataset, *, num: int, batch_size: int, T: int
 ) -> Callable[[Any, dict, int], dict[str, float]]:
     """`validate(params, frozen, seed)` -> {"validation_loss", "validation_loss_0" ... "_9"}.
 
@@ -23,15 +23,14 @@ def make_validation(
     """
     num = examples_used(dataset, num, batch_size)
     t = ((np.arange(num) * 2 + 1) * T // (2 * num)).astype(np.int32)
-    compiled = parallel_map(lambda fixed, batch, seed: stage.validate(fixed["params"], fixed["frozen"], batch, seed))
+    compiled = _compiled(stage)
 
     def validate(params: Any, frozen: dict, seed: int) -> dict[str, float]:
         measured: dict[str, np.ndarray] = {}
         fixed = {"params": params, "frozen": replicate(frozen)}
         # Batch j takes every (num / batch_size)-th timestep, so that even one batch goes through all of [0, T).
         for rows in np.arange(num).reshape(batch_size, -1).T:
-            unlabelled = {"label": np.full(batch_size, null_label, np.int32)}
-            batch = unlabelled | dataset[rows % len(dataset)] | {"id": rows.astype(np.int32), "t": t[rows]}
+            batch = dataset[rows % len(dataset)] | {"id": rows.astype(np.int32), "t": t[rows]}
             for name, values in compiled(fixed, batch, np.uint32(seed)).items():
                 measured.setdefault(f"validation_{name}", np.zeros(num))[rows] = values
         within = [rows for k in range(BUCKETS) if (rows := t * BUCKETS // T == k).any()]
@@ -51,11 +50,7 @@ def make_contrastive_validation(
     of `dataset`, from all over these, and the same each time. The loss depends on `batch_size`.
     """
     num = examples_used(dataset, num, batch_size)
-
-    def measure(fixed: dict, batch: dict, seed: Any) -> dict[str, Any]:
-        return stage.validate(fixed["params"], fixed["frozen"], batch, seed, axis_name=AXIS)
-
-    compiled = parallel_map(measure)
+    compiled = _compiled(stage, axis_name=AXIS)
 
     def validate(params: Any, frozen: dict, seed: int) -> dict[str, float]:
         fixed, batches = {"params": params, "frozen": replicate(frozen)}, []
@@ -65,6 +60,16 @@ def make_contrastive_validation(
         return {f"validation_{name}": float(np.mean([each[name] for each in batches])) for name in batches[0]}
 
     return validate
+
+
+@lru_cache(maxsize=16)
+def _compiled(stage: Any, **options: Any) -> Callable:
+    """`stage.validate` on {"params", "frozen"} by `parallel_map`; equal stages share it."""
+
+    def validate(fixed: dict, batch: dict, seed: Any) -> dict[str, Any]:
+        return stage.validate(fixed["params"], fixed["frozen"], batch, seed, **options)
+
+    return parallel_map(validate)
 
 
 def examples_used(dataset: Dataset, num: int, batch_size: int) -> int:

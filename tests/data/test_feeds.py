@@ -72,38 +72,38 @@ def test_processes_share_one_batch(n, seed, step, processes):
     np.testing.assert_array_equal(np.concatenate([part.id for part in parts]), np.arange(8))
 
 
-KINDS = np.array([7, 3, 7, 7, 5, 3])  # 3: examples 1 and 5; 5: example 4; 7: examples 0, 2 and 3
+GROUPS = np.array([7, 3, 7, 7, 5, 3])  # 3: examples 1 and 5; 5: example 4; 7: examples 0, 2 and 3
 
 
 def test_each_kind_has_one_turn_in_an_epoch():
     # Six epochs of three turns: kind 3 shows each of its two examples three times, 7 each of its three twice.
-    order = Order(6, 3, 11, kinds=KINDS)
+    order = Order(6, 3, 11, groups=GROUPS)
     epochs = [order(step) for step in range(6)]
-    assert all(sorted(KINDS[epoch]) == [3, 5, 7] and epoch.dtype == np.int32 for epoch in epochs)
+    assert all(sorted(GROUPS[epoch]) == [3, 5, 7] and epoch.dtype == np.int32 for epoch in epochs)
     assert np.bincount(np.concatenate(epochs)).tolist() == [2, 3, 2, 2, 6, 3]
-    by_kind = np.array([sorted(epoch, key=lambda example: KINDS[example]) for epoch in epochs]).T
+    by_kind = np.array([sorted(epoch, key=lambda example: GROUPS[example]) for epoch in epochs]).T
     assert by_kind.tolist() == [
         [1, 5, 1, 5, 1, 5],
         [4] * 6,
         [3, 0, 2, 3, 0, 2],
-    ]  # in turn, from their kinds' numbers on
-    np.testing.assert_array_equal(KINDS[epochs], np.array([3, 5, 7])[[epoch_order(3, 11, e) for e in range(6)]])
+    ]  # in turn, from their groups' numbers on
+    np.testing.assert_array_equal(GROUPS[epochs], np.array([3, 5, 7])[[epoch_order(3, 11, e) for e in range(6)]])
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), seeds, st.integers(0, 30), st.sampled_from([1, 2, 4]))
-def test_kinds_on_several_processes_and_either_feed(kinds, seed, step, processes):
-    kinds, n = np.array(kinds), len(kinds)
-    whole = Order(n, 8, seed, kinds=kinds)(step)
-    parts = [Order(n, 8, seed, p, processes, kinds)(step) for p in range(processes)]
+def test_kinds_on_several_processes_and_either_feed(groups, seed, step, processes):
+    groups, n = np.array(groups), len(groups)
+    whole = Order(n, 8, seed, groups=groups)(step)
+    parts = [Order(n, 8, seed, p, processes, groups)(step) for p in range(processes)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     source = Squares(n)
-    np.testing.assert_array_equal(DeviceFeed(source[range(n)], 8, seed, kinds=kinds)(step)["index"], whole)
-    np.testing.assert_array_equal(HostFeed(source, 8, seed, kinds=kinds)(step)["label"], whole)
+    np.testing.assert_array_equal(DeviceFeed(source[range(n)], 8, seed, groups=groups)(step)["index"], whole)
+    np.testing.assert_array_equal(HostFeed(source, 8, seed, groups=groups)(step)["label"], whole)
 
 
 def test_examples_of_their_own_kinds_are_in_the_usual_order():
-    np.testing.assert_array_equal(Order(9, 4, 5, kinds=np.arange(9))(3), examples_at(np.arange(12, 16), 9, 5))
+    np.testing.assert_array_equal(Order(9, 4, 5, groups=np.arange(9))(3), examples_at(np.arange(12, 16), 9, 5))
 
 
 def test_far_steps_do_not_overflow():

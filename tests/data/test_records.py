@@ -188,31 +188,31 @@ def test_classes_have_no_captions(captioned_set):
     np.testing.assert_array_equal(kinds.load()["label"], [0, 1, 0])
 
 
-def test_kinds_are_what_a_feature_tells_apart(captioned_set):
+def test_groups_are_the_values_of_a_feature(captioned_set):
     """By a text or a class; in memory, on the disk and in a bucket; and the pictures stay what they are."""
     options = {"data_dir": captioned_set.parents[1], "caption_key": "auto"}
     plain = load_dataset("captioned", "train", **options)
-    assert plain.kinds is None
+    assert plain.groups is None
     for key in ("file", "kind"):
         for limit in (2**20, 1):
-            dataset = load_dataset("captioned", "train", **options, kind_key=key, memory_limit=limit)
-            assert dataset.kinds.tolist() == [0, 1, 0]
+            dataset = load_dataset("captioned", "train", **options, group_key=key, memory_limit=limit)
+            assert dataset.groups.tolist() == [0, 1, 0]
             np.testing.assert_array_equal(dataset[range(3)]["x"], plain[range(3)]["x"])
-    records = Records(captioned_set, "train", kind_key="kind")
-    assert records.bucket((2, 2), np.array([2, 1])).kinds.tolist() == [0, 1]
+    records = Records(captioned_set, "train", group_key="kind")
+    assert records.bucket((2, 2), np.array([2, 1])).groups.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("key", ["captions", "tone"])
-def test_a_feature_that_tells_no_kinds(captioned_set, key):
-    with pytest.raises(InputError, match=rf"kind_key='{key}': no such kind in .*; there is file, kind"):
-        Records(captioned_set, "train", kind_key=key)
+def test_a_feature_that_has_no_groups(captioned_set, key):
+    with pytest.raises(InputError, match=rf"group_key='{key}': no such group in .*; there is file, kind"):
+        Records(captioned_set, "train", group_key=key)
 
 
-def test_nothing_that_tells_kinds(make_set):
+def test_no_feature_that_has_groups(make_set):
     folder = make_set("bare", {"image": tfds.features.Tensor(shape=(2, 2), dtype=np.uint8)},
                       {"train": [{"image": np.zeros((2, 2), np.uint8)}]})  # fmt: skip
-    with pytest.raises(InputError, match=r"tells no kinds apart, it has only image"):
-        Records(folder, "train", kind_key="auto")
+    with pytest.raises(InputError, match=r"tells no groups apart, it has only image"):
+        Records(folder, "train", group_key="auto")
 
 
 TITLED = {"title": tfds.features.Text(), "alt": TEXTS}

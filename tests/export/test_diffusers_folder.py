@@ -23,7 +23,6 @@ from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.runtime import files as runtime_files
 from ldm_jax.runtime.files import content_hash
 
-pytestmark = pytest.mark.usefixtures("generators_kept")
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -23,7 +23,6 @@ from ldm_jax.runtime.parallel import replicate
 from ldm_jax.sampling import generate
 from ldm_jax.sampling.image_grids import read_recipe
 
-pytestmark = pytest.mark.usefixtures("generators_kept")
 
 KINDS = {
     "plain": diffusers_folder.write_stable_diffusion,

@@ -15,7 +15,6 @@ from ldm_jax.runtime.files import read_json
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.training import clip_data
 
-pytestmark = pytest.mark.usefixtures("generators_kept")
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from ldm_jax.sampling import generate, guidance_models, tables
 from ldm_jax.sampling.generate import request
 from ldm_jax.sampling.image_grids import read_recipe
 
-pytestmark = pytest.mark.usefixtures("generators_kept")
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from ldm_jax.sampling import generate, image_inputs
 from ldm_jax.sampling.image_grids import read_recipe, save_png
 from ldm_jax.sampling.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("generators_kept")
 
 
 def test_slerp_by_hand():

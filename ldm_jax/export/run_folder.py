@@ -1,0 +1,32 @@
+"""A model of a run that was exported to diffusers, written as a run folder again."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ldm_jax.pipeline.from_exported import Record
+from ldm_jax.pipeline.from_run import save_scale
+from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.run_folder.checkpoint import Checkpoints, identity
+from ldm_jax.runtime.files import write_json
+
+
+def write_run(model: LatentDiffusion, params: Params, to: Path, record: Record) -> None:
+    """Writes a run folder that can be sampled from and scored, but not trained further.
+
+    Args:
+      model, params: the model.
+      to: a new folder.
+      record: config and data of the run, and its numbers of steps.
+    """
+    config = record.config
+    write_json(to / "config.json", config.to_dict())
+    write_json(to / "data.json", record.data)
+    if model.first_stage.module is not None:
+        with Checkpoints(to / "autoencoder", keep=1, identity=identity(config, "autoencoder")) as checkpoints:
+            ema_params = {"autoencoder": params["first_stage"]}
+            checkpoints.save({"step": np.int32(record.autoencoder_step), "ema_params": ema_params})
+        save_scale(to, params["shift"], params["scale"], measured_on=record.measured_on)
+    with Checkpoints(to / "diffusion", keep=1, identity=identity(config, "diffusion")) as checkpoints:
+        ema_params = {name: params[name] for name in ("denoiser", "conditioning")}
+        checkpoints.save({"step": np.int32(record.step), "ema_params": ema_params})

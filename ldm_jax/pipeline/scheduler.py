@@ -1,0 +1,80 @@
+"""Schedulers: from scheduler_config.json to how samplers run on a model, and from a run's config to such a file."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ldm_jax.diffusion.solvers import SOLVERS
+from ldm_jax.diffusion.spacing import EVEN
+from ldm_jax.errors import InputError
+from ldm_jax.interop.scheduler_config import Scheduler, config_from_schedule, scheduler_from_config
+from ldm_jax.pipeline.model import Solver
+
+
+def own_scheduler(config: Mapping[str, Any], pipeline: str) -> Scheduler:
+    """The scheduler of a model's own scheduler_config.json, in a pipeline of this class; raises InputError."""
+    scheduler = scheduler_from_config(config, pipeline=pipeline)
+    _solver(scheduler)
+    return scheduler
+
+
+def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, Solver | str]:
+    """How each sampler runs: as `XScheduler.from_config(pipe.scheduler.config)` in diffusers, the model's own as it is.
+
+    A sampler that diffusers could not make of the config, or that no sampler here is, has the error's message.
+    """
+    solvers: dict[str, Solver | str] = {}
+    for sampler in SOLVERS:
+        try:
+            solvers[sampler] = _solver(scheduler_from_config(config, sampler, pipeline=pipeline))
+        except InputError as error:
+            solvers[sampler] = str(error)
+    own = own_scheduler(config, pipeline)
+    return solvers | {own.sampler: _solver(own)}
+
+
+def _solver(scheduler: Scheduler) -> Solver:
+    if scheduler.threshold is not None:
+        raise InputError("the scheduler has thresholding, which is for pixels and not for latents")
+    return Solver(scheduler.process, scheduler.options, scheduler.clip, scheduler.starts_at_sigma)
+
+
+def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
+    """The scheduler_config.json with which diffusers samples as `config.sampling` says, and in words what differs.
+
+    DDIM without noise is Euler's method, and that class of diffusers has the right timesteps whatever their spacing;
+    its DDIM has for leading spacing (diffusers#9261). A sampler that no class of diffusers is falls back to DDIM.
+    """
+    diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.kind == "none"
+    schedule = {
+        "name": diffusion.schedule,
+        "T": diffusion.timesteps,
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "zero_terminal_snr": diffusion.zero_terminal_snr,
+        "prediction": diffusion.prediction,
+        "clip": 1.0 if pixels else np.inf,
+    }
+    notes = []
+    if sampling.threshold and pixels:
+        notes.append("Without dynamic thresholding: z0 is clipped at 1 instead.")
+    sampler, spacing = sampling.sampler, sampling.spacing
+    as_euler = spacing != "leading" and not (sampling.eta or pixels or diffusion.zero_terminal_snr)
+    if sampler == "ddim" and as_euler:
+        sampler = "euler"
+    try:
+        if sampling.churn:
+            raise InputError("diffusers' HeunDiscreteScheduler adds no noise during sampling")
+        fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing, variance=sampling.variance)
+    except InputError as error:
+        sampler, spacing = "ddim", spacing if spacing in EVEN else "trailing"
+        notes.append(f"By DDIM with {spacing} steps instead of by {sampling.sampler}: {error}.")
+        fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing)
+    if sampler in ("ddim", "plms") and spacing != "leading":
+        notes.append(
+            f"diffusers' {fields['_class_name']} takes {diffusion.timesteps} // steps for each step (diffusers#9261): "
+            f"with {spacing} steps its samples are those of ldm_jax only where that is right."
+        )
+    return fields, notes

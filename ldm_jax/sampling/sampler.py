@@ -1,0 +1,230 @@
+"""From noise to images: a model's parts as one compiled call, run in batches over the devices."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, from_network, paste_known, threshold_z0
+from ldm_jax.diffusion.guidance import (
+    class_log_probabilities,
+    classifier_free,
+    classifier_guided,
+    log_probability,
+    similarity_guided,
+)
+from ldm_jax.diffusion.random import initial_latents, sample_keys
+from ldm_jax.diffusion.solve import solve
+from ldm_jax.diffusion.tables import Table
+from ldm_jax.models.classifier import NoisyClassifier
+from ldm_jax.models.clip_vision import CLIP
+from ldm_jax.models.conditioning import interpolate
+from ldm_jax.models.pixels import to_uint8
+from ldm_jax.pipeline.model import LatentDiffusion, Params, apply_denoiser, decode_latents, encode_images
+from ldm_jax.runtime.parallel import map_in_batches, parallel_map
+
+SNAPSHOTS = 24  # of the trajectory, the frames of denoising.gif
+
+
+class PerSample(NamedTuple):
+    """The arrays of N samples, [N, ...] each: sample k depends on row k, the shared arrays and the seed alone."""
+
+    index: np.ndarray  # int32: which sample of the seed
+    cond: Any  # rows of the conditioning's table
+    guidance: np.ndarray  # float32: the scale of classifier-free guidance
+    z_T: np.ndarray | None = None  # [N, h, w, c] float32 initial noise; None: from the seed
+    concat: dict[str, np.ndarray] | None = None  # "concat" [N, h, w, k] and further arguments of the denoiser
+    label: np.ndarray | None = None  # int32, that a classifier guides to; -1 = none
+    classifier_scale: np.ndarray | None = None  # float32
+    text_embeds: np.ndarray | None = None  # [N, D] float32: CLIP's of the texts that it guides to
+    clip_scale: np.ndarray | None = None  # float32
+    interpolate_to: Any = None  # rows of the table
+    interpolate_weight: np.ndarray | None = None  # float32 from 0 (cond) to 1 (interpolate_to)
+
+
+class Shared(NamedTuple):
+    """The arrays that all samples of a request share."""
+
+    null_cond: Any  # one row of the conditioning's table: the null condition, or a negative one
+    interval: np.ndarray  # [2] float32: the fraction t / T of the timesteps that is guided
+    rescale: np.ndarray  # [] float32: see `classifier_free`
+    threshold: np.ndarray  # [] float32: of pixels, the quantile of dynamic thresholding; 0: clipped at 1
+    clip_sample_range: np.ndarray  # [] float32: of latents, z0_hat is kept within [-range, range]
+    z0: np.ndarray  # [h, w, c] float32 clean latents of the known region
+    mask: np.ndarray  # bool [h, w, 1]: True = sampled, False = known
+
+
+class SampleInputs(NamedTuple):
+    """Everything that samples depend on beside the model and the solver's table."""
+
+    samples: PerSample
+    shared: Shared
+    seed: int
+    init_image: bool = False  # begin from shared.z0, noised to the first level of the table, not from noise alone
+    scaled_initial_noise: bool = False  # noise alone is multiplied by sigma of the first level
+
+    def first(self, num: int) -> "SampleInputs":
+        """The same for the first `num` samples only."""
+        return self._replace(samples=jax.tree.map(lambda rows: rows[:num], self.samples))
+
+
+class Sampler(NamedTuple):
+    """A model compiled to sample `batch_size` images at a time; solver, steps, guidance and seed are arguments.
+
+    latents: (params, inputs, table) -> an iterator, in the order of the samples, over the batches'
+        (z [b, h, w, c], z0_hat of the trajectory [b, SNAPSHOTS, h, w, c]).
+    decode: (params, z [b, h, w, c]) -> images uint8 [b, H, W, C].
+    encode: (params, images uint8 [N, H, W, C]) -> z [N, h, w, c], the most likely ones.
+    concat: (params, degraded images) -> [N, h, w, k]: `ConcatConditioning.encode` for any N.
+    """
+
+    latents: Callable[[Any, SampleInputs, Table], Iterator[tuple[np.ndarray, np.ndarray]]]
+    decode: Callable[[Any, np.ndarray], np.ndarray]
+    encode: Callable[[Any, np.ndarray], np.ndarray]
+    concat: Callable[[Any, dict[str, np.ndarray]], np.ndarray]
+
+    def images(self, params: Any, inputs: SampleInputs, table: Table) -> Iterator[np.ndarray]:
+        """Yields the images, uint8 [batch_size or fewer, H, W, C], in the order of the samples."""
+        for z, _ in self.latents(params, inputs, table):
+            yield self.decode(params, z)
+
+    def trajectory(self, params: Any, inputs: SampleInputs, table: Table) -> np.ndarray:
+        """The images of z0_hat while sampling, uint8 [SNAPSHOTS, N, H, W, C]."""
+        frames = [
+            np.stack([self.decode(params, z) for z in np.moveaxis(z0_hats, 1, 0)])
+            for _, z0_hats in self.latents(params, inputs, table)
+        ]
+        return np.concatenate(frames, axis=1)
+
+
+def guided_denoiser(
+    model: LatentDiffusion,
+    params: Params,
+    samples: PerSample,
+    shared: Shared,
+    classifier: NoisyClassifier | None = None,
+    clip: CLIP | None = None,
+) -> Denoiser:
+    """The model's denoiser with all guidance of a request, for use inside a compiled call.
+
+    Args:
+      model: the model.
+      params: its parameters, with "classifier" and "clip" of those that guide.
+      samples, shared: the arrays of a batch.
+      classifier: of noisy latents, which guides by `samples.classifier_scale`.
+      clip: guides by `samples.clip_scale`.
+    """
+    encode, interval = model.conditioning.encode, shared.interval * len(model.process)
+    cond, concat = encode(params["conditioning"], samples.cond), samples.concat or {}
+    if samples.interpolate_to is not None:
+        other = encode(params["conditioning"], samples.interpolate_to)
+        cond = interpolate(cond, other, samples.interpolate_weight)
+
+    def network(z_t: jax.Array, t: jax.Array, cond: dict[str, Any]) -> jax.Array:
+        return apply_denoiser(model, params, z_t, t, cond)
+
+    denoise = classifier_free(
+        from_network(network, model.prediction, model.process),
+        cond | concat,
+        encode(params["conditioning"], shared.null_cond) | concat,
+        samples.guidance,
+        interval=interval,
+        rescale=shared.rescale,
+        prediction=model.prediction,
+    )
+    if clip is not None:
+
+        def similarity(z0: jax.Array) -> jax.Array:
+            return clip_logits(clip, params["clip"], decode_latents(model, params, z0), samples.text_embeds)
+
+        denoise = similarity_guided(denoise, similarity, samples.clip_scale, interval=interval)
+    if classifier is not None:
+        log_p = class_log_probabilities(classifier.apply, model.process)
+        label = jnp.maximum(samples.label, 0)
+        denoise = classifier_guided(
+            denoise,
+            lambda z_t, t: log_probability(log_p(params["classifier"], z_t, t), label),
+            jnp.where(samples.label < 0, 0.0, samples.classifier_scale),
+            interval=interval,
+        )
+    if model.first_stage.module is None:
+        return threshold_z0(denoise, shared.threshold)
+    return clip_z0(denoise, shared.clip_sample_range)
+
+
+def clip_logits(clip: CLIP, params: Any, x: jax.Array, text_embeds: jax.Array) -> jax.Array:
+    """CLIP's logits [B] of images x [B, H, W, C] in [-1, 1] with embedded texts [B, D] (Radford 2021, section 2.3)."""
+    resized = jax.image.resize(x, (len(x), *(clip.image.image_size,) * 2, x.shape[-1]), "linear")
+    image = clip.apply({"params": params}, resized, method="embed_image")
+    return jnp.exp(params["logit_scale"]) * jnp.sum(image * text_embeds, axis=-1)
+
+
+@lru_cache(maxsize=16)
+def make_sampler(
+    model: LatentDiffusion, batch_size: int, classifier: NoisyClassifier | None = None, clip: CLIP | None = None
+) -> Sampler:
+    """A model's sampler, for replicated parameters (see `runtime.parallel.replicate`).
+
+    Equal models share it, so that sampling twice in one process compiles once.
+
+    Args:
+      model: the model.
+      batch_size: images at a time, a multiple of the local devices; another one compiles again.
+      classifier, clip: what guides beside the model's own condition: see `guided_denoiser`.
+    """
+    shape = model.latent_shape
+
+    def solve_batch(params: Any, samples: PerSample, table: Table, seed: jax.Array, shared: Shared) -> tuple:
+        z, trajectory = solve(
+            guided_denoiser(model, params, samples, shared, classifier, clip),
+            samples.z_T,
+            table,
+            sample_keys(seed, samples.index),
+            project=paste_known(shared.z0, shared.mask),
+            snapshots=SNAPSHOTS,
+        )
+        return z, jnp.moveaxis(trajectory.z0_hat, 0, 1)
+
+    compiled_solve = parallel_map(solve_batch)
+    compiled_decode = parallel_map(lambda params, batch: to_uint8(decode_latents(model, params, batch["z"])))
+    compiled_encode = parallel_map(lambda params, batch: encode_images(model, params, batch["images"]))
+    compiled_concat = parallel_map(
+        lambda params, inputs: model.concat.encode(model.first_stage, params, inputs, shape[:2])
+    )
+    initial = jax.jit(lambda seed, index: initial_latents(sample_keys(seed, index), shape))
+
+    def latents(params: Any, inputs: SampleInputs, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        samples, seed = inputs.samples, np.uint32(inputs.seed)
+        n = len(samples.index)
+        for start in range(0, n, batch_size):
+            rows = np.minimum(np.arange(start, start + batch_size), n - 1)
+            batch = jax.tree.map(lambda values, rows=rows: values[rows], samples)
+            z_T = np.asarray(initial(seed, batch.index) if batch.z_T is None else batch.z_T)
+            if inputs.init_image:
+                z_T = table.alpha[0] * inputs.shared.z0 + table.sigma[0] * z_T
+            elif inputs.scaled_initial_noise:
+                z_T = float(table.sigma[0]) * z_T
+            batch = batch._replace(z_T=np.asarray(z_T, np.float32))
+            z, z0_hats = compiled_solve(params, batch, table, seed, inputs.shared)
+            yield z[: n - start], z0_hats[: n - start]
+
+    def decode(params: Any, z: np.ndarray) -> np.ndarray:
+        padded = np.pad(z, [(0, batch_size - len(z)), (0, 0), (0, 0), (0, 0)])
+        return compiled_decode(params, {"z": padded})[: len(z)]
+
+    def encode(params: Any, images: np.ndarray) -> np.ndarray:
+        return map_in_batches(compiled_encode, params, {"images": images}, batch_size)
+
+    def concat(params: Any, degraded: dict[str, np.ndarray]) -> np.ndarray:
+        return map_in_batches(compiled_concat, params, degraded, batch_size)
+
+    return Sampler(latents, decode, encode, concat)
+
+
+def smallest_batch(num: int, batch_size: int, devices: int) -> int:
+    """The batch to compile for `num` samples: no more than `batch_size`, a multiple of the devices."""
+    return min(batch_size, math.ceil(num / devices) * devices)
