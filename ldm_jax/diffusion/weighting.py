@@ -7,11 +7,11 @@ import numpy as np
 from ldm_jax.diffusion.prediction import coefficient_tables
 from ldm_jax.diffusion.process import Process
 
-# (SNR [T], z0_out [T], gamma) -> the weight of the squared error of the network's output, [T]. That error is the error
-# of z0 divided by z0_out, so a weight w of the squared error of z0 is w z0_out^2 here.
+# (SNR [T], d z0 / d out [T], gamma) -> the weight of the squared error of the network's output, [T]. That error is the
+# error of z0 divided by d z0 / d out, so a weight w of the squared error of z0 is w (d z0 / d out)^2 here.
 WEIGHTINGS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
-    "uniform": lambda snr, z0_out, gamma: np.ones(len(snr)),
-    "min_snr": lambda snr, z0_out, gamma: np.minimum(snr, gamma) * z0_out**2,  # Hang 2023, section 3.4
+    "uniform": lambda snr, dz0, gamma: np.ones(len(snr)),
+    "min_snr": lambda snr, dz0, gamma: np.minimum(snr, gamma) * dz0**2,  # Hang 2023, section 3.4
 }
 
 
@@ -32,4 +32,4 @@ def loss_weights(weighting: str, prediction: str, process: Process, gamma: float
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     if gamma <= 0:
         raise ValueError(f"min_snr needs gamma > 0, got {gamma}")
-    return WEIGHTINGS[weighting]((process.alpha / process.sigma) ** 2, row.z0_out, gamma)
+    return WEIGHTINGS[weighting]((process.alpha / process.sigma) ** 2, row.z0_out / row.divisor, gamma)
