@@ -83,7 +83,8 @@ def load_dataset(
         RunError: preparing the data failed on the way (a full disk).
     """
     options = {"image_size": image_size, "channels": channels, "crop": crop, "image_key": image_key}
-    options |= {"label_key": label_key, "segments_key": segments_key, "caption_key": caption_key, "group_key": group_key}
+    options |= {"label_key": label_key, "segments_key": segments_key}
+    options |= {"caption_key": caption_key, "group_key": group_key}
     return _held(_open(name, split, data_dir, manual_dir, options), name, split, memory_limit)
 
 

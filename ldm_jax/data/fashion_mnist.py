@@ -4,12 +4,14 @@ The feature is a `Tensor` of uint8 rather than an `Image`, whose PNG encoder is 
 the original files. Importing this module imports TensorFlow Datasets.
 """
 
+import hashlib
+import logging
 from pathlib import Path
 
 import numpy as np
+import pooch
 import tensorflow_datasets as tfds
 
-from ldm_jax.data.download import content_sha256, download
 from ldm_jax.data.idx import gunzip, parse_idx
 from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.errors import InputError
@@ -23,6 +25,14 @@ SHA256 = {
     "t10k-images-idx3-ubyte.gz": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte.gz": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+# File -> MD5 of the archive at HOME.
+MD5 = {
+    "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+    "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+    "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+}
+ATTEMPTS, TIMEOUT_S = 4, 30
 PREFIX = {"train": "train", "test": "t10k"}
 CLASS_NAMES = (
     "T-shirt/top",
@@ -78,8 +88,8 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked(path: Path, *, axes: int) -> np.ndarray:
-    array = parse_idx(gunzip(path), axes=axes, where=path)
-    found = content_sha256(path)
+    content = gunzip(path)
+    array, found = parse_idx(content, axes=axes, where=path), hashlib.sha256(content).hexdigest()
     if found != SHA256[path.name]:
         raise InputError(
             f"{path}: not Fashion-MNIST's file of that name: sha256 of the content is {found}, not {SHA256[path.name]}"
@@ -102,9 +112,7 @@ def find_files(data_dir: Path, manual_dir: Path | None) -> Path:
         missing = [name for name in SHA256 if not (manual_dir / name).is_file()]
         raise InputError(f"{manual_dir}: Fashion-MNIST's files are not all there: {', '.join(missing)} missing")
     try:
-        for name, sha256 in SHA256.items():
-            if not (downloads / name).is_file():
-                download(f"{HOME}/{name}", downloads / name, sha256=sha256)
+        download(downloads)
     except InputError as error:
         looked = ", ".join(map(str, candidates))
         raise InputError(
@@ -112,6 +120,22 @@ def find_files(data_dir: Path, manual_dir: Path | None) -> Path:
             f"`apt-get install dataset-fashion-mnist` brings them, or put the four .gz files in {downloads}"
         ) from None
     return downloads
+
+
+def download(folder: Path) -> None:
+    """Downloads the four files, unless they are there; one gets its name when its checksum is right.
+
+    Raises:
+        InputError: the address cannot be reached, or has other files.
+    """
+    pooch.get_logger().setLevel(logging.ERROR)
+    registry = {name: f"md5:{digest}" for name, digest in MD5.items()}
+    files = pooch.create(folder, f"{HOME}/", registry=registry, retry_if_failed=ATTEMPTS - 1)
+    for name in registry:
+        try:
+            files.fetch(name, downloader=pooch.HTTPDownloader(progressbar=True, timeout=TIMEOUT_S))
+        except (OSError, ValueError) as error:  # of the network, or of the checksum
+            raise InputError(f"cannot download {HOME}/{name}: {' '.join(str(error).split())}") from error
 
 
 def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:

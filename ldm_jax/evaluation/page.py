@@ -1,6 +1,6 @@
 """The report's building blocks: one self-contained HTML page with `page.css` and `page.js` in it. It knows no runs.
 
-The page forbids itself every outside request (Content-Security-Policy); pictures are data URIs.
+The page forbids itself every outside request (Content-Security-Policy); images are data URIs.
 """
 
 import base64
@@ -64,34 +64,34 @@ def panel(caption: str, content: str) -> str:
 
 
 def data_uri(path: Path) -> str:
-    """A picture file as the address of itself."""
+    """An image file as a data URI."""
     return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def picture(path: Path, alt: str, caption: str = "") -> str:
-    """A picture with a caption below; "" if there is no such file."""
+def image(path: Path, alt: str, caption: str = "") -> str:
+    """An image with a caption below; "" if there is no such file."""
     if not path.is_file():
         return ""
     text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f'<figure class="picture"><img src="{data_uri(path)}" alt="{escape(alt)}">{text}</figure>'
 
 
-def slider(pictures: Sequence[tuple[str, Path]], alt: str) -> str:
-    """(caption, file) of the same thing at different moments, behind one slider that starts at the last."""
-    if not pictures:
+def slider(moments: Sequence[tuple[str, Path]], alt: str) -> str:
+    """Images (caption, file) of the same at different moments, behind one slider that starts at the last."""
+    if not moments:
         return ""
-    if len(pictures) == 1:
-        return picture(pictures[0][1], alt, pictures[0][0])
-    last = len(pictures) - 1
+    if len(moments) == 1:
+        return image(moments[0][1], alt, moments[0][0])
+    last = len(moments) - 1
     images = "".join(
         f'<img src="{data_uri(path)}" alt="{escape(f"{alt}, {caption}")}" data-caption="{escape(caption)}"'
         f"{'' if k == last else ' hidden'}>"
-        for k, (caption, path) in enumerate(pictures)
+        for k, (caption, path) in enumerate(moments)
     )
     return (
         f'<figure class="picture slider">{images}<div class="controls"><button type="button">Play</button>'
         f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{escape(alt)}">'
-        f"<output>{escape(pictures[-1][0])}</output></div></figure>"
+        f"<output>{escape(moments[-1][0])}</output></div></figure>"
     )
 
 

@@ -1,4 +1,4 @@
-"""report.html: what a run made, how well, how it got there and what it took, from the run folder alone.
+"""report.html: a run's samples, scores, training curves and times, from the run folder alone.
 
 Whatever the folder does not hold (yet) is left out, so a report can be made at any time.
 """
@@ -16,23 +16,24 @@ from ldm_jax.evaluation.charts import Series, bar_chart, line_chart, number
 from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.files import atomic, read_json
 from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.sampling.recipe import from_json
 
-MOMENTS = 12  # at most so many pictures behind a slider
-PARTS = {
+MOMENTS = 12  # at most so many images behind a slider
+STAGES = {
     "autoencoder": "Stage 1: autoencoder",
     "latents": "Latents: cache and scale",
-    "clip": "CLIP: pictures and captions",
+    "clip": "CLIP: images and captions",
     "diffusion": "Stage 2: diffusion model",
     "classifier": "Classifier of noisy latents",
-    "sampling": "Drawing the samples",
-    "prompts": "Drawing by prompts",
+    "sampling": "Sampling",
+    "prompts": "Sampling by prompts",
     "scoring": "Scores",
 }
 # Groups of cards in evaluation.json.
 GROUPS = {
     "samples": "The samples",
-    "prompts": "How the pictures fit their prompts",
-    "clip": "CLIP on pictures that it has not seen",
+    "prompts": "How the samples fit their prompts",
+    "clip": "CLIP on held-out images",
     "restored": "Restored test images",
     "baseline": "The same by interpolation",
     "autoencoder": "The autoencoder alone",
@@ -44,7 +45,7 @@ AUTOENCODER_TERMS = {
     "l1": "Reconstruction: mean |x - x_hat|",
     "perceptual": "Perceptual: LPIPS",
     "kl": "KL, nats per pixel",
-    "codes_used": "Share of the codebook in use",
+    "codes_used": "Fraction of the codebook in use",
     "discriminator": "Discriminator: hinge loss",
 }
 
@@ -114,29 +115,30 @@ def duration(seconds: float) -> str:
 
 def _samples(workdir: Path) -> str:
     try:
-        recipe = read_recipe(workdir / "samples.png")
-    except InputError:
-        recipe = {}
-    words = {"sampler": "{}", "steps": "{} steps", "guidance": "guidance {}", "eta": "eta {}", "seed": "seed {}"}
-    caption = ", ".join(text.format(recipe[key]) for key, text in words.items() if key in recipe)
-    if recipe.get("prompts"):
-        caption += f". Of the texts {', '.join(f'“{prompt}”' for prompt in recipe['prompts'])}"
-    grid = page.picture(workdir / "samples.png", "A grid of samples, one row for each class", caption)
-    film = page.picture(workdir / "denoising.gif", "Samples emerging from noise", "From noise to picture")
-    return page.section("Samples", grid, film, note="Drawn by the model, none of them picked.")
+        recipe = from_json(read_recipe(workdir / "samples.png"), "samples.png")
+        solving, guidance = recipe.solving, recipe.guidance
+        caption = f"{solving.sampler}, {solving.steps} steps, guidance {guidance.scale}, seed {recipe.seed}"
+        if recipe.prompts:
+            caption += f". Prompts: {', '.join(f'“{prompt}”' for prompt in recipe.prompts)}"
+    except InputError:  # without a recipe
+        caption = ""
+    grid = page.image(workdir / "samples.png", "A grid of samples, one row for each class", caption)
+    trajectory = page.image(workdir / "denoising.gif", "The denoised samples at each step", "From noise to image")
+    return page.section("Samples", grid, trajectory, note=NOT_PICKED)
 
 
+NOT_PICKED = "The first samples of the seed, none of them picked."
 SHEETS = {
-    "training": "Captions of the training split; first the true picture",
-    "held_out": "Captions that it has never seen; first the true picture",
-    "made_up": "Captions that there are no pictures of",
-    "guidance": "Guidance from 0 (told nothing) to 8",
+    "training": "Captions of the training split, each with a training image first",
+    "held_out": "Captions of the test split, each with a test image first",
+    "made_up": "Captions of no image",
+    "guidance": "Guidance scales from 0 (unconditional) to 8",
 }
 
 
 def _prompts(workdir: Path) -> str:
-    sheets = (page.picture(workdir / "prompts" / f"{name}.png", told, told) for name, told in SHEETS.items())
-    return page.section("By prompts", *sheets, note="Drawn by the model, none of them picked.")
+    sheets = (page.image(workdir / "prompts" / f"{name}.png", text, text) for name, text in SHEETS.items())
+    return page.section("By prompts", *sheets, note=NOT_PICKED)
 
 
 def cards(evaluation: Any) -> Iterator[Mapping[str, Any]]:
@@ -164,7 +166,7 @@ def _scores(evaluation: Mapping[str, Any]) -> str:
 
 
 def _card(card: Mapping[str, Any]) -> str:
-    """One score: its value, beside it the floor and the autoencoder's own, and the small print."""
+    """One score: its value, the floor and the autoencoder's own to compare with, and how it was measured."""
     arrow = {"lower": "↓ better", "higher": "↑ better"}.get(card.get("better", ""), "")
     bars = [
         ("this run", card["value"], "s0"),
@@ -174,9 +176,9 @@ def _card(card: Mapping[str, Any]) -> str:
     bars = [bar for bar in bars if bar[1] is not None]
     most = max(max(value for _, value, _ in bars), 1e-12)
     meter = "".join(
-        f'<span>{name}</span><i class="{kind}" style="width:{100 * max(0.0, value) / most:.1f}%"></i>'
+        f'<span>{name}</span><i class="{color}" style="width:{100 * max(0.0, value) / most:.1f}%"></i>'
         f"<span>{number(value)}</span>"
-        for name, value, kind in bars
+        for name, value, color in bars
     )
     print_ = [f"{card['n']:,} images against {card['reference_n']:,} of “{card['reference']}”", card.get("method")]
     if card.get("resize"):
@@ -193,7 +195,7 @@ def _card(card: Mapping[str, Any]) -> str:
 
 
 def _moments(workdir: Path, stage: str) -> list[tuple[str, Path]]:
-    """("step 500", file) for the pictures made while training, evenly thinned to `MOMENTS`, first and last kept."""
+    """("step 500", file) for the images made while training, evenly thinned to `MOMENTS`, first and last kept."""
     found = []
     for path in workdir.glob(f"progress/{stage}_*.png"):
         if step := re.fullmatch(rf"{stage}_(\d+)", path.stem):
@@ -206,7 +208,7 @@ def _moments(workdir: Path, stage: str) -> list[tuple[str, Path]]:
 
 def _progress(workdir: Path) -> str:
     return page.section(
-        "Learning to draw",
+        "Samples during training",
         page.slider(_moments(workdir, "diffusion"), "Samples while training"),
         note="The same noise each time, as training goes on.",
     )
@@ -214,9 +216,9 @@ def _progress(workdir: Path) -> str:
 
 def _reconstructions(workdir: Path) -> str:
     return page.section(
-        "What the autoencoder keeps",
+        "Reconstructions of the autoencoder",
         page.slider(_moments(workdir, "autoencoder"), "Test images and their reconstructions"),
-        note="Test images, and what is left of them after the way through the latents.",
+        note="Test images, encoded and decoded.",
     )
 
 
@@ -266,11 +268,11 @@ def _buckets(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> str
 
 def _timings(metrics: Sequence[Mapping[str, Any]]) -> str:
     rows, total = [], metrics[-1]["time"] if metrics else 0.0
-    for part, name in PARTS.items():
+    for stage, name in STAGES.items():
         seconds, compiling = (
-            sum(_series(metrics, "timing", f"{part}_{what}")[1]) for what in ("seconds", "compile_seconds")
+            sum(_series(metrics, "timing", f"{stage}_{what}")[1]) for what in ("seconds", "compile_seconds")
         )
-        speeds = _series(metrics, part, "examples_per_second")[1]
+        speeds = _series(metrics, stage, "examples_per_second")[1]
         if seconds:
             speed = f"{number(sorted(speeds)[len(speeds) // 2])} / s" if speeds else ""
             rows.append(
@@ -279,13 +281,13 @@ def _timings(metrics: Sequence[Mapping[str, Any]]) -> str:
     if rows:
         rows.append(("The whole run", duration(total), "100%", "", ""))
     content = page.table(("", "time", "share", "of it compiling", "images"), rows)
-    return page.section("Where the time went", page.panel("Seconds by part of the run", content))
+    return page.section("Where the time went", page.panel("By stage", content))
 
 
 def _recipe(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     command = about.get("command", "")
     return page.section(
-        "Make it again",
+        "Reproduce",
         page.panel("Command", f"<pre>{escape(command)}</pre>") if command else "",
         page.details("Configuration", json.dumps(config, indent=2)) if config else "",
     )

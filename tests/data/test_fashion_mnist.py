@@ -1,6 +1,10 @@
+import functools
 import gzip
+import hashlib
 import json
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -49,25 +53,59 @@ def test_debian_package_unpacked_below_the_data_folder(fake_files, tmp_path):
     assert load_dataset("fashion_mnist", "test", data_dir=tmp_path / "data").shape == (10, 28, 28, 1)
 
 
-def test_download_when_they_are_nowhere(fake_files, tmp_path, monkeypatch, no_debian_package):
-    monkeypatch.setattr(fashion_mnist, "HOME", fake_files.as_uri())
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(fake_files, monkeypatch):
+    """The four files served on this machine in place of the real ones; gives their folder."""
+    handler = functools.partial(Quiet, directory=str(fake_files))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setattr(fashion_mnist, "HOME", f"http://127.0.0.1:{server.server_port}")
+        digests = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in fake_files.iterdir()}
+        monkeypatch.setattr(fashion_mnist, "MD5", digests)
+        monkeypatch.setattr(fashion_mnist, "ATTEMPTS", 1)
+        yield fake_files
+        server.shutdown()
+
+
+def test_download_when_they_are_nowhere(site, tmp_path, no_debian_package):
     fashion_mnist.prepare(tmp_path / "data")
     assert {path.name for path in (tmp_path / "data/downloads/fashion_mnist").iterdir()} == set(fashion_mnist.SHA256)
 
 
-def test_incomplete_folder_is_passed_over(fake_files, tmp_path, monkeypatch):
+def test_incomplete_folder_is_passed_over(site, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", "usr/share/half")
     half = tmp_path / "data/usr/share/half"
     half.mkdir(parents=True)
-    shutil.copy(fake_files / "t10k-labels-idx1-ubyte.gz", half)
-    monkeypatch.setattr(fashion_mnist, "HOME", fake_files.as_uri())
+    shutil.copy(site / "t10k-labels-idx1-ubyte.gz", half)
     assert fashion_mnist.find_files(tmp_path / "data", None) == tmp_path / "data/downloads/fashion_mnist"
 
 
-def test_nowhere_and_no_network(fake_files, tmp_path, monkeypatch, no_debian_package):
-    monkeypatch.setattr(fashion_mnist, "HOME", (tmp_path / "gone").as_uri())
+def test_a_download_of_another_file_is_refused(site, tmp_path):
+    """And the next one begins where it ended."""
+    path = site / "t10k-labels-idx1-ubyte.gz"
+    content = path.read_bytes()
+    path.write_bytes(content + b"?")
+    with pytest.raises(InputError, match=r"cannot download http://127.*labels-idx1-ubyte.gz: MD5 hash of") as error:
+        fashion_mnist.download(tmp_path / "new")
+    assert "\n" not in str(error.value)
+    done = {each.name for each in (tmp_path / "new").iterdir()}
+    assert done <= fashion_mnist.MD5.keys() - {path.name}
+    path.write_bytes(content)
+    for name in done:
+        (site / name).unlink()
+    fashion_mnist.download(tmp_path / "new")
+    assert {each.name for each in (tmp_path / "new").iterdir()} == set(fashion_mnist.MD5)
+
+
+def test_nowhere_and_no_network(tmp_path, monkeypatch, no_debian_package):
+    monkeypatch.setattr(fashion_mnist, "HOME", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda _: None)
-    with pytest.raises(InputError, match=r"cannot download file://.*No such file") as error:
+    with pytest.raises(InputError, match=r"cannot download http://127.0.0.1:9/.*refused") as error:
         fashion_mnist.prepare(tmp_path / "data")
     message = str(error.value)
     assert "\n" not in message
