@@ -1,10 +1,22 @@
-"""XLA's settings: the persistent compilation cache, and what makes it fast on CPUs."""
+"""XLA's settings: correct and fast on CPUs, with a persistent compilation cache."""
 
 import gc
 import logging
 import os
+import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
+
+# XLA's YNN fusions on CPUs. In jaxlib 0.10.2, where they are on by default, they compute wrong numbers (jax#39103: the
+# products of 32,769 rows with a matrix) and crash (jax#40412); later versions are right, but their convolutions are
+# slower with them (experiments/throughput). An empty list of fusions turns them off.
+YNN = "--xla_cpu_experimental_ynn_fusion_type="
+WRONG_WITH_YNN = ("0.10.2",)
+
+# Tracing makes objects by the million and hardly a cycle among them: looking for cycles after every 700 new ones, as
+# Python does, took a fifth of its time.
+OBJECTS_PER_COLLECTION = 50_000
 
 
 def cache_folder() -> Path:
@@ -12,19 +24,36 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_jax"
 
 
-# XLA's YNN library makes convolutions on CPUs slower, not faster (experiments/throughput); an empty list of fusions
-# turns it off.
-CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type="
-
-
-# Tracing makes objects by the million and hardly a cycle among them: looking for cycles after every 700 new ones, as
-# Python does, took a fifth of its time.
-OBJECTS_PER_COLLECTION = 50_000
-
-
 def knows_cpu_flags() -> bool:
     """Whether this version of XLA is known to have its flags for CPUs: an unknown flag ends the process."""
-    return version("jaxlib").startswith(("0.10.", "0.11."))
+    return version("jaxlib").startswith(("0.10.", "0.11.", "0.12."))
+
+
+def turn_off_ynn() -> None:
+    """Turns the YNN fusions off for all that this process compiles later; `import ldm_jax` does so.
+
+    Warns where that comes too late, or XLA_FLAGS has them on, with a version that computes wrong numbers.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if YNN not in flags and knows_cpu_flags():
+        os.environ["XLA_FLAGS"] = f"{flags} {YNN}".strip()
+        problem = "JAX was started before ldm_jax was imported" if _cpu_is_started() else ""
+    else:
+        ynn = [flag for flag in flags.split() if flag.startswith(YNN) and flag != YNN]
+        problem = f"XLA_FLAGS has {ynn[-1]}" if ynn else ""
+    if problem and version("jaxlib") in WRONG_WITH_YNN:
+        warnings.warn(
+            f"{problem}, and jaxlib {version('jaxlib')} computes wrong numbers on CPUs with YNN fusions (jax#39103): "
+            f"import ldm_jax first, or set XLA_FLAGS={YNN} before Python starts",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _cpu_is_started() -> bool:
+    """Whether JAX has read XLA's flags already, and computes on a CPU."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bridge.backends_are_initialized() and bridge.get_backend().platform == "cpu"
 
 
 def fast_compile_flags() -> str:
@@ -36,19 +65,14 @@ def fast_compile_flags() -> str:
 
 
 def configure(*, fast_compile: bool = False) -> None:
-    """Sets up XLA, and Python for tracing; call it before JAX computes anything.
+    """Sets up XLA's cache, and Python for tracing; call it before JAX computes anything.
 
     With `fast_compile`, in this process and those that it starts, programs are compiled soon and run slowly.
     """
     gc.set_threshold(OBJECTS_PER_COLLECTION)
-    given = os.environ.get("XLA_FLAGS", "")
-    if knows_cpu_flags() and "ynn_fusion_type" not in given:
-        given = f"{given} {CPU_FLAG}".strip()
     if fast_compile:
-        given = f"{given} {fast_compile_flags()}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flags()}".strip()
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    if given:
-        os.environ["XLA_FLAGS"] = given
 
     import jax
 
