@@ -142,8 +142,22 @@ def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set
     if "clip" in config.stages:
         clip_data.check(config)
         scoring.zero_shot_classes(config)
+    describe_models(config, model, params, train_set.num_classes)
+
+
+def describe_models(config: ConfigDict, model: LatentDiffusion, params: Params, num_classes: int) -> None:
+    """Builds the networks of all stages, without their parameters, and prints their sizes.
+
+    Args:
+      config: of the run.
+      model, params: that diffusion training starts from; params may be shapes.
+      num_classes: of the data set.
+
+    Raises:
+      InputError: a network or the solver's table cannot be built.
+    """
     try:
-        sizes = _trained_shapes(config, model, params, train_set)
+        sizes = _trained_shapes(config, model, params, num_classes)
         if "diffusion" in config.stages:
             make_table(model, solving_defaults(model, model.defaults.sampler))
     except ValueError as error:
@@ -154,7 +168,7 @@ def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set
             print(f"{name:>12} {part}: {size:,} parameters", flush=True)
 
 
-def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset) -> dict[str, Any]:
+def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, num_classes: int) -> dict[str, Any]:
     """Stage -> the shapes of what it trains."""
     shapes: dict[str, Any] = {}
     if "autoencoder" in config.stages and model.first_stage.module is not None:
@@ -165,7 +179,7 @@ def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, 
     if "diffusion" in config.stages:
         shapes["diffusion"] = trained_shapes(trainable_of(config, model), params)
     if "classifier" in config.stages:
-        stage = make_classifier_stage(model, train_set.num_classes, config)
+        stage = make_classifier_stage(model, num_classes, config)
         shapes["classifier"] = jax.eval_shape(stage.init, jax.random.key(0)).params
     return shapes
 

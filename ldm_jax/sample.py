@@ -33,7 +33,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -42,10 +43,13 @@ from ldm_jax.errors import InputError
 from ldm_jax.run_folder import layout as run_folder_layout
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ldm_jax.pipeline.model import LatentDiffusion, Params
     from ldm_jax.sampling.recipe import Recipe
 
 SMALL = 64  # side in pixels up to which denoising.gif is written by default: each of its frames is decoded
+
 
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
@@ -83,7 +87,7 @@ def main(argv: list[str]) -> None:
         params = with_lora(params, Path(values.lora), 1.0 if values.lora_scale is None else values.lora_scale)
     recipe = _recipe(values, model, params)
     film = values["save_trajectory"]
-    trajectory = bool(film.value) if film.present else max(model.image_shape[:2]) <= SMALL
+    trajectory = bool(film.value) if film.present else max(recipe.size) <= SMALL
     batch_size = values.batch_size or model.defaults.batch_size
     save(out, sample_images(model, params, recipe, batch_size=batch_size, trajectory=trajectory))
     print(f"{recipe.num} {'image' if recipe.num == 1 else 'images'}: {out / 'samples.png'}")
@@ -92,6 +96,7 @@ def main(argv: list[str]) -> None:
 def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:
     """The recipe of the flags, or that of --from_recipe."""
     from ldm_jax.sampling import from_flags, recipe, sample_images
+    from ldm_jax.sampling.from_arguments import label_numbers
 
     if values.from_recipe:
         of_model = ("model", "dtype", "lora", "lora_scale", "tokenizer", "prediction", "vae")
@@ -99,7 +104,7 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
         found, recorded = recipe.from_png(Path(values.from_recipe), model, params)
         sample_images.check_inputs(found, recorded, model, params, f"--from_recipe={values.from_recipe}")
         return found
-    labels = find_labels("--label", values.label, model.class_names)
+    labels = label_numbers("--label", values.label, model.class_names)
     wanted = from_flags.recipe_from_flags(model, values, labels)
     wanted = from_flags.with_edit_flags(wanted, values, model)
     if values.label is not None and wanted.concat.split:
@@ -108,7 +113,7 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
             f"classes of their own; give {from_flags.image_flags(model)}"
         )
     if values.negative_label is not None:
-        (negative,) = find_labels("--negative_label", [values.negative_label], model.class_names)
+        (negative,) = label_numbers("--negative_label", [values.negative_label], model.class_names)
         wanted = wanted._replace(guidance=wanted.guidance._replace(negative_label=negative))
     return wanted
 
@@ -120,24 +125,31 @@ def check_alone(values: flags.FlagValues, flag: str, *, others: tuple[str, ...])
             raise InputError(f"--{flag} has the whole recipe; leave out --{name}")
 
 
-def find_labels(flag: str, wanted: list[str] | None, class_names: tuple[str, ...]) -> list[int]:
-    """Class numbers of a flag; all of them by default. Raises InputError for a class that does not exist."""
-    if wanted is None:
-        return list(range(len(class_names)))
-    if not class_names:
-        raise InputError(f"{flag}={','.join(wanted)}: the model knows no classes")
-    lower = [name.lower() for name in class_names]
-    labels = []
-    for label in wanted or [""]:
-        if label.strip().lower() in lower:
-            labels.append(lower.index(label.strip().lower()))
-        elif label.strip().isdigit() and int(label) < len(class_names):
-            labels.append(int(label))
-        else:
-            known = ", ".join(f"{i} {name}" for i, name in enumerate(class_names))
-            raise InputError(f"{flag}={label} is no class; the model knows {known}")
-    return labels
+class _Callable(ModuleType):
+    """This module, called: `ldm_jax.sample(model, params, labels=[3, 7], seed=0)`."""
 
+    def __call__(
+        self, model: LatentDiffusion, params: Params, *, batch_size: int | None = None, **arguments: Any
+    ) -> np.ndarray:
+        """Images uint8 [N, H, W, C] of a model.
+
+        Args:
+          model, params: from `ldm_jax.load`.
+          batch_size: images at a time, a multiple of the devices; None: the model's own.
+          arguments: of `sampling.from_arguments.recipe_from_arguments`: labels or prompts, num, seed, guidance ...
+
+        Raises:
+          InputError: an argument that the model does not take.
+        """
+        from ldm_jax.sampling.from_arguments import recipe_from_arguments
+        from ldm_jax.sampling.sample_images import sample_images
+
+        recipe = recipe_from_arguments(model, **arguments)
+        batch_size = batch_size or model.defaults.batch_size
+        return sample_images(model, params, recipe, batch_size=batch_size, trajectory=False).images
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(command_line.run(main))

@@ -1,4 +1,4 @@
-"""Trains everything a config describes, and ends with pictures, scores and a report.
+"""Trains everything a config describes, and ends with samples, scores and a report.
 
     python -m ldm_jax.train --config=configs/fashion_mnist.py [--workdir=runs/fashion_mnist]
                             [--config.FIELD=VALUE ...] [--print_config] [--dry_run]
@@ -9,8 +9,10 @@ The same command again goes on where it stopped, or says that all is done.
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from ldm_jax import command_line
 from ldm_jax.config import io as config_io
@@ -51,6 +53,30 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["python", "-m", "ldm_jax.train", *argv[1:]])
     job.run(config, workdir, command=command, dry_run=flag_values.dry_run)
 
+
+class _Callable(ModuleType):
+    """This module, called: `ldm_jax.train(config, "runs/mine")`."""
+
+    def __call__(self, config: ConfigDict, workdir: str | Path) -> None:
+        """Trains everything a config describes, as the command does; resumes a run that is in `workdir` already.
+
+        Args:
+          config: such as a config file's `get_config()`, perhaps with fields changed.
+          workdir: the run folder.
+
+        Raises:
+          InputError: a field or a file that is wrong.
+          RunError: a loss that is not finite, a disk that is full.
+        """
+        config_rules.validate(config)
+        run_folder_layout.check(Path(workdir), config)
+
+        from ldm_jax import job
+
+        job.run(config, Path(workdir))
+
+
+sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
     sys.exit(command_line.run(main))

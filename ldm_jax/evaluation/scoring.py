@@ -243,7 +243,7 @@ def score_likelihood(
 
 
 def condition_rows(model: LatentDiffusion, dataset: Dataset, examples: dict[str, np.ndarray]) -> tuple[Any, str]:
-    """The rows of the conditioning's table [N, ...] for examples of a data set, and what they are: class, caption, ""."""
+    """The rows of the conditioning's table [N, ...] for examples of a data set: of class, caption or "" for null."""
     labels, condition = examples.get("label", np.full(len(examples["x"]), -1, np.int32)), ""
     if isinstance(model.conditioning, TextConditioning):
         present, condition = np.unique(labels[labels >= 0]), "caption"

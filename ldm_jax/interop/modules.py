@@ -11,6 +11,7 @@ from jax import Array
 from ldm_jax.errors import InputError
 from ldm_jax.interop.config_fields import class_name, defaults, modern_block, read_fields
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
+from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.layers import Dtype
 from ldm_jax.models.unet import Added, UNet
 from ldm_jax.models.unet2d import UNet2D
@@ -156,7 +157,7 @@ def config_from_autoencoder(
 
 
 def abstract_params(module: nn.Module) -> Mapping[str, Any]:
-    """The shapes of a module's parameters, as a tree of `jax.ShapeDtypeStruct`; any of the four classes here.
+    """The shapes of a UNet's, an autoencoder's or a text encoder's parameters, as a tree of `jax.ShapeDtypeStruct`.
 
     Raises:
       InputError: if the module's fields do not fit each other.
@@ -165,6 +166,8 @@ def abstract_params(module: nn.Module) -> Mapping[str, Any]:
         inputs, named = _unet_inputs(module)
     elif isinstance(module, UNet2D):
         inputs, named = (_pixels(1, module.in_channels), np.zeros(1)), {}
+    elif isinstance(module, CLIPTextEncoder):
+        inputs, named = (np.zeros((1, 1), np.int32),), {}
     else:
         inputs, named = (_pixels(2 ** (len(module.block_out_channels) - 1), module.in_channels),), {}
     try:

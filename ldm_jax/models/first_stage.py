@@ -33,9 +33,7 @@ class FirstStage:
 
     def __post_init__(self) -> None:
         if self.tiled and self.sample_size % (PARTS * self.downsampling):
-            raise ValueError(
-                f"a tile of {self.sample_size} pixels must be a multiple of {PARTS} x {self.downsampling}"
-            )
+            raise ValueError(f"a tile of {self.sample_size} pixels must be a multiple of {PARTS} x {self.downsampling}")
 
     @property
     def downsampling(self) -> int:

@@ -21,9 +21,7 @@ SAMPLED_BYTES = 1 << 16  # of each sample, for the fingerprint
 SAMPLES_OF_FILE = 256
 
 
-def prepare_base(
-    config: ConfigDict, model: LatentDiffusion, path: Path
-) -> tuple[LatentDiffusion, ConfigDict]:
+def prepare_base(config: ConfigDict, model: LatentDiffusion, path: Path) -> tuple[LatentDiffusion, ConfigDict]:
     """The model as a run trains it, and the run's config with the fields that are the model's own.
 
     Args:

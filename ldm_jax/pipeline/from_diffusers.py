@@ -14,6 +14,7 @@ from flax import linen as nn
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
+from ldm_jax.interop.modules import abstract_params
 from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, Family, family_of
 from ldm_jax.interop.scheduler_config import scheduler_from_config
 from ldm_jax.interop.tokenizer import load_tokenizer
@@ -62,13 +63,14 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
     dtypes = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
-    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **dtypes)
     if pipeline == PIPELINE_CLASS:
         names, parts = _classes(path, settings, **dtypes)
-        shift, scale = latents_scaling(path, parts[0].in_channels)
     else:
         names, parts = (), _unet_and_texts(path, pipeline, family, dtype)
     denoiser, denoiser_params, conditioning, conditioning_params = parts
+    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **dtypes)
+    if pipeline == PIPELINE_CLASS:
+        shift, scale = latents_scaling(path, denoiser.in_channels)
     if "low_res_scheduler" in family.schedulers:
         scale = np.full_like(scale, UPSCALER_SCALE)
     model = assemble(
@@ -209,8 +211,7 @@ def latents_scaling(path: Path, channels: int) -> tuple[np.ndarray, np.ndarray]:
 def load_text_encoder(path: Path, dtype: str) -> tuple[CLIPTextEncoder, dict[str, Any]]:
     """The network of a text encoder's folder, and its parameters, NumPy arrays; raises InputError."""
     encoder = text_encoder_from_config(folder.component_config(path.parent, path.name)).clone(dtype=jnp.dtype(dtype))
-    target = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    return encoder, text_params_from_state_dict(read_state_dict(path, dtype=jnp.dtype(dtype)), target)
+    return encoder, text_params_from_state_dict(read_state_dict(path, dtype=jnp.dtype(dtype)), abstract_params(encoder))
 
 
 def _concat(

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from ldm_jax.config import io as config_io
 from ldm_jax.config.rules import text_conditioned, validate
 from ldm_jax.errors import InputError
+from ldm_jax.interop.modules import abstract_params
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.clip import clip_on_paper, load_clip, text_conditioning
 from ldm_jax.pipeline.from_config import from_config, identity_scale, init_params
@@ -86,17 +87,20 @@ def untrained(path: Path, config: ConfigDict, class_names: tuple[str, ...]) -> t
 
 
 def on_paper(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[LatentDiffusion, Params]:
-    """The model that a config describes, before anything is trained, and the shapes of the denoiser's parameters.
+    """The model that a config describes, before anything is trained, and the shapes of what diffusion trains.
 
     Raises:
-      InputError: as `from_config`.
-      ValueError: a network cannot be built.
+      InputError: as `from_config`, or a network cannot be built.
     """
-    text = None
+    text, params = None, {}
     if text_conditioned(config):
-        text = TextConditioning((clip_on_paper(config).text.clone(projection_dim=None),), (), False)
+        encoder = clip_on_paper(config).text.clone(projection_dim=None)
+        text, params = TextConditioning((encoder,), (), False), {"conditioning": [abstract_params(encoder)]}
     model = from_config(config, class_names, text)
-    return model, jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    try:
+        return model, params | jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    except ValueError as error:
+        raise InputError(f"config: {error}") from error
 
 
 def of_classes(model: LatentDiffusion, class_names: tuple[str, ...]) -> LatentDiffusion:

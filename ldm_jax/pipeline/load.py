@@ -65,9 +65,7 @@ def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusi
     return from_run(path, config, base, step)
 
 
-def load_base(
-    config: ConfigDict, dtype: str = "float32"
-) -> tuple[tuple[LatentDiffusion, Params], ConfigDict]:
+def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentDiffusion, Params], ConfigDict]:
     """The model of `config.init_from` with its parameters in `dtype`, and the config with the model's own fields.
 
     Raises:

@@ -42,9 +42,7 @@ def recipe_from_flags(
         prompts = _prompts(model, values)
         labels = list(range(len(prompts))) if by_prompt and texts else labels
     if values.batch_size and values.batch_size % jax.local_device_count():
-        raise InputError(
-            f"--batch_size={values.batch_size} does not divide over {jax.local_device_count()} devices"
-        )
+        raise InputError(f"--batch_size={values.batch_size} does not divide over {jax.local_device_count()} devices")
     return Recipe(
         num=len(prompts) if by_prompt and not values["num"].present else values.num,
         seed=values.seed,
@@ -117,9 +115,7 @@ def _prompts(model: LatentDiffusion, values: FlagValues) -> list[str]:
         guides = values.clip and flag != "negative_prompt"
         if values[flag].value is not None and not texts and not guides:
             what = f"classes: {', '.join(model.class_names)}" if model.class_names else "nothing"
-            raise InputError(
-                f"--{flag} is for text-to-image models, or with --clip; this one is conditioned on {what}"
-            )
+            raise InputError(f"--{flag} is for text-to-image models, or with --clip; this one is conditioned on {what}")
     if values.prompt and values.prompt_file:
         raise InputError("--prompt and --prompt_file both give prompts; choose one")
     if values.prompt_file:
@@ -232,9 +228,7 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
     factor, upscaler = model.first_stage.downsampling, model.concat is not None and model.concat.noise is not None
     for flag, side in given.items():
         if upscaler:
-            raise InputError(
-                f"--{flag}={side}: this model's images are {factor} times as large as --map; leave it out"
-            )
+            raise InputError(f"--{flag}={side}: this model's images are {factor} times as large as --map; leave it out")
         if split:
             raise InputError(
                 f"--{flag}={side}: without an image of yours this model restores test images, of their own size; give "

@@ -117,7 +117,13 @@ def guided_denoiser(
       samples, shared: the arrays of a batch.
       classifier: of noisy latents, which guides by `samples.classifier_scale`.
       clip: guides by `samples.clip_scale`.
+
+    Raises:
+      ValueError: a scale without the model that guides by it, or such a model without a scale.
     """
+    for name, guide in (("classifier", classifier), ("clip", clip)):
+        if (getattr(samples, f"{name}_scale") is None) != (guide is None):
+            raise ValueError(f"{name}_scale goes with a sampler with a {name}; only one of the two is given")
     encode, interval = model.conditioning.encode, shared.interval * len(model.process)
     cond, concat = encode(params["conditioning"], samples.cond), samples.concat or {}
     if samples.interpolate_to is not None:

@@ -25,10 +25,10 @@ from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take
 IN_FLIGHT = 8  # steps the host may run ahead of the device: enough to hide it, few enough to stop within seconds
 
 
-def initial_state(init: Callable[[jax.Array], Any], seed: int) -> Any:
-    """The state that `init(rng)` makes of a run's seed; as it is run once, it is compiled without optimization."""
+def initial_state(init: Callable[..., Any], seed: int, *arguments: Any) -> Any:
+    """The state that `init(rng, *arguments)` makes of a run's seed; run once, it is compiled without optimization."""
     compiled = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
-    return compiled(jax.random.fold_in(jax.random.key(seed), Stream.INIT))
+    return compiled(jax.random.fold_in(jax.random.key(seed), Stream.INIT), *arguments)
 
 
 def train(

@@ -151,7 +151,7 @@ def train_diffusion(run: Run) -> None:
         run,
         "diffusion",
         stage,
-        initial_state(lambda rng: stage.init(rng, params), config.seed),
+        initial_state(stage.init, config.seed, params),
         feed=latents_feed(run, model.first_stage, params, config.diffusion.batch_size, images=images),
         frozen=frozen,
         validate=_validation(run, stage, model),

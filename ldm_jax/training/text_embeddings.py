@@ -61,7 +61,8 @@ def freeze(
         print(f"     {truncated} of the {len(indexed.texts)} captions are longer than the text encoder's context; "
               "their ends are left out", flush=True)  # fmt: skip
     if "conditioning" in frozen:
-        table = embed(model, frozen.pop("conditioning"), table, config, cache)
+        table = embed(model, frozen["conditioning"], table, config, cache)
+        frozen = {name: tree for name, tree in frozen.items() if name != "conditioning"}
         model = replace(model, conditioning=EncodedConditioning())
     several = {"captions": indexed.rows} if indexed.rows.shape[1] > 1 else {}
     return model, frozen | {"table": table} | several
