@@ -1,4 +1,4 @@
-"""What super_resolution and inpainting share: a model that is told a part of a picture, beside what needs no model."""
+"""What super_resolution and inpainting share: a model with concat conditioning, beside what needs no model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,26 +9,26 @@ from matplotlib.figure import Figure
 
 from experiments import measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.data import from_config as data_from_config
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
-from ldm_jax.runtime.parallel import replicate
-from ldm_jax.sampling import concat_inputs, generate
-from ldm_jax.sampling import tables as sampling_tables
-from ldm_jax.sampling.generate import request
+from experiments.recipes import guided
+from ldm_jax.data.from_config import load_split
+from ldm_jax.evaluation.scoring import reconstruct
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.sampling import concat_inputs
+from ldm_jax.sampling.concat_inputs import ConcatImages
 
 DIFFUSION, AUTOENCODER = "diffusion", "autoencoder alone"
-BUDGETS = {  # steps of the diffusion model, test pictures
+BUDGETS = {  # steps of the diffusion model, test images
     "smoke": (2, 20),
     "cpu": (8_000, 1_000),
     "gpu": (4_000, 5_000),
 }
-SHOWN, DRAWINGS = 12, 3  # pictures in the figure, and how often each is drawn
+SHOWN, SAMPLES = 12, 3  # images in the figure, and samples of each
 SCORES = {"rFD-VGG16": 1, "LPIPS-vgg16": 3, "PSNR": 1, "SSIM": 3}
 
 
 def make_experiment(folder: Path, question: str, baseline: str, changes: dict[str, Any]) -> Experiment:
-    """The experiment in `folder` on the model with these fields; `baseline` is what `given.baseline` does for it."""
+    """The experiment in `folder` on the model with these fields; `baseline` is the name of `concat_inputs.baseline`."""
 
     def plan(budget: str) -> list[tuple[str, int]]:
         return [(arm, 0) for arm in (baseline, DIFFUSION, AUTOENCODER)]
@@ -37,26 +37,26 @@ def make_experiment(folder: Path, question: str, baseline: str, changes: dict[st
         return lab.on_shared_latents(folder.name, changes | {"diffusion.steps": BUDGETS[lab.budget][0]})
 
     def measure(lab: Lab, arm: str, seed: int) -> Row:
-        model, num = pipeline_load.load(run_of(lab)), BUDGETS[lab.budget][1]
-        test_set = data_from_config.load_split(model.config, model.config.data.test_split)
-        known = concat_inputs.from_split(model.config, test_set, num, seed)
-        first = concat_inputs.from_split(model.config, test_set, SHOWN, seed)  # the same ones, hidden alike
+        (model, params), num = load(run_of(lab)), BUDGETS[lab.budget][1]
+        config = model.origin.config
+        test_set = load_split(config, config.data.test_split)
+        given, first = (  # the first ones are the same, degraded alike
+            concat_inputs.from_split(model, test_set, some, seed, config.evaluation.batch_size) for some in (num, SHOWN)
+        )
         if arm == DIFFUSION:
-            images = restoring(lab, model, known)(seed)
-            again = restoring(lab, model, first)
-            shown = {"given": concat_inputs.shown(model.config, first)}
-            shown |= {f"drawing {1 + number}": again(seed + number) for number in range(DRAWINGS)}
+            images = restoring(lab, model, params, given)(seed)
+            again = restoring(lab, model, params, first)
+            shown = {"given": concat_inputs.visualize(model, first)}
+            shown |= {f"drawing {1 + number}": again(seed + number) for number in range(SAMPLES)}
             shown |= {"original": first.originals}
         else:
             restore = {
-                baseline: lambda some: concat_inputs.baseline(model.config, some),
-                AUTOENCODER: lambda some: pipeline_model.reconstructions(
-                    model, some.originals, measures.BATCHES[lab.budget]
-                ),
+                baseline: lambda some: concat_inputs.baseline(model, some),
+                AUTOENCODER: lambda some: reconstruct(model, params, some.originals, measures.BATCHES[lab.budget]),
             }[arm]
-            images, shown = restore(known), {arm: restore(first)}
+            images, shown = restore(given), {arm: restore(first)}
         return {
-            "cards": measures.reconstruction_cards(lab, known.originals, images),
+            "cards": measures.reconstruction_cards(lab, given.originals, images),
             "pictures": {name: strips.packed(some) for name, some in shown.items()},
         }
 
@@ -71,27 +71,17 @@ def make_experiment(folder: Path, question: str, baseline: str, changes: dict[st
 
     def draw(rows: Rows) -> Figure:
         shown = {name: strip for row in rows.values() for name, strip in row["pictures"].items()}
-        order = ["given", baseline, *(f"drawing {1 + number}" for number in range(DRAWINGS)), AUTOENCODER, "original"]
+        order = ["given", baseline, *(f"drawing {1 + number}" for number in range(SAMPLES)), AUTOENCODER, "original"]
         return strips.grid([{"": shown[name]} for name in order], order, width=10)
 
     return Experiment(folder, question, plan, measure, table, answer, draw, run_of)
 
 
-def restoring(lab: Lab, model: pipeline_model.Trained, known: concat_inputs.Given) -> Callable[[int], np.ndarray]:
-    """restore(seed) -> uint8 [N, H, W, C]: one drawing of each picture, what is known of it put back."""
-    num = len(known.originals)
-    batch, config = min(measures.BATCHES[lab.budget], num), model.config
-    generator = generate.build_generator(config, len(model.class_names), batch)
-    params, table = replicate(model.params), sampling_tables.build_table(config)
-    maps = generator.maps(params, known.known)
-    labels = known.labels.tolist() if model.class_names else []
-    fields = {"guidance": config.sampling.guidance, "interval": config.sampling.guidance_interval, "maps": maps}
-
-    def restore(seed: int) -> np.ndarray:
-        images = generator.images(params, request(num, labels, seed=seed, **fields), table)
-        return concat_inputs.keep_known(known, np.concatenate(list(images)))
-
-    return restore
+def restoring(lab: Lab, model: LatentDiffusion, params: Params, given: ConcatImages) -> Callable[[int], np.ndarray]:
+    """restore(seed) -> uint8 [N, H, W, C]: one sample of each image, its known part put back."""
+    sample = measures.sampling(lab, model, params, len(given.originals), concat_images=given)
+    guidance = guided(model.defaults.guidance, model.defaults.guidance_interval)
+    return lambda seed: concat_inputs.paste_known(given, sample(seed=seed, guidance=guidance))
 
 
 def score(name: str) -> Callable[[Row], float]:

@@ -1,4 +1,4 @@
-"""How fast stages are trained and models draw: found out before anything is trained, by steps on made-up examples."""
+"""How fast stages are trained and models sample: measured before anything is trained, by steps on made-up examples."""
 
 import time
 from collections.abc import Callable
@@ -11,10 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.frame import Lab
+from experiments.untrained import diffusion_start
 from ldm_jax.data.feeds import DeviceFeed
-from ldm_jax.pipeline import from_config as pipeline_from_config
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
-from ldm_jax.training import from_config as training_from_config
+from ldm_jax.training.from_config import make_autoencoder_stage
 
 SECONDS = {"smoke": 0.1, "cpu": 5.0, "gpu": 2.0}  # that a stage is timed for
 EXAMPLES, CLASSES = 1_024, 10  # made up
@@ -22,9 +22,10 @@ AT_ONCE = 8  # steps that are not waited for one by one, as in `ldm_jax.training
 
 
 class Course(NamedTuple):
-    """A stage and what its step is given."""
+    """A stage and what its steps are given."""
 
-    stage: Any  # init and step, as in `ldm_jax.training`
+    stage: Any  # see `ldm_jax.training.loop.train`
+    state: Any  # before the first step
     examples: dict[str, np.ndarray]
     batch_size: int
     frozen: dict[str, Any] = {}  # noqa: RUF012
@@ -48,12 +49,12 @@ def images_per_second(lab: Lab, make: Callable[[], Course]) -> Task:
 
 
 def seconds_per_image(make: Callable[[], Callable[[int], np.ndarray]]) -> Task:
-    """Of a function from a seed to pictures."""
+    """Of a function from a seed to images."""
 
     def task() -> Callable[[], float]:
-        draw = make()
-        num = len(draw(0))  # compiles
-        return lambda: min(seconds(partial(draw, turn)) for turn in (1, 2)) / num
+        sample = make()
+        num = len(sample(0))  # compiles
+        return lambda: min(seconds(partial(sample, turn)) for turn in (1, 2)) / num
 
     return task
 
@@ -69,8 +70,7 @@ def prepared(course: Course) -> tuple[Callable[[int], jax.Array], int]:
     """(step(number) -> its loss, compiled; the batch size)."""
     feed = DeviceFeed(course.examples, course.batch_size, 0)
     frozen, resident = replicate(course.frozen), replicate(feed.resident)
-    init = jax.jit(course.stage.init, compiler_options={"xla_backend_optimization_level": 0})  # runs once
-    state, compiled = replicate(init(jax.random.key(0))), parallel_step(course.stage.step)
+    state, compiled = replicate(course.state), parallel_step(course.stage)
 
     def step(number: int) -> jax.Array:
         nonlocal state
@@ -92,29 +92,32 @@ def timed(step: Callable[[int], jax.Array], batch_size: int, limit: float) -> fl
     return (done - 1) * batch_size / taken
 
 
-def of_pictures(stage: Any, shape: tuple[int, int, int], batch_size: int) -> Course:
-    """A stage that is trained on pictures of this shape."""
-    examples = {"x": random().integers(0, 256, (EXAMPLES, *shape), dtype=np.uint8), "label": labels()}
-    return Course(stage, examples, batch_size)
+def of_images(stage: Any, shape: tuple[int, int, int], batch_size: int) -> Course:
+    """A stage that is trained on images of this shape, with all its parameters at random."""
+    init = jax.jit(stage.init, compiler_options={"xla_backend_optimization_level": 0})  # runs once
+    return Course(stage, init(jax.random.key(0)), made_up_images(shape), batch_size)
 
 
 def of_autoencoder(config: ConfigDict) -> Course:
     """Stage 1 of a config, without an adversary."""
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
-    return of_pictures(training_from_config.build_autoencoder_stage(config), shape, config.autoencoder.batch_size)
+    return of_images(make_autoencoder_stage(config), shape, config.autoencoder.batch_size)
 
 
 def of_diffusion(config: ConfigDict) -> Course:
-    """Stage 2 of a config, on made-up latents."""
-    shape, stage = (
-        pipeline_from_config.latent_shape(config),
-        training_from_config.build_diffusion_stage(config, CLASSES),
-    )
-    scale = {"autoencoder": {}, "shift": np.zeros(shape[-1], np.float32), "scale": np.ones(shape[-1], np.float32)}
-    if config.autoencoder.kind == "none":
-        return of_pictures(stage, shape, config.diffusion.batch_size)._replace(frozen=scale)
-    moments = random().normal(size=(EXAMPLES, 1, *shape[:2], 2 * shape[2])).astype(np.float32)
-    return Course(stage, {"moments": moments, "label": labels()}, config.diffusion.batch_size, scale)
+    """Stage 2 of a config, on made-up images or latents."""
+    stage, state, frozen = diffusion_start(config, jax.random.key(0))
+    height, width, channels = stage.model.latent_shape
+    if stage.model.first_stage.module is None:
+        examples = made_up_images((height, width, channels))
+    else:
+        moments = random().normal(size=(EXAMPLES, 1, height, width, 2 * channels)).astype(np.float32)
+        examples = {"moments": moments, "label": labels()}
+    return Course(stage, state, examples, config.diffusion.batch_size, frozen)
+
+
+def made_up_images(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    return {"x": random().integers(0, 256, (EXAMPLES, *shape), dtype=np.uint8), "label": labels()}
 
 
 def labels() -> np.ndarray:

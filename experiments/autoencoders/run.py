@@ -3,7 +3,7 @@
     python experiments/autoencoders/run.py [--budget=smoke|cpu|gpu]
 
 A plain autoencoder, VAEs at several weights of the KL, a VQ-VAE; with LPIPS, the patch discriminator and both. Of each:
-how well it gives test pictures back, what it decodes of Gaussian noise, what a diffusion model on its latents draws.
+how well it reconstructs test images, what it decodes of Gaussian noise, what a diffusion model on its latents samples.
 """
 
 import sys
@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
+from experiments.recipes import guided
+from ldm_jax.evaluation.scoring import reconstruct
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.runtime.parallel import replicate
-from ldm_jax.sampling import generate
+from ldm_jax.sampling.sampler import make_sampler
 
 PLAIN = {"autoencoder.loss.perceptual": 0.0, "autoencoder.loss.adversarial": 0.0}
 LPIPS = {"autoencoder.loss.perceptual": 0.5, "autoencoder.loss.perceptual_every": 8}
@@ -37,12 +38,12 @@ ARMS = {
     "KL 1e-6, adversarial": PLAIN | ADVERSARIAL,
     BOTH: PLAIN | LPIPS | ADVERSARIAL,
 }
-BUDGETS = {  # steps of the autoencoder, of the diffusion model, pictures
+BUDGETS = {  # steps of the autoencoder, of the diffusion model, images
     "smoke": (4, 2, 10),
     "cpu": (600, 700, 250),
     "gpu": (5_000, 2_500, 5_000),
 }
-SHOWN = 8  # pictures of each kind in the figure
+SHOWN = 8  # images of each kind in the figure
 TITLES = ("test pictures given back", "decoded noise", "diffusion")
 
 
@@ -54,29 +55,29 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     first, second, num = BUDGETS[lab.budget]
     steps = {"autoencoder.steps": first, "autoencoder.loss.adversarial_start": first // 3, "diffusion.steps": second}
     smoke = {"autoencoder.loss.adversarial": 0.0} if lab.budget == "smoke" else {}
-    model = pipeline_load.load(lab.train(f"autoencoders/{arm}", steps | ARMS[arm] | smoke | {"seed": seed}))
+    model, params = load(lab.train(f"autoencoders/{arm}", steps | ARMS[arm] | smoke | {"seed": seed}))
     originals = measures.reference(lab)[: measures.RECONSTRUCTED]
-    reconstructed = pipeline_model.reconstructions(model, originals, measures.BATCHES[lab.budget])
+    reconstructed = reconstruct(model, params, originals, measures.BATCHES[lab.budget])
+    sample = measures.sampling(lab, model, params, num)
     images = {
-        "prior": decoded_noise(model, num, seed),
-        "diffusion": measures.drawing(lab, model, num)(seed=seed, guidance=1.5),
+        "prior": decoded_noise(model, params, num, seed),
+        "diffusion": sample(seed=seed, guidance=guided(1.5)),
     }
     return {
         "steps": {"autoencoder": first, "diffusion": second},
         "cards": {"reconstructions": measures.reconstruction_cards(lab, originals, reconstructed)}
-        | {kind: measures.cards(lab, drawn) for kind, drawn in images.items()},
+        | {kind: measures.cards(lab, samples) for kind, samples in images.items()},
         "pictures": {
-            title: strips.packed(drawn[:SHOWN])
-            for title, drawn in zip(TITLES, (reconstructed, images["prior"], images["diffusion"]))
+            title: strips.packed(some[:SHOWN])
+            for title, some in zip(TITLES, (reconstructed, images["prior"], images["diffusion"]))
         },
     }
 
 
-def decoded_noise(model: pipeline_model.Trained, num: int, seed: int) -> np.ndarray:
-    """Pictures of latents from the Gaussian with the mean and the variance that the latents have in each channel."""
-    generator = generate.build_generator(model.config, len(model.class_names), num)
-    z = jax.random.normal(jax.random.key(seed), (num, *pipeline_from_config.latent_shape(model.config)))
-    return generator.decode(replicate(model.params), np.asarray(z))
+def decoded_noise(model: LatentDiffusion, params: Params, num: int, seed: int) -> np.ndarray:
+    """Images of latents from the Gaussian with the mean and the variance that the latents have in each channel."""
+    z = jax.random.normal(jax.random.key(seed), (num, *model.latent_shape))
+    return make_sampler(model, num).decode(replicate(params), np.asarray(z))
 
 
 def score(kind: str, name: str):

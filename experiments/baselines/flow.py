@@ -1,4 +1,4 @@
-"""A flow in the manner of RealNVP (Dinh 2017) and Glow (Kingma & Dhariwal 2018), told of classes, with exact densities.
+"""A class-conditional flow in the manner of RealNVP (Dinh 2017) and Glow (Kingma & Dhariwal 2018), of exact densities.
 
 Pixels are dequantized with uniform noise, so that the bits per dim are those of the continuous density: an upper bound
 on those of the discrete pixels (Theis 2016).
@@ -20,7 +20,7 @@ class Coupling(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, z: jax.Array, told: jax.Array, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, z: jax.Array, embedding: jax.Array, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
         """z [B, h, w, c] -> (z, log |det| [B])."""
         places, channels = z.shape[1] * z.shape[2], z.shape[-1]
         log_scale = self.param("log_scale", nn.initializers.zeros, (channels,))
@@ -30,7 +30,7 @@ class Coupling(nn.Module):
         if not inverse:
             z = (z * jnp.exp(log_scale) + shift) @ mix
         kept, moved = jnp.split(z, 2, axis=-1)
-        scale, bias = self.scale_and_bias(kept, told)
+        scale, bias = self.scale_and_bias(kept, embedding)
         moved = (moved - bias) / scale if inverse else moved * scale + bias
         z = jnp.concatenate([kept, moved], axis=-1)
         log_det = linear + jnp.log(scale).sum(axis=(1, 2, 3))
@@ -38,11 +38,11 @@ class Coupling(nn.Module):
             return ((z @ jnp.linalg.inv(mix)) - shift) * jnp.exp(-log_scale), -log_det
         return z, log_det
 
-    def scale_and_bias(self, kept: jax.Array, told: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scale_and_bias(self, kept: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
         """By a small network whose last layer begins at zero: the step begins as a rotation."""
         hidden = (
             nn.Conv(self.features, (3, 3), name="conv_in")(kept)
-            + nn.Dense(self.features, name="told")(told)[:, None, None]
+            + nn.Dense(self.features, name="told")(embedding)[:, None, None]
         )
         hidden = nn.Conv(self.features, (1, 1), name="conv_mid")(nn.relu(hidden))
         out = nn.Conv(2 * kept.shape[-1], (3, 3), name="conv_out", kernel_init=nn.initializers.zeros)(nn.relu(hidden))
@@ -64,11 +64,11 @@ class Flow(nn.Module):
 
     def __call__(self, y: jax.Array, label: jax.Array) -> tuple[list[jax.Array], jax.Array]:
         """y [B, H, W, C] -> (the latents of each level, log |det| [B])."""
-        told, latents, total = self.embed(label), [], jnp.zeros(len(y))
+        embedding, latents, total = self.embed(label), [], jnp.zeros(len(y))
         for number, couplings in enumerate(self.couplings):
             y = squeeze(y)
             for coupling in couplings:
-                y, log_det = coupling(y, told)
+                y, log_det = coupling(y, embedding)
                 total += log_det
             if number < self.levels - 1:
                 done, y = jnp.split(y, 2, axis=-1)
@@ -77,18 +77,18 @@ class Flow(nn.Module):
 
     def inverse(self, latents: list[jax.Array], label: jax.Array) -> jax.Array:
         """The latents of each level -> y."""
-        told, y = self.embed(label), latents[-1]
+        embedding, y = self.embed(label), latents[-1]
         for number in reversed(range(self.levels)):
             if number < self.levels - 1:
                 y = jnp.concatenate([latents[number], y], axis=-1)
             for coupling in reversed(self.couplings[number]):
-                y, _ = coupling(y, told, inverse=True)
+                y, _ = coupling(y, embedding, inverse=True)
             y = unsqueeze(y)
         return y
 
 
 def latent_shapes(shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
-    """Those of each level for pictures [H, W, C]."""
+    """Those of each level for images [H, W, C]."""
     height, width, channels = shape
     found = []
     for number in range(levels):
@@ -121,8 +121,10 @@ def bits_per_dim(model: Flow, params, images: jax.Array, label: jax.Array, keys:
     return -(normal + log_det + more) / (images[0].size * jnp.log(2.0))
 
 
-def draw(model: Flow, params, label: jax.Array, keys: jax.Array, shape: tuple[int, int, int], temperature: float = 1.0):
-    """Pictures uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
+def sample(
+    model: Flow, params, label: jax.Array, keys: jax.Array, shape: tuple[int, int, int], temperature: float = 1.0
+) -> jax.Array:
+    """Images uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
     latents = [
         temperature * jax.vmap(lambda key, n=n, s=s: jax.random.normal(jax.random.fold_in(key, n), s))(keys)
         for n, s in enumerate(latent_shapes(shape, model.levels))

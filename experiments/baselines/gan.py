@@ -1,9 +1,10 @@
-"""A GAN the size of DCGAN (Radford 2016), told of classes: hinge (Lim & Ye 2017) or non-saturating loss (Goodfellow
+"""A class-conditional GAN the size of DCGAN (Radford 2016): hinge (Lim & Ye 2017) or non-saturating loss (Goodfellow
 2014), with the gradient penalty R1 (Mescheder 2018), spectral norm (Miyato 2018) or both."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,18 @@ import optax
 from flax import linen as nn
 
 from experiments.baselines.squeeze import squeeze, unsqueeze
-from experiments.baselines.stage import STREAM, Stage
+from experiments.baselines.stage import STREAM
 from ldm_jax.diffusion.random import example_keys
 from ldm_jax.models.pixels import to_pixels, to_uint8
 from ldm_jax.training.state import TrainState, ema_update, keep_if
 
 LOSSES = ("hinge", "non_saturating")
+NETWORKS = ("generator", "discriminator")
 SINGULAR = "singular"  # the vectors of spectral norm, of which parameters and optimizers know nothing
 
 
 class Generator(nn.Module):
-    """Noise [B, latent] and labels [B] -> pictures [B, H, W, C] in [-1, 1]; H and W are multiples of four.
+    """Noise [B, latent] and labels [B] -> images [B, H, W, C] in [-1, 1]; H and W are multiples of four.
 
     Sizes change by pixels becoming channels and back (Shi 2016), not by strides: XLA's CPU compiler makes the gradients
     of strided convolutions, and those of these, many times slower than all else.
@@ -35,8 +37,8 @@ class Generator(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array, label: jax.Array) -> jax.Array:
         f, (height, width, channels) = self.features, self.shape
-        told = jnp.concatenate([z, nn.Embed(self.num_classes, self.latent)(label)], axis=-1)
-        hidden = nn.Dense(height // 4 * (width // 4) * 2 * f)(told).reshape(len(z), height // 4, width // 4, 2 * f)
+        hidden = jnp.concatenate([z, nn.Embed(self.num_classes, self.latent)(label)], axis=-1)
+        hidden = nn.Dense(height // 4 * (width // 4) * 2 * f)(hidden).reshape(len(z), height // 4, width // 4, 2 * f)
         for width_now in (f, f // 2):
             hidden = nn.relu(nn.GroupNorm(8, use_fast_variance=False)(hidden))
             hidden = unsqueeze(nn.Conv(4 * width_now, (3, 3))(hidden))
@@ -45,10 +47,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Pictures [B, H, W, C] and labels [B] -> logits [B]: the projection of Miyato & Koyama 2018.
+    """Images [B, H, W, C] and labels [B] -> logits [B]: the projection of Miyato & Koyama 2018.
 
-    With `spectral_norm` each layer's weights are divided by their largest singular value, which one power iteration a
-    call goes after: of `learning` calls the collection SINGULAR keeps the vectors.
+    With `spectral_norm` each layer's weights are divided by their largest singular value, estimated by
+    one power iteration a call: of `learning` calls the collection SINGULAR keeps the vectors.
     """
 
     num_classes: int
@@ -71,94 +73,122 @@ class Discriminator(nn.Module):
         return normed(nn.Dense(1))(pooled)[:, 0] + (of_class * pooled).sum(axis=-1)
 
 
-def make_gan_stage(
-    *,
-    generator: Generator,
-    discriminator: Discriminator,
-    loss: str,
-    r1: float,
-    generator_optimizer: optax.GradientTransformation,
-    discriminator_optimizer: optax.GradientTransformation,
-    ema_decay: float,
-) -> Stage:
-    """One step of each in turn. `loss` is one of LOSSES; `r1` is gamma, the weight of the penalty (0: none)."""
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}")
-    optimizers = {"generator": generator_optimizer, "discriminator": discriminator_optimizer}
+class Adam(NamedTuple):
+    """Adam (Kingma & Ba 2015) with a constant learning rate."""
 
-    def init(rng: jax.Array) -> TrainState:
+    learning_rate: float
+    b1: float
+    b2: float
+
+
+@dataclass(frozen=True)
+class GANStage:
+    """One update of each network by a batch, both at the same parameters.
+
+    A batch holds `x` [B, H, W, C] uint8, and `label` and `id` [B] int32. Nothing is frozen.
+
+    Attributes:
+      generator, discriminator: the networks.
+      loss: one of LOSSES.
+      r1: gamma, the weight of the gradient penalty; 0: none.
+      adam: of both.
+      ema_decay: of the generator's averaged parameters.
+    """
+
+    generator: Generator
+    discriminator: Discriminator
+    loss: str
+    r1: float
+    adam: Adam
+    ema_decay: float
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss is {self.loss!r}; it must be one of {', '.join(LOSSES)}")
+
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first update."""
         keys, label = jax.random.split(rng), jnp.zeros((1,), jnp.int32)
-        judge = discriminator.init(keys[1], jnp.zeros((1, *generator.shape)), label)
+        discriminator = self.discriminator.init(keys[1], jnp.zeros((1, *self.generator.shape)), label)
         params = {
-            "generator": generator.init(keys[0], jnp.zeros((1, generator.latent)), label)["params"],
-            "discriminator": judge["params"],
-            SINGULAR: judge.get(SINGULAR, {}),
+            "generator": self.generator.init(keys[0], jnp.zeros((1, self.generator.latent)), label)["params"],
+            "discriminator": discriminator["params"],
+            SINGULAR: discriminator.get(SINGULAR, {}),
         }
-        opt_state = {name: optimizer.init(params[name]) for name, optimizer in optimizers.items()}
+        opt_state = {name: optax.adam(*self.adam).init(params[name]) for name in NETWORKS}
         ema_params = {"generator": jax.tree.map(jnp.copy, params["generator"])}
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
 
-    def made(params: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
-        z = jax.vmap(lambda key: jax.random.normal(key, (generator.latent,)))(keys)
-        return generator.apply({"params": params}, z, label)
-
-    def logits(params: Any, singular: Any, x: jax.Array, label: jax.Array) -> jax.Array:
-        return discriminator.apply({"params": params, SINGULAR: singular}, x, label)
-
-    def discriminator_loss(params: Any, singular: Any, x: jax.Array, fake: jax.Array, label: jax.Array):
-        """The loss, and the singular vectors as the pictures' pass has left them."""
-        both, labels = jnp.concatenate([x, fake]), jnp.tile(label, 2)
-        seen, kept = discriminator.apply(
-            {"params": params, SINGULAR: singular}, both, labels, learning=True, mutable=[SINGULAR]
-        )
-        real_logits, fake_logits = jnp.split(seen, 2)
-        if loss == "hinge":
-            value = nn.relu(1.0 - real_logits).mean() + nn.relu(1.0 + fake_logits).mean()
-        else:
-            value = nn.softplus(-real_logits).mean() + nn.softplus(fake_logits).mean()
-        if r1:
-            slope = jax.grad(lambda x: logits(params, singular, x, label).sum())(x)
-            value += 0.5 * r1 * (slope**2).sum(axis=(1, 2, 3)).mean()
-        return value, kept.get(SINGULAR, {})
-
-    def generator_loss(params: Any, judge: Any, singular: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
-        fake_logits = logits(judge, singular, made(params, label, keys), label)
-        return -fake_logits.mean() if loss == "hinge" else nn.softplus(-fake_logits).mean()
-
-    def gradients(params: Any, batch: dict, seed: jax.Array) -> tuple[dict, dict, Any]:
-        """(losses, gradients) of both, at the same parameters, and the singular vectors."""
-        keys = jax.vmap(jax.random.split)(example_keys(seed, STREAM, batch["step"], batch["id"]))
-        x, label = to_pixels(batch["x"]), batch["label"]
-        maker, judge, singular = params["generator"], params["discriminator"], params[SINGULAR]
-        fake = made(maker, label, keys[:, 0])
-        of_judge = jax.value_and_grad(discriminator_loss, has_aux=True)(judge, singular, x, fake, label)
-        of_maker = jax.value_and_grad(generator_loss)(maker, judge, singular, label, keys[:, 1])
-        (judge_loss, singular), judge_grads = of_judge
-        losses = {"discriminator": judge_loss, "generator": of_maker[0]}
-        return losses, {"discriminator": judge_grads, "generator": of_maker[1]}, singular
-
-    def step(state, frozen, batch, seed, *, axis_name=None):
-        losses, grads, singular = gradients(state.params, batch, seed)  # which are the same on every device
+    def step(
+        self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update of each; the metrics are scalars."""
+        losses, grads, singular = self._gradients(state.params, batch, seed)  # singular: the same on every device
         if axis_name is not None:
             losses, grads = jax.lax.pmean((losses, grads), axis_name)
         params, opt_state = {SINGULAR: singular}, {}
-        for name, optimizer in optimizers.items():
-            updates, opt_state[name] = optimizer.update(grads[name], state.opt_state[name], state.params[name])
-            params[name] = optax.apply_updates(state.params[name], updates)
-        ema = ema_update(state.ema_params, {"generator": params["generator"]}, state.step, ema_decay)
+        for name in NETWORKS:
+            old = state.params[name]
+            updates, opt_state[name] = optax.adam(*self.adam).update(grads[name], state.opt_state[name], old)
+            params[name] = optax.apply_updates(old, updates)
+        ema = ema_update(state.ema_params, {"generator": params["generator"]}, state.step, self.ema_decay)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(losses["generator"] + losses["discriminator"] + norm) & (batch["step"] == state.step)
         new = keep_if(good, TrainState(state.step + 1, params, ema, opt_state), state)
         return new, {"loss": losses["generator"], "discriminator": losses["discriminator"], "grad_norm": norm}
 
-    def trace(state, frozen, batch, seed) -> dict[str, Any]:
-        losses, grads, _ = gradients(state.params, batch, seed)
+    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
+        """The tensors of the step by name: for the report on the first that is not finite."""
+        losses, grads, _ = self._gradients(state.params, batch, seed)
         return {"params": state.params, "losses": losses, "gradient": grads}
 
-    return Stage(init, step, trace)
+    def _gradients(self, params: Any, batch: dict, seed: jax.Array) -> tuple[dict, dict, Any]:
+        """(losses, gradients) of both networks, and the singular vectors."""
+        keys = jax.vmap(jax.random.split)(example_keys(seed, STREAM, batch["step"], batch["id"]))
+        x, label = to_pixels(batch["x"]), batch["label"]
+        generator, discriminator, singular = params["generator"], params["discriminator"], params[SINGULAR]
+        fake = self._generate(generator, label, keys[:, 0])
+        discriminator_value_and_grad = jax.value_and_grad(self._discriminator_loss, has_aux=True)
+        (d_loss, new_singular), d_grads = discriminator_value_and_grad(discriminator, singular, x, fake, label)
+        g_loss, g_grads = jax.value_and_grad(self._generator_loss)(
+            generator, discriminator, singular, label, keys[:, 1]
+        )
+        losses = {"discriminator": d_loss, "generator": g_loss}
+        return losses, {"discriminator": d_grads, "generator": g_grads}, new_singular
+
+    def _generate(self, params: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
+        z = jax.vmap(lambda key: jax.random.normal(key, (self.generator.latent,)))(keys)
+        return self.generator.apply({"params": params}, z, label)
+
+    def _logits(self, params: Any, singular: Any, x: jax.Array, label: jax.Array) -> jax.Array:
+        return self.discriminator.apply({"params": params, SINGULAR: singular}, x, label)
+
+    def _discriminator_loss(
+        self, params: Any, singular: Any, x: jax.Array, fake: jax.Array, label: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """The loss, and the singular vectors after the images' forward pass."""
+        both, labels = jnp.concatenate([x, fake]), jnp.tile(label, 2)
+        logits, updated = self.discriminator.apply(
+            {"params": params, SINGULAR: singular}, both, labels, learning=True, mutable=[SINGULAR]
+        )
+        real_logits, fake_logits = jnp.split(logits, 2)
+        if self.loss == "hinge":
+            value = nn.relu(1.0 - real_logits).mean() + nn.relu(1.0 + fake_logits).mean()
+        else:
+            value = nn.softplus(-real_logits).mean() + nn.softplus(fake_logits).mean()
+        if self.r1:
+            gradient = jax.grad(lambda x: self._logits(params, singular, x, label).sum())(x)
+            value += 0.5 * self.r1 * (gradient**2).sum(axis=(1, 2, 3)).mean()
+        return value, updated.get(SINGULAR, {})
+
+    def _generator_loss(
+        self, params: Any, discriminator: Any, singular: Any, label: jax.Array, keys: jax.Array
+    ) -> jax.Array:
+        fake_logits = self._logits(discriminator, singular, self._generate(params, label, keys), label)
+        return -fake_logits.mean() if self.loss == "hinge" else nn.softplus(-fake_logits).mean()
 
 
-def draw(generator: Generator, params: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
-    """Pictures uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
+def sample(generator: Generator, params: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
+    """Images uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
     z = jax.vmap(lambda key: jax.random.normal(key, (generator.latent,)))(keys)
     return to_uint8(generator.apply({"params": params}, z, label))

@@ -2,26 +2,26 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
+from flax import linen as nn
 
 from experiments.baselines import flow, gan, pixelcnn, vae
-from experiments.baselines.stage import Stage, make_stage
-from ldm_jax.training.state import make_optimizer
+from experiments.baselines.gan import GANStage
+from experiments.baselines.stage import LikelihoodStage
+from ldm_jax.training.state import AdamW
 
 SHAPE, CLASSES = (28, 28, 1), 10
 GAN, SPECTRAL = "GAN", "GAN, hinge, spectral norm"
 
 
 class Model(NamedTuple):
-    """A baseline: its stage for so many steps, drawing, and the bits per dim where there are such."""
+    """A baseline: its stage for so many steps, how it samples, and its bits per dim where there are such."""
 
-    stage: Callable[[int], Stage]
-    part: str  # of the averaged parameters, what draws: "" = all
-    draw: Callable[..., jax.Array]  # (params, labels, keys) -> images
+    stage: Callable[[int], GANStage | LikelihoodStage]
+    part: str  # of the averaged parameters, what samples: "" = all
+    sample: Callable[..., jax.Array]  # (params, labels, keys) -> images
     bits: Callable[..., jax.Array] | None  # (params, images, labels, keys) -> [B]
 
 
@@ -41,69 +41,55 @@ SMALL = Sizes((16, 2), (16, 1), 16, 16)  # to show that it works
 def models(sizes: Sizes) -> dict[str, Model]:
     """Name -> baseline."""
     return gans(sizes.gan) | {
-        "PixelCNN": a_pixelcnn(*sizes.pixelcnn),
-        "flow": a_flow(*sizes.flow),
-        "VAE": a_vae(sizes.vae),
+        "PixelCNN": pixelcnn_model(*sizes.pixelcnn),
+        "flow": flow_model(*sizes.flow),
+        "VAE": vae_model(sizes.vae),
     }
 
 
 def gans(features: int) -> dict[str, Model]:
     """Two of one architecture: the losses and penalties that GANs are most often steadied by."""
-    maker = gan.Generator(CLASSES, SHAPE, features=features)
-    fields = {
-        GAN: {"loss": "non_saturating", "r1": 1.0},
-        SPECTRAL: {"loss": "hinge", "r1": 0.0, "spectral_norm": True},
-    }
+    generator, adam = gan.Generator(CLASSES, SHAPE, features=features), gan.Adam(1e-3, b1=0.0, b2=0.99)
 
-    def stage(steps: int, *, spectral_norm: bool = False, **losses: Any) -> Stage:
-        adam = optax.adam(1e-3, b1=0.0, b2=0.99)
-        judge = gan.Discriminator(CLASSES, features=features, spectral_norm=spectral_norm)
-        return gan.make_gan_stage(
-            generator=maker, discriminator=judge, generator_optimizer=adam, discriminator_optimizer=adam,
-            ema_decay=0.99, **losses,
-        )  # fmt: skip
+    def model(loss: str, r1: float, spectral_norm: bool) -> Model:
+        discriminator = gan.Discriminator(CLASSES, features=features, spectral_norm=spectral_norm)
+        stage = GANStage(generator, discriminator, loss, r1, adam, ema_decay=0.99)
+        return Model(lambda steps: stage, "generator", partial(gan.sample, generator), None)
 
     return {
-        name: Model(partial(stage, **some), "generator", partial(gan.draw, maker), None)
-        for name, some in fields.items()
+        GAN: model("non_saturating", r1=1.0, spectral_norm=False),
+        SPECTRAL: model("hinge", r1=0.0, spectral_norm=True),
     }
 
 
-def a_pixelcnn(features: int, layers: int) -> Model:
+def pixelcnn_model(features: int, layers: int) -> Model:
     """Its bits are exact, and need no keys."""
     model = pixelcnn.PixelCNN(CLASSES, features, layers)
-
-    def bits(params: Any, images: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
-        return pixelcnn.bits_per_dim(model, params, images, label)
-
-    return Model(of_likelihood(model, bits, 2e-3), "", partial(pixelcnn.draw, model, shape=SHAPE[:2]), bits)
+    return likelihood_model(model, pixelcnn.bits_per_dim, partial(pixelcnn.sample, model, shape=SHAPE[:2]), 2e-3)
 
 
-def a_flow(features: int, steps: int) -> Model:
+def flow_model(features: int, steps: int) -> Model:
     """Its bits are those of dequantized pixels, by the keys."""
     model = flow.Flow(CLASSES, features, steps)
-    bits = partial(flow.bits_per_dim, model)
-    return Model(of_likelihood(model, bits, 1e-3), "", partial(flow.draw, model, shape=SHAPE), bits)
+    return likelihood_model(model, flow.bits_per_dim, partial(flow.sample, model, shape=SHAPE), 1e-3)
 
 
-def a_vae(features: int) -> Model:
-    """Its bits are a bound, by one draw from the posterior with each key."""
+def vae_model(features: int) -> Model:
+    """Its bits are the VLB, by one sample of the posterior with each key."""
     model = vae.VAE(CLASSES, SHAPE, features=features)
-    bits = partial(vae.bits_per_dim, model)
-    return Model(of_likelihood(model, bits, 1e-3), "", partial(vae.draw, model), bits)
+    return likelihood_model(model, vae.bits_per_dim, partial(vae.sample, model), 1e-3)
 
 
-def of_likelihood(model: Any, loss: Callable, rate: float) -> Callable[[int], Stage]:
-    """The stage of a model that is trained by its bits per dim."""
+def likelihood_model(
+    model: nn.Module, bits_per_dim: Callable[..., jax.Array], sample: Callable[..., jax.Array], learning_rate: float
+) -> Model:
+    """A baseline that is trained by its bits per dim: see `LikelihoodStage`."""
 
-    def init_params(rng: jax.Array) -> Any:
-        return model.init(rng, jnp.zeros((1, *SHAPE)), jnp.zeros((1,), jnp.int32))["params"]
-
-    def stage(steps: int) -> Stage:
-        optimizer = make_optimizer(
-            steps=steps, learning_rate=rate, warmup_steps=min(100, steps // 4), decay="cosine", adam_b2=0.99,
+    def stage(steps: int) -> LikelihoodStage:
+        adamw = AdamW(
+            steps=steps, learning_rate=learning_rate, warmup_steps=min(100, steps // 4), decay="cosine", adam_b2=0.99,
             weight_decay=0.0, clip_norm=1.0,
         )  # fmt: skip
-        return make_stage(init_params=init_params, loss=loss, optimizer=optimizer, ema_decay=0.99)
+        return LikelihoodStage(model, bits_per_dim, SHAPE, adamw, ema_decay=0.99)
 
-    return stage
+    return Model(stage, "", sample, partial(bits_per_dim, model))

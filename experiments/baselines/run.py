@@ -2,7 +2,7 @@
 
     python experiments/baselines/run.py [--budget=smoke|cpu|gpu]
 
-Latent diffusion, a GAN, a gated PixelCNN, a flow and a VAE, all told of classes, of about as many parameters, trained
+Latent diffusion, a GAN, a gated PixelCNN, a flow and a VAE, all class-conditional, of about as many parameters, trained
 for equal times (the autoencoder's included) by the main job's loop, and scored alike.
 """
 
@@ -22,18 +22,19 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, scales, speed, strips, tables
 from experiments.baselines.models import CLASSES, GAN, HALF_A_MILLION, SMALL, Model, Sizes, models
-from experiments.baselines.training import course, drawing_params, held_out_bits, size, trained_for
+from experiments.baselines.training import course, held_out_bits, sampling_params, size, trained_for
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
-from ldm_jax.training import from_config as training_from_config
+from experiments.recipes import guided
+from experiments.untrained import untrained
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.training.from_config import make_autoencoder_stage
 
 DIFFUSION, PIXELCNN = "latent diffusion", "PixelCNN"
 ARMS = (DIFFUSION, *models(SMALL))
-STAGES = ("autoencoder", "diffusion")
+STAGES, PARTS = ("autoencoder", "diffusion"), ("denoiser", "conditioning", "first_stage")
 AUTOENCODER_SHARE = 0.4  # of the time, of latent diffusion
-BUDGETS = {  # seeds, seconds of training, pictures, test images for the bits per dim
+BUDGETS = {  # seeds, seconds of training, samples, test images for the bits per dim
     "smoke": ((0,), 0.2, 10, 20),
     "cpu": ((0, 1, 2, 3, 4), 25, 250, 500),
     "gpu": ((0, 1, 2, 3, 4), 20, 5_000, 10_000),
@@ -44,11 +45,11 @@ DIFFUSION_SIZES = {  # as many parameters, with the autoencoder's
     "cpu": {"unet.block_out_channels": (16, 32), "autoencoder.block_out_channels": (16, 32, 32)},
     "gpu": frame.SMALLER_UNET,
 }
-COVERED = 0.1  # of a class's pictures, read as it, from which on the class counts as covered
+COVERED = 0.1  # of a class's samples, read as it, from which on the class counts as covered
 ALIKE = 1.2  # times as long, up to which models count as about as fast
-COLLAPSED = 0.25  # of the variance that real pictures of a class have, below which a model counts as collapsed
+COLLAPSED = 0.25  # of the variance that real images of a class have, below which a model counts as collapsed
 
-Draw = Callable[[int], np.ndarray]  # seed -> pictures, the same number of each class
+Sample = Callable[[int], np.ndarray]  # seed -> images, the same number of each class
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
@@ -57,7 +58,7 @@ def plan(budget: str) -> list[tuple[str, int]]:
 
 
 def first(lab: Lab) -> None:
-    speed.measured(lab, training_tasks(lab) | drawing_tasks(lab))
+    speed.measured(lab, training_tasks(lab) | sampling_tasks(lab))
     measures.judge_of(lab)
 
 
@@ -65,22 +66,22 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     _, seconds, num, tested = BUDGETS[lab.budget]
     labels = np.arange(num, dtype=np.int32) % CLASSES
     if arm == DIFFUSION:
-        model, steps = latent_diffusion(lab, seconds, seed)
-        parameters = sum(leaf.size for name in ("unet", "conditioner", "autoencoder") for leaf in leaves(model, name))
-        images, bits = diffusion_drawing(lab, model, num)(seed), None
+        (model, params), steps = latent_diffusion(lab, seconds, seed)
+        parameters = sum(leaf.size for name in PARTS for leaf in jax.tree.leaves(params[name]))
+        images, bits = diffusion_sample(lab, model, params, num)(seed), None
     else:
         model = baseline_of(lab, arm)
         rate = speed.measured(lab, training_tasks(lab))[rate_of(arm)]
         state, number = trained_for(lab, named(arm), model, seconds, rate, seed)
-        params, steps, parameters = drawing_params(model, state), {"baseline": number}, size(state)
-        images = baseline_drawing(model, params, labels)(seed)
+        params, steps, parameters = sampling_params(model, state), {"baseline": number}, size(state)
+        images = baseline_sample(model, params, labels)(seed)
         bits = held_out_bits(lab, model, params, tested) if model.bits else None
     covered = measures.share_read_as(lab, images, labels)
     variety = measures.variety(lab, images, labels)
     return {
         "steps": steps,
         "parameters": int(parameters),
-        "seconds_per_image": speed.measured(lab, drawing_tasks(lab))[drawing_of(arm)],
+        "seconds_per_image": speed.measured(lab, sampling_tasks(lab))[sampling_of(arm)],
         "pictures_seen": seen(lab, steps),
         "training_seconds": seconds,
         "bits_per_dim": bits,
@@ -105,21 +106,21 @@ def rate_of(name: str) -> str:
     return f"{named(name)}, images a second"
 
 
-def drawing_tasks(lab: Lab) -> dict[str, speed.Task]:
+def sampling_tasks(lab: Lab) -> dict[str, speed.Task]:
     """Seconds an image, which a model takes before it is trained as after."""
 
-    def drawing(arm: str) -> Draw:
+    def untrained_sample(arm: str) -> Sample:
         num = BUDGETS[lab.budget][2]
         if arm == DIFFUSION:
-            return diffusion_drawing(lab, untrained(lab), num)
+            return diffusion_sample(lab, *untrained_diffusion(lab), num)
         model = baseline_of(lab, arm)
-        params = drawing_params(model, jax.jit(model.stage(1).init)(jax.random.key(0)))
-        return baseline_drawing(model, params, np.arange(num, dtype=np.int32) % CLASSES)
+        params = sampling_params(model, jax.jit(model.stage(1).init)(jax.random.key(0)))
+        return baseline_sample(model, params, np.arange(num, dtype=np.int32) % CLASSES)
 
-    return {drawing_of(arm): speed.seconds_per_image(partial(drawing, arm)) for arm in arms(lab)}
+    return {sampling_of(arm): speed.seconds_per_image(partial(untrained_sample, arm)) for arm in arms(lab)}
 
 
-def drawing_of(arm: str) -> str:
+def sampling_of(arm: str) -> str:
     return f"{named(arm)}, seconds an image"
 
 
@@ -136,21 +137,17 @@ def baseline_of(lab: Lab, arm: str) -> Model:
     return models(SIZES[lab.budget])[arm]
 
 
-def baseline_drawing(model: Model, params: dict, labels: np.ndarray) -> Draw:
-    drawn = jax.jit(lambda params, label, keys: model.draw(params, label, keys))
-    return lambda seed: np.asarray(drawn(params, labels, jax.random.split(jax.random.key(seed), len(labels))))
+def baseline_sample(model: Model, params: dict, labels: np.ndarray) -> Sample:
+    sample = jax.jit(lambda params, label, keys: model.sample(params, label, keys))
+    return lambda seed: np.asarray(sample(params, labels, jax.random.split(jax.random.key(seed), len(labels))))
 
 
-def diffusion_drawing(lab: Lab, model: pipeline_model.Trained, num: int) -> Draw:
-    draw = measures.drawing(lab, model, num)
-    return lambda seed: draw(seed=seed, guidance=1.5)
+def diffusion_sample(lab: Lab, model: LatentDiffusion, params: Params, num: int) -> Sample:
+    sample = measures.sampling(lab, model, params, num)
+    return lambda seed: sample(seed=seed, guidance=guided(1.5))
 
 
-def leaves(model: pipeline_model.Trained, name: str) -> list[np.ndarray]:
-    return jax.tree.leaves(model.params[name])
-
-
-def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[pipeline_model.Trained, dict[str, int]]:
+def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[tuple[LatentDiffusion, Params], dict[str, int]]:
     """The main job with a smaller UNet, both stages in the time."""
     shares = {"autoencoder": AUTOENCODER_SHARE, "diffusion": 1 - AUTOENCODER_SHARE}
     rates = speed.measured(lab, training_tasks(lab))
@@ -159,22 +156,14 @@ def latent_diffusion(lab: Lab, seconds: float, seed: int) -> tuple[pipeline_mode
         for stage, size in batch_sizes(lab).items()
     }
     changes = diffusion_config(lab) | {f"{stage}.steps": number for stage, number in steps.items()} | {"seed": seed}
-    return pipeline_load.load(lab.train(f"baselines/{DIFFUSION} {seed}", changes)), steps
+    return load(lab.train(f"baselines/{DIFFUSION} {seed}", changes)), steps
 
 
-def untrained(lab: Lab) -> pipeline_model.Trained:
+def untrained_diffusion(lab: Lab) -> tuple[LatentDiffusion, Params]:
     """Latent diffusion as it begins, for what does not depend on what it has learned."""
     config, key = lab.config(diffusion_config(lab)), jax.random.key(0)
-    first, second = (
-        training_from_config.build_autoencoder_stage(config),
-        training_from_config.build_diffusion_stage(config, CLASSES),
-    )
-    channels = pipeline_from_config.latent_shape(config)[-1]
-    params = {name: jax.jit(stage.init)(key).ema_params for name, stage in (("first", first), ("second", second))}
-    scale = {"shift": np.zeros(channels, np.float32), "scale": np.ones(channels, np.float32)}
-    return pipeline_model.Trained(
-        config, tuple(map(str, range(CLASSES))), params["first"] | params["second"] | scale, 0
-    )
+    (model, params), first_stage = untrained(config, key), jax.jit(make_autoencoder_stage(config).init)(key)
+    return model, params | {"first_stage": first_stage.ema_params["autoencoder"]}
 
 
 def diffusion_config(lab: Lab) -> dict:
@@ -189,7 +178,7 @@ def batch_sizes(lab: Lab) -> dict[str, int]:
 
 
 def seen(lab: Lab, steps: dict[str, int]) -> int:
-    """Pictures, each time that they were seen."""
+    """Training images, each time that they were seen."""
     sizes = batch_sizes(lab)
     return sum(number * sizes.get(stage, lab.batch_size) for stage, number in steps.items())
 
@@ -242,7 +231,7 @@ def answer(rows: Rows) -> str:
 
 
 def draw(rows: Rows) -> Figure:
-    """Scores above; below two pictures of each class by each model, of its first seed."""
+    """Scores above; below two samples of each class by each model, of its first seed."""
     arms = tables.arms(rows)
     shown = [{"": next(row["pictures"] for row in rows.values() if row["arm"] == arm)} for arm in arms]
     figure = plt.figure(figsize=(10, 3.8 + strips.height_of(shown, 10)), layout="constrained")

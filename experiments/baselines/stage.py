@@ -1,53 +1,59 @@
 """A training stage with one loss, in the form that `ldm_jax.training.loop.train` runs: for models of likelihood."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from flax import linen as nn
 
 from ldm_jax.diffusion.random import example_keys
-from ldm_jax.training.state import TrainState, update_if_finite
+from ldm_jax.training.state import AdamW, TrainState, init_state, make_optimizer, update_if_finite
 
 STREAM = 11  # of `example_keys`; the main job's stages have lower ones
 
 
-class Stage(NamedTuple):
-    """Pure functions, as in `ldm_jax.training`."""
+@dataclass(frozen=True)
+class LikelihoodStage:
+    """A model that is trained by its bits per dimension.
 
-    init: Callable[[jax.Array], TrainState]
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    trace: Callable[..., dict[str, Any]]
+    A batch holds `x` [B, H, W, C] uint8, and `label` and `id` [B] int32. Nothing is frozen.
 
+    Attributes:
+      model: called with x [B, H, W, C] in [-1, 1] and labels [B].
+      bits_per_dim: (model, params, images uint8 [B, H, W, C], labels [B], keys [B]) -> [B].
+      image_shape: (H, W, C).
+      adamw, ema_decay: of `state.make_optimizer` and `state.update_if_finite`.
+    """
 
-def make_stage(
-    *,
-    init_params: Callable[[jax.Array], Any],
-    loss: Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array],
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-) -> Stage:
-    """`loss`: (params, images uint8 [B, H, W, C], labels [B], keys [B]) -> [B], one of each example."""
+    model: nn.Module
+    bits_per_dim: Callable[..., jax.Array]
+    image_shape: tuple[int, int, int]
+    adamw: AdamW
+    ema_decay: float
 
-    def init(rng: jax.Array) -> TrainState:
-        params = init_params(rng)
-        ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
-        return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first update."""
+        params = self.model.init(rng, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32))["params"]
+        return init_state(params, make_optimizer(self.adamw))
 
-    def mean_loss(params: Any, batch: dict, seed: jax.Array) -> jax.Array:
-        keys = example_keys(seed, STREAM, batch["step"], batch["id"])
-        return loss(params, batch["x"], batch["label"], keys).mean()
-
-    def step(state, frozen, batch, seed, *, axis_name=None):
-        value, grads = jax.value_and_grad(mean_loss)(state.params, batch, seed)
+    def step(
+        self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update by the batch; the metrics are scalars."""
+        loss, grads = jax.value_and_grad(self._loss)(state.params, batch, seed)
         if axis_name is not None:
-            value, grads = jax.lax.pmean((value, grads), axis_name)
-        state, norm = update_if_finite(state, batch["step"], value, grads, optimizer=optimizer, ema_decay=ema_decay)
-        return state, {"loss": value, "grad_norm": norm}
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        optimizer = make_optimizer(self.adamw)
+        state, grad_norm = update_if_finite(state, batch["step"], loss, grads, optimizer, self.ema_decay)
+        return state, {"loss": loss, "grad_norm": grad_norm}
 
-    def trace(state, frozen, batch, seed) -> dict[str, Any]:
-        value, grads = jax.value_and_grad(mean_loss)(state.params, batch, seed)
-        return {"params": state.params, "loss": value, "gradient": grads}
+    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
+        """The tensors of the step by name: for the report on the first that is not finite."""
+        loss, grads = jax.value_and_grad(self._loss)(state.params, batch, seed)
+        return {"params": state.params, "loss": loss, "gradient": grads}
 
-    return Stage(init, step, trace)
+    def _loss(self, params: Any, batch: dict, seed: jax.Array) -> jax.Array:
+        keys = example_keys(seed, STREAM, batch["step"], batch["id"])
+        return self.bits_per_dim(self.model, params, batch["x"], batch["label"], keys).mean()

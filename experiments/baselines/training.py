@@ -8,19 +8,18 @@ import numpy as np
 
 from experiments import frame, speed
 from experiments.baselines.models import SHAPE, Model
-from experiments.baselines.stage import Stage
 from experiments.frame import Lab
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.data.feeds import DeviceFeed
 from ldm_jax.run_folder.checkpoint import Checkpoints
 from ldm_jax.run_folder.log import Log
 from ldm_jax.runtime.interrupt import InterruptWatch
-from ldm_jax.training.loop import train
+from ldm_jax.training.loop import initial_state, train
 
 
 def course(lab: Lab, model: Model) -> speed.Course:
     """What its training is timed by."""
-    return speed.of_pictures(model.stage(1_000), SHAPE, lab.batch_size)
+    return speed.of_images(model.stage(1_000), SHAPE, lab.batch_size)
 
 
 def trained_for(lab: Lab, name: str, model: Model, seconds: float, rate: float, seed: int) -> tuple[Any, int]:
@@ -30,7 +29,7 @@ def trained_for(lab: Lab, name: str, model: Model, seconds: float, rate: float, 
     return train_baseline(lab, lab.runs / frame.file_name(f"{name} {seed}"), model.stage(steps), steps, seed), steps
 
 
-def train_baseline(lab: Lab, folder: Path, stage: Stage, steps: int, seed: int) -> Any:
+def train_baseline(lab: Lab, folder: Path, stage: Any, steps: int, seed: int) -> Any:
     """The state after so many steps on the training images; goes on from the newest checkpoint in `folder`."""
     images = load_dataset("fashion_mnist", lab.config({}).data.train_split, data_dir=lab.data_dir).arrays
     folder.mkdir(parents=True, exist_ok=True)
@@ -39,15 +38,16 @@ def train_baseline(lab: Lab, folder: Path, stage: Stage, steps: int, seed: int) 
     with InterruptWatch() as watch, Checkpoints(folder / "baseline", keep=1, identity=identity) as checkpoints:
         try:
             return train(
-                "baseline", stage, steps=steps, seed=seed, feed=DeviceFeed(images, lab.batch_size, seed), frozen={},
-                checkpoints=checkpoints, log=log, watch=watch, log_every=50, checkpoint_every=1_000,
+                "baseline", stage, initial_state(stage.init, seed), steps=steps, seed=seed,
+                feed=DeviceFeed(images, lab.batch_size, seed), frozen={}, checkpoints=checkpoints, log=log, watch=watch,
+                log_every=50, checkpoint_every=1_000,
             )  # fmt: skip
         finally:
             log.close()
 
 
-def drawing_params(model: Model, state: Any) -> Any:
-    """The averaged parameters that draw."""
+def sampling_params(model: Model, state: Any) -> Any:
+    """The averaged parameters of what samples."""
     averaged = jax.device_get(state.ema_params)
     return averaged[model.part] if model.part else averaged
 

@@ -1,6 +1,6 @@
-"""A VAE (Kingma & Welling 2014) with one vector for the whole picture, told of classes.
+"""A VAE (Kingma & Welling 2014) with one vector for the whole image, conditioned on classes.
 
-A pixel's likelihood is a discretized logistic (Salimans 2017, eq. 2), so that the bound is one on the discrete pixels.
+A pixel's likelihood is a discretized logistic (Salimans 2017, eq. 2), so that the VLB is one of the discrete pixels.
 """
 
 import jax
@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from experiments.baselines.squeeze import squeeze, unsqueeze
-from ldm_jax.models.first_stage import draw as draw_posterior
-from ldm_jax.models.first_stage import kl_divergence
+from ldm_jax.models.first_stage import kl_divergence, sample_posterior
 from ldm_jax.models.pixels import to_pixels, to_uint8
 
 
 class VAE(nn.Module):
-    """Pictures of `shape` [H, W, C], which four divides, to a Gaussian over vectors and back."""
+    """Images of `shape` [H, W, C], which four divides, to a Gaussian over vectors and back."""
 
     num_classes: int
     shape: tuple[int, int, int]
@@ -40,8 +39,8 @@ class VAE(nn.Module):
     def decode(self, z: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
         """z [B, 1, 1, latent] -> mean and log scale of the logistic at each pixel, in units of [-1, 1]."""
         height, width, _ = self.shape
-        told = jnp.concatenate([z[:, 0, 0], self.embed_decoder(label)], axis=-1)
-        hidden = nn.silu(self.from_latent(told)).reshape(len(z), height // 4, width // 4, 2 * self.features)
+        hidden = jnp.concatenate([z[:, 0, 0], self.embed_decoder(label)], axis=-1)
+        hidden = nn.silu(self.from_latent(hidden)).reshape(len(z), height // 4, width // 4, 2 * self.features)
         for layer in self.up:
             hidden = nn.silu(unsqueeze(layer(hidden)))
         mean, log_scale = jnp.split(self.to_likelihood(hidden), 2, axis=-1)
@@ -62,16 +61,16 @@ def log_likelihood(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> 
 
 
 def bits_per_dim(model: VAE, params, images: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
-    """The bound (Kingma & Welling 2014, eq. 3), [B], with one draw from the posterior by each key [B]."""
+    """The VLB (Kingma & Welling 2014, eq. 3), [B], with one sample of the posterior by each key [B]."""
     moments = model.apply({"params": params}, to_pixels(images), label, method="encode")
-    z = draw_posterior(moments, keys)
+    z = sample_posterior(moments, keys)
     mean, log_scale = model.apply({"params": params}, z, label, method="decode")
     nats = kl_divergence(moments) - log_likelihood(images, mean, log_scale).sum(axis=(1, 2, 3))
     return nats / (images[0].size * jnp.log(2.0))
 
 
-def draw(model: VAE, params, label: jax.Array, keys: jax.Array) -> jax.Array:
-    """Pictures uint8 [N, H, W, C] of these labels [N]: the means that latents drawn by the keys [N] decode to."""
+def sample(model: VAE, params, label: jax.Array, keys: jax.Array) -> jax.Array:
+    """Images uint8 [N, H, W, C] of these labels [N]: the means that latents sampled by the keys [N] decode to."""
     z = jax.vmap(lambda key: jax.random.normal(key, (1, 1, model.latent)))(keys)
     mean, _ = model.apply({"params": params}, z, label, method="decode")
     return to_uint8(mean)

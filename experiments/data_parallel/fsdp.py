@@ -1,6 +1,6 @@
 """Fully sharded data parallelism: of the state, each device keeps a part alone (Rajbhandari 2020, ZeRO's third stage).
 
-The step is the one that `ldm_jax.training.parallel` maps. Compiled over a mesh instead, with the state's arrays cut
+The step is the one that `ldm_jax.runtime.parallel` maps. Compiled over a mesh instead, with the state's arrays cut
 into parts, XLA gathers what it needs of them when it needs it, and scatters the gradients.
 """
 
@@ -39,11 +39,11 @@ def shard_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     return {name: jax.make_array_from_process_local_data(rows, values) for name, values in batch.items()}
 
 
-def sharded_step(step: Callable, mesh: Mesh, state: Any) -> Callable:
+def sharded_step(stage: Any, mesh: Mesh, state: Any) -> Callable:
     """As `parallel.parallel_step`, with `state` as `shard_state` and batches as `shard_batch` make them."""
 
-    def one_step(state, frozen, resident, batch, number, seed):
-        return step(state, frozen, take(resident, batch) | {"step": number}, seed)
+    def one_step(state, frozen, resident, batch, index, seed):
+        return stage.step(state, frozen, take(resident, batch) | {"step": index}, seed)
 
     parts, everywhere = jax.tree.map(lambda leaf: cut(mesh, leaf), state), whole(mesh)
     rows = NamedSharding(mesh, PartitionSpec(AXIS))

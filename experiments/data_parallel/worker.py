@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 
 from experiments.data_parallel import fsdp
 from experiments.frame import Lab
-from ldm_jax.data import from_config as data_from_config
+from experiments.untrained import diffusion_start
 from ldm_jax.data.feeds import DeviceFeed
-from ldm_jax.pipeline import from_run
+from ldm_jax.data.from_config import load_split
 from ldm_jax.runtime.files import write_json
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take, wait_for_hosts
 from ldm_jax.runtime.xla import configure
-from ldm_jax.training import from_config as training_from_config
 
 STEPS = {"smoke": 3, "cpu": 40, "gpu": 400}
 BATCH_SIZE = 16
@@ -52,14 +51,10 @@ def main() -> None:
 def measure(lab: Lab, steps: int) -> dict[str, Any]:
     """{way: {"losses": [steps], "step_seconds": [steps], "state_bytes": on a device}}"""
     config = lab.config(PIXELS | ({"data.image_size": 8} if lab.budget == "smoke" else {}))
-    data = data_from_config.load_split(config, config.data.train_split)
+    data = load_split(config, config.data.train_split)
     feed = DeviceFeed(data.arrays, BATCH_SIZE, 0, jax.process_index(), jax.process_count())
-    stage, frozen = (
-        training_from_config.build_diffusion_stage(config, data.num_classes),
-        from_run.load_first_stage(Path(), config),
-    )
-    state = jax.device_get(jax.jit(stage.init)(jax.random.fold_in(jax.random.key(0), 0)))
-    ways = ways_of(stage, frozen, feed, state)
+    stage, state, frozen = diffusion_start(config, jax.random.fold_in(jax.random.key(0), 0))
+    ways = ways_of(stage, frozen, feed, jax.device_get(state))
     found: dict[str, Any] = {way: {"losses": [], "step_seconds": []} for way in ways}
     states = {way: start for way, (_, start) in ways.items()}
     for way, state in states.items():
@@ -78,8 +73,8 @@ def measure(lab: Lab, steps: int) -> dict[str, Any]:
 def ways_of(stage: Any, frozen: dict, feed: DeviceFeed, state: Any) -> dict[str, tuple[Step, Any]]:
     """Way -> how it makes a step, and the state that it begins with. Several hosts cannot do with one device."""
     mesh, seed = Mesh(np.array(jax.devices()), ("data",)), np.uint32(0)
-    mapped, here = parallel_step(stage.step), (replicate(frozen), replicate(feed.resident))
-    cut = fsdp.sharded_step(stage.step, mesh, state)
+    mapped, here = parallel_step(stage), (replicate(frozen), replicate(feed.resident))
+    cut = fsdp.sharded_step(stage, mesh, state)
     everywhere = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), fsdp.whole(mesh)), (frozen, feed.resident))
 
     def pmap(state, batch, number):

@@ -2,7 +2,7 @@
 
     python experiments/guidance/run.py [--budget=smoke|cpu|gpu]
 
-One trained model led by scales from none to far too much: by itself (Ho & Salimans 2022), within an interval of the
+One trained model, guided by scales from none to far too much: by itself (Ho & Salimans 2022), within an interval of the
 timesteps (Kynkäänniemi 2024), and by a classifier of noisy latents (Dhariwal & Nichol 2021).
 """
 
@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.sampling import guidance_models
+from experiments.recipes import guided
+from ldm_jax.pipeline.load import load
+from ldm_jax.sampling.guidance_models import GuidanceModels, classifier_for
 
 
 class Setting(NamedTuple):
@@ -45,7 +46,7 @@ SETTINGS = [
 ARMS = {f"{setting.way}, {setting.scale:g}": setting for setting in SETTINGS}
 SMOKE_ARMS = (f"{FREE}, 1", f"{FREE}, 8", f"{BY_CLASSIFIER}, 8")
 SHOWN = (f"{FREE}, 1", f"{FREE}, 2", f"{FREE}, 8", f"{WITHIN}, 8", f"{BY_CLASSIFIER}, 0", f"{BY_CLASSIFIER}, 8")
-BUDGETS = {  # steps of the classifier, pictures
+BUDGETS = {  # steps of the classifier, images
     "smoke": (2, 10),
     "cpu": (2_500, 250),
     "gpu": (5_000, 5_000),
@@ -57,34 +58,35 @@ def plan(budget: str) -> list[tuple[str, int]]:
     return [(arm, 0) for arm in (SMOKE_ARMS if budget == "smoke" else ARMS)]
 
 
-@functools.cache
-def drawing(lab: Lab) -> Callable[..., np.ndarray]:
-    """Draws with the shared model, led by a classifier of its latents."""
-    steps, num = BUDGETS[lab.budget]
-    model = pipeline_load.load(lab.shared_model())
+def classifier_of(lab: Lab) -> Path:
+    """The run with a classifier of the shared model's latents."""
     smaller = {} if lab.budget == "gpu" else CLASSIFIER
     fields = {
         "stages": ("autoencoder", "classifier"),
-        "classifier.steps": steps,
+        "classifier.steps": BUDGETS[lab.budget][0],
         "classifier.batch_size": lab.batch_size,
     }
-    classifier = guidance_models.classifier_for(lab.on_shared_latents("classifier", smaller | fields), model)
-    return measures.drawing(lab, model, num, guidance_models.Guides(classifier))
+    return lab.on_shared_latents("classifier", smaller | fields)
+
+
+@functools.cache
+def sampling(lab: Lab) -> Callable[..., np.ndarray]:
+    """The `sample` of the shared model, guided by the classifier: see `measures.sampling`."""
+    model, params = load(lab.shared_model())
+    guides = GuidanceModels(classifier_for(classifier_of(lab), model, params))
+    return measures.sampling(lab, model, params, BUDGETS[lab.budget][1], guides)
 
 
 def first(lab: Lab) -> None:
-    drawing(lab)
+    sampling(lab)
     measures.judge_of(lab)
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
     setting, num = ARMS[arm], BUDGETS[lab.budget][1]
-    images = drawing(lab)(
-        seed=seed,
-        guidance=setting.guidance,
-        interval=setting.interval,
-        classifier_scale=setting.classifier_scale,
-    )
+    by_classifier = {"classifier": str(classifier_of(lab)), "classifier_scale": setting.classifier_scale}
+    guidance = guided(setting.guidance, setting.interval)._replace(**by_classifier)
+    images = sampling(lab)(seed=seed, guidance=guidance)
     read = measures.share_read_as(lab, images, np.arange(num) % 10)
     return setting._asdict() | {
         "cards": measures.cards(lab, images),

@@ -2,7 +2,7 @@
 
     python experiments/inpainting/run.py [--budget=smoke|cpu|gpu]
 
-Boxes hidden, as configs/fashion_mnist_inpainting.py has it: the mask and the latents of the masked picture lie beside
+Boxes hidden, as configs/fashion_mnist_inpainting.py has it: the mask and the latents of the masked image lie beside
 those that the UNet denoises.
 """
 

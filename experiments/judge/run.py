@@ -18,8 +18,8 @@ import numpy as np
 from experiments.judge.classifier import Classifier, judge, train
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.metrics import frechet_distance
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.evaluation.scoring import reconstruct
+from ldm_jax.pipeline.load import load
 from ldm_jax.runtime.xla import configure
 
 HERE = Path(__file__).parent
@@ -80,7 +80,7 @@ def main() -> None:
             "judge_accuracy_on_test_images": float(np.mean(court.read == court.test_set["label"])),
         }
     )
-    decoded = pipeline_model.reconstructions(pipeline_load.load(args.run), court.test_set["x"], 500)
+    decoded = reconstruct(*load(args.run), court.test_set["x"], 500)
     if decoded is not None:
         result["autoencoder"] = court.scores(decoded, court.test_set["label"])["judge_distance"]
     (HERE / "results.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
     python experiments/latent_vs_pixel/run.py [--budget=smoke|cpu|gpu]
 
-The same UNet on pixels (f = 1) and on the latents of autoencoders that make pictures f = 2, 4 and 8 times smaller
+The same UNet on pixels (f = 1) and on the latents of autoencoders that make images f = 2, 4 and 8 times smaller
 (Rombach 2022, figures 6 and 7), at 32 x 32 pixels: FD on the way, after equal times and equal numbers of operations.
 """
 
@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 
 from experiments import frame, measures, scales, speed, strips, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline.from_config import from_config
+from ldm_jax.pipeline.load import load
 
 SIZES = {"smoke": 8, "cpu": 32, "gpu": 32}  # pixels
 FACTORS = {  # f -> the autoencoder's channels, and those of its latents
@@ -31,13 +31,13 @@ FACTORS = {  # f -> the autoencoder's channels, and those of its latents
     4: ((16, 32, 64), 8),
     8: ((16, 32, 64, 64), 16),
 }
-BUDGETS = {  # steps of the autoencoders; seconds of the diffusion models; pictures
+BUDGETS = {  # steps of the autoencoders; seconds of the diffusion models; images
     "smoke": (4, 1, 5),
     "cpu": (600, 120, 250),
     "gpu": (5_000, 40, 5_000),
 }
 PARTS = 16  # of a training, each of which leaves a checkpoint
-SHOWN = (2, 4, 8, 16)  # after how many of them pictures are drawn
+SHOWN = (2, 4, 8, 16)  # after how many of them the model is sampled
 BACKWARD = 3  # a training step costs about three forward passes
 
 
@@ -79,12 +79,12 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     # A constant learning rate, so that every checkpoint is what a training that ended there would have come to.
     changes = {"diffusion.steps": PARTS * part.steps, "diffusion.decay": "constant", "seed": seed}
     run = diffusion(lab, factor, changes | {"checkpoint_every": part.steps, "keep_checkpoints": PARTS})
-    model = pipeline_load.load(run)
-    draw = measures.drawing(lab, model, num)
+    sample = measures.sampling(lab, *load(run), num)
     alike = nearest_part(min(other.tflops for other in parts.values()) * PARTS, part)
     after = {}
     for done in sorted({*SHOWN, alike}):
-        images = draw(seed=seed, params=pipeline_load.at_step(model, run, done * part.steps).params)
+        _, params = load(run, step=done * part.steps)
+        images = sample(seed=seed, params=params)
         after[str(done * part.steps)] = {
             "training_seconds": done * part.seconds,
             "training_tflops": done * part.tflops,
@@ -123,9 +123,9 @@ def diffusion(lab: Lab, factor: int, changes: dict) -> Path:
 
 
 def flops(config: ConfigDict) -> float:
-    """Floating-point operations of one forward pass of the UNet on one picture, as XLA counts them."""
-    unet, size = pipeline_from_config.build_unet(config), config.unet
-    z = jax.ShapeDtypeStruct((1, *pipeline_from_config.latent_shape(config)), jnp.float32)
+    """Floating-point operations of one forward pass of the UNet on one image, as XLA counts them."""
+    model, size = from_config(config, ()), config.unet
+    unet, z = model.denoiser, jax.ShapeDtypeStruct((1, *model.latent_shape), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     context = jax.ShapeDtypeStruct((1, size.context_tokens, size.context_dim), jnp.float32)
     params = jax.eval_shape(unet.init, jax.random.key(0), z, t, context)
@@ -181,7 +181,7 @@ def answer(rows: Rows) -> str:
 
 
 def draw(rows: Rows) -> Figure:
-    """FD over both kinds of effort; below what was drawn after the longest time."""
+    """FD over both kinds of effort; below the samples after the longest time."""
     by_operations = states(rows, "operations")
     shown = {factor: some[-1]["pictures"] for factor, some in states(rows, "time").items()}
     height = strips.height_of([{"": strip} for strip in shown.values()], 10)

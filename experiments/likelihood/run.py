@@ -2,7 +2,7 @@
 
     python experiments/likelihood/run.py [--budget=smoke|cpu|gpu]
 
-Bits per dimension of test pictures: the variational bound of diffusion on pixels, with the variance of the reverse
+Bits per dimension of test images: the variational bound of diffusion on pixels, with the variance of the reverse
 steps fixed or learned (Nichol & Dhariwal 2021), a gated PixelCNN (exact) and a flow (exact, of dequantized pixels).
 """
 
@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 
 from experiments import frame, speed, tables
 from experiments.baselines.models import SMALL, Model, Sizes, models
-from experiments.baselines.training import course, drawing_params, held_out_bits, size, trained_for
+from experiments.baselines.training import course, held_out_bits, sampling_params, size, trained_for
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax.data.datasets import load_dataset
-from ldm_jax.evaluation import scoring
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.evaluation.likelihood import make_vlb
+from ldm_jax.evaluation.scoring import condition_rows
+from ldm_jax.pipeline.load import load
 from ldm_jax.runtime.parallel import replicate
 
 ON_PIXELS = {
@@ -42,7 +43,7 @@ SIZES = {  # PixelCNN's network works at each pixel: as large as in experiments/
     "cpu": Sizes(pixelcnn=(32, 8), flow=(96, 8)),
     "gpu": Sizes(),
 }
-BOUND_BATCHES = {"smoke": 50, "cpu": 50, "gpu": 500}  # test images at once
+VLB_BATCHES = {"smoke": 50, "cpu": 50, "gpu": 500}  # test images at a time
 BUDGETS = {  # seeds, seconds of training, test images
     "smoke": ((0,), 0.2, 50),
     "cpu": ((0, 1), 60, 500),
@@ -69,7 +70,7 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
         return {"training_seconds": seconds} | of_diffusion(lab, arm, seconds, tested, seed)
     model = other(lab, arm)
     state, steps = trained_for(lab, f"likelihood {arm}", model, seconds, rates(lab)[arm], seed)
-    bits = held_out_bits(lab, model, drawing_params(model, state), tested)
+    bits = held_out_bits(lab, model, sampling_params(model, state), tested)
     return {"training_seconds": seconds, "steps": steps, "parameters": size(state), "bits_per_dim": bits}
 
 
@@ -80,23 +81,25 @@ def other(lab: Lab, arm: str) -> Model:
 def changes_of(lab: Lab, arm: str) -> dict:
     """Of the config, for diffusion on pixels."""
     size = {"data.image_size": 8} if lab.budget == "smoke" else frame.SMALLER_UNET
-    return size | DIFFUSION[arm] | {"evaluation.batch_size": BOUND_BATCHES[lab.budget]}
+    return size | DIFFUSION[arm] | {"evaluation.batch_size": VLB_BATCHES[lab.budget]}
 
 
 def of_diffusion(lab: Lab, arm: str, seconds: float, tested: int, seed: int) -> Row:
-    """The bound, as a whole and by ranges of timesteps."""
+    """The VLB, as a whole and by ranges of timesteps."""
     steps = lab.steps_in(seconds, rates(lab)[arm], lab.batch_size)
     run = lab.train(f"likelihood/{arm} {seed}", changes_of(lab, arm) | {"diffusion.steps": steps, "seed": seed})
-    model = pipeline_load.load(run)
-    pixels = model.config.data.image_size
-    examples = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir, image_size=pixels).arrays
-    bound = scoring.build_bound(model.config, len(model.class_names))(replicate(model.params), examples, seed)
+    model, params = load(run)
+    pixels = model.image_shape[0]
+    test_set = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir, image_size=pixels)
+    cond, _ = condition_rows(model, test_set, test_set.arrays)
+    examples = {"x": test_set.arrays["x"], "cond": cond}
+    vlb = make_vlb(model, VLB_BATCHES[lab.budget])(replicate(params), examples, seed)
     return {
         "steps": steps,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves([model.params["unet"], model.params["conditioner"]])),
-        "bits_per_dim": bound.total,
-        "prior": bound.prior,
-        "bits_from": {str(first): bits for first, bits in zip(bound.first, bound.ranges)},
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves([params["denoiser"], params["conditioning"]])),
+        "bits_per_dim": vlb.total,
+        "prior": vlb.prior,
+        "bits_from": {str(first): bits for first, bits in zip(vlb.first, vlb.ranges)},
     }
 
 

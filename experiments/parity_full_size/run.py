@@ -137,8 +137,8 @@ def loading_memory(name: str, folder: Path, dtype: str) -> float:
     configure()
 
     import jax
-    import ldm_jax.pretrained  # noqa: F401 (so that its imports are over)
 
+    import ldm_jax.pipeline.from_diffusers  # noqa: F401 (so that its imports are over)
     from ldm_jax.runtime.parallel import replicate
 
     jax.devices()

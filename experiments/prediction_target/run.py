@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.pipeline import load as pipeline_load
+from experiments.recipes import guided
+from ldm_jax.pipeline.load import load
+from ldm_jax.sampling.from_flags import solving_defaults
 
 TARGETS = {"eps": "eps", "z0": "z0", "v": "v"}
 WEIGHTINGS = {"uniform": "uniform", "min-SNR": "min_snr"}
 ARMS = {f"{target}, {name}": (target, weighting) for target in TARGETS for name, weighting in WEIGHTINGS.items()}
 CALLS = 50
-BUDGETS = {  # seeds, training steps, pictures
+BUDGETS = {  # seeds, training steps, images
     "smoke": ((0,), 2, 10),
     "cpu": ((0, 1, 2), 1_000, 250),
     "gpu": ((0, 1, 2), 2_500, 5_000),
@@ -38,8 +40,9 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     (target, weighting), (_, steps, num) = ARMS[arm], BUDGETS[lab.budget]
     changes = {"diffusion.prediction": target, "diffusion.weighting": weighting, "diffusion.schedule": "linear"}
     changes |= {"diffusion.steps": steps, "seed": seed}
-    run = lab.on_shared_latents(f"prediction_target/{arm} {seed}", changes)
-    images = measures.drawing(lab, pipeline_load.load(run), num)(seed=seed, guidance=1.5, sampler="ddpm", steps=CALLS)
+    model, params = load(lab.on_shared_latents(f"prediction_target/{arm} {seed}", changes))
+    sample = measures.sampling(lab, model, params, num)
+    images = sample(seed=seed, guidance=guided(1.5), solving=solving_defaults(model, "ddpm", CALLS))
     return {"target": target, "weighting": weighting, "steps": steps, "cards": measures.cards(lab, images)}
 
 

@@ -3,7 +3,7 @@
     python experiments/schedules/run.py [--budget=smoke|cpu|gpu]
 
 Linear (Ho 2020), scaled-linear (Rombach 2022), cosine (Nichol & Dhariwal 2021) and linear with zero terminal SNR (Lin
-2023), all with v and drawn by DDIM in 10, 50 and 250 network calls. The figure has their signal-to-noise ratios too.
+2023), all with v and sampled by DDIM in 10, 50 and 250 network calls. The figure has their signal-to-noise ratios too.
 """
 
 import sys
@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from experiments import frame, measures, scales, tables
 from experiments.frame import Experiment, Lab, Row, Rows
 from ldm_jax.diffusion.schedules import make_process
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline.load import load
+from ldm_jax.sampling.from_flags import solving_defaults
 
 ARMS = {
     "linear": {"diffusion.schedule": "linear"},
@@ -27,7 +28,7 @@ ARMS = {
     "linear, zero SNR": {"diffusion.schedule": "linear", "diffusion.zero_terminal_snr": True},
 }
 CALLS = (10, 50, 250)
-BUDGETS = {  # seeds, training steps, pictures
+BUDGETS = {  # seeds, training steps, images
     "smoke": ((0,), 2, 10),
     "cpu": ((0, 1, 2), 1_800, 250),
     "gpu": ((0, 1, 2), 2_500, 5_000),
@@ -43,12 +44,12 @@ def measure(lab: Lab, arm: str, seed: int) -> Row:
     _, steps, num = BUDGETS[lab.budget]
     # Even weights: those of min-SNR depend on the schedule, and it is the schedule that is asked for.
     changes = {"diffusion.prediction": "v", "diffusion.weighting": "uniform", "diffusion.steps": steps, "seed": seed}
-    model = pipeline_load.load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
-    draw = measures.drawing(lab, model, num)
-    drawn = {calls: draw(seed=seed, sampler="ddim", steps=calls) for calls in CALLS}
+    model, params = load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
+    sample = measures.sampling(lab, model, params, num)
+    samples = {calls: sample(seed=seed, solving=solving_defaults(model, "ddim", calls)) for calls in CALLS}
     return {
         "steps": steps,
-        "cards_by_calls": {str(calls): measures.cards(lab, images) for calls, images in drawn.items()},
+        "cards_by_calls": {str(calls): measures.cards(lab, images) for calls, images in samples.items()},
     }
 
 

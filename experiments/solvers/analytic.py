@@ -29,7 +29,7 @@ def end_distribution(table: Table, std: float) -> tuple[float, float]:
     """Mean and standard deviation that a table leads to, exactly.
 
     The denoiser of N(m, s^2) is affine in z and a table is linear, so z is at all times an affine function of what was
-    drawn: here a vector over (1, z_T, the noise of row 0, of row 1, ...).
+    sampled: here a vector over (1, z_T, the noise of row 0, of row 1, ...).
     """
     rows = int(table.rows)
     basis = np.eye(rows + 2)

@@ -20,23 +20,26 @@ from matplotlib.figure import Figure
 
 from experiments import frame, measures, scales, tables
 from experiments.frame import Experiment, Lab, Row, Rows
-from ldm_jax.pipeline import load as pipeline_load
+from experiments.recipes import guided
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import LatentDiffusion
+from ldm_jax.sampling.from_flags import solving_defaults
 
 PLAIN = ("ddpm", "ddim", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc")
 WITH_EPS = ("plms", "heun", "edm")
-ARMS = {name: {"sampler": name, "eta": 0.0, "churn": 10.0 if name == "edm" else 0.0} for name in (*PLAIN, *WITH_EPS)}
-ARMS |= {f"{name}, leading": ARMS[name] | {"spacing": "leading"} for name in WITH_EPS}
+ARMS = {name: (name, {"eta": 0.0, "churn": 10.0 if name == "edm" else 0.0}) for name in (*PLAIN, *WITH_EPS)}
+ARMS |= {f"{name}, leading": (name, ARMS[name][1] | {"spacing": "leading"}) for name in WITH_EPS}
 STEPS = {  # solver -> as many steps as so many network calls allow, where that is not one each
     "plms": lambda calls: calls - 1,
     "heun": lambda calls: (calls + 1) // 2,
     "edm": lambda calls: (calls + 1) // 2,
 }
-BUDGETS = {  # network calls, pictures
+BUDGETS = {  # network calls, images
     "smoke": ((5, 10), 10),
     "cpu": ((5, 10, 20, 50), 250),
     "gpu": ((5, 10, 20, 50, 250), 5_000),
 }
-GUIDANCE = {"guidance": 2.0, "interval": (0.1, 0.9)}  # the main job's
+GUIDANCE = guided(2.0, (0.1, 0.9))  # the main job's
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
@@ -44,20 +47,22 @@ def plan(budget: str) -> list[tuple[str, int]]:
 
 
 @functools.cache
-def drawing(lab: Lab) -> Callable[..., np.ndarray]:
-    """Draws with the shared model; compiled."""
-    draw = measures.drawing(lab, pipeline_load.load(lab.shared_model()), BUDGETS[lab.budget][1])
-    draw(sampler="ddim", steps=1)
-    return draw
+def sampling(lab: Lab) -> tuple[LatentDiffusion, Callable[..., np.ndarray]]:
+    """The shared model, and its compiled `sample`: see `measures.sampling`."""
+    model, params = load(lab.shared_model())
+    sample = measures.sampling(lab, model, params, BUDGETS[lab.budget][1])
+    sample(solving=solving_defaults(model, "ddim", 1))
+    return model, sample
 
 
 def measure(lab: Lab, arm: str, seed: int) -> Row:
-    draw, (all_calls, num) = drawing(lab), BUDGETS[lab.budget]
+    (model, sample), (all_calls, num), (sampler, options) = sampling(lab), BUDGETS[lab.budget], ARMS[arm]
     found = {}
     for calls in all_calls:
-        steps = STEPS.get(ARMS[arm]["sampler"], lambda calls: calls)(calls)
+        steps = STEPS.get(sampler, lambda calls: calls)(calls)
+        solving = solving_defaults(model, sampler, steps)._replace(**options)
         start = time.monotonic()
-        images = draw(seed=seed, steps=steps, **GUIDANCE, **ARMS[arm])
+        images = sample(seed=seed, guidance=GUIDANCE, solving=solving)
         seconds = (time.monotonic() - start) / num
         found[str(calls)] = {"steps": steps, "seconds_per_image": seconds, "cards": measures.cards(lab, images)}
     return {"by_calls": found}

@@ -2,7 +2,7 @@
 
     python experiments/super_resolution/run.py [--budget=smoke|cpu|gpu]
 
-7 x 7 pixels to 28 x 28, as configs/fashion_mnist_superres.py has it: the small picture lies beside the latents as one
+7 x 7 pixels to 28 x 28, as configs/fashion_mnist_superres.py has it: the small image lies beside the latents as one
 more channel of the UNet's input.
 """
 

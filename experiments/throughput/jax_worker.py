@@ -1,7 +1,8 @@
-"""Our side: on "train N" or "sample N", does N train steps or draws N batches, and tells the seconds."""
+"""Our side: on "train N" or "sample N", makes N train steps or samples N batches, and prints the seconds."""
 
 import sys
 import time
+from collections.abc import Callable
 
 from ldm_jax.runtime.xla import configure
 
@@ -11,11 +12,13 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs.fashion_mnist import get_config  # noqa: E402
-from ldm_jax.pipeline import from_config as pipeline_from_config  # noqa: E402
+from experiments.recipes import each_class, guided  # noqa: E402
+from experiments.untrained import DiffusionStart, diffusion_start  # noqa: E402
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard  # noqa: E402
-from ldm_jax.sampling import generate, tables  # noqa: E402
-from ldm_jax.sampling.generate import request  # noqa: E402
-from ldm_jax.training import from_config as training_from_config  # noqa: E402
+from ldm_jax.sampling.from_flags import solving_defaults  # noqa: E402
+from ldm_jax.sampling.inputs import sample_inputs  # noqa: E402
+from ldm_jax.sampling.sampler import make_sampler  # noqa: E402
+from ldm_jax.sampling.tables import make_table  # noqa: E402
 
 BATCH, STEPS, GUIDANCE = 128, 10, 1.5
 
@@ -23,36 +26,51 @@ BATCH, STEPS, GUIDANCE = 128, 10, 1.5
 def main() -> None:
     config = get_config().unlock()
     config.diffusion.batch_size = BATCH
-    shape, rng = pipeline_from_config.latent_shape(config), np.random.default_rng(0)
-    stage = training_from_config.build_diffusion_stage(config, 10)
-    state = replicate(jax.jit(stage.init)(jax.random.key(0)))
-    params = sum(leaf.size for leaf in jax.tree.leaves(state.params["unet"]))
-    frozen = replicate({"autoencoder": {}, "shift": np.zeros(shape[-1]), "scale": np.ones(shape[-1])})
+    start = diffusion_start(config, jax.random.key(0))
+    work = {"train": training(start), "sample": sampling(start)}
+    print(f"ready {sum(leaf.size for leaf in jax.tree.leaves(start.state.params['denoiser']))}", flush=True)
+    for line in sys.stdin:
+        what, n = line.split()
+        begin = time.perf_counter()
+        work[what](int(n))
+        print(time.perf_counter() - begin, flush=True)
+
+
+def training(start: DiffusionStart) -> Callable[[int], None]:
+    """train(n) makes n steps."""
+    (height, width, channels), rng = start.stage.model.latent_shape, np.random.default_rng(0)
     batch = shard(
         {
-            "moments": rng.normal(size=(BATCH, 1, *shape[:2], 2 * shape[2])).astype(np.float32),
+            "moments": rng.normal(size=(BATCH, 1, height, width, 2 * channels)).astype(np.float32),
             "label": rng.integers(0, 10, BATCH).astype(np.int32),
             "id": np.arange(BATCH, dtype=np.int32),
         }
     )
-    step = parallel_step(stage.step)
-    generator = generate.build_generator(config, 10, BATCH)
-    table = tables.build_table(config, sampler="ddim", steps=STEPS)
-    drawn = replicate(jax.tree.map(np.asarray, state.ema_params)) | frozen
-    wanted, number = request(BATCH, list(range(10)), guidance=GUIDANCE, seed=0), 0
-    print(f"ready {params}", flush=True)
-    for line in sys.stdin:
-        what, n = line.split()
-        start = time.perf_counter()
-        for _ in range(int(n)):
-            if what == "train":
-                state, metrics = step(state, frozen, {}, batch, np.int32(number), np.uint32(0))
-                number += 1
-            else:
-                list(generator.latents(drawn, wanted, table))
-        if what == "train":
-            jax.block_until_ready(metrics)
-        print(time.perf_counter() - start, flush=True)
+    step, state, frozen, number = parallel_step(start.stage), replicate(start.state), replicate(start.frozen), 0
+
+    def train(n: int) -> None:
+        nonlocal state, number
+        for _ in range(n):
+            state, metrics = step(state, frozen, {}, batch, np.int32(number), np.uint32(0))
+            number += 1
+        jax.block_until_ready(metrics)
+
+    return train
+
+
+def sampling(start: DiffusionStart) -> Callable[[int], None]:
+    """sample(n) samples n batches of latents."""
+    model = start.stage.model
+    recipe = each_class(model, BATCH, guidance=guided(GUIDANCE), solving=solving_defaults(model, "ddim", STEPS))
+    sampler, table = make_sampler(model, BATCH), make_table(model, recipe.solving)
+    params = replicate(jax.device_get(start.state.ema_params) | start.frozen)
+    _, inputs = sample_inputs(model, params, recipe, sampler)
+
+    def sample(n: int) -> None:
+        for _ in range(n):
+            list(sampler.latents(params, inputs, table))
+
+    return sample
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ import numpy as np
 from experiments.judge.run import Court, open_court
 from ldm_jax.evaluation.features import lpips_distance
 from ldm_jax.evaluation.metrics import psnr
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.evaluation.scoring import reconstruct
+from ldm_jax.pipeline.load import load
 from ldm_jax.runtime.xla import configure
 
 HERE = Path(__file__).parent
@@ -98,7 +98,7 @@ def seconds(workdir: Path, part: str) -> float:
 
 def score_autoencoder(workdir: Path, court: Court) -> dict:
     x = court.test_set["x"]
-    images = pipeline_model.reconstructions(pipeline_load.load(workdir), x, 500)
+    images = reconstruct(*load(workdir), x, 500)
     return {
         "seconds": seconds(workdir, "autoencoder"),
         "psnr": float(np.mean(psnr(x, images))),

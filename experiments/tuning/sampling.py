@@ -1,9 +1,9 @@
-"""How a trained run is best sampled: solver, steps and guidance, as our judge and VGG16 see the pictures.
+"""How a trained run is best sampled: solver, steps and guidance, as our judge and VGG16 see the samples.
 
     .venv/bin/python -m experiments.tuning.sampling --run=runs/fashion_mnist [--num=2000] [--data_dir=data] SETTING ...
 
-A SETTING is SAMPLER:STEPS:GUIDANCE:FROM:TO, for example dpmpp_2m:12:1.75:0:1, guided between these shares of the
-timesteps. Prints one line each; all share one compiled program.
+A SETTING is SAMPLER:STEPS:GUIDANCE:FROM:TO, for example dpmpp_2m:12:1.75:0:1, guided between these fractions of
+the timesteps. Prints one line each; all share one compiled program.
 """
 
 import argparse
@@ -13,13 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from experiments.judge.run import open_court
+from experiments.recipes import each_class, guided
 from ldm_jax.evaluation.features import vgg16_features
 from ldm_jax.evaluation.metrics import frechet_distance
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.runtime.xla import configure
-from ldm_jax.sampling import generate, tables
-from ldm_jax.sampling.generate import request
+from ldm_jax.sampling.from_flags import solving_defaults
+from ldm_jax.sampling.inputs import sample_inputs
+from ldm_jax.sampling.recipe import Recipe
+from ldm_jax.sampling.sampler import make_sampler
+from ldm_jax.sampling.tables import make_table
+
+BATCH = 200
 
 
 def main() -> None:
@@ -31,22 +38,26 @@ def main() -> None:
     args = parser.parse_args()
     configure()
     court = open_court(args.data_dir)
-    model = pipeline_load.load(args.run)
-    extractor = vgg16_features(resize=model.config.evaluation.resize, batch_size=250)
+    model, params = load(args.run)
+    extractor = vgg16_features(resize=model.origin.config.evaluation.resize, batch_size=250)
     reference = extractor(court.test_set["x"])
-    generator, params = generate.build_generator(model.config, 10, 200), replicate(model.params)
+    sampler, params = make_sampler(model, BATCH), replicate(params)
     for setting in args.settings:
-        sampler, steps, guidance, *interval = setting.split(":")
-        table = tables.build_table(model.config, sampler=sampler, steps=int(steps))
-        interval = tuple(float(share) for share in interval)
-        wanted = request(args.num, list(range(10)), guidance=float(guidance), seed=0, interval=interval)
-        start = time.perf_counter()
-        images = np.concatenate(list(generator.images(params, wanted, table)))
+        recipe = recipe_of(setting, model, args.num)
+        labels, inputs = sample_inputs(model, params, recipe, sampler)
+        table, start = make_table(model, recipe.solving), time.perf_counter()
+        images = np.concatenate(list(sampler.images(params, inputs, table)))
         rate = args.num / (time.perf_counter() - start)
-        scores = court.scores(images, wanted.labels)
-        scores["fd_vgg16"] = frechet_distance(extractor(images), reference)
+        scores = court.scores(images, labels) | {"fd_vgg16": frechet_distance(extractor(images), reference)}
         scores = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         print(f"{setting:>28}  {scores}  {rate:.0f} images/s", flush=True)
+
+
+def recipe_of(setting: str, model: LatentDiffusion, num: int) -> Recipe:
+    """The recipe of `num` samples by a SETTING."""
+    sampler, steps, scale, first, last = setting.split(":")
+    guidance = guided(float(scale), (float(first), float(last)))
+    return each_class(model, num, guidance=guidance, solving=solving_defaults(model, sampler, int(steps)))
 
 
 if __name__ == "__main__":

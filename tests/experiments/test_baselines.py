@@ -5,16 +5,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy.special import expit
 
 from experiments.baselines import flow, gan, pixelcnn, run, vae
-from experiments.baselines.models import models
-from experiments.baselines.stage import make_stage
+from experiments.baselines.models import GAN, SMALL, SPECTRAL, models
+from experiments.baselines.stage import LikelihoodStage
 from experiments.frame import Lab
+from experiments.untrained import CLASSES
 from ldm_jax.models.pixels import to_pixels
-from ldm_jax.training import from_config as training_from_config
+from ldm_jax.pipeline.from_run import on_paper
+from ldm_jax.training.from_config import make_autoencoder_stage
+from ldm_jax.training.state import AdamW
 
 SHAPE = (4, 8, 1)
 LABEL = jnp.array([1, 0])
@@ -40,8 +42,8 @@ def pixels():
     return model, random_params(model, jnp.zeros((1, *SHAPE)), LABEL[:1])
 
 
-def test_a_pixel_is_told_of_those_before_it_and_of_all_of_them(pixels):
-    """By the Jacobians at several pictures, as in one alone units may be off."""
+def test_a_pixel_depends_on_those_before_it_and_on_all_of_them(pixels):
+    """By the Jacobians at several images, as in one alone units may be off."""
     model, params = pixels
     n = SHAPE[0] * SHAPE[1]
 
@@ -52,22 +54,22 @@ def test_a_pixel_is_told_of_those_before_it_and_of_all_of_them(pixels):
     np.testing.assert_array_equal((slopes != 0).any(axis=0), np.tri(n, k=-1, dtype=bool))
 
 
-def test_a_pixelcnn_gives_the_probabilities_that_it_draws_by(pixels):
-    """Its bits are those of its own softmaxes; drawn with the same keys, each pixel is what these say."""
+def test_a_pixelcnn_gives_the_probabilities_that_it_samples_by(pixels):
+    """Its bits are those of its own softmaxes; sampled with the same keys, each pixel is what these say."""
     model, params = pixels
-    drawn = jax.jit(lambda params: pixelcnn.draw(model, params, LABEL, KEYS, SHAPE[:2]))(params)
-    logits = np.asarray(model.apply({"params": params}, to_pixels(drawn), LABEL))
-    bits = pixelcnn.bits_per_dim(model, params, drawn, LABEL)
+    samples = jax.jit(lambda params: pixelcnn.sample(model, params, LABEL, KEYS, SHAPE[:2]))(params)
+    logits = np.asarray(model.apply({"params": params}, to_pixels(samples), LABEL))
+    bits = pixelcnn.bits_per_dim(model, params, samples, LABEL)
     for i in range(2):
         nats = 0.0
         for number, (row, column) in enumerate(np.ndindex(SHAPE[:2])):
             here = logits[i, row, column]
-            assert drawn[i, row, column, 0] == jax.random.categorical(jax.random.fold_in(KEYS[i], number), here)
-            nats -= float(jax.nn.log_softmax(here)[drawn[i, row, column, 0]])
+            assert samples[i, row, column, 0] == jax.random.categorical(jax.random.fold_in(KEYS[i], number), here)
+            nats -= float(jax.nn.log_softmax(here)[samples[i, row, column, 0]])
         np.testing.assert_allclose(bits[i], nats / np.log(2) / 32, rtol=1e-5)
 
 
-def test_a_pixelcnn_is_told_of_the_class(pixels):
+def test_a_pixelcnn_is_conditioned_on_the_class(pixels):
     model, params = pixels
     same = jnp.repeat(images()[:1], 2, axis=0)
     assert np.ptp(pixelcnn.bits_per_dim(model, params, same, LABEL)) > 1e-4
@@ -112,7 +114,7 @@ def test_dequantized_pixels_keep_their_density():
 
 
 def test_the_bits_of_a_flow_that_does_nothing():
-    """By hand: a picture whose logits are its latents."""
+    """By hand: an image whose logits are its latents."""
     model = flow.Flow(2, features=8, steps=0)
     x = images()
     found = flow.bits_per_dim(model, {"embed": {"embedding": jnp.zeros((2, 8))}}, x, LABEL, KEYS)
@@ -132,7 +134,7 @@ def test_a_discretized_logistic_is_a_distribution():
     assert middle == pytest.approx(np.log(np.subtract(*expit(edges))), abs=1e-4)
 
 
-def test_the_bound_of_a_vae_by_hand():
+def test_the_vlb_of_a_vae_by_hand():
     model = vae.VAE(2, (4, 4, 1), features=4, latent=3)
     x = images((4, 4, 1))
     params = random_params(model, to_pixels(x), LABEL)
@@ -144,26 +146,24 @@ def test_the_bound_of_a_vae_by_hand():
     told = vae.log_likelihood(x, *model.apply({"params": params}, z, LABEL, method="decode")).sum(axis=(1, 2, 3))
     found = jax.jit(lambda params: vae.bits_per_dim(model, params, x, LABEL, KEYS))(params)
     np.testing.assert_allclose(found, (kl - told) / 16 / np.log(2), rtol=1e-4)
-    assert vae.draw(model, params, LABEL, KEYS).shape == (2, 4, 4, 1)
+    assert vae.sample(model, params, LABEL, KEYS).shape == (2, 4, 4, 1)
 
 
 def gan_stage(spectral_norm=False, **changes):
     fields = {"loss": "hinge", "r1": 0.5} | changes
-    adam = optax.adam(1e-3, b1=0.5)
-    maker = gan.Generator(2, (4, 4, 1), features=16, latent=4)
-    judge = gan.Discriminator(2, features=4, spectral_norm=spectral_norm)
-    return maker, gan.make_gan_stage(
-        generator=maker, discriminator=judge, generator_optimizer=adam, discriminator_optimizer=adam, ema_decay=0.9,
-        **fields,
-    )  # fmt: skip
+    generator = gan.Generator(2, (4, 4, 1), features=16, latent=4)
+    discriminator = gan.Discriminator(2, features=4, spectral_norm=spectral_norm)
+    return generator, gan.GANStage(
+        generator, discriminator, adam=gan.Adam(1e-3, b1=0.5, b2=0.999), ema_decay=0.9, **fields
+    )
 
 
 BATCH = {"x": images((4, 4, 1), 4), "label": jnp.array([0, 1, 0, 1]), "id": jnp.arange(4), "step": jnp.int32(0)}
 
 
 @pytest.mark.parametrize(("loss", "real", "fake"), [("hinge", 2.0, 0.0), ("non_saturating", 2 * np.log(2), np.log(2))])
-def test_the_losses_of_a_gan_whose_judge_knows_nothing(loss, real, fake):
-    """A discriminator of zeros says 0 of every picture: each loss is known, and R1 is none."""
+def test_the_losses_of_a_gan_whose_discriminator_knows_nothing(loss, real, fake):
+    """A discriminator of zeros says 0 of every image: each loss is known, and R1 is none."""
     _, stage = gan_stage(loss=loss)
     state = jax.jit(stage.init)(jax.random.key(0))
     blind = state.replace(
@@ -190,16 +190,16 @@ def test_the_gradient_penalty_of_a_gan_by_differences():
     assert losses[3.0] - losses[0.0] == pytest.approx(0.5 * 3.0 * square.mean(), rel=2e-2)
 
 
-def test_a_gan_takes_steps_of_both_and_draws():
-    maker, stage = gan_stage()
+def test_a_gan_takes_steps_of_both_and_samples():
+    generator, stage = gan_stage()
     state = jax.jit(stage.init)(jax.random.key(0))
     new, metrics = jax.jit(stage.step)(state, {}, BATCH, jnp.uint32(0))
     assert int(new.step) == 1 and metrics.keys() == {"loss", "discriminator", "grad_norm"}
     for name in ("generator", "discriminator"):
         moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), new.params[name], state.params[name])
         assert max(jax.tree.leaves(moved)) > 1e-4
-    drawn = gan.draw(maker, new.ema_params["generator"], LABEL, KEYS)
-    assert drawn.shape == (2, 4, 4, 1) and drawn.dtype == jnp.uint8
+    samples = gan.sample(generator, new.ema_params["generator"], LABEL, KEYS)
+    assert samples.shape == (2, 4, 4, 1) and samples.dtype == jnp.uint8
     wrong, _ = jax.jit(stage.step)(state, {}, BATCH | {"step": jnp.int32(5)}, jnp.uint32(0))
     assert int(wrong.step) == 0  # another step's batch
     with pytest.raises(ValueError, match="loss is 'wgan'; it must be one of hinge, non_saturating"):
@@ -239,29 +239,36 @@ def test_a_gan_without_spectral_norm_keeps_no_singular_vectors():
 
 @pytest.mark.parametrize("budget", ["cpu", "gpu"])
 def test_all_models_have_about_as_many_parameters(budget):
-    def size(stage):
-        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(stage.init, jax.random.key(0)).params))
+    def size(shapes):
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    def shapes_of(stage):
+        return jax.eval_shape(stage.init, jax.random.key(0)).params
 
     lab = Lab(budget, "", Path())
     config = lab.config(run.diffusion_config(lab))
-    stages = (
-        training_from_config.build_autoencoder_stage(config),
-        training_from_config.build_diffusion_stage(config, 10),
-    )
-    sizes = [sum(map(size, stages)), *(size(model.stage(10)) for model in models(run.SIZES[budget]).values())]
+    _, diffusion = on_paper(config, CLASSES)
+    sizes = [size([shapes_of(make_autoencoder_stage(config)), diffusion])]
+    sizes += [size(shapes_of(model.stage(10))) for model in models(run.SIZES[budget]).values()]
     assert max(sizes) / min(sizes) < 1.2
 
 
+@pytest.mark.parametrize("name", models(SMALL))
+def test_equal_stages_share_what_is_compiled(name):
+    """So `parallel_step` compiles once for a stage that is made twice."""
+    one, same, other = (models(SMALL)[name].stage(steps) for steps in (10, 10, 20))
+    assert one == same and hash(one) == hash(same)
+    assert (one == other) == (name in (GAN, SPECTRAL))  # whose learning rate does not depend on the steps
+
+
 def test_a_stage_of_likelihood_learns(pixels):
-    model, params = pixels
+    model, _ = pixels
     x = jnp.repeat(images()[:1], 4, axis=0)
-    stage = make_stage(
-        init_params=lambda rng: params,
-        loss=lambda params, x, label, keys: pixelcnn.bits_per_dim(model, params, x, label),
-        optimizer=optax.adam(1e-2),
-        ema_decay=0.9,
+    adamw = AdamW(
+        steps=30, learning_rate=1e-2, warmup_steps=0, decay="constant", adam_b2=0.999, weight_decay=0.0, clip_norm=1e9
     )
-    state, step, losses = stage.init(jax.random.key(0)), jax.jit(stage.step), []
+    stage = LikelihoodStage(model, pixelcnn.bits_per_dim, SHAPE, adamw, ema_decay=0.9)
+    state, step, losses = jax.jit(stage.init)(jax.random.key(0)), jax.jit(stage.step), []
     for number in range(30):
         batch = {"x": x, "label": jnp.zeros(4, jnp.int32), "id": jnp.arange(4), "step": jnp.int32(number)}
         state, metrics = step(state, {}, batch, jnp.uint32(0))

@@ -1,6 +1,7 @@
 """experiments/data_parallel: a state in parts is trained like a whole one, and what is told is what was timed."""
 
 import json
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ from jax.sharding import Mesh, PartitionSpec
 from experiments.data_parallel import fsdp, run
 from experiments.frame import Lab
 from ldm_jax.runtime.parallel import AXIS, parallel_step, replicate, shard
-from ldm_jax.training.state import TrainState, make_optimizer, update_if_finite
+from ldm_jax.training.state import AdamW, TrainState, make_optimizer, update_if_finite
 
 OPTIMIZER = make_optimizer(
-    steps=10, learning_rate=0.1, warmup_steps=0, decay="constant", adam_b2=0.99, weight_decay=0.0, clip_norm=1.0
+    AdamW(steps=10, learning_rate=0.1, warmup_steps=0, decay="constant", adam_b2=0.99, weight_decay=0.0, clip_norm=1.0)
 )
 
 
@@ -29,15 +30,19 @@ def init():
     return TrainState(np.int32(0), params, jax.tree.map(np.copy, params), jax.device_get(OPTIMIZER.init(params)))
 
 
-def step(state, frozen, batch, seed, *, axis_name=None):
-    def loss_fn(params):
-        return jnp.square((batch["x"] @ params["w"]).sum(-1) - batch["x"][:, 0] - params["b"].sum()).mean()
+@dataclass(frozen=True)
+class Stage:
+    """Linear regression."""
 
-    loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    if axis_name is not None:
-        loss, grads = jax.lax.pmean((loss, grads), axis_name)
-    state, _ = update_if_finite(state, batch["step"], loss, grads, optimizer=OPTIMIZER, ema_decay=0.9)
-    return state, {"loss": loss}
+    def step(self, state, frozen, batch, seed, *, axis_name=None):
+        def loss_fn(params):
+            return jnp.square((batch["x"] @ params["w"]).sum(-1) - batch["x"][:, 0] - params["b"].sum()).mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        if axis_name is not None:
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        state, _ = update_if_finite(state, batch["step"], loss, grads, optimizer=OPTIMIZER, ema_decay=0.9)
+        return state, {"loss": loss}
 
 
 def test_an_array_is_cut_along_its_longest_axis_that_divides(mesh):
@@ -52,7 +57,7 @@ def test_a_state_in_parts_is_trained_like_a_whole_one(mesh):
     cut_bytes = 4 * 3 * 8 * 4  # w, its average and Adam's two moments
     assert of_all - of_one == cut_bytes * 3 // 4  # of which each of four devices keeps a quarter
     x = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
-    mapped, sharded = parallel_step(step), fsdp.sharded_step(step, mesh, init())
+    mapped, sharded = parallel_step(Stage()), fsdp.sharded_step(Stage(), mesh, init())
     for number in range(3):
         index = {"index": np.arange(8, dtype=np.int32)}
         args = np.int32(number), np.uint32(0)

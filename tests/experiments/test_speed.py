@@ -10,7 +10,7 @@ from experiments.frame import Lab
 
 
 def test_a_rate_is_told_by_the_clock(monkeypatch):
-    """By steps of five pictures that take a quarter of a second each, and are waited for by eights."""
+    """By steps of five images that take a quarter of a second each, and are waited for by eights."""
     now, steps = [0.0], []
 
     def step(number):
@@ -42,16 +42,16 @@ def test_what_is_known_is_not_measured_again(tmp_path):
     assert done[4:] == ["b timed", "c timed"]
 
 
-def test_drawing_is_timed_after_it_has_compiled(monkeypatch):
+def test_sampling_is_timed_after_it_has_compiled(monkeypatch):
     now, turns = [0.0], []
 
-    def draw(seed):
+    def sample(seed):
         turns.append(seed)
         now[0] += {0: 100.0, 1: 6.0, 2: 4.0}[seed]
         return np.zeros(8)
 
     monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
-    ready = speed.seconds_per_image(lambda: draw)()
+    ready = speed.seconds_per_image(lambda: sample)()
     assert turns == [0] and ready() == 0.5 and turns == [0, 1, 2]
 
 
