@@ -4,11 +4,11 @@ import pytest
 
 
 @pytest.fixture
-def draw_weights():
-    """A function (torch_model) that draws all weights anew, so that no 0 or 1 at the start hides a difference."""
+def random_weights():
+    """A function (torch_model) that samples all weights, so that no initial 0 or 1 hides a difference."""
     import torch
 
-    def draw(torch_model):
+    def sample(torch_model):
         torch_model.eval().requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for name, p in torch_model.named_parameters():
@@ -19,18 +19,18 @@ def draw_weights():
                 p.mul_(0.2).add_(1.0)
         return torch_model
 
-    return draw
+    return sample
 
 
 @pytest.fixture
-def transplant(draw_weights):
-    """A function (torch_model, our_module, *inputs, **inputs) -> our parameters, after `draw_weights` on the former."""
+def transplant(random_weights):
+    """A function (torch_model, our_module, *inputs, **inputs) -> our parameters, those of the former at random."""
     import jax
 
     from ldm_jax.interop.diffusers import params_from_state_dict
 
     def give(torch_model, module, *args, **kwargs):
-        state = {name: p.numpy() for name, p in draw_weights(torch_model).state_dict().items()}
+        state = {name: p.numpy() for name, p in random_weights(torch_model).state_dict().items()}
         target = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)["params"]
         return params_from_state_dict(state, target)
 
@@ -39,7 +39,7 @@ def transplant(draw_weights):
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """A function (module, calls) that makes a scheduler draw our noise, call after call."""
+    """A function (module, calls) that gives a scheduler our noise, call after call."""
     import torch
     from parity.fixed_network import row_noise
 

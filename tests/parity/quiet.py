@@ -1,4 +1,4 @@
-"""Opening what was written here in diffusers, which must have nothing to say of it."""
+"""Models written here, opened in diffusers, which must not warn of anything."""
 
 import logging
 from contextlib import contextmanager
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import diffusers
 
 
-class _Told(logging.Handler):
-    """Remembers what is logged."""
+class _Recorder(logging.Handler):
+    """Keeps the messages that are logged."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -20,13 +20,13 @@ class _Told(logging.Handler):
 @contextmanager
 def without_warnings():
     """diffusers may not warn of anything."""
-    told, logger = _Told(), logging.getLogger("diffusers")
-    logger.addHandler(told)
+    recorder, logger = _Recorder(), logging.getLogger("diffusers")
+    logger.addHandler(recorder)
     try:
         yield
     finally:
-        logger.removeHandler(told)
-    assert told.lines == []
+        logger.removeHandler(recorder)
+    assert recorder.lines == []
 
 
 def open_quietly(name, folder):

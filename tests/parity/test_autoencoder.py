@@ -8,8 +8,7 @@ import torch
 
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
-from ldm_jax.models.first_stage import make_first_stage
-from ldm_jax.models.tiled_autoencoder import tiled
+from ldm_jax.models.first_stage import FirstStage
 
 X = np.random.default_rng(0).uniform(-1, 1, (2, 24, 16, 3)).astype(np.float32)
 
@@ -67,12 +66,12 @@ def test_autoencoder_kl(case, transplant):
 
 @pytest.mark.parametrize("height, width", [(40, 28), (16, 30), (22, 16)])
 def test_in_tiles(height, width, transplant):
-    """Tiles of 16 pixels, the last ones smaller; a picture no larger than one tile is not cut."""
+    """Tiles of 16 pixels, the last ones smaller; an image no larger than one tile is not cut."""
     shared = {"latent_channels": 4, "norm_num_groups": 8, "block_out_channels": (16, 32), "layers_per_block": 1}
     theirs = diffusers.AutoencoderKL(**shared | widths_and_types((16, 32)), sample_size=16)
     theirs.enable_tiling()
     ours = AutoencoderKL(**shared)
-    first_stage, params = tiled(make_first_stage(ours), 16, 2), transplant(theirs, ours, X)
+    first_stage, params = FirstStage(ours, 16, tiled=True), transplant(theirs, ours, X)
     x = np.random.default_rng(2).uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
     moments = jax.jit(first_stage.encode)(params, x)
     assert_equal_nchw(moments, theirs._encode(nchw(x)))

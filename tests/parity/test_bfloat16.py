@@ -89,10 +89,10 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_drift(name, draw_weights, tmp_path):
+def test_drift(name, random_weights, tmp_path):
     """At most half as much again as theirs, and hundredths of the scale; but not nothing, which would be float32."""
     model, ours, theirs = MODELS[name]()
-    draw_weights(model).save_pretrained(tmp_path / "model")
+    random_weights(model).save_pretrained(tmp_path / "model")
     a, b = (ours(tmp_path / "model", np.dtype(dtype)) for dtype in map(jax.numpy.dtype, TYPES))
     exact, half = (theirs(model.to(getattr(torch, dtype)), getattr(torch, dtype)) for dtype in TYPES)
     (largest, mean), (their_largest, their_mean) = drift(np.asarray(a), b), drift(exact, half)

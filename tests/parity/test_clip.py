@@ -93,9 +93,9 @@ def read_folder(folder):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_text_encoder(case, draw_weights, tmp_path):
+def test_text_encoder(case, random_weights, tmp_path):
     theirs = make_theirs(case)
-    draw_weights(theirs)
+    random_weights(theirs)
     theirs.save_pretrained(tmp_path)
     encoder, params = read_folder(tmp_path)
     ids = token_ids()
@@ -108,9 +108,9 @@ def test_text_encoder(case, draw_weights, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["CLIP-L", "OpenCLIP-bigG"])
-def test_transformers_reads_what_we_write(case, draw_weights, tmp_path):
+def test_transformers_reads_what_we_write(case, random_weights, tmp_path):
     theirs = make_theirs(case)
-    draw_weights(theirs)
+    random_weights(theirs)
     theirs.save_pretrained(tmp_path)
     _, params = read_folder(tmp_path)
     written = state_dict_from_text_params(params)
@@ -123,10 +123,10 @@ def test_transformers_reads_what_we_write(case, draw_weights, tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
 
 
-def test_gradients(draw_weights, tmp_path):
+def test_gradients(random_weights, tmp_path):
     """The backward pass agrees too, for every parameter."""
     theirs = make_theirs("OpenCLIP-bigG")
-    draw_weights(theirs)
+    random_weights(theirs)
     theirs.save_pretrained(tmp_path)
     encoder, params = read_folder(tmp_path)
     ids = token_ids()[:, :12]
@@ -164,7 +164,7 @@ IMAGE_CASES = {
 }
 
 
-def pictures(config):
+def random_images(config):
     size = config["image_size"]
     shape = (2, size, size, config.get("num_channels", 3))
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -187,13 +187,13 @@ def relative_error(ours, theirs):
 
 
 @pytest.mark.parametrize("case", IMAGE_CASES)
-def test_image_encoder(case, draw_weights, tmp_path):
+def test_image_encoder(case, random_weights, tmp_path):
     """The same numbers, and transformers reads what we write of it."""
     config = IMAGE_CASES[case]
     theirs = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**config))
-    draw_weights(theirs)
+    random_weights(theirs)
     theirs.save_pretrained(tmp_path)
-    x = pictures(config)
+    x = random_images(config)
     encoder, params = read_image_folder(tmp_path, x)
     ours, expected = jax.jit(encoder.apply)({"params": params}, x), theirs(to_torch(x))
     for name, a, b in zip(ours._fields, ours, (expected.last_hidden_state, expected.image_embeds)):
@@ -226,14 +226,14 @@ def make_clip(act):
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_similarity(act, draw_weights, tmp_path):
+def test_similarity(act, random_weights, tmp_path):
     """Both encoders and the scale, from one file; and back."""
     theirs = make_clip(act)
-    draw_weights(theirs)
+    random_weights(theirs)
     theirs.logit_scale.fill_(3.5)
     theirs.save_pretrained(tmp_path)
     clip = clip_from_config(json.loads((tmp_path / "config.json").read_text()))
-    ids, x = token_ids(), pictures(IMAGE_CASES["gelu, another eps"])
+    ids, x = token_ids(), random_images(IMAGE_CASES["gelu, another eps"])
     target = jax.eval_shape(clip.init, jax.random.key(0), ids, x)["params"]
     params = clip_params_from_state_dict(load_file(tmp_path / "model.safetensors"), target)
     text, image, scale = jax.jit(clip.apply)({"params": params}, ids, x)
@@ -245,10 +245,10 @@ def test_similarity(act, draw_weights, tmp_path):
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_contrastive_loss(act, draw_weights):
+def test_contrastive_loss(act, random_weights):
     """Where all captions differ, loss and gradient are transformers'."""
     theirs = make_clip(act)
-    draw_weights(theirs).requires_grad_(True)
+    random_weights(theirs).requires_grad_(True)
     ids = token_ids()
     x = np.random.default_rng(1).normal(size=(4, 12, 12, 1)).astype(np.float32)
     clip = clip_from_config(theirs.config.to_dict() | {"architectures": ["CLIPModel"]})
@@ -302,18 +302,18 @@ SPECIAL = [
 
 def strings():
     """1,000 texts: ordinary ones, everything awkward, the empty one, very long ones."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     pieces = [*WORDS, *SCRIPTS, *EMOJI, *ODD, *SPECIAL, *string.punctuation]
     texts = ["", " ", "low " * 3000, "x" * 5000, "🙂" * 700]
     while len(texts) < 1000:
-        chosen = draw.choices(WORDS if draw.random() < 0.3 else pieces, k=draw.choice([1, 3, 10, 40, 120]))
-        texts.append(draw.choice(["", " "]).join(chosen))
+        chosen = rng.choices(WORDS if rng.random() < 0.3 else pieces, k=rng.choice([1, 3, 10, 40, 120]))
+        texts.append(rng.choice(["", " "]).join(chosen))
     return texts
 
 
 @pytest.mark.parametrize("special_tokens_map", [None, {"pad_token": "!"}])
 def test_token_ids(special_tokens_map, tmp_path):
-    """As diffusers calls it: padded and cut at the maximum; what it warns of as cut is what we tell."""
+    """As diffusers calls it: padded and truncated at the maximum; `cut` are the texts whose truncation it warns of."""
     write_tokenizer(tmp_path, learn_merges(WORDS, 40), length=77, special_tokens_map=special_tokens_map)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     texts = strings()

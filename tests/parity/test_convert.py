@@ -1,4 +1,4 @@
-"""What `convert` writes, opened by diffusers: the same networks, and from the same noise the same pictures."""
+"""What `convert` writes, opened by diffusers: the same networks, and from the same noise the same images."""
 
 import json
 import sys
@@ -68,17 +68,17 @@ RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
         "DDIMScheduler",
     ),
 }
-MAPS = {  # changes of tests/tiny.py
-    "a small picture, pixels": {
+CONCAT = {  # changes of tests/tiny.py
+    "a low-resolution image, pixels": {
         "concat.kind": "low_resolution",
         "concat.factor": 2,
         "autoencoder.kind": "none",
         "diffusion.prediction": "z0",
         "sampling.spacing": "leading",
     },
-    "a small picture, smaller than the latents": {"concat.kind": "low_resolution", "concat.factor": 4},
-    "a masked picture": {"concat.kind": "inpainting", "sampling.sampler": "unipc"},
-    "a masked picture in colour, codes": {
+    "a low-resolution image, smaller than the latents": {"concat.kind": "low_resolution", "concat.factor": 4},
+    "a masked image": {"concat.kind": "inpainting", "sampling.sampler": "unipc"},
+    "a masked image in colour, codes": {
         "data.channels": 3,
         "concat.kind": "inpainting",
         "autoencoder.kind": "vq",
@@ -87,7 +87,7 @@ MAPS = {  # changes of tests/tiny.py
     },
     "segments": {"concat.kind": "segments", "concat.num_segments": 3, "data.segments_key": "areas"},
 }
-NUM = 4  # pictures
+NUM = 4  # images
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def opened(folder):
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
+def test_diffusers_samples_the_images_of_a_run(kind, tmp_path):
     changes, class_names, scheduler = RUNS[kind]
     contrast = 0.6 if "pixels" in kind else 0.4
     made = random_runs.random_run(tmp_path / "run", LATENTS | changes, class_names, contrast=contrast)
@@ -129,8 +129,8 @@ def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
     pipe = opened(folder)
     assert type(pipe.scheduler).__name__ == scheduler
     z_T = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-    told = {"class_labels": [class_names[label] for label in labels]} if class_names else {"num_images": 8}
-    theirs = (pipe(**told, latents=z_T, output_type="np").images * 255).round()
+    conditions = {"class_labels": [class_names[label] for label in labels]} if class_names else {"num_images": 8}
+    theirs = (pipe(**conditions, latents=z_T, output_type="np").images * 255).round()
 
     assert theirs.shape == ours.shape == (8, 8, 8, 1)
     assert theirs.std() > 10 and ((theirs > 0) & (theirs < 255)).mean() > 0.5
@@ -145,30 +145,30 @@ def test_diffusers_draws_the_pictures_of_a_run(kind, tmp_path):
         assert pipe(class_names[0]).images[0].size == (8, 8)
 
 
-def known_in_files(kind, folder):
-    """What is known of a picture, as `sample` takes it and as the pipeline does."""
+def concat_input(kind, folder):
+    """What concat conditioning is made of: the flags of `sample`, and the pipeline's argument `known`."""
     rng = np.random.default_rng(1)
     if kind == "segments":
-        picture = Image.fromarray(rng.integers(0, 3, (8, 8), np.uint8))
-        picture.putpalette([0, 0, 0, 90, 0, 0, 0, 200, 0])  # whose colours do not matter
+        image = Image.fromarray(rng.integers(0, 3, (8, 8), np.uint8))
+        image.putpalette([0, 0, 0, 90, 0, 0, 0, 200, 0])  # whose colours do not matter
     else:
-        side = {"a small picture, pixels": 4, "a small picture, smaller than the latents": 2}.get(kind, 8)
-        picture = Image.fromarray(rng.integers(0, 256, (side, side, 3) if "colour" in kind else (side, side), np.uint8))
-    picture.save(folder / "a.png")
+        side = {"a low-resolution image, pixels": 4, "a low-resolution image, smaller than the latents": 2}.get(kind, 8)
+        image = Image.fromarray(rng.integers(0, 256, (side, side, 3) if "colour" in kind else (side, side), np.uint8))
+    image.save(folder / "a.png")
     if "masked" not in kind:
-        return [f"--map={folder}/a.png"], picture
+        return [f"--map={folder}/a.png"], image
     mask = Image.fromarray(np.where(rng.random((8, 8)) < 0.6, rng.integers(128, 256, (8, 8)), 127).astype(np.uint8))
     mask.save(folder / "mask.png")
-    return [f"--init_image={folder}/a.png", f"--mask={folder}/mask.png"], (picture, mask)
+    return [f"--init_image={folder}/a.png", f"--mask={folder}/mask.png"], (image, mask)
 
 
-@pytest.mark.parametrize("kind", MAPS)
-def test_diffusers_draws_what_is_known_of(kind, tmp_path):
+@pytest.mark.parametrize("kind", CONCAT)
+def test_diffusers_samples_with_concat_conditioning(kind, tmp_path):
     contrast = 0.6 if "pixels" in kind else 0.4
-    made = random_runs.random_run(tmp_path / "run", LATENTS | MAPS[kind], contrast=contrast)
+    made = random_runs.random_run(tmp_path / "run", LATENTS | CONCAT[kind], contrast=contrast)
     folder = converted(made, tmp_path / "folder")
     open_quietly("UNet2DConditionModel", folder / "unet")
-    flags, known = known_in_files(kind, tmp_path)
+    flags, known = concat_input(kind, tmp_path)
     shape = (NUM, 8, 8, 1) if "pixels" in kind else (NUM, 4, 4, 2)
     noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
@@ -178,8 +178,8 @@ def test_diffusers_draws_what_is_known_of(kind, tmp_path):
         ours, labels = samples["images"].astype(float), samples["labels"].tolist()
 
     pipe, z_T = opened(folder), torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-    wanted = {"class_labels": labels, "latents": z_T, "output_type": "np"}
-    theirs = (pipe(**wanted, known=known).images * 255).round()
+    arguments = {"class_labels": labels, "latents": z_T, "output_type": "np"}
+    theirs = (pipe(**arguments, known=known).images * 255).round()
     off = np.abs(ours - theirs)
     print(f"{(off > 0).mean():.2%} of the values differ, by {off.max():.0f} at most")
     assert theirs.shape == ours.shape == (NUM, 8, 8, 3 if "colour" in kind else 1)
@@ -188,39 +188,40 @@ def test_diffusers_draws_what_is_known_of(kind, tmp_path):
 
     parts = known if isinstance(known, tuple) else (known,)
     arrays = [[np.array(part)] * NUM for part in parts]  # one for each, which are all the same
-    again = pipe(**wanted, known=tuple(arrays) if len(parts) > 1 else arrays[0]).images
+    again = pipe(**arguments, known=tuple(arrays) if len(parts) > 1 else arrays[0]).images
     np.testing.assert_allclose(again * 255, theirs, atol=0.51)
     other = [np.zeros_like(array[0]) for array in arrays[:1]] + [array[0] for array in arrays[1:]]
-    assert ((pipe(**wanted, known=tuple(other) if len(parts) > 1 else other[0]).images * 255).round() != theirs).any()
+    changed = pipe(**arguments, known=tuple(other) if len(parts) > 1 else other[0]).images
+    assert ((changed * 255).round() != theirs).any()
     if len(parts) > 1:
         kept = np.array(parts[1]) < 128
-        picture = np.array(parts[0]).reshape(theirs.shape[1:])
-        np.testing.assert_array_equal(theirs[:, kept], np.broadcast_to(picture[kept], theirs[:, kept].shape))
+        image = np.array(parts[0]).reshape(theirs.shape[1:])
+        np.testing.assert_array_equal(theirs[:, kept], np.broadcast_to(image[kept], theirs[:, kept].shape))
 
 
-def test_in_half_precision_what_is_known_stays_to_the_bit(tmp_path):
-    made = random_runs.random_run(tmp_path / "run", LATENTS | MAPS["a masked picture"])
+def test_in_half_precision_the_known_region_stays_to_the_bit(tmp_path):
+    made = random_runs.random_run(tmp_path / "run", LATENTS | CONCAT["a masked image"])
     pipe = opened(converted(made, tmp_path / "folder")).to(torch.bfloat16)
-    _, (picture, mask) = known_in_files("a masked picture", tmp_path)
-    keep, known = np.array(mask) < 128, (np.array(picture), np.array(mask) >= 128)  # a mask of bool
-    drawn = np.array(pipe(["dark"], known=known).images[0])
-    np.testing.assert_array_equal(drawn[keep], np.array(picture)[keep])
-    assert (drawn != np.array(picture))[~keep].mean() > 0.5
+    _, (image, mask) = concat_input("a masked image", tmp_path)
+    keep, known = np.array(mask) < 128, (np.array(image), np.array(mask) >= 128)  # a mask of bool
+    sampled = np.array(pipe(["dark"], known=known).images[0])
+    np.testing.assert_array_equal(sampled[keep], np.array(image)[keep])
+    assert (sampled != np.array(image))[~keep].mean() > 0.5
 
 
-def test_the_pipeline_refuses_what_it_cannot_take(tmp_path):
+def test_arguments_that_the_pipeline_refuses(tmp_path):
     pipes = {}
-    for kind in ("a small picture, pixels", "a masked picture", "segments"):
-        made = random_runs.random_run(tmp_path / kind, LATENTS | MAPS[kind])
+    for kind in ("a low-resolution image, pixels", "a masked image", "segments"):
+        made = random_runs.random_run(tmp_path / kind, LATENTS | CONCAT[kind])
         pipes[kind] = opened(converted(made, tmp_path / f"folder of {kind}"))
     pipes["nothing"] = opened(converted(random_runs.random_run(tmp_path / "run"), tmp_path / "folder"))
     grey, small = Image.new("L", (8, 8)), Image.new("L", (4, 4))
     refused = [
-        ("a small picture, pixels", None, "known must be the small picture"),
-        ("a small picture, pixels", grey, r"known has uint8\[8, 8, 1\]; it must have uint8\[4, 4, 1\]"),
-        ("a small picture, pixels", [small, small], "one for all or one for each of 1"),
-        ("a small picture, pixels", np.zeros((4, 4)), r"known has float64\[4, 4, 1\]"),
-        ("a masked picture", grey, "known must be the picture and the mask"),
+        ("a low-resolution image, pixels", None, "known must be the small picture"),
+        ("a low-resolution image, pixels", grey, r"known has uint8\[8, 8, 1\]; it must have uint8\[4, 4, 1\]"),
+        ("a low-resolution image, pixels", [small, small], "one for all or one for each of 1"),
+        ("a low-resolution image, pixels", np.zeros((4, 4)), r"known has float64\[4, 4, 1\]"),
+        ("a masked image", grey, "known must be the picture and the mask"),
         ("segments", Image.new("L", (8, 8), 3), "has a pixel of class 3; the model knows 0 to 2"),
         ("segments", grey.convert("RGB"), "must be grey or have a palette, not RGB"),
         ("nothing", grey, "takes no map"),
@@ -230,7 +231,7 @@ def test_the_pipeline_refuses_what_it_cannot_take(tmp_path):
             pipes[kind](known=known)
 
 
-def test_diffusers_draws_a_single_file_of_classes(tmp_path, monkeypatch):
+def test_diffusers_samples_a_single_file_of_classes(tmp_path, monkeypatch):
     """CompVis' class-conditional model, which diffusers has no pipeline for, by the one in the folder."""
     family = "class-conditional LDM"
     monkeypatch.setitem(FAMILIES, family, FAMILIES[family]._replace(sample_size=8))
@@ -250,18 +251,18 @@ def test_diffusers_draws_a_single_file_of_classes(tmp_path, monkeypatch):
 
     pipe = opened(folder)
     z_T = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-    drawn = pipe([1, "3", 1, 3], num_inference_steps=8, latents=z_T, output_type="np").images
-    theirs = (drawn * 255).round()
+    sampled = pipe([1, "3", 1, 3], num_inference_steps=8, latents=z_T, output_type="np").images
+    theirs = (sampled * 255).round()
     off = np.abs(ours[0] - theirs)
     print(f"{(off > 0).mean():.2%} of the values differ, by {off.max():.0f} at most")
     assert theirs.std() > 10 and ((theirs > 0) & (theirs < 255)).mean() > 0.5
     assert off.max() <= 1 and (off > 0).mean() < 0.005
 
 
-@pytest.mark.parametrize("kind", [None, "a masked picture"])
-def test_what_diffusers_saves_again_draws_the_same(kind, tmp_path):
-    """With the code of the folder, as diffusers leaves that out."""
-    changes, known = (MAPS[kind], known_in_files(kind, tmp_path)[1]) if kind else ({}, None)
+@pytest.mark.parametrize("kind", [None, "a masked image"])
+def test_samples_are_the_same_after_diffusers_has_saved_the_pipeline(kind, tmp_path):
+    """With the code of the converted folder, as diffusers does not save it."""
+    changes, known = (CONCAT[kind], concat_input(kind, tmp_path)[1]) if kind else ({}, None)
     folder = converted(random_runs.random_run(tmp_path / "run", changes, contrast=0.2), tmp_path / "folder")
     quick = {"trust_remote_code": True, "low_cpu_mem_usage": False}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **quick)

@@ -17,7 +17,7 @@ from ldm_jax import command_line, convert
 from ldm_jax.data.image_folder import prepare
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.lora import FILE
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline.load import load
 
 KINDS = {
     "inpainting": "StableDiffusionInpaintPipeline",
@@ -38,7 +38,7 @@ def home(tmp_path_factory):
 
 
 def trained_by(home, kind, name, *changes):
-    """The run folder of a job that draws as well."""
+    """The run folder of a job that samples as well."""
     data = ["--config.data.name=plain", "--config.data.caption_key=none"] if kind == "unconditional" else []
     flags = [f"--config.init_from={home / kind}", "--config.sampling.prompts=()", *data, *changes]
     assert fine_tune(home, name, *flags) == 0
@@ -57,7 +57,8 @@ def opened(model, folder, kind):
 
 
 def unet_of(model):
-    return state_dict_from_params(pipeline_load.load(model).params["unet"])
+    _, params = load(model)
+    return state_dict_from_params(params["denoiser"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -108,16 +108,16 @@ def assert_close(ours, theirs):
 
 def unet_inputs(name, config):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     size = (8, 16) if name == "UNet2DModel" else (9, 8)  # diffusers' AttnUpBlock2D takes no odd sizes
     channels = config.get("in_channels", 3 if name == "UNet2DModel" else 4)
-    inputs = {"z_t": draw(2, *size, channels), "t": np.array([3, 871])}
+    inputs = {"z_t": normal(2, *size, channels), "t": np.array([3, 871])}
     if name == "UNet2DConditionModel":
-        inputs["context"] = draw(2, 5, 12)
+        inputs["context"] = normal(2, 5, 12)
     if "num_class_embeds" in config:
         inputs["class_labels"] = np.array([0, 9])
     if "addition_embed_type" in config:
-        inputs["added"] = Added(draw(2, 5), rng.integers(0, 1024, (2, 6)).astype(np.float32))
+        inputs["added"] = Added(normal(2, 5), rng.integers(0, 1024, (2, 6)).astype(np.float32))
     return inputs
 
 
@@ -144,8 +144,8 @@ def as_lists(config):
 
 
 @pytest.mark.parametrize("name, config", UNETS.values(), ids=UNETS.keys())
-def test_unets_there_and_back(tmp_path, draw_weights, name, config):
-    theirs = draw_weights(getattr(diffusers, name)(**config))
+def test_unets_there_and_back(tmp_path, random_weights, name, config):
+    theirs = random_weights(getattr(diffusers, name)(**config))
     theirs.save_pretrained(tmp_path / "theirs")
     inputs = unet_inputs(name, config)
     expected = call_theirs(theirs, inputs)
@@ -160,8 +160,8 @@ def test_unets_there_and_back(tmp_path, draw_weights, name, config):
 
 
 @pytest.mark.parametrize("name, config", AUTOENCODERS.values(), ids=AUTOENCODERS.keys())
-def test_autoencoders_there_and_back(tmp_path, draw_weights, name, config):
-    theirs = draw_weights(getattr(diffusers, name)(**config))
+def test_autoencoders_there_and_back(tmp_path, random_weights, name, config):
+    theirs = random_weights(getattr(diffusers, name)(**config))
     theirs.save_pretrained(tmp_path / "theirs")
     encode = lambda model, x: model._encode(x) if name == "AutoencoderKL" else model.encode(x).latents  # noqa: E731
     x = np.random.default_rng(0).uniform(-1, 1, (2, 12, 8, 3)).astype(np.float32)
@@ -195,9 +195,9 @@ WAYS = {
 
 
 @pytest.mark.parametrize("how, files", WAYS.values(), ids=WAYS.keys())
-def test_ways_to_save(tmp_path, draw_weights, how, files):
+def test_ways_to_save(tmp_path, random_weights, how, files):
     name, config = UNETS["SD1"]
-    theirs = draw_weights(diffusers.UNet2DConditionModel(**config))
+    theirs = random_weights(diffusers.UNet2DConditionModel(**config))
     if "variant" in how:
         theirs = theirs.half()
     theirs.save_pretrained(tmp_path, **how)

@@ -1,6 +1,7 @@
-"""Whole pipelines: one folder, drawn by our command and by diffusers, from the same noise to the same pictures."""
+"""Whole pipelines: one folder, sampled by our command and by diffusers, from the same noise to the same images."""
 
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -90,15 +91,15 @@ def tokenizer(tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path, draw_weights):
-    """saved(pipeline class, parts) -> diffusers' pipeline, its weights drawn, and the folder that it was saved to."""
+def saved(tmp_path, random_weights):
+    """saved(pipeline class, parts) -> diffusers' pipeline, with random weights, and the folder that it was saved to."""
 
     def save(kind, parts):
         for part in parts.values():
             if isinstance(part, torch.nn.Module):
-                draw_weights(part)
+                random_weights(part)
         for p in parts["vae"].decoder.conv_out.parameters():
-            p *= 0.3  # so that pictures are not black and white
+            p *= 0.3  # so that images are not black and white
         pipe = kind(**parts)
         pipe.set_progress_bar_config(disable=True)
         pipe.save_pretrained(tmp_path / "model")
@@ -157,8 +158,8 @@ def noise(tmp_path):
 
 
 @pytest.fixture
-def draw(tmp_path, noise):
-    """draw(folder, *flags) -> the images of our command, float [2, H, W, 3] of 255."""
+def sampled(tmp_path, noise):
+    """sampled(folder, *flags) -> the images of our command, float [2, H, W, 3] of 255."""
 
     def run(folder, *flags):
         out = tmp_path / "out"
@@ -178,7 +179,7 @@ def theirs(pipe, noise, **arguments):
 
 
 def assert_same(ours, expected):
-    """Within one step of 255, and nearly everywhere equal, as pictures hardly differ if only the spacing is wrong."""
+    """Within one step of 255, and nearly everywhere equal, as images hardly differ if only the spacing is wrong."""
     assert expected.std() > 10
     assert ((expected > 0) & (expected < 255)).mean() > 0.5
     off = np.abs(ours - expected)
@@ -188,50 +189,67 @@ def assert_same(ours, expected):
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES.keys() - {PIPELINE_CLASS}))  # but ours
-def test_what_is_left_out_is_as_theirs(name):
+def test_defaults_are_theirs(name):
     arguments = inspect.signature(getattr(diffusers, name).__call__).parameters
     assert arguments["num_inference_steps"].default == PIPELINES[name].steps
     assert PIPELINES[name].guidance == (arguments["guidance_scale"].default if "guidance_scale" in arguments else 1.0)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_text_to_image(name, build, draw, noise):
+def test_text_to_image(name, build, sampled, noise):
     pipe, folder = build(name)
     assert_same(
-        draw(folder, "--guidance=7.5", f"--negative_prompt={NEGATIVE}"),
+        sampled(folder, "--guidance=7.5", f"--negative_prompt={NEGATIVE}"),
         theirs(pipe, noise, guidance_scale=7.5, negative_prompt=[NEGATIVE] * 2),
     )
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_without_a_negative_prompt_and_with_the_defaults(name, build, draw, noise):
-    """SDXL tells of nothing by zeros; guidance is the pipeline's own."""
+def test_without_a_negative_prompt_and_with_the_defaults(name, build, sampled, noise):
+    """SDXL's null condition is zeros; guidance is the pipeline's own."""
     pipe, folder = build(name)
-    assert_same(draw(folder), theirs(pipe, noise))
+    assert_same(sampled(folder), theirs(pipe, noise))
 
 
 @pytest.mark.parametrize("sampler", OTHERS)
-def test_another_sampler(sampler, build, draw, noise):
+def test_another_sampler(sampler, build, sampled, noise):
     pipe, folder = build("SD1")
     pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
-    assert_same(draw(folder, f"--sampler={sampler}"), theirs(pipe, noise))
+    assert_same(sampled(folder, f"--sampler={sampler}"), theirs(pipe, noise))
+
+
+@pytest.mark.parametrize("sampler", [None, "euler"])
+def test_scheduler_fields_that_the_pipeline_forces(sampler, build, sampled, noise):
+    """Old files leave out steps_offset and clip_sample, which the pipeline sets, though not for another scheduler."""
+    _, folder = build("SD2-v")
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    del config["steps_offset"], config["clip_sample"]
+    path.write_text(json.dumps(config))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    assert (pipe.scheduler.config.steps_offset, pipe.scheduler.config.clip_sample) == (1, False)
+    if sampler:
+        pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
+        assert pipe.scheduler.config.steps_offset == 0
+    assert_same(sampled(folder, *([f"--sampler={sampler}"] if sampler else [])), theirs(pipe, noise))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_another_size(name, build, draw, noise, tmp_path):
-    """SDXL is told of it."""
+def test_another_size(name, build, sampled, noise, tmp_path):
+    """SDXL is conditioned on it."""
     pipe, folder = build(name)
     size = {"height": 3 * SIZE // 2, "width": 2 * SIZE}
     z_T = np.random.default_rng(2).standard_normal((2, 3 * SIZE // 4, SIZE, 4)).astype(np.float32)
     np.save(tmp_path / "noise.npy", z_T)
     expected = theirs(pipe, z_T, **size)
     assert expected.shape == (2, *size.values(), 3)
-    assert_same(draw(folder, *(f"--{flag}={side}" for flag, side in size.items())), expected)
+    assert_same(sampled(folder, *(f"--{flag}={side}" for flag, side in size.items())), expected)
 
 
 @pytest.fixture
 def without_chance(monkeypatch, noise):
-    """without_chance(module): their pipeline takes the noise that is ours, and the most likely latents of a picture."""
+    """without_chance(module): their pipeline takes the noise that is ours, and the most likely latents of an image."""
 
     def patch(module):
         where = f"diffusers.pipelines.{module}"
@@ -243,8 +261,8 @@ def without_chance(monkeypatch, noise):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    """A picture, and a mask of its middle, as files."""
+def image_and_mask(tmp_path):
+    """An image, and a mask of its middle, as files."""
     rng = np.random.default_rng(1)
     small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), np.uint8))
     image = small.resize((2 * SIZE, 2 * SIZE), Image.Resampling.BICUBIC)
@@ -256,7 +274,7 @@ def picture(tmp_path):
 
 
 @pytest.mark.parametrize("name, sampler", [("SD2-v", None), ("SDXL", None), ("SD1", "euler")])
-def test_image_to_image(name, sampler, build, draw, noise, without_chance, picture, tmp_path):
+def test_image_to_image(name, sampler, build, sampled, noise, without_chance, image_and_mask, tmp_path):
     xl = name == "SDXL"
     kind = diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline
     family = "stable_diffusion_xl" if xl else "stable_diffusion"
@@ -264,26 +282,26 @@ def test_image_to_image(name, sampler, build, draw, noise, without_chance, pictu
     pipe, folder = build(name, kind=kind)
     if sampler:
         pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
-    expected = theirs(pipe, noise, image=picture[0], strength=0.6)
+    expected = theirs(pipe, noise, image=image_and_mask[0], strength=0.6)
     flags = [f"--sampler={sampler}"] if sampler else []
-    assert_same(draw(folder, f"--init_image={tmp_path}/image.png", "--strength=0.6", *flags), expected)
+    assert_same(sampled(folder, f"--init_image={tmp_path}/image.png", "--strength=0.6", *flags), expected)
 
 
-def test_inpainting(build, draw, noise, without_chance, picture, tmp_path):
-    """Where the mask is white; theirs gives the rest through the autoencoder, ours bit by bit."""
+def test_inpainting(build, sampled, noise, without_chance, image_and_mask, tmp_path):
+    """Where the mask is white; the rest has gone through the autoencoder in theirs, and is kept to the bit in ours."""
     without_chance("stable_diffusion.pipeline_stable_diffusion_inpaint")
     pipe, folder = build("SD1", in_channels=9, kind=diffusers.StableDiffusionInpaintPipeline)
-    image, mask = picture
+    image, mask = image_and_mask
     size = {"height": 2 * SIZE, "width": 2 * SIZE}
     expected = theirs(pipe, noise, image=image, mask_image=mask, strength=1.0, **size)
-    ours = draw(folder, f"--init_image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png")
+    ours = sampled(folder, f"--init_image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png")
     white = np.asarray(mask) > 0
     assert_same(ours[:, white], expected[:, white])
     np.testing.assert_array_equal(ours[:, ~white], np.broadcast_to(np.asarray(image)[~white], ours[:, ~white].shape))
 
 
-def test_upscaling(tokenizer, saved, draw, noise, monkeypatch, tmp_path):
-    """A small picture, noised as ours is, to one of four times its size."""
+def test_upscaling(tokenizer, saved, sampled, noise, monkeypatch, tmp_path):
+    """A low-resolution image, noised as ours is, to one of four times its size."""
     unet = UNET | SD2 | {"only_cross_attention": (True, False), "num_class_embeds": 400, "in_channels": 7}
     unet |= {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
     unet |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
@@ -309,4 +327,4 @@ def test_upscaling(tokenizer, saved, draw, noise, monkeypatch, tmp_path):
         images = [Image.fromarray(small)] * 2
         expected = theirs(pipe, noise, image=images, latents=latents, noise_level=level)
         assert expected.shape == (2, 64, 48, 3)
-        assert_same(draw(folder, f"--map={tmp_path}/small.png", f"--noise_level={level}"), expected)
+        assert_same(sampled(folder, f"--map={tmp_path}/small.png", f"--noise_level={level}"), expected)

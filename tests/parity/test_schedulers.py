@@ -170,7 +170,7 @@ def test_ddim_with_eta_1_is_their_ddpm_where_their_ddim_is_wrong(spacing, steps,
 def test_ddim_clips_as_theirs_with_clipped_model_output(prediction):
     theirs, ours = scheduler(diffusers.DDIMScheduler, "linear", prediction=prediction, clip_sample=True)
     expected = run_theirs(theirs, 10, use_clipped_model_output=True)
-    assert_same(run_ours(ours, prediction, bound=1.0, solver="ddim", steps=10), expected)
+    assert_same(run_ours(ours, prediction, clip_range=1.0, solver="ddim", steps=10), expected)
 
 
 @pytest.mark.parametrize("prediction", ["v", "z0"])
@@ -324,7 +324,7 @@ def test_multistep(solver, prediction, schedule, spacing, offset, steps, final, 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_dpmpp_2s(prediction, schedule, steps, final, same_noise):
-    """Its steps are linspace's, whatever it is told."""
+    """Its steps are linspace's, whatever its config says."""
     assert_endpoint("dpmpp_2s", prediction, schedule, steps, same_noise, spacing="linspace", final_sigmas_type=final)
 
 
@@ -340,7 +340,7 @@ def test_endpoint_solvers_with_karras_sigmas(solver, prediction, schedule, steps
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("to_one, offset", [(True, 0), (False, 1)])
 def test_plms(schedule, steps, to_one, offset):
-    """eps only: of a v or z0 theirs mixes what was said at several z as if it had been said at one."""
+    """eps only: of a v or z0 theirs mixes the outputs at several z as if they were at one."""
     theirs, ours = scheduler(
         diffusers.PNDMScheduler, schedule, offset=offset, skip_prk_steps=True, set_alpha_to_one=to_one
     )

@@ -1,4 +1,4 @@
-"""Single files of CompVis and Stability AI: read as diffusers' own converters read them, drawn as the same folder."""
+"""Single files of CompVis and Stability AI: read as diffusers' own converters read them, sampled as the same folder."""
 
 import pickle
 import sys
@@ -25,8 +25,8 @@ from ldm_jax.interop.ldm_configs import autoencoder_config, clip_config, open_cl
 from ldm_jax.interop.ldm_families import FAMILIES, UNET
 from ldm_jax.interop.modules import autoencoder_from_config, unet_from_config
 from ldm_jax.interop.weights import write_safetensors
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import fingerprint
 
 VOCABULARY, LENGTH, POOLED = 517, 8, 64
 
@@ -99,7 +99,7 @@ def numpy_of(model):
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def build(name, draw_weights):
+def build(name, random_weights):
     """diffusers' and transformers' parts by name; the tensors of the single file."""
     family, config = MODELS[name]
     parts = {"unet": diffusers.UNet2DConditionModel(**config), "vae": diffusers.AutoencoderKL(**VAE)}
@@ -109,7 +109,7 @@ def build(name, draw_weights):
         parts["text_encoder"] = text_encoder(64, 2, "quick_gelu")
     if family == "Stable Diffusion XL":
         parts["text_encoder_2"] = text_encoder(128, 3, "gelu", projection=POOLED)
-    states = {part: numpy_of(draw_weights(model)) for part, model in parts.items()}
+    states = {part: numpy_of(random_weights(model)) for part, model in parts.items()}
     file = ldm_files.unet_to_ldm(states["unet"], len(config["block_out_channels"]), config["layers_per_block"])
     file |= ldm_files.autoencoder_to_ldm(states["vae"], 3)
     for fields, text in zip(FAMILIES[family].texts, ("text_encoder", "text_encoder_2")):
@@ -139,8 +139,8 @@ def converted_text(file, fields, model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_files_are_read_as_diffusers_reads_them(name, tmp_path, draw_weights):
-    parts, file = build(name, draw_weights)
+def test_files_are_read_as_diffusers_reads_them(name, tmp_path, random_weights):
+    parts, file = build(name, random_weights)
     write_safetensors(tmp_path / "model.safetensors", file)
     found = single_file.read(tmp_path / "model.safetensors")
     family, config = MODELS[name]
@@ -173,7 +173,7 @@ def _spread(config):
     return spread
 
 
-FULL = {  # the published configurations: UNet; text encoders; what diffusers tells them by
+FULL = {  # the published configurations: UNet; text encoders; diffusers' name of the type
     "Stable Diffusion 1": (
         {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64},
         [(768, 12, "quick_gelu", None)],
@@ -223,8 +223,8 @@ def shapes_of(model):
 
 
 @pytest.mark.parametrize("family", FULL)
-def test_full_configurations_are_told_by_the_shapes(family):
-    unet, texts, told = FULL[family]
+def test_full_configurations_are_inferred_from_the_shapes(family):
+    unet, texts, model_type = FULL[family]
     with torch.device("meta"):
         model, vae = diffusers.UNet2DConditionModel(**unet), diffusers.AutoencoderKL(**FULL_VAE)
         encoders = [
@@ -253,7 +253,7 @@ def test_full_configurations_are_told_by_the_shapes(family):
             if name != "architectures":
                 assert value == theirs[name], name
     torches = {name: torch.empty(array.shape, device="meta") for name, array in file.items()}
-    assert single_file_utils.infer_diffusers_model_type(torches) == told
+    assert single_file_utils.infer_diffusers_model_type(torches) == model_type
 
 
 def below(file, prefix):
@@ -264,9 +264,9 @@ class ModelCheckpoint:
     """What pytorch_lightning keeps beside the weights, under its module's name."""
 
 
-def test_a_checkpoint_that_torch_saved(tmp_path, draw_weights, monkeypatch):
+def test_a_checkpoint_that_torch_saved(tmp_path, random_weights, monkeypatch):
     """With what CompVis' files have beside the weights: a foreign class as a key, numbers of NumPy, an optimiser."""
-    _, file = build("SD1", draw_weights)
+    _, file = build("SD1", random_weights)
     write_safetensors(tmp_path / "m.safetensors", file)
     monkeypatch.setattr(ModelCheckpoint, "__module__", "pytorch_lightning.callbacks.model_checkpoint")
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", ModelCheckpoint.__module__):
@@ -290,12 +290,12 @@ def test_a_checkpoint_that_torch_saved(tmp_path, draw_weights, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
 
 
-def test_a_file_draws_what_its_folder_draws(tmp_path, draw_weights, monkeypatch):
-    """Diffusers' folder, and a single file of the same weights: the same pictures, to the bit."""
+def test_samples_of_a_file_are_those_of_its_folder(tmp_path, random_weights, monkeypatch):
+    """Diffusers' folder, and a single file of the same weights: the same images, to the bit."""
     monkeypatch.setitem(MODELS, "small", ("Stable Diffusion 1", SD1 | {"sample_size": 8, "layers_per_block": 1}))
     fields = FAMILIES["Stable Diffusion 1"]
     monkeypatch.setitem(FAMILIES, "Stable Diffusion 1", fields._replace(sample_size=8))
-    parts, file = build("small", draw_weights)
+    parts, file = build("small", random_weights)
     write_tokenizer(tmp_path / "tokenizer", LOW_LOWER, length=LENGTH)
     assert len(make_vocab(LOW_LOWER)) == VOCABULARY
     settings = {name: v for name, v in fields.scheduler.items() if name not in ("_class_name", "clip_sample")}
@@ -317,7 +317,4 @@ def test_a_file_draws_what_its_folder_draws(tmp_path, draw_weights, monkeypatch)
             images[name] = samples["images"]
     assert images["folder"].std() > 10
     np.testing.assert_array_equal(images["folder"], images["model.safetensors"])
-    hashes = {
-        pipeline_model.fingerprint(pipeline_load.load(tmp_path / name)) for name in ("folder", "model.safetensors")
-    }
-    assert len(hashes) == 1
+    assert len({fingerprint(*load(tmp_path / name)) for name in images}) == 1

@@ -1,4 +1,4 @@
-"""A run told of texts by a CLIP of its own, converted: Stable Diffusion in small, and diffusers draws the same."""
+"""A run conditioned on texts by its own CLIP, converted to a small Stable Diffusion: diffusers samples the same."""
 
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "unipc", "dpmpp_2m", "euler"])
-def test_diffusers_draws_the_same(run, tmp_path, sampler):
+def test_diffusers_samples_the_same(run, tmp_path, sampler):
     latents = np.random.default_rng(0).standard_normal((2, 4, 4, 2)).astype(np.float32)
     np.save(tmp_path / "noise.npy", latents)
     command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", "--prompt=dark", "--prompt=a bright picture"]
@@ -60,6 +60,6 @@ def test_diffusers_draws_the_same(run, tmp_path, sampler):
         guidance_scale=3.0,
         output_type="np",
     ).images
-    with np.load(tmp_path / "out" / "samples.npz") as drawn:
-        ours = drawn["images"].astype(int)
+    with np.load(tmp_path / "out" / "samples.npz") as samples:
+        ours = samples["images"].astype(int)
     assert np.abs(ours - np.round(theirs * 255).astype(int)).max() <= 1
