@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from ldm_jax.runtime.xla import CPU_FLAG, OBJECTS_PER_COLLECTION, fast_compile_flags, knows_cpu_flags
+from ldm_jax.runtime.xla import OBJECTS_PER_COLLECTION, fast_compile_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
-# Most tests compile for longer than they compute. The commands set CPU_FLAG as well, but in this process only if no
-# test has computed anything before.
-if knows_cpu_flags():  # an unknown flag ends the process
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flags()} {CPU_FLAG}".strip()
+# Most tests compile for longer than they compute.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flags()}".strip()
 
 import jax
 

@@ -14,8 +14,8 @@ from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet2d import UNet2D
 from ldm_jax.runtime.files import write_json
 
-LENGTH, WIDTH = 8, 16  # of texts in tokens; of what is said of each
-SIZE = 8  # of the latents; pictures have twice that
+LENGTH, WIDTH = 8, 16  # of texts in tokens; of the features of each token
+SIZE = 8  # of the latents; images have twice that
 BLOCKS = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4, "out_channels": 4}
 HALVING = {"block_out_channels": (8, 8), "out_channels": 3, "mid_block_add_attention": False}
 SCHEDULER = {
@@ -30,17 +30,17 @@ SCHEDULER = {
 
 
 def random_params(shapes, seed):
-    """Kernels that keep the variance, norms near the identity: every input shows in the output."""
+    """Kernels that keep the variance, norms near the identity: every input changes the output."""
     rng = np.random.default_rng(seed)
 
-    def draw(path, p):
+    def sample(path, p):
         noise = rng.normal(size=p.shape)
         kind = path[-1].key
         if kind == "kernel":
             noise *= np.prod(p.shape[:-1]) ** -0.5
         return (1 + 0.2 * noise if kind == "scale" else noise).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.tree_util.tree_map_with_path(sample, shapes)
 
 
 def write_module(folder, module, config, seed=0):

@@ -1,4 +1,4 @@
-"""Small jobs of fine-tuning, in this process, and what they are fed with."""
+"""Small jobs of fine-tuning, in this process, and their data."""
 
 import jax
 from PIL import Image
@@ -9,7 +9,7 @@ CAPTIONS = ("low", "lower", "low low", "wool")
 
 
 def write_pictures(folder):
-    """Eight small pictures of one colour each, and four captions."""
+    """Eight small images of one colour each, and four captions."""
     folder.mkdir(parents=True)
     for i in range(8):
         Image.new("RGB", (20, 16), (30 * i, 255 - 30 * i, 100)).save(folder / f"{i}.png")

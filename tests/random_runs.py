@@ -1,4 +1,4 @@
-"""Run folders of any kind, made in a moment: with random parameters instead of training."""
+"""Models and run folders of any kind, made in a moment: with random parameters instead of training."""
 
 import diffusers_folder
 import jax
@@ -13,13 +13,17 @@ from ldm_jax.pipeline.from_exported import Record
 from ldm_jax.pipeline.from_run import on_paper
 
 
-def random_run(folder, changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
-    """A run of tests/tiny.py with `changes`, dotted fields; `contrast` is of what the last layer samples."""
+def random_config(changes=()):
+    """tests/tiny.py with `changes`, dotted fields."""
     config = tiny.get_config().unlock()
     config.update_from_flattened_dict(dict(changes))
-    config.lock()
-    config_rules.validate(config)
-    model, shapes = on_paper(config, class_names)
+    config_rules.validate(config.lock())
+    return config
+
+
+def random_model(changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
+    """A model of tests/tiny.py with `changes`, and its parameters; `contrast` is of what the last layer samples."""
+    model, shapes = on_paper(random_config(changes), class_names)
     params = diffusers_folder.random_params(shapes, 0) | {"first_stage": {}}
     channels, autoencoder, last = model.latent_shape[-1], model.first_stage.module, params["denoiser"]
     scaling = identity_scale(channels)
@@ -29,8 +33,15 @@ def random_run(folder, changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
         shift, scale = np.random.default_rng(2).uniform(0.5, 1.5, (2, channels)).astype(np.float32)
         scaling = {"shift": shift, "scale": scale}
     last["conv_out"] = jax.tree.map(lambda leaf: contrast * leaf, last["conv_out"])
+    return model, params | scaling
+
+
+def random_run(folder, changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
+    """The run folder of such a model; returns it."""
+    model, params = random_model(changes, class_names, contrast)
     data = {"class_names": list(class_names), "train": 64, "test": 16}
-    steps = {"step": 8, "autoencoder_step": 8 if autoencoder else 0, "measured_on": "tiny/train" if autoencoder else ""}
+    latents = model.first_stage.module is not None
+    steps = {"step": 8, "autoencoder_step": 8 if latents else 0, "measured_on": "tiny/train" if latents else ""}
     folder.mkdir()
-    write_run(model, params | scaling, folder, Record(config, data, **steps))
+    write_run(model, params, folder, Record(model.origin.config, data, **steps))
     return folder

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import jobs
 import numpy as np
 import pytest
+import random_runs
 from PIL import Image
 
 from ldm_jax import command_line, evaluate, sample, train
@@ -79,6 +80,16 @@ TRAIN = {  # flags -> what the line must say
         [TINY, "--config.autoencoder.norm_num_groups=5"],
         "does not divide 8",
     ),
+    "an odd width": (
+        [
+            TINY,
+            "--config.unet.block_out_channels=(9,)",
+            "--config.unet.attention=(False,)",
+            "--config.unet.attention_heads=3",
+            "--config.unet.norm_num_groups=3",
+        ],
+        "config: block_out_channels[0] must be even for the time embedding; got 9",
+    ),
     "a norm that erases the time": ([TINY, "--config.unet.norm_num_groups=8"], "must be less"),
     "heads that do not divide": ([TINY, "--config.unet.attention_heads=3"], "does not divide"),
     "attention for other resolutions": ([TINY, "--config.unet.attention=(True,)"], "equally long"),
@@ -86,7 +97,7 @@ TRAIN = {  # flags -> what the line must say
         [TINY, "--config.unet.block_out_channels=(8,8,8,8)", "--config.unet.attention=(False,False,False,False)"],
         "cannot be halved so often",
     ),
-    "a discriminator too deep for the pictures": (
+    "a discriminator too deep for the images": (
         [TINY, "--config.autoencoder.loss.adversarial=0.5", "--config.autoencoder.discriminator.layers=3"],
         "discriminator",
     ),
@@ -97,7 +108,7 @@ TRAIN = {  # flags -> what the line must say
     "an unknown image feature": ([TINY, "--config.data.image_key=photo"], "photo"),
     "an unknown label feature": ([TINY, "--config.data.label_key=kind"], "kind"),
     "an unknown map": ([TINY, "--config.concat.kind=depth"], "none, low_resolution, inpainting, segments"),
-    "a picture that does not get smaller": (
+    "an image that does not get smaller": (
         [TINY, "--config.concat.kind=low_resolution", "--config.concat.factor=3"],
         "must divide config.data.image_size = 8",
     ),
@@ -337,13 +348,16 @@ CLASSIFIERS = {
     ),
     "of other classes": (
         lambda run: set_field(run / "data.json", class_names=["a", "b", "c", "d"]),
-        "tells 4 classes apart (a, b, c, d); those of --model are 4 (horizontal, vertical, bright, dark)",
+        "has 4 classes (a, b, c, d); those of --model are 4 (horizontal, vertical, bright, dark)",
     ),
     "of latents at another scale": (
         lambda run: set_field(run / "autoencoder" / "scale.json", shift=[0.0, 1.0]),
         "must be trained with --config.autoencoder.checkpoint set to the run",
     ),
-    "of pictures of another size": (lambda run: set_config(run, "data", "image_size", 16), "knows other latents"),
+    "of images of another size": (
+        lambda run: set_config(run, "data", "image_size", 16),
+        "was trained on other latents than those of --model",
+    ),
 }
 
 
@@ -387,7 +401,7 @@ BOTH = {  # flags -> what the line must say
     "more steps than timesteps": (["--model=MODEL", "--steps=21"], "20"),
     "no steps": (["--model=MODEL", "--steps=0"], "steps"),
     "a word for steps": (["--model=MODEL", "--steps=few"], "steps"),
-    "no pictures": (["--model=MODEL", "--num=0"], "num"),
+    "no images": (["--model=MODEL", "--num=0"], "num"),
     "a negative seed": (["--model=MODEL", "--seed=-1"], "seed"),
     "an eta beyond 1": (["--model=MODEL", "--eta=1.5"], "eta"),
     "eta for a solver without": (["--model=MODEL", "--eta=0.5", "--sampler=dpmpp_2m"], "eta is for ddim only"),
@@ -417,7 +431,7 @@ BOTH = {  # flags -> what the line must say
 }
 
 SAMPLE = {
-    "a class beyond the last": (["--label=4"], "--label=4 is no class; the model knows 0 horizontal"),
+    "a class beyond the last": (["--label=4"], "--label=4 is no class; the model has 0 horizontal"),
     "a negative class": (["--label=-1"], "--label=-1 is no class"),
     "an unknown class": (["--label=dark,blue"], "--label=blue is no class"),
     "an empty class": (["--label="], "--label= is no class"),
@@ -429,10 +443,10 @@ SAMPLE = {
     "latents of another shape": (["--init_latents=SHAPE"], "it must be float32[4, 4, 4, 2]"),
     "latents of another type": (["--init_latents=FLOAT64"], "is float64[4, 4, 4, 2]"),
     "latents that are not finite": (["--init_latents=NAN"], "not finite"),
-    "a picture that is not there": (["--init_image=nowhere.png"], "--init_image=nowhere.png: No such file"),
-    "a picture that is none": (["--init_image=FILE"], "not a picture"),
-    "half a picture": (["--init_image=BROKEN"], "not a picture"),
-    "a folder for a picture": (["--init_image=tests"], "directory"),
+    "an image that is not there": (["--init_image=nowhere.png"], "--init_image=nowhere.png: No such file"),
+    "an image that is none": (["--init_image=FILE"], "not a picture"),
+    "half an image": (["--init_image=BROKEN"], "not a picture"),
+    "a folder for an image": (["--init_image=tests"], "directory"),
     "no strength": (["--init_image=PICTURE", "--strength=0"], "strength must lie above 0"),
     "too much strength": (["--init_image=PICTURE", "--strength=1.5"], "strength"),
     "negative strength": (["--init_image=PICTURE", "--strength=-0.5"], "strength"),
@@ -454,18 +468,17 @@ SAMPLE = {
         ["--init_image=PICTURE", "--mask=WHITE", "--resample=99", "--sampler=ddpm", "--steps=20"],
         "a table holds 40 network calls",
     ),
-    "a height of a run": (["--height=16"], "--height=16 is for diffusers models; this run draws 8x8"),
-    "tiles of a run": (["--vae_tiling"], "--vae_tiling is for diffusers models"),
+    "a height that does not halve": (["--height=9"], "--height=9 must be a multiple of 2, as a latent"),
     "outpainting of nothing": (["--outpaint=up:2"], "--outpaint needs --init_image"),
     "outpainting and a mask": (["--init_image=PICTURE", "--mask=WHITE", "--outpaint=up:2"], "choose one"),
     "outpainting to nowhere": (["--init_image=PICTURE", "--outpaint=top:2"], "must be left, right, up, down"),
     "outpainting by nothing": (["--init_image=PICTURE", "--outpaint=up:0"], "and 1 to 7 pixels"),
     "outpainting beyond the window": (["--init_image=PICTURE", "--outpaint=up:8"], "and 1 to 7 pixels"),
-    "outpainting of an inverted picture": (
+    "outpainting of an inverted image": (
         ["--init_image=PICTURE", "--outpaint=up:2", "--invert"],
         "do not go together",
     ),
-    "a threshold for latents": (["--threshold=0.99"], "for models of pixels"),
+    "a threshold for latents": (["--threshold=0.99"], "is for diffusion on pixels; latents have no bounds"),
     "a threshold beyond 1": (["--threshold=1.5"], "threshold"),
     "inversion of nothing": (["--invert"], "--invert needs --init_image"),
     "a way from nothing": (["--to_image=PICTURE"], "--to_image needs --init_image"),
@@ -479,9 +492,14 @@ SAMPLE = {
     "half the latents": (["--init_latents=HALF"], "cannot be read as .npy"),
 }
 
+TILES = {  # changes of the config -> what the line must say
+    "of no autoencoder": ({"autoencoder.kind": "none"}, "--vae_tiling is for latent diffusion; this model has no"),
+    "of another size": ({"data.image_size": 12}, "a tile of 12 pixels must be a multiple of 4 x 2"),
+}
+
 EVALUATE = {
     "weights that are not there": (["--inception_weights=nowhere.pth"], "nowhere.pth"),
-    "a single picture": (["--num=1"], "num"),
+    "a single image": (["--num=1"], "num"),
     "weights that are none": (["--inception_weights=FILE"], "FILE.txt: not readable"),
 }
 
@@ -523,7 +541,7 @@ def filled_in(flags, files):
 
 @pytest.fixture(scope="session")
 def loaded_once():
-    """`trained.load`, which takes longer than all else in these cases, for a run folder that none of them changes."""
+    """`load`, which takes longer than all else in these cases, for a run folder that none of them changes."""
     return functools.cache(pipeline_load.load)
 
 
@@ -547,6 +565,14 @@ def test_sample_refuses(case, trained_run, files, tmp_path, capsys, monkeypatch,
     out = tmp_path / "out"
     line = fails(sample.main, ["--num=4", *filled_in(flags, files), f"--model={trained_run}", f"--out={out}"], capsys)
     assert expected in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("case", TILES)
+def test_tiles_are_refused(case, tmp_path, capsys):
+    changes, expected = TILES[case]
+    run, out = random_runs.random_run(tmp_path / "run", tuple(changes.items())), tmp_path / "out"
+    assert expected in fails(sample.main, ["--num=4", "--vae_tiling", f"--model={run}", f"--out={out}"], capsys)
     assert not out.exists()
 
 
@@ -589,7 +615,7 @@ def test_train_refuses_an_autoencoder(case, run_copy, tiny_data, tmp_path, capsy
 
 
 def test_checkpoints_of_another_run_are_refused(run_copy, trained_run, tiny_data, tmp_path, capsys):
-    """A folder copied in from elsewhere: the checkpoint's own note tells."""
+    """A folder copied in from elsewhere: its checkpoints have a note of their own run."""
     set_config(run_copy, "diffusion", "ema_decay", 0.5)
     changes = ["--config.diffusion.ema_decay=0.5", "--config.sampling.steps=3"]
     assert "belongs to another run" in fails(train.main, jobs.flags(tiny_data, run_copy, *changes), capsys)
@@ -602,7 +628,7 @@ def test_train_stops_when_no_checkpoint_is_sound(run_copy, tiny_data, tmp_path, 
     assert "move the folder away" in fails(train.main, flags, capsys)
 
 
-def test_a_damaged_picture_of_the_data_set(tiny_data, tmp_path, capsys):
+def test_a_damaged_image_of_the_data_set(tiny_data, tmp_path, capsys):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     (shard,) = data.glob("tiny/*/tiny-train*")
     truncate(shard)

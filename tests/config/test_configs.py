@@ -7,6 +7,7 @@ import pytest
 
 from ldm_jax import job
 from ldm_jax.config import rules as config_rules
+from ldm_jax.pipeline.from_run import on_paper
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("[a-z]*.py"))
 
@@ -19,6 +20,7 @@ def test_a_shipped_config_is_sound(name, capsys):
         config_rules.validate_devices(config, devices)
     if config.init_from:  # its networks are in a folder that is not here
         return
-    job.describe_models(config, num_classes=10)
+    model, shapes = on_paper(config, tuple("0123456789"))
+    job.describe_models(config, model, shapes, num_classes=10)
     last = config.stages[-1]
-    assert {"diffusion": "unet", "classifier": "classifier", "clip": "logit_scale"}[last] in capsys.readouterr().out
+    assert {"diffusion": "denoiser", "classifier": "classifier", "clip": "logit_scale"}[last] in capsys.readouterr().out

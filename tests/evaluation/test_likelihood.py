@@ -1,6 +1,6 @@
-"""The bound's estimate: unbiased against the sum over all timesteps, and right on data whose entropy is known."""
+"""The VLB's estimate: unbiased against the sum over all timesteps, and right on data whose entropy is known."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,15 @@ from ldm_jax.diffusion.forward import q_sample
 from ldm_jax.diffusion.likelihood import log_variance_bounds, prior_kl, vlb_term
 from ldm_jax.diffusion.process import neighbours, posterior
 from ldm_jax.diffusion.schedules import make_process
-from ldm_jax.evaluation.bound import bound_card, make_bound, range_edges, stratified_timesteps
-from ldm_jax.models.first_stage import make_first_stage
+from ldm_jax.evaluation.likelihood import make_vlb, range_edges, stratified_timesteps, vlb_card
+from ldm_jax.models.conditioning import EncodedConditioning
+from ldm_jax.models.first_stage import FirstStage
+from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.runtime.parallel import replicate
 
 T, MEAN, STD = 100, 0.1, 0.25
 PROCESS = make_process("linear", T, beta_start=0.001, beta_end=0.15)
-PARAMS = {"unet": {}, "conditioner": {}, "autoencoder": {}, "shift": np.zeros(1), "scale": np.ones(1)}
+PARAMS = {"denoiser": {}, "first_stage": {}, "shift": np.zeros(1), "scale": np.ones(1)}
 
 
 @pytest.mark.parametrize("T, edges", [(2, [0, 1, 2]), (4, [0, 1, 2, 4]), (20, [0, 1, 2, 4, 8, 16, 20])])
@@ -58,43 +60,68 @@ def exact(z_t, t, learned):
     return jnp.concatenate([z0_hat, jnp.full_like(z_t, v[t].reshape(-1, 1, 1, 1))], -1) if learned else z0_hat
 
 
-def measure(examples, *, learned, levels, seed=0, clip=np.inf):
-    """The bound of the exact model, whose context is the label: 0, or 1 for a z0_hat that is 0.05 off."""
-    unet = SimpleNamespace(
-        apply=lambda _, z_t, t, label: exact(z_t, t.astype(int), learned) + 0.05 * label.reshape(-1, 1, 1, 1)
-    )
-    function = make_bound(
-        unet=unet,
-        conditioner=SimpleNamespace(apply=lambda _, label: label.astype(jnp.float32), null=0),
-        first_stage=make_first_stage(None),
+@dataclass(frozen=True)
+class Exact:
+    """The exact denoiser of that data, whose z0_hat is off by the context [B]."""
+
+    learned: bool
+    in_channels = 1
+
+    @property
+    def out_channels(self):
+        return 2 if self.learned else 1
+
+    def apply(self, params, z_t, t, context):
+        return exact(z_t, t.astype(int), self.learned) + context.reshape(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """An autoencoder whose latents are the pixels."""
+
+    downsampling = 1
+
+    def apply(self, params, x, method):
+        return x
+
+
+def model_of(*, learned, latents):
+    return LatentDiffusion(
+        denoiser=Exact(learned),
+        first_stage=FirstStage(Identity() if latents else None),
+        conditioning=EncodedConditioning(),
+        concat=None,
         process=PROCESS,
         prediction="z0",
-        clip=clip,
-        levels=levels,
-        batch_size=512,
+        image_shape=(4, 4, 1),
+        defaults=None,
     )
-    return function(replicate(PARAMS), examples, seed)
+
+
+def measure(x, *, learned, latents, offset=0.0, seed=0):
+    """The VLB of images under the exact model whose z0_hat is off by `offset`."""
+    examples = {"x": x, "cond": {"context": np.full(len(x), offset, np.float32)}}
+    return make_vlb(model_of(learned=learned, latents=latents), 512)(replicate(PARAMS), examples, seed)
 
 
 ENTROPY = 0.5 * np.log2(2 * np.pi * np.e * STD**2)  # of the density; of the pixels, of which 127.5 make 1, it is more
 
 
-@pytest.mark.parametrize("levels, entropy", [(None, ENTROPY), (256, ENTROPY + np.log2(127.5))])
-def test_the_bound_of_the_exact_model_is_the_entropy(levels, entropy):
-    bound = measure({"x": pixels(3000)}, learned=True, levels=levels)
-    assert bound.std < 0.02
-    assert bound.total == pytest.approx(entropy, abs=0.015 + 3 * bound.std)
-    assert bound.total == pytest.approx(bound.prior + sum(bound.ranges), rel=1e-6)
-    assert bound.terms[0] == pytest.approx(bound.ranges[0], rel=1e-6)
-    assert len(bound.terms) == T and None not in bound.terms
-    worse = measure({"x": pixels(3000)}, learned=False, levels=levels)
-    assert worse.total > bound.total + 0.05
+@pytest.mark.parametrize("latents, entropy", [(True, ENTROPY), (False, ENTROPY + np.log2(127.5))])
+def test_the_vlb_of_the_exact_model_is_the_entropy(latents, entropy):
+    vlb = measure(pixels(3000), learned=True, latents=latents)
+    assert vlb.std < 0.02
+    assert vlb.total == pytest.approx(entropy, abs=0.015 + 3 * vlb.std)
+    assert vlb.total == pytest.approx(vlb.prior + sum(vlb.ranges), rel=1e-6)
+    assert vlb.terms[0] == pytest.approx(vlb.ranges[0], rel=1e-6)
+    assert len(vlb.terms) == T and None not in vlb.terms
+    worse = measure(pixels(3000), learned=False, latents=latents)
+    assert worse.total > vlb.total + 0.05
 
 
 def test_the_estimate_is_that_of_the_sum_over_all_timesteps():
     """In each range, for a model that is off, so that every term matters."""
-    n = 2000
-    bound = measure({"x": pixels(n), "label": np.ones(n, np.int32)}, learned=False, levels=None)
+    vlb = measure(pixels(2000), learned=False, latents=True, offset=0.05)
     z0 = jnp.asarray(pixels(20_000, seed=1)[:, :1, :1] / 127.5 - 1, jnp.float32)
 
     @jax.jit
@@ -107,45 +134,46 @@ def test_the_estimate_is_that_of_the_sum_over_all_timesteps():
 
     every = np.array([term(t) for t in range(T)])
     expected = np.add.reduceat(every, range_edges(T)[:-1])
-    np.testing.assert_allclose(bound.ranges, expected, rtol=0.05, atol=0.01)
+    np.testing.assert_allclose(vlb.ranges, expected, rtol=0.05, atol=0.01)
     prior = float(prior_kl(z0, PROCESS).mean())
-    assert bound.total == pytest.approx(every.sum() + prior, abs=4 * bound.std + 0.005)
+    assert vlb.total == pytest.approx(every.sum() + prior, abs=4 * vlb.std + 0.005)
 
 
-def test_examples_draw_their_own_noise_and_the_label_counts():
-    some = {"x": np.repeat(pixels(1), 4, axis=0), "label": np.zeros(4, np.int32)}
-    one = measure(some, learned=False, levels=None)
-    assert one.std > 0
-    again, reseeded, other = (
-        measure(some | {"label": np.full(4, label, np.int32)}, learned=False, levels=None, seed=seed)
-        for label, seed in ((0, 0), (0, 1), (1, 0))
+def test_examples_have_their_own_noise_and_the_condition_counts():
+    same = np.repeat(pixels(1), 4, axis=0)
+    one, again, reseeded, other = (
+        measure(same, learned=False, latents=True, offset=offset, seed=seed)
+        for offset, seed in ((0, 0), (0, 0), (0, 1), (0.05, 0))
     )
+    assert one.std > 0
     assert again == one != reseeded
     assert other.total != one.total
     assert other.prior == one.prior
     assert None in one.terms
-    assert measure({"x": pixels(1)}, learned=False, levels=None).std is None
+    assert measure(pixels(1), learned=False, latents=True).std is None
 
 
-def test_z0_is_kept_within_bounds():
-    plain, clipped = (measure({"x": pixels(64)}, learned=False, levels=None, clip=clip) for clip in (np.inf, 0.01))
-    assert clipped.total > plain.total + 0.1
+def test_z0_hat_of_pixels_is_clipped():
+    """All of it is beyond 1 for either offset."""
+    pixel, clipped = (measure(pixels(64), learned=False, latents=False, offset=offset) for offset in (9.0, 10.0))
+    assert clipped.total == pytest.approx(pixel.total, rel=1e-6)
+    near, far = (measure(pixels(64), learned=False, latents=True, offset=offset) for offset in (9.0, 10.0))
+    assert far.total > near.total + 1
 
 
 @pytest.mark.parametrize(
-    "latents, labelled, learned, score, words",
+    "latents, condition, learned, score, words",
     [
-        (True, True, False, "bits/dim (latents)", "scaled latents, Gaussian decoder, given the class; fixed_large"),
-        (False, False, True, "bits/dim", "8-bit pixels; learned variance; 100 timesteps in 8 ranges"),
+        (True, "class", False, "bits/dim (latents)", "scaled latents, Gaussian decoder, given the class; fixed_large"),
+        (True, "caption", False, "bits/dim (latents)", "Gaussian decoder, given the caption; fixed_large"),
+        (False, "", True, "bits/dim", "8-bit pixels; learned variance; 100 timesteps in 8 ranges"),
     ],
 )
-def test_the_card_says_what_it_is_a_bound_of(latents, labelled, learned, score, words):
-    images = pixels(8)
-    bound = measure({"x": images}, learned=learned, levels=None)
-    ((name, card),) = bound_card(
-        bound, images, split="test[:8]", latents=latents, labelled=labelled, learned=learned
-    ).items()
+def test_the_card_says_what_it_is_a_bound_of(latents, condition, learned, score, words):
+    images, model = pixels(8), model_of(learned=learned, latents=latents)
+    vlb = measure(images, learned=learned, latents=latents)
+    ((name, card),) = vlb_card(model, vlb, images, split="test[:8]", condition=condition).items()
     assert name == card["score"] == score
     assert words in card["method"]
-    assert (card["value"], card["std"], card["n"], card["better"]) == (bound.total, bound.std, 8, "lower")
+    assert (card["value"], card["std"], card["n"], card["better"]) == (vlb.total, vlb.std, 8, "lower")
     assert card["reference"] == "test[:8]"

@@ -15,14 +15,13 @@ import tiny
 from ldm_jax import command_line, convert, evaluate, sample
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import scoring
+from ldm_jax.export import run_folder
 from ldm_jax.interop.weights import read_state_dict, write_safetensors
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
-from ldm_jax.pipeline import scheduler_config
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import fingerprint
+from ldm_jax.pipeline.scheduler import scheduler_of_run
 from ldm_jax.run_folder.checkpoint import load_latest
-from ldm_jax.runtime import files as runtime_files
 from ldm_jax.runtime.files import content_hash
-
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -59,7 +58,7 @@ def again(exported, tmp_path_factory):
 
 
 def assert_same_parameters(one, other):
-    """Of two run folders: all that there is in the second, to the bit, which is all that draws."""
+    """Of two run folders: all that there is in the second, to the bit, which is all that sampling needs."""
     stages = [stage for stage in ("autoencoder", "diffusion") if (one / stage).exists()]
     for stage in stages:
         before, after = load_latest(one / stage), load_latest(other / stage)
@@ -71,25 +70,23 @@ def assert_same_parameters(one, other):
 
 def test_a_run_there_and_back_is_the_same_to_the_bit(trained_run, exported, again):
     assert_same_parameters(trained_run, again)
-    # Also to `--from_recipe`, which knows a model by this:
-    assert pipeline_model.fingerprint(pipeline_load.load(trained_run)) == pipeline_model.fingerprint(
-        pipeline_load.load(exported)
-    )
+    assert fingerprint(*load(trained_run)) == fingerprint(*load(exported))  # to `--from_recipe` too
+    assert load(trained_run)[0] == load(exported)[0]
     for name in ("config.json", "data.json", "autoencoder/scale.json"):
         assert (again / name).read_bytes() == (trained_run / name).read_bytes()
 
 
 def test_an_exported_run_is_scored_on_its_own_data(exported, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(scoring, "score", lambda model, images, train, test, given: seen.append(test.name) or {})
-    monkeypatch.setattr(scoring, "score_model", lambda *_: {})
+    names = []
+    monkeypatch.setattr(scoring, "score", lambda m, p, c, images, train, test, concat: names.append(test.name) or {})
+    monkeypatch.setattr(scoring, "score_likelihood", lambda *_: {})
     command = ["evaluate", f"--model={exported}", f"--out={tmp_path / 'out'}", "--num=4", "--steps=2"]
     assert command_line.run(evaluate.main, command) == 0
-    assert seen == ["tiny"]
+    assert names == ["tiny"]
     assert command_line.run(evaluate.main, [*command, "--config=tests/tiny.py"]) == 2
 
 
-def test_what_an_exported_run_holds(trained_run, exported):
+def test_the_files_of_an_exported_run(trained_run, exported):
     files = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
     assert files == {
         "model_index.json", "pipeline.py", "recipe.json", "README.md", "scheduler/scheduler_config.json",
@@ -111,29 +108,29 @@ def test_the_model_card(trained_run, exported):
         assert words in card
 
 
-def test_an_exported_run_draws_the_pictures_of_the_run(trained_run, exported, tmp_path):
-    """Those that ended the run, and by the name of a class."""
+def test_an_exported_run_samples_as_the_run(trained_run, exported, tmp_path):
+    """The samples that ended the run, and those of a class by its name."""
     command = ["sample", f"--model={exported}", "--num=8", "--batch_size=8", "--nosave_trajectory"]
     assert command_line.run(sample.main, [*command, f"--out={tmp_path / 'all'}"]) == 0
-    expected, drawn = jobs.samples(trained_run), jobs.samples(tmp_path / "all")
-    np.testing.assert_array_equal(drawn["images"], expected["images"])
-    np.testing.assert_array_equal(drawn["labels"], expected["labels"])
+    expected, samples = jobs.samples(trained_run), jobs.samples(tmp_path / "all")
+    np.testing.assert_array_equal(samples["images"], expected["images"])
+    np.testing.assert_array_equal(samples["labels"], expected["labels"])
     assert command_line.run(sample.main, [*command, f"--out={tmp_path / 'one'}", "--label=dark"]) == 0
     assert jobs.samples(tmp_path / "one")["labels"].tolist() == [3] * 8
 
 
-KINDS = {  # changes of tests/tiny.py, classes
+RUNS = {  # changes of tests/tiny.py, classes
     "codes, two tokens for each of two classes": ({"autoencoder.kind": "vq", "unet.context_tokens": 2}, ("cat", "dog")),
     "pixels, a variance, no classes, no attention": (
         {"autoencoder.kind": "none", "diffusion.variance": "learned", "unet.attention": (False, False)},
         (),
     ),
-    "beside a small picture": ({"concat.kind": "low_resolution", "concat.factor": 2}, tiny.CLASS_NAMES),
-    "codes beside what is left of a picture": (
+    "low resolution": ({"concat.kind": "low_resolution", "concat.factor": 2}, tiny.CLASS_NAMES),
+    "codes and inpainting": (
         {"concat.kind": "inpainting", "autoencoder.kind": "vq", "unet.attention": (False, False)},
         (),
     ),
-    "pixels beside a map of segments": (
+    "pixels and segmentation": (
         {
             "concat.kind": "segments",
             "concat.num_segments": 3,
@@ -144,34 +141,34 @@ KINDS = {  # changes of tests/tiny.py, classes
         ("cat", "dog"),
     ),
 }
-MAPS = {  # what model_index.json says of the map
-    "beside a small picture": ("low_resolution", 1, [4, 4]),
-    "codes beside what is left of a picture": ("inpainting", 3, [8, 8]),
-    "pixels beside a map of segments": ("segments", 3, [8, 8]),
+CONCAT = {  # what model_index.json has of concat conditioning
+    "low resolution": ("low_resolution", 1, [4, 4]),
+    "codes and inpainting": ("inpainting", 3, [8, 8]),
+    "pixels and segmentation": ("segments", 3, [8, 8]),
 }
 CARD = {  # what the card says of it
-    "beside a small picture": ("a picture of 4x4 pixels", "pipe([0, 3], known=Image", "--label=0,3 --map=small.png"),
-    "codes beside what is left of a picture": ("a mask, white where", "num_images=4, known=(", "--mask=mask.png"),
-    "pixels beside a map of segments": ("8x8 pixels, grey or", "numbers of 3 classes", "--map=map.png"),
+    "low resolution": ("a picture of 4x4 pixels", "pipe([0, 3], known=Image", "--label=0,3 --map=small.png"),
+    "codes and inpainting": ("a mask, white where", "num_images=4, known=(", "--mask=mask.png"),
+    "pixels and segmentation": ("8x8 pixels, grey or", "numbers of 3 classes", "--map=map.png"),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_other_runs_there_and_back(kind, tmp_path):
-    made = random_runs.random_run(tmp_path / "run", *KINDS[kind])
+    made = random_runs.random_run(tmp_path / "run", *RUNS[kind])
     again = run(run(made, tmp_path / "folder"), tmp_path / "again")
     assert_same_parameters(made, again)
     for name in ("config.json", "data.json", *(() if "pixels" in kind else ("autoencoder/scale.json",))):
         assert (again / name).read_bytes() == (made / name).read_bytes()
     assert (tmp_path / "folder" / "vae").exists() == (again / "autoencoder").exists() == ("pixels" not in kind)
-    said = json.loads((tmp_path / "folder" / "model_index.json").read_text())
-    card, told = (tmp_path / "folder" / "README.md").read_text(), MAPS.get(kind)
-    assert tuple(said.get(name) for name in ("map_kind", "map_channels", "map_size")) == (told or (None,) * 3)
-    assert all(words in card for words in CARD.get(kind, ())) and ("known=" in card) == bool(told)
-    if told and "pixels" not in kind:
+    index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
+    card, concat = (tmp_path / "folder" / "README.md").read_text(), CONCAT.get(kind)
+    assert tuple(index.get(name) for name in ("map_kind", "map_channels", "map_size")) == (concat or (None,) * 3)
+    assert all(words in card for words in CARD.get(kind, ())) and ("known=" in card) == bool(concat)
+    if concat and "pixels" not in kind:
         (tmp_path / "folder" / "recipe.json").unlink()
-        with pytest.raises(InputError, match=r"lacks recipe\.json, without which a model with a map"):
-            pipeline_load.load(tmp_path / "folder")
+        with pytest.raises(InputError, match=r"lacks recipe\.json, without which concat conditioning cannot be read"):
+            load(tmp_path / "folder")
 
 
 def test_a_run_in_bfloat16(trained_run, exported, tmp_path):
@@ -205,12 +202,12 @@ SCHEDULERS = {  # changes of tests/tiny.py -> diffusers' class, what the card mu
 
 @pytest.mark.parametrize("case", SCHEDULERS)
 def test_the_scheduler_of_a_run(case):
-    changes, expected, said = SCHEDULERS[case]
+    changes, expected, note = SCHEDULERS[case]
     config = tiny.get_config().unlock()
     config.update_from_flattened_dict(changes)
-    fields, notes = scheduler_config.scheduler_config(config)
+    fields, notes = scheduler_of_run(config)
     assert fields["_class_name"] == expected
-    assert (said in " ".join(notes)) if said else notes == []
+    assert (note in " ".join(notes)) if note else notes == []
     assert fields["clip_sample"] == (config.autoencoder.kind == "none")
 
 
@@ -227,16 +224,13 @@ def test_a_diffusers_folder_anew_is_the_same_to_the_bit(kind, tmp_path):
     old = FOLDERS[kind](tmp_path / "old")
     (old / "README.md").write_text("of theirs")
     new = run(old, tmp_path / "new")
-    before, after = pipeline_load.load(old), pipeline_load.load(new)
-    assert pipeline_model.fingerprint(before) == pipeline_model.fingerprint(after)
-    assert str(before.config) == str(after.config)
-    for field in ("unet", "autoencoder", "encoders", "scheduler", "zeros_for_nothing", "pipeline", "tile"):
-        assert getattr(before.pretrained, field) == getattr(after.pretrained, field)
-    for one, other in zip(before.pretrained.tokenizers, after.pretrained.tokenizers, strict=True):
+    (before, params), (after, new_params) = load(old), load(new)
+    assert before == after and before.defaults == after.defaults
+    assert fingerprint(before, params) == fingerprint(after, new_params)
+    assert (before.origin.schedulers, before.origin.pipeline) == (after.origin.schedulers, after.origin.pipeline)
+    tokenizers = [getattr(model.conditioning, "tokenizers", ()) for model in (before, after)]
+    for one, other in zip(*tokenizers, strict=True):
         np.testing.assert_array_equal(one(["low lower"]).ids, other(["low lower"]).ids)
-    if kind == "upscaler":
-        assert before.pretrained.upscaling.max_noise_level == after.pretrained.upscaling.max_noise_level
-        assert before.pretrained.upscaling.scheduler == after.pretrained.upscaling.scheduler
     assert (new / "README.md").read_text() == "of theirs"
     index = json.loads((new / "model_index.json").read_text())
     components = {name: kind for name, kind in index.items() if isinstance(kind, list)}
@@ -248,7 +242,7 @@ def test_a_diffusers_folder_anew_is_the_same_to_the_bit(kind, tmp_path):
         assert components["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
 
 
-def test_a_diffusers_folder_in_bfloat16_keeps_what_it_is_told(tmp_path):
+def test_a_diffusers_folder_in_bfloat16_keeps_its_hints(tmp_path):
     """The flags that keep half precision from overflowing in diffusers."""
     old = FOLDERS["plain"](tmp_path / "old")
     for name, field in (("unet", "upcast_attention"), ("vae", "force_upcast")):
@@ -260,9 +254,7 @@ def test_a_diffusers_folder_in_bfloat16_keeps_what_it_is_told(tmp_path):
     assert configs["vae"]["force_upcast"] is False
     assert configs["text_encoder"]["dtype"] == "bfloat16"
     assert {array.dtype.name for array in arrays_of(new / "text_encoder").values()} == {"bfloat16"}
-    assert pipeline_model.fingerprint(pipeline_load.load(old, "bfloat16")) == pipeline_model.fingerprint(
-        pipeline_load.load(new, "bfloat16")
-    )
+    assert fingerprint(*load(old, "bfloat16")) == fingerprint(*load(new, "bfloat16"))
 
 
 def test_old_names_become_todays(tmp_path):
@@ -314,28 +306,28 @@ def test_what_is_refused(case, trained_run, exported, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exported_run_without_its_recipe_is_a_model_of_classes(exported, tmp_path):
-    """As which diffusers knows it: of the same parameters, and drawn as its index says."""
+def test_an_exported_run_without_its_recipe_is_class_conditional(exported, tmp_path):
+    """As in diffusers: of the same parameters, and sampled as its index says."""
     copied = shutil.copytree(exported, tmp_path / "model")
     (copied / "recipe.json").unlink()
     index = json.loads((copied / "model_index.json").read_text())
     changes = {"num_inference_steps": 7, "guidance_scale": 1.5, "guidance_interval": [0, 0.5]}
     (copied / "model_index.json").write_text(json.dumps(index | changes))
-    run, model = pipeline_load.load(exported), pipeline_load.load(copied)
-    assert content_hash(run.params) == content_hash(model.params)
-    assert (model.class_names, model.pretrained.pipeline) == (run.class_names, "LatentDiffusionPipeline")
-    sampling = model.config.sampling
-    assert (sampling.steps, sampling.guidance, sampling.guidance_interval) == (7, 1.5, (0.0, 0.5))
+    (run, run_params), (model, params) = load(exported), load(copied)
+    assert content_hash(run_params) == content_hash(params)
+    assert (model.class_names, model.origin.pipeline) == (run.class_names, "LatentDiffusionPipeline")
+    defaults = model.defaults
+    assert (defaults.steps, defaults.guidance, defaults.guidance_interval) == (7, 1.5, (0.0, 0.5))
     (copied / "model_index.json").write_text(json.dumps(index | {"guidance_scale": "much"}))
     with pytest.raises(InputError, match="is damaged: guidance_scale is 'much'"):
-        pipeline_load.load(copied)
+        load(copied)
 
 
 DAMAGED = {  # what is done to an exported run -> what the line must say
     "half a recipe": (lambda f: cut_short(f / "recipe.json"), "recipe.json is damaged"),
     "a recipe of nothing": (lambda f: (f / "recipe.json").write_text("{}"), "it has no config and no data"),
-    "a recipe of numbers": (lambda f: edit(f / "recipe.json", config=3), "its config is of another kind"),
-    "a recipe without classes": (lambda f: edit(f / "recipe.json", data={}), "its data is of another kind"),
+    "a recipe of numbers": (lambda f: edit(f / "recipe.json", config=3), "its config is of another type"),
+    "a recipe without classes": (lambda f: edit(f / "recipe.json", data={}), "its data is of another type"),
     "a recipe of fewer classes": (lambda f: edit(f / "recipe.json", data={"class_names": ["a"]}), "encoder_hid_proj"),
     "latents without scale": (lambda f: edit(f / "model_index.json", latents_scale=None), "latents_scale must be 2"),
     "half the weights": (lambda f: cut_short(f / "unet" / WEIGHTS), WEIGHTS),
@@ -374,7 +366,7 @@ def test_a_failure_leaves_nothing(exported, tmp_path, monkeypatch, capsys):
     (tmp_path / "to").mkdir()
     flags = [f"--model={exported}", f"--to={tmp_path / 'to'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(runtime_files, "write_json", full)
+        patch.setattr(run_folder, "write_json", full)
         assert "No space left" in fails(flags, capsys, status=1)
     assert [*tmp_path.rglob("*")] == [tmp_path / "to"]
     assert command_line.run(convert.main, ["convert", *flags]) == 0

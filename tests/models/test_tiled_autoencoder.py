@@ -1,11 +1,13 @@
-"""Pictures through an autoencoder in tiles."""
+"""Images through an autoencoder in tiles."""
+
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ldm_jax.models.first_stage import FirstStage
-from ldm_jax.models.tiled_autoencoder import in_tiles, tiled
+from ldm_jax.models.tiled_autoencoder import in_tiles
 
 
 def doubled(x):
@@ -42,21 +44,24 @@ def test_at_most_four_shapes_are_compiled():
     assert sorted(shapes) == [(1, 2, 2, 1), (1, 2, 4, 1), (1, 4, 2, 1), (1, 4, 4, 1)]
 
 
+@dataclass(frozen=True)
+class Halving:
+    """An autoencoder that drops every other pixel, and notes the sides that it is applied to."""
+
+    sides: list = field(compare=False)
+    downsampling = 2
+
+    def apply(self, variables, x, method):
+        self.sides.append(max(x.shape[1:3]))
+        return variables["params"] * (x[:, ::2, ::2] if method == "encode" else doubled(x))
+
+
 def test_a_first_stage_in_tiles():
-    """Tiles of 8 pixels: the encoder sees these, the decoder 4 latents."""
+    """Tiles of 8 pixels: the encoder is applied to these, the decoder to 4 latents."""
     sides = []
-
-    def encode(params, x):
-        sides.append(max(x.shape[1:3]))
-        return params * x[:, ::2, ::2]
-
-    def decode(params, raw):
-        sides.append(max(raw.shape[1:3]))
-        return params * doubled(raw)
-
-    first_stage = tiled(FirstStage(encode, None, None, decode), 8, 2)
+    first_stage = FirstStage(Halving(sides), sample_size=8, tiled=True)
     x = jnp.ones((1, 20, 12, 3))
     np.testing.assert_array_equal(first_stage.decode(5, first_stage.encode(3, x)), 15 * x)
     assert (max(sides), sides[0], sides[-1] <= 4) == (8, 8, True)
-    with pytest.raises(ValueError, match="a tile of 12 pixels must be a multiple of 4 latents of 2"):
-        tiled(first_stage, 12, 2)
+    with pytest.raises(ValueError, match="a tile of 12 pixels must be a multiple of 4 x 2"):
+        FirstStage(Halving(sides), sample_size=12, tiled=True)

@@ -1,7 +1,8 @@
-"""Single files drawn by the command: as the same model's folder, and what is refused."""
+"""Single files sampled by the command: as the same model's folder, and what is refused."""
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,10 @@ from ldm_jax.evaluation import scoring
 from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance
 from ldm_jax.interop import hub, ldm_families
 from ldm_jax.interop.weights import read_weights, write_safetensors
-from ldm_jax.pipeline import base_model
 from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
-from ldm_jax.pipeline.overrides import Extras, other_autoencoder
+from ldm_jax.pipeline.load import load, load_base
+from ldm_jax.pipeline.model import fingerprint
+from ldm_jax.pipeline.overrides import Overrides, with_autoencoder
 
 SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
 
@@ -39,7 +40,7 @@ def file_of(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
+def small_images(monkeypatch):
     """The sizes are those of the published models."""
     for family, fields in ldm_families.FAMILIES.items():
         monkeypatch.setitem(ldm_families.FAMILIES, family, fields._replace(sample_size=8))
@@ -51,45 +52,45 @@ def run(model, out, *flags):
 
 @pytest.mark.parametrize("family", [XL, UPSCALER])
 def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
-    """The same modules, parameters, tokenizers and scheduler, and so the same pictures."""
-    file = pipeline_load.load(file_of(family))
-    folder = pipeline_load.load(ldm_files.write_folder(tmp_path / "folder", family, size=8))
-    assert pipeline_model.fingerprint(file) == pipeline_model.fingerprint(folder)
-    assert file.config.to_dict() == folder.config.to_dict()
-    ours, theirs = file.pretrained._asdict(), folder.pretrained._asdict()
-    for name in ("unet", "autoencoder", "encoders", "scheduler", "zeros_for_nothing", "pipeline"):
-        assert ours[name] == theirs[name], name
+    """The same modules, parameters, tokenizers and scheduler, and so the same samples."""
+    file, folder = load(file_of(family)), load(ldm_files.write_folder(tmp_path / "folder", family, size=8))
+    assert_same_model(file, folder)
     if family == UPSCALER:
-        assert ours["upscaling"].max_noise_level == theirs["upscaling"].max_noise_level == 350
-        assert ours["upscaling"].process == theirs["upscaling"].process
-    for one, other in zip(ours["tokenizers"], theirs["tokenizers"], strict=True):
-        np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
+        assert file[0].concat.noise.max_noise_level == 350
+
+
+def assert_same_model(one, other):
+    """Of (model, params): equal by value, of equal defaults, schedulers, tokenizers and parameters."""
+    (model, params), (other_model, other_params) = one, other
+    sides = [replace(each, first_stage=replace(each.first_stage, sample_size=32)) for each in (model, other_model)]
+    assert sides[0] == sides[1]  # a file does not tell the size of tiles
+    assert fingerprint(model, params) == fingerprint(other_model, other_params)
+    assert model.defaults == other_model.defaults
+    for field in ("pipeline", "schedulers", "class_names"):
+        assert getattr(model.origin, field) == getattr(other_model.origin, field)
+    tokenizers = [getattr(each.conditioning, "tokenizers", ()) for each in (model, other_model)]
+    for tokenizer, same in zip(*tokenizers, strict=True):
+        np.testing.assert_array_equal(tokenizer(["low! lower"]).ids, same(["low! lower"]).ids)
 
 
 @pytest.mark.parametrize("family", [SD2, XL, UPSCALER, CLASSES])
 def test_a_file_becomes_a_folder(family, file_of, tmp_path):
-    """The same model to the bit, whose tokenizers fill up as they should: with ! in SD 2 and in SDXL's second."""
+    """The same model to the bit, whose tokenizers pad as they should: with ! in SD 2 and in SDXL's second."""
     file, folder = file_of(family), tmp_path / "folder"
     assert command_line.run(convert.main, ["convert", f"--model={file}", f"--to={folder}"]) == 0
-    before, after = pipeline_load.load(file), pipeline_load.load(folder)
-    assert pipeline_model.fingerprint(before) == pipeline_model.fingerprint(after)
-    assert before.config.to_dict() == after.config.to_dict()
-    for one, other in zip(before.pretrained.tokenizers, after.pretrained.tokenizers, strict=True):
-        np.testing.assert_array_equal(one(["low! lower"]).ids, other(["low! lower"]).ids)
+    assert_same_model(load(file), load(folder))
 
 
-def test_a_folder_of_classes(file_of, tmp_path):
-    command_line.run(
-        convert.main, ["convert", f"--model={file_of(CLASSES)}", f"--to={tmp_path / 'm'}", "--dtype=bfloat16"]
-    )
-    assert pipeline_model.fingerprint(pipeline_load.load(tmp_path / "m", "bfloat16")) == pipeline_model.fingerprint(
-        pipeline_load.load(file_of(CLASSES), "bfloat16")
-    )
+def test_a_class_conditional_folder(file_of, tmp_path):
+    command = ["convert", f"--model={file_of(CLASSES)}", f"--to={tmp_path / 'm'}", "--dtype=bfloat16"]
+    assert command_line.run(convert.main, command) == 0
+    folder, file = (load(path, "bfloat16") for path in (tmp_path / "m", file_of(CLASSES)))
+    assert fingerprint(*folder) == fingerprint(*file)
     index = json.loads((tmp_path / "m" / "model_index.json").read_text())
     assert index["id2label"] == {str(k): str(k) for k in range(ldm_files.CLASSES)}
-    named = {str(k): f"kind {k}" for k in range(ldm_files.CLASSES)}
+    named = {str(k): f"class {k}" for k in range(ldm_files.CLASSES)}
     (tmp_path / "m" / "model_index.json").write_text(json.dumps(index | {"id2label": named}))
-    assert pipeline_load.load(tmp_path / "m").class_names == tuple(named.values())
+    assert load(tmp_path / "m")[0].class_names == tuple(named.values())
     assert "--label=0,4" in (tmp_path / "m" / "README.md").read_text()
     for change, words in (
         ({"id2label": 3}, "must have id2label, from 0, and class_tokens, 1 or more"),
@@ -101,47 +102,45 @@ def test_a_folder_of_classes(file_of, tmp_path):
     ):
         (tmp_path / "m" / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(InputError, match=words):
-            pipeline_load.load(tmp_path / "m")
+            load(tmp_path / "m")
 
 
 def test_a_tokenizer_of_another_model(file_of, tmp_path):
     """The folder of a tokenizer, or of a model that has one; its own padding is of no matter."""
     alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
     ldm_files.write_tokenizer(tmp_path / "other" / "tokenizer", length=20, pad_token="!")
-    said = [
-        pipeline_load.load(path, None, Extras(tokenizer=given)).pretrained.tokenizers[0](["low! lower"])
-        for path, given in ((file_of(SD1), ""), (alone, str(tmp_path / "other")))
-    ]
-    np.testing.assert_array_equal(said[0].ids, said[1].ids)
+    models = load(file_of(SD1)), load(alone, None, Overrides(tokenizer=str(tmp_path / "other")))
+    tokens = [model.conditioning.tokenizers[0](["low! lower"]) for model, _ in models]
+    np.testing.assert_array_equal(tokens[0].ids, tokens[1].ids)
 
 
-def test_a_model_of_classes_draws(file_of, tmp_path):
-    """By their numbers; here with another autoencoder, which knows no red, and told that it predicts v."""
+def test_a_class_conditional_file(file_of, tmp_path):
+    """Classes by number; here with another autoencoder, which decodes no red, and --prediction=v."""
     states = ldm_files.states_of(CLASSES)[1]["vae"]
     no_red = states | {"decoder.conv_out.bias": np.array([-100, 0, 0], np.float32)}
     write_safetensors(tmp_path / "vae.safetensors", ldm_files.autoencoder_to_ldm(no_red, 2, ""))
     model, more = file_of(CLASSES), [f"--vae={tmp_path}/vae.safetensors", "--prediction=v"]
     assert run(model, tmp_path / "out", "--label=1,3", "--num=4", *more) == 0
-    drawn = jobs.samples(tmp_path / "out")
-    assert drawn["labels"].tolist() == [1, 3, 1, 3]
-    assert drawn["images"].shape == (4, 16, 16, 3) and not drawn["images"][..., 0].any()
-    assert (drawn["images"][0] != drawn["images"][1]).any()
+    samples = jobs.samples(tmp_path / "out")
+    assert samples["labels"].tolist() == [1, 3, 1, 3]
+    assert samples["images"].shape == (4, 16, 16, 3) and not samples["images"][..., 0].any()
+    assert (samples["images"][0] != samples["images"][1]).any()
     again = ["sample", f"--model={model}", f"--from_recipe={tmp_path / 'out' / 'samples.png'}", more[0]]
     assert command_line.run(sample.main, [*again, f"--out={tmp_path / 'again'}"]) == 2  # of eps it is another model
 
 
 def test_another_autoencoder_from_a_folder(file_of, tmp_path):
     """Its own, or that of a whole model."""
-    folder, own = ldm_files.write_folder(tmp_path / "folder", SD1), ldm_files.make_autoencoder(SD1)
-    shift, scale = np.zeros(4, np.float32), np.full(4, 0.18215, np.float32)
+    folder, (model, params) = ldm_files.write_folder(tmp_path / "folder", SD1), load(file_of(SD1), "bfloat16")
     for path in (folder, folder / "vae"):
-        autoencoder, params = other_autoencoder(path, own, shift, scale, "bfloat16")
-        assert autoencoder == own.clone(dtype=jnp.dtype("bfloat16"))
-        assert params["decoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
+        other, other_params = with_autoencoder(model, params, path)
+        assert other == model and other.first_stage.module.dtype == jnp.bfloat16
+        assert other_params["first_stage"]["decoder"]["conv_in"]["kernel"].dtype == jnp.bfloat16
     with pytest.raises(InputError, match="their scale is"):
-        other_autoencoder(folder, own, shift, 2 * scale, "float32")
-    with pytest.raises(InputError, match="has other latents than --model: kind"):
-        other_autoencoder(folder, ldm_files.make_autoencoder(CLASSES), shift, scale, "float32")
+        with_autoencoder(model, params | {"scale": 2 * params["scale"]}, folder)
+    classes, class_params = load(file_of(CLASSES))
+    with pytest.raises(InputError, match="has other latents than --model: class"):
+        with_autoencoder(classes, class_params | {"shift": params["shift"], "scale": params["scale"]}, folder)
 
 
 def write_autoencoder(folder, family):
@@ -155,7 +154,7 @@ REFUSED = {  # family, flags -> what the line must say
     "no tokenizer": (SD1, ["--prompt=low", "--tokenizer=nowhere"], "there is no folder --tokenizer=nowhere"),
     "no such prediction": (SD1, ["--prompt=low", "--prediction=z0"], "prediction"),
     "a class beyond the last": (CLASSES, ["--label=5"], "--label=5 is no class"),
-    "a tokenizer for no texts": (CLASSES, ["--tokenizer=some"], "--tokenizer=some is for models of texts"),
+    "a tokenizer for no texts": (CLASSES, ["--tokenizer=some"], "--tokenizer=some is for text-to-image models"),
     "no such autoencoder": (SD1, ["--prompt=low", "--vae=nowhere"], "there is no folder nowhere"),
     "a model as an autoencoder": (SD1, ["--prompt=low", "--vae=MODEL"], "unexpected: cond_stage_model"),
     "an autoencoder of other latents": (SD1, ["--prompt=low", "--vae=OTHER"], "has other latents than --model"),
@@ -179,7 +178,7 @@ def assert_refused(model, flags, words, tmp_path, capsys):
 
 def test_a_file_without_a_tokenizer(file_of, tmp_path, capsys):
     alone = shutil.copy(file_of(SD1), tmp_path / "alone.safetensors")
-    words = "has no tokenizer in it, nor beside it; CLIP's vocab.json and merges.txt must be in a folder"
+    words = "has no tokenizer in it, nor next to it; CLIP's vocab.json and merges.txt must be in a folder"
     assert_refused(alone, ["--prompt=low"], words, tmp_path, capsys)
 
 
@@ -214,37 +213,38 @@ def fine_tuning(path):
 
 
 def test_fine_tuning_begins_with_a_file(file_of, tmp_path):
-    """As with its folder; it is known again by what is in it, wherever it is."""
+    """As with its folder; its fingerprint is of its content, wherever it is."""
     moved = shutil.copytree(file_of(SD1).parent, tmp_path / "moved") / "model.safetensors"
-    (base, config), (other, _) = (base_model.load_base(fine_tuning(path)) for path in (file_of(SD1), moved))
-    jax.tree.map(np.testing.assert_array_equal, base.params, pipeline_load.load(file_of(SD1)).params)
+    ((base, params), config), ((other, _), _) = (load_base(fine_tuning(path)) for path in (file_of(SD1), moved))
+    jax.tree.map(np.testing.assert_array_equal, params, load(file_of(SD1))[1])
     assert (config.diffusion.prediction, config.autoencoder.latent_channels) == ("eps", 4)
-    assert base.fingerprint == other.fingerprint
+    assert base.origin.fingerprint == other.origin.fingerprint
     tensors = {name: np.array(tensor) for name, tensor in read_weights(moved).items()}
     tensors["model.diffusion_model.out.2.bias"] += 1
     write_safetensors(moved, tensors)
-    assert base_model.load_base(fine_tuning(moved))[0].fingerprint != base.fingerprint
+    (changed, _), _ = load_base(fine_tuning(moved))
+    assert changed.origin.fingerprint != base.origin.fingerprint
     shutil.rmtree(moved.parent / "tokenizer")
-    with pytest.raises(InputError, match=r"config\.init_from=.* has no tokenizer in it, nor beside it"):
-        base_model.load_base(fine_tuning(moved))
+    with pytest.raises(InputError, match=r"config\.init_from=.* has no tokenizer in it, nor next to it"):
+        load_base(fine_tuning(moved))
 
 
-def test_what_folders_say_themselves(tmp_path, capsys):
+def test_overrides_of_folders_are_refused(tmp_path, capsys):
     folder = ldm_files.write_folder(tmp_path / "folder", SD1)
     words = "--prediction is for models in a single file"
     assert_refused(folder, ["--prompt=low", "--prediction=v"], words, tmp_path, capsys)
     assert_refused(tmp_path, ["--vae=some"], "--vae is for diffusers folders and single files", tmp_path, capsys)
 
 
-def test_evaluate_wants_to_know_what_to_compare_with(file_of, tmp_path, capsys, monkeypatch):
+def test_evaluate_needs_data_to_compare_with(file_of, tmp_path, capsys, monkeypatch):
     """Before anything is read, or looked for on the hub."""
     monkeypatch.setattr(hub, "find", None)
     monkeypatch.setattr(pipeline_load, "load", None)
     for model in (file_of(PLAIN), "org/name", "org/name@main"):
         assert command_line.run(evaluate.main, ["evaluate", f"--model={model}", f"--out={tmp_path / 'out'}"]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        told = "knows no data set; say by --config=FILE what its pictures are to be compared with"
-        assert line == f"evaluate: --model={model} {told}"
+        problem = "has no data set of its own to be compared with; give one by --config=FILE"
+        assert line == f"evaluate: --model={model} {problem}"
 
 
 def test_evaluate_scores_a_file(file_of, tiny_data, tmp_path, monkeypatch):

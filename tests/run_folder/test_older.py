@@ -1,4 +1,4 @@
-"""Run folders from before some fields of the config: read as what those fields' defaults say, not gone on with."""
+"""Run folders from before some fields of the config: read with the defaults of those fields, not resumed."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import io as config_io
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline.load import load
 
 SINCE = ("init_from", "lora.rank", "lora.alpha", "sampling.prompts", "diffusion.snr_gamma", "classifier.steps")
 
@@ -34,21 +34,23 @@ def older_run(trained_run, tmp_path):
     return run
 
 
-def test_an_older_run_is_read_as_it_was_meant(older_run, trained_run, capsys):
+def test_an_older_run_is_read_with_the_defaults(older_run, trained_run, capsys):
     """Its own fields stay as they are, whatever their defaults."""
-    older = pipeline_load.load(older_run)
+    older, params = load(older_run)
     (line,) = capsys.readouterr().out.strip().splitlines()
     assert "as in ldm_jax/config/defaults.py are config.classifier.steps, config.diffusion.snr" in line
     assert line.endswith(", config.init_from, config.lora.*, config.sampling.prompts")
-    newer = pipeline_load.load(trained_run)
+    newer, expected_params = load(trained_run)
     assert capsys.readouterr().out == ""
-    was, expected = config_io.flatten(older.config), config_io.flatten(newer.config)
+    config = older.origin.config
+    was, expected = config_io.flatten(config), config_io.flatten(newer.origin.config)
     assert {name: was[name] for name in was if was[name] != expected[name]} == {"classifier.steps": 100_000}
-    assert older.config.lora.alpha == 8.0 and older.config.unet.context_dim == 8
-    jax.tree.map(np.testing.assert_array_equal, older.params, newer.params)
+    assert config.lora.alpha == 8.0 and config.unet.context_dim == 8
+    assert older == newer
+    jax.tree.map(np.testing.assert_array_equal, params, expected_params)
 
 
-def test_an_older_run_is_not_gone_on_with(older_run, tiny_data, capsys):
+def test_an_older_run_is_not_resumed(older_run, tiny_data, capsys):
     """Its checkpoints are of another config, whose hash they have."""
     before = (older_run / "config.json").read_text()
     assert jobs.train_here(tiny_data, older_run) == 2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline.load import load
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.run_folder.log import read_metrics
 
@@ -39,15 +39,19 @@ def test_sigterm_saves_and_the_same_command_goes_on(one_device_run, tiny_data, t
 
 
 def test_resume_across_the_start_of_the_adversary(tiny_data, tmp_path):
+    """From the state of step 2, half trained, when the adversary takes part from step 4 on."""
     changes = ("--config.autoencoder.loss.adversarial=0.5", "--config.autoencoder.loss.adversarial_start=4")
     changes += ("--config.stages=('autoencoder',)", "--config.log_every=1")
-    whole, cut_short = tmp_path / "whole", tmp_path / "cut_short"
-    jobs.finish(jobs.start(tiny_data, whole, *changes))
-    process = jobs.start(tiny_data, cut_short, *changes, "--config.checkpoint_every=1")
-    jobs.stop_when(process, lambda: steps_logged(cut_short, "autoencoder"), signal.SIGKILL)
-    jobs.finish(process, status=-signal.SIGKILL)
-    jobs.finish(jobs.start(tiny_data, cut_short, *changes, "--config.checkpoint_every=1"))
-    jobs.assert_same_training(cut_short, whole, stages=("autoencoder",))
+    changes += ("--config.checkpoint_every=2", "--config.keep_checkpoints=4")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert jobs.train_here(tiny_data, whole, *changes) == 0
+    shutil.copytree(whole, resumed)
+    (resumed / "report.html").unlink()
+    for step in (4, 6, 8):
+        shutil.rmtree(resumed / "autoencoder" / str(step))
+    assert jobs.train_here(tiny_data, resumed, *changes) == 0
+    jobs.assert_same_training(resumed, whole, stages=("autoencoder",))
+    assert jobs.losses(resumed) == jobs.losses(whole)
     lines = [line for line in read_metrics(whole / "metrics.jsonl") if line["stage"] == "autoencoder"]
     with_adversary = [line["step"] for line in lines if "adversarial_weight" in line]
     assert with_adversary == [5, 6, 7, 8]  # the log counts the steps made: the first with it is number 4
@@ -112,19 +116,21 @@ def test_a_damaged_newest_checkpoint_is_put_aside(run_copy, trained_run, tiny_da
 
 
 def test_the_model_of_an_earlier_checkpoint(trained_run):
-    newest = pipeline_load.load(trained_run)
-    earlier = {up_to: pipeline_load.at_step(newest, trained_run, up_to) for up_to in (4, 7, 8)}
-    assert newest.step == 8 and {up_to: model.step for up_to, model in earlier.items()} == {4: 4, 7: 4, 8: 8}
+    (newest, params), steps, earlier = load(trained_run), {}, {}
+    for up_to in (4, 7, 8):
+        model, earlier[up_to] = load(trained_run, step=up_to)
+        steps[up_to] = model.origin.step
+    assert newest.origin.step == 8 and steps == {4: 4, 7: 4, 8: 8}
 
     def apart(one, other):
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
         return max(float(np.abs(a - b).max()) for a, b in pairs)
 
-    assert apart(earlier[8].params, newest.params) == apart(earlier[4].params, earlier[7].params) == 0
-    assert apart(earlier[4].params["unet"], newest.params["unet"]) > 0
-    assert apart(earlier[4].params["autoencoder"], newest.params["autoencoder"]) == 0
+    assert apart(earlier[8], params) == apart(earlier[4], earlier[7]) == 0
+    assert apart(earlier[4]["denoiser"], params["denoiser"]) > 0
+    assert apart(earlier[4]["first_stage"], params["first_stage"]) == 0
     with pytest.raises(InputError, match="no readable checkpoint"):
-        pipeline_load.at_step(newest, trained_run, 3)
+        load(trained_run, step=3)
 
 
 def test_a_finished_run_says_so(trained_run, tiny_data, capsys):
@@ -134,14 +140,14 @@ def test_a_finished_run_says_so(trained_run, tiny_data, capsys):
     assert (trained_run / "metrics.jsonl").read_text() == before
 
 
-def test_a_change_of_sampling_draws_again_without_training(run_copy, trained_run, tiny_data):
+def test_a_change_of_sampling_samples_again_without_training(run_copy, trained_run, tiny_data):
     assert jobs.train_here(tiny_data, run_copy, "--config.sampling.steps=2", "--config.sampling.num=12") == 0
     jobs.assert_same_training(run_copy, trained_run)
     assert steps_logged(run_copy, "diffusion") == steps_logged(trained_run, "diffusion")
     assert jobs.samples(run_copy)["images"].shape == (12, 8, 8, 1)
 
 
-def test_damaged_samples_are_drawn_again(run_copy, trained_run, tiny_data):
+def test_damaged_samples_are_sampled_again(run_copy, trained_run, tiny_data):
     cut(run_copy / "samples.npz")
     (run_copy / "report.html").unlink()
     assert jobs.train_here(tiny_data, run_copy) == 0

@@ -1,4 +1,4 @@
-"""The whole job on one device, on four, and on two processes of two: the same losses and the same pictures."""
+"""The whole job on one device, on four, and on two processes of two: the same losses and the same images."""
 
 import re
 import shutil
@@ -59,7 +59,7 @@ def start_two(tiny_data):
 def test_two_processes_do_as_one(one_device_run, start_two, tmp_path):
     """Both write to one run folder, as hosts with a common disk do."""
     run = tmp_path / "run"
-    processes = start_two(run, "--config.sampling.progress_every=0")  # the first alone would draw while training
+    processes = start_two(run, "--config.sampling.progress_every=0")  # the first alone would sample while training
     outputs = [jobs.finish(process, timeout=400) for process in processes]
     assert "Device: 4 x cpu" in outputs[0]
     assert "on 2 hosts" in outputs[0]

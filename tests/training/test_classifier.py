@@ -1,4 +1,4 @@
-"""A classifier of noisy latents: trained by the job, and guiding what another run draws."""
+"""A classifier of noisy latents: trained by the job, and guiding the samples of another run."""
 
 import shutil
 
@@ -10,18 +10,21 @@ import pytest
 
 from ldm_jax import command_line, sample
 from ldm_jax.diffusion.denoiser import from_network
-from ldm_jax.diffusion.guidance import classifier_free, classifier_guided
+from ldm_jax.diffusion.guidance import class_log_probabilities, classifier_free, classifier_guided
 from ldm_jax.diffusion.random import sample_keys
 from ldm_jax.diffusion.solve import solve
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline import load as pipeline_load
+from ldm_jax.pipeline.load import load
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.run_folder.log import read_metrics
-from ldm_jax.runtime.files import read_json, write_json
+from ldm_jax.runtime.files import content_hash, read_json, write_json
 from ldm_jax.runtime.parallel import replicate
-from ldm_jax.sampling import generate, guidance_models, tables
-from ldm_jax.sampling.generate import request
+from ldm_jax.sampling.from_flags import solving_defaults
+from ldm_jax.sampling.guidance_models import GuidanceModels, classifier_for, load_classifier
 from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.sampling.inputs import sample_inputs
+from ldm_jax.sampling.recipe import Guidance, Recipe
+from ldm_jax.sampling.sampler import make_sampler
+from ldm_jax.sampling.tables import make_table
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
@@ -77,121 +80,126 @@ def test_a_classifier_resumes_exactly_and_knows_its_own(classifier_run, tiny_dat
     assert "belongs to another run" in capsys.readouterr().err
 
 
-class Model:
+Z_T = np.random.default_rng(1).normal(size=(8, 4, 4, 2)).astype(np.float32)
+SCALES = np.array([0, 1, 2, 4, 8, 0, 1, 30], np.float32)
+LABELS = np.arange(8, dtype=np.int32) % 4
+
+
+class Guided:
     """The trained model and the classifier with random changes, so that they answer to their inputs."""
 
     def __init__(self, model_run, classifier_run):
         rng = np.random.default_rng(0)
         shaken = lambda tree: jax.tree.map(lambda p: p + rng.normal(0, 0.2, p.shape).astype(p.dtype), tree)  # noqa: E731
-        self.trained = pipeline_load.load(model_run)
-        self.guide = guidance_models.classifier_for(classifier_run, self.trained)
-        changed = {part: shaken(self.trained.params[part]) for part in ("unet", "conditioner")}
-        self.params = self.trained.params | changed | {"classifier": shaken(self.guide.params)}
-        self.generator = generate.build_generator(self.trained.config, 4, 8, guidance_models.Guides(self.guide))
+        self.model, params = load(model_run)
+        self.classifier = classifier_for(classifier_run, self.model, params)
+        changed = {name: shaken(params[name]) for name in ("denoiser", "conditioning")}
+        self.params = params | changed | {"classifier": shaken(self.classifier.params)}
+        self.plain = make_sampler(self.model, 8)
+        self.sampler = GuidanceModels(self.classifier).sampler(self.model, 8)
+        self.table = make_table(self.model, solving_defaults(self.model, "ddpm", 5))
 
-    def latents(self, wanted, generator=None):
-        table = tables.build_table(self.trained.config, sampler="ddpm", steps=5)
-        drawn = (generator or self.generator).latents(replicate(self.params), wanted, table)
-        return np.concatenate([z for z, _ in drawn])
+    def inputs(self, scale, labels=(0, 1, 2, 3), guidance=1.5, interval=(0.0, 1.0)):
+        """Eight samples, guided by the classifier with this scale [] or [8]; None: without classifier."""
+        settings = Guidance(guidance, list(interval), classifier=None if scale is None else "run")
+        solving = solving_defaults(self.model, "ddpm", 5)
+        recipe = Recipe(8, 5, list(labels), [], [8, 8], "float32", solving, settings)
+        _, inputs = sample_inputs(self.model, self.params, recipe, self.sampler)
+        samples = inputs.samples._replace(z_T=Z_T)
+        if scale is not None:
+            samples = samples._replace(classifier_scale=np.broadcast_to(np.float32(scale), 8))
+        return inputs._replace(samples=samples)
 
-    def by_hand(self, wanted, scales):
-        """The same without the generator, for a batch of 8 with labels."""
-        config, params = self.trained.config, self.params
-        unet, conditioner = pipeline_from_config.build_unet(config), pipeline_from_config.build_conditioner(config, 4)
-        classifier, process = (
-            pipeline_from_config.build_classifier(self.guide.config, 4),
-            pipeline_from_config.build_process(config),
-        )
-        network = lambda z_t, t, context: unet.apply({"params": params["unet"]}, z_t, t, context)  # noqa: E731
-        tau = lambda label: conditioner.apply({"params": params["conditioner"]}, label)  # noqa: E731
+    def latents(self, inputs, sampler=None):
+        batches = (sampler or self.sampler).latents(replicate(self.params), inputs, self.table)
+        return np.concatenate([z for z, _ in batches])
+
+    def by_hand(self, guidance, scales):
+        """The same without the sampler."""
+        model, params, process = self.model, self.params, self.model.process
+
+        def network(z_t, t, cond):
+            return model.denoiser.apply({"params": params["denoiser"]}, z_t, t, **cond)
 
         def log_probability(z_t, t):
             alpha = jnp.asarray(process.alpha, jnp.float32)[t.astype(int)]
-            logits = classifier.apply({"params": params["classifier"]}, z_t, t, alpha)
-            return jax.nn.log_softmax(logits)[jnp.arange(8), wanted.labels]
+            logits = self.classifier.module.apply({"params": params["classifier"]}, z_t, t, alpha)
+            return jax.nn.log_softmax(logits)[jnp.arange(8), LABELS]
 
-        guided = classifier_free(
-            from_network(network, "eps", process), tau(wanted.labels), tau(np.full(8, 4)), wanted.guidance
+        cond, null = (
+            model.conditioning.encode(params["conditioning"], rows) for rows in (LABELS, np.full(8, 4, np.int32))
         )
+        guided = classifier_free(from_network(network, "eps", process), cond, null, np.full(8, guidance, np.float32))
         guided = classifier_guided(guided, log_probability, scales)
-        table = tables.build_table(config, sampler="ddpm", steps=5)
-        keys = sample_keys(wanted.seed, wanted.ids)
-        return jax.jit(lambda z_T: solve(guided, z_T, table, keys)[0])(wanted.z_T)
+        keys = sample_keys(np.uint32(5), np.arange(8))
+        return jax.jit(lambda z_T: solve(guided, z_T, self.table, keys)[0])(Z_T)
 
 
 @pytest.fixture(scope="module")
-def model(trained_run, classifier_run):
-    return Model(trained_run, classifier_run)
+def guided(trained_run, classifier_run):
+    return Guided(trained_run, classifier_run)
 
 
-Z_T = np.random.default_rng(1).normal(size=(8, 4, 4, 2)).astype(np.float32)
-SCALES = np.array([0, 1, 2, 4, 8, 0, 1, 30], np.float32)
-WANTED = request(8, [0, 1, 2, 3], guidance=1.5, seed=5, z_T=Z_T, classifier_scale=SCALES)
-UNGUIDED = WANTED._replace(classifier_scale=None)
-
-
-def test_the_compiled_call_is_the_composition_by_hand(model):
-    got = model.latents(WANTED)
-    np.testing.assert_allclose(got, model.by_hand(WANTED, SCALES), **CLOSE)
-    moved = np.abs(got - model.latents(UNGUIDED)).max((1, 2, 3))
+def test_the_compiled_call_is_the_composition_by_hand(guided):
+    got = guided.latents(guided.inputs(SCALES))
+    np.testing.assert_allclose(got, guided.by_hand(1.5, SCALES), **CLOSE)
+    moved = np.abs(got - guided.latents(guided.inputs(0.0))).max((1, 2, 3))
     assert (moved[SCALES > 0] > 1e-3).all(), moved
     np.testing.assert_allclose(moved[SCALES == 0], 0, atol=1e-5)
 
 
-def test_a_scale_of_zero_and_a_sample_without_label_are_not_guided(model):
-    """To the last bit, and as a generator without a classifier draws them."""
-    plain = model.latents(UNGUIDED, generate.build_generator(model.trained.config, 4, 8))
-    np.testing.assert_array_equal(model.latents(UNGUIDED), plain)
-    np.testing.assert_array_equal(model.latents(WANTED._replace(classifier_scale=0 * SCALES)), plain)
-    nobody = np.full(8, -1, np.int32)
-    unlabelled = WANTED._replace(labels=nobody)
-    np.testing.assert_array_equal(model.latents(unlabelled), model.latents(UNGUIDED._replace(labels=nobody)))
+def test_a_scale_of_zero_and_a_sample_without_label_are_not_guided(guided):
+    """To the last bit, and as a sampler without a classifier samples them."""
+    plain = guided.latents(guided.inputs(None), guided.plain)
+    np.testing.assert_array_equal(guided.latents(guided.inputs(0.0)), plain)
+    unlabelled, unguided = (guided.latents(guided.inputs(scale, labels=())) for scale in (SCALES, 0.0))
+    np.testing.assert_array_equal(unlabelled, unguided)
 
 
-def test_the_classifier_leads_to_its_label(model):
+def test_the_classifier_leads_to_its_label(guided):
     """With every label in turn, its own probability rises with the scale, and the interval takes that back."""
-    classify = jax.jit(pipeline_from_config.build_classify(model.guide.config, 4))
+    classify = jax.jit(class_log_probabilities(guided.classifier.module.apply, guided.model.process))
 
     def log_p(scale, **rest):
-        wanted = WANTED._replace(
-            guidance=np.zeros(8, np.float32), classifier_scale=np.full(8, scale, np.float32), **rest
-        )
-        values = classify(model.params["classifier"], model.latents(wanted), np.zeros(8, np.float32))
-        return np.mean(np.asarray(values)[np.arange(8), wanted.labels])
+        z = guided.latents(guided.inputs(scale, guidance=0.0, **rest))
+        values = classify(guided.params["classifier"], z, np.zeros(8, np.float32))
+        return np.mean(np.asarray(values)[np.arange(8), LABELS])
 
     assert log_p(0.0) < log_p(1.0) < log_p(4.0)
     assert log_p(4.0, interval=(0.96, 1.0)) == log_p(0.0, interval=(0.96, 1.0))  # t / T is at most 0.95
 
 
-def test_the_first_few_keep_their_scales():
-    np.testing.assert_array_equal(WANTED.first(3).classifier_scale, SCALES[:3])
-    assert UNGUIDED.first(3).classifier_scale is None
+def test_the_first_few_keep_their_scales(guided):
+    np.testing.assert_array_equal(guided.inputs(SCALES).first(3).samples.classifier_scale, SCALES[:3])
+    assert guided.inputs(None).first(3).samples.classifier_scale is None
 
 
-def test_a_generator_without_a_classifier_refuses_a_scale(trained_run):
-    model = pipeline_load.load(trained_run)
-    generator = generate.build_generator(model.config, 4, 8)
-    with pytest.raises(ValueError, match="needs a generator with a classifier"):
-        next(generator.latents(model.params, WANTED, tables.build_table(model.config)))
+def test_equal_classifiers_share_a_sampler(guided, classifier_run):
+    again = GuidanceModels(load_classifier(classifier_run))
+    assert again.sampler(guided.model, 8) is guided.sampler is not guided.plain
+
+
+def test_a_scale_needs_a_sampler_with_a_classifier_and_the_other_way_round(guided):
+    for scale, sampler in ((0.0, guided.plain), (None, guided.sampler)):
+        with pytest.raises(ValueError, match="classifier_scale goes with a sampler with a classifier"):
+            guided.latents(guided.inputs(scale), sampler)
 
 
 def test_the_command_takes_a_classifier(trained_run, classifier_run, tmp_path, capsys):
-    def draw(out, *flags):
+    def sampled(out, *flags):
         command = ["sample", f"--model={trained_run}", f"--out={tmp_path / out}", *flags]
         assert command_line.run(sample.main, command) == 0, capsys.readouterr().err
         return jobs.samples(tmp_path / out)["images"]
 
     other = shutil.copytree(classifier_run, tmp_path / "classifier")
-    guided = draw("guided", "--num=8", f"--classifier={other}", "--classifier_scale=300", "--guidance=0")
-    assert (guided != draw("plain", "--num=8", "--guidance=0")).any()
+    images = sampled("guided", "--num=8", f"--classifier={other}", "--classifier_scale=300", "--guidance=0")
+    assert (images != sampled("plain", "--num=8", "--guidance=0")).any()
     recipe = read_recipe(tmp_path / "guided" / "samples.png")
-    assert recipe["classifier_scale"] == 300
-    assert recipe["inputs"] == {
-        str(other): guidance_models.fingerprint(guidance_models.load_classifier(classifier_run))
-    }
-    np.testing.assert_array_equal(draw("again", f"--from_recipe={tmp_path / 'guided' / 'samples.png'}"), guided)
+    assert recipe["guidance"]["classifier_scale"] == 300
+    assert recipe["inputs"] == {str(other): content_hash(load_classifier(classifier_run).params)}
+    np.testing.assert_array_equal(sampled("again", f"--from_recipe={tmp_path / 'guided' / 'samples.png'}"), images)
     shutil.rmtree(other / "classifier" / "8")  # what is left is another classifier: that of step 4
     capsys.readouterr()
     command = ["sample", f"--model={trained_run}", f"--out={tmp_path / 'no'}"]
     assert command_line.run(sample.main, [*command, f"--from_recipe={tmp_path / 'guided' / 'samples.png'}"]) == 2
-    assert "drawn from another" in capsys.readouterr().err
+    assert "was sampled from another" in capsys.readouterr().err

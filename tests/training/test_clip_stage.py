@@ -1,4 +1,4 @@
-"""CLIP's step: what it learns, what is drawn for each example, and that devices and bad numbers change nothing."""
+"""CLIP's step: what it learns, what each example is paired with, and that devices and bad numbers change nothing."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.from_config import build_clip
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training.contrastive import caption_arrays
-from ldm_jax.training.from_config import build_clip_stage
+from ldm_jax.training.from_config import make_clip_stage
 from ldm_jax.training.loop import first_nonfinite
 from ldm_jax.training.validation import make_contrastive_validation
 
@@ -30,12 +30,12 @@ def build(**changes):
     config = tiny.get_config().unlock()
     config.clip = ConfigDict(FIELDS | changes)
     clip = build_clip(config, vocab_size=30, max_length=6, eos_token_id=29)
-    return clip, build_clip_stage(config, clip)
+    return clip, make_clip_stage(clip, config)
 
 
 def captions():
-    """Ten classes with two captions each: class c says c, and its second caption names 10 + c beside it; class 9 has
-    those of class 8."""
+    """Ten classes with two captions each: those of class c hold c, and the second 10 + c beside it; those of class 9
+    are class 8's."""
     ids = np.full((10, 2, 6), 29)
     ids[:, :, 0] = 28
     ids[:, :, 1] = np.arange(10)[:, None]
@@ -45,12 +45,12 @@ def captions():
 
 
 TEXTS = {"texts": caption_arrays(captions())}
-PICTURES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
 LABELS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5], np.int32)  # some classes twice
 
 
 def batch(n=16, step=0):
-    return {"x": PICTURES[:n], "label": LABELS[:n], "id": np.arange(n, dtype=np.int32), "step": np.int32(step)}
+    return {"x": IMAGES[:n], "label": LABELS[:n], "id": np.arange(n, dtype=np.int32), "step": np.int32(step)}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def compiled():
     return SimpleNamespace(clip=clip, stage=stage, state=init(jax.random.key(0)), step=jax.jit(stage.step))
 
 
-def test_it_learns_to_find_the_pictures_of_one_batch(compiled):
-    """Texts find their pictures and pictures their texts, though pictures share classes, and classes captions."""
+def test_it_learns_to_retrieve_the_images_of_one_batch(compiled):
+    """Texts retrieve their images and images their texts, though images share classes, and classes captions."""
     state, losses = compiled.state, []
     for number in range(150):
         state, metrics = compiled.step(state, TEXTS, batch(step=number), np.uint32(0))
@@ -71,53 +71,53 @@ def test_it_learns_to_find_the_pictures_of_one_batch(compiled):
     assert 1 / 0.07 < metrics["scale"] <= 100.001
     assert metrics["text_accuracy"] == metrics["image_accuracy"] == 1.0
     embed = jax.jit(lambda params, ids, x: compiled.clip.apply({"params": params}, ids, x)[:2])
-    text, image = map(np.asarray, embed(state.params, captions().reshape(20, 6), to_pixels(PICTURES)))
+    text, image = map(np.asarray, embed(state.params, captions().reshape(20, 6), to_pixels(IMAGES)))
     own = np.minimum(LABELS, 8)  # classes 8 and 9 are the same in words
     true = np.minimum(np.repeat(np.arange(10), 2), 8)[:, None] == own
     scores = retrieval(text, image, true)
     assert scores == dict.fromkeys(scores, 1.0) and len(scores) == 6
-    # The best loss there can be is the entropy of the targets: two of 16 texts, or two pictures, are true of 14.
+    # The best loss there can be is the entropy of the targets: two of 16 texts, or two images, are true of 14.
     assert np.mean(losses[-5:]) < np.log(2) * 14 / 16 + 0.15
 
 
-def drawing(stage, state):
-    """A function (batch, seed) -> the pictures and texts of a step."""
+def augmentation(stage, state):
+    """A function (batch, seed) -> the images and texts of a step."""
     seen = jax.jit(lambda *arguments: {name: stage.trace(*arguments)[name] for name in ("x", "ids")})
     return lambda batch, seed=0: jax.device_get(seen(state, TEXTS, batch, np.uint32(seed)))
 
 
-def test_each_example_draws_one_of_its_captions(compiled):
+def test_one_of_its_captions_is_sampled_for_each_example(compiled):
     """Each of the two comes up about as often; which one is a matter of the example, not of its place in the batch."""
-    draw = drawing(compiled.stage, compiled.state)
-    many = {"x": np.repeat(PICTURES[:1], 400, 0), "label": np.full(400, 3), "id": np.arange(400), "step": np.int32(0)}
-    seen = draw(many)
+    sample = augmentation(compiled.stage, compiled.state)
+    many = {"x": np.repeat(IMAGES[:1], 400, 0), "label": np.full(400, 3), "id": np.arange(400), "step": np.int32(0)}
+    seen = sample(many)
     second = (seen["ids"] == captions()[3, 1]).all(1)
     assert ((seen["ids"] == captions()[3, 0]).all(1) | second).all()
     assert abs(second.mean() - 0.5) < 4 * 0.5 / 20
     np.testing.assert_allclose(seen["x"], to_pixels(many["x"]), atol=1e-6)
-    assert np.array_equal(draw(many | {"id": np.arange(400)[::-1]})["ids"], seen["ids"][::-1])
-    later, other = draw(many | {"step": np.int32(1)})["ids"], draw(many, seed=1)["ids"]
+    assert np.array_equal(sample(many | {"id": np.arange(400)[::-1]})["ids"], seen["ids"][::-1])
+    later, other = sample(many | {"step": np.int32(1)})["ids"], sample(many, seed=1)["ids"]
     assert (later != seen["ids"]).any() and (other != seen["ids"]).any()
 
 
-def test_pictures_are_augmented_if_asked(compiled):
+def test_images_are_augmented_if_asked(compiled):
     """Mirrored alone, half of them; moved and zoomed, hardly any is as it was."""
-    x = np.asarray(to_pixels(PICTURES))
+    x = np.asarray(to_pixels(IMAGES))
     with_flips = tiny.get_config().unlock()
     with_flips.data.flip = True
     with_flips.clip = ConfigDict(FIELDS)
-    flipped = drawing(build_clip_stage(with_flips, compiled.clip), compiled.state)(batch())["x"]
+    flipped = augmentation(make_clip_stage(compiled.clip, with_flips), compiled.state)(batch())["x"]
     same, mirrored = ((np.abs(flipped - y) < 1e-6).all((1, 2, 3)) for y in (x, x[:, :, ::-1]))
     assert (same ^ mirrored).all() and 2 < same.sum() < 14
-    moved = drawing(build(max_shift=2, max_zoom=0.2)[1], compiled.state)(batch())["x"]
+    moved = augmentation(build(max_shift=2, max_zoom=0.2)[1], compiled.state)(batch())["x"]
     assert ((np.abs(moved - x) > 1e-3).any((1, 2, 3))).sum() >= 14
     assert np.abs(moved).max() <= 1.0001
 
 
 def test_four_devices_take_the_same_step_as_one(compiled):
-    """Pictures of one class fall on different devices."""
+    """Images of one class fall on different devices."""
     one, many = compiled.state, replicate(jax.device_get(compiled.state))  # a copy: it is donated
-    step_many = parallel_step(compiled.stage.step)
+    step_many = parallel_step(compiled.stage)
     assert jax.local_device_count() == 4
     arrays = {name: value for name, value in batch().items() if name != "step"}
     for number in range(3):
@@ -176,11 +176,11 @@ class Held:
         return 16
 
     def __getitem__(self, rows):
-        return {"x": PICTURES[rows], "label": LABELS[rows]}
+        return {"x": IMAGES[rows], "label": LABELS[rows]}
 
 
 def test_validation_is_that_of_whole_batches_over_all_devices(compiled):
-    """Two batches of eight on four devices, against one device; the pictures as they are whatever the stage does."""
+    """Two batches of eight on four devices, against one device; without augmentation whatever the stage does."""
     _, stage = build(max_shift=2)
     validate = make_contrastive_validation(stage, Held(), num=100, batch_size=8)
     got = validate(replicate(compiled.state.params), TEXTS, 0)
@@ -206,3 +206,11 @@ def test_validation_is_that_of_whole_batches_over_all_devices(compiled):
 def test_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_stages_are_equal_and_hashed_by_value(compiled):
+    _, same = build()
+    assert same is not compiled.stage and same == compiled.stage and hash(same) == hash(compiled.stage)
+    assert parallel_step(same) is parallel_step(compiled.stage)
+    for field, value in {"max_shift": 1, "learning_rate": 0.5, "text_width": 32}.items():
+        assert build(**{field: value})[1] != compiled.stage, field

@@ -15,15 +15,15 @@ LN = np.log
 TEXT, IMAGE = np.eye(3), LN(np.array([[2, 1, 1], [1, 2, 1], [3, 1, 4]]))
 
 
-def loss(scale, drawn, captions):
-    arrays = np.float32(TEXT), np.float32(IMAGE), np.float32(scale), np.array(drawn), np.array(captions)
+def loss(scale, sampled, captions):
+    arrays = np.float32(TEXT), np.float32(IMAGE), np.float32(scale), np.array(sampled), np.array(captions)
     return jax.jit(contrastive_loss)(*arrays)
 
 
 def test_three_pairs_by_hand():
-    """Rows (the text of a picture): 2/4, 2/4, 4/8. Columns (the picture of a text): 2/6, 2/4, 4/6.
+    """Rows (the text of an image): 2/4, 2/4, 4/8. Columns (the image of a text): 2/6, 2/4, 4/6.
 
-    Cross-entropies ln 2, ln 2, ln 2 and ln 3, ln 2, ln 3/2. Picture 2 is nearer to text 0 than picture 0 is.
+    Cross-entropies ln 2, ln 2, ln 2 and ln 3, ln 2, ln 3/2. Image 2 is nearer to text 0 than image 0 is.
     """
     measured = loss(1.0, [0, 1, 2], [[0], [1], [2]])
     np.testing.assert_allclose(measured["loss"], [LN(6) / 2, LN(4) / 2, LN(3) / 2], rtol=1e-6)
@@ -38,8 +38,8 @@ def test_the_scale_sharpens():
     np.testing.assert_allclose(measured["loss"], -(LN(rows) + LN(columns)) / 2, rtol=1e-6)
 
 
-def test_one_caption_of_two_pictures_is_true_of_both():
-    """Examples 0 and 1 share their caption: uniform targets over texts 0 and 1, and over pictures 0 and 1.
+def test_one_caption_of_two_images_is_true_of_both():
+    """Examples 0 and 1 share their caption: uniform targets over texts 0 and 1, and over images 0 and 1.
 
     Rows: -(ln 2/4 + ln 1/4) / 2 = 3/2 ln 2 twice, ln 2. Columns: -(ln 2/6 + ln 1/6) / 2 = (ln 3 + ln 6) / 2,
     -(ln 1/4 + ln 2/4) / 2 = 3/2 ln 2, ln 3/2.
@@ -50,8 +50,8 @@ def test_one_caption_of_two_pictures_is_true_of_both():
     assert np.array_equal(measured["image_accuracy"], [0, 1, 1])
 
 
-def test_a_text_is_true_of_every_picture_that_has_it():
-    """Picture 0 has the captions 5 and 7, and drew 5; picture 1 has 7 alone: text 1 is true of both, text 0 of one.
+def test_a_text_is_true_of_every_image_that_has_it():
+    """Image 0 has the captions 5 and 7, and 5 was sampled; image 1 has 7 alone: text 1 is true of both, text 0 of one.
 
     Rows: 3/2 ln 2, ln 2, ln 2. Columns: ln 3, 3/2 ln 2, ln 3/2.
     """
@@ -64,8 +64,8 @@ RNG = np.random.default_rng(0)
 PARAMS = {name: RNG.normal(size=(5, 4)).astype(np.float32) for name in ("text", "image")}
 PARAMS["scale"] = np.float32(7.0)
 BATCH = {name: RNG.normal(size=(8, 5)).astype(np.float32) for name in ("text", "image")}
-BATCH["drawn"] = np.array([0, 1, 2, 3, 0, 1, 4, 5], np.int32)
-BATCH["captions"] = np.stack([BATCH["drawn"], [1, 1, 2, 3, 1, 1, 6, 5]], axis=1).astype(np.int32)
+BATCH["sampled"] = np.array([0, 1, 2, 3, 0, 1, 4, 5], np.int32)
+BATCH["captions"] = np.stack([BATCH["sampled"], [1, 1, 2, 3, 1, 1, 6, 5]], axis=1).astype(np.int32)
 
 
 @cache
@@ -78,7 +78,7 @@ def by_formula():
     text, image = (BATCH[name].astype(np.float64) @ PARAMS[name] for name in ("text", "image"))
     scale, n = float(PARAMS["scale"]), 8
     logits = scale * image @ text.T
-    true = np.array([[drawn in own for drawn in BATCH["drawn"]] for own in BATCH["captions"]])
+    true = np.array([[sampled in own for sampled in BATCH["sampled"]] for own in BATCH["captions"]])
     e = np.exp(logits - logits.max())
     p, q = e / e.sum(1, keepdims=True), e / e.sum(0)
     y, z = true / true.sum(1, keepdims=True), true / true.sum(0)
@@ -91,8 +91,8 @@ def by_formula():
 def test_loss_and_gradient_are_those_of_the_whole_batch_on_any_number_of_devices(devices):
     def mean_loss(params, batch):
         text, image = (batch[name] @ params[name] for name in ("text", "image"))
-        told = batch["drawn"], batch["captions"]
-        return contrastive_loss(text, image, params["scale"], *told, axis_name="data")["loss"].mean()
+        captions = batch["sampled"], batch["captions"]
+        return contrastive_loss(text, image, params["scale"], *captions, axis_name="data")["loss"].mean()
 
     def both(params, batch):
         return jax.lax.pmean(jax.value_and_grad(mean_loss)(params, batch), "data")

@@ -1,4 +1,4 @@
-"""Fine-tuning of a diffusers folder by the train command: what learns, what is drawn, and what is refused."""
+"""Fine-tuning of a diffusers folder by the train command: what is trained, what is sampled, and what is refused."""
 
 import json
 import shutil
@@ -20,17 +20,16 @@ from ldm_jax.data import from_config as data_from_config
 from ldm_jax.data.image_folder import prepare
 from ldm_jax.errors import InputError
 from ldm_jax.interop.lora import FILE
-from ldm_jax.models.conditioning import make_tau
-from ldm_jax.pipeline import base_model, trainable
-from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline import model as pipeline_model
-from ldm_jax.pipeline.trainable import NO_CAPTIONS
+from ldm_jax.pipeline.load import load, load_base
+from ldm_jax.pipeline.model import fingerprint
+from ldm_jax.pipeline.overrides import with_lora
+from ldm_jax.pipeline.trainable import merge_trained, trainable_of
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.files import read_json
-from ldm_jax.sampling import concat_inputs, recipe
+from ldm_jax.sampling import concat_inputs
 from ldm_jax.sampling.image_grids import read_recipe, save_png
-from ldm_jax.training.text_embeddings import numbered, tell_of
+from ldm_jax.sampling.recipe import from_png
 
 WHOLE = ("init_from=HOME/inpainting", "sampling.progress_every=4", "sampling.prompts=()", "sampling.num=3")
 LORA = ("lora.rank=2", "lora.alpha=6.0", "sampling.num=0")
@@ -39,7 +38,7 @@ WHOLE, LORA = (tuple(f"--config.{change}" for change in (*changes, "checkpoint_e
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with models and pictures; runs lie beside them."""
+    """A folder with models and images; runs lie beside them."""
     home = tmp_path_factory.mktemp("finetune")
     diffusers_folder.write_stable_diffusion(home / "model")
     diffusers_folder.write_stable_diffusion(home / "inpainting", inpainting=True)
@@ -49,14 +48,14 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(home):
-    """The run folder of a whole small job: of an inpainting model, which is not told what to draw."""
+    """The run folder of a whole small job: of an inpainting model, without prompts of its own."""
     assert fine_tune(home, "run", *WHOLE) == 0
     return home / "run"
 
 
 @pytest.fixture(scope="module")
 def lora_run(home):
-    """Of a model of texts alone by LoRA, without pictures."""
+    """Of a text-to-image model by LoRA, without samples."""
     assert fine_tune(home, "lora", *LORA) == 0
     return home / "lora"
 
@@ -70,69 +69,73 @@ def test_a_run_leaves_what_other_runs_leave(run):
     assert read_json(run / "data.json")["class_names"] == sorted(set(CAPTIONS))
 
 
-def test_the_unet_has_learnt_and_the_rest_stays(home, run):
-    before, after = pipeline_load.load(home / "inpainting"), pipeline_load.load(run)
-    assert after.step == 4 and after.pretrained and before.pretrained
-    assert sorted(after.params) == sorted(before.params)
-    same = {
-        name: all(map(np.array_equal, leaves(before.params[name]), leaves(after.params[name]))) for name in after.params
-    }
-    assert [name for name, equal in same.items() if not equal] == ["unet"]
-    moved = [np.abs(a - b).max() for a, b in zip(leaves(before.params["unet"]), leaves(after.params["unet"]))]
+def test_the_denoiser_is_trained_and_the_rest_stays(home, run):
+    (before, old), (after, new) = load(home / "inpainting"), load(run)
+    assert after.origin.step == 4 and after.origin.pipeline == before.origin.pipeline
+    assert after == before and sorted(new) == sorted(old)
+    same = {name: all(map(np.array_equal, leaves(old[name]), leaves(new[name]))) for name in new}
+    assert [name for name, equal in same.items() if not equal] == ["denoiser"]
+    moved = [np.abs(a - b).max() for a, b in zip(leaves(old["denoiser"]), leaves(new["denoiser"]))]
     assert 1e-4 < max(moved) < 1e-2
 
 
-def test_held_out_pictures_are_filled_in_by_their_captions(run):
-    """Random parts of the first ones; what is not hidden stays as it is."""
-    model, told = pipeline_load.load(run), read_recipe(run / "samples.png")
-    pictures = data_from_config.load_split(model.config, "train")
-    captions = [pictures.class_names[label] for label in pictures[np.arange(3)]["label"]]
-    assert [told["prompts"][label] for label in told["labels"]] == captions
-    assert (told["map_split"], told["sampler"], told["guidance"], told["step"]) == ("train", "ddim", 7.5, 4)
+def test_held_out_images_are_inpainted_by_their_captions(run):
+    """Random parts of the first ones; what is not masked stays as it is."""
+    (model, _), recipe = load(run), read_recipe(run / "samples.png")
+    dataset = data_from_config.load_split(model.origin.config, "train")
+    captions = [dataset.class_names[label] for label in dataset[np.arange(3)]["label"]]
+    assert [recipe["prompts"][label] for label in recipe["labels"]] == captions
+    assert (recipe["concat"]["split"], recipe["solving"]["sampler"]) == ("train", "ddim")
+    assert (recipe["guidance"]["scale"], recipe["step"]) == (7.5, 4)
     images = jobs.samples(run)["images"]
-    known = concat_inputs.from_split(model.config, pictures, 3, 0).known
-    hidden = np.broadcast_to(known["mask"] == 1, images.shape)
-    np.testing.assert_array_equal(images[~hidden], known["x"][~hidden])
-    assert (images[hidden] != known["x"][hidden]).mean() > 0.5
-    assert f"Of the texts “{told['prompts'][0]}”" in (run / "report.html").read_text()
+    known = concat_inputs.from_split(model, dataset, 3, 0, 8).degraded
+    masked = np.broadcast_to(known["mask"] == 1, images.shape)
+    np.testing.assert_array_equal(images[~masked], known["x"][~masked])
+    assert (images[masked] != known["x"][masked]).mean() > 0.5
+    assert f"Prompts: “{recipe['prompts'][0]}”" in (run / "report.html").read_text()
 
 
 def test_a_run_is_handed_back_as_the_pipeline_that_it_was(run, tmp_path):
     folder = tmp_path / "folder"
     assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={folder}"]) == 0
     assert read_json(folder / "model_index.json")["_class_name"] == "StableDiffusionInpaintPipeline"
-    assert pipeline_model.fingerprint(pipeline_load.load(folder)) == pipeline_model.fingerprint(pipeline_load.load(run))
+    assert fingerprint(*load(folder)) == fingerprint(*load(run))
 
 
 def test_a_recipe_from_before_some_fields(run, tmp_path):
-    """Says by leaving them out what their defaults say: the same pictures; but not of what has no default."""
-    told, picture = read_recipe(run / "samples.png"), Image.open(run / "samples.png")
-    older = {name: value for name, value in told.items() if name not in ("noise_level", "to_image", "resample_jump")}
-    save_png(picture, tmp_path / "older.png", older)
+    """The default of a field stands in for it: the same images; but not of what has no default."""
+    recipe, image = read_recipe(run / "samples.png"), Image.open(run / "samples.png")
+    lacking = (("concat", "noise_level"), ("edit", "to_image"), ("edit", "resample_jump"))
+    older = {**recipe, **{name: dict(recipe[name]) for name in ("concat", "edit", "solving")}}
+    for section, name in lacking:
+        del older[section][name]
+    save_png(image, tmp_path / "older.png", older)
     command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", f"--from_recipe={tmp_path}/older.png"]
     assert command_line.run(sample.main, command) == 0
     for name, array in jobs.samples(run).items():
         np.testing.assert_array_equal(jobs.samples(tmp_path / "out")[name], array)
-    save_png(picture, tmp_path / "oldest.png", {n: value for n, value in older.items() if n not in ("churn", "size")})
-    with pytest.raises(InputError, match=r"says nothing of churn, size$"):
-        recipe.from_picture(pipeline_load.load(run), tmp_path / "oldest.png")
+    for section, name in ((older, "size"), (older["solving"], "spacing")):
+        del section[name]
+        save_png(image, tmp_path / "oldest.png", older)
+        with pytest.raises(InputError, match=rf"of another version: its recipe lacks {name}$"):
+            from_png(tmp_path / "oldest.png", *load(run))
 
 
-def test_test_pictures_have_a_size_of_their_own(run, tmp_path, capsys):
+def test_test_images_have_a_size_of_their_own(run, tmp_path, capsys):
     command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", "--prompt=low", "--height=8"]
     assert command_line.run(sample.main, command) == 2
-    assert "--height=8: without a picture of yours this run restores test pictures" in capsys.readouterr().err
+    assert "--height=8: without an image of yours this model restores test images" in capsys.readouterr().err
 
 
-def test_pictures_of_several_shapes(home, capsys):
+def test_images_of_several_shapes(home, capsys):
     """Those of the folder are of 16 x 20 pixels, beside them one that is high; resumed it ends with the same bits."""
-    pictures = shutil.copytree(home / "pictures", home / "shapes")
-    Image.new("RGB", (12, 20), "navy").save(pictures / "high.png")
-    (pictures / "high.txt").write_text("low")
+    images = shutil.copytree(home / "pictures", home / "shapes")
+    Image.new("RGB", (12, 20), "navy").save(images / "high.png")
+    (images / "high.txt").write_text("low")
     changes = ["--config.data.path=HOME/shapes", "--config.data.bucket_step=4", "--config.sampling.num=0"]
     changes += ["--config.lora.rank=2", "--config.checkpoint_every=2"]
     assert fine_tune(home, "of_shapes", *changes) == 0
-    assert "height x width of the pictures: 20x12 (1), 16x16 (8)" in capsys.readouterr().out
+    assert "height x width of the images: 20x12 (1), 16x16 (8)" in capsys.readouterr().out
     shapes = {np.load(path, mmap_mode="r").shape for path in (home / "of_shapes" / "latents").glob("*.moments.npy")}
     assert {shape[:1] + shape[2:4] for shape in shapes} == {(1, 10, 6), (8, 8, 8)}
     again = shutil.copytree(home / "of_shapes", home / "of_shapes_again")
@@ -154,7 +157,7 @@ def test_resumed_it_ends_as_one_that_was_left_alone(home, run):
     assert fine_tune(home, "again", *WHOLE, "--config.sampling.progress_every=0") == 0
     jobs.assert_same_training(home / "again", run, stages=("diffusion",))
     assert jobs.losses(home / "again") == jobs.losses(run)
-    assert (home / "again" / "samples.npz").stat().st_mtime == (run / "samples.npz").stat().st_mtime  # not drawn anew
+    assert (home / "again" / "samples.npz").stat().st_mtime == (run / "samples.npz").stat().st_mtime  # not sampled anew
 
 
 # A process that is killed once step 3 of 4 is done, of which the last checkpoint knows nothing.
@@ -184,48 +187,17 @@ def test_killed_and_resumed_it_ends_as_one_that_was_left_alone(home, lora_run):
     assert (home / "killed" / FILE).read_bytes() == (lora_run / FILE).read_bytes()
 
 
-@pytest.fixture(scope="module")
-def base(home):
-    """The model, and a config of the small job."""
+def test_lora_begins_as_the_model_itself(home):
     config = finetune_config.get_config().unlock()
-    config.init_from, config.data.image_size, config.evaluation.batch_size = str(home / "model"), 16, 8
-    config.lora.rank = 2
-    return base_model.load_base(config.lock())
-
-
-def test_what_the_model_is_told_of_each_caption(home, base, tmp_path):
-    """One row each, the last of nothing; the second time from the cache."""
-    base, config = base
-
-    def tell(captions):
-        return tell_of(config, base.model, base.params["conditioner"], captions, tmp_path)
-
-    told = tell(CAPTIONS)
-    texts, _ = base.model.texts(CAPTIONS, None, (16, 16), 0)
-    tau = make_tau(base.model.encoders)
-    expected = jax.jit(tau)(base.params["conditioner"], texts)["context"]
-    assert told["context"].shape == (5, 8, 16)
-    np.testing.assert_allclose(told["context"], expected, atol=1e-5)
-    (cached,) = tmp_path.glob("*.texts.npz")
-    before = cached.stat().st_mtime_ns
-    np.testing.assert_array_equal(tell(CAPTIONS)["context"], told["context"])
-    assert cached.stat().st_mtime_ns == before
-    tell(CAPTIONS[:3])
-    assert len([*tmp_path.glob("*.texts.npz")]) == 2
-    network = trainable.build_network(config, base, numbered([(text,) for text in CAPTIONS]))
-    rows = network.tell({}, {"told": told}, np.array([1, network.null]))["context"]
-    np.testing.assert_array_equal(rows, told["context"][[1, 4]])
-
-
-def test_lora_begins_as_the_model_itself(base):
-    base, config = base
-    params = trainable.build_network(config, base, NO_CAPTIONS).init(jax.random.key(0))
-    down, up = (params["lora"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_k"]["lora"][name]
-                for name in ("down", "up"))  # fmt: skip
-    assert down["kernel"].shape == (16, 2) and up["kernel"].shape == (2, 8)
-    assert np.asarray(down["kernel"]).any() and not np.asarray(up["kernel"]).any()
-    with_lora = trainable.with_trained(config, base, params)
-    jax.tree.map(np.testing.assert_array_equal, with_lora, base.params)
+    config.init_from, config.data.image_size, config.lora.rank = str(home / "model"), 16, 2
+    (model, params), config = load_base(config.lock())
+    trainable = trainable_of(config, model)
+    trained = trainable.init(jax.random.key(0), params)
+    layer = trained["lora"]["down_blocks_0"]["attentions_0"]["transformer_blocks_0"]["attn2"]["to_k"]["lora"]
+    down, up = (layer[name]["kernel"] for name in ("down", "up"))
+    assert down.shape == (16, 2) and up.shape == (2, 8)
+    assert np.asarray(down).any() and not np.asarray(up).any()
+    jax.tree.map(np.testing.assert_array_equal, merge_trained(trainable, params, trained), params)
 
 
 def test_only_the_lora_is_trained_and_kept(lora_run):
@@ -234,17 +206,17 @@ def test_only_the_lora_is_trained_and_kept(lora_run):
     assert not (lora_run / "samples.npz").exists()
 
 
-def test_the_lora_file_is_what_the_run_has_learnt(home, lora_run):
-    model, run = pipeline_load.load(home / "model"), pipeline_load.load(lora_run)
-    by_file = pipeline_model.with_lora(model, lora_run / FILE, 1.0).params
-    assert any((a != b).any() for a, b in zip(leaves(model.params), leaves(run.params)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_file, run.params)
+def test_the_lora_file_is_what_the_run_has_trained(home, lora_run):
+    (_, params), (_, trained) = load(home / "model"), load(lora_run)
+    by_file = with_lora(params, lora_run / FILE, 1.0)
+    assert any((a != b).any() for a, b in zip(leaves(params), leaves(trained)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_file, trained)
 
 
 def test_a_lora_is_added_as_strongly_as_asked(home, lora_run):
-    model, file = pipeline_load.load(home / "model"), lora_run / FILE
-    plain, half, whole = (pipeline_model.with_lora(model, file, scale).params["unet"] for scale in (0.0, 0.5, 1.0))
-    jax.tree.map(np.testing.assert_array_equal, plain, model.params["unet"])
+    (_, params), file = load(home / "model"), lora_run / FILE
+    plain, half, whole = (with_lora(params, file, scale)["denoiser"] for scale in (0.0, 0.5, 1.0))
+    jax.tree.map(np.testing.assert_array_equal, plain, params["denoiser"])
     assert any((a != b).any() for a, b in zip(leaves(plain), leaves(whole)))
     jax.tree.map(lambda *p: np.testing.assert_allclose((p[0] + p[2]) / 2, p[1], atol=1e-6), plain, half, whole)
 
@@ -263,18 +235,18 @@ def test_sample_refuses(flags, expected, home, tmp_path, capsys):
 REFUSED = {  # flags -> what the line must say
     "no such model": (["--config.init_from=HOME/gone"], "must be a diffusers folder, with a model_index.json"),
     "a model that is a file": (["--config.init_from=HOME/pictures/0.png"], "must be a diffusers folder"),
-    "prompts for a model of none": (["--config.init_from=HOME/unconditional"], "is told no texts"),
+    "prompts for a model of none": (["--config.init_from=HOME/unconditional"], "is not conditioned on texts"),
     "a set without captions": (["--config.data.name=plain"], "has no texts, only image"),
     "a model of another kind": (["--config.init_from=HOME/flux"], "FluxPipeline; supported are"),
     "a size that does not halve": (["--config.data.image_size=15"], "needs a multiple of 2"),
-    "grey pictures": (["--config.data.channels=1"], "takes pictures of 3"),
+    "grey images": (["--config.data.channels=1"], "takes images of 3"),
     "buckets that do not halve": (["--config.data.bucket_step=3"], "it must be a multiple of 2, no more than"),
     "buckets of kinds": (["--config.data.bucket_step=4", "--config.data.kind_key=label"], "kind_key must be 'none'"),
     "buckets beyond the size": (["--config.data.bucket_step=32"], "it must be a multiple of 2, no more than"),
     "no captions asked for": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
     "no path": (["--config.data.path="], "needs config.data.path"),
-    "no pictures": (["--config.data.path=HOME/model/unet"], "has no picture with a caption"),
-    "too many captions": (["--config.data.memory_limit_gb=1e-7"], "captions takes"),
+    "no images": (["--config.data.path=HOME/model/unet"], "has no picture with a caption"),
+    "too many captions": (["--config.data.memory_limit_gb=1e-7"], "captions take"),
     "a negative rank": (["--config.lora.rank=-1"], "config.lora.rank is -1; it must be 0 or more"),
     "an alpha of nothing": (["--config.lora.rank=2", "--config.lora.alpha=0.0"], "config.lora.alpha is 0"),
     "prompts that are numbers": (["--config.sampling.prompts=(1,2)"], "it must be texts"),
@@ -302,7 +274,7 @@ def test_refused(case, home, refused_models, capsys):
     assert not (home / "refused").exists()
 
 
-def test_a_model_that_the_hub_does_not_have_is_told_of_by_its_field(home, capsys, monkeypatch):
+def test_a_model_that_the_hub_does_not_have_is_named_by_its_field(home, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(home / "cache"))
     monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["README.md"])
     assert fine_tune(home, "refused", "--config.init_from=org/none") == 2
@@ -340,4 +312,4 @@ def test_a_run_whose_model_has_changed_is_refused(home, run, tmp_path, capsys):
 
 def test_evaluate_wants_a_run_of_our_own(run, tmp_path, capsys):
     assert command_line.run(evaluate.main, ["evaluate", f"--model={run}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "knows no data set; say by --config=FILE what its pictures are" in capsys.readouterr().err
+    assert "has no data set of its own to be compared with; give one by --config=FILE" in capsys.readouterr().err

@@ -1,5 +1,6 @@
-"""Both stages' steps: what they compute, that they learn, and that devices and bad numbers change nothing."""
+"""The steps of the stages: what they compute, that they learn, and that devices and bad numbers change nothing."""
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -15,11 +16,14 @@ from ldm_jax.diffusion.likelihood import vlb_term
 from ldm_jax.diffusion.prediction import to_z0
 from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.interop.lpips_weights import load_lpips
+from ldm_jax.models.conditioning import EncodedConditioning
+from ldm_jax.models.first_stage import kl_divergence, sample_posterior
 from ldm_jax.models.pixels import to_pixels
-from ldm_jax.pipeline import from_config as pipeline_from_config
-from ldm_jax.pipeline import trainable
+from ldm_jax.pipeline.from_config import from_config, init_params
+from ldm_jax.pipeline.trainable import Parts, trainable_of
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
-from ldm_jax.training import from_config as training_from_config
+from ldm_jax.training.diffusion import choose_caption
+from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_diffusion_stage
 from ldm_jax.training.loop import first_nonfinite
 from ldm_jax.training.state import TrainState
 
@@ -38,13 +42,26 @@ class Compiled(NamedTuple):
 def compiled(which, **changes):
     """A stage of the tiny config with these fields changed ("a__b" is a.b)."""
     if which == "diffusion":
-        stage = training_from_config.build_diffusion_stage(config(**changes), 4)
+        stage = diffusion_stage(config(**changes))
+        init = partial(initial, stage)
     elif which == "classifier":
-        stage = training_from_config.build_classifier_stage(config(**changes), 4)
+        stage = make_classifier_stage(from_config(config(**changes), tiny.CLASS_NAMES), 4, config(**changes))
+        init = stage.init
     else:
-        stage = training_from_config.build_autoencoder_stage(config(**changes))
-    init = jax.jit(stage.init)
-    return Compiled(stage, init(jax.random.key(0)), jax.jit(stage.step))
+        stage = make_autoencoder_stage(config(**changes))
+        init = stage.init
+    return Compiled(stage, jax.jit(init)(jax.random.key(0)), jax.jit(stage.step))
+
+
+def diffusion_stage(config, class_names=tiny.CLASS_NAMES):
+    """Training of the whole model from scratch."""
+    model = from_config(config, class_names)
+    return make_diffusion_stage(model, trainable_of(config, model), config)
+
+
+def initial(stage, rng):
+    """The state of a diffusion stage before the first step, from a model at random."""
+    return stage.init(rng, init_params(stage.model, rng))
 
 
 def config(**changes):
@@ -69,7 +86,8 @@ def moments_batch(n=8, step=0, channels=4):
     return {"moments": moments, "label": label, "id": np.arange(n, dtype=np.int32), "step": np.int32(step)}
 
 
-FROZEN = {"autoencoder": {}, "shift": np.zeros(2, np.float32), "scale": np.ones(2, np.float32)}
+LATENTS = {"first_stage": {}, "shift": np.zeros(2, np.float32), "scale": np.ones(2, np.float32)}
+FROZEN = LATENTS | {"table": np.arange(5, dtype=np.int32)}  # four classes and the null condition
 
 # Each option in one of them: every entry is a compilation.
 AUTOENCODERS = {
@@ -81,6 +99,7 @@ AUTOENCODERS = {
     },
     "adversarial, flipped": {
         "autoencoder__loss__adversarial": 0.5,
+        "autoencoder__mid_block_attention": False,
         "data__flip": True,
     },
 }
@@ -110,7 +129,8 @@ def test_the_autoencoder_learns_one_batch(name):
 def test_before_its_start_the_adversary_neither_takes_part_nor_learns():
     stage, state, step = compiled_autoencoder("adversarial, flipped")
     early = jax.jit(partial(stage.step, adversarial=False))
-    alone = compiled("autoencoder", autoencoder__steps=60, autoencoder__learning_rate=3e-3, data__flip=True)
+    same = AUTOENCODERS["adversarial, flipped"] | {"autoencoder__loss__adversarial": 0.0}
+    alone = compiled("autoencoder", autoencoder__steps=60, autoencoder__learning_rate=3e-3, **same)
     without = TrainState(state.step, drop(state.params), state.ema_params, drop(state.opt_state))
     expected, _ = alone.step(without, {}, autoencoder_batch(), np.uint32(0))
     after, metrics = early(state, {}, autoencoder_batch(), np.uint32(0))
@@ -135,21 +155,22 @@ def drop(tree):
 
 def test_the_perceptual_term_is_measured_on_a_share():
     changes = {"perceptual": 0.5, "perceptual_every": 4, "perceptual_size": 16}
-    c = config(**{f"autoencoder__loss__{name}": value for name, value in changes.items()})
-    stage, lpips = training_from_config.build_autoencoder_stage(c), training_from_config.build_lpips(c)
+    changes = {f"autoencoder__loss__{name}": value for name, value in changes.items()}
+    c = config(autoencoder__mid_block_attention=False, **changes)
+    stage = make_autoencoder_stage(c)
     frozen, batch = {"lpips": load_lpips("vgg16")[0]}, autoencoder_batch()
     state = jax.jit(stage.init)(jax.random.key(0))
     after, metrics = jax.jit(stage.step)(state, frozen, batch, np.uint32(0))
     seen = jax.jit(lambda *args: {name: stage.trace(*args)[name] for name in ("x", "x_hat")})(
         state, frozen, batch, np.uint32(0)
     )
-    distance = jax.jit(lpips.apply)({"params": frozen["lpips"]}, seen["x"][::4], seen["x_hat"][::4]).mean()
+    distance = jax.jit(stage.lpips.apply)({"params": frozen["lpips"]}, seen["x"][::4], seen["x_hat"][::4]).mean()
     np.testing.assert_allclose(metrics["perceptual"], distance, rtol=1e-4)
     expected = metrics["l1"] + 0.5 * distance + c.autoencoder.loss.kl * metrics["kl"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
     assert int(after.step) == 1
     # Of four devices with two examples each, two have none to measure.
-    step = parallel_step(stage.step)
+    step = parallel_step(stage)
     arrays = {name: value for name, value in batch.items() if name != "step"}
     metrics_many = step(replicate(jax.device_get(state)), frozen, {}, shard(arrays), np.int32(0), np.uint32(0))[1]
     for name in metrics:
@@ -158,57 +179,28 @@ def test_the_perceptual_term_is_measured_on_a_share():
 
 def test_one_backward_pass_gives_the_gradient_of_all_terms():
     """The step's gradient = that of the plain sum of the terms, with the adaptive weight of Esser 2021, eq. 7."""
-    c = config(autoencoder__loss__adversarial=0.7, autoencoder__loss__kl=0.1)
-    seen = []
-
-    def spy():
-        def update(grads, state, params=None):
-            seen.append(grads)
-            return jax.tree.map(jnp.zeros_like, grads), state
-
-        return optax.GradientTransformation(lambda params: (), update)
-
-    from ldm_jax.diffusion.random import example_keys
-    from ldm_jax.models.discriminator import PatchDiscriminator
-    from ldm_jax.models.first_stage import draw, kl_divergence
-    from ldm_jax.training.autoencoder import make_autoencoder_stage
-
-    autoencoder = pipeline_from_config.build_autoencoder(c)
-    discriminator = PatchDiscriminator(in_channels=1, features=8, layers=1, norm_num_groups=4)
-    stage = make_autoencoder_stage(
-        autoencoder=autoencoder, kind="kl", discriminator=discriminator, lpips=None, image_shape=(8, 8, 1),
-        weights=c.autoencoder.loss, perceptual_every=1, flip=False,
-        optimizer=spy(), discriminator_optimizer=optax.sgd(0.0), ema_decay=0.9,
-    )  # fmt: skip
-    state, batch = jax.jit(stage.init)(jax.random.key(1)), autoencoder_batch()
-
-    def step(state, batch):
-        _, metrics = stage.step(state, {}, batch, np.uint32(3))
-        return seen.pop(), metrics
-
-    seen, metrics = jax.jit(step)(state, batch)
+    unclipped = {"autoencoder__clip_norm": 1e9, "autoencoder__mid_block_attention": False}
+    stage = make_autoencoder_stage(config(autoencoder__loss__adversarial=0.7, autoencoder__loss__kl=0.1, **unclipped))
+    autoencoder, discriminator, batch = stage.autoencoder, stage.discriminator, autoencoder_batch()
+    state = jax.jit(stage.init)(jax.random.key(1))
+    after, metrics = jax.jit(stage.step)(state, {}, batch, np.uint32(3))
+    gradient = jax.tree.map(lambda mu: mu / 0.1, optax.tree.get(after.opt_state["autoencoder"], "mu"))  # 1 - beta1
     x, params = to_pixels(batch["x"]), state.params["autoencoder"]
     keys = jax.vmap(jax.random.split)(example_keys(np.uint32(3), Stream.AUTOENCODER, 0, batch["id"]))[:, 1]
 
-    def reconstruct(params):
+    def terms(params):
         moments = autoencoder.apply({"params": params}, x, method="encode")
-        return autoencoder.apply({"params": params}, draw(moments, keys), method="decode"), moments
+        x_hat = autoencoder.apply({"params": params}, sample_posterior(moments, keys), method="decode")
+        adversarial = -discriminator.apply({"params": state.params["discriminator"]}, x_hat).mean()
+        return jnp.stack([jnp.abs(x - x_hat).mean(), adversarial, kl_divergence(moments).mean() / 64])
 
-    def l1(params):
-        return jnp.abs(x - reconstruct(params)[0]).mean()
-
-    def adversarial(params):
-        return -discriminator.apply({"params": state.params["discriminator"]}, reconstruct(params)[0]).mean()
-
-    def kl(params):
-        return kl_divergence(reconstruct(params)[1]).mean() / 64
-
-    g_l1, g_adversarial, g_kl = (jax.jit(jax.grad(f))(params) for f in (l1, adversarial, kl))
+    gradients = jax.jit(jax.jacrev(terms))(params)
+    g_l1, g_adversarial, g_kl = (jax.tree.map(lambda g, k=k: g[k], gradients) for k in range(3))
     last = [jnp.linalg.norm(g["decoder"]["conv_out"]["kernel"]) for g in (g_l1, g_adversarial)]
     weight = 0.7 * last[0] / (last[1] + 1e-4)
     np.testing.assert_allclose(metrics["adversarial_weight"], weight, rtol=1e-4)
     expected = jax.tree.map(lambda a, b, c: a + weight * b + 0.1 * c, g_l1, g_adversarial, g_kl)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-6), seen, expected)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-6), gradient, expected)
 
 
 # One level, for a quick compilation, and noise up to the end.
@@ -245,59 +237,57 @@ def test_the_diffusion_model_learns_one_example(name):
 
 
 def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
-    """Of the last layer, the half of the mean has the gradient of L_simple alone, that of the variance the bound's."""
+    """Of the last layer, the half of the mean has the gradient of L_simple alone, that of the variance L_vlb's."""
     small = {"unet__block_out_channels": (8,), "unet__attention": (False,), "diffusion__timesteps": 1000}
     c = config(**small, diffusion__variance="learned", diffusion__bound_weight=0.1, diffusion__prediction="v")
-    stage, unet, process = (
-        training_from_config.build_diffusion_stage(c, 4),
-        pipeline_from_config.build_unet(c),
-        pipeline_from_config.build_process(c),
-    )
+    stage = diffusion_stage(c)
+    denoiser, process = stage.model.denoiser, stage.model.process
     rng, batch = np.random.default_rng(0), moments_batch(8)
-    shapes = jax.eval_shape(stage.init, jax.random.key(0)).params
+    shapes = jax.eval_shape(partial(initial, stage), jax.random.key(0)).params
     params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(p.dtype), shapes)
     seen = jax.jit(stage.trace)(TrainState(np.int32(0), params, params, ()), FROZEN, batch, np.uint32(0))
     z0, z_t = seen["z0"], seen["z_t"]
 
     @jax.jit
-    def drawn(ids):
+    def sampled(ids):
         keys = jax.vmap(partial(jax.random.split, num=4))(example_keys(np.uint32(0), Stream.DIFFUSION, 0, ids))
         t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=1000))(keys[:, 1])
         return t, jax.vmap(partial(jax.random.normal, shape=(4, 4, 2)))(keys[:, 2])
 
-    t, eps = drawn(batch["id"])
+    t, eps = sampled(batch["id"])
     np.testing.assert_allclose(z_t, q_sample(z0, t, eps, process), rtol=1e-4, atol=1e-5)
 
     def simple(output):
         return ((output[..., :2] - target("v", z0, eps, t, process)) ** 2).mean()
 
-    def bound(output, mean=jax.lax.stop_gradient):
+    def vlb(output, mean=jax.lax.stop_gradient):
         z0_hat = mean(to_z0("v", output[..., :2], z_t, *noise_level(t, process).broadcast_to(z_t)))
         return vlb_term(z0, z_t, z0_hat, t, process, variance="learned", var_frac=(output[..., 2:] + 1) / 2).mean()
 
     @jax.jit
     def gradients(params):
-        output, back = jax.vjp(lambda p: unet.apply({"params": p}, z_t, t, seen["context"]), params)
-        heads = (simple, bound, partial(bound, mean=lambda z0_hat: z0_hat))
-        return simple(output), bound(output), jax.vmap(back)(jnp.stack([jax.grad(head)(output) for head in heads]))
+        output, back = jax.vjp(lambda p: denoiser.apply({"params": p}, z_t, t, seen["context"]), params)
+        heads = (simple, vlb, partial(vlb, mean=lambda z0_hat: z0_hat))
+        return simple(output), vlb(output), jax.vmap(back)(jnp.stack([jax.grad(head)(output) for head in heads]))
 
-    simple_value, bound_value, (every,) = gradients(params["unet"])
-    np.testing.assert_allclose(seen["loss"], simple_value + 100 * bound_value, rtol=1e-4)  # 0.1 T
-    of_simple, of_bound, through_the_mean = (every["conv_out"]["kernel"][i] for i in range(3))
-    got = seen["gradient"]["unet"]["conv_out"]["kernel"]
+    simple_value, vlb_value, (every,) = gradients(params["denoiser"])
+    np.testing.assert_allclose(seen["loss"], simple_value + 100 * vlb_value, rtol=1e-4)  # 0.1 T
+    of_simple, of_vlb, through_the_mean = (every["conv_out"]["kernel"][i] for i in range(3))
+    got = seen["gradient"]["denoiser"]["conv_out"]["kernel"]
     np.testing.assert_allclose(got[..., :2], of_simple[..., :2], rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(got[..., 2:], 100 * of_bound[..., 2:], rtol=1e-3, atol=1e-5)
-    assert not of_simple[..., 2:].any() and not of_bound[..., :2].any()
+    np.testing.assert_allclose(got[..., 2:], 100 * of_vlb[..., 2:], rtol=1e-3, atol=1e-5)
+    assert not of_simple[..., 2:].any() and not of_vlb[..., :2].any()
     assert np.abs(100 * through_the_mean[..., :2]).max() > 0.1 * np.abs(of_simple).max()  # it would have shown
     expected = jax.tree.map(lambda g: g[0] + 100 * g[1], every)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-4), seen["gradient"]["unet"], expected)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-4), seen["gradient"]["denoiser"], expected)
 
 
 def test_pixels_without_labels_are_diffused_by_the_same_stage():
     c = config(autoencoder__kind="none", data__flip=True, **SMALL | NO_ATTENTION)
-    stage = training_from_config.build_diffusion_stage(c, 0)
-    state = jax.jit(stage.init)(jax.random.key(0))
-    frozen = {"autoencoder": {}, "shift": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
+    stage = diffusion_stage(c, ())
+    state = jax.jit(partial(initial, stage))(jax.random.key(0))
+    frozen = {"first_stage": {}, "shift": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
+    frozen["table"] = stage.model.conditioning.table()
     state, metrics = jax.jit(stage.step)(state, frozen, autoencoder_batch(), np.uint32(0))
     assert np.isfinite(metrics["loss"])
     assert int(state.step) == 1
@@ -307,7 +297,7 @@ CLASSIFIER = {"classifier__steps": 150, "classifier__learning_rate": 1e-2}
 
 
 def test_the_classifier_learns_one_batch():
-    """Moments without spread, whose four classes lie apart: all but the noisiest z_t tell their class."""
+    """Moments without spread, whose four classes lie apart: all but the noisiest z_t show their class."""
     _, state, step = compiled("classifier", **CLASSIFIER)
     batch = moments_batch(16)
     means = 2.0 * np.random.default_rng(1).normal(size=(4, 1, 4, 4, 2))[batch["label"]]
@@ -340,10 +330,10 @@ def test_the_classifier_is_validated_at_the_batch_s_own_timesteps():
     assert (early["loss"] != measured["loss"]).all()
 
 
-def noised(stage, state, batch):
-    """What the stage makes of a batch before it is given to the network."""
+def noised(stage, state, batch, frozen=FROZEN):
+    """What the stage makes of a batch before it is given to the denoiser."""
     return jax.jit(lambda *arguments: {k: v for k, v in stage.trace(*arguments).items() if k in ("z0", "context")})(
-        state, FROZEN, batch, np.uint32(0)
+        state, frozen, batch, np.uint32(0)
     )
 
 
@@ -364,26 +354,91 @@ def test_the_label_is_dropped_at_its_rate():
     batch = moments_batch() | {"id": np.arange(n, dtype=np.int32), "label": np.full(n, 2, np.int32)}
     batch["moments"] = np.zeros((n, 1, 4, 4, 4), np.float32)
     context = np.asarray(noised(stage, state, batch)["context"])
-    null = np.asarray(state.params["conditioner"]["embedding"]["embedding"])[4]
+    null = np.asarray(state.params["conditioning"]["embedding"]["embedding"])[4]
     dropped = np.isclose(context[:, 0], null).all(axis=1).mean()
     assert abs(dropped - 0.25) < 4 * np.sqrt(0.25 * 0.75 / n)
 
 
-def test_captions_are_drawn_evenly_and_dropped_at_the_rate(monkeypatch):
-    """Of a picture with two of them: each is what it is told by in half of the steps that are told anything."""
-    make = trainable.labelled
-    captions = jnp.array([[0, 1], [1, 3], [2, 3], [0, 3]])
-    drawn = lambda frozen, label, keys: captions[label, jax.vmap(jax.random.bernoulli)(keys).astype(int)]  # noqa: E731
-    monkeypatch.setattr(training_from_config, "labelled", lambda *parts: make(*parts)._replace(choose=drawn))
-    stage, n = training_from_config.build_diffusion_stage(config(**SMALL | NO_ATTENTION), 4), 2000
-    state = jax.jit(stage.init)(jax.random.key(0))
+def test_captions_are_chosen_evenly_and_dropped_at_the_rate():
+    """Of an image with two of them: each conditions half of the steps that are conditioned at all."""
+    stage, n = diffusion_stage(config(**SMALL | NO_ATTENTION)), 2000
+    state = jax.jit(partial(initial, stage))(jax.random.key(0))
+    frozen = FROZEN | {"captions": np.array([[0, 1], [1, 3], [2, 3], [0, 3]], np.int32)}
     batch = moments_batch() | {"id": np.arange(n, dtype=np.int32), "label": np.full(n, 1, np.int32)}
     batch["moments"] = np.zeros((n, 1, 4, 4, 4), np.float32)
-    context = np.asarray(noised(stage, state, batch)["context"])[:, :1]
-    rows = np.asarray(state.params["conditioner"]["embedding"]["embedding"])
+    context = np.asarray(noised(stage, state, batch, frozen)["context"])[:, :1]
+    rows = np.asarray(state.params["conditioning"]["embedding"]["embedding"])
     shares = np.isclose(context, rows).all(axis=2).mean(axis=0)
     expected = np.array([0, 0.375, 0, 0.375, 0.25])
     assert (np.abs(shares - expected) <= 4 * np.sqrt(expected * (1 - expected) / n)).all(), shares
+
+
+def test_a_caption_is_chosen_among_those_of_its_label_by_the_key_alone():
+    captions = np.array([[0, 1, 2], [3, 3, 4], [5, 6, 7]], np.int32)
+    label, keys = np.arange(900, dtype=np.int32) % 3, jax.random.split(jax.random.key(0), 900)
+    rows = np.asarray(choose_caption(captions, label, keys))
+    for k in range(3):
+        counts = np.bincount(rows[label == k], minlength=8)[np.unique(captions[k])]
+        expected = 100 * np.unique(captions[k], return_counts=True)[1]
+        assert counts.sum() == 300 and (np.abs(counts - expected) < 4 * np.sqrt(300 * 2 / 9)).all(), counts
+    np.testing.assert_array_equal(choose_caption(captions, label[::-1], keys[::-1]), rows[::-1])
+
+
+def test_encoded_conditions_give_the_same_loss_as_encoding_in_the_step():
+    """The denoiser alone, trained on a table of its own arguments, against the denoiser with the frozen embedder."""
+    whole, state, _ = compiled("diffusion", **SMALL)
+    params, batch = state.params, moments_batch(16)
+    encode, table = whole.model.conditioning.encode, FROZEN["table"]
+    model = replace(whole.model, conditioning=EncodedConditioning())
+    parts = Parts(("denoiser",))
+    in_the_step = replace(whole, trainable=parts), FROZEN | {"conditioning": params["conditioning"]}
+    encoded = replace(whole, model=model, trainable=parts), LATENTS | {"table": encode(params["conditioning"], table)}
+    results = []
+    for stage, frozen in (in_the_step, encoded):
+        state = stage.init(jax.random.key(0), params)
+        assert sorted(state.params) == ["denoiser"]
+        trace = jax.jit(lambda *arguments, stage=stage: {n: stage.trace(*arguments)[n] for n in ("context", "loss")})
+        results.append(trace(state, frozen, batch, np.uint32(0)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_the_diffusion_model_is_validated_with_its_labels_at_the_batch_s_own_timesteps():
+    """By the unweighted loss of each example, whatever the rate at which labels are dropped."""
+    stage, state, _ = compiled("diffusion", **SMALL)
+    batch = moments_batch(16) | {"t": np.arange(0, 960, 60, dtype=np.int32)}
+    batch["moments"][..., 2:] = -30.0  # no spread
+    model, z0, t = stage.model, batch["moments"][:, 0, ..., :2], batch["t"]
+
+    @jax.jit
+    def by_hand(params):
+        keys = example_keys(np.uint32(7), Stream.DIFFUSION_VALIDATION, 0, batch["id"])
+        keys = jax.vmap(partial(jax.random.split, num=5))(keys)[:, 2]
+        eps = jax.vmap(partial(jax.random.normal, shape=(4, 4, 2)))(keys)
+        cond = model.conditioning.encode(params["conditioning"], batch["label"])
+        z_t = q_sample(z0, t, eps, model.process)
+        return ((model.denoiser.apply({"params": params["denoiser"]}, z_t, t, **cond) - eps) ** 2).mean((1, 2, 3))
+
+    measured = jax.jit(stage.validate)(state.params, FROZEN, batch, np.uint32(7))
+    assert measured.keys() == {"loss"}
+    np.testing.assert_allclose(measured["loss"], by_hand(state.params), rtol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["autoencoder", "diffusion", "classifier"])
+def test_stages_are_equal_and_hashed_by_value(which):
+    """So that they can be part of a compiled function's key."""
+
+    def make(**changes):
+        c = config(**SMALL | changes)
+        if which == "autoencoder":
+            return make_autoencoder_stage(c)
+        model = from_config(c, tiny.CLASS_NAMES)
+        return make_classifier_stage(model, 4, c) if which == "classifier" else diffusion_stage(c)
+
+    stage, same = make(), make(sampling__steps=3)  # how it is sampled is no part of it
+    assert stage is not same and stage == same and hash(stage) == hash(same)
+    assert parallel_step(stage) is parallel_step(same)
+    for field, value in ((f"{which}__learning_rate", 0.5), (f"{which}__ema_decay", 0.5), ("data__flip", True)):
+        assert make(**{field: value}) != stage, field
 
 
 @pytest.mark.parametrize("which", [*list(AUTOENCODERS)[1:], "diffusion", "classifier"])
@@ -394,7 +449,7 @@ def test_four_devices_take_the_same_step_as_one(which):
         (stage, one, step_one), batch, frozen = compiled("classifier", **CLASSIFIER), moments_batch(16), FROZEN
     else:
         (stage, one, step_one), batch, frozen = compiled_autoencoder(which), autoencoder_batch(), {}
-    many, step_many = replicate(jax.device_get(one)), parallel_step(stage.step)  # a copy: it is donated
+    many, step_many = replicate(jax.device_get(one)), parallel_step(stage)  # a copy: it is donated
     assert jax.local_device_count() == 4
     arrays = {name: value for name, value in batch.items() if name != "step"}
     for number in range(3):
@@ -419,17 +474,17 @@ def test_the_average_follows_the_parameters_after_the_update():
 @pytest.mark.parametrize("which", ["autoencoder", "diffusion", "classifier"])
 def test_a_step_that_is_not_finite_freezes_the_state(which):
     if which == "diffusion":
-        stage, state, step = compiled("diffusion", **SMALL)
+        stage, state, step = compiled("diffusion", **SMALL | DIFFUSIONS["min-SNR"])
         batch, frozen, layer = partial(moments_batch, 16), FROZEN, "conv_in"
     elif which == "classifier":
         stage, state, step = compiled("classifier", **CLASSIFIER)
         batch, frozen, layer = partial(moments_batch, 16), FROZEN, "conv_in"
     else:
-        stage, state, step = compiled_autoencoder("kl")
+        stage, state, step = compiled_autoencoder("vq, without attention, at a constant rate")
         batch, frozen, layer = autoencoder_batch, {}, "quant_conv"
     state, _ = step(state, frozen, batch(), np.uint32(0))
     broken = jax.tree.map(lambda a: a, state)  # new dicts around the same arrays
-    broken.params["unet" if which == "diffusion" else which][layer]["bias"] *= np.nan
+    broken.params["denoiser" if which == "diffusion" else which][layer]["bias"] *= np.nan
     frozen_state, metrics = step(broken, frozen, batch(step=1), np.uint32(0))
     assert not np.isfinite(metrics["loss"])
     assert int(frozen_state.step) == 1
@@ -438,7 +493,7 @@ def test_a_step_that_is_not_finite_freezes_the_state(which):
     jax.tree.map(np.testing.assert_array_equal, later, state)
     name = first_nonfinite(stage.trace(broken, frozen, batch(step=1), np.uint32(0)))
     assert name in (
-        "params/unet/conv_in/bias",
+        "params/denoiser/conv_in/bias",
         "params/autoencoder/quant_conv/bias",
         "params/classifier/conv_in/bias",
     )

@@ -1,0 +1,102 @@
+"""Checkpoints: the names of their arrays, which have been the same since the first version, and whose they are."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from ldm_jax.errors import InputError
+from ldm_jax.run_folder.checkpoint import (
+    STORED_NAMES,
+    Checkpoints,
+    ema_params,
+    flatten,
+    identity,
+    load_latest,
+    subtree,
+    unflatten,
+)
+from ldm_jax.training.state import AdamW, init_state, make_optimizer
+
+ADAMW = AdamW(8, 1e-3, 2, "cosine", 0.99, 0.0, 1.0)
+PARTS = {"denoiser": {"conv_in": {"kernel": np.ones((2, 3), np.float32)}},
+         "conditioning": [{"embedding": np.zeros(4, np.float32)}]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jax.device_get(init_state(PARTS, make_optimizer(ADAMW)).replace(step=np.int32(3)))
+
+
+def test_a_checkpoint_has_the_names_of_the_first_version(trained_run):
+    """So that older runs can be read and resumed, and older versions can read newer runs."""
+    names = {name.split("/")[1] for name in load_latest(trained_run / "diffusion") if name.startswith("ema_params/")}
+    assert names == {"unet", "conditioner"}
+    assert load_latest(trained_run / "diffusion").keys() >= {
+        "step",
+        "params/unet/conv_in/kernel",
+        "opt_state/1/0/mu/unet/conv_in/kernel",
+        "ema_params/conditioner/embedding/embedding",
+    }
+
+
+def test_arrays_are_read_back_under_their_names_in_memory(state):
+    flat = flatten(state)
+    assert {"params/unet/conv_in/kernel", "ema_params/conditioner/0/embedding", "step"} <= flat.keys()
+    assert not any(part in STORED_NAMES for name in flat for part in name.split("/"))
+    jax.tree.map(np.testing.assert_array_equal, unflatten(flat, state, where="there"), state)
+    jax.tree.map(np.testing.assert_array_equal, ema_params(flat, state.params, "there"), state.ema_params)
+    assert subtree(flat, "params/unet") == state.params["denoiser"]
+    with pytest.raises(InputError, match="has no 'params/denoiser'; it holds "):
+        subtree(flat, "params/denoiser")
+
+
+def test_a_state_of_another_model_is_refused(state):
+    flat = flatten(state)
+    del flat["params/unet/conv_in/kernel"]
+    with pytest.raises(
+        InputError, match=r"there belongs to another model: 1 arrays are missing \['params/unet/conv_in"
+    ):
+        unflatten(flat, state, where="there")
+    flat["params/unet/conv_in/kernel"] = np.ones((2, 3), np.float16)
+    with pytest.raises(InputError, match=r"params/unet/conv_in/kernel is float16\[2, 3\] there, float32\[2, 3\] here"):
+        unflatten(flat, state, where="there")
+
+
+def test_a_half_trained_state_is_restored_whole_and_by_its_own_run_alone(state, tmp_path):
+    config = tiny.get_config()
+    recorded = identity(config, "diffusion") | {"init_from": "abc"}
+    with Checkpoints(tmp_path, keep=2, identity=recorded) as checkpoints:
+        assert checkpoints.restore(state) is None
+        checkpoints.save(state)
+        checkpoints.wait()
+        like = init_state(jax.tree.map(np.zeros_like, PARTS), make_optimizer(ADAMW))
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(like), state)
+    other = identity(config, "diffusion") | {"init_from": "abd"}
+    with (
+        Checkpoints(tmp_path, keep=2, identity=other) as checkpoints,
+        pytest.raises(InputError, match="belongs to another run: its init_from is 'abc', not 'abd'"),
+    ):
+        checkpoints.restore(state)
+
+
+@pytest.mark.parametrize(
+    ("field", "stages"),  # whose checkpoints depend on the field
+    [
+        ("seed", {"autoencoder", "clip", "diffusion", "classifier"}),
+        ("autoencoder.latent_channels", {"autoencoder", "diffusion", "classifier"}),
+        ("diffusion.timesteps", {"diffusion", "classifier"}),
+        ("diffusion.steps", {"diffusion"}),
+        ("unet.layers_per_block", {"diffusion"}),
+        ("lora.rank", {"diffusion"}),
+        ("classifier.steps", {"classifier"}),
+        ("clip.steps", {"clip"}),
+        ("sampling.steps", set()),
+        ("log_every", set()),
+    ],
+)
+def test_what_the_checkpoints_of_a_stage_depend_on(field, stages):
+    config, changed = tiny.get_config(), tiny.get_config().unlock()
+    changed.update_from_flattened_dict({field: 7})
+    every = ("autoencoder", "clip", "diffusion", "classifier")
+    assert {stage for stage in every if identity(config, stage) != identity(changed, stage)} == stages

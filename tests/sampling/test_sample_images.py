@@ -1,0 +1,126 @@
+"""The command that samples from a run: its files, its flags, and images of another size."""
+
+import jobs
+import numpy as np
+import pytest
+import random_runs
+
+from ldm_jax import command_line, sample
+from ldm_jax.diffusion.random import initial_latents, sample_keys
+from ldm_jax.sampling.image_grids import read_recipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder with random parameters."""
+    return random_runs.random_run(tmp_path_factory.mktemp("run") / "run")
+
+
+@pytest.fixture
+def sampled(run, tmp_path):
+    """`sampled(name, *flags)` -> the arrays of samples.npz."""
+
+    def sampled(name, *flags, model=run):
+        command = ["sample", f"--model={model}", f"--out={tmp_path / name}", "--num=8", *flags]
+        assert command_line.run(sample.main, command) == 0
+        return jobs.samples(tmp_path / name)
+
+    return sampled
+
+
+def test_the_samples_that_ended_a_run(trained_run, sampled, tmp_path):
+    samples = sampled("out", model=trained_run)
+    for name, array in jobs.samples(trained_run).items():
+        np.testing.assert_array_equal(samples[name], array)
+    assert (tmp_path / "out" / "denoising.gif").stat().st_size
+    recipe = read_recipe(tmp_path / "out" / "samples.png")
+    assert (recipe["seed"], recipe["solving"]["sampler"], recipe["step"]) == (0, "ddim", 8)
+
+
+def test_classes_by_name_and_number(sampled):
+    assert sampled("out", "--label=dark,1,Bright")["labels"].tolist() == [3, 1, 2, 3, 1, 2, 3, 1]
+
+
+def test_initial_latents(sampled, tmp_path):
+    """Those of the seed give the images of the seed; others give others."""
+    z_T = np.asarray(initial_latents(sample_keys(np.uint32(3), np.arange(8)), (4, 4, 2)), np.float32)
+    np.save(tmp_path / "own.npy", z_T)
+    np.save(tmp_path / "other.npy", -z_T)
+    plain = sampled("plain", "--seed=3")["images"]
+    own, other = (sampled(name, "--seed=3", f"--init_latents={tmp_path / name}.npy")["images"]
+                  for name in ("own", "other"))  # fmt: skip
+    np.testing.assert_array_equal(own, plain)
+    assert (other != plain).any()
+
+
+@pytest.mark.parametrize(("flag", "written"), [("--save_trajectory", True), ("--nosave_trajectory", False)])
+def test_the_trajectory_is_left_out_on_request(sampled, tmp_path, flag, written):
+    sampled("out", flag)
+    assert (tmp_path / "out" / "denoising.gif").exists() == written
+
+
+def test_a_guidance_interval(sampled, tmp_path):
+    sampled("out", "--guidance=9", "--guidance_interval=0.2,0.6")
+    assert read_recipe(tmp_path / "out" / "samples.png")["guidance"]["interval"] == [0.2, 0.6]
+
+
+def test_images_of_another_size_and_in_tiles(sampled, tmp_path):
+    """A run's networks are convolutional; tiles of the size that its autoencoder was trained on."""
+    whole, tiles = (
+        sampled(name, "--height=12", "--width=20", *flags)["images"].astype(int)
+        for name, flags in (("whole", []), ("tiles", ["--vae_tiling"]))
+    )
+    assert whole.shape == (8, 12, 20, 1)
+    assert 0 < np.abs(whole - tiles).mean() < 40  # of 255; the norms of random parameters differ much from tile to tile
+    assert read_recipe(tmp_path / "tiles" / "samples.png")["size"] == [12, 20]
+
+
+def test_pixels_are_bounded_by_clipping_or_by_a_quantile(tmp_path, sampled):
+    """Strong guidance drives z0_hat beyond the pixels' range, where the two differ."""
+    pixels = random_runs.random_run(tmp_path / "pixels", {"autoencoder.kind": "none"})
+    images = []
+    for name, flags, threshold in (("clipped", [], 0.0), ("thresholded", ["--threshold=0.8"], 0.8)):
+        images.append(sampled(name, "--guidance=30", *flags, model=pixels)["images"])
+        assert read_recipe(tmp_path / name / "samples.png")["solving"]["threshold"] == threshold
+    assert (images[0] != images[1]).any()
+
+
+def test_a_run_without_classes(tmp_path, sampled, capsys):
+    plain = random_runs.random_run(tmp_path / "plain", {"data.label_key": "none"}, class_names=())
+    assert (sampled("out", model=plain)["labels"] == -1).all()
+    for flags, expected in ((["--guidance=2"], "needs a model with classes"), (["--label=0"], "knows no classes")):
+        command = ["sample", f"--model={plain}", f"--out={tmp_path / 'no'}", *flags]
+        assert command_line.run(sample.main, command) == 2
+        assert expected in capsys.readouterr().err
+
+
+REFUSED = {  # flags -> what the line must say
+    "no such class": (["--label=4"], "--label=4 is no class"),
+    "an empty class": (["--label="], "is no class"),
+    "no such negative class": (["--negative_label=purple"], "--negative_label=purple is no class"),
+    "a height that does not divide": (["--height=9"], "--height=9 must be a multiple of 2"),
+    "a threshold of latents": (["--threshold=0.9"], "--threshold=0.9 is for diffusion on pixels"),
+    "a noise level": (["--noise_level=3"], "--noise_level=3 is for upscalers"),
+    "steps twice": (["--timesteps=9,5", "--steps=3"], "--timesteps lists the steps; leave out --steps"),
+    "timesteps in words": (["--timesteps=9,low"], "--timesteps=9,low must be whole numbers"),
+    "rising timesteps": (["--timesteps=5,9"], "sampling:"),
+    "too many steps": (["--steps=50"], "sampling:"),
+    "a variance that was not learned": (["--sampler=ddpm", "--variance=learned"], "variance learned needs a model"),
+    "churn of another solver": (["--sampler=ddim", "--churn=3"], "sampling:"),
+    "two noises": (["--to_seed=3", "--init_latents=a.npy"], "both say what noise to begin from"),
+    "a strength alone": (["--strength=0.5"], "--strength needs --init_image"),
+    "a jump alone": (["--resample_jump=2"], "--resample_jump needs --resample"),
+    "resampling without a mask": (["--resample=2"], "--resample needs --mask or --outpaint"),
+    "a lora scale alone": (["--lora_scale=2"], "--lora_scale needs --lora"),
+    "a prompt": (["--prompt=low"], "--prompt is for text-to-image models, or with --clip; this one is conditioned on"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_sample_refuses(case, run, tmp_path, capsys):
+    flags, expected = REFUSED[case]
+    command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", *flags]
+    assert command_line.run(sample.main, command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line
+    assert not (tmp_path / "out").exists()
