@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     data.name = "emoji"
     data.test_split = "validation"
     data.caption_key = "auto"
-    data.kind_key = "toneless"  # else half of the pictures were people in five skin tones
+    data.group_key = "toneless"  # else half of the pictures were people in five skin tones
     data.image_size = 32
     data.channels = 3
 

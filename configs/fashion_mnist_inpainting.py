@@ -16,5 +16,5 @@ from configs import fashion_mnist
 def get_config() -> ConfigDict:
     """Boxes of any size hidden, beside the main job's autoencoder."""
     config = fashion_mnist.get_config().unlock()
-    config.concat.kind = "inpainting"
+    config.concat.type = "inpainting"
     return config.lock()

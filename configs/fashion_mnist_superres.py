@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     """28 -> 7 -> 28, beside the main job's autoencoder."""
     config = fashion_mnist.get_config().unlock()
     config.data.label_key = "none"
-    config.concat.kind = "low_resolution"
+    config.concat.type = "low_resolution"
     config.concat.factor = 4
     config.sampling.guidance = 1.0
     return config.lock()

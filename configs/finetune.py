@@ -16,7 +16,7 @@ What MODEL is decides what it is given of the pictures beside their captions, an
 - Stable Diffusion 1, 2 and XL, size 512, 768, 1024: nothing.
 - Their inpainting models: the picture with random boxes hidden. Then `sample --init_image --mask --prompt`.
 - The x4 upscaler (512, `--config.sampling.guidance=9`): the picture four times smaller, noised by a random level,
-  which it is told. Then `sample --map --prompt`.
+  which it is told. Then `sample --concat_image --prompt`.
 - LDMs without texts (256): neither captions nor anything else. `--config.data.name=NAME` takes plain pictures that
   `python -m ldm_jax.data.image_folder --source=DIR --name=NAME` has prepared.
 - The class-conditional LDM (256): the classes of such a set, one for each folder of SOURCE, no more than it knows. They

@@ -45,7 +45,7 @@ Rows = dict[str, Row]
 
 
 # Every run of an experiment: trained, but neither drawn from nor scored at its end, which is left to the experiment.
-TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.bound_examples": 0}
+TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.vlb_examples": 0}
 # Autoencoders that are good enough to compare what comes after them.
 SHORT_AUTOENCODER = {"autoencoder.steps": 1_200, "autoencoder.loss.adversarial_start": 600}
 LONGER_AUTOENCODER = {"autoencoder.steps": 2_000, "autoencoder.loss.adversarial_start": 1_000}

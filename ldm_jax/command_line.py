@@ -10,6 +10,7 @@ from ml_collections import config_flags
 
 from ldm_jax.config.fields import DTYPES, check_choice, check_interval, nearest
 from ldm_jax.config.io import flatten
+from ldm_jax.config.renamed import rename_arguments, rename_fields
 from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
@@ -23,6 +24,7 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
 
     Raises InputError for a flag, field or value that is wrong.
     """
+    argv = rename_arguments(argv)
     for argument in argv[1:] if config else ():
         if argument.startswith("--config=") and not Path(argument.removeprefix("--config=")).is_file():
             raise InputError(f"there is no config file {argument.removeprefix('--config=')!r}; configs are in configs/")
@@ -47,6 +49,8 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
         raise InputError(" ".join(message.split())) from error
     except Exception as error:  # whatever a config file of the user's does
         raise InputError(f"{_config_file(argv)} fails: {type(error).__name__}: {error}") from error
+    if loaded:
+        rename_fields(flag_values.config)
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config and not loaded:
@@ -92,7 +96,9 @@ def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
         "classifier_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values
     )
     flags.DEFINE_string("clip", None, "a run folder with a CLIP, to guide towards --prompt as well", flag_values=values)
-    flags.DEFINE_float("clip_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float(
+        "clip_guidance_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values
+    )
     flags.DEFINE(
         _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
     )
@@ -133,8 +139,19 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("invert", None, "begin from init_image's own noise (DDIM inversion)", flag_values=values)
     string("to_image", None, "lead from init_image to this picture, by way of their noises", flag_values=values)
     integer("to_seed", None, "lead from the noise of --seed to that of this one", 0, 2**32 - 1, flag_values=values)
-    string("map", None, "the model's map: a small picture, or segments (pixels = class numbers)", flag_values=values)
-    integer("noise_level", None, "diffusers' upscalers: how much --map is noised; default: 20", 0, flag_values=values)
+    string(
+        "concat_image",
+        None,
+        "the low-resolution image, or the segmentation map (pixels = class numbers), of models with such conditioning",
+        flag_values=values,
+    )
+    integer(
+        "noise_level",
+        None,
+        "upscalers: noise level of --concat_image; default: 20",
+        0,
+        flag_values=values,
+    )
     string("negative_label", None, "a class that guidance leads away from", flag_values=values)
     flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
     string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)

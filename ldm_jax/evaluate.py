@@ -7,8 +7,8 @@
                                it is scored on those of the config, its data.* and evaluation.* (--config.FIELD=VALUE)
 
 Draws --num pictures and writes evaluation.json, in which every score stands on a card with all that one must know to
-compare it, and bound.json, the variational bound in bits per dimension term by term. Default --out: evaluation/ in the
-run folder. Of diffusers models there is no bound.
+compare it, and bits_per_dim.json, the variational bound in bits per dimension term by term.
+Default --out: evaluation/ in the run folder.
 """
 
 from __future__ import annotations

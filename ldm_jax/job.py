@@ -92,7 +92,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
 
 def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None]]]:
     """The stages of a run, in their order; the first host alone samples and scores."""
-    wanted, latents = job.config.stages, job.config.autoencoder.kind != "none"
+    wanted, latents = job.config.stages, job.config.autoencoder.type != "none"
     if "autoencoder" in wanted and latents:
         yield "autoencoder", stages.train_autoencoder
         yield "latents", stages.measure_latents

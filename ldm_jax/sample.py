@@ -18,9 +18,9 @@
     ... --to_seed=1                                     from the noise of one seed to that of another
     ... --prompt=TEXT --to_prompt=TEXT [--num=8]        from one prompt to another, from the same noise
     ... --init_latents=FILE.npy                         from given noise
-    ... --map=FILE [--noise_level=20]                   a small picture or a map of segments, for models of these
+    ... --concat_image=FILE [--noise_level=20]          a low-resolution image or a segmentation map
     ... --classifier=FOLDER --classifier_scale=2        guided by a classifier's run folder as well
-    ... --clip=RUN --prompt=TEXT [--clip_scale=1]       guided by the CLIP of a run as well, models of any kind
+    ... --clip=RUN --prompt=TEXT [--clip_guidance_scale=1]  guided by the CLIP of a run as well
     ... --from_recipe=samples.png                       the same pictures again
 
 Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, but for --nosave_trajectory,

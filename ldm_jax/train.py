@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ldm_jax import command_line
 from ldm_jax.config import io as config_io
 from ldm_jax.config import rules as config_rules
+from ldm_jax.config.renamed import rename_fields
 from ldm_jax.run_folder import layout as run_folder_layout
 
 
@@ -68,6 +69,7 @@ class _Callable(ModuleType):
           InputError: a field or a file that is wrong.
           RunError: a loss that is not finite, a disk that is full.
         """
+        rename_fields(config)
         config_rules.validate(config)
         run_folder_layout.check(Path(workdir), config)
 

@@ -32,7 +32,7 @@ TEXTS = (
     "--config.data.caption_key=auto",
     "--config.sampling.sampler=ddim",
     "--config.evaluation.zero_shot_key=label",
-    "--config.evaluation.bound_examples=8",
+    "--config.evaluation.vlb_examples=8",
 )
 CLASSIFIER = ("--config.stages=('autoencoder','classifier')", "--config.sampling.progress_every=4")
 

@@ -42,7 +42,7 @@ TRAIN = {  # flags -> what the line must say
     "an unknown weighting": ([TINY, "--config.diffusion.weighting=snr"], "uniform, min_snr"),
     "an unknown sampler": ([TINY, "--config.sampling.sampler=ddimm"], "did you mean ddim?"),
     "an unknown spacing": ([TINY, "--config.sampling.spacing=even"], "leading, trailing, linspace"),
-    "an unknown autoencoder": ([TINY, "--config.autoencoder.kind=vae"], "kl, vq, none"),
+    "an unknown autoencoder": ([TINY, "--config.autoencoder.type=vae"], "kl, vq, none"),
     "an unknown number type": ([TINY, "--config.dtype=float8"], "float32, bfloat16"),
     "an unknown perceptual net": ([TINY, "--config.autoencoder.loss.perceptual_net=vgg19"], "vgg16, alexnet"),
     "an unknown learning rate decay": ([TINY, "--config.diffusion.decay=step"], "constant, cosine"),
@@ -63,10 +63,10 @@ TRAIN = {  # flags -> what the line must say
     ),
     "a variance for a solver without": ([TINY, "--config.sampling.variance=fixed_large"], "variance is for ddpm only"),
     "a bound without weight": (
-        [TINY, "--config.diffusion.variance=learned", "--config.diffusion.bound_weight=0.0"],
-        "config.diffusion.bound_weight is 0",
+        [TINY, "--config.diffusion.variance=learned", "--config.diffusion.vlb_weight=0.0"],
+        "config.diffusion.vlb_weight is 0",
     ),
-    "a bound of fewer than no examples": ([TINY, "--config.evaluation.bound_examples=-1"], "it must be 0 or more"),
+    "a bound of fewer than no examples": ([TINY, "--config.evaluation.vlb_examples=-1"], "it must be 0 or more"),
     "a threshold for latents": ([TINY, "--config.sampling.threshold=0.99"], "latents know no bounds"),
     "falling betas": ([TINY, "--config.diffusion.beta_start=0.5"], "config.diffusion.beta_start"),
     "more steps than timesteps": ([TINY, "--config.sampling.steps=21"], "config.diffusion.timesteps = 20"),
@@ -107,15 +107,15 @@ TRAIN = {  # flags -> what the line must say
     "an unknown split": ([TINY, "--config.data.train_split=dev"], "dev"),
     "an unknown image feature": ([TINY, "--config.data.image_key=photo"], "photo"),
     "an unknown label feature": ([TINY, "--config.data.label_key=kind"], "kind"),
-    "an unknown map": ([TINY, "--config.concat.kind=depth"], "none, low_resolution, inpainting, segments"),
+    "an unknown map": ([TINY, "--config.concat.type=depth"], "none, low_resolution, inpainting, segments"),
     "an image that does not get smaller": (
-        [TINY, "--config.concat.kind=low_resolution", "--config.concat.factor=3"],
+        [TINY, "--config.concat.type=low_resolution", "--config.concat.factor=3"],
         "must divide config.data.image_size = 8",
     ),
-    "segments of no feature": ([TINY, "--config.concat.kind=segments"], "config.data.segments_key must name"),
+    "segments of no feature": ([TINY, "--config.concat.type=segments"], "config.data.segments_key must name"),
     "an unknown feature of segments": ([TINY, "--config.data.segments_key=parts"], "there is areas, image"),
     "more segments than were said": (
-        [TINY, "--config.concat.kind=segments", "--config.data.segments_key=areas"],
+        [TINY, "--config.concat.type=segments", "--config.data.segments_key=areas"],
         "tiny has a pixel of class 2, so it must be 3 or more",
     ),
     "a data folder that is not there": ([TINY, "--config.data.dir=nowhere"], "nowhere"),
@@ -131,7 +131,7 @@ TRAIN = {  # flags -> what the line must say
     "stages in another order": ([TINY, "--config.stages=('diffusion','autoencoder')"], "each once, in this order"),
     "no stages": ([TINY, "--config.stages=()"], "nothing to train"),
     "nothing but the autoencoder of pixels": (
-        [TINY, "--config.stages=('autoencoder',)", "--config.autoencoder.kind=none"],
+        [TINY, "--config.stages=('autoencoder',)", "--config.autoencoder.type=none"],
         "nothing to train",
     ),
     "latents of no autoencoder": ([TINY, "--config.stages=('diffusion',)"], "needs 'autoencoder' before it"),
@@ -493,7 +493,7 @@ SAMPLE = {
 }
 
 TILES = {  # changes of the config -> what the line must say
-    "of no autoencoder": ({"autoencoder.kind": "none"}, "--vae_tiling is for latent diffusion; this model has no"),
+    "of no autoencoder": ({"autoencoder.type": "none"}, "--vae_tiling is for latent diffusion; this model has no"),
     "of another size": ({"data.image_size": 12}, "a tile of 12 pixels must be a multiple of 4 x 2"),
 }
 
@@ -600,7 +600,7 @@ ADOPTED = {  # what is done to the run whose autoencoder is taken, and changes o
     "not trained yet": (lambda run: shutil.rmtree(run / "autoencoder"), [], "no readable checkpoint"),
     "damaged": (lambda run: truncate_arrays(run / "autoencoder"), [], "no readable checkpoint"),
     "of another shape": (lambda run: None, ["--config.autoencoder.latent_channels=3"], "belongs to another model"),
-    "of another kind": (lambda run: None, ["--config.autoencoder.kind=vq"], "belongs to another model"),
+    "of another kind": (lambda run: None, ["--config.autoencoder.type=vq"], "belongs to another model"),
 }
 
 

@@ -14,9 +14,9 @@ from ldm_jax.sampling.image_grids import read_recipe
 def pixel_run(tiny_data, tmp_path_factory):
     """Diffusion on pixels, with a learned variance."""
     run = tmp_path_factory.mktemp("pixels") / "run"
-    changes = ["autoencoder.kind=none", "diffusion.prediction=v", "diffusion.variance=learned", "diffusion.steps=4"]
+    changes = ["autoencoder.type=none", "diffusion.prediction=v", "diffusion.variance=learned", "diffusion.steps=4"]
     changes += ["sampling.sampler=ddpm", "sampling.variance=learned", "sampling.progress_every=4"]
-    changes += ["evaluation.bound_examples=12"]
+    changes += ["evaluation.vlb_examples=12"]
     assert jobs.train_here(tiny_data, run, *(f"--config.{change}" for change in changes)) == 0
     return run
 
@@ -48,7 +48,7 @@ def test_a_learned_variance_logs_both_losses_and_reports_bits_per_dimension(pixe
 
 def test_colour_images_without_labels_through_a_codebook(tiny_data, tmp_path):
     run = tmp_path / "run"
-    changes = ["autoencoder.kind=vq", "data.channels=3", "data.label_key=none", "data.flip=True", "diffusion.steps=2"]
+    changes = ["autoencoder.type=vq", "data.channels=3", "data.label_key=none", "data.flip=True", "diffusion.steps=2"]
     changes += ["sampling.progress_every=2", "autoencoder.steps=2"]
     assert jobs.train_here(tiny_data, run, jobs.NO_ATTENTION, *(f"--config.{change}" for change in changes)) == 0
     samples = jobs.samples(run)

@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.sampling.batch_size = 8
     config.sampling.progress_every = 4
     config.evaluation.num_reference = 16
-    config.evaluation.bound_examples = 0
+    config.evaluation.vlb_examples = 0
     config.evaluation.resize = 16
     config.evaluation.batch_size = 8
     config.log_every = 2

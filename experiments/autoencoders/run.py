@@ -33,7 +33,7 @@ ARMS = {
     BARE: PLAIN,
     "KL 1e-3": PLAIN | {"autoencoder.loss.kl": 1e-3},
     "KL 1e-1": PLAIN | {"autoencoder.loss.kl": 1e-1},
-    "VQ": PLAIN | {"autoencoder.kind": "vq"},
+    "VQ": PLAIN | {"autoencoder.type": "vq"},
     "KL 1e-6, LPIPS": PLAIN | LPIPS,
     "KL 1e-6, adversarial": PLAIN | ADVERSARIAL,
     BOTH: PLAIN | LPIPS | ADVERSARIAL,

@@ -27,7 +27,7 @@ from ldm_jax.runtime.xla import configure
 
 STEPS = {"smoke": 3, "cpu": 40, "gpu": 400}
 BATCH_SIZE = 16
-PIXELS = {"autoencoder.kind": "none", "diffusion.batch_size": BATCH_SIZE}
+PIXELS = {"autoencoder.type": "none", "diffusion.batch_size": BATCH_SIZE}
 
 Step = Callable[[Any, dict, int], tuple[Any, dict]]  # (state, batch of this host, number) -> (state, metrics)
 

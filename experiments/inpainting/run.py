@@ -17,7 +17,7 @@ EXPERIMENT = restoration.make_experiment(
     Path(__file__).parent,
     "Does a latent diffusion model fill hidden parts of a picture better than the nearest known pixels do?",
     "nearest known pixel",
-    {"concat.kind": "inpainting"},
+    {"concat.type": "inpainting"},
 )
 
 if __name__ == "__main__":

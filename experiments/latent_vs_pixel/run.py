@@ -104,7 +104,7 @@ def fields(lab: Lab, factor: int) -> dict:
     """Those of the config of a run on pixels, or on the latents of this factor."""
     size = {"data.image_size": SIZES[lab.budget]}
     if FACTORS[factor] is None:
-        return size | {"autoencoder.kind": "none"}
+        return size | {"autoencoder.type": "none"}
     channels, latent_channels = FACTORS[factor]
     return size | {
         "autoencoder.block_out_channels": (8,) * len(channels) if lab.budget == "smoke" else channels,

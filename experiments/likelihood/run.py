@@ -28,7 +28,7 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.runtime.parallel import replicate
 
 ON_PIXELS = {
-    "autoencoder.kind": "none",
+    "autoencoder.type": "none",
     "diffusion.schedule": "cosine",
     "diffusion.prediction": "eps",
     "diffusion.weighting": "uniform",

@@ -15,7 +15,7 @@ from experiments import frame, restoration
 
 CHANGES = {
     "data.label_key": "none",
-    "concat.kind": "low_resolution",
+    "concat.type": "low_resolution",
     "concat.factor": 4,
     "sampling.guidance": 1.0,
 }

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     data.segments_key = "none"  # the feature with a map of classes, an image whose pixels are their numbers; none
     # The feature, a text or a number, whose values are kinds: each kind has one turn in an epoch, for its pictures by
     # turns; none = each picture has one.
-    data.kind_key = "none"
+    data.group_key = "none"
     data.image_size = 28  # pixels; images are cropped to a square and resized
     data.crop = "center"  # center (the largest square) | none (all of it, squeezed)
     # init_from only: pictures keep about their own proportions, in shapes of image_size^2 pixels whose sides are
@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
     data.memory_limit_gb = 4.0  # larger sets (as uint8) are streamed from disk instead of living on the device
 
     autoencoder = config.autoencoder = ConfigDict()
-    autoencoder.kind = "kl"  # kl | vq | none (diffusion on pixels)
+    autoencoder.type = "kl"  # kl | vq | none (diffusion on pixels)
     autoencoder.checkpoint = ""  # a run folder whose autoencoder is used instead of training one
     autoencoder.latent_channels = 4
     autoencoder.block_out_channels = (32, 64, 64)  # one entry a resolution; each but the last halves it
@@ -98,14 +98,14 @@ def get_config() -> ConfigDict:
     diffusion.weighting = "uniform"  # uniform | min_snr (Hang 2023)
     diffusion.snr_gamma = 5.0  # min_snr only
     diffusion.variance = "fixed"  # of the reverse steps: fixed | learned, which the UNet predicts too (Nichol 2021)
-    diffusion.bound_weight = 0.001  # learned only: lambda, the weight of the variational bound in bits/dim
+    diffusion.vlb_weight = 0.001  # learned only: lambda, the weight of the variational bound in bits/dim
     diffusion.label_dropout = 0.1  # share of examples trained without their label, for classifier-free guidance
-    diffusion.train_text = False  # of models of texts: whether their text encoders learn along
+    diffusion.train_text_encoder = False  # of models of texts: whether their text encoders learn along
     diffusion.validation_examples = 2_000  # test images that the validation loss is measured on
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
 
     concat = config.concat = ConfigDict()  # a map laid beside the latents: what is known of the picture
-    concat.kind = "none"  # none | low_resolution (super-resolution) | inpainting | segments (semantic maps)
+    concat.type = "none"  # none | low_resolution (super-resolution) | inpainting | segments (semantic maps)
     concat.factor = 4  # low_resolution only: how many times smaller the given picture is
     concat.num_segments = 2  # segments only: how many classes the map tells apart
 
@@ -152,7 +152,7 @@ def get_config() -> ConfigDict:
 
     evaluation = config.evaluation = ConfigDict()
     evaluation.num_reference = 10_000  # test images compared with; fewer if the split is smaller
-    evaluation.bound_examples = 1_000  # of them, for the variational bound in bits/dim; 0 = leave it out
+    evaluation.vlb_examples = 1_000  # of them, for the variational bound in bits/dim; 0 = leave it out
     evaluation.zero_shot_key = "none"  # clip only: the class that it tells by its names alone (Radford 2021); none
     evaluation.resize = 32  # pixels that images are resized to for VGG16
     evaluation.batch_size = 256

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldm_jax.config import defaults
+from ldm_jax.config.renamed import FIRST_NAMES, rename_saved
 from ldm_jax.errors import InputError
 
 # The sections that there have been since the first version.
@@ -56,7 +57,7 @@ def from_json(path: Path) -> ConfigDict:
 
 def from_fields(fields: dict[str, Any]) -> ConfigDict:
     """The config of what `to_json` wrote, parsed."""
-    return ConfigDict(_tuples(fields)).lock()
+    return ConfigDict(_tuples(rename_saved(fields))).lock()
 
 
 def of_run(path: Path) -> ConfigDict:
@@ -97,9 +98,10 @@ def _section_or_field(name: str, given: dict[str, Any]) -> str:
 
 
 def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:
-    """A hash of the fields below `sections`, e.g. ("seed", "data", "autoencoder")."""
+    """A hash of the fields below `sections`, e.g. ("seed", "data", "autoencoder"), by the names they had at first."""
     free = tuple(name for name in FREE if name not in sections)
     fields = {n: value for n, value in flatten(config).items() if n.startswith(sections) and not n.startswith(free)}
+    fields = {FIRST_NAMES.get(name, name): value for name, value in fields.items()}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -40,23 +40,23 @@ def _validate_together(config: ConfigDict) -> None:
             f"config.autoencoder.batch_size = {config.autoencoder.batch_size}"
         )
     concat = config.concat
-    if concat.kind == "low_resolution" and config.data.image_size % concat.factor:
+    if concat.type == "low_resolution" and config.data.image_size % concat.factor:
         raise InputError(
             f"config.concat.factor is {concat.factor}; it must divide config.data.image_size = {config.data.image_size}"
         )
-    if concat.kind == "segments" and config.data.segments_key == "none":
+    if concat.type == "segments" and config.data.segments_key == "none":
         raise InputError(
-            "config.concat.kind is 'segments'; config.data.segments_key must name the feature with the map"
+            "config.concat.type is 'segments'; config.data.segments_key must name the feature with the map"
         )
-    if diffusion.variance == "learned" and not diffusion.bound_weight:
+    if diffusion.variance == "learned" and not diffusion.vlb_weight:
         raise InputError(
-            "config.diffusion.bound_weight is 0, by which no variance is learned; it must be above 0 with "
+            "config.diffusion.vlb_weight is 0, by which no variance is learned; it must be above 0 with "
             "config.diffusion.variance=learned, e.g. 0.001"
         )
-    if config.sampling.threshold and config.autoencoder.kind != "none":
+    if config.sampling.threshold and config.autoencoder.type != "none":
         raise InputError(
             f"config.sampling.threshold is {config.sampling.threshold}; it is for pixels "
-            "(config.autoencoder.kind=none), latents know no bounds"
+            "(config.autoencoder.type=none), latents know no bounds"
         )
     if config.sampling.steps > config.diffusion.timesteps:
         raise InputError(
@@ -72,9 +72,9 @@ def _validate_fine_tuning(config: ConfigDict) -> None:
     if config.diffusion.variance == "learned":
         raise InputError("config.diffusion.variance is 'learned'; with config.init_from it must be fixed")
     _validate_prompts(config.sampling.prompts)
-    if config.lora.rank and config.diffusion.train_text:
+    if config.lora.rank and config.diffusion.train_text_encoder:
         raise InputError(
-            "config.diffusion.train_text is True; with config.lora.rank, LoRA of the UNet is all that learns"
+            "config.diffusion.train_text_encoder is True; with config.lora.rank, LoRA of the UNet is all that learns"
         )
     if config.lora.rank and not config.lora.alpha:
         raise InputError("config.lora.alpha is 0, with which nothing is trained; it must be above 0")
@@ -98,9 +98,11 @@ def _validate_own(config: ConfigDict) -> None:
             raise InputError(f"config.{name} is {value!r}; that needs config.init_from, a diffusers model")
     if text_conditioned(config):
         _validate_texts(config)
-    elif sampling.prompts or config.diffusion.train_text:
-        name, value = ("sampling.prompts", sampling.prompts) if sampling.prompts else ("diffusion.train_text", True)
-        raise InputError(f"config.{name} is {value!r}; that needs a model of texts: 'clip' in config.stages")
+    elif sampling.prompts or config.diffusion.train_text_encoder:
+        name, value = (
+            ("sampling.prompts", sampling.prompts) if sampling.prompts else ("diffusion.train_text_encoder", True)
+        )
+        raise InputError(f"config.{name} is {flatten(config)[name]!r}; that needs 'clip' in config.stages")
     if "clip" in config.stages:
         _validate_clip(config)
 
@@ -135,7 +137,7 @@ def _validate_texts(config: ConfigDict) -> None:
             f"config.unet.context_dim is {config.unet.context_dim}; it must be config.clip.text_width = "
             f"{config.clip.text_width}, whose texts the UNet is told"
         )
-    only = {"autoencoder.kind": "kl", "concat.kind": "none", "diffusion.variance": "fixed"}
+    only = {"autoencoder.type": "kl", "concat.type": "none", "diffusion.variance": "fixed"}
     fields = flatten(config)
     for name, value in only.items():
         if fields[name] != value:
@@ -143,8 +145,8 @@ def _validate_texts(config: ConfigDict) -> None:
 
 
 def _validate_stages(config: ConfigDict) -> None:
-    """Pixel diffusion (autoencoder.kind none) has no first stage to train, though its name may stand there."""
-    stages, pixels = config.stages, config.autoencoder.kind == "none"
+    """Pixel diffusion (autoencoder.type none) has no first stage to train, though its name may stand there."""
+    stages, pixels = config.stages, config.autoencoder.type == "none"
     for stage in stages if isinstance(stages, tuple) else (stages,):
         check_choice("config.stages", stage, STAGES)
     if not isinstance(stages, tuple) or stages != tuple(stage for stage in STAGES if stage in stages):
@@ -161,7 +163,7 @@ def _validate_stages(config: ConfigDict) -> None:
 
 def _validate_shapes(config: ConfigDict) -> None:
     size = config.data.image_size
-    if config.autoencoder.kind != "none":
+    if config.autoencoder.type != "none":
         channels, factor = config.autoencoder.block_out_channels, 2 ** (len(config.autoencoder.block_out_channels) - 1)
         _positive("autoencoder.block_out_channels", channels)
         if size % factor:

@@ -26,6 +26,6 @@ def _data_fields(config: ConfigDict) -> dict[str, Any]:
         "data_dir": data.dir,
         "manual_dir": data.path or None,
         "memory_limit": int(data.memory_limit_gb * 2**30),
-        "group_key": data.kind_key,
+        "group_key": data.group_key,
         **{name: data[name] for name in same},
     }

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ldm_jax.config.renamed import rename_saved
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import page
 from ldm_jax.evaluation.charts import Series, bar_chart, line_chart, number
@@ -60,6 +61,7 @@ def write_report(workdir: Path) -> Path:
     if not workdir.is_dir():
         raise InputError(f"there is no run folder {workdir} to report on")
     config, about, evaluation = (_optional(workdir / f"{name}.json") for name in ("config", "data", "evaluation"))
+    config = rename_saved(config)
     metrics = read_metrics(workdir / "metrics.jsonl")
     html = page.page(
         _title(config, workdir),
@@ -86,7 +88,7 @@ def _optional(path: Path) -> dict[str, Any]:
 
 def _title(config: Mapping[str, Any], workdir: Path) -> str:
     name = config.get("data", {}).get("name", workdir.name).replace("_", " ")
-    stages, pixels = config.get("stages", ["diffusion"]), config.get("autoencoder", {}).get("kind") == "none"
+    stages, pixels = config.get("stages", ["diffusion"]), config.get("autoencoder", {}).get("type") == "none"
     if "diffusion" not in stages:
         return f"{' and '.join(stages).capitalize()} of {name}"
     return f"{'Pixel' if pixels else 'Latent'} diffusion on {name}"

@@ -63,7 +63,7 @@ def at_size_of(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
 def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
     """Scores the samples that ended a run, and its classifier: leaves evaluation.json in the run folder."""
     config, cards = config_io.from_json(workdir / "config.json"), {}
-    num, examples = config.sampling.num, config.evaluation.bound_examples
+    num, examples = config.sampling.num, config.evaluation.vlb_examples
     if "diffusion" in config.stages and not config.init_from and (num or examples):  # which has seen all its data
         model, params = load(workdir)
         if num:
@@ -81,7 +81,7 @@ def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
         cards["clip"] = score_clip(workdir, config, test_set)
     if "classifier" in config.stages:
         cards["classifier"] = score_classifier(workdir, test_set)
-    cards["asked"] = _identity(config)
+    cards["config"] = _identity(config)
     if cards.get("samples"):
         cards["recipe"] = read_recipe(workdir / "samples.png")
     write_json(workdir / "evaluation.json", cards)
@@ -162,7 +162,8 @@ def is_done(workdir: Path, config: ConfigDict) -> bool:
     path = workdir / "evaluation.json"
     if not path.exists() or not (workdir / "report.html").exists():
         return False
-    return read_json(path).get("asked") == _identity(config)
+    cards = read_json(path)
+    return cards.get("config", cards.get("asked")) == _identity(config)  # "asked" in versions before 0.2
 
 
 def _identity(config: ConfigDict) -> str:
@@ -227,11 +228,11 @@ def score_likelihood(
 
     Args:
       model, params: the model.
-      config: of the data set: see `evaluation.bound_examples`.
+      config: of the data set: see `evaluation.vlb_examples`.
       test_set: images of the model's size.
       folder: of the file.
     """
-    num = min(config.evaluation.bound_examples, len(test_set))
+    num = min(config.evaluation.vlb_examples, len(test_set))
     if not num:
         return {}
     examples = test_set[np.arange(num)]

@@ -13,7 +13,7 @@ TOLD_BY = {  # kind of the map beside the latents -> what it is given, argument 
     "low_resolution": (
         "a picture of {height}x{width} pixels, which it enlarges",
         'Image.open("small.png")',
-        "--map=small.png",
+        "--concat_image=small.png",
     ),
     "inpainting": (
         "a picture of {height}x{width} pixels and a mask, white where it is drawn; the rest stays as it is",
@@ -23,7 +23,7 @@ TOLD_BY = {  # kind of the map beside the latents -> what it is given, argument 
     "segments": (
         "a map of {height}x{width} pixels, grey or with a palette, whose values are the numbers of {channels} classes",
         'Image.open("map.png")',
-        "--map=map.png",
+        "--concat_image=map.png",
     ),
 }
 
@@ -110,7 +110,7 @@ def of_classes(names: Sequence[str], size: tuple[int, int]) -> str:
 
 
 def _first_stage(config: ConfigDict, counts: Mapping[str, int]) -> str:
-    kind, levels = config.autoencoder.kind, len(config.autoencoder.block_out_channels)
+    kind, levels = config.autoencoder.type, len(config.autoencoder.block_out_channels)
     if kind == "none":
         return "pixels"
     return (
@@ -123,7 +123,7 @@ def _training(config: ConfigDict, data: Mapping[str, Any], step: int) -> Iterato
     diffusion, autoencoder = config.diffusion, config.autoencoder
     number = f"{data['train']:,} " if "train" in data else ""
     yield f"- Data: {number}pictures of {config.data.name}, split `{config.data.train_split}`."
-    if autoencoder.kind != "none":
+    if autoencoder.type != "none":
         yield f"- Autoencoder: {autoencoder.steps:,} steps of {autoencoder.batch_size}."
     yield (
         f"- Diffusion: {step:,} steps of {diffusion.batch_size}, learning rate {diffusion.learning_rate:g}; it "

@@ -89,8 +89,8 @@ def _check_buckets(config: ConfigDict, model: LatentDiffusion, factor: int) -> N
     given = f"config.data.bucket_step is {step}; "
     if step % factor or step > size:
         raise InputError(f"{given}it must be a multiple of {factor}, no more than config.data.image_size = {size}")
-    if config.data.kind_key != "none":
-        raise InputError(f"{given}with it config.data.kind_key must be 'none'; it is {config.data.kind_key!r}")
+    if config.data.group_key != "none":
+        raise InputError(f"{given}with it config.data.group_key must be 'none'; it is {config.data.group_key!r}")
     two_encoders = isinstance(model.conditioning, TextConditioning) and len(model.conditioning.encoders) > 1
     if model.concat or two_encoders:
         why = "has concat conditioning" if model.concat else "is conditioned on the size of each image"
@@ -101,10 +101,10 @@ def _resolved(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
     """The config with the fields that the model decides, which are recorded and hashed with the run's checkpoints."""
     module, texts = model.first_stage.module, isinstance(model.conditioning, TextConditioning)
     resolved = config.copy_and_resolve_references().unlock()
-    resolved.autoencoder.kind = "kl" if model.first_stage.stochastic else "vq"
+    resolved.autoencoder.type = "kl" if model.first_stage.stochastic else "vq"
     resolved.autoencoder.block_out_channels = tuple(module.block_out_channels)
     resolved.autoencoder.latent_channels = model.latent_shape[-1]
-    resolved.concat.kind = {Inpainting: "inpainting", LowResolution: "low_resolution"}.get(type(model.concat), "none")
+    resolved.concat.type = {Inpainting: "inpainting", LowResolution: "low_resolution"}.get(type(model.concat), "none")
     if isinstance(model.concat, LowResolution):
         resolved.concat.factor = model.concat.factor
     resolved.diffusion.timesteps, resolved.diffusion.prediction = len(model.process), model.prediction

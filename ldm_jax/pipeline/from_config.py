@@ -117,9 +117,9 @@ def build_autoencoder(config: ConfigDict) -> AutoencoderKL | VQModel | None:
         "mid_block_add_attention": autoencoder.mid_block_attention,
         "dtype": jnp.dtype(config.dtype),
     }
-    if autoencoder.kind == "none":
+    if autoencoder.type == "none":
         return None
-    if autoencoder.kind == "vq":
+    if autoencoder.type == "vq":
         return VQModel(num_vq_embeddings=autoencoder.codebook_size, **fields)
     return AutoencoderKL(**fields)
 
@@ -132,11 +132,11 @@ def build_first_stage(config: ConfigDict) -> FirstStage:
 def build_concat(config: ConfigDict) -> ConcatConditioning | None:
     """The concat conditioning of the config, if it has one."""
     concat, latent_channels = config.concat, config.autoencoder.latent_channels
-    if concat.kind == "low_resolution":
+    if concat.type == "low_resolution":
         return LowResolution(concat.factor, config.data.channels)
-    if concat.kind == "inpainting":
-        return Inpainting(config.data.channels if config.autoencoder.kind == "none" else latent_channels)
-    return Segmentation(concat.num_segments) if concat.kind == "segments" else None
+    if concat.type == "inpainting":
+        return Inpainting(config.data.channels if config.autoencoder.type == "none" else latent_channels)
+    return Segmentation(concat.num_segments) if concat.type == "segments" else None
 
 
 def build_unet(config: ConfigDict, latent_channels: int, concat: ConcatConditioning | None) -> UNet:

@@ -112,7 +112,7 @@ def of_classes(model: LatentDiffusion, class_names: tuple[str, ...]) -> LatentDi
 
 def load_first_stage(path: Path, config: ConfigDict) -> Params:
     """{"first_stage", "shift", "scale"} of a run folder; pixel space has no parameters, shift 0 and scale 1."""
-    if config.autoencoder.kind == "none":
+    if config.autoencoder.type == "none":
         return {"first_stage": {}, **identity_scale(config.data.channels)}
     shift, scale, _ = load_scale(path)
     return {"first_stage": load_autoencoder_params(path), "shift": shift, "scale": scale}

@@ -47,7 +47,7 @@ def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     DDIM without noise is Euler's method, and that class of diffusers has the right timesteps whatever their spacing;
     its DDIM has for leading spacing (diffusers#9261). A sampler that no class of diffusers is falls back to DDIM.
     """
-    diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.kind == "none"
+    diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.type == "none"
     schedule = {
         "name": diffusion.schedule,
         "T": diffusion.timesteps,

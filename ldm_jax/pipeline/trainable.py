@@ -68,7 +68,7 @@ def trainable_of(config: ConfigDict, model: LatentDiffusion) -> Trainable:
     if config.lora.rank:
         return LoRA(config.lora.rank, config.lora.alpha)
     if isinstance(model.conditioning, TextConditioning):
-        return Parts(("denoiser", "conditioning") if config.diffusion.train_text else ("denoiser",))
+        return Parts(("denoiser", "conditioning") if config.diffusion.train_text_encoder else ("denoiser",))
     return Parts(("denoiser",) if isinstance(model.conditioning, NoConditioning) else ("denoiser", "conditioning"))
 
 

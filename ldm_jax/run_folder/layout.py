@@ -3,7 +3,7 @@
 config.json       the resolved config            latents/        cached moments, by content hash
 metrics.jsonl     one line a measurement         progress/       sample grids made while training
 events.out.*      the same for TensorBoard       samples.npz, samples.png, denoising.gif
-autoencoder/      stage 1: checkpoints, scale    evaluation.json, bound.json, report.html
+autoencoder/      stage 1: checkpoints, scale    evaluation.json, bits_per_dim.json, report.html
 diffusion/        stage 2: checkpoints           classifier/     its checkpoints, where one is trained
 pytorch_lora_weights.safetensors                 of a run that fine-tunes by LoRA: for diffusers
 """

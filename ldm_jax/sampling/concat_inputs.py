@@ -55,7 +55,7 @@ def check_segments(model: LatentDiffusion, dataset: Dataset) -> None:
 
 
 def from_file(model: LatentDiffusion, path: Path) -> ConcatImages:
-    """The low-resolution image or the segmentation map of --map.
+    """The low-resolution image or the segmentation map of --concat_image.
 
     Raises:
       InputError: it cannot be read, or has classes that the model does not have.
@@ -63,12 +63,12 @@ def from_file(model: LatentDiffusion, path: Path) -> ConcatImages:
     (height, width, channels), crop = model.image_shape, model.defaults.crop
     if isinstance(model.concat, LowResolution):
         size = (height // model.concat.factor, width // model.concat.factor)
-        small = image_inputs.read_image(path, "--map", size=size, channels=channels, crop=crop)
+        small = image_inputs.read_image(path, "--concat_image", size=size, channels=channels, crop=crop)
         return ConcatImages({"small": small[None]})
-    segments = fit_segments(image_inputs.open_image(path, "--map"), size=(height, width), crop=crop)
+    segments = fit_segments(image_inputs.open_image(path, "--concat_image"), size=(height, width), crop=crop)
     if segments.max() >= model.concat.num_segments:
         raise InputError(
-            f"--map={path} has a pixel of class {segments.max()}; the model has 0 to {model.concat.num_segments - 1}"
+            f"--concat_image={path} has class {segments.max()}; the model has 0 to {model.concat.num_segments - 1}"
         )
     return ConcatImages({"segments": segments[None]})
 

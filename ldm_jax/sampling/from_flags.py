@@ -104,7 +104,7 @@ def _guidance(model: LatentDiffusion, values: FlagValues, prompts: list[str]) ->
         classifier=values.classifier or None,
         classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
         clip=values.clip or None,
-        clip_scale=_or(values.clip_scale, 1.0 if values.clip else 0.0),
+        clip_guidance_scale=_or(values.clip_guidance_scale, 1.0 if values.clip else 0.0),
     )
 
 
@@ -148,7 +148,7 @@ def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) 
     concat_given = _concat_given(values, model)
     if model.concat and not concat_given and not recipe.concat.split:
         how = "inpaints; give it an image and what to sample of it: --init_image --mask"
-        how = how if isinstance(model.concat, Inpainting) else "enlarges; give it a low-resolution image: --map"
+        how = how if isinstance(model.concat, Inpainting) else "upscales; give it a low-resolution --concat_image"
         raise InputError(f"this model {how}")
     split = None if concat_given else recipe.concat.split
     interpolates = values.to_prompt is not None and not values["num"].present
@@ -156,7 +156,7 @@ def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) 
         num=INTERPOLATED if interpolates else recipe.num,
         size=_size(recipe, values, model, split),
         edit=_edit(values),
-        concat=ConcatInput(values.map or None, split, _noise_level(values.noise_level, model)),
+        concat=ConcatInput(values.concat_image or None, split, _noise_level(values.noise_level, model)),
         vae_tiling=_vae_tiling(values, model),
     )
 
@@ -202,18 +202,18 @@ def _edit(values: FlagValues) -> Edit:
 def _concat_given(values: FlagValues, model: LatentDiffusion) -> bool:
     """Whether the flags give an image for concat conditioning; raises InputError for one the model does not take."""
     inpaints = isinstance(model.concat, Inpainting)
-    if values.map and (model.concat is None or inpaints):
+    if values.concat_image and (model.concat is None or inpaints):
         takes = image_flags(model) if inpaints else "neither"
-        raise InputError(f"--map={values.map} is for super-resolution or segmentation maps; this model takes {takes}")
-    given = (values.mask or values.outpaint) if inpaints else values.map
+        raise InputError(f"--concat_image is for super-resolution and segmentation maps; this model takes {takes}")
+    given = (values.mask or values.outpaint) if inpaints else values.concat_image
     if model.concat and values.init_image and not given:
-        raise InputError(f"--init_image needs {'--mask' if inpaints else '--map'} with this model")
+        raise InputError(f"--init_image needs {'--mask' if inpaints else '--concat_image'} with this model")
     return bool(given)
 
 
 def image_flags(model: LatentDiffusion) -> str:
     """The flags that give an image to a model with concat conditioning."""
-    return "--init_image and --mask" if isinstance(model.concat, Inpainting) else "--map"
+    return "--init_image and --mask" if isinstance(model.concat, Inpainting) else "--concat_image"
 
 
 def _vae_tiling(values: FlagValues, model: LatentDiffusion) -> bool:
@@ -228,7 +228,7 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
     factor, upscaler = model.first_stage.downsampling, model.concat is not None and model.concat.noise is not None
     for flag, side in given.items():
         if upscaler:
-            raise InputError(f"--{flag}={side}: this model's images are {factor} times as large as --map; leave it out")
+            raise InputError(f"--{flag}={side}: the images are {factor} times as large as --concat_image; leave it out")
         if split:
             raise InputError(
                 f"--{flag}={side}: without an image of yours this model restores test images, of their own size; give "
@@ -241,8 +241,8 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
             )
         if isinstance(model.concat, LowResolution) and side % model.concat.factor:
             raise InputError(f"--{flag}={side} must be a multiple of {model.concat.factor}, the model's enlargement")
-    if upscaler and values.map:
-        small = image_inputs.open_image(Path(values.map), "--map")
+    if upscaler and values.concat_image:
+        small = image_inputs.open_image(Path(values.concat_image), "--concat_image")
         return [factor * small.height, factor * small.width]
     return [given.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]
 

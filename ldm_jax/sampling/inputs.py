@@ -105,9 +105,9 @@ def with_clip(
         return inputs
     own = isinstance(model.conditioning, TextConditioning)
     rows = labels if own else np.arange(recipe.num) % len(recipe.prompts)
-    scales = np.full(recipe.num, recipe.guidance.clip_scale, np.float32)
+    scales = np.full(recipe.num, recipe.guidance.clip_guidance_scale, np.float32)
     embeds = text_embeds(guides.clip, recipe.prompts, rows)
-    return inputs._replace(samples=inputs.samples._replace(text_embeds=embeds, clip_scale=scales))
+    return inputs._replace(samples=inputs.samples._replace(text_embeds=embeds, clip_guidance_scale=scales))
 
 
 def read_images(model: LatentDiffusion, recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -183,7 +183,7 @@ def _inverted(
         end = image_inputs.read_image(Path(edit.to_image), "--to_image", **fit)
     z0, samples = sampler.encode(params, np.stack([image, end])), inputs.samples
     ends = jax.tree.map(lambda rows: np.asarray(rows)[[0, -1]], samples)
-    zeros = {name: np.zeros(2, np.float32) for name in ("classifier_scale", "clip_scale")
+    zeros = {name: np.zeros(2, np.float32) for name in ("classifier_scale", "clip_guidance_scale")
              if getattr(samples, name) is not None}  # fmt: skip
     plain = ends._replace(
         index=np.arange(2, dtype=np.int32), z_T=z0, guidance=np.ones(2, np.float32), interpolate_to=None,

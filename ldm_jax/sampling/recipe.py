@@ -36,7 +36,7 @@ class Guidance(NamedTuple):
     classifier: str | None = None  # a run folder with a classifier
     classifier_scale: float = 0.0
     clip: str | None = None  # a run folder with a CLIP, which guides to the prompts, in turn
-    clip_scale: float = 0.0
+    clip_guidance_scale: float = 0.0
 
 
 class Edit(NamedTuple):
@@ -87,6 +87,7 @@ FLAT = {
     "guidance.scale": "guidance",
     "guidance.interval": "guidance_interval",
     "guidance.rescale": "guidance_rescale",
+    "guidance.clip_guidance_scale": "clip_scale",
     "concat.image": "map",
     "concat.split": "map_split",
 }

@@ -41,7 +41,7 @@ class PerSample(NamedTuple):
     label: np.ndarray | None = None  # int32, that a classifier guides to; -1 = none
     classifier_scale: np.ndarray | None = None  # float32
     text_embeds: np.ndarray | None = None  # [N, D] float32: CLIP's of the texts that it guides to
-    clip_scale: np.ndarray | None = None  # float32
+    clip_guidance_scale: np.ndarray | None = None  # float32
     interpolate_to: Any = None  # rows of the table
     interpolate_weight: np.ndarray | None = None  # float32 from 0 (cond) to 1 (interpolate_to)
 
@@ -116,7 +116,7 @@ def guided_denoiser(
       params: its parameters, with "classifier" and "clip" of those that guide.
       samples, shared: the arrays of a batch.
       classifier: of noisy latents, which guides by `samples.classifier_scale`.
-      clip: guides by `samples.clip_scale`.
+      clip: guides by `samples.clip_guidance_scale`.
 
     Raises:
       ValueError: a scale without the model that guides by it, or such a model without a scale.
@@ -147,7 +147,7 @@ def guided_denoiser(
         def similarity(z0: jax.Array) -> jax.Array:
             return clip_logits(clip, params["clip"], decode_latents(model, params, z0), samples.text_embeds)
 
-        denoise = similarity_guided(denoise, similarity, samples.clip_scale, interval=interval)
+        denoise = similarity_guided(denoise, similarity, samples.clip_guidance_scale, interval=interval)
     if classifier is not None:
         log_p = class_log_probabilities(classifier.apply, model.process)
         label = jnp.maximum(samples.label, 0)

@@ -50,7 +50,7 @@ def make_diffusion_stage(model: LatentDiffusion, trainable: Trainable, config: C
         weighting=diffusion.weighting,
         snr_gamma=diffusion.snr_gamma,
         label_dropout=diffusion.label_dropout,
-        vlb_weight=diffusion.bound_weight,
+        vlb_weight=diffusion.vlb_weight,
         flip=config.data.flip,
         adamw=adamw_of(diffusion),
         ema_decay=diffusion.ema_decay,

@@ -101,7 +101,7 @@ def workdir(tmp_path):
     scores = {"images": {"FD-VGG16": CARD}, "reconstructions": {"PSNR": CARD | {"score": "PSNR", "value": 24.5}}}
     (tmp_path / "evaluation.json").write_text(json.dumps(scores))
     (tmp_path / "config.json").write_text(
-        json.dumps({"data": {"name": "fashion_mnist"}, "autoencoder": {"kind": "kl"}})
+        json.dumps({"data": {"name": "fashion_mnist"}, "autoencoder": {"type": "kl"}})
     )
     about = {"train": 60000, "device": "1 x cpu", "command": "python -m ldm_jax.train --config=configs/x.py"}
     (tmp_path / "data.json").write_text(json.dumps(about))
@@ -185,7 +185,7 @@ def test_an_empty_folder_makes_an_empty_report(tmp_path):
 
 def test_samples_without_recipe_and_pixel_diffusion(workdir):
     save_png(sample_grid(images(4)), workdir / "samples.png")
-    (workdir / "config.json").write_text(json.dumps({"data": {"name": "toy"}, "autoencoder": {"kind": "none"}}))
+    (workdir / "config.json").write_text(json.dumps({"data": {"name": "toy"}, "autoencoder": {"type": "none"}}))
     text = read(write_report(workdir)).text
     assert "Pixel diffusion on toy" in text and "ddim" not in text
 

@@ -24,7 +24,7 @@ def config_of(**fields):
 def test_the_likelihood_of_latents(test_set, tmp_path):
     model, params = random_runs.random_model()
     assert scoring.score_likelihood(model, params, config_of(), test_set, tmp_path) == {}
-    config = config_of(bound_examples=99)  # more than there are
+    config = config_of(vlb_examples=99)  # more than there are
     ((name, card),) = scoring.score_likelihood(model, params, config, test_set, tmp_path).items()
     assert name == "bits/dim (latents)"
     assert (card["n"], card["reference"]) == (16, "test")
@@ -48,7 +48,7 @@ def test_reconstructions(test_set):
     model, params = random_runs.random_model()
     images = test_set[np.arange(5)]["x"]
     assert scoring.reconstruct(model, params, images, 4).shape == images.shape
-    pixels, params = random_runs.random_model((("autoencoder.kind", "none"),))
+    pixels, params = random_runs.random_model((("autoencoder.type", "none"),))
     assert scoring.reconstruct(pixels, params, images, 4) is None
 
 
@@ -58,6 +58,6 @@ def test_the_config_of_a_foreign_model_has_its_size():
     assert (config.data.image_size, config.data.channels) == (16, 3)
     with pytest.raises(InputError, match="images are 16x24; data sets are of square ones"):
         scoring.at_size_of(config_of(), model.at_size((16, 24)))
-    inpaints, _ = random_runs.random_model((("concat.kind", "inpainting"),))
+    inpaints, _ = random_runs.random_model((("concat.type", "inpainting"),))
     with pytest.raises(InputError, match="needs an image to sample from"):
         scoring.at_size_of(config_of(), inpaints)

@@ -59,7 +59,7 @@ def test_sampling_is_timed_after_it_has_compiled(monkeypatch):
 def test_stages_of_a_config_take_steps(kind):
     """On latents and on pixels; and the autoencoder's."""
     config = tiny.get_config().unlock()
-    config.autoencoder.kind = kind
+    config.autoencoder.type = kind
     courses = [speed.of_diffusion(config), *([speed.of_autoencoder(config)] if kind == "kl" else [])]
     for course in courses:
         step, batch_size = speed.prepared(course)

@@ -120,22 +120,22 @@ def test_an_exported_run_samples_as_the_run(trained_run, exported, tmp_path):
 
 
 RUNS = {  # changes of tests/tiny.py, classes
-    "codes, two tokens for each of two classes": ({"autoencoder.kind": "vq", "unet.context_tokens": 2}, ("cat", "dog")),
+    "codes, two tokens for each of two classes": ({"autoencoder.type": "vq", "unet.context_tokens": 2}, ("cat", "dog")),
     "pixels, a variance, no classes, no attention": (
-        {"autoencoder.kind": "none", "diffusion.variance": "learned", "unet.attention": (False, False)},
+        {"autoencoder.type": "none", "diffusion.variance": "learned", "unet.attention": (False, False)},
         (),
     ),
-    "low resolution": ({"concat.kind": "low_resolution", "concat.factor": 2}, tiny.CLASS_NAMES),
+    "low resolution": ({"concat.type": "low_resolution", "concat.factor": 2}, tiny.CLASS_NAMES),
     "codes and inpainting": (
-        {"concat.kind": "inpainting", "autoencoder.kind": "vq", "unet.attention": (False, False)},
+        {"concat.type": "inpainting", "autoencoder.type": "vq", "unet.attention": (False, False)},
         (),
     ),
     "pixels and segmentation": (
         {
-            "concat.kind": "segments",
+            "concat.type": "segments",
             "concat.num_segments": 3,
             "data.segments_key": "areas",
-            "autoencoder.kind": "none",
+            "autoencoder.type": "none",
             "unet.attention": (False, False),
         },
         ("cat", "dog"),
@@ -147,9 +147,9 @@ CONCAT = {  # what model_index.json has of concat conditioning
     "pixels and segmentation": ("segments", 3, [8, 8]),
 }
 CARD = {  # what the card says of it
-    "low resolution": ("a picture of 4x4 pixels", "pipe([0, 3], known=Image", "--label=0,3 --map=small.png"),
+    "low resolution": ("a picture of 4x4 pixels", "pipe([0, 3], known=Image", "--label=0,3 --concat_image=small.png"),
     "codes and inpainting": ("a mask, white where", "num_images=4, known=(", "--mask=mask.png"),
-    "pixels and segmentation": ("8x8 pixels, grey or", "numbers of 3 classes", "--map=map.png"),
+    "pixels and segmentation": ("8x8 pixels, grey or", "numbers of 3 classes", "--concat_image=map.png"),
 }
 
 
@@ -191,9 +191,9 @@ SCHEDULERS = {  # changes of tests/tiny.py -> diffusers' class, what the card mu
         {"diffusion.zero_terminal_snr": True, "diffusion.prediction": "v"}, "DDIMScheduler", "takes 20 // steps"),
     "churn": ({"sampling.sampler": "edm", "sampling.churn": 5.0}, "DDIMScheduler", "By DDIM with trailing steps"),
     "clipped pixels": (
-        {"sampling.sampler": "unipc", "autoencoder.kind": "none"}, "DDIMScheduler", "does not know clip_sample = True"),
+        {"sampling.sampler": "unipc", "autoencoder.type": "none"}, "DDIMScheduler", "does not know clip_sample = True"),
     "thresholded pixels": (
-        {"sampling.spacing": "leading", "autoencoder.kind": "none", "sampling.threshold": 0.99},
+        {"sampling.spacing": "leading", "autoencoder.type": "none", "sampling.threshold": 0.99},
         "DDIMScheduler", "Without dynamic thresholding"),
     "uneven steps of a class without": (
         {"sampling.sampler": "euler_a", "sampling.spacing": "karras"}, "DDIMScheduler", "use_karras_sigmas"),
@@ -208,7 +208,7 @@ def test_the_scheduler_of_a_run(case):
     fields, notes = scheduler_of_run(config)
     assert fields["_class_name"] == expected
     assert (note in " ".join(notes)) if note else notes == []
-    assert fields["clip_sample"] == (config.autoencoder.kind == "none")
+    assert fields["clip_sample"] == (config.autoencoder.type == "none")
 
 
 FOLDERS = {

@@ -26,7 +26,7 @@ LATENTS = {"diffusion.timesteps": 1000, "sampling.guidance": 3.0}
 RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
     "codes, two tokens, ddim by uneven numbers": (
         {
-            "autoencoder.kind": "vq",
+            "autoencoder.type": "vq",
             "autoencoder.codebook_size": 64,
             "unet.context_tokens": 2,
             "sampling.steps": 7,
@@ -59,7 +59,7 @@ RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
     ),
     "pixels, a variance": (
         {
-            "autoencoder.kind": "none",
+            "autoencoder.type": "none",
             "diffusion.variance": "learned",
             "diffusion.prediction": "z0",
             "sampling.spacing": "leading",
@@ -70,22 +70,22 @@ RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
 }
 CONCAT = {  # changes of tests/tiny.py
     "a low-resolution image, pixels": {
-        "concat.kind": "low_resolution",
+        "concat.type": "low_resolution",
         "concat.factor": 2,
-        "autoencoder.kind": "none",
+        "autoencoder.type": "none",
         "diffusion.prediction": "z0",
         "sampling.spacing": "leading",
     },
-    "a low-resolution image, smaller than the latents": {"concat.kind": "low_resolution", "concat.factor": 4},
-    "a masked image": {"concat.kind": "inpainting", "sampling.sampler": "unipc"},
+    "a low-resolution image, smaller than the latents": {"concat.type": "low_resolution", "concat.factor": 4},
+    "a masked image": {"concat.type": "inpainting", "sampling.sampler": "unipc"},
     "a masked image in colour, codes": {
         "data.channels": 3,
-        "concat.kind": "inpainting",
-        "autoencoder.kind": "vq",
+        "concat.type": "inpainting",
+        "autoencoder.type": "vq",
         "autoencoder.codebook_size": 64,
         "diffusion.prediction": "z0",
     },
-    "segments": {"concat.kind": "segments", "concat.num_segments": 3, "data.segments_key": "areas"},
+    "segments": {"concat.type": "segments", "concat.num_segments": 3, "data.segments_key": "areas"},
 }
 NUM = 4  # images
 
@@ -156,7 +156,7 @@ def concat_input(kind, folder):
         image = Image.fromarray(rng.integers(0, 256, (side, side, 3) if "colour" in kind else (side, side), np.uint8))
     image.save(folder / "a.png")
     if "masked" not in kind:
-        return [f"--map={folder}/a.png"], image
+        return [f"--concat_image={folder}/a.png"], image
     mask = Image.fromarray(np.where(rng.random((8, 8)) < 0.6, rng.integers(128, 256, (8, 8)), 127).astype(np.uint8))
     mask.save(folder / "mask.png")
     return [f"--init_image={folder}/a.png", f"--mask={folder}/mask.png"], (image, mask)

@@ -327,4 +327,4 @@ def test_upscaling(tokenizer, saved, sampled, noise, monkeypatch, tmp_path):
         images = [Image.fromarray(small)] * 2
         expected = theirs(pipe, noise, image=images, latents=latents, noise_level=level)
         assert expected.shape == (2, 64, 48, 3)
-        assert_same(sampled(folder, f"--map={tmp_path}/small.png", f"--noise_level={level}"), expected)
+        assert_same(sampled(folder, f"--concat_image={tmp_path}/small.png", f"--noise_level={level}"), expected)

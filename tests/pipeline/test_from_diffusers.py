@@ -184,7 +184,7 @@ def test_an_image_four_times_as_large(folder_of, sampled, tmp_path):
     """Of any size; the noise level matters."""
     small = np.random.default_rng(0).integers(0, 255, (6, 10, 3), np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
-    flags = [f"--map={tmp_path}/small.png", "--prompt=low"]
+    flags = [f"--concat_image={tmp_path}/small.png", "--prompt=low"]
     images = sampled(folder_of("upscaling"), "out", *flags, "--num=2")["images"].astype(int)
     assert images.shape == (2, 24, 40, 3)
     recipe = read_recipe(tmp_path / "out" / "samples.png")
@@ -277,7 +277,7 @@ def remove(name):
     return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
-MAP = "--map=FOLDER/map.png"
+MAP = "--concat_image=FOLDER/map.png"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 REFUSED = {  # folder, what is done to the folder, flags -> what the line must say
     "no index": ("plain", remove("model_index.json"), [], "is no run folder"),
@@ -326,9 +326,9 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "a prompt for none": ("unconditional", None, ["--prompt=low"], "--prompt is for text-to-image models"),
     "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "is conditioned on nothing"),
     "nothing to inpaint": ("inpainting", None, [], "this model inpaints; give it an image and what to sample of it"),
-    "nothing to enlarge": ("upscaling", None, [], "this model enlarges; give it a low-resolution image: --map"),
-    "no image to enlarge": ("upscaling", None, ["--map=FOLDER/unet/config.json"], "config.json: not a picture"),
-    "a size beside the map's": ("upscaling", None, [MAP, "--height=64"], "are 4 times as large as --map; leave it out"),
+    "nothing to enlarge": ("upscaling", None, [], "upscales; give it a low-resolution --concat_image"),
+    "no image to enlarge": ("upscaling", None, ["--concat_image=FOLDER/vae/config.json"], "config.json: not a picture"),
+    "a size beside the map's": ("upscaling", None, [MAP, "--height=64"], "are 4 times as large as --concat_image"),
     "more noise than there is": ("upscaling", None, [MAP, "--noise_level=351"], "must be from 0 to 350 for this model"),
     "less than no noise": ("upscaling", None, [MAP, "--noise_level=-1"], "--noise_level"),
     "noise for no upscaler": ("plain", None, ["--noise_level=20"], "is for upscalers of Stable Diffusion"),
@@ -391,7 +391,7 @@ def test_evaluate_scores_on_the_data_of_a_config(folder_of, evaluated, monkeypat
         return {"samples": {"distance": {"value": 3.0}}}
 
     monkeypatch.setattr(scoring, "score", score)
-    flags = ["--num=4", "--steps=2", "--config.evaluation.resize=20", "--config.evaluation.bound_examples=8"]
+    flags = ["--num=4", "--steps=2", "--config.evaluation.resize=20", "--config.evaluation.vlb_examples=8"]
     assert evaluated(folder_of("plain"), *flags, "--prompt=low", "--prompt=wool") == 0
     ((model, params, config, images, train_set, test_set, concat_images),) = calls
     assert images.shape == (4, 16, 16, 3) and concat_images is None

@@ -106,7 +106,7 @@ def test_the_diffusers_folder_of_a_run_samples_the_same(run, tmp_path):
 def test_the_text_encoder_may_be_trained(run, tiny_data, tmp_path):
     along = tmp_path / "along"
     changes = (*jobs.TEXTS, f"--config.clip.checkpoint={run}", f"--config.autoencoder.checkpoint={run}")
-    changes += ("--config.diffusion.train_text=True", "--config.sampling.num=0")
+    changes += ("--config.diffusion.train_text_encoder=True", "--config.sampling.num=0")
     assert jobs.train_here(tiny_data, along, *changes) == 0
     before, after = (load(folder)[1]["conditioning"][0] for folder in (run, along))
     moved = [np.abs(np.asarray(a) - b).max() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after))]
@@ -183,8 +183,8 @@ def test_a_clip_alone(run, tiny_data, tmp_path):
         ("--config.clip.text_heads=3", "config.clip.text_heads is 3; it must divide config.clip.text_width = 8"),
         ("--config.clip.vocab_size=100", "config.clip.vocab_size is 100; it must be 514 or more"),
         ("--config.clip.max_zoom=1.5", "config.clip.max_zoom is 1.5; it must be from 0.0 to 0.99"),
-        ("--config.autoencoder.kind=vq", "config.autoencoder.kind is 'vq'; with 'clip' in config.stages"),
-        ("--config.concat.kind=inpainting", "config.concat.kind is 'inpainting'; with 'clip' in config.stages"),
+        ("--config.autoencoder.type=vq", "config.autoencoder.type is 'vq'; with 'clip' in config.stages"),
+        ("--config.concat.type=inpainting", "config.concat.type is 'inpainting'; with 'clip' in config.stages"),
         ("--config.diffusion.variance=learned", "config.diffusion.variance is 'learned'; with 'clip'"),
         ("--config.sampling.prompts=(1,)", "it must be texts"),
         ("--config.sampling.sampler=plms", "a text-to-image model must sample as diffusers does"),

@@ -20,18 +20,18 @@ IMAGES, _ = tiny.pictures(16)
 # The first also through the end of a job, its scores; the second also through an autoencoder, and the command's scores.
 KINDS = {
     "low_resolution": (
-        "--config.concat.kind=low_resolution",
+        "--config.concat.type=low_resolution",
         "--config.concat.factor=2",
-        "--config.autoencoder.kind=none",
+        "--config.autoencoder.type=none",
         "--config.data.flip=True",
         "--config.sampling.progress_every=2",
     ),
-    "inpainting": ("--config.concat.kind=inpainting", "--config.sampling.num=0"),
+    "inpainting": ("--config.concat.type=inpainting", "--config.sampling.num=0"),
     "segments": (
-        "--config.concat.kind=segments",
+        "--config.concat.type=segments",
         "--config.concat.num_segments=3",
         "--config.data.segments_key=areas",
-        "--config.autoencoder.kind=none",
+        "--config.autoencoder.type=none",
         "--config.sampling.num=0",
     ),
 }
@@ -84,9 +84,9 @@ def test_a_low_resolution_image_from_a_file(sampled, run_of, tmp_path):
     run = run_of("low_resolution")
     small = np.random.default_rng(0).integers(0, 255, (4, 4), np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
-    images = sampled(run, "one", f"--map={tmp_path}/small.png")
+    images = sampled(run, "one", f"--concat_image={tmp_path}/small.png")
     assert images.shape == (4, 8, 8, 1)
-    other = sampled(run, "other", f"--map={tmp_path}/small.png", "--seed=1")
+    other = sampled(run, "other", f"--concat_image={tmp_path}/small.png", "--seed=1")
     assert (images != other).any()
     recipe = tmp_path / "one" / "samples.png"
     command = ["sample", f"--model={run}", f"--out={tmp_path / 'again'}", f"--from_recipe={recipe}"]
@@ -110,21 +110,21 @@ def test_a_segmentation_map_from_a_file(sampled, run_of, tmp_path):
     areas = Image.fromarray(tiny.areas(IMAGES[0])[..., 0])
     areas.putpalette([0, 0, 0, 90, 0, 0, 0, 200, 0])  # what the colours are does not matter
     areas.save(tmp_path / "areas.png")
-    assert sampled(run_of("segments"), "out", f"--map={tmp_path}/areas.png").shape == (4, 8, 8, 1)
+    assert sampled(run_of("segments"), "out", f"--concat_image={tmp_path}/areas.png").shape == (4, 8, 8, 1)
 
 
 REFUSED = {
-    "--map for a model without": (None, ["--map=FILES/small.png"], "this model takes neither"),
-    "--map for inpainting": ("inpainting", ["--map=FILES/small.png"], "takes --init_image and --mask"),
+    "--concat_image for a model without": (None, ["--concat_image=FILES/small.png"], "this model takes neither"),
+    "--concat_image for inpainting": ("inpainting", ["--concat_image=FILES/small.png"], "takes --init_image"),
     "an image without a mask": ("inpainting", ["--init_image=FILES/small.png"], "needs --mask with this model"),
-    "an image without a map": ("low_resolution", ["--init_image=FILES/small.png"], "needs --map with this model"),
-    "no such file": ("low_resolution", ["--map=FILES/no.png"], "no.png: No such file"),
-    "no image": ("low_resolution", ["--map=FILES/text.png"], "text.png: not a picture"),
-    "a class too many": ("segments", ["--map=FILES/small.png"], "has a pixel of class 200; the model has 0 to 2"),
+    "an image without a map": ("low_resolution", ["--init_image=FILES/small.png"], "needs --concat_image"),
+    "no such file": ("low_resolution", ["--concat_image=FILES/no.png"], "no.png: No such file"),
+    "no image": ("low_resolution", ["--concat_image=FILES/text.png"], "text.png: not a picture"),
+    "a class too many": ("segments", ["--concat_image=FILES/small.png"], "has class 200; the model has 0 to 2"),
     "a class for test images": ("segments", ["--label=dark"], "--label=dark: without an image of yours this model"),
-    "a size for test images": ("low_resolution", ["--height=16"], "test images, of their own size; give --map"),
-    "a size that does not divide": ("low_resolution", ["--map=FILES/small.png", "--width=9"], "multiple of 2"),
-    "segments in colour": ("segments", ["--map=FILES/colour.png"], "must be grey or have a palette, not RGB"),
+    "a size for test images": ("low_resolution", ["--height=16"], "of their own size; give --concat_image"),
+    "a size that does not divide": ("low_resolution", ["--concat_image=FILES/small.png", "--width=9"], "multiple of 2"),
+    "segments in colour": ("segments", ["--concat_image=FILES/colour.png"], "must be grey or have a palette, not RGB"),
 }
 
 
@@ -143,7 +143,7 @@ def test_sample_refuses(case, sampled, run_of, trained_run, tmp_path, capsys):
 
 def test_a_low_resolution_image_is_enlarged_to_any_size(sampled, run_of, tmp_path):
     Image.new("L", (6, 4), 90).save(tmp_path / "small.png")
-    flags = [f"--map={tmp_path}/small.png", "--height=12", "--width=20"]
+    flags = [f"--concat_image={tmp_path}/small.png", "--height=12", "--width=20"]
     assert sampled(run_of("low_resolution"), "wide", *flags).shape == (4, 12, 20, 1)
 
 
@@ -164,7 +164,7 @@ def test_the_baseline_of_inpainting_is_the_nearest_known_pixel():
     x = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
     mask = np.zeros((1, 8, 8, 1), np.uint8)
     mask[0, 1:3, 7] = 1
-    model, _ = random_runs.random_model((("concat.kind", "inpainting"),))
+    model, _ = random_runs.random_model((("concat.type", "inpainting"),))
     filled = concat_inputs.baseline(model, ConcatImages({"x": x, "mask": mask}))[0, ..., 0]
     assert filled[1, 7] in (7, 14)
     assert filled[2, 7] in (22, 31)

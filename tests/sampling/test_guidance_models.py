@@ -55,7 +55,7 @@ def similarity(run, images, prompt):
 @pytest.mark.parametrize("prompt", ["dark", "bright"])
 def test_clip_guides_a_class_conditional_model_to_a_text(prompt, trained_run, text_run, sampled):
     flags = [f"--clip={text_run}", f"--prompt={prompt}", "--num=8", "--label=0"]
-    guided = [sampled(trained_run, *flags, f"--clip_scale={scale}")[0] for scale in (0, 1, 4)]
+    guided = [sampled(trained_run, *flags, f"--clip_guidance_scale={scale}")[0] for scale in (0, 1, 4)]
     similarities = [similarity(text_run, images, prompt).mean() for images in guided]
     assert similarities == sorted(similarities) and similarities[-1] > similarities[0] + 0.01
     plain, _ = sampled(trained_run, "--num=8", "--label=0")
@@ -64,7 +64,7 @@ def test_clip_guides_a_class_conditional_model_to_a_text(prompt, trained_run, te
 
 def test_each_image_is_guided_to_its_own_text(text_run, sampled):
     """In a text-to-image model to that which it is conditioned on; one alone as among others."""
-    flags = [f"--clip={text_run}", "--clip_scale=3"]
+    flags = [f"--clip={text_run}", "--clip_guidance_scale=3"]
     both, path = sampled(text_run, *flags, "--prompt=dark", "--prompt=bright", "--num=4")
     one, _ = sampled(text_run, *flags, "--prompt=dark", "--num=3")
     np.testing.assert_array_equal(one[[0, 2]], both[[0, 2]])
@@ -81,7 +81,7 @@ def test_the_guided_denoiser_is_that_of_its_parts(text_run):
     z_T = rng.normal(size=(8, *model.latent_shape)).astype(np.float32)
     samples = PerSample(
         np.arange(8, dtype=np.int32), labels, np.full(8, 2.0, np.float32), z_T,
-        text_embeds=text_embeds, clip_scale=scales,
+        text_embeds=text_embeds, clip_guidance_scale=scales,
     )  # fmt: skip
     z0, mask = np.zeros(model.latent_shape, np.float32), np.ones((*model.latent_shape[:2], 1), bool)
     no_clip = np.float32(np.inf)
@@ -156,8 +156,8 @@ def test_a_classifier_guides_a_diffusers_folder_of_the_same_latents(trained_run,
 
 REFUSED = {  # model, flags -> what the line must say
     "no text for a clip": ("classes", ["--clip=TEXTS"], "needs a text to guide to"),
-    "no clip for a scale": ("texts", ["--prompt=dark", "--clip_scale=2"], "--clip_scale needs --clip"),
-    "a negative scale": ("texts", ["--prompt=dark", "--clip=TEXTS", "--clip_scale=-1"], "clip_scale"),
+    "no clip for a scale": ("texts", ["--prompt=a", "--clip_guidance_scale=2"], "--clip_guidance_scale needs --clip"),
+    "a negative scale": ("texts", ["--prompt=dark", "--clip=TEXTS", "--clip_guidance_scale=-1"], "clip_guidance"),
     "no such clip": ("texts", ["--prompt=dark", "--clip=nowhere"], "--clip: nowhere does not exist"),
     "a run without a clip": ("texts", ["--prompt=dark", "--clip=CLASSES"], "has no CLIP"),
     "a text for classes": ("classes", ["--prompt=dark"], "--prompt is for text-to-image models, or with --clip"),

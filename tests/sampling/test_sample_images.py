@@ -77,7 +77,7 @@ def test_images_of_another_size_and_in_tiles(sampled, tmp_path):
 
 def test_pixels_are_bounded_by_clipping_or_by_a_quantile(tmp_path, sampled):
     """Strong guidance drives z0_hat beyond the pixels' range, where the two differ."""
-    pixels = random_runs.random_run(tmp_path / "pixels", {"autoencoder.kind": "none"})
+    pixels = random_runs.random_run(tmp_path / "pixels", {"autoencoder.type": "none"})
     images = []
     for name, flags, threshold in (("clipped", [], 0.0), ("thresholded", ["--threshold=0.8"], 0.8)):
         images.append(sampled(name, "--guidance=30", *flags, model=pixels)["images"])

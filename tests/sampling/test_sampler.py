@@ -119,7 +119,7 @@ def test_solver_steps_guidance_and_seed_compile_nothing(model):
 
 
 def test_the_variance_matters_to_ddpm_alone_and_compiles_nothing():
-    model = Model((("autoencoder.kind", "none"), ("diffusion.variance", "learned")))
+    model = Model((("autoencoder.type", "none"), ("diffusion.variance", "learned")))
     inputs = model.inputs(8, [0, 1], scale=2.0)
     first, clock = model.latents(inputs, variance="fixed_small"), CompileClock()
     learned, large, again = (model.latents(inputs, variance=v) for v in ("learned", "fixed_large", "fixed_small"))

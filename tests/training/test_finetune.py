@@ -241,7 +241,7 @@ REFUSED = {  # flags -> what the line must say
     "a size that does not halve": (["--config.data.image_size=15"], "needs a multiple of 2"),
     "grey images": (["--config.data.channels=1"], "takes images of 3"),
     "buckets that do not halve": (["--config.data.bucket_step=3"], "it must be a multiple of 2, no more than"),
-    "buckets of kinds": (["--config.data.bucket_step=4", "--config.data.kind_key=label"], "kind_key must be 'none'"),
+    "buckets of kinds": (["--config.data.bucket_step=4", "--config.data.group_key=label"], "group_key must be 'none'"),
     "buckets beyond the size": (["--config.data.bucket_step=32"], "it must be a multiple of 2, no more than"),
     "no captions asked for": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
     "no path": (["--config.data.path="], "needs config.data.path"),
@@ -289,7 +289,7 @@ def test_a_model_that_the_hub_does_not_have_is_named_by_its_field(home, capsys, 
         ("--config.sampling.sampler=own", "config.init_from"),
         ("--config.data.bucket_step=4", "config.init_from"),
         ("--config.sampling.prompts=('a',)", "a model of texts"),
-        ("--config.diffusion.train_text=True", "a model of texts"),
+        ("--config.diffusion.train_text_encoder=True", "a model of texts"),
     ],
 )
 def test_what_only_fine_tuning_has(flag, needs, tmp_path, capsys):

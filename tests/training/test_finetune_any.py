@@ -146,7 +146,7 @@ def stepped(model, params, config, batch, cache):
 def test_an_upscaler(home, tmp_path):
     """Its first stage has a scale of its own; the low-resolution image has the size of the latents."""
     (model, params), config = load_base(config_of(home / "upscaling"))
-    assert (config.concat.kind, config.concat.factor) == ("low_resolution", 4)
+    assert (config.concat.type, config.concat.factor) == ("low_resolution", 4)
     assert (params["scale"] == np.float32(UPSCALER_SCALE)).all()
     state, metrics = stepped(model, params, config, {"x": np.zeros((2, 16, 16, 3), np.uint8)}, tmp_path)
     assert sorted(state.params) == ["denoiser"] and metrics["loss"].shape == ()
@@ -159,7 +159,7 @@ def test_an_unconditional_model_takes_no_notice_of_labels(home, tmp_path):
     """Its latents are those before quantization, and have no variance."""
     (model, params), config = load_base(config_of(home / "unconditional"))
     assert (config.data.caption_key, config.data.label_key, config.sampling.guidance) == ("none", "none", 1.0)
-    assert (config.autoencoder.kind, config.concat.kind) == ("vq", "none")
+    assert (config.autoencoder.type, config.concat.type) == ("vq", "none")
     state, _ = stepped(model, params, config, {"moments": np.zeros((2, 1, 8, 8, 4), np.float32)}, tmp_path)
     assert sorted(state.params) == ["denoiser"]
     recipe = recipe_of_run(of_classes(model, ()), examples(0, class_names=()))

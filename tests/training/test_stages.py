@@ -239,7 +239,7 @@ def test_the_diffusion_model_learns_one_example(name):
 def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
     """Of the last layer, the half of the mean has the gradient of L_simple alone, that of the variance L_vlb's."""
     small = {"unet__block_out_channels": (8,), "unet__attention": (False,), "diffusion__timesteps": 1000}
-    c = config(**small, diffusion__variance="learned", diffusion__bound_weight=0.1, diffusion__prediction="v")
+    c = config(**small, diffusion__variance="learned", diffusion__vlb_weight=0.1, diffusion__prediction="v")
     stage = diffusion_stage(c)
     denoiser, process = stage.model.denoiser, stage.model.process
     rng, batch = np.random.default_rng(0), moments_batch(8)
