@@ -90,9 +90,9 @@ def _guidance(model: LatentDiffusion, values: FlagValues, prompts: list[str]) ->
     conditional = model.class_names or isinstance(model.conditioning, TextConditioning)
     if values.guidance not in (None, 1.0) and not conditional:
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
-    for name, what in (("classifier", "a classifier"), ("clip", "a CLIP")):
-        if values[f"{name}_scale"].value is not None and not values[name].value:
-            raise InputError(f"--{name}_scale needs --{name}, a run folder with {what}")
+    for scale, name in (("classifier_scale", "classifier"), ("clip_guidance_scale", "clip")):
+        if values[scale].value is not None and not values[name].value:
+            raise InputError(f"--{scale} needs --{name}, a run folder with such a model")
     if values.clip and not prompts:
         raise InputError(f'--clip={values.clip} needs a text to guide to, e.g. --prompt="red cat"')
     defaults = model.defaults

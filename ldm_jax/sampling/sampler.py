@@ -121,9 +121,9 @@ def guided_denoiser(
     Raises:
       ValueError: a scale without the model that guides by it, or such a model without a scale.
     """
-    for name, guide in (("classifier", classifier), ("clip", clip)):
-        if (getattr(samples, f"{name}_scale") is None) != (guide is None):
-            raise ValueError(f"{name}_scale goes with a sampler with a {name}; only one of the two is given")
+    for name, guide in (("classifier_scale", classifier), ("clip_guidance_scale", clip)):
+        if (getattr(samples, name) is None) != (guide is None):
+            raise ValueError(f"{name} and the model that guides by it go together; only one of the two is given")
     encode, interval = model.conditioning.encode, shared.interval * len(model.process)
     cond, concat = encode(params["conditioning"], samples.cond), samples.concat or {}
     if samples.interpolate_to is not None:
