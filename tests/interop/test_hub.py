@@ -137,7 +137,8 @@ def test_what_is_in_the_cache_is_used_without_a_network(cache, folder):
     snapshot = cached(cache, folder)
     for name in ("org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"):
         assert hub.find(name) == snapshot
-    assert pipeline_load.load(hub.find("org/tiny")).pretrained.pipeline == "LDMPipeline"
+    (model, _) = pipeline_load.load(hub.find("org/tiny"))
+    assert model.origin.pipeline == "LDMPipeline"
 
 
 def test_what_is_here_comes_first(cache, folder, tmp_path):

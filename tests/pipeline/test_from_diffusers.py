@@ -322,7 +322,7 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "an unknown schedule": (
         "plain", edit("scheduler/scheduler_config.json", beta_schedule="sigmoid"), [], "beta_schedule"),
     "no prompt": ("plain", None, [], "--prompt is missing"),
-    "a class": ("plain", None, ["--label=3"], "the model knows no classes"),
+    "a class": ("plain", None, ["--label=3"], "the model has no classes"),
     "a prompt for none": ("unconditional", None, ["--prompt=low"], "--prompt is for text-to-image models"),
     "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "is conditioned on nothing"),
     "nothing to inpaint": ("inpainting", None, [], "this model inpaints; give it an image and what to sample of it"),

@@ -88,7 +88,7 @@ def test_pixels_are_bounded_by_clipping_or_by_a_quantile(tmp_path, sampled):
 def test_a_run_without_classes(tmp_path, sampled, capsys):
     plain = random_runs.random_run(tmp_path / "plain", {"data.label_key": "none"}, class_names=())
     assert (sampled("out", model=plain)["labels"] == -1).all()
-    for flags, expected in ((["--guidance=2"], "needs a model with classes"), (["--label=0"], "knows no classes")):
+    for flags, expected in ((["--guidance=2"], "needs a model with classes"), (["--label=0"], "has no classes")):
         command = ["sample", f"--model={plain}", f"--out={tmp_path / 'no'}", *flags]
         assert command_line.run(sample.main, command) == 2
         assert expected in capsys.readouterr().err
