@@ -2,8 +2,8 @@
 
     python -m experiments.index
 
-Writes what stands between the marks in experiments/README.md, in each experiment's README.md and in the main one, and
-prints what has been measured. The answer is that of the largest budget that has one.
+Writes the text between the markers in experiments/README.md and in each experiment's README.md, and prints what has been
+measured. The answer is that of the largest budget that has one.
 """
 
 import importlib
@@ -84,12 +84,12 @@ def how(experiment: Experiment, budget: str, rows: Rows) -> str:
     return f"`results.json`, budget {counts}: {minutes:.0f} minutes{before}; a row on {devices}; commit {commits}"
 
 
-def index(experiments: list[Experiment], folder: str) -> str:
-    """A line for each; `folder` is where they lie as seen from the file that the table goes to."""
+def index(experiments: list[Experiment]) -> str:
+    """The table of all experiments in experiments/README.md: question, answer and what has been measured."""
     lines = []
     for experiment in experiments:
         _, rows = measured(experiment)
-        answer, page = experiment.answer(rows) if rows else "Not measured yet.", f"{folder}{experiment.name}/README.md"
+        answer, page = experiment.answer(rows) if rows else "Not measured yet.", f"{experiment.name}/README.md"
         lines.append([f"[{experiment.name}]({page})", experiment.question, answer, state_of(experiment)])
     return tables.table(["experiment", "question", "answer", "measured"], lines)
 
@@ -97,10 +97,9 @@ def index(experiments: list[Experiment], folder: str) -> str:
 def pages() -> dict[Path, str]:
     """Each page with results in it -> what it is to be."""
     experiments = [load(name) for name in NAMES]
-    told = {ROOT / "experiments" / "README.md": index(experiments, "")}
-    told[ROOT / "README.md"] = index([found for found in experiments if measured(found)[1]], "experiments/")
-    told |= {experiment.folder / "README.md": page_of(experiment) for experiment in experiments}
-    return {path: _filled(path.read_text(), text) for path, text in told.items()}
+    texts = {ROOT / "experiments" / "README.md": index(experiments)}
+    texts |= {experiment.folder / "README.md": page_of(experiment) for experiment in experiments}
+    return {path: _filled(path.read_text(), text) for path, text in texts.items()}
 
 
 def _filled(page: str, text: str) -> str:
