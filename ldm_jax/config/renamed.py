@@ -37,7 +37,7 @@ def rename_fields(config: ConfigDict) -> None:
     """Renames the fields of a config in place: of one whose file still sets an old name."""
     for old, new in FIELDS.items():
         section, name = old.split(".")
-        if name in config.get(section, {}):
+        if isinstance(config.get(section), ConfigDict) and name in config[section]:
             _warn(f"config.{old}", f"config.{new}")
             with config[section].unlocked() as fields:
                 fields[new.split(".")[1]] = fields[name]
@@ -49,7 +49,7 @@ def rename_saved(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
     for old, new in FIELDS.items():
         section, name = old.split(".")
-        if name in fields.get(section, {}):
+        if isinstance(fields.get(section), dict) and name in fields[section]:
             fields[section] = {n if n != name else new.split(".")[1]: v for n, v in fields[section].items()}
     return fields
 

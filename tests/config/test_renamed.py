@@ -86,5 +86,5 @@ def test_every_renamed_flag(old, new, capsys):
 
 
 def test_a_run_by_the_old_names(tiny_data, tmp_path, capsys):
-    assert jobs.train_here(tiny_data, tmp_path / "run", "--config.autoencoder.kind=kl", "--dry_run") == 0
+    assert jobs.train_here(tiny_data, tmp_path / "run", "--config.autoencoder.kind=kl", "--dry_run=true") == 0
     assert "warning: --config.autoencoder.kind is now called --config.autoencoder.type" in capsys.readouterr().err

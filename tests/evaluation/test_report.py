@@ -129,7 +129,7 @@ def test_a_whole_run(workdir):
         "python -m ldm_jax.train --config=configs/x.py",
         "Validation loss by timestep",
         "Perceptual: LPIPS",
-        '"kind": "kl"',
+        '"type": "kl"',
     ):
         assert words in page.text
     assert "Discriminator" not in page.text  # this run had none

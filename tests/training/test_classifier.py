@@ -181,7 +181,7 @@ def test_equal_classifiers_share_a_sampler(guided, classifier_run):
 
 def test_a_scale_needs_a_sampler_with_a_classifier_and_the_other_way_round(guided):
     for scale, sampler in ((0.0, guided.plain), (None, guided.sampler)):
-        with pytest.raises(ValueError, match="classifier_scale goes with a sampler with a classifier"):
+        with pytest.raises(ValueError, match="classifier_scale and the model that guides by it go together"):
             guided.latents(guided.inputs(scale), sampler)
 
 

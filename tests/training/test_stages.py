@@ -93,7 +93,7 @@ FROZEN = LATENTS | {"table": np.arange(5, dtype=np.int32)}  # four classes and t
 AUTOENCODERS = {
     "kl": {},
     "vq, without attention, at a constant rate": {
-        "autoencoder__kind": "vq",
+        "autoencoder__type": "vq",
         "autoencoder__mid_block_attention": False,
         "autoencoder__decay": "constant",
     },
@@ -283,7 +283,7 @@ def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
 
 
 def test_pixels_without_labels_are_diffused_by_the_same_stage():
-    c = config(autoencoder__kind="none", data__flip=True, **SMALL | NO_ATTENTION)
+    c = config(autoencoder__type="none", data__flip=True, **SMALL | NO_ATTENTION)
     stage = diffusion_stage(c, ())
     state = jax.jit(partial(initial, stage))(jax.random.key(0))
     frozen = {"first_stage": {}, "shift": np.zeros(1, np.float32), "scale": np.ones(1, np.float32)}
