@@ -67,7 +67,7 @@ TRAIN = {  # flags -> what the line must say
         "config.diffusion.vlb_weight is 0",
     ),
     "a bound of fewer than no examples": ([TINY, "--config.evaluation.vlb_examples=-1"], "it must be 0 or more"),
-    "a threshold for latents": ([TINY, "--config.sampling.threshold=0.99"], "latents know no bounds"),
+    "a threshold for latents": ([TINY, "--config.sampling.threshold=0.99"], "latents are not bounded"),
     "falling betas": ([TINY, "--config.diffusion.beta_start=0.5"], "config.diffusion.beta_start"),
     "more steps than timesteps": ([TINY, "--config.sampling.steps=21"], "config.diffusion.timesteps = 20"),
     "eps where z_T is pure noise": (
@@ -75,10 +75,10 @@ TRAIN = {  # flags -> what the line must say
         "(zero terminal SNR); predict v or z0 or flow",
     ),
     "an image size that does not halve": ([TINY, "--config.data.image_size=9"], "multiple of 2"),
-    "groups that do not divide": ([TINY, "--config.unet.norm_num_groups=3"], "does not divide 8"),
+    "groups that do not divide": ([TINY, "--config.unet.norm_num_groups=3"], "it must divide 8"),
     "groups that do not divide the autoencoder": (
         [TINY, "--config.autoencoder.norm_num_groups=5"],
-        "does not divide 8",
+        "it must divide 8",
     ),
     "an odd width": (
         [
@@ -91,7 +91,7 @@ TRAIN = {  # flags -> what the line must say
         "config: block_out_channels[0] must be even for the time embedding; got 9",
     ),
     "a norm that erases the time": ([TINY, "--config.unet.norm_num_groups=8"], "must be less"),
-    "heads that do not divide": ([TINY, "--config.unet.attention_heads=3"], "does not divide"),
+    "heads that do not divide": ([TINY, "--config.unet.attention_heads=3"], "it must divide 8"),
     "attention for other resolutions": ([TINY, "--config.unet.attention=(True,)"], "equally long"),
     "more resolutions than latents have": (
         [TINY, "--config.unet.block_out_channels=(8,8,8,8)", "--config.unet.attention=(False,False,False,False)"],
@@ -138,7 +138,7 @@ TRAIN = {  # flags -> what the line must say
     "a classifier without classes": ([TINY, jobs.CLASSIFIER[0], "--config.data.label_key=none"], "2 or more classes"),
     "a classifier whose groups do not divide": (
         [TINY, jobs.CLASSIFIER[0], "--config.classifier.norm_num_groups=3"],
-        "config.classifier.norm_num_groups is 3, which does not divide 8",
+        "config.classifier.norm_num_groups is 3; it must divide 8",
     ),
     "a classifier's attention for other resolutions": (
         [TINY, jobs.CLASSIFIER[0], "--config.classifier.attention=(True,False)"],

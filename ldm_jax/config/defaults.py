@@ -1,54 +1,52 @@
-"""Every field of every config, once, with what it means. The other configs only override.
+"""The default config: every field that a config can have, each with its meaning. Config files override some of them.
 
-A field is changed on the command line by `--config.FIELD=VALUE`; `--print_config` shows the result.
+`--config.FIELD=VALUE` sets a field on the command line; `--print_config` prints the result.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The defaults: every field that exists, so that an unknown one is an error."""
+    """The default config, locked, so that an unknown field is an error."""
     config = ConfigDict()
-    config.seed = 0  # all randomness comes from here, indexed by (stage, step, example)
-    # What is trained, in this order. clip: pictures and captions to one space, whose text encoder tells diffusion of
-    # captions; classifier: one that guides sampling.
+    config.seed = 0  # of all random numbers, which are indexed by (stage, step, example)
+    # The models to train, in this order: autoencoder | clip (text and image encoder; with diffusion: text-to-image) |
+    # diffusion | classifier (of noisy latents, for classifier guidance).
     config.stages = ("autoencoder", "diffusion")
-    # A diffusers folder, or its name on the hub, that is fine-tuned: its networks, latents, noise schedule and kind of
-    # prediction take the place of those below; only data, lora, sampling and how diffusion is trained are looked at.
+    # Fine-tuning: a diffusers folder or hub id. Its networks, noise schedule and prediction type replace those below;
+    # only data, lora, sampling and the training fields of diffusion are used.
     config.init_from = ""
-    config.dtype = "float32"  # the networks' arithmetic: float32 | bfloat16; parameters and statistics stay float32
+    config.dtype = "float32"  # of the networks' activations: float32 | bfloat16; parameters are float32
 
     data = config.data = ConfigDict()
-    # A TFDS data set prepared as ArrayRecord, or one that is prepared when it is not there: fashion_mnist; emoji, with
-    # captions, whose test_split is validation; or folder, your own pictures and captions in data.path.
+    # fashion_mnist | emoji (with captions; splits train, validation) | folder (images with captions in data.path) |
+    # any TFDS data set prepared as ArrayRecord in data.dir.
     data.name = "fashion_mnist"
-    data.path = ""  # where the files lie that folder (or fashion_mnist, emoji) is prepared from
-    data.dir = "data"  # where prepared data sets lie
+    data.path = ""  # the source files of folder, fashion_mnist or emoji
+    data.dir = "data"  # the folder of the prepared data sets
     data.train_split = "train"
-    data.test_split = "test"  # for validation loss and scores
-    data.image_key = "auto"  # the feature with the picture; auto = the only image
-    data.label_key = "auto"  # the feature with the class; auto = the only class label, if any; none = do without
-    data.caption_key = (
-        "none"  # the feature with a text or several, which take the class's place; auto = the only one; none
-    )
-    data.segments_key = "none"  # the feature with a map of classes, an image whose pixels are their numbers; none
-    # The feature, a text or a number, whose values are kinds: each kind has one turn in an epoch, for its pictures by
-    # turns; none = each picture has one.
+    data.test_split = "test"  # for the validation loss and the evaluation
+    data.image_key = "auto"  # the image feature; auto = the only one
+    data.label_key = "auto"  # the class label feature; auto = the only one, if any; none = no labels
+    data.caption_key = "none"  # the caption feature (one or several texts each); auto = the only one; none
+    data.segments_key = "none"  # the segmentation map feature, an image of class indices; none
+    # Balanced sampling: the feature (a text or a number) that groups the images. In each epoch a group yields one
+    # example, its images taking turns; none = each image is one example.
     data.group_key = "none"
     data.image_size = 28  # pixels; images are cropped to a square and resized
-    data.crop = "center"  # center (the largest square) | none (all of it, squeezed)
-    # init_from only: pictures keep about their own proportions, in shapes of image_size^2 pixels whose sides are
-    # multiples of this, and a batch is of one shape; 0 = all are squares.
+    data.crop = "center"  # center (the largest square) | none (the whole image, aspect ratio not kept)
+    # init_from only: aspect ratio bucketing. Images are resized to about image_size^2 pixels, with sides that are
+    # multiples of this many pixels; each batch has one shape. 0 = square images.
     data.bucket_step = 0
-    data.channels = 1  # 1 grey | 3 colour
+    data.channels = 1  # 1 (grayscale) | 3 (RGB)
     data.flip = False  # random horizontal flips
-    data.memory_limit_gb = 4.0  # larger sets (as uint8) are streamed from disk instead of living on the device
+    data.memory_limit_gb = 4.0  # data sets larger than this (as uint8) are streamed from disk, not kept on the device
 
     autoencoder = config.autoencoder = ConfigDict()
     autoencoder.type = "kl"  # kl | vq | none (diffusion on pixels)
-    autoencoder.checkpoint = ""  # a run folder whose autoencoder is used instead of training one
+    autoencoder.checkpoint = ""  # a run folder whose autoencoder is reused; "" = train one
     autoencoder.latent_channels = 4
-    autoencoder.block_out_channels = (32, 64, 64)  # one entry a resolution; each but the last halves it
+    autoencoder.block_out_channels = (32, 64, 64)  # one per resolution; each but the last is followed by downsampling
     autoencoder.layers_per_block = 1
     autoencoder.norm_num_groups = 16
     autoencoder.mid_block_attention = True
@@ -56,36 +54,36 @@ def get_config() -> ConfigDict:
     loss = autoencoder.loss = ConfigDict()
     loss.reconstruction = 1.0  # weight of mean |x - x_hat|
     loss.perceptual = 1.0  # weight of LPIPS
-    loss.perceptual_net = "vgg16"  # vgg16 | alexnet (wants 64 pixels or more: see perceptual_size)
-    loss.perceptual_size = 0  # pixels that images are resized to for LPIPS; 0 = as they are
-    loss.perceptual_every = 1  # LPIPS is measured on every so-many-th example: it costs more than the autoencoder
-    loss.kl = 1e-6  # weight of the KL, summed over latents per pixel (Rombach 2022's unit)
+    loss.perceptual_net = "vgg16"  # vgg16 | alexnet (for images of 64 pixels or more: see perceptual_size)
+    loss.perceptual_size = 0  # pixels that images are resized to for LPIPS; 0 = not resized
+    loss.perceptual_every = 1  # compute LPIPS on every k-th example: it costs more than the autoencoder
+    loss.kl = 1e-6  # weight of the KL, summed over the latent, per pixel value (Rombach 2022)
     loss.codebook = 1.0  # vq only: weight of |sg(h) - e|^2
     loss.commitment = 0.25  # vq only: weight of |h - sg(e)|^2
-    loss.adversarial = 0.5  # weight of the patch discriminator, times the adaptive weight
-    loss.adversarial_start = 50_001  # the first step with it
+    loss.adversarial = 0.5  # weight of the patch discriminator, multiplied by the adaptive weight
+    loss.adversarial_start = 50_001  # the first step with the adversarial loss
     discriminator = autoencoder.discriminator = ConfigDict()
     discriminator.channels = 64
-    discriminator.layers = 3  # strided ones
+    discriminator.layers = 3  # number of strided convolutions
     discriminator.learning_rate = 2e-4
     _training(autoencoder, steps=100_000, batch_size=128, learning_rate=4e-4)
 
-    clip = config.clip = ConfigDict()  # a text and an image encoder (Radford 2021); the UNet's context is the former's
-    clip.checkpoint = ""  # a run folder whose CLIP is used instead of training one
-    clip.tokenizer = ""  # a folder with CLIP's vocabulary; "" = one is learned from the captions of the training split
-    clip.vocab_size = 2_048  # of that one, at most
-    clip.max_length = 32  # tokens of a caption, its begin and end among them; 77 in CLIP
-    clip.projection_dim = 64  # of the space of both
-    clip.text_width = 128  # must be unet.context_dim, if there is one to be told
+    clip = config.clip = ConfigDict()  # CLIP (Radford 2021); its text encoder conditions the UNet
+    clip.checkpoint = ""  # a run folder whose CLIP is reused; "" = train one
+    clip.tokenizer = ""  # a folder with CLIP's vocabulary; "" = train a BPE tokenizer on the training captions
+    clip.vocab_size = 2_048  # of the trained tokenizer, at most
+    clip.max_length = 32  # context length in tokens, begin and end tokens included; 77 in CLIP
+    clip.projection_dim = 64  # of the joint embedding space
+    clip.text_width = 128  # must equal unet.context_dim for text-to-image
     clip.text_layers = 2
     clip.text_heads = 4
     clip.patch_size = 4  # pixels; must divide data.image_size
     clip.image_width = 128
     clip.image_layers = 3
     clip.image_heads = 4
-    clip.max_shift = 0  # pixels that pictures are moved by at random, at most
-    clip.max_zoom = 0.0  # share that they are made larger or smaller by at random, at most
-    clip.validation_examples = 2_000  # test images that the validation loss is measured on
+    clip.max_shift = 0  # augmentation: random translation by up to this many pixels
+    clip.max_zoom = 0.0  # augmentation: random scaling by a factor of up to 1 +- this
+    clip.validation_examples = 2_000  # test images for the validation loss
     _training(clip, steps=10_000, batch_size=128, learning_rate=1e-3)
 
     diffusion = config.diffusion = ConfigDict()
@@ -93,74 +91,73 @@ def get_config() -> ConfigDict:
     diffusion.schedule = "linear"  # linear | scaled_linear | cosine
     diffusion.beta_start = 1e-4  # linear and scaled_linear only
     diffusion.beta_end = 0.02
-    diffusion.zero_terminal_snr = False  # rescale so that z_T is pure noise (Lin 2023); not with eps
-    diffusion.prediction = "eps"  # eps | v | z0
+    diffusion.zero_terminal_snr = False  # rescale the schedule so that z_T is pure noise (Lin 2023); not with eps
+    diffusion.prediction = "eps"  # eps | v | z0 | flow
     diffusion.weighting = "uniform"  # uniform | min_snr (Hang 2023)
     diffusion.snr_gamma = 5.0  # min_snr only
-    diffusion.variance = "fixed"  # of the reverse steps: fixed | learned, which the UNet predicts too (Nichol 2021)
-    diffusion.vlb_weight = 0.001  # learned only: lambda, the weight of the variational bound in bits/dim
-    diffusion.label_dropout = 0.1  # share of examples trained without their label, for classifier-free guidance
-    diffusion.train_text_encoder = False  # of models of texts: whether their text encoders learn along
-    diffusion.validation_examples = 2_000  # test images that the validation loss is measured on
+    diffusion.variance = "fixed"  # of the reverse steps: fixed | learned (predicted by the UNet, Nichol 2021)
+    diffusion.vlb_weight = 0.001  # learned variance only: lambda, the weight of the VLB in bits/dim
+    diffusion.label_dropout = 0.1  # probability of dropping the condition, for classifier-free guidance
+    diffusion.train_text_encoder = False  # text-conditional models: train the text encoders too
+    diffusion.validation_examples = 2_000  # test images for the validation loss
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
 
-    concat = config.concat = ConfigDict()  # a map laid beside the latents: what is known of the picture
-    concat.type = "none"  # none | low_resolution (super-resolution) | inpainting | segments (semantic maps)
-    concat.factor = 4  # low_resolution only: how many times smaller the given picture is
-    concat.num_segments = 2  # segments only: how many classes the map tells apart
+    concat = config.concat = ConfigDict()  # conditioning by concatenation to the latents
+    concat.type = "none"  # none | low_resolution (super-resolution) | inpainting | segments (semantic synthesis)
+    concat.factor = 4  # low_resolution only: the upscaling factor
+    concat.num_segments = 2  # segments only: number of classes of the segmentation maps
 
     unet = config.unet = ConfigDict()
     unet.block_out_channels = (64, 128)
-    unet.attention = (True, True)  # a transformer at this resolution?
+    unet.attention = (True, True)  # per resolution: with transformer blocks?
     unet.layers_per_block = 2
     unet.attention_heads = 4
     unet.transformer_layers = 1
     unet.norm_num_groups = 32
     unet.context_dim = 128  # width of the conditioning tokens tau(y)
-    unet.context_tokens = 1  # learned tokens for each class
+    unet.context_tokens = 1  # learned tokens per class
 
-    classifier = config.classifier = ConfigDict()  # of noised latents; its schedule is that of diffusion
+    classifier = config.classifier = ConfigDict()  # of noisy latents, with the noise schedule of diffusion
     classifier.block_out_channels = (64, 128)
-    classifier.attention = (False, True)  # self-attention at this resolution?
+    classifier.attention = (False, True)  # per resolution: with self-attention?
     classifier.layers_per_block = 1
     classifier.attention_heads = 4
     classifier.norm_num_groups = 16
     _training(classifier, steps=100_000, batch_size=128, learning_rate=3e-4)
 
-    lora = config.lora = ConfigDict()  # init_from only: small matrices beside the attention's (Hu 2021)
-    lora.rank = 0  # of B A, which is all that is trained; 0 = none, all of the UNet is trained
-    lora.alpha = 8.0  # B A is multiplied by alpha / rank
+    lora = config.lora = ConfigDict()  # init_from only: LoRA of the UNet's attention (Hu 2021)
+    lora.rank = 0  # 0 = no LoRA: the whole UNet is trained
+    lora.alpha = 8.0  # the update B A is multiplied by alpha / rank
 
     sampling = config.sampling = ConfigDict()
-    sampling.num = 10_000  # pictures at the end of the run, the same number of each class
-    sampling.sampler = "ddim"  # see diffusion/solvers.py: ddpm | ddim | plms | euler | euler_a | heun | edm |
-    # dpmpp_2m | dpmpp_2m_sde | dpmpp_2s | unipc | lcm; own (init_from only) = the model's, and what goes with it
+    sampling.num = 10_000  # samples at the end of the run, the same number of each class
+    # See diffusion/solvers.py: ddpm | ddim | plms | euler | euler_a | heun | edm | dpmpp_2m | dpmpp_2m_sde |
+    # dpmpp_2s | unipc | lcm; own (init_from only) = the scheduler of the pretrained model.
+    sampling.sampler = "ddim"
     sampling.steps = 50
-    sampling.spacing = "trailing"  # of the steps: leading | trailing | linspace | karras | exponential
+    sampling.spacing = "trailing"  # of the timesteps: leading | trailing | linspace | karras | exponential
     sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
     sampling.variance = "fixed_small"  # ddpm only: fixed_small (beta_tilde) | fixed_large (beta) | learned
-    sampling.churn = 0.0  # edm only: S_churn, the noise added on the way (Karras 2022); 0 = none, as heun
-    sampling.guidance = 1.5  # classifier-free guidance scale; 1 = none
-    sampling.guidance_interval = (0.0, 1.0)  # the share t / T of the timesteps that guidance acts on
-    sampling.guidance_rescale = 0.0  # how far guidance may not change the contrast (Lin 2023): 0 freely, 1 not at all
-    sampling.threshold = 0.0  # pixel space only: z0_hat is bounded by this quantile of it (Saharia 2022); 0 = by 1
-    # init_from only: what is drawn while training and at the end, in turn; () = the first few captions of the test
-    # split that differ, or of a model that is given pictures the caption of each.
+    sampling.churn = 0.0  # edm only: S_churn (Karras 2022); 0 = deterministic, the same as heun
+    sampling.guidance = 1.5  # classifier-free guidance scale; 1 = no guidance
+    sampling.guidance_interval = (0.0, 1.0)  # the range of t / T with guidance
+    sampling.guidance_rescale = 0.0  # guidance rescale phi (Lin 2023); 0 = none, 1 = full
+    sampling.threshold = 0.0  # pixel space only: quantile of dynamic thresholding (Saharia 2022); 0 = clip to [-1, 1]
+    # Text-to-image: prompts of the samples, repeated in turn; () = the first captions of the split that differ, or
+    # with concat conditioning the caption of each image.
     sampling.prompts = ()
     sampling.batch_size = 512
-    sampling.progress_every = 2_000  # steps between the sample grids made while training; 0 = none
+    sampling.progress_every = 2_000  # steps between validations and sample grids during training; 0 = none
 
     evaluation = config.evaluation = ConfigDict()
-    evaluation.num_reference = 10_000  # test images compared with; fewer if the split is smaller
-    evaluation.vlb_examples = 1_000  # of them, for the variational bound in bits/dim; 0 = leave it out
-    evaluation.zero_shot_key = "none"  # clip only: the class that it tells by its names alone (Radford 2021); none
+    evaluation.num_reference = 10_000  # test images that the samples are compared with; at most all of the split
+    evaluation.vlb_examples = 1_000  # test images for the VLB in bits/dim; 0 = not computed
+    evaluation.zero_shot_key = "none"  # clip only: the label feature of zero-shot classification; none
     evaluation.resize = 32  # pixels that images are resized to for VGG16
     evaluation.batch_size = 256
-    evaluation.inception_weights = (
-        ""  # file with the FID Inception's weights (.pth or .safetensors); "" = no Inception FID
-    )
+    evaluation.inception_weights = ""  # FID Inception's weights (.pth or .safetensors); "" = FID is not computed
 
-    config.log_every = 50  # steps between metric lines
+    config.log_every = 50  # steps between log lines
     config.checkpoint_every = 1_000  # steps between checkpoints
     config.keep_checkpoints = 2
     return config.lock()
@@ -168,11 +165,11 @@ def get_config() -> ConfigDict:
 
 def _training(stage: ConfigDict, *, steps: int, batch_size: int, learning_rate: float) -> None:
     stage.steps = steps
-    stage.batch_size = batch_size  # over all devices
+    stage.batch_size = batch_size  # total, over all devices
     stage.learning_rate = learning_rate
     stage.warmup_steps = 200  # linear from 0
     stage.decay = "cosine"  # constant | cosine (to 0 at the last step)
     stage.adam_b2 = 0.99
     stage.weight_decay = 0.0
-    stage.clip_norm = 1.0  # of the whole gradient
+    stage.clip_norm = 1.0  # of the global gradient norm
     stage.ema_decay = 0.999  # at step n: min(ema_decay, (1 + n) / (10 + n))

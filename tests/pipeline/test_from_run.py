@@ -186,7 +186,7 @@ def test_a_clip_alone(run, tiny_data, tmp_path):
         ("--config.autoencoder.type=vq", "config.autoencoder.type is 'vq'; with 'clip' in config.stages"),
         ("--config.concat.type=inpainting", "config.concat.type is 'inpainting'; with 'clip' in config.stages"),
         ("--config.diffusion.variance=learned", "config.diffusion.variance is 'learned'; with 'clip'"),
-        ("--config.sampling.prompts=(1,)", "it must be texts"),
+        ("--config.sampling.prompts=(1,)", "it must be a tuple of texts"),
         ("--config.sampling.sampler=plms", "a text-to-image model must sample as diffusers does"),
         ("--config.clip.checkpoint=nowhere", "nowhere does not exist"),
         ("--config.clip.tokenizer=nowhere", "nowhere"),
