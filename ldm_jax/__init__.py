@@ -4,8 +4,8 @@
     images = ldm_jax.sample(model, params, labels=[3, 7], seed=0)
     ldm_jax.train(config, "runs/mine")
 
-`sample` and `train` are the commands' modules, which can be called. All else is imported from where it is:
-`from ldm_jax.diffusion.schedules import make_process`.
+`sample` and `train` are the commands' modules, which can be called. Everything else is imported from its own module,
+e.g. `from ldm_jax.diffusion.schedules import make_process`.
 """
 
 from importlib import import_module
@@ -19,7 +19,7 @@ _COMMANDS = ("train", "sample", "evaluate", "convert")
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for: JAX takes seconds."""
+    """Imports lazily: JAX takes seconds."""
     if name == "load":
         return import_module("ldm_jax.pipeline.load").load
     if name in _COMMANDS:

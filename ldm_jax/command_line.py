@@ -1,8 +1,9 @@
-"""The command line: the flags that several commands share, and how they and a config's fields are read from it."""
+"""The command line: flags shared by several commands, parsing with config fields, exit statuses, the device line."""
 
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -17,25 +18,27 @@ from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import InputError, RunError
 
 MODEL = "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
+SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
+SHARE = {"lower_bound": 0.0, "upper_bound": 1.0}
 
 
 def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = False) -> None:
-    """Parses the command line into `flag_values`, with --config=FILE and --config.FIELD=VALUE if `config`.
+    """Parses the command line into `flag_values`; with `config`, also --config=FILE and --config.FIELD=VALUE.
 
-    Raises InputError for a flag, field or value that is wrong.
+    Raises InputError for an unknown flag or field, or a wrong value.
     """
     argv = rename_arguments(argv)
-    for argument in argv[1:] if config else ():
-        if argument.startswith("--config=") and not Path(argument.removeprefix("--config=")).is_file():
-            raise InputError(f"there is no config file {argument.removeprefix('--config=')!r}; configs are in configs/")
+    files = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
+    for file in files if config else ():
+        if not Path(file).is_file():
+            raise InputError(f"there is no config file {file!r}; configs are in configs/")
     try:
         if config:
-            config_flags.DEFINE_config_file(
-                "config", None, "a file of configs/", flag_values=flag_values, sys_argv=argv
-            )
+            help_text = "a file of configs/"
+            config_flags.DEFINE_config_file("config", None, help_text, flag_values=flag_values, sys_argv=argv)
         rest = flag_values(argv)
         loaded = flag_values["config"].value.to_dict() if config and flag_values["config"].value is not None else {}
-    except InputError:  # of a flag that checks its own value
+    except InputError:  # of _Interval
         raise
     except flags.UnrecognizedFlagError as error:
         known = [name for name in flag_values if not name.startswith("config.")]
@@ -54,11 +57,11 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config and not loaded:
-        raise InputError("which config? e.g. --config=configs/fashion_mnist.py")
+        raise InputError("--config is missing; it must be a config file, e.g. --config=configs/fashion_mnist.py")
 
 
 def require(values: flags.FlagValues, *names: str) -> None:
-    """Raises InputError for flags that are missing, and for an unknown sampler, spacing, variance or dtype."""
+    """Raises InputError for a missing flag of `names`, or an unknown sampler, spacing, variance or dtype."""
     for name in names:
         if not values[name].value:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
@@ -68,7 +71,7 @@ def require(values: flags.FlagValues, *names: str) -> None:
 
 
 def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bool:
-    """Prints `usage` and the flags if the command line asks for help."""
+    """Whether the command line has --help; if so, prints `usage` and the flags."""
     if not {"--help", "-h", "-help", "--helpfull"} & set(argv):
         return False
     print(usage.strip(), end="\n\nFlags:\n")
@@ -79,103 +82,86 @@ def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bo
     return True
 
 
-def define_drawing_flags(values: flags.FlagValues, *, num: int) -> None:
-    """Of which model to draw what, how, and where to; None = as in the model's config."""
-    flags.DEFINE_string("model", None, MODEL, flag_values=values)
-    flags.DEFINE_string("out", None, "the folder to write to", flag_values=values)
-    flags.DEFINE_integer("num", num, "how many pictures", lower_bound=1, flag_values=values)
-    flags.DEFINE_multi_string("prompt", None, "models of texts: what to draw; one picture each", flag_values=values)
-    flags.DEFINE_string("prompt_file", None, "the same from a file, a line each", flag_values=values)
-    flags.DEFINE_string("negative_prompt", None, "models of texts: what guidance leads away from", flag_values=values)
-    flags.DEFINE_string("dtype", None, f"of the arithmetic: {' or '.join(DTYPES)}", flag_values=values)
-    flags.DEFINE_string("sampler", None, f"one of {', '.join(SOLVERS)}", flag_values=values)
-    flags.DEFINE_integer("steps", None, "network calls", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("guidance", None, "classifier-free guidance, 1 = none", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_string("classifier", None, "a run folder with a classifier, to guide by as well", flag_values=values)
-    flags.DEFINE_float(
-        "classifier_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values
-    )
-    flags.DEFINE_string("clip", None, "a run folder with a CLIP, to guide towards --prompt as well", flag_values=values)
-    flags.DEFINE_float(
-        "clip_guidance_scale", None, "how strongly; default 1, 0 = not", lower_bound=0.0, flag_values=values
-    )
-    flags.DEFINE(
-        _Interval(), "guidance_interval", None, "the share of the timesteps that is guided, e.g. 0.15,0.85", values
-    )
-    flags.DEFINE_float("guidance_rescale", None, "keep the contrast: 0 no ... 1 yes", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_float(
-        "threshold", None, "pixel models: quantile that bounds z0, e.g. 0.995", 0.0, 1.0, flag_values=values
-    )
-    flags.DEFINE_string("spacing", None, f"of the steps: {', '.join(SPACINGS)}", flag_values=values)
-    flags.DEFINE_list("timesteps", None, "the timesteps themselves, falling, e.g. 999,500,0", flag_values=values)
-    flags.DEFINE_float("churn", None, "edm: the noise added on the way", lower_bound=0.0, flag_values=values)
-    flags.DEFINE_float("eta", None, "ddim: 0 deterministic ... 1 ancestral", 0.0, 1.0, flag_values=values)
-    flags.DEFINE_string("variance", None, f"ddpm: one of {', '.join(VARIANCES)}", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "the pictures depend on it, and on nothing else", 0, 2**32 - 1, flag_values=values)
-    flags.DEFINE_integer("batch_size", None, "pictures drawn at a time", lower_bound=1, flag_values=values)
+def _definers(values: flags.FlagValues) -> tuple[Callable, Callable, Callable, Callable]:
+    """Functions that define a text, an integer, a number and a boolean flag in `values`; the default is None."""
+    types = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_boolean
+    return tuple(partial(define, default=None, flag_values=values) for define in types)
+
+
+def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
+    """The flags of model, samples, guidance and solver; None = as in the model's config."""
+    string, integer, number, _ = _definers(values)
+    string("model", help=MODEL)
+    string("out", help="the output folder")
+    integer("num", default=num, help="number of samples", lower_bound=1)
+    prompt = "text-to-image models: the prompt of one sample; repeat the flag for more"
+    flags.DEFINE_multi_string("prompt", None, prompt, flag_values=values)
+    string("prompt_file", help="a text file with one prompt a line, instead of --prompt")
+    string("negative_prompt", help="text-to-image models: the negative prompt of classifier-free guidance")
+    string("dtype", help=f"of the activations: {' or '.join(DTYPES)}")
+    string("sampler", help=f"the solver: {', '.join(SOLVERS)}")
+    integer("steps", help="number of denoiser calls", lower_bound=1)
+    number("guidance", help="classifier-free guidance scale; 1 = no guidance", lower_bound=0.0)
+    string("classifier", help="a run folder with a classifier of noisy latents, for classifier guidance")
+    number("classifier_scale", help="classifier guidance scale; default 1, 0 = no guidance", lower_bound=0.0)
+    string("clip", help="a run folder with a CLIP, for CLIP guidance by --prompt")
+    number("clip_guidance_scale", help="CLIP guidance scale; default 1, 0 = no guidance", lower_bound=0.0)
+    flags.DEFINE(_Interval(), "guidance_interval", None, "the range of t / T with guidance, e.g. 0.15,0.85", values)
+    number("guidance_rescale", help="guidance rescale phi (Lin 2023): 0 none ... 1 full", **SHARE)
+    number("threshold", help="pixel models: dynamic thresholding quantile, e.g. 0.995", **SHARE)
+    string("spacing", help=f"of the timesteps: {', '.join(SPACINGS)}")
+    flags.DEFINE_list("timesteps", None, "the timesteps themselves, decreasing, e.g. 999,500,0", flag_values=values)
+    number("churn", help="edm: S_churn (Karras 2022); 0 = deterministic", lower_bound=0.0)
+    number("eta", help="ddim: 0 deterministic ... 1 ancestral", **SHARE)
+    string("variance", help=f"ddpm: {', '.join(VARIANCES)}")
+    integer("seed", default=0, help="of the noise; sample k depends on (seed, k, condition) alone", **SEEDS)
+    integer("batch_size", help="samples per batch", lower_bound=1)
 
 
 def define_editing_flags(values: flags.FlagValues) -> None:
-    """What to begin from, if not from noise alone."""
-    string, integer = flags.DEFINE_string, flags.DEFINE_integer
-    integer("height", None, "of the pictures, in pixels: diffusers models; default: the model's", 1, flag_values=values)
-    integer("width", None, "the same", 1, flag_values=values)
-    flags.DEFINE_boolean(
-        "vae_tiling", False, "large pictures: to and from latents in tiles, for less memory", flag_values=values
-    )
-    string("to_prompt", None, "models of texts: lead from the one --prompt to this one", flag_values=values)
-    string("init_latents", None, "initial noise, .npy float32 [N, h, w, c]", flag_values=values)
-    string("init_image", None, "begin from this picture, noised", flag_values=values)
-    flags.DEFINE_float(
-        "strength",
-        None,
-        "how much of it is noised away, up to 1; default 0.6, with a mask 1",
-        flag_values=values,
-    )
-    string("mask", None, "a picture as large as init_image: its white part is drawn, the rest kept", flag_values=values)
-    string("outpaint", None, "continue init_image on a side by so many pixels, e.g. right:8", flag_values=values)
-    integer("resample", None, "with a mask: how often each part of the way is gone (RePaint)", 1, flag_values=values)
-    integer("resample_jump", None, "and of how many steps a part is; default 1", 1, flag_values=values)
-    flags.DEFINE_boolean("invert", None, "begin from init_image's own noise (DDIM inversion)", flag_values=values)
-    string("to_image", None, "lead from init_image to this picture, by way of their noises", flag_values=values)
-    integer("to_seed", None, "lead from the noise of --seed to that of this one", 0, 2**32 - 1, flag_values=values)
-    string(
-        "concat_image",
-        None,
-        "the low-resolution image, or the segmentation map (pixels = class numbers), of models with such conditioning",
-        flag_values=values,
-    )
-    integer(
-        "noise_level",
-        None,
-        "upscalers: noise level of --concat_image; default: 20",
-        0,
-        flag_values=values,
-    )
-    string("negative_label", None, "a class that guidance leads away from", flag_values=values)
-    flags.DEFINE_boolean("save_trajectory", True, "write denoising.gif, the pictures on the way", flag_values=values)
-    string("from_recipe", None, "make the pictures of this samples.png again", flag_values=values)
+    """The flags of initial images, masks, interpolations and concat conditioning."""
+    string, integer, number, boolean = _definers(values)
+    integer("height", help="of the samples in pixels, for diffusers models; default: the model's", lower_bound=1)
+    integer("width", help="as --height", lower_bound=1)
+    boolean("vae_tiling", default=False, help="encode and decode large images in tiles, to save memory")
+    string("to_prompt", help="interpolate from the one --prompt to this prompt")
+    string("init_latents", help="the initial noise: a .npy file, float32 [N, h, w, c], unit variance")
+    string("init_image", help="image-to-image: the initial image, to which noise is added")
+    number("strength", help="image-to-image: the amount of noise, above 0 to 1; default 0.6, with --mask 1")
+    string("mask", help="inpainting: an image of init_image's size; white = generate, black = keep")
+    string("outpaint", help="outpainting: extend init_image on one side by this many pixels, e.g. right:8")
+    integer("resample", help="with --mask: RePaint's number of resamplings", lower_bound=1)
+    integer("resample_jump", help="with --resample: RePaint's jump length in steps; default 1", lower_bound=1)
+    boolean("invert", help="DDIM inversion: start from the noise that init_image is inverted to")
+    string("to_image", help="interpolate from init_image to this image, by their inverted noises")
+    integer("to_seed", help="interpolate from the noise of --seed to that of this seed", **SEEDS)
+    concat = "the image of concat conditioning: low resolution, or a segmentation map (pixels = class indices)"
+    string("concat_image", help=concat)
+    integer("noise_level", help="upscalers: noise level of --concat_image; default 20", lower_bound=0)
+    string("negative_label", help="the negative class of classifier-free guidance")
+    boolean("save_trajectory", default=True, help="write denoising.gif, z0_hat at each step")
+    string("from_recipe", help="a samples.png, whose samples are made again")
 
 
 def define_file_flags(values: flags.FlagValues) -> None:
-    """What models of other people may leave open; "" = as they say, or as is usual (see `extras.Extras`)."""
-    flags.DEFINE_string("tokenizer", "", "of a single file: a folder with CLIP's vocabulary", flag_values=values)
-    flags.DEFINE_enum("prediction", "", ["", "eps", "v"], "of a single file: what it predicts", flag_values=values)
-    flags.DEFINE_string("vae", "", "an autoencoder's folder or file instead of the model's own", flag_values=values)
+    """The flags of what a pretrained model's files leave open (see `pipeline.overrides`); "" = the model's own."""
+    string, *_ = _definers(values)
+    string("tokenizer", default="", help="single files: a folder with CLIP's vocabulary")
+    flags.DEFINE_enum("prediction", "", ["", "eps", "v"], "single files: the prediction type", flag_values=values)
+    string("vae", default="", help="the folder or file of an autoencoder that replaces the model's")
 
 
-def define_device_flags(flag_values: flags.FlagValues) -> None:
-    """The flags of runs over several hosts."""
-    flags.DEFINE_boolean(
-        "distributed", False, "one of several hosts; found by itself on Cloud TPU, Slurm, K8s", flag_values=flag_values
-    )
-    flags.DEFINE_string("coordinator", "", "host:port of process 0, where it is not found", flag_values=flag_values)
-    flags.DEFINE_integer("num_processes", 1, "how many processes, with --coordinator", flag_values=flag_values)
-    flags.DEFINE_integer("process_id", 0, "which of them this is, with --coordinator", flag_values=flag_values)
+def define_device_flags(values: flags.FlagValues) -> None:
+    """The flags of runs on several hosts."""
+    string, integer, _, boolean = _definers(values)
+    boolean("distributed", default=False, help="run on several hosts, detected on Cloud TPU, Slurm and Kubernetes")
+    string("coordinator", default="", help="host:port of process 0, where the hosts are not detected")
+    integer("num_processes", default=1, help="with --coordinator: the number of processes")
+    integer("process_id", default=0, help="with --coordinator: the index of this process")
 
 
 class _Interval(flags.ArgumentParser):
-    """Two numbers with a comma between them."""
+    """A flag of two numbers separated by a comma."""
 
     def parse(self, argument: str) -> list[float]:
         try:
@@ -187,8 +173,8 @@ class _Interval(flags.ArgumentParser):
 
 
 def _unknown_field(argv: list[str], error: Exception) -> str:
-    """Names the first --config.FIELD that the config does not have, and the nearest that it has."""
-    if not any(argument.startswith("--config.") for argument in argv):  # the file itself sets it
+    """The error message for the first unknown --config.FIELD, with the nearest field of the config."""
+    if not any(argument.startswith("--config.") for argument in argv):  # the config file sets an unknown field
         return f"{_config_file(argv)} fails: {str(error).splitlines()[0].strip(chr(34) + chr(39))[:200]}"
     bare = flags.FlagValues()
     parse(bare, ["", *(argument for argument in argv if argument.startswith("--config="))], config=True)
@@ -205,7 +191,7 @@ def _config_file(argv: list[str]) -> str:
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Runs `command(argv)`; returns the exit status: 0, 1 (the run failed), 2 (the input was wrong), 130 (Ctrl-C)."""
+    """Runs `command(argv)`; returns the exit status: 0, 1 (run failed), 2 (wrong input) or 130 (Ctrl-C)."""
     argv = list(sys.argv if argv is None else argv)
     try:
         command(argv)
@@ -216,7 +202,7 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
         status, message = 1, str(error)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
-    except OSError as error:  # a full, read-only or vanished disk
+    except OSError as error:  # e.g. a full disk
         status, message = 1, f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
     name = Path(argv[0]).stem or "ldm_jax"
     print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
@@ -224,7 +210,7 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
 
 
 def start_devices(flag_values: flags.FlagValues) -> None:
-    """Imports JAX with the settings that all commands share, joins the other hosts, and prints the device line."""
+    """Configures and imports JAX, connects to the other hosts, and prints the device line."""
     from ldm_jax.runtime.xla import configure
 
     configure()
@@ -238,16 +224,16 @@ def start_devices(flag_values: flags.FlagValues) -> None:
     devices = jax.devices()
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     if jax.process_index() == 0:
-        kind = f"{os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
-        print(f"Device: {len(devices)} x {devices[0].platform} ({kind}){hosts}, jax {jax.__version__}", flush=True)
+        model = f"{os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
+        print(f"Device: {len(devices)} x {devices[0].platform} ({model}){hosts}, jax {jax.__version__}", flush=True)
 
 
 def _check_coordinator(flag_values: flags.FlagValues) -> None:
     host, _, port = flag_values.coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise InputError(f"--coordinator={flag_values.coordinator} is no host:port, e.g. 10.0.0.1:1234")
-    if not 0 <= flag_values.process_id < flag_values.num_processes:
+        raise InputError(f"--coordinator={flag_values.coordinator} is wrong; it must be host:port, e.g. 10.0.0.1:1234")
+    last = flag_values.num_processes - 1
+    if not 0 <= flag_values.process_id <= last:
         raise InputError(
-            f"--process_id is {flag_values.process_id}; of --num_processes={flag_values.num_processes} it must be "
-            f"from 0 to {flag_values.num_processes - 1}"
+            f"--process_id is {flag_values.process_id}; with --num_processes={last + 1} it must be 0 to {last}"
         )

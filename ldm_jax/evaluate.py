@@ -34,7 +34,7 @@ def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
     flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
-    command_line.define_drawing_flags(values, num=10_000)
+    command_line.define_sampling_flags(values, num=10_000)
     command_line.define_file_flags(values)
     command_line.define_device_flags(values)
     return values

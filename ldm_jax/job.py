@@ -1,7 +1,6 @@
-"""The main job from top to bottom: data, autoencoder, latents, diffusion model, samples, scores, report.
+"""A run from top to bottom: data, autoencoder, latents, diffusion model, samples, evaluation, report.
 
-Every stage leaves its result in the run folder and first looks whether it is there already, so that the same call again
-goes on where the last one stopped.
+Each stage writes its result to the run folder and skips what is there already, so that the same call resumes a run.
 """
 
 import time
@@ -42,17 +41,21 @@ from ldm_jax.training.text_embeddings import check_memory
 
 
 def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
-    """Runs or resumes the job of `config` in `workdir`. With `dry_run`, checks all inputs and writes nothing.
+    """Runs or resumes all stages of `config` in the run folder `workdir`.
 
-    `command` is the command line, for the report.
+    Args:
+      config: a valid config (see `config.rules.validate`).
+      workdir: the run folder; it may not exist yet.
+      command: the command line, for the report.
+      dry_run: check all inputs; compile and write nothing.
 
     Raises:
-      InputError: data or weights that are missing or do not fit, another run's folder.
-      RunError: a loss that is not finite, a checkpoint that cannot be written.
+      InputError: data or weights are missing or do not fit, or the folder holds another run.
+      RunError: a loss is not finite, or a checkpoint cannot be written.
     """
     config_rules.validate_devices(config, jax.device_count())
     scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
-    recorded = config  # a model that is fine-tuned has fields of its own
+    recorded = config  # load_base replaces fields by those of the pretrained model
     base, config = load_base(config) if config.init_from else (None, config)
     train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
     print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
@@ -71,14 +74,14 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if primary:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", recorded.to_dict())
-        write_json(workdir / "data.json", _about(train_set, test_set, model, command))
+        write_json(workdir / "data.json", _data_record(train_set, test_set, model, command))
     log = Log(workdir, write=primary)
     try:
         with InterruptWatch() as watch:
             job = Run(config, workdir, train_set, test_set, log, watch, base)
             clock = CompileClock()
             for name, stage in _stages(job, primary):
-                _timed(job, clock, name, stage)
+                _run_timed(job, clock, name, stage)
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
         return
@@ -87,31 +90,32 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if primary:
         write_report(workdir)
         print(f"Done: {workdir / 'report.html'}")
-    wait_for_hosts("done")  # the others would leave, and a host that misses another ends with an error
+    wait_for_hosts("done")  # a host that exits early makes the others fail
 
 
 def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None]]]:
-    """The stages of a run, in their order; the first host alone samples and scores."""
-    wanted, latents = job.config.stages, job.config.autoencoder.type != "none"
-    if "autoencoder" in wanted and latents:
+    """The stages of a run in order, by name; only the primary host samples and evaluates."""
+    names = job.config.stages
+    if "autoencoder" in names and job.config.autoencoder.type != "none":
         yield "autoencoder", stages.train_autoencoder
         yield "latents", stages.measure_latents
-    if "clip" in wanted:
+    if "clip" in names:
         yield "clip", stages.train_clip
-    if "diffusion" in wanted:
+    if "diffusion" in names:
         yield "diffusion", stages.train_diffusion
-    if "classifier" in wanted:
+    if "classifier" in names:
         yield "classifier", stages.train_classifier
     if not primary:
         return
-    if "diffusion" in wanted:
+    if "diffusion" in names:
         yield "sampling", lambda job: sample_run(job.workdir, job.sampling_set)
         if config_rules.text_conditioned(job.config):
             yield "prompts", lambda job: prompt_sheets.sample_sheets(job.workdir, job.train_set, job.test_set)
     yield "scoring", lambda job: scoring.score_run(job.workdir, job.train_set, job.test_set)
 
 
-def _timed(job: Run, clock: CompileClock, name: str, stage: Callable[[Run], None]) -> None:
+def _run_timed(job: Run, clock: CompileClock, name: str, stage: Callable[[Run], None]) -> None:
+    """Runs a stage; logs and prints its seconds, those of compiling, and its compilations."""
     start, compiling, count = time.monotonic(), clock.seconds, clock.count
     stage(job)
     seconds = time.monotonic() - start
@@ -122,16 +126,7 @@ def _timed(job: Run, clock: CompileClock, name: str, stage: Callable[[Run], None
 
 
 def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset) -> None:
-    """Checks, before anything is compiled or written, that all stages can run, and prints the networks' sizes.
-
-    Args:
-      config: of the run.
-      model, params: that diffusion training starts from; params may be shapes.
-      train_set: the training split.
-
-    Raises:
-      InputError: a model cannot be built, or does not fit the data; another run's model is missing or does not fit.
-    """
+    """Raises InputError, before anything is compiled, if a model is missing or does not fit the data; prints sizes."""
     check_segments(model, train_set)
     if config.init_from:
         check_data(config, model, params, train_set)
@@ -142,51 +137,44 @@ def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set
     if "clip" in config.stages:
         clip_data.check(config)
         scoring.zero_shot_classes(config)
-    describe_models(config, model, params, train_set.num_classes)
+    print_sizes(config, model, params, train_set.num_classes)
 
 
-def describe_models(config: ConfigDict, model: LatentDiffusion, params: Params, num_classes: int) -> None:
-    """Builds the networks of all stages, without their parameters, and prints their sizes.
+def print_sizes(config: ConfigDict, model: LatentDiffusion, params: Params, num_classes: int) -> None:
+    """Prints the number of trained parameters of each stage's networks; `params` may be shapes.
 
-    Args:
-      config: of the run.
-      model, params: that diffusion training starts from; params may be shapes.
-      num_classes: of the data set.
-
-    Raises:
-      InputError: a network or the solver's table cannot be built.
+    Raises InputError if a network or the solver's table cannot be built.
     """
     try:
-        sizes = _trained_shapes(config, model, params, num_classes)
+        shapes = _trained_shapes(config, model, params, num_classes)
         if "diffusion" in config.stages:
             make_table(model, solving_defaults(model, model.defaults.sampler))
     except ValueError as error:
         raise InputError(f"config: {error}") from error
-    for name in sorted(sizes, key=STAGES.index):
-        for part, shapes in sizes[name].items():
-            size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-            print(f"{name:>12} {part}: {size:,} parameters", flush=True)
+    for stage, networks in shapes.items():
+        for name, tree in networks.items():
+            print(f"{stage:>12} {name}: {sum(leaf.size for leaf in jax.tree.leaves(tree)):,} parameters", flush=True)
 
 
 def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, num_classes: int) -> dict[str, Any]:
-    """Stage -> the shapes of what it trains."""
-    shapes: dict[str, Any] = {}
+    """Stage -> the shapes of its trained parameters."""
+    made: dict[str, Any] = {}
     if "autoencoder" in config.stages and model.first_stage.module is not None:
-        shapes["autoencoder"] = jax.eval_shape(make_autoencoder_stage(config).init, jax.random.key(0)).params
+        made["autoencoder"] = make_autoencoder_stage(config)
     if "clip" in config.stages:
-        stage = make_clip_stage(clip_on_paper(config), config)
-        shapes["clip"] = jax.eval_shape(stage.init, jax.random.key(0)).params
+        made["clip"] = make_clip_stage(clip_on_paper(config), config)
+    if "classifier" in config.stages:
+        made["classifier"] = make_classifier_stage(model, num_classes, config)
+    shapes = {name: jax.eval_shape(stage.init, jax.random.key(0)).params for name, stage in made.items()}
     if "diffusion" in config.stages:
         shapes["diffusion"] = trained_shapes(trainable_of(config, model), params)
-    if "classifier" in config.stages:
-        stage = make_classifier_stage(model, num_classes, config)
-        shapes["classifier"] = jax.eval_shape(stage.init, jax.random.key(0)).params
-    return shapes
+    return {name: shapes[name] for name in STAGES if name in shapes}
 
 
-def _about(train_set: Dataset, test_set: Dataset, model: LatentDiffusion, command: str) -> dict[str, Any]:
-    """What data.json records of a run."""
-    about = {
+def _data_record(train_set: Dataset, test_set: Dataset, model: LatentDiffusion, command: str) -> dict[str, Any]:
+    """The content of data.json."""
+    fingerprint = model.origin.fingerprint
+    return {
         "class_names": train_set.class_names,
         "train": len(train_set),
         "test": len(test_set),
@@ -194,11 +182,9 @@ def _about(train_set: Dataset, test_set: Dataset, model: LatentDiffusion, comman
         "test_fingerprint": test_set.fingerprint,
         "device": describe_device(),
         "command": command,
-    }
-    fingerprint = model.origin.fingerprint
-    return about | ({"init_from_fingerprint": fingerprint} if fingerprint else {})
+    } | ({"init_from_fingerprint": fingerprint} if fingerprint else {})
 
 
 def describe_device() -> str:
-    """For the record: how many of which device."""
+    """The number and the model of the devices, e.g. "4 x NVIDIA H100"."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

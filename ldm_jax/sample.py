@@ -57,7 +57,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
     flags.DEFINE_string("lora", None, "a file of diffusers with LoRA of the UNet, added to it", flag_values=values)
     flags.DEFINE_float("lora_scale", None, "how strongly; default 1", flag_values=values)
-    command_line.define_drawing_flags(values, num=64)
+    command_line.define_sampling_flags(values, num=64)
     command_line.define_editing_flags(values)
     command_line.define_file_flags(values)
     command_line.define_device_flags(values)

@@ -1,9 +1,9 @@
-"""Trains everything a config describes, and ends with samples, scores and a report.
+"""Trains the models of a config, then writes samples, an evaluation and a report.
 
     python -m ldm_jax.train --config=configs/fashion_mnist.py [--workdir=runs/fashion_mnist]
                             [--config.FIELD=VALUE ...] [--print_config] [--dry_run]
 
-The same command again goes on where it stopped, or says that all is done.
+The same command resumes an interrupted run, or says that all is done.
 """
 
 import shlex
@@ -21,53 +21,50 @@ from ldm_jax.config.renamed import rename_fields
 from ldm_jax.run_folder import layout as run_folder_layout
 
 
-def define_flags(argv: list[str]) -> flags.FlagValues:
-    """The flags of this command, not yet parsed."""
-    flag_values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "the run folder; default: runs/ and the config's name", flag_values=flag_values
-    )
-    flags.DEFINE_boolean("print_config", False, "print the resolved config and stop", flag_values=flag_values)
-    flags.DEFINE_boolean("dry_run", False, "check everything, compile and write nothing", flag_values=flag_values)
-    command_line.define_device_flags(flag_values)
-    return flag_values
+def define_flags() -> flags.FlagValues:
+    """The flags of this command, not yet parsed; `command_line.parse` adds --config."""
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "the run folder; default: runs/ and the config's name", flag_values=values)
+    flags.DEFINE_boolean("print_config", False, "print the resolved config and exit", flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "check all inputs; compile and write nothing", flag_values=values)
+    command_line.define_device_flags(values)
+    return values
 
 
 def main(argv: list[str]) -> None:
-    """The command: checks first, then the stages one after the other."""
-    flag_values = define_flags(argv)
-    if command_line.wants_help(argv, __doc__, flag_values):
+    """The command."""
+    values = define_flags()
+    if command_line.wants_help(argv, __doc__, values):
         return
-    command_line.parse(flag_values, argv, config=True)
-    config = flag_values.config
+    command_line.parse(values, argv, config=True)
+    config = values.config
     config_rules.validate(config)
-    if flag_values.print_config:
+    if values.print_config:
         print(config_io.to_json(config), end="")
         return
-    config_file = Path(flag_values["config"].config_filename)
-    workdir = Path(flag_values.workdir or Path("runs") / config_file.stem)
+    workdir = Path(values.workdir or Path("runs") / Path(values["config"].config_filename).stem)
     run_folder_layout.check(workdir, config)
-    command_line.start_devices(flag_values)
+    command_line.start_devices(values)
 
-    from ldm_jax import job  # JAX and all that stands on it: imported after the checks that need none of it
+    from ldm_jax import job  # it imports JAX, which takes seconds: after the checks that do not need it
 
     command = shlex.join(["python", "-m", "ldm_jax.train", *argv[1:]])
-    job.run(config, workdir, command=command, dry_run=flag_values.dry_run)
+    job.run(config, workdir, command=command, dry_run=values.dry_run)
 
 
 class _Callable(ModuleType):
-    """This module, called: `ldm_jax.train(config, "runs/mine")`."""
+    """The type of this module, which can be called: `ldm_jax.train(config, "runs/mine")`."""
 
     def __call__(self, config: ConfigDict, workdir: str | Path) -> None:
-        """Trains everything a config describes, as the command does; resumes a run that is in `workdir` already.
+        """Trains the models of a config, or resumes the run in `workdir`, as the command does.
 
         Args:
-          config: such as a config file's `get_config()`, perhaps with fields changed.
+          config: e.g. a config file's `get_config()`, with some fields changed.
           workdir: the run folder.
 
         Raises:
-          InputError: a field or a file that is wrong.
-          RunError: a loss that is not finite, a disk that is full.
+          InputError: a wrong field or file.
+          RunError: a loss that is not finite, a full disk.
         """
         rename_fields(config)
         config_rules.validate(config)

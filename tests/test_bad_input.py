@@ -276,7 +276,7 @@ def test_train_refuses_a_workdir(case, tiny_data, tmp_path, capsys):
 
 def small_config():
     """The config of `jobs.SMALL`."""
-    values = train.define_flags([])
+    values = train.define_flags()
     command_line.parse(values, ["train", *jobs.SMALL], config=True)
     return values.config
 

@@ -1,4 +1,4 @@
-"""Configs: saved, read back, compared."""
+"""Configs: flattened, saved as JSON, read back with defaults for missing fields, hashed and compared."""
 
 import hashlib
 import json
@@ -11,10 +11,10 @@ from ldm_jax.config import defaults
 from ldm_jax.config.renamed import FIRST_NAMES, rename_saved
 from ldm_jax.errors import InputError
 
-# The sections that there have been since the first version.
-ALWAYS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")
+# The sections that every config of ldm_jax has had since the first version.
+REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")
 
-# What may change between two runs of the same command without making it another run.
+# Fields and sections that may change between two calls of the same run.
 FREE = (
     "sampling",
     "evaluation",
@@ -27,23 +27,21 @@ FREE = (
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Field -> value with dotted names, e.g. "diffusion.steps"; tuples become lists, as JSON has them."""
+    """The fields of a config by their full names, e.g. {"diffusion.steps": 1000}."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, (dict, ConfigDict)):
-            fields |= flatten(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = value
+        nested = isinstance(value, (dict, ConfigDict))
+        fields |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return fields
 
 
 def to_json(config: ConfigDict) -> str:
-    """The resolved config, readable."""
+    """The resolved config as indented JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
 def from_json(path: Path) -> ConfigDict:
-    """Reads a run folder's config.json; raises InputError if it is none."""
+    """The config in a run folder's config.json; raises InputError if the file is missing or damaged."""
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
@@ -51,54 +49,45 @@ def from_json(path: Path) -> ConfigDict:
     except ValueError as error:  # of JSON or of UTF-8
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{path} is damaged: it holds no fields")
+        raise InputError(f"{path} is damaged: it must hold a JSON object of config fields")
     return from_fields(fields)
 
 
 def from_fields(fields: dict[str, Any]) -> ConfigDict:
-    """The config of what `to_json` wrote, parsed."""
+    """The locked config of parsed JSON: renamed fields by today's names, lists as tuples."""
     return ConfigDict(_tuples(rename_saved(fields))).lock()
 
 
-def of_run(path: Path) -> ConfigDict:
-    """As `from_json`, of a run that is only read: `completed`."""
-    return completed(from_json(path), str(path))
+def read_with_defaults(path: Path) -> ConfigDict:
+    """As `from_json`, with the defaults of missing fields (see `with_defaults`)."""
+    return with_defaults(from_json(path), str(path))
 
 
-def completed(config: ConfigDict, where: str) -> ConfigDict:
-    """The config with the fields that have come since it was written, as config/defaults.py has them; says which.
+def with_defaults(config: ConfigDict, where: str) -> ConfigDict:
+    """The config of an older version, read from `where`, with the defaults of the fields added since; prints these.
 
-    A field's default is what was done before there was a field. What is no config of ours stays as it is.
+    A default is always the behaviour of the versions without the field. What is no config of ldm_jax is not changed.
     """
-    if not all(isinstance(config.get(name), ConfigDict) for name in ALWAYS):
+    if not all(isinstance(config.get(name), ConfigDict) for name in REQUIRED_SECTIONS):
         return config
-    wanted, given = flatten(defaults.get_config()), flatten(config)
-    lacking = sorted(wanted.keys() - given.keys())
-    if not lacking or any(name.startswith(f"{other}.") for name in lacking for other in given):
+    default, fields = defaults.get_config(), flatten(config)
+    missing = sorted(flatten(default).keys() - fields.keys())
+    if not missing or any(name.startswith(f"{field}.") for name in missing for field in fields):
         return config
-    named = dict.fromkeys(f"config.{_section_or_field(name, given)}" for name in lacking)
+    sections = {name: name.split(".")[0] for name in missing}
+    whole = {name for name, section in sections.items() if section != name and section not in config}
+    named = dict.fromkeys(f"config.{sections[name]}.*" if name in whole else f"config.{name}" for name in missing)
     print(f"{where} is of an older version; as in ldm_jax/config/defaults.py are {', '.join(named)}")
-    whole = config.copy_and_resolve_references().unlock()
-    for name in lacking:
-        *sections, field = name.split(".")
-        place = whole
-        for section in sections:
-            if section not in place:
-                place[section] = ConfigDict()
-            place = place[section]
-        place[field] = wanted[name]
-    return whole.lock()
+    return ConfigDict(_merge(default.to_dict(), config.to_dict())).lock()
 
 
-def _section_or_field(name: str, given: dict[str, Any]) -> str:
-    """The first section on the way to a field, "SECTION.*", of which nothing is given; or else the field."""
-    parts = name.split(".")
-    sections = (".".join(parts[:i]) + "." for i in range(1, len(parts)))
-    return next((f"{section}*" for section in sections if not any(n.startswith(section) for n in given)), name)
+def _merge(default: dict, fields: dict) -> dict:
+    nested = {name: _merge(default[name], v) for name, v in fields.items() if isinstance(default.get(name), dict)}
+    return default | fields | nested
 
 
 def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:
-    """A hash of the fields below `sections`, e.g. ("seed", "data", "autoencoder"), by the names they had at first."""
+    """A hash of the fields below `sections`, e.g. ("seed", "data", "autoencoder"), by their first names."""
     free = tuple(name for name in FREE if name not in sections)
     fields = {n: value for n, value in flatten(config).items() if n.startswith(sections) and not n.startswith(free)}
     fields = {FIRST_NAMES.get(name, name): value for name, value in fields.items()}
@@ -106,17 +95,13 @@ def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """The identifying fields in which two configs differ, as 'name: old -> new'."""
-    before, after = _identifying(old), _identifying(new)
+    """The fields, except those in FREE, in which two configs differ, as 'name: old -> new'."""
+    before, after = flatten(old), flatten(new)
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted(before.keys() | after)
-        if before.get(name) != after.get(name)
+        if before.get(name) != after.get(name) and not name.startswith(FREE)
     ]
-
-
-def _identifying(config: ConfigDict) -> dict[str, Any]:
-    return {name: value for name, value in flatten(config).items() if not name.startswith(FREE)}
 
 
 def _tuples(value: Any) -> Any:

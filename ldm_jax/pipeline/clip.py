@@ -41,7 +41,7 @@ def load_clip(path: Path, config: ConfigDict | None = None) -> TrainedCLIP:
     if config is None:
         if not path.is_dir():
             raise InputError(f"{path} does not exist; it must be a run folder with a CLIP")
-        config = config_io.of_run(path / "config.json")
+        config = config_io.read_with_defaults(path / "config.json")
     if "clip" not in config.stages:
         raise InputError(f"{path} has no CLIP: its config.stages are {', '.join(config.stages)}")
     tokenizer = load_tokenizer(path / FOLDER / TOKENIZER)

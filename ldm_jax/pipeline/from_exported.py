@@ -63,7 +63,7 @@ def read_record(path: Path) -> Record:
     wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
     if wrong or not isinstance(fields["data"].get("class_names"), list):
         raise InputError(f"{path / RECIPE} is damaged: its {wrong[0] if wrong else 'data'} is of another type")
-    config = config_io.completed(config_io.from_fields(fields["config"]), str(path / RECIPE))
+    config = config_io.with_defaults(config_io.from_fields(fields["config"]), str(path / RECIPE))
     validate(config)
     return Record(**{name: fields[name] for name in FIELDS} | {"config": config})
 

@@ -28,7 +28,7 @@ def read_config(path: Path, dtype: str | None = None) -> ConfigDict:
     Raises:
       InputError: it has none, or a config that no run could have.
     """
-    config = config_io.of_run(path / "config.json")
+    config = config_io.read_with_defaults(path / "config.json")
     validate(config)
     if "diffusion" not in config.stages:
         raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")

@@ -67,7 +67,7 @@ def load_classifier(path: Path) -> TrainedClassifier:
     """Reads the classifier of a run folder; raises InputError if there is none, or it does not fit its own config."""
     if not path.is_dir():
         raise InputError(f"--classifier={path} does not exist; it must be a run folder with a classifier")
-    config = config_io.of_run(path / "config.json")
+    config = config_io.read_with_defaults(path / "config.json")
     validate(config)
     if "classifier" not in config.stages:
         raise InputError(f"--classifier={path} has no classifier: its config.stages are {', '.join(config.stages)}")

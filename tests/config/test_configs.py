@@ -21,6 +21,6 @@ def test_a_shipped_config_is_sound(name, capsys):
     if config.init_from:  # its networks are in a folder that is not here
         return
     model, shapes = on_paper(config, tuple("0123456789"))
-    job.describe_models(config, model, shapes, num_classes=10)
+    job.print_sizes(config, model, shapes, num_classes=10)
     last = config.stages[-1]
     assert {"diffusion": "denoiser", "classifier": "classifier", "clip": "logit_scale"}[last] in capsys.readouterr().out

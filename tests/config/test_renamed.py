@@ -28,7 +28,7 @@ def renamed_values(config):
 
 
 def test_every_renamed_field_on_the_command_line(capsys):
-    values = train.define_flags([])
+    values = train.define_flags()
     argv = ["train", "--config=configs/base.py", *(f"--config.{old}={value}" for old, value in VALUES.items())]
     command_line.parse(values, argv, config=True)
     assert renamed_values(values.config) == VALUES
@@ -43,7 +43,7 @@ def test_every_renamed_field_in_a_config_file(tmp_path, capsys):
         "from ldm_jax.config import defaults\n\n\ndef get_config():\n    config = defaults.get_config().unlock()\n"
         + "\n".join([*lines, "    return config", ""])
     )
-    values = train.define_flags([])
+    values = train.define_flags()
     command_line.parse(values, ["train", f"--config={file}"], config=True)
     assert renamed_values(values.config) == VALUES
     assert len(capsys.readouterr().err.splitlines()) == len(FIELDS)

@@ -59,11 +59,11 @@ def test_an_older_run_is_not_resumed(older_run, tiny_data, capsys):
     assert (older_run / "config.json").read_text() == before
 
 
-SECTIONS = {name: {} for name in config_io.ALWAYS}
+SECTIONS = {name: {} for name in config_io.REQUIRED_SECTIONS}
 NO_CONFIGS = [{"seed": 1}, SECTIONS | {"data": 3}, SECTIONS | {"lora": None}]
 
 
 @pytest.mark.parametrize("fields", NO_CONFIGS)
 def test_what_is_no_config_stays_as_it_is(fields):
     config = config_io.from_fields(fields)
-    assert config_io.completed(config, "there").to_dict() == config.to_dict()
+    assert config_io.with_defaults(config, "there").to_dict() == config.to_dict()
