@@ -1,7 +1,7 @@
-"""What a UNet is told of classes, as a part of it in diffusers: `encoder_hid_proj`, a linear map of one-hot vectors.
+"""Class embeddings stored in a diffusers UNet: as `encoder_hid_proj`, a linear map of one-hot vectors.
 
-Of K classes and none, with L tokens each, it maps [B, L, (K + 1) L] to context [B, L, D]: it looks up the rows of an
-embedding. So diffusers' own class holds all that was learned.
+For K classes and the null condition with L tokens each, it maps one-hot vectors [B, L, (K + 1) L] to the context
+[B, L, D]: a lookup of the embedding's rows, so that diffusers' own UNet2DConditionModel holds all trained weights.
 """
 
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ PROJECTION = "encoder_hid_proj"
 NO_FIELDS = {"encoder_hid_dim": None, "encoder_hid_dim_type": None}  # of a UNet without it
 
 
-def fields_of(rows: int) -> dict[str, Any]:
-    """The fields of a UNet's config.json that tell of (K + 1) L rows."""
+def config_fields(rows: int) -> dict[str, Any]:
+    """The fields of the UNet's config.json for `rows` = (K + 1) L one-hot dimensions."""
     return {"encoder_hid_dim": rows, "encoder_hid_dim_type": "text_proj"}
 
 
-def projection_of(table: np.ndarray, width: int) -> dict[str, np.ndarray]:
-    """An embedding [K + 1, L D] as the weights of such a map, D = `width`."""
+def projection_weights(table: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    """The state dict of the linear map for an embedding [K + 1, L D], D = `width`."""
     weight = table.reshape(-1, width).T
     return {f"{PROJECTION}.weight": weight, f"{PROJECTION}.bias": np.zeros(width, table.dtype)}
 
@@ -30,13 +30,13 @@ def projection_of(table: np.ndarray, width: int) -> dict[str, np.ndarray]:
 def split_table(
     state: Mapping[str, np.ndarray | Stored], rows: int, width: int
 ) -> tuple[dict[str, np.ndarray | Stored], np.ndarray]:
-    """The inverse: a UNet's state dict without the map; the rows [(K + 1) L, D].
+    """The inverse: the UNet's state dict without the linear map; the embedding's rows [(K + 1) L, D].
 
     Raises:
-      InputError: if there is no map of that shape in it.
+      InputError: `encoder_hid_proj` is missing or of another shape.
     """
     weight, bias = (np.asarray(state.get(f"{PROJECTION}.{name}", ())) for name in ("weight", "bias"))
     if (weight.shape, bias.shape) != ((width, rows), (width,)):
-        raise InputError(f"the weights have no {PROJECTION} of {(width, rows)}")
+        raise InputError(f"the weights have no {PROJECTION} of shape {(width, rows)}, the class embedding")
     table = np.ascontiguousarray(weight.T) + bias if bias.any() else np.ascontiguousarray(weight.T)
     return {name: tensor for name, tensor in state.items() if not name.startswith(f"{PROJECTION}.")}, table

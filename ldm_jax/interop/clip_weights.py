@@ -1,8 +1,8 @@
-"""CLIP as transformers keeps it: config.json -> module, state dict <-> parameters, of either encoder or of both.
+"""CLIP in transformers' format: config.json <-> module, state dict <-> parameters, of either encoder or of both.
 
-The names are those of `ldm_jax.interop.diffusers`, in most files below `text_model.` or `vision_model.`: transformers
-5.6 and later leave that prefix out for a CLIPTextModel. Both layouts are read; written is the older one, which every
-version reads.
+Names are mapped by `ldm_jax.interop.diffusers`, below `text_model.` or `vision_model.` in most files: transformers 5.6
+and later write a CLIPTextModel without that prefix. Both layouts are read; the older one, which every version reads, is
+written.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ from ldm_jax.interop.stored import Stored
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.clip_vision import CLIP, INITIAL_TEMPERATURE, CLIPImageEncoder
 
-# Name of a class of transformers -> whether it projects the pooled features.
+# Class in transformers -> whether it projects the pooled features.
 ARCHITECTURES = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}
 IMAGE_ARCHITECTURE, WHOLE = "CLIPVisionModelWithProjection", "CLIPModel"
 
-# The keys that matter, and their types. What else a config holds is of training (dropout, initialisation), or of
-# generation, or, like `dtype`, tells of the file.
+# The keys of config.json that define the network, and their types; the others are about training (dropout,
+# initialisation), generation, or the file (`dtype`).
 LAYERS = {
     "hidden_size": int,
     "intermediate_size": int,
@@ -34,18 +34,21 @@ LAYERS = {
 }
 KEYS = {"vocab_size": int, "max_position_embeddings": int, "eos_token_id": int} | LAYERS
 IMAGE_KEYS = {"image_size": int, "patch_size": int, "num_channels": int} | LAYERS
-PROJECTION_DIM = 512  # the default of the three config classes; the others are the modules' own
+PROJECTION_DIM = 512  # the default of the three config classes; the other defaults are the modules'
 
 PREFIX, IMAGE_PREFIX = "text_model.", "vision_model."  # of all names but these:
-TEXT_PROJECTION, IMAGE_PROJECTION, LOGIT_SCALE = "text_projection.", "visual_projection.", "logit_scale"
-IGNORED = "embeddings.position_ids"  # 0, 1, 2 ...: a buffer that older files have
+PROJECTIONS = TEXT_PROJECTION, IMAGE_PROJECTION = "text_projection.", "visual_projection."
+LOGIT_SCALE = "logit_scale"
+IGNORED = "embeddings.position_ids"  # 0, 1, 2 ...: a buffer in older files
+
+StateDict = Mapping[str, np.ndarray | Stored]
 
 
 def text_encoder_from_config(config: Mapping[str, Any]) -> CLIPTextEncoder:
-    """The module that a text encoder's config.json describes; keys it lacks have the defaults of CLIPTextConfig.
+    """The text encoder of a config.json; absent keys have the defaults of CLIPTextConfig.
 
     Raises:
-      InputError: for another architecture or activation, or a value that makes no sense.
+      InputError: for another architecture or activation, or an invalid value.
     """
     _check_architecture(config, list(ARCHITECTURES), "text encoder")
     fields = {"projection_dim": PROJECTION_DIM} | {name: config[name] for name in KEYS if name in config}
@@ -55,46 +58,37 @@ def text_encoder_from_config(config: Mapping[str, Any]) -> CLIPTextEncoder:
 
 
 def image_encoder_from_config(config: Mapping[str, Any]) -> CLIPImageEncoder:
-    """The module that an image encoder's config.json describes; keys it lacks have the defaults of CLIPVisionConfig.
-
-    Raises:
-      InputError: for another architecture or activation, or a value that makes no sense.
-    """
+    """The image encoder of a config.json; absent keys have the defaults of CLIPVisionConfig; errors as above."""
     _check_architecture(config, [IMAGE_ARCHITECTURE], "image encoder")
-    fields = {name: config[name] for name in IMAGE_KEYS if name in config}
-    return _module(CLIPImageEncoder, fields, IMAGE_KEYS, "image encoder")
+    return _module(CLIPImageEncoder, {k: config[k] for k in IMAGE_KEYS if k in config}, IMAGE_KEYS, "image encoder")
 
 
 def clip_from_config(config: Mapping[str, Any]) -> CLIP:
-    """Both encoders, from the config.json of a CLIPModel, whose projection_dim is that of both.
-
-    Raises:
-      InputError: as the two above.
-    """
+    """Both encoders of a CLIPModel's config.json, whose projection_dim applies to both; errors as above."""
     _check_architecture(config, [WHOLE], "CLIP")
-    parts = [config.get(f"{name}_config", {}) for name in ("text", "vision")]
-    if not all(isinstance(part, Mapping) for part in parts):
+    encoders = [config.get(f"{name}_config", {}) for name in ("text", "vision")]
+    if not all(isinstance(encoder, Mapping) for encoder in encoders):
         raise InputError("CLIP: text_config and vision_config must be objects with the encoders' fields")
     projection = {"projection_dim": config.get("projection_dim", PROJECTION_DIM)}
-    text, image = (dict(part) | projection for part in parts)
+    text, image = (dict(encoder) | projection for encoder in encoders)
     return CLIP(
         text_encoder_from_config(text | {"architectures": ["CLIPTextModelWithProjection"]}),
         image_encoder_from_config(image | {"architectures": [IMAGE_ARCHITECTURE]}),
     )
 
 
-def _check_architecture(config: Mapping[str, Any], known: list[str], what: str) -> None:
-    given = config.get("architectures")
-    if given not in [[name] for name in known]:
-        raise InputError(f"{what}: architectures must be one of {known}; got {given!r}")
+def _check_architecture(config: Mapping[str, Any], supported: list[str], what: str) -> None:
+    got = config.get("architectures")
+    if got not in [[name] for name in supported]:
+        raise InputError(f"{what}: architectures must be one of {supported}; got {got!r}")
 
 
-def _module(kind: type[nn.Module], fields: Mapping[str, Any], types: Mapping[str, type], what: str) -> Any:
-    """The module of these fields, once they are found to be of their types and to fit each other."""
+def _module(encoder_class: type[nn.Module], fields: Mapping[str, Any], types: Mapping[str, type], what: str) -> Any:
+    """The module of these fields, after checking their types and that they fit each other."""
     for name, value in fields.items():
         if not isinstance(value, types[name]) or isinstance(value, bool):
             raise InputError(f"{what}: {name} must be of type {types[name].__name__}; got {value!r}")
-    encoder = kind(**fields)
+    encoder = encoder_class(**fields)
     try:
         encoder.check_fields()
     except ValueError as error:
@@ -118,62 +112,61 @@ def config_from_image_encoder(encoder: CLIPImageEncoder) -> dict[str, Any]:
 
 def config_from_clip(clip: CLIP) -> dict[str, Any]:
     """The inverse of `clip_from_config`: a config.json for transformers."""
-    parts = {"text": config_from_text_encoder(clip.text), "vision": config_from_image_encoder(clip.image)}
+    configs = {"text": config_from_text_encoder(clip.text), "vision": config_from_image_encoder(clip.image)}
     return {
         "architectures": [WHOLE],
         "model_type": "clip",
         "projection_dim": clip.image.projection_dim,
         "logit_scale_init_value": round(-float(np.log(INITIAL_TEMPERATURE)), 4),
-        **{f"{name}_config": {k: v for k, v in part.items() if k != "architectures"} for name, part in parts.items()},
+        **{f"{name}_config": {k: v for k, v in c.items() if k != "architectures"} for name, c in configs.items()},
     }
 
 
-def text_params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
+def text_params_from_state_dict(state: StateDict, target: Params) -> dict[str, Any]:
     """A text encoder's parameters from a state dict of transformers, with or without the prefix `text_model.`.
 
-    Args and errors are those of `params_from_state_dict`; its message names keys without the prefix. `position_ids` are
-    left out.
+    Args and errors are those of `params_from_state_dict`; its message names keys without the prefix.
     """
-    return _unprefixed(state, PREFIX, target)
+    return _remove_prefix(state, PREFIX, target)
 
 
-def image_params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
-    """The same of an image encoder, whose prefix is `vision_model.`."""
-    return _unprefixed(state, IMAGE_PREFIX, target)
+def image_params_from_state_dict(state: StateDict, target: Params) -> dict[str, Any]:
+    """An image encoder's parameters from a state dict of transformers; its prefix is `vision_model.`."""
+    return _remove_prefix(state, IMAGE_PREFIX, target)
 
 
-def clip_params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
-    """The parameters {"text", "image", "logit_scale"} of CLIP from a CLIPModel's state dict; see the two above."""
-    of_image = {key: value for key, value in state.items() if key.startswith((IMAGE_PREFIX, IMAGE_PROJECTION))}
-    of_text = {key: value for key, value in state.items() if key not in of_image and key != LOGIT_SCALE}
-    of_both = {key: value for key, value in state.items() if key == LOGIT_SCALE}
+def clip_params_from_state_dict(state: StateDict, target: Params) -> dict[str, Any]:
+    """The parameters {"text", "image", "logit_scale"} of CLIP from a CLIPModel's state dict."""
+    image = {key: value for key, value in state.items() if key.startswith((IMAGE_PREFIX, IMAGE_PROJECTION))}
+    text = {key: value for key, value in state.items() if key not in image and key != LOGIT_SCALE}
+    scale = {key: value for key, value in state.items() if key == LOGIT_SCALE}
     return {
-        "text": text_params_from_state_dict(of_text, target["text"]),
-        "image": image_params_from_state_dict(of_image, target["image"]),
-    } | params_from_state_dict(of_both, {LOGIT_SCALE: target[LOGIT_SCALE]})
+        "text": text_params_from_state_dict(text, target["text"]),
+        "image": image_params_from_state_dict(image, target["image"]),
+    } | params_from_state_dict(scale, {LOGIT_SCALE: target[LOGIT_SCALE]})
 
 
-def _unprefixed(state: Mapping[str, np.ndarray | Stored], prefix: str, target: Params) -> dict[str, Any]:
+def _remove_prefix(state: StateDict, prefix: str, target: Params) -> dict[str, Any]:
     named = {key.removeprefix(prefix): value for key, value in state.items()}
     return params_from_state_dict({key: value for key, value in named.items() if key != IGNORED}, target)
 
 
 def state_dict_from_text_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse: a state dict with the prefix."""
-    return _prefixed(params, PREFIX, TEXT_PROJECTION)
+    """A text encoder's state dict, with the prefix `text_model.`."""
+    return _add_prefix(params, PREFIX)
 
 
 def state_dict_from_image_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse: a state dict with the prefix."""
-    return _prefixed(params, IMAGE_PREFIX, IMAGE_PROJECTION)
+    """An image encoder's state dict, with the prefix `vision_model.`."""
+    return _add_prefix(params, IMAGE_PREFIX)
 
 
 def state_dict_from_clip_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse: a state dict for a CLIPModel."""
+    """The state dict of a CLIPModel."""
     scale = state_dict_from_params({LOGIT_SCALE: params[LOGIT_SCALE]})
     return state_dict_from_text_params(params["text"]) | state_dict_from_image_params(params["image"]) | scale
 
 
-def _prefixed(params: Params, prefix: str, projection: str) -> dict[str, np.ndarray]:
+def _add_prefix(params: Params, prefix: str) -> dict[str, np.ndarray]:
     state = state_dict_from_params(params)
-    return {key if key.startswith(projection) else prefix + key: value for key, value in state.items()}
+    return {key if key.startswith(PROJECTIONS) else prefix + key: value for key, value in state.items()}

@@ -1,16 +1,16 @@
-"""diffusers' state dicts <-> our parameters: renaming and transposing, nothing else. Files are read elsewhere.
+"""diffusers' state dicts <-> Flax parameters: renaming and transposing, nothing else.
 
-| diffusers                           | here                                                      |
+| diffusers                           | Flax                                                      |
 |-------------------------------------|-----------------------------------------------------------|
 | `down_blocks.0.resnets.1.conv1`     | `params["down_blocks_0"]["resnets_1"]["conv1"]`           |
 | convolution `weight` [O, I, H, W]   | `kernel` [H, W, I, O]                                     |
 | linear `weight` [O, I]              | `kernel` [I, O]                                           |
 | norm `weight`, embedding `weight`   | `scale`, `embedding`                                      |
-| `bias`, parameters of no layer      | of the same name                                          |
+| `bias`, parameters of no layer      | the same name                                             |
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,55 +26,55 @@ Path = tuple[str, ...]
 # `linear_1` and `linear_2` (time embedding) are names; every other `name_N` is entry N of a list, `name.N` in torch.
 _LIST_ENTRY = re.compile(r"(?!linear_)(.+)_(\d+)")
 
-# What diffusers before 0.16 called the layers of plain self-attention.
+# The names of self-attention layers in diffusers before 0.16.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(rf"(?<=\.attentions\.\d\.)({'|'.join(_OLD_NAMES)})(?=\.)")
 
-# Kernels by number of axes: ours from torch's, and back.
+# Axes of kernels by their number: Flax from torch, and back.
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 
-_WEIGHTS = ("kernel", "scale", "embedding")  # what `weight` is called here
+_WEIGHTS = ("kernel", "scale", "embedding")  # `weight` in torch
 
 
 def params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Params) -> dict[str, Any]:
-    """Our parameters from a diffusers state dict.
+    """Flax parameters from a diffusers state dict.
 
     Args:
-      state: name -> array or `Stored`, as in a diffusers file. Names and 1x1-convolution shapes of the attention in
-        old files are understood too.
-      target: the tree of parameters wanted, arrays or `jax.ShapeDtypeStruct`; only structure and shapes are looked at.
+      state: name -> array or `Stored`; names and 1x1-convolution shapes of attention in old files are understood too.
+      target: a tree of arrays or `jax.ShapeDtypeStruct` with the structure and shapes of the parameters.
 
     Returns:
-      A tree like `target` of NumPy arrays with the dtypes of `state`: views of its arrays where possible; of what was
-      stored, laid out in memory.
+      A tree like `target` of NumPy arrays with the dtypes of `state`: views of its arrays where possible; `Stored`
+      tensors are read into aligned memory.
 
     Raises:
-      InputError: if a key is missing, left over or of another shape; all of them are named.
+      InputError: keys are missing, unexpected or of another shape; all of them are named.
     """
-    state = {_modern_name(key): value for key, value in state.items()}
+    state = {_OLD_NAME.sub(lambda match: _OLD_NAMES[match[0]], key): value for key, value in state.items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(target).items()}
     keys = {path: _torch_name(path) for path in shapes}
-
-    missing = sorted(set(keys.values()) - set(state))
-    unexpected = sorted(set(state) - set(keys.values()))
     flat, misshapen = {}, []
     for path, key in keys.items():
         if key in state:
             flat[path] = _from_torch(path, state[key], shapes[path])
             if flat[path].shape != shapes[path]:
                 misshapen.append(f"{key} {state[key].shape} for {shapes[path]}")
-    wrong = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", sorted(misshapen))]
-    if any(names for _, names in wrong):
-        told = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in wrong if names)
-        raise InputError(f"the weights are not those of this model: {told}")
+    missing, unexpected = set(keys.values()) - set(state), set(state) - set(keys.values())
+    if wrong := mismatch({"missing keys": missing, "unexpected keys": unexpected, "size mismatch": misshapen}):
+        raise InputError(f"the state_dict does not fit this model: {wrong}")
     return unflatten_dict(flat)
 
 
-def state_dict_from_params(params: Params) -> dict[str, np.ndarray]:
-    """The inverse of `params_from_state_dict`: a diffusers state dict of NumPy arrays, kernels as transposed views.
+def mismatch(names: Mapping[str, Collection[str]]) -> str:
+    """The part of an error message that lists keys by what is wrong with them, with their number; "" if none is."""
+    return "; ".join(f"{what} ({len(each)}): {', '.join(sorted(each))}" for what, each in names.items() if each)
 
-    `weights.write_safetensors` writes such views right; safetensors' own `save_file` does not.
+
+def state_dict_from_params(params: Params) -> dict[str, np.ndarray]:
+    """The inverse: a diffusers state dict of NumPy arrays, each of its Flax shape but for kernels, transposed views.
+
+    `weights.write_safetensors` writes such views correctly; safetensors' own `save_file` does not.
     """
     state = {}
     for path, leaf in flatten_dict(params).items():
@@ -86,7 +86,7 @@ def state_dict_from_params(params: Params) -> dict[str, np.ndarray]:
 
 
 def names_of(params: Params) -> list[str]:
-    """The names that a tree of parameters has in a diffusers state dict."""
+    """The names of a tree of parameters in a diffusers state dict."""
     return [_torch_name(path) for path in flatten_dict(params)]
 
 
@@ -97,18 +97,13 @@ def _torch_name(path: Path) -> str:
     return ".".join([*names, "weight" if leaf in _WEIGHTS else leaf])
 
 
-def _modern_name(key: str) -> str:
-    """ "mid_block.attentions.0.query.weight" -> "mid_block.attentions.0.to_q.weight"; today's names stay."""
-    return _OLD_NAME.sub(lambda match: _OLD_NAMES[match[0]], key)
-
-
 def _from_torch(path: Path, value: np.ndarray | Stored, shape: tuple[int, ...]) -> np.ndarray:
-    """One array in our layout, which may still turn out to have another shape than wanted."""
+    """One array in Flax's layout, of `shape` if the state dict fits."""
     change = partial(_kernel_from_torch, shape=shape) if path[-1] == "kernel" else lambda value: value
     return value.then(change).laid_out() if isinstance(value, Stored) else change(np.asarray(value))
 
 
 def _kernel_from_torch(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if value.ndim == 4 and len(shape) == 2 and value.shape[2:] == (1, 1):
-        value = value[:, :, 0, 0]  # old files keep the attention's linear maps as 1x1 convolutions
+        value = value[:, :, 0, 0]  # old files store linear maps of attention as 1x1 convolutions
     return value.transpose(_FROM_TORCH[value.ndim]) if value.ndim in _FROM_TORCH else value

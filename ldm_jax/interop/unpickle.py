@@ -1,4 +1,4 @@
-"""Reading pickles that came from somewhere else: nothing but the names on a list can be looked up, let alone run."""
+"""Unpickling of untrusted files: only whitelisted names can be looked up; no code of the pickle's choice runs."""
 
 import pickle
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from ldm_jax.errors import InputError
 
 
 class WhitelistUnpickler(pickle.Unpickler):
-    """An unpickler that resolves only the given names, each to the stand-in given with it; nothing is ever imported.
+    """An unpickler that resolves whitelisted names alone, each to its replacement; nothing is imported.
 
     Args:
         file: an open binary file.
-        allowed: (module, name) -> what the pickle gets for it. Prefer stand-ins of ours to the real classes.
+        allowed: (module, name) -> its replacement, preferably a class of this package rather than the real one.
     """
 
     def __init__(self, file: IO[bytes], allowed: Mapping[tuple[str, str], Any]):
@@ -21,16 +21,20 @@ class WhitelistUnpickler(pickle.Unpickler):
         self._allowed = allowed
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for module.name; `pickle.UnpicklingError` if it is not on the list."""
+        """The replacement for module.name; `pickle.UnpicklingError` if it is not whitelisted."""
         if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a file of weights has no need of")
+            raise pickle.UnpicklingError(f"its pickle uses {module}.{name}, which no file of weights needs")
         return self._allowed[module, name]
 
 
 def load_restricted(unpickler: pickle.Unpickler, path: Path) -> Any:
-    """The unpickled object. Whatever goes wrong (a forbidden name, a truncated file) is one `InputError`."""
+    """The unpickled object; any failure (a forbidden name, a truncated file) becomes one `InputError`."""
     try:
         return unpickler.load()
     except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not readable as a file of weights: {reason}") from error
+        raise InputError(f"{path}: not readable as a file of weights: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,12 +1,12 @@
-"""The weight files of a model's folder as diffusers and transformers name them, whole or in shards.
+"""Weight files in a component's folder of diffusers or transformers: whole, sharded or pickled, read lazily.
 
-| kind      | diffusers                                              | transformers                           |
-|-----------|--------------------------------------------------------|----------------------------------------|
-| whole     | `diffusion_pytorch_model[.fp16].safetensors`           | `model[.fp16].safetensors`             |
-| in shards | `diffusion_pytorch_model.safetensors.index[.fp16].json`| `model.safetensors.index[.fp16].json`  |
-| pickled   | `diffusion_pytorch_model[.fp16].bin`                   | `pytorch_model[.fp16].bin`             |
+|         | diffusers                                              | transformers                           |
+|---------|--------------------------------------------------------|----------------------------------------|
+| whole   | `diffusion_pytorch_model[.fp16].safetensors`           | `model[.fp16].safetensors`             |
+| sharded | `diffusion_pytorch_model.safetensors.index[.fp16].json`| `model.safetensors.index[.fp16].json`  |
+| pickled | `diffusion_pytorch_model[.fp16].bin`                   | `pytorch_model[.fp16].bin`             |
 
-An index tells for each tensor which file has it.
+An index names the shard of each tensor.
 """
 
 import json
@@ -25,15 +25,14 @@ from ldm_jax.interop.stored import Stored
 from ldm_jax.interop.torch_pickle import PickledTensors
 from ldm_jax.runtime.files import atomic, read_json
 
-# (name, suffix) of the files with weights, the first that is there is taken.
+# (name, suffix) of the files with weights, by preference.
 FILES = (
     ("diffusion_pytorch_model", "safetensors"),
     ("model", "safetensors"),
     ("diffusion_pytorch_model", "bin"),
     ("pytorch_model", "bin"),
 )
-# Without a wish: full precision, otherwise what there is.
-VARIANTS = (None, "fp16", "bf16")
+VARIANTS = (None, "fp16", "bf16")  # by preference; None is full precision
 
 SAFETENSORS_TYPES = {
     "F64": np.float64,
@@ -47,34 +46,43 @@ SAFETENSORS_TYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
-_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
+_TYPE_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
 
 
 class _Entry(NamedTuple):
-    """Where a safetensors file keeps a tensor."""
+    """A tensor's place in a safetensors file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int  # from the beginning of the file
+    start: int  # bytes from the beginning of the file
     stop: int
 
 
+class WeightFile(NamedTuple):
+    """A file of weights whose tensors are read one at a time."""
+
+    shapes: dict[str, tuple[int, ...]]  # by name
+    view: Callable[[str], np.ndarray]  # the tensor of that name as the file has it, not to be kept
+    step: int | None = None  # training step, if the file states it
+
+    def stored(self, name: str, dtype: DTypeLike) -> Stored:
+        """A lazy tensor; `dtype` as in `read_state_dict`."""
+        return Stored(partial(self.view, name), dtype)
+
+
 def read_state_dict(folder: Path, *, variant: str | None = None, dtype: DTypeLike = None) -> dict[str, Stored]:
-    """The weights in a folder by name, each of which stays in its file until it is asked for.
+    """The state dict in a component's folder: name -> lazy tensor.
 
     Args:
-      folder: a component's folder, such as the unet/ of Stable Diffusion.
-      variant: for instance "fp16"; None takes full precision if it is there, else half.
+      folder: such as the unet/ of Stable Diffusion.
+      variant: for instance "fp16"; None prefers full precision, then half.
       dtype: what floats are cast to; None keeps theirs.
 
     Raises:
-      InputError: if there are no such weights, a file is missing or damaged, or a pickle holds anything but tensors.
-        That a pickle's storage is damaged is found when the tensor is asked for.
+      InputError: there are no such weights, a file is missing or damaged, or a pickle holds anything but tensors.
+        A damaged storage of a pickle raises it only when the tensor is read.
     """
-    folder = Path(folder)
-    path = _choose(folder, variant)
+    path = _choose(Path(folder), variant)
     state = _read_shards(path, dtype) if path.suffix == ".json" else _read_file(path, dtype)
     if not state:
         raise InputError(f"{path} has no tensors")
@@ -82,55 +90,51 @@ def read_state_dict(folder: Path, *, variant: str | None = None, dtype: DTypeLik
 
 
 def _names(variant: str | None) -> Iterator[str]:
-    """The files that hold, or list, the weights of a variant; the best first."""
+    """The files that hold, or index, the weights of a variant, by preference."""
     v = f".{variant}" if variant else ""
     for name, suffix in FILES:
         yield f"{name}.{suffix}.index{v}.json"
-        yield f"{name}.{suffix}{v}.index.json"  # what diffusers wrote before 0.32; the same without a variant
+        yield f"{name}.{suffix}{v}.index.json"  # of diffusers before 0.32; the same without a variant
         yield f"{name}{v}.{suffix}"
 
 
 def best_weights(names: Collection[str], variant: str | None = None) -> str | None:
-    """Which of the files in a component's folder is read: one with weights, or an index of shards; None if none is."""
-    for wanted in VARIANTS if variant is None else (variant,):
-        for name in _names(wanted):
-            if name in names:
-                return name
-    return None
+    """The file among `names` that is read: weights, or an index of shards; None if there is neither."""
+    variants = VARIANTS if variant is None else (variant,)
+    return next((name for each in variants for name in _names(each) if name in names), None)
 
 
 def _choose(folder: Path, variant: str | None) -> Path:
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder}")
     best = best_weights({path.name for path in folder.iterdir() if path.is_file()}, variant)
-    if best is not None:
-        return folder / best
-    there = ", ".join(weight_files(folder)) or "no weights at all"
-    what = "weights" if variant is None else f"weights of the variant {variant!r}"
-    raise InputError(f"{folder} has no {what}, for instance {[*_names(variant)][2]}; it has {there}")
+    if best is None:
+        present = ", ".join(weight_files(folder)) or "no weights at all"
+        missing = "weights" if variant is None else f"weights of the variant {variant!r}"
+        raise InputError(f"{folder} has no {missing}, for instance {[*_names(variant)][2]}; it has {present}")
+    return folder / best
 
 
 def weight_files(folder: Path) -> list[str]:
-    """The names of all files in a folder that hold or list weights."""
+    """The names of all files in a folder that hold or index weights, sorted."""
     return sorted(p.name for p in folder.glob("*") if p.suffix in (".safetensors", ".bin") or ".index." in p.name)
 
 
 def _read_shards(index: Path, dtype: DTypeLike) -> dict[str, Stored]:
     files = read_json(index, "weight_map")["weight_map"]
-    names = [*files.values()] if isinstance(files, dict) else [None]
-    if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
-        raise InputError(f"{index} is damaged: its weight_map must give the name of a file beside it for each tensor")
+    shards = [*files.values()] if isinstance(files, dict) else [None]
+    if not all(isinstance(name, str) and name and Path(name).name == name for name in shards):
+        raise InputError(f"{index} is damaged: its weight_map must name a file of the same folder for each tensor")
     state = {}
-    for name in dict.fromkeys(names):
-        path = index.parent / name
+    for shard in dict.fromkeys(shards):
+        path = index.parent / shard
         if not path.is_file():
-            raise InputError(f"{path} is missing; {index.name} says that there are weights in it")
+            raise InputError(f"{path} is missing; {index.name} lists weights in it")
         tensors = _read_file(path, dtype)
-        wanted = [tensor for tensor, file in files.items() if file == name]
-        absent = [tensor for tensor in wanted if tensor not in tensors]
-        if absent:
-            raise InputError(f"{path} has no tensor {absent[0]}; {index.name} says that it is there")
-        state |= {tensor: tensors[tensor] for tensor in wanted}
+        names = [name for name, file in files.items() if file == shard]
+        if absent := [name for name in names if name not in tensors]:
+            raise InputError(f"{path} has no tensor {absent[0]}, which {index.name} lists")
+        state |= {name: tensors[name] for name in names}
     return state
 
 
@@ -139,36 +143,27 @@ def _read_file(path: Path, dtype: DTypeLike) -> dict[str, Stored]:
     return {name: file.stored(name, dtype) for name in file.shapes}
 
 
-class WeightFile(NamedTuple):
-    """A file of weights whose tensors are read one at a time."""
-
-    shapes: dict[str, tuple[int, ...]]  # by name
-    view: Callable[[str], np.ndarray]  # the tensor of a name as the file has it; not to be kept
-    step: int | None = None  # updates behind the weights, if the file tells
-
-    def stored(self, name: str, dtype: DTypeLike) -> Stored:
-        """A tensor that is yet to be read; `dtype` as in `read_state_dict`."""
-        return Stored(partial(self.view, name), dtype)
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """The tensors in one file by name, each of its shape there; errors as in `open_weights`."""
+    return {name: np.asarray(tensor) for name, tensor in _read_file(path, None).items()}
 
 
 def open_weights(path: Path) -> WeightFile:
-    """One file of weights: .safetensors, or else a pickle of PyTorch's (.bin, .ckpt, .pt, .pth).
+    """One file of weights: .safetensors, or a pickle of PyTorch (.bin, .ckpt, .pt, .pth).
 
     Raises:
       InputError: missing or damaged, or a pickle that holds anything but tensors; `view` raises it too.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    file = PickledTensors(path)
-    return WeightFile(file.shapes, file.view, file.step)
-
-
-def _open_safetensors(path: Path) -> WeightFile:
-    """Each tensor is a map of its part of the file: the memory is the system's again as soon as it was looked at."""
+    if not path.is_file():
+        raise InputError(f"there is no file of weights {path}")
+    if path.suffix != ".safetensors":
+        file = PickledTensors(path)
+        return WeightFile(file.shapes, file.view, file.step)
     entries = _safetensors_entries(path)
 
     def view(name: str) -> np.ndarray:
+        """A memory map of its part of the file alone, so that the memory is free again once it was used."""
         dtype, shape, start, stop = entries[name]
         if start == stop:  # there is nothing to map
             return np.empty(shape, dtype)
@@ -178,7 +173,7 @@ def _open_safetensors(path: Path) -> WeightFile:
 
 
 def _safetensors_entries(path: Path) -> dict[str, _Entry]:
-    """The header of a safetensors file, every number in it checked: its length in 8 bytes, JSON, then the data."""
+    """The checked header of a safetensors file: 8 bytes with the length of a JSON object, the object, then the data."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -206,26 +201,21 @@ def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
     start, stop = value["data_offsets"]
     whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
     if not whole or stop - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError("shape and place do not agree")
+        raise ValueError("shape and data_offsets do not agree")
     return _Entry(dtype, shape, origin + start, origin + stop)
 
 
-def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """The weights in one file by name; errors as in `read_state_dict`."""
-    return {name: np.asarray(tensor) for name, tensor in _read_file(Path(path), None).items()}
-
-
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes weights by name for PyTorch to read, whole or not at all; arrays may be views, in any order of axes.
+    """Writes a state dict for PyTorch to read, atomically; arrays may be views with any order of axes.
 
-    It is done here rather than by the safetensors library as that writes an array's memory, whatever the view of it,
-    so that all kernels would have to be transposed, and in memory again, before the first is written.
+    The safetensors library writes an array's memory whatever its strides, so that every kernel would have to be copied
+    in memory before the first is written.
     """
     header, place = {"__metadata__": {"format": "pt"}}, 0
     state = {name: np.asarray(state[name]) for name in sorted(state, key=lambda name: (-state[name].itemsize, name))}
     for name, value in state.items():
         span = [place, place := place + value.nbytes]
-        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": span}
+        header[name] = {"dtype": _TYPE_NAMES[value.dtype], "shape": list(value.shape), "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic(path) as temporary, temporary.open("wb") as file:

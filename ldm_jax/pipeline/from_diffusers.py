@@ -15,7 +15,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.modules import abstract_params
-from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, Family, family_of
+from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, Components, read_pipeline
 from ldm_jax.interop.scheduler_config import scheduler_from_config
 from ldm_jax.interop.tokenizer import load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
@@ -58,28 +58,28 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
       InputError: something is missing or damaged, or of a kind that is not supported; the line names it.
     """
     index, settings = folder.read_index(path), folder.read_settings(path)
-    pipeline, family = family_of(path)
-    for name in ("unet", *family.schedulers, family.autoencoder, *family.encoders):
+    pipeline, components = read_pipeline(path)
+    for name in ("unet", *components.schedulers, components.autoencoder, *components.encoders):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
     dtypes = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     if pipeline == PIPELINE_CLASS:
         names, parts = _classes(path, settings, **dtypes)
     else:
-        names, parts = (), _unet_and_texts(path, pipeline, family, dtype)
+        names, parts = (), _unet_and_texts(path, pipeline, components, dtype)
     denoiser, denoiser_params, conditioning, conditioning_params = parts
-    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / family.autoencoder, **dtypes)
+    autoencoder, autoencoder_params, shift, scale = folder.load_autoencoder(path / components.autoencoder, **dtypes)
     if pipeline == PIPELINE_CLASS:
         shift, scale = latents_scaling(path, denoiser.in_channels)
-    if "low_res_scheduler" in family.schedulers:
+    if "low_res_scheduler" in components.schedulers:
         scale = np.full_like(scale, UPSCALER_SCALE)
     model = assemble(
         path=path,
         pipeline=pipeline,
         denoiser=denoiser,
-        first_stage=FirstStage(autoencoder, _sample_size(path / family.autoencoder)),
+        first_stage=FirstStage(autoencoder, _sample_size(path / components.autoencoder)),
         conditioning=conditioning,
-        schedulers={name: folder.component_config(path, name) for name in family.schedulers},
+        schedulers={name: folder.component_config(path, name) for name in components.schedulers},
         max_noise_level=settings.get("max_noise_level", MAX_NOISE_LEVEL),
         latent_size=_latent_size(path),
         stated=_stated_defaults(path, settings) if pipeline == PIPELINE_CLASS else {},
@@ -115,7 +115,7 @@ def assemble(
       class_names: of a model conditioned on classes.
       channels: of the latents.
     """
-    family, scheduler = PIPELINES[pipeline], own_scheduler(schedulers["scheduler"], pipeline)
+    components, scheduler = PIPELINES[pipeline], own_scheduler(schedulers["scheduler"], pipeline)
     factor, image_channels = first_stage.downsampling, first_stage.module.in_channels
     concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
     _check_widths(path, pipeline, denoiser, conditioning, channels, concat)
@@ -133,7 +133,7 @@ def assemble(
             sampler=scheduler.sampler,
             solvers=solvers | {scheduler.sampler: own._replace(options=own.options | {"eta": eta})},
             batch_size=jax.local_device_count(),
-            **{"steps": family.steps, "guidance": family.guidance} | stated,
+            **{"steps": components.steps, "guidance": components.guidance} | stated,
         ),
         origin=Origin(
             path=path,
@@ -146,18 +146,18 @@ def assemble(
 
 
 def _unet_and_texts(
-    path: Path, pipeline: str, family: Family, dtype: str
+    path: Path, pipeline: str, components: Components, dtype: str
 ) -> tuple[nn.Module, Params, Conditioning, Any]:
     """The UNet with its parameters, and the conditioning with its own."""
     unet, params = folder.load_unet(path / "unet", dtype=jnp.dtype(dtype), params_dtype=jnp.dtype(dtype))
-    if isinstance(unet, UNet) != bool(family.encoders):
+    if isinstance(unet, UNet) != bool(components.encoders):
         raise InputError(f"--model={path}: the class of its UNet, which unet/config.json names, is not a {pipeline}'s")
-    if not family.encoders:
+    if not components.encoders:
         return unet, params, NoConditioning(), {}
-    texts = [load_text_encoder(path / name, dtype) for name in family.encoders]
+    texts = [load_text_encoder(path / name, dtype) for name in components.encoders]
     conditioning = TextConditioning(
         tuple(encoder for encoder, _ in texts),
-        tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in family.encoders),
+        tuple(load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in components.encoders),
         bool(folder.read_settings(path).get("force_zeros_for_empty_prompt", True)),
     )
     return unet, params, conditioning, [text_params for _, text_params in texts]
@@ -177,7 +177,7 @@ def _classes(path: Path, settings: dict[str, Any], **dtypes: Any) -> tuple[tuple
             f"{path / folder.INDEX} is damaged: it must have id2label, from 0, and class_tokens, 1 or more"
         )
     rows = len(names) + 1
-    unet, params, table = folder.load_unet_of_classes(path / "unet", rows * tokens, **dtypes)
+    unet, params, table = folder.load_class_conditional_unet(path / "unet", rows * tokens, **dtypes)
     embedder = ClassEmbedder(len(names), unet.cross_attention_dim, tokens, dtype=dtypes["dtype"])
     embedding = {"embedding": {"embedding": table.reshape(rows, -1)}}
     return tuple(names), (unet, params, ClassConditioning(embedder), embedding)

@@ -88,7 +88,7 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
 def has_data(where: str) -> bool:
     """Whether the model at this path or name may know a data set, as a run does."""
     path = Path(where)
-    return not (hub.is_name(where) or is_diffusers_folder(path) or is_single_file(path))
+    return not (hub.is_hub_id(where) or is_diffusers_folder(path) or is_single_file(path))
 
 
 def is_diffusers_folder(path: Path) -> bool:

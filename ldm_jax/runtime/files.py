@@ -1,4 +1,4 @@
-"""Files that are never half there, and JSON read with errors that one understands."""
+"""Files: written atomically, JSON with readable errors, hashes of their content."""
 
 import hashlib
 import json
@@ -16,15 +16,14 @@ from ldm_jax.errors import InputError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Gives a temporary path beside `path` that takes its place when the block ends well."""
+    """Yields a temporary path next to `path`, which replaces it when the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")  # other hosts may write it too
     try:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # a write that failed, on a full disk, does not say where
-            error.filename = str(path)
+        error.filename = error.filename or str(path)  # a failed write, as on a full disk, names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -32,17 +31,17 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
-    """Gives a temporary folder that becomes `path` when the block ends well; else nothing is left of it.
+    """Yields a temporary folder that becomes `path` when the block succeeds and is deleted otherwise.
 
     Raises:
-      InputError: `path` is a file, or a folder with something in it, or cannot be made; the line names --`flag`.
+      InputError: `path` is a file or a folder that is not empty, or cannot be created; the message names --`flag`.
     """
     final = path.resolve()
     if final.exists() and not final.is_dir():
         raise InputError(f"--{flag}={path} is a file; it must be a new or an empty folder")
     if final.is_dir() and any(final.iterdir()):
         raise InputError(f"--{flag}={path} is not empty; choose a new or an empty folder")
-    above = next(parent for parent in final.parents if parent.exists())  # on the same disk as `final` will be
+    above = next(parent for parent in final.parents if parent.exists())  # on the same disk as `final`
     temporary = above / f".{final.name}.{secrets.token_hex(4)}"
     try:
         temporary.mkdir()
@@ -57,28 +56,37 @@ def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as readable JSON, whole or not at all."""
+    """Writes `value` as indented JSON, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path, *wanted: str) -> Any:
-    """Reads a JSON file, one with the fields `wanted`; raises InputError if it is missing or damaged."""
+def read_json(path: Path, *required: str) -> Any:
+    """The content of a JSON file; InputError if it is missing, damaged, or has no object with the `required` keys."""
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
         raise InputError(f"there is no {path}") from None
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise InputError(f"{path} is damaged: {error}") from error
-    missing = [name for name in wanted if not (isinstance(value, dict) and name in value)]
+    missing = [name for name in required if not (isinstance(value, dict) and name in value)]
     if missing:
         raise InputError(f"{path} is damaged: it has no {' and no '.join(missing)}")
     return value
 
 
+@contextmanager
+def prefix_errors(path: Path) -> Iterator[None]:
+    """Puts `path` in front of the message of an InputError raised in the block, unless the message names it already."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from error
+
+
 def content_hash(tree: Any, *parts: str) -> str:
-    """A hash of a tree of arrays, and of whatever else is to be told apart."""
-    import jax  # here, as train.py reads this module before JAX may be imported
+    """A hash (16 hex digits) of a tree of arrays, with its paths, and of further strings."""
+    import jax  # here, as train.py imports this module before JAX may be imported
 
     digest = hashlib.sha256("\n".join(parts).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):

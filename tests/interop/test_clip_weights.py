@@ -78,10 +78,10 @@ def test_all_that_is_wrong_is_named(params):
     with pytest.raises(InputError) as error:
         text_params_from_state_dict(state, params)
     assert str(error.value) == (
-        "the weights are not those of this model: "
-        "1 missing: encoder.layers.0.mlp.fc2.bias; "
-        "2 unexpected: encoder.layers.2.mlp.fc2.bias, logit_scale; "
-        "1 of the wrong shape: final_layer_norm.weight (7,) for (6,)"
+        "the state_dict does not fit this model: "
+        "missing keys (1): encoder.layers.0.mlp.fc2.bias; "
+        "unexpected keys (2): encoder.layers.2.mlp.fc2.bias, logit_scale; "
+        "size mismatch (1): final_layer_norm.weight (7,) for (6,)"
     )
 
 
@@ -93,9 +93,9 @@ def test_the_projection_must_be_in_both():
     def state(projection_dim):
         return state_dict_from_text_params(jax.tree.map(lambda leaf: np.zeros(leaf.shape), target(projection_dim)))
 
-    with pytest.raises(InputError, match=r"1 missing: text_projection.weight"):
+    with pytest.raises(InputError, match=r"missing keys \(1\): text_projection.weight"):
         text_params_from_state_dict(state(None), target(4))
-    with pytest.raises(InputError, match=r"1 unexpected: text_projection.weight"):
+    with pytest.raises(InputError, match=r"unexpected keys \(1\): text_projection.weight"):
         text_params_from_state_dict(state(4), target(None))
 
 
@@ -205,7 +205,7 @@ def test_both_encoders_in_one_file(clip_params):
     assert jax.tree.structure(read) == jax.tree.structure(clip_params)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, read, clip_params)))
     del state["logit_scale"]
-    with pytest.raises(InputError, match=r"1 missing: logit_scale$"):
+    with pytest.raises(InputError, match=r"missing keys \(1\): logit_scale$"):
         clip_params_from_state_dict(state, clip_params)
 
 

@@ -108,14 +108,14 @@ def test_all_that_is_wrong_is_named():
     with pytest.raises(InputError) as error:
         params_from_state_dict(state, TARGET)
     assert str(error.value) == (
-        "the weights are not those of this model: "
-        "2 missing: conv_norm_out.weight, time_embedding.linear_1.weight; "
-        "1 unexpected: conv_norm_in.weight; "
-        "1 of the wrong shape: quantize.embedding.weight (8, 2) for (7, 2)"
+        "the state_dict does not fit this model: "
+        "missing keys (2): conv_norm_out.weight, time_embedding.linear_1.weight; "
+        "unexpected keys (1): conv_norm_in.weight; "
+        "size mismatch (1): quantize.embedding.weight (8, 2) for (7, 2)"
     )
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (5, 4, 3, 3), (5,), (5, 4, 1)])
 def test_a_kernel_of_another_shape(shape):
-    with pytest.raises(InputError, match=r"1 of the wrong shape: time_embedding.linear_1.weight \("):
+    with pytest.raises(InputError, match=r"size mismatch \(1\): time_embedding.linear_1.weight \("):
         params_from_state_dict(STATE | {"time_embedding.linear_1.weight": draw(*shape)}, TARGET)

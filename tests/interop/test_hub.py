@@ -57,7 +57,7 @@ def test_only_what_is_needed_is_fetched():
 
 
 def test_what_a_run_was_is_fetched_too():
-    """Without its recipe it would draw as models of its kind do, not as its config says."""
+    """Without its recipe it would sample as other such pipelines do, not as its config says."""
     names = [name for name in NEEDED if not name.startswith(("text_encoder", "tokenizer"))]
     files = hub.needed_files([*names, "recipe.json", "pipeline.py"], PIPELINES["LatentDiffusionPipeline"])
     assert sorted(files) == sorted([*names, "recipe.json"])
@@ -99,7 +99,7 @@ def test_which_weights(beside, chosen):
         (["scheduler/scheduler_config.json"], [], "there is no scheduler/scheduler_config.json"),
         (["tokenizer/merges.txt"], [], "tokenizer has no vocabulary"),
         (["tokenizer/tokenizer_config.json"], [], "there is no tokenizer/tokenizer_config.json"),
-        ([], [f"unet/{MODEL}.safetensors.index.json"], "no weights beside"),
+        ([], [f"unet/{MODEL}.safetensors.index.json"], "but none of the shards"),
         ([], [f"unet/{MODEL}.safetensors.index.json", f"unet/{MODEL}-00001-of-00002.safetensors"], "00002-of-00002"),
     ],
 )
@@ -151,7 +151,7 @@ def test_what_is_here_comes_first(cache, folder, tmp_path):
 
 def test_what_is_missing_is_fetched(cache, folder, monkeypatch, capsys):
     """The list of files, the index, then what is needed and nothing else; another revision if asked for."""
-    snapshot, asked = cached(cache, folder), []
+    snapshot, requests = cached(cache, folder), []
     weights = snapshot / "unet" / f"{MODEL}.safetensors"
     kept = weights.read_bytes()
     weights.unlink()
@@ -162,16 +162,16 @@ def test_what_is_missing_is_fetched(cache, folder, monkeypatch, capsys):
     def download(name, revision, allow_patterns, local_files_only=False):
         if local_files_only:
             return from_cache(name, revision=revision, allow_patterns=allow_patterns, local_files_only=True)
-        asked.append((name, revision, sorted(allow_patterns)))
+        requests.append((name, revision, sorted(allow_patterns)))
         weights.write_bytes(kept)
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert hub.find("org/tiny") == snapshot
-    assert asked == [("org/tiny", None, ["model_index.json"]), ("org/tiny", None, sorted(names))]
-    assert "Fetching org/tiny from the hub" in capsys.readouterr().out
-    assert hub.find("org/tiny") == snapshot and len(asked) == 2
-    assert hub.find("org/tiny@old") == snapshot and asked[-1][1] == "old"
+    assert requests == [("org/tiny", None, ["model_index.json"]), ("org/tiny", None, sorted(names))]
+    assert "Downloading org/tiny from the hub" in capsys.readouterr().out
+    assert hub.find("org/tiny") == snapshot and len(requests) == 2
+    assert hub.find("org/tiny@old") == snapshot and requests[-1][1] == "old"
 
 
 def refusal(kind, message="it failed"):
@@ -182,8 +182,8 @@ def refusal(kind, message="it failed"):
 
 
 FAILURES = {
-    "unknown": (errors.RepositoryNotFoundError, "org/none", "the hub has no such model, or it is private"),
-    "gated": (errors.GatedRepoError, "org/none", "gated: accept the terms on its page there"),
+    "unknown": (errors.RepositoryNotFoundError, "org/none", "the hub has no such repository, or it is private"),
+    "gated": (errors.GatedRepoError, "org/none", "gated repository: accept its terms on https://huggingface.co/org/none"),
     "no such revision": (errors.RevisionNotFoundError, "org/none@v9", "on the hub it has no revision v9"),
     "no network": (errors.LocalEntryNotFoundError, "org/none", "the hub cannot be reached (it failed)"),
     "no connection": (errors.HfHubHTTPError.__bases__[0], "org/none", "the hub cannot be reached (it failed)"),
@@ -199,9 +199,9 @@ def test_why_a_model_cannot_be_had(case, cache, monkeypatch):
         raise refusal(kind)
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         hub.find(model)
-    assert expected in str(told.value) and f"--model={model} is no folder or file here" in str(told.value)
+    assert expected in str(caught.value) and f"--model={model} is no folder or file here" in str(caught.value)
 
 
 def test_the_command_says_so_in_one_line(cache, tmp_path, capsys):
@@ -226,4 +226,4 @@ def test_another_kind_of_model(cache, folder, monkeypatch):
         hub.find("org/other")
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["config.json", "model.safetensors"])
     with pytest.raises(InputError, match=r"--model=org/vae, on the hub: there is no model_index\.json"):
-        hub._fetched("--model=org/vae", "org/vae", None)
+        hub._download("--model=org/vae", "org/vae", None)

@@ -39,7 +39,7 @@ def load(monkeypatch, tmp_path):
     path.write_bytes(b"the file")
 
     def load(tensors):
-        monkeypatch.setattr(inception_weights, "load_tensors", lambda _: tensors)
+        monkeypatch.setattr(inception_weights, "read_weights", lambda _: tensors)
         return load_inception(path)
 
     return load

