@@ -1,4 +1,4 @@
-"""What experiments measure on trained models: their samples, and the cards of these."""
+"""Metrics of the experiments: samples of trained models and their scores (FD, KID, precision, recall, LPIPS, ...)."""
 
 import functools
 from collections.abc import Callable
@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.frame import Lab
-from experiments.judge.classifier import judge
-from experiments.judge.run import load_judge
-from experiments.recipes import each_class
+from experiments.judge.classifier import classify
+from experiments.judge.run import load_classifier
+from experiments.recipes import balanced_recipe
+from experiments.runner import Workspace
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
 from ldm_jax.evaluation.features import FeatureExtractor, lpips_distance, vgg16_features
@@ -22,101 +22,116 @@ from ldm_jax.sampling.guidance_models import GuidanceModels
 from ldm_jax.sampling.inputs import sample_inputs
 from ldm_jax.sampling.tables import make_table
 
-BATCHES = {"smoke": 20, "cpu": 250, "gpu": 1_000}  # images at a time
-REFERENCES = {"smoke": "test[:60]", "cpu": "test", "gpu": "test"}  # the images compared with
-JUDGE_EPOCHS = {"smoke": 1, "cpu": 3, "gpu": 4}  # of the classifier that reads the samples
-VARIED = {"smoke": "test[:60]", "cpu": "test[:1000]", "gpu": "test[:1000]"}  # images whose variety is compared with
-RECONSTRUCTED = 2_000  # test images
-NO_GUIDES = GuidanceModels()
+BATCHES = {"smoke": 20, "cpu": 250, "gpu": 1_000}  # batch size of sampling and of feature extraction
+REFERENCES = {"smoke": "test[:60]", "cpu": "test", "gpu": "test"}  # reference images of FD, KID, precision and recall
+CLASSIFIER_EPOCHS = {"smoke": 1, "cpu": 3, "gpu": 4}  # of the evaluation classifier
+DIVERSITY_REFERENCES = {
+    "smoke": "test[:60]",
+    "cpu": "test[:1000]",
+    "gpu": "test[:1000]",
+}  # real images of the diversity
+NUM_RECONSTRUCTIONS = 2_000  # test images
+NO_GUIDANCE_MODELS = GuidanceModels()
 
 
-def sampling(
-    lab: Lab,
+def make_sample(
+    workspace: Workspace,
     model: LatentDiffusion,
     params: Params,
     num: int,
-    guides: GuidanceModels = NO_GUIDES,
+    guidance_models: GuidanceModels = NO_GUIDANCE_MODELS,
     concat_images: ConcatImages | None = None,
 ) -> Callable[..., np.ndarray]:
-    """sample(params=None, **choices) -> `num` images uint8 [N, H, W, C], the same number of each class.
+    """Makes sample(params=None, **fields) -> images uint8 [num, H, W, C], with equal numbers of each class.
 
-    `choices` are those of `recipes.each_class`; `params` are another state of the model's. It compiles when first
-    called.
+    `fields` are those of the recipe (`recipes.balanced_recipe`), `params` replace the model's. The first call compiles.
 
     Args:
-      lab: says how many at a time.
+      workspace: its budget sets the batch size.
       model, params: the model.
-      num: of images.
-      guides: what guides, where the recipe's guidance says so.
-      concat_images: what concat conditioning is made of.
+      num: number of images.
+      guidance_models: classifier or CLIP, for recipes with that guidance.
+      concat_images: inputs of the concat conditioning.
     """
-    batch = min(BATCHES[lab.budget], num)
-    sampler, own = guides.sampler(model, batch), replicate(params | guides.params)
+    batch = min(BATCHES[workspace.budget], num)
+    sampler, base_params = guidance_models.sampler(model, batch), replicate(params | guidance_models.params)
 
-    def sample(*, params: Params | None = None, **choices: Any) -> np.ndarray:
-        recipe = each_class(model, num, **choices)
-        given = own if params is None else replicate(params | guides.params)
-        _, inputs = sample_inputs(model, given, recipe, sampler, concat_images)
-        batches = sampler.images(given, inputs, make_table(model, recipe.solving))
+    def sample(*, params: Params | None = None, **fields: Any) -> np.ndarray:
+        recipe = balanced_recipe(model, num, **fields)
+        state = base_params if params is None else replicate(params | guidance_models.params)
+        _, inputs = sample_inputs(model, state, recipe, sampler, concat_images)
+        batches = sampler.images(state, inputs, make_table(model, recipe.solving))
         return np.concatenate(list(tqdm(batches, total=-(-num // batch), desc="    sampling", leave=False)))
 
     return sample
 
 
-def reference(lab: Lab, size: int = 28) -> np.ndarray:
+def test_images(workspace: Workspace, size: int = 28) -> np.ndarray:
     """The test images, uint8 [N, size, size, 1]."""
-    return load_dataset("fashion_mnist", REFERENCES[lab.budget], data_dir=lab.data_dir, image_size=size).arrays["x"]
+    return load_dataset(
+        "fashion_mnist", REFERENCES[workspace.budget], data_dir=workspace.data_dir, image_size=size
+    ).arrays["x"]
 
 
-def cards(lab: Lab, images: np.ndarray, size: int = 28) -> dict[str, dict[str, Any]]:
-    """FD, KID, precision and recall of samples against the test images, each with what one must know to compare it."""
-    return evaluate_images(images, reference(lab, size), extractor=in_vgg16(lab), cache=cache_folder() / "features")
+def cards(workspace: Workspace, images: np.ndarray, size: int = 28) -> dict[str, dict[str, Any]]:
+    """Cards of FD, KID, precision and recall of samples uint8 [N, size, size, 1] against the test images.
 
-
-def reconstruction_cards(lab: Lab, originals: np.ndarray, reconstructed: np.ndarray) -> dict[str, dict[str, Any]]:
-    """FD, PSNR, SSIM and LPIPS of reconstructed test images."""
-    return evaluate_reconstructions(
-        originals, reconstructed, extractor=in_vgg16(lab), lpips=lpips_distance(batch_size=BATCHES[lab.budget]),
-        cache=cache_folder() / "features",
-    )  # fmt: skip
-
-
-@functools.cache
-def in_vgg16(lab: Lab) -> FeatureExtractor:
-    """The features that images are compared by."""
-    return vgg16_features(resize=32, batch_size=BATCHES[lab.budget])
-
-
-def judge_of(lab: Lab) -> dict[str, Any]:
-    """The parameters of the classifier of experiments/judge; trained the first time."""
-    path = lab.runs / "judge.npz"
-    with lab.alone("judge"):
-        split = lab.config({}).data.train_split
-        known = {} if path.exists() else load_dataset("fashion_mnist", split, data_dir=lab.data_dir).arrays
-        return load_judge(known, epochs=JUDGE_EPOCHS[lab.budget], path=path)
-
-
-def share_read_as(lab: Lab, images: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Of each class the share of its images that this judge reads as it."""
-    read = judge(judge_of(lab), images)[1]
-    return [float((read[labels == label] == label).mean()) for label in np.unique(labels)]
-
-
-def variety(lab: Lab, images: np.ndarray, labels: np.ndarray) -> float:
-    """The variance of VGG16's features within the classes, as a multiple of that of real images.
-
-    Both are biased variances, which of few images are a little too small: of 25 in a class by 4 %, of 100 by 1 %.
+    A card holds the value and what makes it comparable: number of images, reference, resize, weights.
     """
-    return variance_within(in_vgg16(lab)(images), labels) / variance_of_real(lab)
+    return evaluate_images(
+        images, test_images(workspace, size), extractor=vgg16_extractor(workspace), cache=cache_folder() / "features"
+    )
+
+
+def reconstruction_cards(
+    workspace: Workspace, originals: np.ndarray, reconstructed: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Cards of FD, PSNR, SSIM and LPIPS of reconstructed test images, uint8 [N, H, W, 1]."""
+    return evaluate_reconstructions(
+        originals,
+        reconstructed,
+        extractor=vgg16_extractor(workspace),
+        lpips=lpips_distance(batch_size=BATCHES[workspace.budget]),
+        cache=cache_folder() / "features",
+    )
 
 
 @functools.cache
-def variance_of_real(lab: Lab) -> float:
-    """The same of real images."""
-    real = load_dataset("fashion_mnist", VARIED[lab.budget], data_dir=lab.data_dir).arrays
-    return variance_within(in_vgg16(lab)(real["x"]), real["label"])
+def vgg16_extractor(workspace: Workspace) -> FeatureExtractor:
+    """The VGG16 feature extractor of the Fréchet distance, at 32 x 32 pixels."""
+    return vgg16_features(resize=32, batch_size=BATCHES[workspace.budget])
 
 
-def variance_within(features: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over the classes of the variance of their features [N, D], summed over D."""
+def classifier_params(workspace: Workspace) -> dict[str, Any]:
+    """The parameters of the evaluation classifier (experiments/judge), which the first call trains."""
+    path = workspace.runs / "judge.npz"
+    with workspace.lock("judge"):
+        split = workspace.config({}).data.train_split
+        train_set = {} if path.exists() else load_dataset("fashion_mnist", split, data_dir=workspace.data_dir).arrays
+        return load_classifier(train_set, epochs=CLASSIFIER_EPOCHS[workspace.budget], path=path)
+
+
+def class_accuracy(workspace: Workspace, images: np.ndarray, labels: np.ndarray) -> list[float]:
+    """Classifier accuracy of each class: the fraction of its images [N, ...] that are classified as their label [N]."""
+    predicted = classify(classifier_params(workspace), images)[1]
+    return [float((predicted[labels == label] == label).mean()) for label in np.unique(labels)]
+
+
+def diversity(workspace: Workspace, images: np.ndarray, labels: np.ndarray) -> float:
+    """Diversity: the within-class variance of VGG16's features, relative to that of real images.
+
+    Both are biased variances: too small by 4 % with 25 images per class, by 1 % with 100.
+    """
+    return within_class_variance(vgg16_extractor(workspace)(images), labels) / real_variance(workspace)
+
+
+@functools.cache
+def real_variance(workspace: Workspace) -> float:
+    """The within-class variance of real images."""
+    real = load_dataset("fashion_mnist", DIVERSITY_REFERENCES[workspace.budget], data_dir=workspace.data_dir).arrays
+    return within_class_variance(vgg16_extractor(workspace)(real["x"]), real["label"])
+
+
+def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
+    """The variance of features [N, D] summed over D, within each class of labels [N], averaged over the classes."""
     return float(np.mean([features[labels == label].var(0).sum() for label in np.unique(labels)]))

@@ -1,4 +1,4 @@
-"""Recipes of samples that are compared: the same number of each class."""
+"""Sampling recipes of the experiments: equal numbers of each class."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from ldm_jax.sampling.from_flags import solving_defaults
 from ldm_jax.sampling.recipe import Guidance, Recipe
 
 
-def each_class(model: LatentDiffusion, num: int, **choices: Any) -> Recipe:
-    """`num` samples of seed 0, the classes in turn, by the model's own solver and without guidance.
+def balanced_recipe(model: LatentDiffusion, num: int, **fields: Any) -> Recipe:
+    """The recipe of `num` samples with seed 0, classes in turn, the model's default solver and no guidance.
 
-    `choices` are fields of the recipe that differ from that.
+    `fields` replace fields of this recipe.
     """
     recipe = Recipe(
         num=num,
@@ -20,11 +20,11 @@ def each_class(model: LatentDiffusion, num: int, **choices: Any) -> Recipe:
         size=list(model.image_shape[:2]),
         dtype=model.dtype,
         solving=solving_defaults(model, model.defaults.sampler),
-        guidance=guided(1.0),
+        guidance=make_guidance(1.0),
     )
-    return recipe._replace(**choices)
+    return recipe._replace(**fields)
 
 
-def guided(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
-    """Classifier-free guidance by this scale, within this fraction of the timesteps."""
+def make_guidance(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
+    """Classifier-free guidance with this scale, within this interval of t / T."""
     return Guidance(scale, list(interval))

@@ -1,11 +1,11 @@
-"""Scales of figures."""
+"""Logarithmic axes of the figures."""
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
 
-def logarithmic(axes: Axes, which: str = "xy") -> None:
-    """These scales, with plain numbers at 1, 2, 5, 10, 20 and so on: matplotlib's own run into each other."""
+def set_log_scale(axes: Axes, which: str = "xy") -> None:
+    """Makes these axes logarithmic, with plain tick labels at 1, 2, 5, 10 ...: matplotlib's default labels overlap."""
     for name in which:
         getattr(axes, f"set_{name}scale")("log")
         scale = getattr(axes, f"{name}axis")

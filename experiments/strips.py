@@ -1,4 +1,4 @@
-"""Pictures in results.json, so that a figure can be drawn of the results alone: a row of them as a PNG in base64."""
+"""Image strips in results.json, which let a figure be plotted from the results alone: a row of images as base64 PNG."""
 
 import base64
 import io
@@ -9,40 +9,40 @@ from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
 
-def packed(images: np.ndarray) -> str:
-    """Grey pictures uint8 [N, H, W, 1], side by side."""
+def encode(images: np.ndarray) -> str:
+    """Greyscale images uint8 [N, H, W, 1] to a base64 PNG [H, N W]."""
     side_by_side = np.concatenate(list(images[..., 0]), axis=1)
     png = io.BytesIO()
     Image.fromarray(side_by_side).save(png, "png")
     return base64.b64encode(png.getvalue()).decode()
 
 
-def unpacked(strip: str) -> np.ndarray:
-    """uint8 [H, N W]."""
+def decode(strip: str) -> np.ndarray:
+    """A base64 PNG to an image uint8 [H, N W]."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(strip))))
 
 
-def grid(strips: list[dict[str, str]], names: list[str], width: float) -> Figure:
-    """A line for each dict, with its name before it, a column for each key; `width` in inches."""
-    figure = plt.figure(figsize=(width, height_of(strips, width)), layout="constrained")
-    draw_in(figure, strips, names)
+def plot_grid(strips: list[dict[str, str]], names: list[str], width: float) -> Figure:
+    """A figure of image strips: a named row for each dict, a titled column for each key; `width` in inches."""
+    figure = plt.figure(figsize=(width, grid_height(strips, width)), layout="constrained")
+    plot_in(figure, strips, names)
     return figure
 
 
-def height_of(strips: list[dict[str, str]], width: float) -> float:
-    """How high, in inches, the lines become that are so wide with their names."""
-    pictures = [unpacked(strip) for strip in strips[0].values()]
-    return (0.88 * width * len(pictures[0]) / sum(picture.shape[1] for picture in pictures) + 0.05) * len(strips) + 0.3
+def grid_height(strips: list[dict[str, str]], width: float) -> float:
+    """The height of `plot_grid`'s rows in inches, for its width in inches."""
+    images = [decode(strip) for strip in strips[0].values()]
+    return (0.88 * width * len(images[0]) / sum(image.shape[1] for image in images) + 0.05) * len(strips) + 0.3
 
 
-def draw_in(figure: FigureBase, strips: list[dict[str, str]], names: list[str]) -> None:
-    """The same in a part of a figure."""
+def plot_in(figure: FigureBase, strips: list[dict[str, str]], names: list[str]) -> None:
+    """`plot_grid` in a subfigure."""
     columns = list(strips[0])
     axes = figure.subplots(len(strips), len(columns), squeeze=False, gridspec_kw={"hspace": 0.02, "wspace": 0.02})
-    for line, name, axes_of_line in zip(strips, names, axes):
-        for axis, column in zip(axes_of_line, columns):
-            axis.imshow(unpacked(line[column]), cmap="gray")
+    for row, name, row_axes in zip(strips, names, axes):
+        for axis, column in zip(row_axes, columns):
+            axis.imshow(decode(row[column]), cmap="gray")
             axis.set(xticks=[], yticks=[])
-        axes_of_line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        row_axes[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     for axis, column in zip(axes[0], columns):
         axis.set_title(column, fontsize=9)

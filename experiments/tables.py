@@ -1,41 +1,44 @@
-"""Rows of results to tables and numbers in text: means over seeds, with the spread beside them."""
+"""Markdown tables of results: mean and range over seeds."""
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from experiments.frame import Row, Rows
+from experiments.runner import Row, Rows
 
 
 def arms(rows: Rows) -> list[str]:
-    """The arms in the order in which they were measured."""
+    """The arms, in the order of the rows."""
     return list(dict.fromkeys(row["arm"] for row in rows.values()))
 
 
-def values(rows: Rows, arm: str, of: Callable[[Row], float]) -> list[float]:
-    """What `of` has of each seed of an arm."""
-    return [of(row) for row in rows.values() if row["arm"] == arm]
+def values(rows: Rows, arm: str, score: Callable[[Row], float]) -> list[float]:
+    """The score of each seed of an arm."""
+    return [score(row) for row in rows.values() if row["arm"] == arm]
 
 
-def mean(rows: Rows, arm: str, of: Callable[[Row], float]) -> float:
-    """Over the seeds of an arm."""
-    return float(np.mean(values(rows, arm, of)))
+def mean(rows: Rows, arm: str, score: Callable[[Row], float]) -> float:
+    """The mean score over the seeds of an arm."""
+    return float(np.mean(values(rows, arm, score)))
 
 
-def spread(found: Sequence[float], digits: int) -> str:
-    """ "16.4 (15.9 to 17.0)": the mean, and the lowest and the highest if there are several."""
-    if len(found) == 1:
-        return f"{found[0]:.{digits}f}"
-    return f"{np.mean(found):.{digits}f} ({min(found):.{digits}f} to {max(found):.{digits}f})"
+def mean_and_range(scores: Sequence[float], digits: int) -> str:
+    """ "16.4 (15.9 to 17.0)": mean, minimum and maximum; "16.4" of a single score."""
+    if len(scores) == 1:
+        return f"{scores[0]:.{digits}f}"
+    return f"{np.mean(scores):.{digits}f} ({min(scores):.{digits}f} to {max(scores):.{digits}f})"
 
 
 def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_arm(rows: Rows, columns: dict[str, tuple[Callable[[Row], float], int]]) -> str:
-    """A line for each arm; column -> (what of a row, digits)."""
-    body = [[arm, *(spread(values(rows, arm, of), digits) for of, digits in columns.values())] for arm in arms(rows)]
+    """A Markdown table with a row for each arm; columns: name -> (score of a row, digits)."""
+    body = [
+        [arm, *(mean_and_range(values(rows, arm, score), digits) for score, digits in columns.values())]
+        for arm in arms(rows)
+    ]
     return table(["arm", *columns], body)

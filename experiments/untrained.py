@@ -1,4 +1,4 @@
-"""Latent diffusion before it is trained: for what does not depend on what has been learned."""
+"""Untrained latent diffusion models, for measurements that do not depend on the parameters (speed, memory)."""
 
 from functools import partial
 from typing import NamedTuple
@@ -13,27 +13,27 @@ from ldm_jax.training.diffusion import DiffusionStage
 from ldm_jax.training.from_config import make_diffusion_stage
 from ldm_jax.training.state import TrainState
 
-CLASSES = tuple(map(str, range(10)))  # as many as Fashion-MNIST has
+CLASSES = tuple(map(str, range(10)))  # of Fashion-MNIST
 
 
 class DiffusionStart(NamedTuple):
-    """Everything that the first step of stage 2 needs beside a batch."""
+    """The diffusion stage, its initial state and its frozen parameters: everything but the batch of the first step."""
 
     stage: DiffusionStage
     state: TrainState
     frozen: Params
 
 
-def untrained(config: ConfigDict, rng: jax.Array) -> tuple[LatentDiffusion, Params]:
-    """A config's model with a random denoiser, latents that are not scaled, and no parameters of its first stage."""
+def untrained_model(config: ConfigDict, rng: jax.Array) -> tuple[LatentDiffusion, Params]:
+    """A config's model with random parameters, without latent scale and without parameters of the first stage."""
     model = from_config(config, CLASSES)
     params = {"first_stage": {}, **identity_scale(model.latent_shape[-1])}
     return model, params | jax.jit(partial(init_params, model))(rng)
 
 
 def diffusion_start(config: ConfigDict, rng: jax.Array) -> DiffusionStart:
-    """The start of a config's stage 2, on pixels or on cached latents."""
-    model, params = untrained(config, rng)
+    """The start of a config's diffusion stage, on pixels or cached latents."""
+    model, params = untrained_model(config, rng)
     trainable = trainable_of(config, model)
     stage = make_diffusion_stage(model, trainable, config)
     frozen = trainable.frozen(params) | {"table": model.conditioning.table()}

@@ -1,4 +1,4 @@
-"""One program in several processes at once that share the machine: on a CPU each has cores of its own."""
+"""Worker processes: runs one program in several processes at once, on a CPU with separate cores for each."""
 
 import os
 import signal
@@ -10,60 +10,60 @@ from contextlib import contextmanager
 
 from ldm_jax.errors import RunError
 
-INTERRUPTED = 130  # the exit status of a process that was asked to stop and has saved what it had
-REFUSED = 2  # that of one that has said in a line what is wrong
-NUMBER = "LDM_JAX_WORKERS"  # in the environment of each: how many they are
+INTERRUPTED = 130  # exit status of a process that was interrupted and has saved its state
+REFUSED = 2  # exit status of a process that has printed a one-line error
+NUM_WORKERS = "LDM_JAX_WORKERS"  # environment variable of each worker: the number of workers
 
 
 def run(command: list[str], count: int) -> None:
-    """Runs the Python program `command` in so many processes and prints what they say, each line with its number.
+    """Runs the Python program `command` in `count` worker processes; prints their output, each line with its number.
 
-    Who asks this process to stop asks them.
+    SIGTERM and SIGINT are forwarded to the workers.
 
     Raises:
-        RunError: a process failed; what it said is above.
-        SystemExit: they were interrupted, or refused to run and said why.
+        RunError: a worker failed; its output is above.
+        SystemExit: the workers were interrupted, or printed a one-line error.
     """
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / count:.2f}"} | os.environ  # of a GPU's memory
-    environment |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", NUMBER: str(count)}
-    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # memory in huge pages, as in the Makefile
+    environment |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", NUM_WORKERS: str(count)}
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # huge pages, as in the Makefile
     processes: list[subprocess.Popen] = []
 
-    def ask(signal_number: int, _: object) -> None:
+    def forward(signal_number: int, _: object) -> None:
         for process in processes:
             process.send_signal(signal_number)
 
-    with handled(ask):
+    with signal_handler(forward):
         for worker in range(count):
-            with on_share_of_cores(worker, count):  # as is whatever is started there
+            with pinned_to_cores(worker, count):  # inherited by the process
                 processes.append(
                     subprocess.Popen([sys.executable, *command], env=environment, stdout=subprocess.PIPE, text=True)
                 )
         readers = [
-            threading.Thread(target=tell, args=(process, f"{worker + 1}| " if count > 1 else ""))
+            threading.Thread(target=print_output, args=(process, f"{worker + 1}| " if count > 1 else ""))
             for worker, process in enumerate(processes)
         ]
         for reader in readers:
             reader.start()
         for reader in readers:
             reader.join()
-        ended = [process.wait() for process in processes]
-    failed = sum(status != 0 for status in ended)
+        statuses = [process.wait() for process in processes]
+    failed = sum(status != 0 for status in statuses)
     for known in (INTERRUPTED, REFUSED):
-        if known in ended and set(ended) <= {0, known}:
+        if known in statuses and set(statuses) <= {0, known}:
             raise SystemExit(known)
     if failed:
-        raise RunError(f"{failed} of {count} processes failed; what went wrong is above")
+        raise RunError(f"{failed} of {count} processes failed; their output is above")
 
 
-def number() -> int:
-    """How many processes share the machine with this one, itself included."""
-    return int(os.environ.get(NUMBER, 1))
+def num_workers() -> int:
+    """The number of worker processes that run at once, this one included; 1 outside of `run`."""
+    return int(os.environ.get(NUM_WORKERS, 1))
 
 
 @contextmanager
-def handled(handler: signal.Handlers) -> Iterator[None]:
-    """SIGTERM and SIGINT go to `handler`."""
+def signal_handler(handler: signal.Handlers) -> Iterator[None]:
+    """Handles SIGTERM and SIGINT by `handler` inside the block."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -73,8 +73,9 @@ def handled(handler: signal.Handlers) -> Iterator[None]:
 
 
 @contextmanager
-def on_share_of_cores(worker: int, workers: int) -> Iterator[None]:
-    """Inside, this process has every so-many-th of its cores, where the system can say so and there are enough."""
+def pinned_to_cores(worker: int, workers: int) -> Iterator[None]:
+    """Pins this process to every `workers`-th of its cores inside the block; does nothing without support or with too
+    few cores."""
     if not hasattr(os, "sched_setaffinity") or len(os.sched_getaffinity(0)) < workers:
         yield
         return
@@ -86,7 +87,7 @@ def on_share_of_cores(worker: int, workers: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def tell(process: subprocess.Popen, mark: str) -> None:
-    """Prints what a process says, with the mark before each line that is not empty."""
+def print_output(process: subprocess.Popen, prefix: str) -> None:
+    """Prints the output of a process, with the prefix before each line that is not empty."""
     for line in process.stdout:
-        print(f"{mark}{line}" if line.strip() else line, end="", flush=True)
+        print(f"{prefix}{line}" if line.strip() else line, end="", flush=True)

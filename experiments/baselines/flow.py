@@ -1,7 +1,7 @@
-"""A class-conditional flow in the manner of RealNVP (Dinh 2017) and Glow (Kingma & Dhariwal 2018), of exact densities.
+"""A class-conditional normalizing flow with exact densities: RealNVP (Dinh 2017), Glow (Kingma & Dhariwal 2018).
 
-Pixels are dequantized with uniform noise, so that the bits per dim are those of the continuous density: an upper bound
-on those of the discrete pixels (Theis 2016).
+Pixels are dequantized with uniform noise, so the bits per dim are those of a continuous density: an upper bound on
+those of the discrete pixels (Theis 2016).
 """
 
 import jax
@@ -10,48 +10,49 @@ from flax import linen as nn
 
 from experiments.baselines.squeeze import squeeze, unsqueeze
 
-ALPHA = 0.05  # keeps the logit of black and white finite (Dinh 2017, section 4.1)
+ALPHA = 0.05  # keeps the logits of black and white finite (Dinh 2017, section 4.1)
+CLASS_BIAS = "told"  # the name is part of the key of the initial weights; results.json was measured with this one
 
 
 class Coupling(nn.Module):
-    """One step of the flow (Glow, section 3): scale and shift of each channel, an invertible 1 x 1 convolution, and a
-    coupling whose one half scales and shifts the other. Called with `inverse`, undoes it."""
+    """One step of the flow (Glow, section 3) or its inverse: actnorm (scale and shift of each channel), an invertible
+    1 x 1 convolution and an affine coupling, in which one half of the channels scales and shifts the other."""
 
     features: int
 
     @nn.compact
     def __call__(self, z: jax.Array, embedding: jax.Array, inverse: bool = False) -> tuple[jax.Array, jax.Array]:
-        """z [B, h, w, c] -> (z, log |det| [B])."""
-        places, channels = z.shape[1] * z.shape[2], z.shape[-1]
+        """z [B, h, w, c] -> (z [B, h, w, c], log |det| [B])."""
+        pixels, channels = z.shape[1] * z.shape[2], z.shape[-1]
         log_scale = self.param("log_scale", nn.initializers.zeros, (channels,))
         shift = self.param("shift", nn.initializers.zeros, (channels,))
         mix = self.param("mix", nn.initializers.orthogonal(), (channels, channels))
-        linear = places * (log_scale.sum() + jnp.linalg.slogdet(mix)[1])
+        linear = pixels * (log_scale.sum() + jnp.linalg.slogdet(mix)[1])
         if not inverse:
             z = (z * jnp.exp(log_scale) + shift) @ mix
-        kept, moved = jnp.split(z, 2, axis=-1)
-        scale, bias = self.scale_and_bias(kept, embedding)
-        moved = (moved - bias) / scale if inverse else moved * scale + bias
-        z = jnp.concatenate([kept, moved], axis=-1)
+        fixed, changed = jnp.split(z, 2, axis=-1)
+        scale, bias = self.scale_and_bias(fixed, embedding)
+        changed = (changed - bias) / scale if inverse else changed * scale + bias
+        z = jnp.concatenate([fixed, changed], axis=-1)
         log_det = linear + jnp.log(scale).sum(axis=(1, 2, 3))
         if inverse:
             return ((z @ jnp.linalg.inv(mix)) - shift) * jnp.exp(-log_scale), -log_det
         return z, log_det
 
-    def scale_and_bias(self, kept: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """By a small network whose last layer begins at zero: the step begins as a rotation."""
+    def scale_and_bias(self, fixed: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scale and bias of the coupling: the last layer is zero-initialized, so that the step begins as a rotation."""
         hidden = (
-            nn.Conv(self.features, (3, 3), name="conv_in")(kept)
-            + nn.Dense(self.features, name="told")(embedding)[:, None, None]
+            nn.Conv(self.features, (3, 3), name="conv_in")(fixed)
+            + nn.Dense(self.features, name=CLASS_BIAS)(embedding)[:, None, None]
         )
         hidden = nn.Conv(self.features, (1, 1), name="conv_mid")(nn.relu(hidden))
-        out = nn.Conv(2 * kept.shape[-1], (3, 3), name="conv_out", kernel_init=nn.initializers.zeros)(nn.relu(hidden))
+        out = nn.Conv(2 * fixed.shape[-1], (3, 3), name="conv_out", kernel_init=nn.initializers.zeros)(nn.relu(hidden))
         log_scale, bias = jnp.split(out, 2, axis=-1)
         return nn.sigmoid(log_scale + 2.0) + 1e-2, bias
 
 
 class Flow(nn.Module):
-    """Levels of `steps` couplings, each after a squeeze; of each but the last half of the channels are done with."""
+    """A multi-scale flow: `levels` of a squeeze and `steps` couplings; half of the channels leave after each level."""
 
     num_classes: int
     features: int = 256
@@ -63,7 +64,7 @@ class Flow(nn.Module):
         self.couplings = [[Coupling(self.features) for _ in range(self.steps)] for _ in range(self.levels)]
 
     def __call__(self, y: jax.Array, label: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-        """y [B, H, W, C] -> (the latents of each level, log |det| [B])."""
+        """y [B, H, W, C] -> (latents of each level, log |det| [B])."""
         embedding, latents, total = self.embed(label), [], jnp.zeros(len(y))
         for number, couplings in enumerate(self.couplings):
             y = squeeze(y)
@@ -71,12 +72,12 @@ class Flow(nn.Module):
                 y, log_det = coupling(y, embedding)
                 total += log_det
             if number < self.levels - 1:
-                done, y = jnp.split(y, 2, axis=-1)
-                latents.append(done)
+                out, y = jnp.split(y, 2, axis=-1)
+                latents.append(out)
         return [*latents, y], total
 
     def inverse(self, latents: list[jax.Array], label: jax.Array) -> jax.Array:
-        """The latents of each level -> y."""
+        """Latents of each level -> y [B, H, W, C]."""
         embedding, y = self.embed(label), latents[-1]
         for number in reversed(range(self.levels)):
             if number < self.levels - 1:
@@ -88,43 +89,43 @@ class Flow(nn.Module):
 
 
 def latent_shapes(shape: tuple[int, int, int], levels: int) -> list[tuple[int, int, int]]:
-    """Those of each level for images [H, W, C]."""
+    """The shapes [h, w, c] of the latents of each level, for images [H, W, C]."""
     height, width, channels = shape
-    found = []
+    shapes = []
     for number in range(levels):
         height, width, channels = height // 2, width // 2, channels * 4
         if number < levels - 1:
             channels //= 2
-        found.append((height, width, channels))
-    return found
+        shapes.append((height, width, channels))
+    return shapes
 
 
 def to_logits(images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """uint8 images and noise in [0, 1) of their shape -> (y, log |dy/dx| [B]), x in units of one level."""
+    """uint8 images and noise in [0, 1) of their shape -> (logits y, log |dy/dx| [B]), with x in [0, 256)."""
     p = ALPHA + (1 - 2 * ALPHA) * (images + noise) / 256.0
     log_det = jnp.log((1 - 2 * ALPHA) / 256.0) - jnp.log(p) - jnp.log1p(-p)
     return jnp.log(p) - jnp.log1p(-p), log_det.sum(axis=(1, 2, 3))
 
 
 def from_logits(y: jax.Array) -> jax.Array:
-    """y -> uint8 images."""
-    levels = (nn.sigmoid(y) - ALPHA) / (1 - 2 * ALPHA) * 256.0
-    return jnp.clip(jnp.floor(levels), 0, 255).astype(jnp.uint8)
+    """Logits y -> uint8 images."""
+    x = (nn.sigmoid(y) - ALPHA) / (1 - 2 * ALPHA) * 256.0
+    return jnp.clip(jnp.floor(x), 0, 255).astype(jnp.uint8)
 
 
 def bits_per_dim(model: Flow, params, images: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
-    """Of images with uniform noise by their keys [B]: [B]."""
+    """Bits per dim [B] of images uint8 [B, H, W, C] dequantized with uniform noise of the keys [B]."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
     y, log_det = to_logits(images, noise)
-    latents, more = model.apply({"params": params}, y, label)
+    latents, flow_log_det = model.apply({"params": params}, y, label)
     normal = sum((-0.5 * (z**2 + jnp.log(2 * jnp.pi))).sum(axis=(1, 2, 3)) for z in latents)
-    return -(normal + log_det + more) / (images[0].size * jnp.log(2.0))
+    return -(normal + log_det + flow_log_det) / (images[0].size * jnp.log(2.0))
 
 
 def sample(
     model: Flow, params, label: jax.Array, keys: jax.Array, shape: tuple[int, int, int], temperature: float = 1.0
 ) -> jax.Array:
-    """Images uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
+    """Samples: images uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
     latents = [
         temperature * jax.vmap(lambda key, n=n, s=s: jax.random.normal(jax.random.fold_in(key, n), s))(keys)
         for n, s in enumerate(latent_shapes(shape, model.levels))

@@ -1,5 +1,5 @@
-"""A class-conditional GAN the size of DCGAN (Radford 2016): hinge (Lim & Ye 2017) or non-saturating loss (Goodfellow
-2014), with the gradient penalty R1 (Mescheder 2018), spectral norm (Miyato 2018) or both."""
+"""A class-conditional GAN of DCGAN's size (Radford 2016): hinge (Lim & Ye 2017) or non-saturating loss (Goodfellow
+2014), with the R1 gradient penalty (Mescheder 2018), spectral norm (Miyato 2018) or both."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from ldm_jax.training.state import TrainState, ema_update, keep_if
 
 LOSSES = ("hinge", "non_saturating")
 NETWORKS = ("generator", "discriminator")
-SINGULAR = "singular"  # the vectors of spectral norm, of which parameters and optimizers know nothing
+SINGULAR = "singular"  # collection of spectral norm's singular vectors, which no optimizer updates
 
 
 class Generator(nn.Module):
-    """Noise [B, latent] and labels [B] -> images [B, H, W, C] in [-1, 1]; H and W are multiples of four.
+    """The generator: noise [B, latent] and labels [B] -> images [B, H, W, C] in [-1, 1]; H and W are multiples of 4.
 
-    Sizes change by pixels becoming channels and back (Shi 2016), not by strides: XLA's CPU compiler makes the gradients
-    of strided convolutions, and those of these, many times slower than all else.
+    Upsampling is by pixel shuffle (Shi 2016), not by strided convolutions, whose gradients XLA compiles to code that is
+    many times slower on a CPU.
     """
 
     num_classes: int
@@ -39,18 +39,18 @@ class Generator(nn.Module):
         f, (height, width, channels) = self.features, self.shape
         hidden = jnp.concatenate([z, nn.Embed(self.num_classes, self.latent)(label)], axis=-1)
         hidden = nn.Dense(height // 4 * (width // 4) * 2 * f)(hidden).reshape(len(z), height // 4, width // 4, 2 * f)
-        for width_now in (f, f // 2):
+        for out_features in (f, f // 2):
             hidden = nn.relu(nn.GroupNorm(8, use_fast_variance=False)(hidden))
-            hidden = unsqueeze(nn.Conv(4 * width_now, (3, 3))(hidden))
+            hidden = unsqueeze(nn.Conv(4 * out_features, (3, 3))(hidden))
         hidden = nn.relu(nn.GroupNorm(8, use_fast_variance=False)(hidden))
         return jnp.tanh(nn.Conv(channels, (3, 3))(hidden))
 
 
 class Discriminator(nn.Module):
-    """Images [B, H, W, C] and labels [B] -> logits [B]: the projection of Miyato & Koyama 2018.
+    """The projection discriminator (Miyato & Koyama 2018): images [B, H, W, C] and labels [B] -> logits [B].
 
-    With `spectral_norm` each layer's weights are divided by their largest singular value, estimated by
-    one power iteration a call: of `learning` calls the collection SINGULAR keeps the vectors.
+    With `spectral_norm` each layer's weights are divided by their largest singular value, estimated by one power
+    iteration per call; calls with `update_stats` store the singular vectors in the collection SINGULAR.
     """
 
     num_classes: int
@@ -58,19 +58,19 @@ class Discriminator(nn.Module):
     spectral_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, label: jax.Array, learning: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, label: jax.Array, update_stats: bool = False) -> jax.Array:
         def normed(layer: nn.Module) -> Callable[[jax.Array], jax.Array]:
             if not self.spectral_norm:
                 return layer
-            return partial(nn.SpectralNorm(layer, collection_name=SINGULAR), update_stats=learning)
+            return partial(nn.SpectralNorm(layer, collection_name=SINGULAR), update_stats=update_stats)
 
         hidden = squeeze(x)
         hidden = squeeze(nn.leaky_relu(normed(nn.Conv(self.features, (3, 3)))(hidden), 0.2))
         for _ in range(2):
             hidden = nn.leaky_relu(normed(nn.Conv(2 * self.features, (3, 3)))(hidden), 0.2)
         pooled = hidden.sum(axis=(1, 2)) / hidden.shape[1]
-        of_class = normed(nn.Embed(self.num_classes, pooled.shape[-1]))(label)
-        return normed(nn.Dense(1))(pooled)[:, 0] + (of_class * pooled).sum(axis=-1)
+        class_embedding = normed(nn.Embed(self.num_classes, pooled.shape[-1]))(label)
+        return normed(nn.Dense(1))(pooled)[:, 0] + (class_embedding * pooled).sum(axis=-1)
 
 
 class Adam(NamedTuple):
@@ -83,16 +83,16 @@ class Adam(NamedTuple):
 
 @dataclass(frozen=True)
 class GANStage:
-    """One update of each network by a batch, both at the same parameters.
+    """The training stage of a GAN: each step updates both networks by one batch, from the same parameters.
 
-    A batch holds `x` [B, H, W, C] uint8, and `label` and `id` [B] int32. Nothing is frozen.
+    A batch holds `x` [B, H, W, C] uint8, and `label` and `id` [B] int32. There are no frozen parameters.
 
     Attributes:
       generator, discriminator: the networks.
       loss: one of LOSSES.
-      r1: gamma, the weight of the gradient penalty; 0: none.
-      adam: of both.
-      ema_decay: of the generator's averaged parameters.
+      r1: gamma, the weight of the gradient penalty; 0 for none.
+      adam: optimizer of both networks.
+      ema_decay: of the generator's EMA parameters.
     """
 
     generator: Generator
@@ -104,7 +104,7 @@ class GANStage:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise ValueError(f"loss is {self.loss!r}; it must be one of {', '.join(LOSSES)}")
+            raise ValueError(f"loss={self.loss!r}: must be one of {', '.join(LOSSES)}")
 
     def init(self, rng: jax.Array) -> TrainState:
         """The state before the first update."""
@@ -122,8 +122,8 @@ class GANStage:
     def step(
         self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update of each; the metrics are scalars."""
-        losses, grads, singular = self._gradients(state.params, batch, seed)  # singular: the same on every device
+        """The state after one update of each network, and scalar metrics."""
+        losses, grads, singular = self._gradients(state.params, batch, seed)  # singular: equal on all devices
         if axis_name is not None:
             losses, grads = jax.lax.pmean((losses, grads), axis_name)
         params, opt_state = {SINGULAR: singular}, {}
@@ -138,12 +138,12 @@ class GANStage:
         return new, {"loss": losses["generator"], "discriminator": losses["discriminator"], "grad_norm": norm}
 
     def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
-        """The tensors of the step by name: for the report on the first that is not finite."""
+        """The tensors of the step by name, to report the first that is not finite."""
         losses, grads, _ = self._gradients(state.params, batch, seed)
         return {"params": state.params, "losses": losses, "gradient": grads}
 
     def _gradients(self, params: Any, batch: dict, seed: jax.Array) -> tuple[dict, dict, Any]:
-        """(losses, gradients) of both networks, and the singular vectors."""
+        """Losses and gradients of both networks, and the updated singular vectors."""
         keys = jax.vmap(jax.random.split)(example_keys(seed, STREAM, batch["step"], batch["id"]))
         x, label = to_pixels(batch["x"]), batch["label"]
         generator, discriminator, singular = params["generator"], params["discriminator"], params[SINGULAR]
@@ -166,10 +166,10 @@ class GANStage:
     def _discriminator_loss(
         self, params: Any, singular: Any, x: jax.Array, fake: jax.Array, label: jax.Array
     ) -> tuple[jax.Array, Any]:
-        """The loss, and the singular vectors after the images' forward pass."""
+        """The loss, and the singular vectors updated by the forward pass."""
         both, labels = jnp.concatenate([x, fake]), jnp.tile(label, 2)
         logits, updated = self.discriminator.apply(
-            {"params": params, SINGULAR: singular}, both, labels, learning=True, mutable=[SINGULAR]
+            {"params": params, SINGULAR: singular}, both, labels, update_stats=True, mutable=[SINGULAR]
         )
         real_logits, fake_logits = jnp.split(logits, 2)
         if self.loss == "hinge":
@@ -189,6 +189,6 @@ class GANStage:
 
 
 def sample(generator: Generator, params: Any, label: jax.Array, keys: jax.Array) -> jax.Array:
-    """Images uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
+    """Samples: images uint8 [N, H, W, C] of these labels [N], each with its own key [N]."""
     z = jax.vmap(lambda key: jax.random.normal(key, (generator.latent,)))(keys)
     return to_uint8(generator.apply({"params": params}, z, label))

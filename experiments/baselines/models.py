@@ -1,4 +1,4 @@
-"""The baselines by name, in sizes that make all of about as many parameters as latent diffusion has."""
+"""The baseline models by name, in sizes with about as many parameters as latent diffusion."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,25 +17,25 @@ GAN, SPECTRAL = "GAN", "GAN, hinge, spectral norm"
 
 
 class Model(NamedTuple):
-    """A baseline: its stage for so many steps, how it samples, and its bits per dim where there are such."""
+    """A baseline model: its training stage, sampling function and likelihood."""
 
-    stage: Callable[[int], GANStage | LikelihoodStage]
-    part: str  # of the averaged parameters, what samples: "" = all
+    stage: Callable[[int], GANStage | LikelihoodStage]  # number of steps -> stage
+    part: str  # the subtree of the EMA parameters that samples; "": all
     sample: Callable[..., jax.Array]  # (params, labels, keys) -> images
-    bits: Callable[..., jax.Array] | None  # (params, images, labels, keys) -> [B]
+    bits: Callable[..., jax.Array] | None  # (params, images, labels, keys) -> bits per dim [B]; None: no likelihood
 
 
 class Sizes(NamedTuple):
-    """Channels and depths; those here make 1.7 million parameters each."""
+    """Widths and depths of the baselines; the defaults have 1.7 million parameters each."""
 
     pixelcnn: tuple[int, int] = (76, 12)  # features, layers
-    flow: tuple[int, int] = (208, 8)  # features, steps of each level
+    flow: tuple[int, int] = (208, 8)  # features, steps per level
     gan: int = 64
     vae: int = 52
 
 
 HALF_A_MILLION = Sizes((42, 12), (112, 8), 32, 22)
-SMALL = Sizes((16, 2), (16, 1), 16, 16)  # to show that it works
+SMALL = Sizes((16, 2), (16, 1), 16, 16)  # for tests
 
 
 def models(sizes: Sizes) -> dict[str, Model]:
@@ -48,7 +48,7 @@ def models(sizes: Sizes) -> dict[str, Model]:
 
 
 def gans(features: int) -> dict[str, Model]:
-    """Two of one architecture: the losses and penalties that GANs are most often steadied by."""
+    """Two GANs of one architecture, with the most common losses and regularizers."""
     generator, adam = gan.Generator(CLASSES, SHAPE, features=features), gan.Adam(1e-3, b1=0.0, b2=0.99)
 
     def model(loss: str, r1: float, spectral_norm: bool) -> Model:
@@ -63,19 +63,19 @@ def gans(features: int) -> dict[str, Model]:
 
 
 def pixelcnn_model(features: int, layers: int) -> Model:
-    """Its bits are exact, and need no keys."""
+    """A gated PixelCNN: exact bits per dim, without keys."""
     model = pixelcnn.PixelCNN(CLASSES, features, layers)
     return likelihood_model(model, pixelcnn.bits_per_dim, partial(pixelcnn.sample, model, shape=SHAPE[:2]), 2e-3)
 
 
 def flow_model(features: int, steps: int) -> Model:
-    """Its bits are those of dequantized pixels, by the keys."""
+    """A flow: bits per dim of pixels dequantized with the keys."""
     model = flow.Flow(CLASSES, features, steps)
     return likelihood_model(model, flow.bits_per_dim, partial(flow.sample, model, shape=SHAPE), 1e-3)
 
 
 def vae_model(features: int) -> Model:
-    """Its bits are the VLB, by one sample of the posterior with each key."""
+    """A VAE: bits per dim are the VLB, from one sample of the posterior per key."""
     model = vae.VAE(CLASSES, SHAPE, features=features)
     return likelihood_model(model, vae.bits_per_dim, partial(vae.sample, model), 1e-3)
 
@@ -83,7 +83,7 @@ def vae_model(features: int) -> Model:
 def likelihood_model(
     model: nn.Module, bits_per_dim: Callable[..., jax.Array], sample: Callable[..., jax.Array], learning_rate: float
 ) -> Model:
-    """A baseline that is trained by its bits per dim: see `LikelihoodStage`."""
+    """A baseline trained by maximum likelihood: see `LikelihoodStage`."""
 
     def stage(steps: int) -> LikelihoodStage:
         adamw = AdamW(

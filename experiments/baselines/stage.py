@@ -1,4 +1,4 @@
-"""A training stage with one loss, in the form that `ldm_jax.training.loop.train` runs: for models of likelihood."""
+"""Training stage of likelihood-based models, for `ldm_jax.training.loop.train`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from flax import linen as nn
 from ldm_jax.diffusion.random import example_keys
 from ldm_jax.training.state import AdamW, TrainState, init_state, make_optimizer, update_if_finite
 
-STREAM = 11  # of `example_keys`; the main job's stages have lower ones
+STREAM = 11  # random stream of `example_keys`; those of ldm_jax are lower
 
 
 @dataclass(frozen=True)
 class LikelihoodStage:
-    """A model that is trained by its bits per dimension.
+    """The training stage of a model whose loss is its bits per dimension.
 
-    A batch holds `x` [B, H, W, C] uint8, and `label` and `id` [B] int32. Nothing is frozen.
+    A batch holds `x` [B, H, W, C] uint8, and `label` and `id` [B] int32. There are no frozen parameters.
 
     Attributes:
       model: called with x [B, H, W, C] in [-1, 1] and labels [B].
       bits_per_dim: (model, params, images uint8 [B, H, W, C], labels [B], keys [B]) -> [B].
       image_shape: (H, W, C).
-      adamw, ema_decay: of `state.make_optimizer` and `state.update_if_finite`.
+      adamw, ema_decay: see `state.make_optimizer` and `state.update_if_finite`.
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class LikelihoodStage:
     def step(
         self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update by the batch; the metrics are scalars."""
+        """The state after one update, and scalar metrics."""
         loss, grads = jax.value_and_grad(self._loss)(state.params, batch, seed)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
@@ -50,7 +50,7 @@ class LikelihoodStage:
         return state, {"loss": loss, "grad_norm": grad_norm}
 
     def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
-        """The tensors of the step by name: for the report on the first that is not finite."""
+        """The tensors of the step by name, to report the first that is not finite."""
         loss, grads = jax.value_and_grad(self._loss)(state.params, batch, seed)
         return {"params": state.params, "loss": loss, "gradient": grads}
 

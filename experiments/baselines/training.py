@@ -1,4 +1,4 @@
-"""Baselines trained for a time by the main job's loop."""
+"""Training of the baselines for an equal time, by the main job's training loop."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import frame, speed
+from experiments import runner, speed
 from experiments.baselines.models import SHAPE, Model
-from experiments.frame import Lab
+from experiments.runner import Workspace
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.data.feeds import DeviceFeed
 from ldm_jax.run_folder.checkpoint import Checkpoints
@@ -17,50 +17,54 @@ from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.training.loop import initial_state, train
 
 
-def course(lab: Lab, model: Model) -> speed.Course:
-    """What its training is timed by."""
-    return speed.of_images(model.stage(1_000), SHAPE, lab.batch_size)
+def training_setup(workspace: Workspace, model: Model) -> speed.TrainingSetup:
+    """The setup that the training of a baseline is timed with."""
+    return speed.image_setup(model.stage(1_000), SHAPE, workspace.batch_size)
 
 
-def trained_for(lab: Lab, name: str, model: Model, seconds: float, rate: float, seed: int) -> tuple[Any, int]:
-    """The state after as many steps as fit into the time at `rate` images a second, and their number; in a folder of
-    this name and seed."""
-    steps = lab.steps_in(seconds, rate, lab.batch_size)
-    return train_baseline(lab, lab.runs / frame.file_name(f"{name} {seed}"), model.stage(steps), steps, seed), steps
+def trained_for(
+    workspace: Workspace, name: str, model: Model, seconds: float, rate: float, seed: int
+) -> tuple[Any, int]:
+    """Trains for the number of steps that fit into `seconds` at `rate` images per second, in a folder of this name and
+    seed; returns the state and the number of steps."""
+    steps = workspace.steps_in(seconds, rate, workspace.batch_size)
+    return train_baseline(
+        workspace, workspace.runs / runner.file_name(f"{name} {seed}"), model.stage(steps), steps, seed
+    ), steps
 
 
-def train_baseline(lab: Lab, folder: Path, stage: Any, steps: int, seed: int) -> Any:
-    """The state after so many steps on the training images; goes on from the newest checkpoint in `folder`."""
-    images = load_dataset("fashion_mnist", lab.config({}).data.train_split, data_dir=lab.data_dir).arrays
+def train_baseline(workspace: Workspace, folder: Path, stage: Any, steps: int, seed: int) -> Any:
+    """The state after `steps` on the training images; resumes from the newest checkpoint in `folder`."""
+    images = load_dataset("fashion_mnist", workspace.config({}).data.train_split, data_dir=workspace.data_dir).arrays
     folder.mkdir(parents=True, exist_ok=True)
-    frame.forget_programs()
+    runner.clear_compiled_programs()
     log, identity = Log(folder, write=True), {"steps": str(steps), "seed": str(seed)}
     with InterruptWatch() as watch, Checkpoints(folder / "baseline", keep=1, identity=identity) as checkpoints:
         try:
             return train(
                 "baseline", stage, initial_state(stage.init, seed), steps=steps, seed=seed,
-                feed=DeviceFeed(images, lab.batch_size, seed), frozen={}, checkpoints=checkpoints, log=log, watch=watch,
-                log_every=50, checkpoint_every=1_000,
+                feed=DeviceFeed(images, workspace.batch_size, seed), frozen={}, checkpoints=checkpoints, log=log,
+                watch=watch, log_every=50, checkpoint_every=1_000,
             )  # fmt: skip
         finally:
             log.close()
 
 
 def sampling_params(model: Model, state: Any) -> Any:
-    """The averaged parameters of what samples."""
-    averaged = jax.device_get(state.ema_params)
-    return averaged[model.part] if model.part else averaged
+    """The EMA parameters of the network that samples."""
+    ema_params = jax.device_get(state.ema_params)
+    return ema_params[model.part] if model.part else ema_params
 
 
-def size(state: Any) -> int:
-    """The number of all parameters."""
+def num_params(state: Any) -> int:
+    """The number of parameters of all networks."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
-def held_out_bits(lab: Lab, model: Model, params: Any, tested: int) -> float:
-    """The mean bits per dim of the first test images."""
-    images = load_dataset("fashion_mnist", f"test[:{tested}]", data_dir=lab.data_dir).arrays
-    keys, batch = jax.random.split(jax.random.key(0), tested), min(100, tested)
+def test_bits(workspace: Workspace, model: Model, params: Any, num: int) -> float:
+    """The mean bits per dim of the first `num` test images."""
+    images = load_dataset("fashion_mnist", f"test[:{num}]", data_dir=workspace.data_dir).arrays
+    keys, batch = jax.random.split(jax.random.key(0), num), min(100, num)
     bits = jax.jit(lambda params, x, label, keys: model.bits(params, x, label, keys))
-    parts = [slice(start, start + batch) for start in range(0, tested, batch)]
+    parts = [slice(start, start + batch) for start in range(0, num, batch)]
     return float(np.mean([bits(params, images["x"][p], images["label"][p], keys[p]).mean() for p in parts]))

@@ -1,6 +1,6 @@
-"""A VAE (Kingma & Welling 2014) with one vector for the whole image, conditioned on classes.
+"""A class-conditional VAE (Kingma & Welling 2014) with one latent vector per image.
 
-A pixel's likelihood is a discretized logistic (Salimans 2017, eq. 2), so that the VLB is one of the discrete pixels.
+The likelihood of a pixel is a discretized logistic (Salimans 2017, eq. 2), so the VLB is that of discrete pixels.
 """
 
 import jax
@@ -13,7 +13,7 @@ from ldm_jax.models.pixels import to_pixels, to_uint8
 
 
 class VAE(nn.Module):
-    """Images of `shape` [H, W, C], which four divides, to a Gaussian over vectors and back."""
+    """The VAE's encoder and decoder, for images of `shape` [H, W, C]; H and W are multiples of 4."""
 
     num_classes: int
     shape: tuple[int, int, int]
@@ -30,7 +30,7 @@ class VAE(nn.Module):
         self.to_likelihood = nn.Conv(2 * channels, (3, 3))
 
     def encode(self, x: jax.Array, label: jax.Array) -> jax.Array:
-        """x in [-1, 1] -> (mean, logvar), [B, 1, 1, 2 latent]."""
+        """x [B, H, W, C] in [-1, 1] -> mean and log variance of the posterior, [B, 1, 1, 2 latent]."""
         first, second = self.down
         hidden = nn.silu(first(squeeze(x)) + self.embed_encoder(label)[:, None, None])
         hidden = nn.silu(second(squeeze(hidden)))
@@ -47,13 +47,13 @@ class VAE(nn.Module):
         return mean, jnp.clip(log_scale - 2.0, -7.0, 3.0)
 
     def __call__(self, x: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Both ways, by the means: makes all parameters."""
+        """Encodes and decodes by the mean; `init` makes all parameters by it."""
         mean, _ = jnp.split(self.encode(x, label), 2, axis=-1)
         return self.decode(mean, label)
 
 
 def log_likelihood(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Of uint8 images under discretized logistics, in nats for each pixel; black and white have all that is beyond."""
+    """Log-likelihood in nats of each pixel of uint8 images under discretized logistics; 0 and 255 include the tails."""
     x, half = to_pixels(images), 1.0 / 255.0
     upper, lower = ((x + side * half - mean) * jnp.exp(-log_scale) for side in (1, -1))
     inside = jnp.log(jnp.maximum(nn.sigmoid(upper) - nn.sigmoid(lower), 1e-12))
@@ -61,7 +61,7 @@ def log_likelihood(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> 
 
 
 def bits_per_dim(model: VAE, params, images: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
-    """The VLB (Kingma & Welling 2014, eq. 3), [B], with one sample of the posterior by each key [B]."""
+    """The VLB in bits per dim [B] (Kingma & Welling 2014, eq. 3), from one posterior sample per key [B]."""
     moments = model.apply({"params": params}, to_pixels(images), label, method="encode")
     z = sample_posterior(moments, keys)
     mean, log_scale = model.apply({"params": params}, z, label, method="decode")
@@ -70,7 +70,7 @@ def bits_per_dim(model: VAE, params, images: jax.Array, label: jax.Array, keys: 
 
 
 def sample(model: VAE, params, label: jax.Array, keys: jax.Array) -> jax.Array:
-    """Images uint8 [N, H, W, C] of these labels [N]: the means that latents sampled by the keys [N] decode to."""
+    """Samples: images uint8 [N, H, W, C] of these labels [N], decoded means of latents sampled with the keys [N]."""
     z = jax.vmap(lambda key: jax.random.normal(key, (1, 1, model.latent)))(keys)
     mean, _ = model.apply({"params": params}, z, label, method="decode")
     return to_uint8(mean)

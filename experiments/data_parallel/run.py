@@ -1,9 +1,9 @@
-"""Are the losses the same on any number of devices and hosts? And what do pmap and FSDP cost beside one compiled step?
+"""Are the losses the same on any number of devices and hosts? And what do pmap and FSDP cost relative to jit?
 
     python experiments/data_parallel/run.py [--budget=smoke|cpu|gpu]
 
-Diffusion on pixels, the same batches of 16 split over 1, 2, 4 and 8 virtual devices of one CPU, and over two processes
-of two: compiled for one device, mapped by `pmap` (what `ldm_jax.train` does), and with the state split too (fsdp.py).
+Diffusion on pixels, the same batches of 16 sharded over 1, 2, 4 and 8 virtual devices of one CPU, and over two
+processes with two devices each: by `jit` on one device, by `pmap` (as `ldm_jax.train`) and by FSDP (fsdp.py).
 """
 
 import os
@@ -12,18 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from the repository root
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, tables
-from experiments.frame import ROOT, Experiment, Lab, Row, Rows
+from experiments import runner, tables
+from experiments.runner import ROOT, Experiment, Row, Rows, Workspace
 from ldm_jax.errors import RunError
 from ldm_jax.runtime.files import read_json
 
-ARMS = {  # arm -> (processes, devices of each)
+ARMS = {  # arm -> (processes, devices per process)
     "1 device": (1, 1),
     "2 devices": (1, 2),
     "4 devices": (1, 4),
@@ -32,39 +32,45 @@ ARMS = {  # arm -> (processes, devices of each)
 }
 ONE = "1 device"
 PLANS = {"smoke": (ONE, "2 processes of 2"), "cpu": tuple(ARMS), "gpu": (ONE,)}
-WAYS = ("jit", "pmap", "FSDP")
-WARM = 2  # steps that are not timed, as they compile
+STRATEGIES = ("jit", "pmap", "FSDP")
+WARMUP = 2  # steps that are not timed, because they compile
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
     return [(arm, 0) for arm in PLANS[budget]]
 
 
-def measure(lab: Lab, arm: str, seed: int) -> Row:
+def measure(workspace: Workspace, arm: str, seed: int) -> Row:
     processes, devices = ARMS[arm]
-    expected, found = np.array(run_of(lab, ONE)["jit"]["losses"]), run_of(lab, arm)
-    beside = np.median(found.get("jit", found["pmap"])["step_seconds"][WARM:])
-    ways = {
+    expected, results = np.array(run_of(workspace, ONE)["jit"]["losses"]), run_of(workspace, arm)
+    base = np.median(results.get("jit", results["pmap"])["step_seconds"][WARMUP:])
+    strategies = {
         name: {
-            "losses": way["losses"],
-            "largest_difference_in_millionths": 1e6 * float(np.abs(way["losses"] / expected - 1).max()),
-            "seconds_per_step": float(np.median(way["step_seconds"][WARM:])),
-            "times": float(np.median(way["step_seconds"][WARM:]) / beside),
-            "megabytes_of_state": way["state_bytes"] / 1e6,
+            "losses": result["losses"],
+            "max_relative_difference_ppm": 1e6 * float(np.abs(result["losses"] / expected - 1).max()),
+            "seconds_per_step": float(np.median(result["step_seconds"][WARMUP:])),
+            "relative_step_time": float(np.median(result["step_seconds"][WARMUP:]) / base),
+            "state_megabytes": result["state_bytes"] / 1e6,
         }
-        for name, way in found.items()
+        for name, result in results.items()
     }
-    return {"devices": processes * devices, "ways": ways}
+    return {"devices": processes * devices, "strategies": strategies}
 
 
-def run_of(lab: Lab, arm: str) -> dict:
-    """What the workers of an arm found out (see `worker.measure`), now or before."""
+def run_of(workspace: Workspace, arm: str) -> dict:
+    """The results of an arm's worker processes (see `worker.measure`), measured now or stored earlier."""
     processes, devices = ARMS[arm]
-    out = (lab.runs / "data_parallel" / f"{arm}.json").resolve()
+    out = (workspace.runs / "data_parallel" / f"{arm}.json").resolve()
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "experiments.data_parallel.worker", f"--budget={lab.budget}", f"--out={out}"]
-        command.append(f"--data_dir={Path(lab.data_dir).resolve()}")
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.data_parallel.worker",
+            f"--budget={workspace.budget}",
+            f"--out={out}",
+        ]
+        command.append(f"--data_dir={Path(workspace.data_dir).resolve()}")
         if processes > 1:
             command.append(f"--coordinator=localhost:{free_port()}")
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
@@ -73,7 +79,7 @@ def run_of(lab: Lab, arm: str) -> dict:
         ]
         try:
             if any(worker.wait() for worker in workers):
-                raise RunError(f"experiments.data_parallel.worker failed for {arm}; what it said is above")
+                raise RunError(f"experiments.data_parallel.worker failed for {arm}; its output is above")
         finally:
             for worker in workers:
                 worker.kill()
@@ -87,47 +93,49 @@ def free_port() -> int:
 
 
 def table(rows: Rows) -> str:
-    head = ["devices", "way", "largest difference of a loss, in millionths", "time of a step beside jit"]
-    head.append("MB of state on a device")
+    head = ["devices", "strategy", "largest relative difference of a loss (1e-6)", "step time relative to jit"]
+    head.append("MB of state per device")
     body = []
     for row in rows.values():
-        for way, found in row["ways"].items():
-            times = f"{found['times']:.2f}" if "jit" in row["ways"] else "-"
-            apart, state = (f"{found[name]:.1f}" for name in ("largest_difference_in_millionths", "megabytes_of_state"))
-            body.append([row["arm"], way, apart, times, state])
+        for name, result in row["strategies"].items():
+            time = f"{result['relative_step_time']:.2f}" if "jit" in row["strategies"] else "-"
+            difference, state = (f"{result[key]:.1f}" for key in ("max_relative_difference_ppm", "state_megabytes"))
+            body.append([row["arm"], name, difference, time, state])
     return tables.table(head, body)
 
 
 def answer(rows: Rows) -> str:
-    one = next(iter(rows.values()))["ways"]
-    largest = max(way["largest_difference_in_millionths"] for row in rows.values() for way in row["ways"].values())
-    most = max((row for row in rows.values() if "jit" in row["ways"]), key=lambda row: row["devices"])
-    pmap, fsdp = most["ways"]["pmap"], most["ways"]["FSDP"]
+    one = next(iter(rows.values()))["strategies"]
+    results = [result for row in rows.values() for result in row["strategies"].values()]
+    largest = max(result["max_relative_difference_ppm"] for result in results)
+    most = max((row for row in rows.values() if "jit" in row["strategies"]), key=lambda row: row["devices"])
+    pmap, fsdp = most["strategies"]["pmap"], most["strategies"]["FSDP"]
     return (
-        f"No loss of any arm is further than {largest:.1f} millionths from that of one device. There pmap takes "
-        f"{one['pmap']['times']:.2f} times as long as jit, FSDP {one['FSDP']['times']:.2f}. With {most['arm']} on the "
-        f"same cores it is {pmap['times']:.2f} and {fsdp['times']:.2f}, and FSDP keeps "
-        f"{fsdp['megabytes_of_state']:.1f} MB of state on each instead of {pmap['megabytes_of_state']:.1f}."
+        f"No loss differs by more than {largest:.1f} millionths from that on one device. There a step of pmap takes "
+        f"{one['pmap']['relative_step_time']:.2f} times as long as by jit, of FSDP "
+        f"{one['FSDP']['relative_step_time']:.2f}. With {most['arm']} on the same cores it is "
+        f"{pmap['relative_step_time']:.2f} and {fsdp['relative_step_time']:.2f}, and FSDP stores "
+        f"{fsdp['state_megabytes']:.1f} MB of state per device instead of {pmap['state_megabytes']:.1f}."
     )
 
 
-def draw(rows: Rows) -> Figure:
+def plot(rows: Rows) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8))
-    expected = np.array(next(iter(rows.values()))["ways"]["jit"]["losses"])
+    expected = np.array(next(iter(rows.values()))["strategies"]["jit"]["losses"])
     for row in rows.values():
-        for way in ("pmap", "FSDP"):
-            apart = np.abs(row["ways"][way]["losses"] / expected - 1)
-            style = "-" if way == "pmap" else "--"
-            axes[0].plot(np.maximum(apart, 1e-9), style, label=f"{row['arm']}, {way}")  # 0 has no logarithm
-    axes[0].set(title="difference of the loss from one device's", xlabel="step", yscale="log")
+        for name in ("pmap", "FSDP"):
+            difference = np.abs(row["strategies"][name]["losses"] / expected - 1)
+            style = "-" if name == "pmap" else "--"
+            axes[0].plot(np.maximum(difference, 1e-9), style, label=f"{row['arm']}, {name}")  # log of 0
+    axes[0].set(title="relative difference of the loss from one device", xlabel="step", yscale="log")
     axes[0].set_ylim(top=1e-5)  # room for the legend
     axes[0].legend(fontsize=6, ncols=3, loc="upper center")
-    timed = [row for row in rows.values() if "jit" in row["ways"]]
-    for number, way in enumerate(WAYS):
+    timed = [row for row in rows.values() if "jit" in row["strategies"]]
+    for number, name in enumerate(STRATEGIES):
         places = np.arange(len(timed)) + 0.27 * (number - 1)
-        axes[1].bar(places, [row["ways"][way]["times"] for row in timed], 0.25, label=way)
+        axes[1].bar(places, [row["strategies"][name]["relative_step_time"] for row in timed], 0.25, label=name)
     axes[1].set_xticks(range(len(timed)), [row["arm"] for row in timed])
-    axes[1].set(title="time of a step beside jit on one device")
+    axes[1].set(title="step time relative to jit on one device")
     axes[1].legend(fontsize=8, loc="lower right", framealpha=1)
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -136,9 +144,9 @@ def draw(rows: Rows) -> Figure:
 
 
 EXPERIMENT = Experiment(
-    Path(__file__).parent, "Are the losses the same on any number of devices, and what does sharing the work cost?",
-    plan, measure, table, answer, draw, alone=True,
+    Path(__file__).parent, "Are the losses the same on any number of devices, and what does data parallelism cost?",
+    plan, measure, table, answer, plot, exclusive=True,
 )  # fmt: skip
 
 if __name__ == "__main__":
-    frame.run(EXPERIMENT, __doc__)
+    runner.run(EXPERIMENT, __doc__)

@@ -1,9 +1,9 @@
-"""One process of an arm of experiments/data_parallel, with as many devices as its environment says: see run.py.
+"""Worker process of experiments/data_parallel, with the number of devices set in its environment: see run.py.
 
     python -m experiments.data_parallel.worker --budget=cpu --out=FILE [--coordinator=HOST:PORT --process_id=0]
 
-Trains from the same start in each way, a step of the one after a step of the other, so that whatever else the machine
-does falls on all of them. The first process leaves in FILE, of each way, the losses and how long each step took.
+Trains by each strategy from the same state, alternating their steps, so that other load affects all alike. The first
+process writes the losses and step times of each strategy to FILE.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.data_parallel import fsdp
-from experiments.frame import Lab
+from experiments.runner import Workspace
 from experiments.untrained import diffusion_start
 from ldm_jax.data.feeds import DeviceFeed
 from ldm_jax.data.from_config import load_split
@@ -43,50 +43,52 @@ def main() -> None:
     configure(fast_compile=args.budget == "smoke")
     if args.coordinator:
         jax.distributed.initialize(args.coordinator, 2, args.process_id)
-    found = measure(Lab(args.budget, args.data_dir, Path()), STEPS[args.budget])
+    results = measure(Workspace(args.budget, args.data_dir, Path()), STEPS[args.budget])
     if jax.process_index() == 0:
-        write_json(args.out, found)
+        write_json(args.out, results)
 
 
-def measure(lab: Lab, steps: int) -> dict[str, Any]:
-    """{way: {"losses": [steps], "step_seconds": [steps], "state_bytes": on a device}}"""
-    config = lab.config(PIXELS | ({"data.image_size": 8} if lab.budget == "smoke" else {}))
+def measure(workspace: Workspace, steps: int) -> dict[str, Any]:
+    """Trains by each strategy: {strategy: {"losses": [steps], "step_seconds": [steps], "state_bytes": per device}}."""
+    config = workspace.config(PIXELS | ({"data.image_size": 8} if workspace.budget == "smoke" else {}))
     data = load_split(config, config.data.train_split)
     feed = DeviceFeed(data.arrays, BATCH_SIZE, 0, jax.process_index(), jax.process_count())
     stage, state, frozen = diffusion_start(config, jax.random.fold_in(jax.random.key(0), 0))
-    ways = ways_of(stage, frozen, feed, jax.device_get(state))
-    found: dict[str, Any] = {way: {"losses": [], "step_seconds": []} for way in ways}
-    states = {way: start for way, (_, start) in ways.items()}
-    for way, state in states.items():
-        found[way]["state_bytes"] = fsdp.bytes_on_a_device(state)
+    strategies = make_strategies(stage, frozen, feed, jax.device_get(state))
+    results: dict[str, Any] = {name: {"losses": [], "step_seconds": []} for name in strategies}
+    states = {name: start for name, (_, start) in strategies.items()}
+    for name, state in states.items():
+        results[name]["state_bytes"] = fsdp.bytes_per_device(state)
     for number in range(steps):
         batch = feed(number)
-        for way, (step, _) in ways.items():
-            wait_for_hosts(f"{way} {number}")
+        for name, (step, _) in strategies.items():
+            wait_for_hosts(f"{name} {number}")
             begin = time.monotonic()
-            states[way], metrics = step(states[way], batch, number)
-            found[way]["losses"].append(float(metrics["loss"]))  # waits
-            found[way]["step_seconds"].append(time.monotonic() - begin)
-    return found
+            states[name], metrics = step(states[name], batch, number)
+            results[name]["losses"].append(float(metrics["loss"]))  # blocks until done
+            results[name]["step_seconds"].append(time.monotonic() - begin)
+    return results
 
 
-def ways_of(stage: Any, frozen: dict, feed: DeviceFeed, state: Any) -> dict[str, tuple[Step, Any]]:
-    """Way -> how it makes a step, and the state that it begins with. Several hosts cannot do with one device."""
+def make_strategies(stage: Any, frozen: dict, feed: DeviceFeed, state: Any) -> dict[str, tuple[Step, Any]]:
+    """Strategy -> (step, initial state); `jit` only with a single host."""
     mesh, seed = Mesh(np.array(jax.devices()), ("data",)), np.uint32(0)
-    mapped, here = parallel_step(stage), (replicate(frozen), replicate(feed.resident))
-    cut = fsdp.sharded_step(stage, mesh, state)
-    everywhere = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), fsdp.whole(mesh)), (frozen, feed.resident))
+    mapped, on_devices = parallel_step(stage), (replicate(frozen), replicate(feed.resident))
+    fsdp_step = fsdp.sharded_step(stage, mesh, state)
+    everywhere = jax.tree.map(
+        lambda leaf: jax.device_put(np.asarray(leaf), fsdp.replicated(mesh)), (frozen, feed.resident)
+    )
 
     def pmap(state, batch, number):
-        return mapped(state, *here, shard(batch), np.int32(number), seed)
+        return mapped(state, *on_devices, shard(batch), np.int32(number), seed)
 
     def sharded(state, batch, number):
-        return cut(state, *everywhere, fsdp.shard_batch(mesh, batch), np.int32(number), seed)
+        return fsdp_step(state, *everywhere, fsdp.shard_batch(mesh, batch), np.int32(number), seed)
 
-    ways = {"pmap": (pmap, replicate(state)), "FSDP": (sharded, fsdp.shard_state(mesh, state))}
+    strategies = {"pmap": (pmap, replicate(state)), "FSDP": (sharded, fsdp.shard_state(mesh, state))}
     if jax.process_count() > 1:
-        return ways
-    alone = jax.jit(
+        return strategies
+    jitted = jax.jit(
         lambda state, frozen, resident, batch, number: stage.step(
             state, frozen, take(resident, batch) | {"step": number}, seed
         ),
@@ -96,9 +98,9 @@ def ways_of(stage: Any, frozen: dict, feed: DeviceFeed, state: Any) -> dict[str,
     on_first = jax.device_put((frozen, feed.resident), first)
 
     def jit(state, batch, number):
-        return alone(state, *on_first, batch, np.int32(number))
+        return jitted(state, *on_first, batch, np.int32(number))
 
-    return {"jit": (jit, jax.device_put(state, first))} | ways
+    return {"jit": (jit, jax.device_put(state, first))} | strategies
 
 
 if __name__ == "__main__":

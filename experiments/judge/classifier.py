@@ -1,6 +1,6 @@
-"""A classifier of Fashion-MNIST that judges samples from outside: by its classes and by the statistics of its features.
+"""The evaluation classifier of Fashion-MNIST: its predicted classes and features evaluate samples.
 
-It is trained on real images alone and shares nothing with the models it judges.
+It is trained on real images only and is independent of the evaluated models.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from ldm_jax.models.pixels import flip_images, to_pixels
 
 
 class Classifier(nn.Module):
-    """Convolutions of 3x3 with group norm, then 128 features, then the classes."""
+    """A CNN with 3x3 convolutions and group norm, 128 features and class logits."""
 
     num_classes: int = 10
     features: int = 128
@@ -31,7 +31,7 @@ class Classifier(nn.Module):
 
 
 def train(images: np.ndarray, labels: np.ndarray, *, epochs: int, seed: int, batch_size: int = 128) -> dict:
-    """Trains the classifier on uint8 images [N, 28, 28, 1]; returns its parameters."""
+    """Trains the classifier on images uint8 [N, 28, 28, 1] and labels [N]; returns its parameters."""
     model, steps = Classifier(), epochs * (len(images) // batch_size)
     optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, 3e-3), weight_decay=1e-2)
     params = model.init(jax.random.key(seed), jnp.zeros((1, *images.shape[1:])))["params"]
@@ -59,8 +59,8 @@ def train(images: np.ndarray, labels: np.ndarray, *, epochs: int, seed: int, bat
     return params
 
 
-def judge(params: dict, images: np.ndarray, chunk: int = 1000) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, 128] float32 and predicted classes [N] of uint8 images."""
+def classify(params: dict, images: np.ndarray, chunk: int = 1000) -> tuple[np.ndarray, np.ndarray]:
+    """Features float32 [N, 128] and predicted classes [N] of images uint8 [N, 28, 28, 1]."""
     apply = jax.jit(lambda params, images: Classifier().apply({"params": params}, to_pixels(images)))
     parts = [apply(params, images[i : i + chunk]) for i in range(0, len(images), chunk)]
     return np.concatenate([p[0] for p in parts]), np.concatenate([np.argmax(p[1], -1) for p in parts])

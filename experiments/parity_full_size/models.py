@@ -1,4 +1,4 @@
-"""The networks of published models at their full width: configs as in the files of these models."""
+"""Configs of the networks of published models at full width, as in the files of these models."""
 
 SD_UNET = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
 SD2 = {"attention_head_dim": (5, 10, 20, 20), "cross_attention_dim": 1024, "use_linear_projection": True}
@@ -61,7 +61,7 @@ def text(width: int, layers: int, heads: int, act: str, **more: object) -> dict:
     } | more
 
 
-# Name -> class in diffusers or transformers, config; the smallest first.
+# Name -> (class in diffusers or transformers, config); the smallest first.
 NETWORKS = {
     "VQ of celebahq-256": ("VQModel", autoencoder(128, 256, 512, latent_channels=3, num_vq_embeddings=8192)),
     "VAE of the x4 upscaler": ("AutoencoderKL", autoencoder(128, 256, 512, latent_channels=4, scaling_factor=0.08333)),

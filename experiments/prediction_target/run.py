@@ -2,21 +2,21 @@
 
     python experiments/prediction_target/run.py [--budget=smoke|cpu|gpu]
 
-The UNet predicts eps, z0 or v = alpha eps - sigma z0 (Salimans & Ho 2022), and its loss is weighted evenly or by
-min-SNR (Hang 2023). On the linear schedule and with ancestral sampling, as the claim was made (Ho 2020).
+The UNet predicts eps, z0 or v = alpha eps - sigma z0 (Salimans & Ho 2022), with uniform or min-SNR loss weights (Hang
+2023). Linear schedule and ancestral sampling, as in the original claim (Ho 2020).
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from the repository root
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, tables
-from experiments.frame import Experiment, Lab, Row, Rows
-from experiments.recipes import guided
+from experiments import measures, runner, tables
+from experiments.recipes import make_guidance
+from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.load import load
 from ldm_jax.sampling.from_flags import solving_defaults
 
@@ -32,18 +32,18 @@ BUDGETS = {  # seeds, training steps, images
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    few = ("eps, uniform", "z0, uniform") if budget == "smoke" else ARMS
-    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in few]
+    arms = ("eps, uniform", "z0, uniform") if budget == "smoke" else ARMS
+    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in arms]
 
 
-def measure(lab: Lab, arm: str, seed: int) -> Row:
-    (target, weighting), (_, steps, num) = ARMS[arm], BUDGETS[lab.budget]
+def measure(workspace: Workspace, arm: str, seed: int) -> Row:
+    (target, weighting), (_, steps, num) = ARMS[arm], BUDGETS[workspace.budget]
     changes = {"diffusion.prediction": target, "diffusion.weighting": weighting, "diffusion.schedule": "linear"}
     changes |= {"diffusion.steps": steps, "seed": seed}
-    model, params = load(lab.on_shared_latents(f"prediction_target/{arm} {seed}", changes))
-    sample = measures.sampling(lab, model, params, num)
-    images = sample(seed=seed, guidance=guided(1.5), solving=solving_defaults(model, "ddpm", CALLS))
-    return {"target": target, "weighting": weighting, "steps": steps, "cards": measures.cards(lab, images)}
+    model, params = load(workspace.on_shared_latents(f"prediction_target/{arm} {seed}", changes))
+    sample = measures.make_sample(workspace, model, params, num)
+    images = sample(seed=seed, guidance=make_guidance(1.5), solving=solving_defaults(model, "ddpm", CALLS))
+    return {"target": target, "weighting": weighting, "steps": steps, "cards": measures.cards(workspace, images)}
 
 
 def fd(row: Row) -> float:
@@ -59,23 +59,23 @@ def table(rows: Rows) -> str:
 def answer(rows: Rows) -> str:
     means = {arm: tables.mean(rows, arm, fd) for arm in tables.arms(rows)}
     ranked = sorted(means, key=means.get)
-    nearest, furthest = (f"{arm} (FD {means[arm]:.1f})" for arm in (ranked[0], ranked[-1]))
-    told = f"Nearest to the data is {nearest}, furthest {furthest}."
+    lowest, highest = (f"{arm} ({means[arm]:.1f})" for arm in (ranked[0], ranked[-1]))
+    extremes = f"Lowest FD: {lowest}, highest: {highest}."
     noise, image = (means.get(f"{target}, uniform") for target in ("eps", "z0"))
     if noise is None or image is None:
-        return told
+        return extremes
     word = "Yes" if noise < image else "No"
-    return f"{word}: with even weights the noise has FD {noise:.1f}, the image {image:.1f}. {told}"
+    return f"{word}: with uniform weights eps-prediction has FD {noise:.1f}, z0-prediction {image:.1f}. {extremes}"
 
 
-def draw(rows: Rows) -> Figure:
+def plot(rows: Rows) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 3.6))
     for place, arm in enumerate(tables.arms(rows)):
-        found = tables.values(rows, arm, fd)
+        fds = tables.values(rows, arm, fd)
         axis.bar(place, tables.mean(rows, arm, fd), color="C0" if "uniform" in arm else "C1", alpha=0.5)
-        axis.plot([place] * len(found), found, "k.")
+        axis.plot([place] * len(fds), fds, "k.")
     axis.set_xticks(range(len(tables.arms(rows))), tables.arms(rows), rotation=15)
-    axis.set(ylabel="FD-VGG16", title="What the UNet predicts, and how its loss is weighted (dots: seeds)")
+    axis.set(ylabel="FD-VGG16", title="Prediction target and loss weights (dots: seeds)")
     axis.grid(axis="y", alpha=0.3)
     figure.tight_layout()
     return figure
@@ -83,8 +83,8 @@ def draw(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "Does predicting the noise work better than predicting the image?",
-    plan, measure, table, answer, draw, Lab.shared_autoencoder,
+    plan, measure, table, answer, plot, Workspace.shared_autoencoder,
 )  # fmt: skip
 
 if __name__ == "__main__":
-    frame.run(EXPERIMENT, __doc__)
+    runner.run(EXPERIMENT, __doc__)

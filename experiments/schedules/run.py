@@ -3,20 +3,20 @@
     python experiments/schedules/run.py [--budget=smoke|cpu|gpu]
 
 Linear (Ho 2020), scaled-linear (Rombach 2022), cosine (Nichol & Dhariwal 2021) and linear with zero terminal SNR (Lin
-2023), all with v and sampled by DDIM in 10, 50 and 250 network calls. The figure has their signal-to-noise ratios too.
+2023), all with v-prediction, sampled by DDIM in 10, 50 and 250 network calls. The figure also has their SNR.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from the repository root
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import frame, measures, scales, tables
-from experiments.frame import Experiment, Lab, Row, Rows
+from experiments import measures, runner, scales, tables
+from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.pipeline.load import load
 from ldm_jax.sampling.from_flags import solving_defaults
@@ -36,20 +36,20 @@ BUDGETS = {  # seeds, training steps, images
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    few = list(ARMS)[:: len(ARMS) - 1] if budget == "smoke" else ARMS
-    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in few]
+    arms = list(ARMS)[:: len(ARMS) - 1] if budget == "smoke" else ARMS
+    return [(arm, seed) for seed in BUDGETS[budget][0] for arm in arms]
 
 
-def measure(lab: Lab, arm: str, seed: int) -> Row:
-    _, steps, num = BUDGETS[lab.budget]
-    # Even weights: those of min-SNR depend on the schedule, and it is the schedule that is asked for.
+def measure(workspace: Workspace, arm: str, seed: int) -> Row:
+    _, steps, num = BUDGETS[workspace.budget]
+    # Uniform weights, because min-SNR weights depend on the schedule.
     changes = {"diffusion.prediction": "v", "diffusion.weighting": "uniform", "diffusion.steps": steps, "seed": seed}
-    model, params = load(lab.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
-    sample = measures.sampling(lab, model, params, num)
+    model, params = load(workspace.on_shared_latents(f"schedules/{arm} {seed}", changes | ARMS[arm]))
+    sample = measures.make_sample(workspace, model, params, num)
     samples = {calls: sample(seed=seed, solving=solving_defaults(model, "ddim", calls)) for calls in CALLS}
     return {
         "steps": steps,
-        "cards_by_calls": {str(calls): measures.cards(lab, images) for calls, images in samples.items()},
+        "cards_by_calls": {str(calls): measures.cards(workspace, images) for calls, images in samples.items()},
     }
 
 
@@ -65,15 +65,14 @@ def answer(rows: Rows) -> str:
     few, many = CALLS[0], CALLS[-1]
     linear, cosine = ({n: tables.mean(rows, arm, fd(n)) for n in (few, many)} for arm in ("linear", "cosine"))
     best = min(tables.arms(rows), key=lambda arm: tables.mean(rows, arm, fd(many)))
-    word = {True: "beats", False: "does not beat"}[cosine[many] < linear[many]]
+    word = "Yes" if cosine[many] < linear[many] else "No"
     return (
-        f"On these latents the cosine schedule {word} the linear one: FD {cosine[many]:.1f} against {linear[many]:.1f} "
-        f"in {many} calls, {cosine[few]:.1f} against {linear[few]:.1f} in {few}; nearest is {best} "
-        f"({tables.mean(rows, best, fd(many)):.1f})."
+        f"{word}, on these latents: FD {cosine[many]:.1f} (linear: {linear[many]:.1f}) in {many} calls, "
+        f"{cosine[few]:.1f} ({linear[few]:.1f}) in {few}; lowest: {best} ({tables.mean(rows, best, fd(many)):.1f})."
     )
 
 
-def draw(rows: Rows) -> Figure:
+def plot(rows: Rows) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
     for arm, changes in ARMS.items():
         fields = {name.split(".")[1]: value for name, value in changes.items()}
@@ -86,11 +85,11 @@ def draw(rows: Rows) -> Figure:
         means = [tables.mean(rows, arm, fd(calls)) for calls in CALLS]
         (line,) = right.plot(CALLS, means, label=arm)
         for calls in CALLS:
-            found = tables.values(rows, arm, fd(calls))
-            right.plot([calls] * len(found), found, ".", color=line.get_color())
-    left.set(title="signal to noise", xlabel="t", ylabel="log10 of the ratio", ylim=(-6, 4.5))
+            fds = tables.values(rows, arm, fd(calls))
+            right.plot([calls] * len(fds), fds, ".", color=line.get_color())
+    left.set(title="signal-to-noise ratio", xlabel="t", ylabel="log10 SNR", ylim=(-6, 4.5))
     right.set(title="FD-VGG16 (dots: seeds)", xlabel="network calls")
-    scales.logarithmic(right, "x")
+    scales.set_log_scale(right, "x")
     left.legend(fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
@@ -100,8 +99,8 @@ def draw(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "Does the cosine schedule beat the linear one?",
-    plan, measure, table, answer, draw, Lab.shared_autoencoder,
+    plan, measure, table, answer, plot, Workspace.shared_autoencoder,
 )  # fmt: skip
 
 if __name__ == "__main__":
-    frame.run(EXPERIMENT, __doc__)
+    runner.run(EXPERIMENT, __doc__)

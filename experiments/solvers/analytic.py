@@ -1,8 +1,8 @@
-"""Every solver's error against its network calls, on data whose denoiser is known: exact numbers, no sampling.
+"""Error of every solver over its network calls, on Gaussian data with a known denoiser: exact, without sampling.
 
     .venv/bin/python -m experiments.solvers.analytic
 
-Writes analytic.json and analytic.png beside this file. A few seconds.
+Writes analytic.json and analytic.png to this folder; takes a few seconds.
 """
 
 import json
@@ -19,22 +19,22 @@ from ldm_jax.diffusion.solvers import SOLVERS, make_table
 from ldm_jax.diffusion.tables import HISTORY, Table
 
 HERE = Path(__file__).parent
-MEAN, SPREADS = 0.5, (0.05, 0.3, 1.0)  # of three independent Gaussians, from nearly a point to nearly the noise
+MEAN, STDS = 0.5, (0.05, 0.3, 1.0)  # of three independent Gaussians, from nearly a point to nearly the noise
 STEPS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SPACINGS = ("trailing", "karras")
 OPTIONS = {"edm": {"churn": 20.0}}
 
 
 def end_distribution(table: Table, std: float) -> tuple[float, float]:
-    """Mean and standard deviation that a table leads to, exactly.
+    """The exact mean and standard deviation of the samples that a solver table produces.
 
-    The denoiser of N(m, s^2) is affine in z and a table is linear, so z is at all times an affine function of what was
-    sampled: here a vector over (1, z_T, the noise of row 0, of row 1, ...).
+    The denoiser of N(m, s^2) is affine in z and a table is linear, so z is always an affine function of the noise: here
+    a vector of coefficients of (1, z_T, the noise of row 0, of row 1, ...).
     """
     rows = int(table.rows)
     basis = np.eye(rows + 2)
     a, sigma = table.alpha[0], table.sigma[0]
-    zs, z0_hats = [a * MEAN * basis[0] + np.hypot(a * std, sigma) * basis[1]], []  # from the exact distribution
+    zs, z0_hats = [a * MEAN * basis[0] + np.hypot(a * std, sigma) * basis[1]], []  # the exact distribution of z_T
     for i in range(rows):
         a, sigma, weights = table.alpha[i], table.sigma[i], table.weights[i]
         gain = a * std**2 / (a**2 * std**2 + sigma**2)
@@ -47,12 +47,12 @@ def end_distribution(table: Table, std: float) -> tuple[float, float]:
 
 def error(table: Table) -> float:
     """The 2-Wasserstein distance to the data, root mean square over the three Gaussians."""
-    ends = [(end_distribution(table, std), std) for std in SPREADS]
-    return float(np.sqrt(np.mean([(mean - MEAN) ** 2 + (found - std) ** 2 for (mean, found), std in ends])))
+    ends = [(end_distribution(table, std), std) for std in STDS]
+    return float(np.sqrt(np.mean([(mean - MEAN) ** 2 + (end_std - std) ** 2 for (mean, end_std), std in ends])))
 
 
 def measure() -> dict[str, dict[str, list]]:
-    """{spacing: {solver: [[calls, error], ...]}}; lcm is for other networks and left out."""
+    """{spacing: {solver: [[calls, error], ...]}}; without lcm, which needs a consistency model."""
     process = make_process("scaled_linear", 1000)
     return {
         spacing: {
@@ -67,8 +67,8 @@ def measure() -> dict[str, dict[str, list]]:
     }
 
 
-def draw(results: dict[str, dict[str, list]], path: Path) -> None:
-    """Error against calls, both logarithmic, one panel for each spacing."""
+def plot(results: dict[str, dict[str, list]], path: Path) -> None:
+    """Plots error over network calls, both logarithmic, a panel for each spacing."""
     figure, axes = plt.subplots(1, len(results), figsize=(11, 4.6), sharey=True)
     for axis, (spacing, solvers) in zip(axes, results.items()):
         for k, (solver, points) in enumerate(solvers.items()):
@@ -84,7 +84,7 @@ def draw(results: dict[str, dict[str, list]], path: Path) -> None:
 def main() -> None:
     results = measure()
     (HERE / "analytic.json").write_text(json.dumps(results) + "\n")
-    draw(results, HERE / "analytic.png")
+    plot(results, HERE / "analytic.png")
     for spacing, solvers in results.items():
         for solver, points in solvers.items():
             shown = "  ".join(

@@ -1,17 +1,17 @@
-"""Does a latent diffusion model enlarge a picture better than bicubic interpolation does?
+"""Is super-resolution by a latent diffusion model better than bicubic interpolation?
 
     python experiments/super_resolution/run.py [--budget=smoke|cpu|gpu]
 
-7 x 7 pixels to 28 x 28, as configs/fashion_mnist_superres.py has it: the small image lies beside the latents as one
-more channel of the UNet's input.
+From 7 x 7 pixels to 28 x 28, as in configs/fashion_mnist_superres.py: the low-resolution image is concatenated to the
+noisy latents as one more input channel of the UNet.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a script sees its own folder only
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from the repository root
 
-from experiments import frame, restoration
+from experiments import restoration, runner
 
 CHANGES = {
     "data.label_key": "none",
@@ -21,10 +21,10 @@ CHANGES = {
 }
 EXPERIMENT = restoration.make_experiment(
     Path(__file__).parent,
-    "Does a latent diffusion model enlarge a picture better than bicubic interpolation does?",
+    "Is super-resolution by a latent diffusion model better than bicubic interpolation?",
     "bicubic",
     CHANGES,
 )
 
 if __name__ == "__main__":
-    frame.run(EXPERIMENT, __doc__)
+    runner.run(EXPERIMENT, __doc__)

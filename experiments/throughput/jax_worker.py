@@ -1,4 +1,4 @@
-"""Our side: on "train N" or "sample N", makes N train steps or samples N batches, and prints the seconds."""
+"""ldm_jax's worker: on a line "train N" or "sample N" makes N train steps or samples N batches; prints the seconds."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs.fashion_mnist import get_config  # noqa: E402
-from experiments.recipes import each_class, guided  # noqa: E402
+from experiments.recipes import balanced_recipe, make_guidance  # noqa: E402
 from experiments.untrained import DiffusionStart, diffusion_start  # noqa: E402
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard  # noqa: E402
 from ldm_jax.sampling.from_flags import solving_defaults  # noqa: E402
@@ -27,7 +27,7 @@ def main() -> None:
     config = get_config().unlock()
     config.diffusion.batch_size = BATCH
     start = diffusion_start(config, jax.random.key(0))
-    work = {"train": training(start), "sample": sampling(start)}
+    work = {"train": make_train(start), "sample": make_sample(start)}
     print(f"ready {sum(leaf.size for leaf in jax.tree.leaves(start.state.params['denoiser']))}", flush=True)
     for line in sys.stdin:
         what, n = line.split()
@@ -36,8 +36,8 @@ def main() -> None:
         print(time.perf_counter() - begin, flush=True)
 
 
-def training(start: DiffusionStart) -> Callable[[int], None]:
-    """train(n) makes n steps."""
+def make_train(start: DiffusionStart) -> Callable[[int], None]:
+    """Makes train(n): n training steps."""
     (height, width, channels), rng = start.stage.model.latent_shape, np.random.default_rng(0)
     batch = shard(
         {
@@ -58,10 +58,12 @@ def training(start: DiffusionStart) -> Callable[[int], None]:
     return train
 
 
-def sampling(start: DiffusionStart) -> Callable[[int], None]:
-    """sample(n) samples n batches of latents."""
+def make_sample(start: DiffusionStart) -> Callable[[int], None]:
+    """Makes sample(n): n batches of sampled latents."""
     model = start.stage.model
-    recipe = each_class(model, BATCH, guidance=guided(GUIDANCE), solving=solving_defaults(model, "ddim", STEPS))
+    recipe = balanced_recipe(
+        model, BATCH, guidance=make_guidance(GUIDANCE), solving=solving_defaults(model, "ddim", STEPS)
+    )
     sampler, table = make_sampler(model, BATCH), make_table(model, recipe.solving)
     params = replicate(jax.device_get(start.state.ema_params) | start.frozen)
     _, inputs = sample_inputs(model, params, recipe, sampler)

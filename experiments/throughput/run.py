@@ -1,6 +1,6 @@
-"""Times our train step and sampler against PyTorch's, the same network on the same machine, turn and turn about.
+"""Throughput of training and sampling in ldm_jax and PyTorch, with the same network on the same machine, in turns.
 
-    make parity   # once: makes .venv-parity, which has PyTorch and diffusers
+    make parity   # once: makes .venv-parity with PyTorch and diffusers
     .venv/bin/python -m experiments.throughput.run [--rounds=7] [--torch_python=.venv-parity/bin/python]
 
 Writes results.json and prints the table of README.md.
@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-REPEATS = {"train": 8, "sample": 1}  # a turn: so many train steps, or so many sampled batches
+REPEATS = {"train": 8, "sample": 1}  # train steps or sampled batches per turn
 
 
 class Worker:
-    """A process that does work on command and tells how long it took."""
+    """A worker process that trains or samples on command and prints the seconds."""
 
     def __init__(self, *command: str) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -31,7 +31,7 @@ class Worker:
         raise SystemExit(f"{self.process.args} ended with status {self.process.wait()}")
 
     def __call__(self, what: str) -> float:
-        """Seconds of one turn, per train step or batch."""
+        """Runs one turn of `what` ("train" or "sample"); seconds per train step or batch."""
         self.process.stdin.write(f"{what} {REPEATS[what]}\n")
         self.process.stdin.flush()
         return float(self._answer()) / REPEATS[what]
@@ -47,7 +47,9 @@ def main() -> None:
         "torch eager": Worker(args.torch_python, str(HERE / "torch_worker.py"), "eager"),
         "torch.compile": Worker(args.torch_python, str(HERE / "torch_worker.py"), "compile"),
     }
-    assert len({worker.parameters for worker in workers.values()}) == 1, "the networks differ"
+    assert len({worker.parameters for worker in workers.values()}) == 1, (
+        "the networks differ in their number of parameters"
+    )
     results = {"parameters": workers["ldm_jax"].parameters, "batch": 128, "rounds": args.rounds}
     for what in REPEATS:
         seconds = {name: [] for name in workers}
@@ -60,8 +62,8 @@ def main() -> None:
         results[what] = {
             name: {
                 "images_per_second": 128 / medians[name],
-                # The median over rounds of the quotient of neighbours: load from outside falls on both.
-                "ldm_jax_is_faster_by": statistics.median(a / b for a, b in zip(seconds[name], seconds["ldm_jax"])),
+                # The median over rounds of the ratio within a round: other load on the machine affects both.
+                "speedup_of_ldm_jax": statistics.median(a / b for a, b in zip(seconds[name], seconds["ldm_jax"])),
             }
             for name in workers
         }

@@ -1,4 +1,4 @@
-"""The other side: the same network as diffusers' UNet2DConditionModel, trained and sampled as one would in PyTorch."""
+"""PyTorch's worker: the same network as diffusers' UNet2DConditionModel, with usual PyTorch training and sampling."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ def main(mode: str) -> None:
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
     embed = torch.nn.Embedding(11, 128).to(device)
     params = [*unet.parameters(), *embed.parameters()]
-    average = [p.detach().clone() for p in params]
+    ema_params = [p.detach().clone() for p in params]
     network = torch.compile(unet) if mode == "compile" else unet
     optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     noise = DDPMScheduler(beta_start=1e-4, beta_end=0.02)
@@ -36,7 +36,7 @@ def main(mode: str) -> None:
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(average, params, 0.001)
+            torch._foreach_lerp_(ema_params, params, 0.001)
 
     @torch.no_grad()
     def sample() -> None:

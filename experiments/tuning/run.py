@@ -1,9 +1,9 @@
-"""What was tried for configs/fashion_mnist.py: each row is the default job with a few fields changed.
+"""Ablations for configs/fashion_mnist.py: each row is the main job with a few fields changed.
 
     .venv/bin/python -m experiments.tuning.run autoencoder|diffusion [ROW ...] [--data_dir=data] [--runs=runs/tuning]
 
-Rows that are in results.json already are not run again. The rows of `diffusion` share one autoencoder.
-Prints the numbers of README.md's tables.
+Rows in results.json are not run again. The rows of `diffusion` share one autoencoder. Prints the numbers of the tables
+in README.md.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.judge.run import Court, open_court
+from experiments.judge.run import ClassifierEvaluation, load_evaluation
 from ldm_jax.evaluation.features import lpips_distance
 from ldm_jax.evaluation.metrics import psnr
 from ldm_jax.evaluation.scoring import reconstruct
@@ -89,26 +89,26 @@ def train(workdir: Path, changes: dict, data_dir: str) -> None:
     subprocess.run([*command, f"--config.data.dir={data_dir}", *flags], check=True, stdout=subprocess.DEVNULL)
 
 
-def seconds(workdir: Path, part: str) -> float:
-    """Of the part, without compilation."""
+def seconds(workdir: Path, stage: str) -> float:
+    """The seconds of a training stage without compilation, from metrics.jsonl."""
     timings = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    found = next(line for line in timings if f"{part}_seconds" in line)
-    return found[f"{part}_seconds"] - found[f"{part}_compile_seconds"]
+    timing = next(line for line in timings if f"{stage}_seconds" in line)
+    return timing[f"{stage}_seconds"] - timing[f"{stage}_compile_seconds"]
 
 
-def score_autoencoder(workdir: Path, court: Court) -> dict:
-    x = court.test_set["x"]
+def score_autoencoder(workdir: Path, evaluation: ClassifierEvaluation) -> dict:
+    x = evaluation.test_set["x"]
     images = reconstruct(*load(workdir), x, 500)
     return {
         "seconds": seconds(workdir, "autoencoder"),
         "psnr": float(np.mean(psnr(x, images))),
         "lpips": float(lpips_distance(batch_size=250)(x[:2000], images[:2000]).mean()),
-    } | court.scores(images, court.test_set["label"])
+    } | evaluation.scores(images, evaluation.test_set["label"])
 
 
-def score_diffusion(workdir: Path, court: Court) -> dict:
+def score_diffusion(workdir: Path, evaluation: ClassifierEvaluation) -> dict:
     with np.load(workdir / "samples.npz") as samples:
-        return {"seconds": seconds(workdir, "diffusion")} | court.scores(samples["images"], samples["labels"])
+        return {"seconds": seconds(workdir, "diffusion")} | evaluation.scores(samples["images"], samples["labels"])
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def main() -> None:
     configure()
     path, rows = HERE / "results.json", ROWS[args.what]
     results = json.loads(path.read_text()) if path.exists() else {what: {} for what in ROWS}
-    court = open_court(args.data_dir)
+    evaluation = load_evaluation(args.data_dir)
     score = score_autoencoder if args.what == "autoencoder" else score_diffusion
     shared = ONLY_AUTOENCODER
     if args.what == "diffusion":
@@ -132,7 +132,7 @@ def main() -> None:
         if name not in results[args.what]:
             workdir = args.runs / f"{args.what} {name}".replace(" ", "_")
             train(workdir, shared | rows[name], args.data_dir)
-            results[args.what][name] = score(workdir, court)
+            results[args.what][name] = score(workdir, evaluation)
             path.write_text(json.dumps(results, indent=2) + "\n")
         print(
             f"{name:>40} " + "  ".join(f"{key} {value:.3f}" for key, value in results[args.what][name].items()),

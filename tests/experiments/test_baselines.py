@@ -1,4 +1,4 @@
-"""The models that experiments/baselines compares with: their densities and their order of pixels are what they say."""
+"""Baseline models of experiments/baselines: densities, autoregressive order, GAN losses, spectral norm."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from scipy.special import expit
 from experiments.baselines import flow, gan, pixelcnn, run, vae
 from experiments.baselines.models import GAN, SMALL, SPECTRAL, models
 from experiments.baselines.stage import LikelihoodStage
-from experiments.frame import Lab
+from experiments.runner import Workspace
 from experiments.untrained import CLASSES
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.from_run import on_paper
@@ -24,7 +24,7 @@ KEYS = jax.random.split(jax.random.key(3), 2)
 
 
 def random_params(model, *arguments):
-    """Parameters of which none is zero, as a trained model's."""
+    """Parameters without zeros, like a trained model's."""
     params = jax.jit(model.init)(jax.random.key(0), *arguments)["params"]
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -38,12 +38,12 @@ def images(shape=SHAPE, n=2):
 
 @pytest.fixture(scope="module")
 def pixels():
-    model = pixelcnn.PixelCNN(2, features=4, layers=9)  # enough to see across all eight columns
+    model = pixelcnn.PixelCNN(2, features=4, layers=9)  # a receptive field of all eight columns
     return model, random_params(model, jnp.zeros((1, *SHAPE)), LABEL[:1])
 
 
 def test_a_pixel_depends_on_those_before_it_and_on_all_of_them(pixels):
-    """By the Jacobians at several images, as in one alone units may be off."""
+    """By the Jacobians at several images, because at a single one units may be inactive."""
     model, params = pixels
     n = SHAPE[0] * SHAPE[1]
 
@@ -54,8 +54,8 @@ def test_a_pixel_depends_on_those_before_it_and_on_all_of_them(pixels):
     np.testing.assert_array_equal((slopes != 0).any(axis=0), np.tri(n, k=-1, dtype=bool))
 
 
-def test_a_pixelcnn_gives_the_probabilities_that_it_samples_by(pixels):
-    """Its bits are those of its own softmaxes; sampled with the same keys, each pixel is what these say."""
+def test_a_pixelcnn_samples_from_its_probabilities(pixels):
+    """Bits per dim are those of its softmaxes, and each pixel is sampled from them with the same keys."""
     model, params = pixels
     samples = jax.jit(lambda params: pixelcnn.sample(model, params, LABEL, KEYS, SHAPE[:2]))(params)
     logits = np.asarray(model.apply({"params": params}, to_pixels(samples), LABEL))
@@ -63,9 +63,11 @@ def test_a_pixelcnn_gives_the_probabilities_that_it_samples_by(pixels):
     for i in range(2):
         nats = 0.0
         for number, (row, column) in enumerate(np.ndindex(SHAPE[:2])):
-            here = logits[i, row, column]
-            assert samples[i, row, column, 0] == jax.random.categorical(jax.random.fold_in(KEYS[i], number), here)
-            nats -= float(jax.nn.log_softmax(here)[samples[i, row, column, 0]])
+            pixel_logits = logits[i, row, column]
+            assert samples[i, row, column, 0] == jax.random.categorical(
+                jax.random.fold_in(KEYS[i], number), pixel_logits
+            )
+            nats -= float(jax.nn.log_softmax(pixel_logits)[samples[i, row, column, 0]])
         np.testing.assert_allclose(bits[i], nats / np.log(2) / 32, rtol=1e-5)
 
 
@@ -76,13 +78,13 @@ def test_a_pixelcnn_is_conditioned_on_the_class(pixels):
 
 
 @pytest.fixture(scope="module")
-def flowing():
+def random_flow():
     model = flow.Flow(2, features=8, steps=2)
     return model, random_params(model, jnp.zeros((1, *SHAPE)), LABEL[:1])
 
 
-def test_a_flow_goes_both_ways(flowing):
-    model, params = flowing
+def test_a_flow_is_invertible(random_flow):
+    model, params = random_flow
     y = jax.random.normal(jax.random.key(7), (2, *SHAPE))
     latents, _ = model.apply({"params": params}, y, LABEL)
     assert [z.shape[1:] for z in latents] == flow.latent_shapes(SHAPE, 2) == [(2, 4, 2), (1, 2, 8)]
@@ -91,9 +93,9 @@ def test_a_flow_goes_both_ways(flowing):
     np.testing.assert_array_equal(flow.unsqueeze(flow.squeeze(y)), y)
 
 
-def test_a_flow_knows_its_determinant(flowing):
-    """Against that of the Jacobian, which has 32 x 32 entries."""
-    model, params = flowing
+def test_the_log_determinant_of_a_flow(random_flow):
+    """Against the determinant of the 32 x 32 Jacobian."""
+    model, params = random_flow
     y = jax.random.normal(jax.random.key(7), (1, *SHAPE))
 
     def flat(y):
@@ -104,7 +106,7 @@ def test_a_flow_knows_its_determinant(flowing):
     np.testing.assert_allclose(log_det[0], jnp.linalg.slogdet(jax.jacfwd(flat)(y.ravel()))[1], rtol=1e-4)
 
 
-def test_dequantized_pixels_keep_their_density():
+def test_the_density_of_dequantized_pixels():
     x = images((2, 2, 1), 1)
     noise = jnp.full(x.shape, 0.25)
     y, log_det = flow.to_logits(x, noise)
@@ -113,15 +115,15 @@ def test_dequantized_pixels_keep_their_density():
     np.testing.assert_array_equal(flow.from_logits(y), x)
 
 
-def test_the_bits_of_a_flow_that_does_nothing():
-    """By hand: an image whose logits are its latents."""
+def test_the_bits_of_a_flow_without_couplings():
+    """By hand: the latents of an image are its logits."""
     model = flow.Flow(2, features=8, steps=0)
     x = images()
-    found = flow.bits_per_dim(model, {"embed": {"embedding": jnp.zeros((2, 8))}}, x, LABEL, KEYS)
+    bits = flow.bits_per_dim(model, {"embed": {"embedding": jnp.zeros((2, 8))}}, x, LABEL, KEYS)
     noise = np.stack([jax.random.uniform(key, SHAPE) for key in KEYS])
     p = 0.05 + 0.9 * (np.asarray(x, np.float64) + noise) / 256
     density = np.exp(-0.5 * np.log(p / (1 - p)) ** 2) / np.sqrt(2 * np.pi) * 0.9 / 256 / (p * (1 - p))
-    np.testing.assert_allclose(found, -np.log2(density).mean(axis=(1, 2, 3)), rtol=1e-4)
+    np.testing.assert_allclose(bits, -np.log2(density).mean(axis=(1, 2, 3)), rtol=1e-4)
 
 
 def test_a_discretized_logistic_is_a_distribution():
@@ -143,9 +145,11 @@ def test_the_vlb_of_a_vae_by_hand():
     kl = 0.5 * (mean**2 + np.exp(logvar) - 1 - logvar).sum(axis=(1, 2, 3))
     noise = np.stack([jax.random.normal(key, (1, 1, 3)) for key in KEYS])
     z = jnp.asarray(mean + np.exp(logvar / 2) * noise, jnp.float32)
-    told = vae.log_likelihood(x, *model.apply({"params": params}, z, LABEL, method="decode")).sum(axis=(1, 2, 3))
-    found = jax.jit(lambda params: vae.bits_per_dim(model, params, x, LABEL, KEYS))(params)
-    np.testing.assert_allclose(found, (kl - told) / 16 / np.log(2), rtol=1e-4)
+    log_likelihood = vae.log_likelihood(x, *model.apply({"params": params}, z, LABEL, method="decode")).sum(
+        axis=(1, 2, 3)
+    )
+    bits = jax.jit(lambda params: vae.bits_per_dim(model, params, x, LABEL, KEYS))(params)
+    np.testing.assert_allclose(bits, (kl - log_likelihood) / 16 / np.log(2), rtol=1e-4)
     assert vae.sample(model, params, LABEL, KEYS).shape == (2, 4, 4, 1)
 
 
@@ -162,35 +166,36 @@ BATCH = {"x": images((4, 4, 1), 4), "label": jnp.array([0, 1, 0, 1]), "id": jnp.
 
 
 @pytest.mark.parametrize(("loss", "real", "fake"), [("hinge", 2.0, 0.0), ("non_saturating", 2 * np.log(2), np.log(2))])
-def test_the_losses_of_a_gan_whose_discriminator_knows_nothing(loss, real, fake):
-    """A discriminator of zeros says 0 of every image: each loss is known, and R1 is none."""
+def test_the_losses_of_a_gan_with_a_constant_discriminator(loss, real, fake):
+    """A discriminator with zero weights has logit 0 for every image: each loss is known, and R1 is 0."""
     _, stage = gan_stage(loss=loss)
     state = jax.jit(stage.init)(jax.random.key(0))
-    blind = state.replace(
+    constant = state.replace(
         params=state.params | {"discriminator": jax.tree.map(jnp.zeros_like, state.params["discriminator"])}
     )
-    seen = jax.jit(stage.trace)(blind, {}, BATCH, jnp.uint32(0))
-    assert float(seen["losses"]["discriminator"]) == pytest.approx(real)
-    assert float(seen["losses"]["generator"]) == pytest.approx(fake)
+    trace = jax.jit(stage.trace)(constant, {}, BATCH, jnp.uint32(0))
+    assert float(trace["losses"]["discriminator"]) == pytest.approx(real)
+    assert float(trace["losses"]["generator"]) == pytest.approx(fake)
 
 
-def test_the_gradient_penalty_of_a_gan_by_differences():
+def test_the_gradient_penalty_of_a_gan_by_finite_differences():
     losses = {}
     for r1 in (0.0, 3.0):
         _, stage = gan_stage(r1=r1)
         state = jax.jit(stage.init)(jax.random.key(0))
         losses[r1] = float(jax.jit(stage.trace)(state, {}, BATCH, jnp.uint32(0))["losses"]["discriminator"])
-    judge, x = gan.Discriminator(2, features=4), np.asarray(to_pixels(BATCH["x"]), np.float64)
-    logits = lambda x: np.asarray(judge.apply({"params": state.params["discriminator"]}, x, BATCH["label"]), np.float64)  # noqa: E731
+    discriminator, x = gan.Discriminator(2, features=4), np.asarray(to_pixels(BATCH["x"]), np.float64)
+    weights = state.params["discriminator"]
+    logits = lambda x: np.asarray(discriminator.apply({"params": weights}, x, BATCH["label"]), np.float64)  # noqa: E731
     square = np.zeros(4)
-    for place in np.ndindex(4, 4):
+    for row, column in np.ndindex(4, 4):
         step = np.zeros_like(x)
-        step[:, place[0], place[1]] = 1e-3
+        step[:, row, column] = 1e-3
         square += ((logits(jnp.float32(x + step)) - logits(jnp.float32(x - step))) / 2e-3) ** 2
     assert losses[3.0] - losses[0.0] == pytest.approx(0.5 * 3.0 * square.mean(), rel=2e-2)
 
 
-def test_a_gan_takes_steps_of_both_and_samples():
+def test_a_gan_updates_both_networks_and_samples():
     generator, stage = gan_stage()
     state = jax.jit(stage.init)(jax.random.key(0))
     new, metrics = jax.jit(stage.step)(state, {}, BATCH, jnp.uint32(0))
@@ -202,29 +207,29 @@ def test_a_gan_takes_steps_of_both_and_samples():
     assert samples.shape == (2, 4, 4, 1) and samples.dtype == jnp.uint8
     wrong, _ = jax.jit(stage.step)(state, {}, BATCH | {"step": jnp.int32(5)}, jnp.uint32(0))
     assert int(wrong.step) == 0  # another step's batch
-    with pytest.raises(ValueError, match="loss is 'wgan'; it must be one of hinge, non_saturating"):
+    with pytest.raises(ValueError, match="loss='wgan': must be one of hinge, non_saturating"):
         gan_stage(loss="wgan")
 
 
 def test_spectral_norm_divides_by_the_largest_singular_values():
-    """After enough power iterations the discriminator is that of the divided weights, which are found by NumPy."""
+    """After enough power iterations the discriminator equals one with weights divided by NumPy's singular values."""
     _, stage = gan_stage(spectral_norm=True, r1=0.0)
     state, step = jax.jit(stage.init)(jax.random.key(0)), jax.jit(stage.step)
-    still = state
-    for number in range(60):  # only the singular vectors are taken on
-        new, _ = step(still.replace(step=jnp.int32(number)), {}, BATCH | {"step": jnp.int32(number)}, jnp.uint32(0))
-        still = still.replace(params=still.params | {gan.SINGULAR: new.params[gan.SINGULAR]})
+    converged = state
+    for number in range(60):  # updates the singular vectors only
+        new, _ = step(converged.replace(step=jnp.int32(number)), {}, BATCH | {"step": jnp.int32(number)}, jnp.uint32(0))
+        converged = converged.replace(params=converged.params | {gan.SINGULAR: new.params[gan.SINGULAR]})
 
     def divided(weights):
         if weights.ndim < 2:
             return weights
         return weights / np.linalg.svd(np.asarray(weights).reshape(-1, weights.shape[-1]), compute_uv=False)[0]
 
-    x, label, weights = to_pixels(BATCH["x"]), BATCH["label"], still.params["discriminator"]
-    variables = {"params": weights, gan.SINGULAR: still.params[gan.SINGULAR]}
-    found = gan.Discriminator(2, features=4, spectral_norm=True).apply(variables, x, label)
+    x, label, weights = to_pixels(BATCH["x"]), BATCH["label"], converged.params["discriminator"]
+    variables = {"params": weights, gan.SINGULAR: converged.params[gan.SINGULAR]}
+    logits = gan.Discriminator(2, features=4, spectral_norm=True).apply(variables, x, label)
     expected = gan.Discriminator(2, features=4).apply({"params": jax.tree.map(divided, weights)}, x, label)
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-5)
     moved = [
         float(jnp.abs(a - b).max())
         for a, b in zip(jax.tree.leaves(new.params[gan.SINGULAR]), jax.tree.leaves(state.params[gan.SINGULAR]))
@@ -232,7 +237,7 @@ def test_spectral_norm_divides_by_the_largest_singular_values():
     assert max(moved) > 0.1
 
 
-def test_a_gan_without_spectral_norm_keeps_no_singular_vectors():
+def test_a_gan_without_spectral_norm_has_no_singular_vectors():
     _, stage = gan_stage()
     assert jax.eval_shape(stage.init, jax.random.key(0)).params[gan.SINGULAR] == {}
 
@@ -245,8 +250,8 @@ def test_all_models_have_about_as_many_parameters(budget):
     def shapes_of(stage):
         return jax.eval_shape(stage.init, jax.random.key(0)).params
 
-    lab = Lab(budget, "", Path())
-    config = lab.config(run.diffusion_config(lab))
+    workspace = Workspace(budget, "", Path())
+    config = workspace.config(run.diffusion_config(workspace))
     _, diffusion = on_paper(config, CLASSES)
     sizes = [size([shapes_of(make_autoencoder_stage(config)), diffusion])]
     sizes += [size(shapes_of(model.stage(10))) for model in models(run.SIZES[budget]).values()]
@@ -254,14 +259,14 @@ def test_all_models_have_about_as_many_parameters(budget):
 
 
 @pytest.mark.parametrize("name", models(SMALL))
-def test_equal_stages_share_what_is_compiled(name):
-    """So `parallel_step` compiles once for a stage that is made twice."""
+def test_equal_stages_share_compiled_steps(name):
+    """`parallel_step` compiles once for two equal stages."""
     one, same, other = (models(SMALL)[name].stage(steps) for steps in (10, 10, 20))
     assert one == same and hash(one) == hash(same)
-    assert (one == other) == (name in (GAN, SPECTRAL))  # whose learning rate does not depend on the steps
+    assert (one == other) == (name in (GAN, SPECTRAL))  # a constant learning rate
 
 
-def test_a_stage_of_likelihood_learns(pixels):
+def test_a_likelihood_stage_reduces_its_loss(pixels):
     model, _ = pixels
     x = jnp.repeat(images()[:1], 4, axis=0)
     adamw = AdamW(

@@ -1,4 +1,4 @@
-"""experiments/data_parallel: a state in parts is trained like a whole one, and what is told is what was timed."""
+"""experiments/data_parallel: FSDP training equals pmap, and the results are computed from the measured times."""
 
 import json
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from experiments.data_parallel import fsdp, run
-from experiments.frame import Lab
+from experiments.runner import Workspace
 from ldm_jax.runtime.parallel import AXIS, parallel_step, replicate, shard
 from ldm_jax.training.state import AdamW, TrainState, make_optimizer, update_if_finite
 
@@ -45,56 +45,56 @@ class Stage:
         return state, {"loss": loss}
 
 
-def test_an_array_is_cut_along_its_longest_axis_that_divides(mesh):
+def test_an_array_is_sharded_along_its_longest_divisible_axis(mesh):
     shapes = {(3, 8): (None, AXIS), (16, 8): (AXIS, None), (5,): (None,), (): (), (4, 6): (AXIS, None), (0,): (None,)}
     for shape, spec in shapes.items():
-        assert fsdp.cut(mesh, jnp.zeros(shape)).spec == PartitionSpec(*spec), shape
+        assert fsdp.sharding_of(mesh, jnp.zeros(shape)).spec == PartitionSpec(*spec), shape
 
 
-def test_a_state_in_parts_is_trained_like_a_whole_one(mesh):
-    whole, parts = replicate(init()), fsdp.shard_state(mesh, init())
-    of_all, of_one = fsdp.bytes_on_a_device(whole), fsdp.bytes_on_a_device(parts)
-    cut_bytes = 4 * 3 * 8 * 4  # w, its average and Adam's two moments
-    assert of_all - of_one == cut_bytes * 3 // 4  # of which each of four devices keeps a quarter
+def test_a_sharded_state_is_trained_like_a_replicated_one(mesh):
+    whole, shards = replicate(init()), fsdp.shard_state(mesh, init())
+    whole_bytes, shard_bytes = fsdp.bytes_per_device(whole), fsdp.bytes_per_device(shards)
+    sharded_bytes = 4 * 3 * 8 * 4  # w, its EMA and Adam's two moments
+    assert whole_bytes - shard_bytes == sharded_bytes * 3 // 4  # each of four devices stores a quarter
     x = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
     mapped, sharded = parallel_step(Stage()), fsdp.sharded_step(Stage(), mesh, init())
     for number in range(3):
         index = {"index": np.arange(8, dtype=np.int32)}
         args = np.int32(number), np.uint32(0)
         whole, expected = mapped(whole, {}, {"x": x}, shard(index), *args)
-        parts, found = sharded(parts, {}, {"x": x}, fsdp.shard_batch(mesh, index), *args)
-        np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts, whole)
-    assert parts.params["w"].addressable_shards[0].data.shape == (3, 2)
-    assert int(parts.step) == 3
+        shards, metrics = sharded(shards, {}, {"x": x}, fsdp.shard_batch(mesh, index), *args)
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), shards, whole)
+    assert shards.params["w"].addressable_shards[0].data.shape == (3, 2)
+    assert int(shards.step) == 3
 
 
-def way(losses, seconds):
+def result(losses, seconds):
     return {"losses": losses, "step_seconds": seconds, "state_bytes": 2_000_000}
 
 
-def test_what_is_told_is_what_was_timed(tmp_path):
-    """By hand; the first two steps compile."""
-    lab = Lab("cpu", "data", tmp_path)
-    found = {
-        "1 device": {"jit": way([2.0, 1.0, 0.5], [9, 9, 1]), "pmap": way([2.0, 1.0, 0.5], [9, 9, 2])},
+def test_the_results_by_hand(tmp_path):
+    """The first two steps compile and are not timed."""
+    workspace = Workspace("cpu", "data", tmp_path)
+    results = {
+        "1 device": {"jit": result([2.0, 1.0, 0.5], [9, 9, 1]), "pmap": result([2.0, 1.0, 0.5], [9, 9, 2])},
         "2 processes of 2": {
-            "pmap": way([2.0, 1.000004, 0.5], [9, 9, 3]),
-            "FSDP": way([2.0, 1.0, 0.499999], [9, 9, 6]),
+            "pmap": result([2.0, 1.000004, 0.5], [9, 9, 3]),
+            "FSDP": result([2.0, 1.0, 0.499999], [9, 9, 6]),
         },
     }
     (tmp_path / "data_parallel").mkdir()
-    for arm, ways in found.items():
-        (tmp_path / "data_parallel" / f"{arm}.json").write_text(json.dumps(ways))
-    one, two = (run.measure(lab, arm, 0) for arm in found)
-    assert one["devices"] == 1 and one["ways"]["pmap"]["times"] == 2.0
-    assert one["ways"]["pmap"]["largest_difference_in_millionths"] == 0.0
-    assert two["devices"] == 4 and two["ways"]["FSDP"]["times"] == 2.0
-    assert two["ways"]["pmap"]["largest_difference_in_millionths"] == pytest.approx(4.0)
-    assert two["ways"]["FSDP"]["largest_difference_in_millionths"] == pytest.approx(2.0)
-    assert two["ways"]["FSDP"]["megabytes_of_state"] == 2.0
+    for arm, strategies in results.items():
+        (tmp_path / "data_parallel" / f"{arm}.json").write_text(json.dumps(strategies))
+    one, two = (run.measure(workspace, arm, 0) for arm in results)
+    assert one["devices"] == 1 and one["strategies"]["pmap"]["relative_step_time"] == 2.0
+    assert one["strategies"]["pmap"]["max_relative_difference_ppm"] == 0.0
+    assert two["devices"] == 4 and two["strategies"]["FSDP"]["relative_step_time"] == 2.0
+    assert two["strategies"]["pmap"]["max_relative_difference_ppm"] == pytest.approx(4.0)
+    assert two["strategies"]["FSDP"]["max_relative_difference_ppm"] == pytest.approx(2.0)
+    assert two["strategies"]["FSDP"]["state_megabytes"] == 2.0
 
 
-def test_a_worker_that_fails_is_told(tmp_path):
-    with pytest.raises(run.RunError, match=r"failed for 1 device; what it said is above"):
-        run.run_of(Lab("smoke", str(tmp_path / "none"), tmp_path), "1 device")
+def test_a_failed_worker_raises(tmp_path):
+    with pytest.raises(run.RunError, match=r"failed for 1 device; its output is above"):
+        run.run_of(Workspace("smoke", str(tmp_path / "none"), tmp_path), "1 device")

@@ -1,4 +1,4 @@
-"""experiments/workers.py: several processes that share the machine and the rows of an experiment."""
+"""experiments/workers.py: worker processes share the cores and the rows of an experiment."""
 
 import json
 import os
@@ -23,52 +23,53 @@ def program(folder, text):
     return path
 
 
-def test_what_they_say_has_their_number(tmp_path, capfd):
+def test_output_has_the_worker_number(tmp_path, capfd):
     path = program(tmp_path, "print('here', *sys.argv[1:])\nprint()\n")
     workers.run([str(path), "--some"], 2)
-    said = capfd.readouterr().out.splitlines()
-    assert sorted(said) == ["", "", "1| here --some", "2| here --some"]
+    lines = capfd.readouterr().out.splitlines()
+    assert sorted(lines) == ["", "", "1| here --some", "2| here --some"]
     workers.run([str(path)], 1)
     assert capfd.readouterr().out == "here\n\n"
 
 
-def test_each_has_its_share(tmp_path):
+def test_each_worker_has_its_share_of_cores_and_memory(tmp_path):
     path = program(
         tmp_path,
         """
         import json, os, pathlib
         from experiments import workers
-        own = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        told = {"cores": own, "number": workers.number(), "memory": os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]}
-        pathlib.Path(sys.argv[1], f"{os.getpid()}.json").write_text(json.dumps(told))
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        memory = os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+        share = {"cores": cores, "workers": workers.num_workers(), "memory": memory}
+        pathlib.Path(sys.argv[1], f"{os.getpid()}.json").write_text(json.dumps(share))
         """,
     )
     out = tmp_path / "out"
     out.mkdir()
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     workers.run([str(path), str(out)], 2)
-    told = [json.loads(file.read_text()) for file in out.iterdir()]
-    assert [one["number"] for one in told] == [2, 2] and workers.number() == 1
-    assert {one["memory"] for one in told} == {"0.45"}
+    shares = [json.loads(file.read_text()) for file in out.iterdir()]
+    assert [share["workers"] for share in shares] == [2, 2] and workers.num_workers() == 1
+    assert {share["memory"] for share in shares} == {"0.45"}
     if len(before) > 1:
-        first, second = (set(one["cores"]) for one in told)
+        first, second = (set(share["cores"]) for share in shares)
         assert first | second == before and not first & second
         assert os.sched_getaffinity(0) == before
 
 
-def test_one_that_fails_is_told(tmp_path, capfd):
-    path = program(tmp_path, "print('what went wrong')\nsys.exit(1)\n")
-    with pytest.raises(RunError, match="2 of 2 processes failed; what went wrong is above"):
+def test_a_failed_worker_raises(tmp_path, capfd):
+    path = program(tmp_path, "print('the cause')\nsys.exit(1)\n")
+    with pytest.raises(RunError, match="2 of 2 processes failed; their output is above"):
         workers.run([str(path)], 2)
-    assert "1| what went wrong" in capfd.readouterr().out
-    for known in (workers.INTERRUPTED, workers.REFUSED):  # of these the process itself has told
-        with pytest.raises(SystemExit) as ended:
-            workers.run([str(program(tmp_path, f"sys.exit({known})"))], 2)
-        assert ended.value.code == known
+    assert "1| the cause" in capfd.readouterr().out
+    for status in (workers.INTERRUPTED, workers.REFUSED):  # the worker itself has printed an error
+        with pytest.raises(SystemExit) as exit_info:
+            workers.run([str(program(tmp_path, f"sys.exit({status})"))], 2)
+        assert exit_info.value.code == status
 
 
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
-def test_who_stops_one_stops_all(tmp_path, asked):
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_forwarded(tmp_path, signal_number):
     path = program(
         tmp_path,
         """
@@ -91,31 +92,31 @@ def test_who_stops_one_stops_all(tmp_path, asked):
     while len(list(tmp_path.glob("begun_*"))) < 2:
         time.sleep(0.05)
         assert process.poll() is None
-    process.send_signal(asked)
+    process.send_signal(signal_number)
     assert process.wait(timeout=30) == workers.INTERRUPTED
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
-def test_they_share_the_rows(tmp_path):
-    """Two processes measure each row once, and the rows are kept in the order of the plan."""
+def test_workers_share_the_rows(tmp_path):
+    """Two workers measure each row once, and the rows are stored in the order of the plan."""
     path = program(
         tmp_path,
         """
         import os, pathlib, time
-        from experiments import frame
+        from experiments import runner
 
         folder = pathlib.Path(sys.argv[1])
 
-        def measure(lab, arm, seed):
+        def measure(workspace, arm, seed):
             (folder / f"{arm}_{os.getpid()}").touch()
-            while len(list(folder.glob("?_*"))) < 2:  # until the other process measures too
+            while len(list(folder.glob("?_*"))) < 2:  # until the other worker measures too
                 time.sleep(0.05)
             time.sleep(0.1)
             return {"by": os.getpid()}
 
         plan = [(arm, 0) for arm in "abcdef"]
-        some = frame.Experiment(folder, "?", lambda budget: plan, measure, str, str, print)
-        frame.measure_all(some, frame.Lab("cpu", "data", folder / "runs"), folder / "results.json")
+        experiment = runner.Experiment(folder, "?", lambda budget: plan, measure, str, str, print)
+        runner.measure_all(experiment, runner.Workspace("cpu", "data", folder / "runs"), folder / "results.json")
         """,
     )
     workers.run([str(path), str(tmp_path)], 2)
