@@ -1,1 +1,1 @@
-"""Where pictures come from: prepared data sets on disk, brought to one size, handed out as a function of the step."""
+"""Image data sets prepared on disk, brought to one size, and read in batches that are a function of the step."""

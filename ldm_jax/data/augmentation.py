@@ -1,4 +1,4 @@
-"""Pictures a little moved and resized, each by its own key: a pure function, run on the device."""
+"""Random shifts and zooms of images: a pure function of images and keys, run on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,13 @@ def check_ranges(max_shift: int, max_zoom: float) -> None:
 
 
 def move_and_zoom(x: Array, keys: Array, *, max_shift: int, max_zoom: float) -> Array:
-    """Each x[k] resized about its centre and shifted by its own keys[k]; beyond the edge its colour goes on.
+    """Images resized about their centre and shifted, each x[k] by its own keys[k]; border pixels are repeated.
 
     Args:
-      x: [B, H, W, C] float32.
+      x: float32 [B, H, W, C].
       keys: [B].
-      max_shift: whole pixels, up or down and left or right, of -max_shift to max_shift.
-      max_zoom: the size changes by a factor of 1 - max_zoom to 1 + max_zoom, with linear interpolation.
+      max_shift: of whole pixels in [-max_shift, max_shift], vertically and horizontally.
+      max_zoom: of factors of the size in [1 - max_zoom, 1 + max_zoom], with linear interpolation.
 
     Returns:
       [B, H, W, C].
@@ -29,18 +29,18 @@ def move_and_zoom(x: Array, keys: Array, *, max_shift: int, max_zoom: float) -> 
     check_ranges(max_shift, max_zoom)
     _, height, width, _ = x.shape
 
-    def resample(picture: Array, key: Array) -> Array:
+    def resample(image: Array, key: Array) -> Array:
         key_shift, key_zoom = jax.random.split(key)
         down, right = jax.random.randint(key_shift, (2,), -max_shift, max_shift + 1)
         zoom = jax.random.uniform(key_zoom, minval=1 - max_zoom, maxval=1 + max_zoom)
         rows, columns = _interpolation(height, down, zoom), _interpolation(width, right, zoom)
-        return jnp.einsum("ih,jw,hwc->ijc", rows, columns, picture, precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum("ih,jw,hwc->ijc", rows, columns, image, precision=jax.lax.Precision.HIGHEST)
 
     return jax.vmap(resample)(x, keys)
 
 
 def _interpolation(size: int, shift: Array, zoom: Array) -> Array:
-    """[size, size]: row i has the weights of the old pixels in the new pixel i."""
+    """[size, size]: row i holds the weights of the input's pixels in the output's pixel i."""
     centre = (size - 1) / 2
     source = jnp.clip((jnp.arange(size) - centre - shift) / zoom + centre, 0, size - 1)
     return jnp.maximum(0.0, 1 - jnp.abs(source[:, None] - jnp.arange(size)))

@@ -1,17 +1,14 @@
-"""Shapes that pictures are trained in so that little of them is cut off: buckets, each of the pictures of one shape.
-
-A batch is of one bucket. As NovelAI trained (2022, "aspect ratio bucketing"), and Podell 2023, section 2.3.
-"""
+"""Aspect ratio buckets (NovelAI 2022; Podell 2023, section 2.3): each batch is of images of one shape."""
 
 import numpy as np
 
-ELONGATED = 2.0  # the longer side by the shorter, at most
+ELONGATED = 2.0  # the largest ratio of the longer side to the shorter
 Size = tuple[int, int]  # height, width
 
 
 def bucket_sizes(image_size: int, step: int) -> tuple[Size, ...]:
-    """All shapes of image_size^2 pixels or fewer whose sides are multiples of `step`, none larger beside it, from the
-    highest to the widest.
+    """The shapes of buckets, from portrait to landscape: at most image_size^2 pixels, both sides multiples of `step`
+    and as large as possible.
 
     >>> bucket_sizes(512, 64)
     ((640, 384), (576, 448), (512, 512), (448, 576), (384, 640))
@@ -23,6 +20,6 @@ def bucket_sizes(image_size: int, step: int) -> tuple[Size, ...]:
 
 
 def nearest(sizes: tuple[Size, ...], shapes: np.ndarray) -> np.ndarray:
-    """For each of the shapes [N, 2] the number of the size whose proportions are nearest to its own, int64 [N]."""
-    own, theirs = (np.log(both[:, 0] / both[:, 1]) for both in (np.asarray(shapes, float), np.array(sizes, float)))
-    return np.abs(own[:, None] - theirs).argmin(axis=1)
+    """int64 [N]: for image shapes [N, 2], the index of the size with the nearest aspect ratio (by its logarithm)."""
+    image, bucket = (np.log(hw[:, 0] / hw[:, 1]) for hw in (np.asarray(shapes, float), np.array(sizes, float)))
+    return np.abs(image[:, None] - bucket).argmin(axis=1)

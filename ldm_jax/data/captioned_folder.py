@@ -1,9 +1,9 @@
-"""Your own pictures with captions, in the convention of imagefolder: --config.data.name=folder --config.data.path=DIR
+"""A folder of images with captions, as in Hugging Face's imagefolder: --config.data.name=folder --config.data.path=DIR
 
-A picture's caption is the `text` of the line of a metadata.jsonl, in its folder or one above, whose `file_name` it has
-(relative to that file), or else the content of the .txt file beside it that has its name. As in `image_folder`, the
-folders of DIR are the splits if one of them is "train"; otherwise all is "train". What cannot be used is left out, and
-counted on the screen.
+The caption of an image is the `text` of the line with its `file_name` in a metadata.jsonl, in the image's folder or
+one above (the name is relative to that file), or else the .txt file of the image's name. As in `image_folder`, the
+folders of DIR are the splits if one of them is "train"; otherwise all is "train". Images without a caption or that
+cannot be read are left out, and counted on the screen.
 """
 
 import hashlib
@@ -11,60 +11,55 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm_jax.data.image_folder import VERSION, ImageFolder, picture_files, roots_of
+from ldm_jax.data.image_folder import VERSION, ImageFolder, image_files, split_folders
 from ldm_jax.data.images import decode
 from ldm_jax.data.prepare import build, one_at_a_time
-from ldm_jax.data.skipped import Skipped, report, tell
+from ldm_jax.data.skipped import Skipped, print_once, summarize
 from ldm_jax.errors import InputError
 from ldm_jax.runtime.files import read_json, write_json
 
 METADATA = "metadata.jsonl"
-SKIPPED = "skipped.json"  # beside the prepared data set
+SKIPPED = "skipped.json"  # in the folder of the prepared data set
 
-Splits = dict[str, list[tuple[Path, str]]]
+Splits = dict[str, list[tuple[Path, str]]]  # split -> its images and captions
 
 
 def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
-    """The folder of the pictures in `manual_dir` as a prepared data set below `data_dir`; another for other contents.
+    """The folder of the data set prepared from the images of `manual_dir`, below `data_dir`; one for each content.
 
     Raises:
-        InputError: there are no pictures with captions, or a metadata.jsonl is damaged.
+        InputError: there are no images with captions, or a metadata.jsonl is damaged.
         RunError: the data set cannot be written.
     """
     if manual_dir is None:
-        raise InputError("config.data.name=folder needs config.data.path: the folder with your pictures and captions")
+        raise InputError("config.data.name=folder needs config.data.path: the folder of your images and captions")
     if not manual_dir.is_dir():
-        raise InputError(f"config.data.path={manual_dir} is no folder; it must be one with pictures and captions")
-    splits, skipped = find_captioned(manual_dir)
-    name = f"folder_{_content_hash(splits)}"
-    with one_at_a_time(data_dir / name):
-        if not (data_dir / name / VERSION).is_dir():
+        raise InputError(f"config.data.path={manual_dir} is no folder; it must be one of images and captions")
+    splits, skipped = _find_images(manual_dir)
+    home = data_dir / f"folder_{_content_hash(splits)}"
+    with one_at_a_time(home):
+        if not (home / VERSION).is_dir():
             splits, unreadable = _readable(splits)
             _check_any(manual_dir, splits, [*skipped, *unreadable])
-            write_json(data_dir / name / SKIPPED, unreadable)
+            write_json(home / SKIPPED, unreadable)
             options = {"data_dir": data_dir, "file_format": "array_record"}
-            build(ImageFolder(name=name, splits=splits, captions=True, **options))
-        unreadable = [tuple(entry) for entry in read_json(data_dir / name / SKIPPED)]
-    for line in report([*skipped, *unreadable]):
-        tell(line)
-    return data_dir / name / VERSION
+            build(ImageFolder(name=home.name, splits=splits, captions=True, **options))
+        unreadable = [tuple(entry) for entry in read_json(home / SKIPPED)]
+    for line in summarize([*skipped, *unreadable]):
+        print_once(line)
+    return home / VERSION
 
 
-def find_captioned(source: Path) -> tuple[Splits, Skipped]:
-    """Split -> its pictures' paths with their captions, and what is left out.
-
-    Raises:
-        InputError: no picture has a caption, or a metadata.jsonl is damaged.
-    """
+def _find_images(source: Path) -> tuple[Splits, Skipped]:
     splits: Splits = {}
     skipped: Skipped = []
-    for split, root in roots_of(source).items():
+    for split, root in split_folders(source).items():
         listed = dict(line for path in sorted(root.rglob(METADATA)) for line in _metadata(path))
         splits[split] = []
-        for path in picture_files(root):
+        for path in image_files(root):
             caption = listed.pop(path.resolve(), None)
             try:
-                caption = _beside(path) if caption is None else caption
+                caption = _caption_file(path) if caption is None else caption
             except ValueError:
                 skipped.append(("with a .txt file that is not UTF-8 text", str(path)))
                 continue
@@ -73,13 +68,13 @@ def find_captioned(source: Path) -> tuple[Splits, Skipped]:
             else:
                 skipped.append(("without a caption", str(path)))
         skipped += [(f"named in a {METADATA} but not there", str(path)) for path in listed]
-    splits = {split: pictures for split, pictures in splits.items() if pictures}
+    splits = {split: images for split, images in splits.items() if images}
     _check_any(source, splits, skipped)
     return splits, skipped
 
 
 def _metadata(path: Path) -> Iterator[tuple[Path, str]]:
-    """The pictures that a metadata.jsonl names, and their captions."""
+    """The images and captions that a metadata.jsonl lists."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except ValueError:
@@ -93,49 +88,47 @@ def _metadata(path: Path) -> Iterator[tuple[Path, str]]:
             raise InputError(f"{path}, line {number} is damaged: {error}") from None
         fields = [entry.get(name) if isinstance(entry, dict) else None for name in ("file_name", "text")]
         if not all(isinstance(field, str) for field in fields):
-            raise InputError(
-                f"{path}, line {number} must have a file_name and a text, "
-                'e.g. {"file_name": "1.png", "text": "a cat"}'
-            )
+            example = '{"file_name": "1.png", "text": "a cat"}'
+            raise InputError(f"{path}, line {number} must have a file_name and a text, e.g. {example}")
         yield (path.parent / fields[0]).resolve(), fields[1].strip()
 
 
-def _beside(path: Path) -> str:
-    """The caption in the .txt file beside a picture; "" if there is none. Raises ValueError for what is no text."""
+def _caption_file(path: Path) -> str:
+    """The content of the .txt file of an image's name; "" if there is none. Raises ValueError if it is not text."""
     text = path.with_suffix(".txt")
     return text.read_text(encoding="utf-8-sig").strip() if text.is_file() else ""
 
 
 def _readable(splits: Splits) -> tuple[Splits, Skipped]:
-    """The pictures that can be read, and those that cannot."""
-    sound: Splits = {}
+    """The images that can be decoded, and those that cannot."""
+    readable: Splits = {}
     skipped: Skipped = []
-    for split, pictures in splits.items():
-        for path, caption in pictures:
+    for split, images in splits.items():
+        for path, caption in images:
             try:
                 decode(path.read_bytes())
-                sound.setdefault(split, []).append((path, caption))
+                readable.setdefault(split, []).append((path, caption))
             except (InputError, OSError) as error:
                 skipped.append(("that cannot be read", f"{path}: {error}"))
-    return sound, skipped
+    return readable, skipped
 
 
 def _check_any(source: Path, splits: Splits, skipped: Skipped) -> None:
     if not splits:
         why = (
-            f"left out are {'; '.join(report(skipped))}" if skipped else f"it needs pictures, and a {METADATA} or .txt"
+            f"left out are {'; '.join(summarize(skipped))}" if skipped else f"it needs images, and a {METADATA} or .txt"
         )
         raise InputError(
-            f"config.data.path={source} has no picture with a caption: {why}; for pictures without, see "
+            f"config.data.path={source} has no image with a caption: {why}; for images without captions, see "
             "python -m ldm_jax.data.image_folder --help"
         )
 
 
 def _content_hash(splits: Splits) -> str:
-    """Of what the data set is made of: captions, and the names, sizes and times of the pictures."""
+    """A hash of the captions and of the images' names, sizes and modification times."""
     digest = hashlib.sha256()
-    for split, pictures in splits.items():
-        for path, caption in pictures:
-            about = path.stat()
-            digest.update(json.dumps([split, str(path), about.st_size, about.st_mtime_ns, caption]).encode())
+    for split, images in splits.items():
+        for path, caption in images:
+            stat = path.stat()
+            digest.update(json.dumps([split, str(path), stat.st_size, stat.st_mtime_ns, caption]).encode())
     return digest.hexdigest()[:12]

@@ -1,8 +1,7 @@
-"""The emoji of Unicode's emoji-test.txt (UTS #51): what each is called, in words, and which are told apart for a test.
+"""The captions and splits of the emoji in Unicode's emoji-test.txt (UTS #51).
 
-The captions of an emoji are the name that CLDR gives it, brought into words that one would say ("waving hand with dark
-skin tone"), and that name in a few sentences. An emoji in another skin tone, hair, sex, age or direction has the same
-base, and all of a base is in the same split.
+The captions of an emoji are its CLDR name as a phrase ("waving hand with dark skin tone") and templates of that.
+Variants of an emoji in skin tone, hair, sex, age or direction have one base, and all of a base are in one split.
 """
 
 import hashlib
@@ -15,28 +14,21 @@ from ldm_jax.errors import InputError
 LINE = re.compile(
     r"(?P<points>[0-9A-F]{1,6}( [0-9A-F]{1,6})*) *; (?P<status>[a-z-]+) *# \S+ (E\d+\.\d+ )?(?P<name>\S.*)"
 )
-TITLE = re.compile(r"# (?P<kind>group|subgroup): (?P<title>\S.*)")
+TITLE = re.compile(r"# (?P<field>group|subgroup): (?P<title>\S.*)")
 END = "#EOF"
 
 TEMPLATES = ("{name}", "an emoji of {name}", "{name}, from {group}", "{subgroup}: {name}")
-TYPED = str.maketrans("‘’“”", "''\"\"")  # as one types a prompt
-PLURALS = {
-    "man": "men",
-    "woman": "women",
-    "person": "people",
-    "boy": "boys",
-    "girl": "girls",
-    "adult": "adults",
-    "child": "children",
-}
+TYPED = str.maketrans("‘’“”", "''\"\"")  # as in a typed prompt
+PLURALS = {"man": "men", "woman": "women", "person": "people", "boy": "boys", "girl": "girls"}
+PLURALS |= {"adult": "adults", "child": "children"}
 
-# Of ten bases, by their hashes, one is held out. This tenth has neither the sleepy face nor pizza, cats and penguins:
-# of these, seen in training but not together, one can ask for combinations.
-SHARES, HELD_OUT = 10, 6
-# What varies an emoji: skin tones, hair, signs of the sexes, the arrow of directions, joiner and style of emoji.
+# By its hash, a base is in one of ten parts, one of which is held out: one without the sleepy face, pizza, cats and
+# penguins, so that prompts can combine what training has seen, but not together.
+NUM_PARTS, HELD_OUT = 10, 6
+# The code points of variants: skin tones, hair, signs of the sexes, the arrow of directions, joiner, emoji style.
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 VARIATIONS = {*SKIN_TONES, *range(0x1F9B0, 0x1F9B4), 0x2640, 0x2642, 0x27A1, 0x200D, 0xFE0F}
-# Characters that differ in sex, age or direction only: the first stands for all.
+# Characters that differ only in sex, age or direction: the base has the first.
 ALIKE = (
     (0x1F9D1, 0x1F468, 0x1F469),  # person, man, woman
     (0x1F9D2, 0x1F466, 0x1F467),  # child, boy, girl
@@ -61,9 +53,9 @@ ALIKE = (
     (0x1F53A, 0x1F53B),  # red triangle pointed up, down
     (0x2640, 0x2642),  # female, male sign
 )
-STANDS_FOR = {point: first for first, *others in ALIKE for point in others}
+FIRST_OF = {point: first for first, *others in ALIKE for point in others}
 PERSON, CHILD, HEART, KISS, HANDSHAKE = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B, 0x1F91D
-# Sequences -> the character that tells the same.
+# Sequences -> the character of the same meaning.
 SHORTER = {
     (PERSON, HEART, KISS, PERSON): 0x1F48F,
     (PERSON, HEART, PERSON): 0x1F491,
@@ -75,7 +67,7 @@ FAMILY = 0x1F46A
 
 
 class Emoji(NamedTuple):
-    """One line of emoji-test.txt: code points, and its name and where it is listed, in words."""
+    """One line of emoji-test.txt: code points, and in words its name and the titles it is listed under."""
 
     points: tuple[int, ...]
     name: str
@@ -84,11 +76,7 @@ class Emoji(NamedTuple):
 
 
 def read_emoji(path: Path) -> list[Emoji]:
-    """Every fully-qualified emoji of a file, in its order.
-
-    Raises:
-      InputError: the file is damaged, or lists none.
-    """
+    """The fully-qualified emoji of a file, in its order; InputError if it is damaged or has none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except ValueError:
@@ -97,13 +85,13 @@ def read_emoji(path: Path) -> list[Emoji]:
     found: dict[tuple[int, ...], Emoji] = {}
     for number, line in enumerate(lines, start=1):
         if title := TITLE.fullmatch(line):
-            titles[title["kind"]] = _in_words(title["title"])
+            titles[title["field"]] = _in_words(title["title"])
         if not line.strip() or line.startswith("#"):
             continue
         parts = LINE.fullmatch(line)
         if not parts or len(titles) < 2:
-            wanted = "code points; status # emoji name" if not parts else "a group and a subgroup before it"
-            raise InputError(f"{path}, line {number} is damaged: it must have {wanted}")
+            required = "code points; status # emoji name" if not parts else "a group and a subgroup before it"
+            raise InputError(f"{path}, line {number} is damaged: it must have {required}")
         if parts["status"] == "fully-qualified":
             points = tuple(int(point, 16) for point in parts["points"].split())
             found[points] = Emoji(points, spoken(parts["name"]), titles["group"], titles["subgroup"])
@@ -115,7 +103,7 @@ def read_emoji(path: Path) -> list[Emoji]:
 
 
 def spoken(name: str) -> str:
-    """CLDR's name in words: what stands behind its colon becomes a part of the phrase.
+    """A CLDR name as a phrase, which includes the features after its colon.
 
     >>> spoken("person: medium skin tone, red hair"), spoken("flag: Chad"), spoken("family: man, boy")
     ('person with medium skin tone and red hair', 'flag of Chad', 'family of a man and a boy')
@@ -134,14 +122,14 @@ def spoken(name: str) -> str:
 
 
 def captions_of(emoji: Emoji) -> tuple[str, ...]:
-    """What can be said of an emoji, its name first."""
+    """The captions of an emoji, its name first."""
     return tuple(template.format(**emoji._asdict()) for template in TEMPLATES)
 
 
 def base_of(points: tuple[int, ...]) -> tuple[int, ...]:
-    """The code points that an emoji shares with its variants."""
+    """The code points of an emoji's base, which its variants share."""
     kept = [point for point in points if point not in VARIATIONS] or points[:1]
-    kept = tuple(STANDS_FOR.get(point, point) for point in kept)
+    kept = tuple(FIRST_OF.get(point, point) for point in kept)
     if len(kept) > 1 and set(kept) <= {PERSON, CHILD}:
         return (FAMILY,)
     return (SHORTER[kept],) if kept in SHORTER else kept
@@ -150,12 +138,12 @@ def base_of(points: tuple[int, ...]) -> tuple[int, ...]:
 def split_of(points: tuple[int, ...]) -> str:
     """ "train" or "validation", by a hash of the base: it depends on no other emoji."""
     base = " ".join(f"{point:X}" for point in base_of(points))
-    share = int(hashlib.sha256(base.encode()).hexdigest(), 16) % SHARES
-    return "validation" if share == HELD_OUT else "train"
+    part = int(hashlib.sha256(base.encode()).hexdigest(), 16) % NUM_PARTS
+    return "validation" if part == HELD_OUT else "train"
 
 
 def toneless_of(points: tuple[int, ...]) -> tuple[int, ...]:
-    """The code points without skin tones: what differs in these alone has the same."""
+    """The code points without skin tones: equal for emoji that differ in these alone."""
     return tuple(point for point in points if point not in SKIN_TONES) or points
 
 

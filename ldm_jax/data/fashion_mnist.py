@@ -1,7 +1,6 @@
 """Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) as a TensorFlow Datasets builder without TensorFlow.
 
-The feature is a `Tensor` of uint8 rather than an `Image`, whose PNG encoder is TensorFlow's. Examples keep the order of
-the original files. Importing this module imports TensorFlow Datasets.
+The feature is a `Tensor` of uint8, as the PNG encoder of `Image` is TensorFlow's. Examples keep the files' order.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ from ldm_jax.errors import InputError
 
 HOME = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 DEBIAN_FOLDER = "usr/share/datasets/fashion-mnist"  # where the package dataset-fashion-mnist puts the files
-# File -> SHA-256 of what it unzips to. (Archives differ: Debian has zipped the files anew.)
+# File -> SHA-256 of its unzipped content. (The archives differ: Debian has compressed the files again.)
 SHA256 = {
     "train-images-idx3-ubyte.gz": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte.gz": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -34,26 +33,16 @@ MD5 = {
 }
 ATTEMPTS, TIMEOUT_S = 4, 30
 PREFIX = {"train": "train", "test": "t10k"}
-CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
+CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
+CLASS_NAMES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The builder. `folder` holds the four IDX files; the rest of the arguments are TFDS's."""
+    """The TFDS builder of the four IDX files in `folder`."""
 
     name = "fashion_mnist"
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # no files beside this module; TFDS's search for them needs a package that it doesn't declare
+    code_path = None  # TFDS's search for further files needs a package that it does not declare
 
     def __init__(self, *, folder: Path, **kwargs):
         self._folder = folder
@@ -61,13 +50,13 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         image = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
-        features = tfds.features.FeaturesDict(
-            {"image": image, "label": tfds.features.ClassLabel(names=list(CLASS_NAMES))}
+        features = {"image": image, "label": tfds.features.ClassLabel(names=list(CLASS_NAMES))}
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager):
-        del dl_manager  # what it would check is the archives' checksums
+        del dl_manager  # would check the archives' checksums
         arrays = {split: read_split(self._folder, split) for split in PREFIX}  # all checked before any is written
         return {split: self._generate_examples(*arrays[split]) for split in arrays}
 
@@ -80,7 +69,7 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [N, 28, 28, 1] and labels uint8 [N] of a split, "train" or "test".
 
     Raises:
-        InputError: a file is missing, damaged, or not Fashion-MNIST's (MNIST's own have the same names and sizes).
+        InputError: a file is missing, damaged, or not Fashion-MNIST's (MNIST's have the same names and sizes).
     """
     images = _checked(folder / f"{PREFIX[split]}-images-idx3-ubyte.gz", axes=3)
     labels = _checked(folder / f"{PREFIX[split]}-labels-idx1-ubyte.gz", axes=1)
@@ -89,19 +78,18 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _checked(path: Path, *, axes: int) -> np.ndarray:
     content = gunzip(path)
-    array, found = parse_idx(content, axes=axes, where=path), hashlib.sha256(content).hexdigest()
-    if found != SHA256[path.name]:
-        raise InputError(
-            f"{path}: not Fashion-MNIST's file of that name: sha256 of the content is {found}, not {SHA256[path.name]}"
-        )
+    array, digest = parse_idx(content, axes=axes, where=path), hashlib.sha256(content).hexdigest()
+    if digest != SHA256[path.name]:
+        expected = SHA256[path.name]
+        raise InputError(f"{path}: not Fashion-MNIST's file: sha256 of the content is {digest}, not {expected}")
     return array
 
 
 def find_files(data_dir: Path, manual_dir: Path | None) -> Path:
-    """The folder with the four files: `manual_dir` if given, else the Debian package's, else downloaded.
+    """The folder of the four files: `manual_dir`, or for None the Debian package's, else that of downloads.
 
     Raises:
-        InputError: `manual_dir` lacks one of them, or they are nowhere and cannot be downloaded.
+        InputError: `manual_dir` lacks a file, or there are no files and they cannot be downloaded.
     """
     downloads = data_dir / "downloads" / "fashion_mnist"
     candidates = [manual_dir] if manual_dir else [data_dir / DEBIAN_FOLDER, Path("/", DEBIAN_FOLDER), downloads]
@@ -114,20 +102,15 @@ def find_files(data_dir: Path, manual_dir: Path | None) -> Path:
     try:
         download(downloads)
     except InputError as error:
-        looked = ", ".join(map(str, candidates))
         raise InputError(
-            f"Fashion-MNIST's files are not in {looked}, and {error}; "
+            f"Fashion-MNIST's files are not in {', '.join(map(str, candidates))}, and {error}; "
             f"`apt-get install dataset-fashion-mnist` brings them, or put the four .gz files in {downloads}"
         ) from None
     return downloads
 
 
 def download(folder: Path) -> None:
-    """Downloads the four files, unless they are there; one gets its name when its checksum is right.
-
-    Raises:
-        InputError: the address cannot be reached, or has other files.
-    """
+    """Downloads the missing ones of the four files; InputError if `HOME` cannot be reached or has other files."""
     pooch.get_logger().setLevel(logging.ERROR)
     registry = {name: f"md5:{digest}" for name, digest in MD5.items()}
     files = pooch.create(folder, f"{HOME}/", registry=registry, retry_if_failed=ATTEMPTS - 1)
@@ -142,15 +125,14 @@ def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:
     """The folder of the prepared data set under `data_dir`; prepares it at the first call (seconds).
 
     Args:
-        data_dir: where data sets live; also searched for the Debian package, unpacked there by `make data`.
-        manual_dir: a folder with the four IDX files, instead of searching for them.
+        data_dir: the folder of data sets; also searched for the Debian package, unpacked there by `make data`.
+        manual_dir: the folder of the four IDX files; None searches for them, then downloads them.
     """
     home = data_dir / FashionMnist.name
     done = home / str(FashionMnist.VERSION)
-    if done.is_dir():
-        return done
-    with one_at_a_time(home):
-        if done.is_dir():
-            return done
-        folder = find_files(data_dir, manual_dir)
-        return build(FashionMnist(folder=folder, data_dir=data_dir, file_format="array_record"))
+    if not done.is_dir():
+        with one_at_a_time(home):
+            if not done.is_dir():
+                folder = find_files(data_dir, manual_dir)
+                build(FashionMnist(folder=folder, data_dir=data_dir, file_format="array_record"))
+    return done

@@ -1,11 +1,10 @@
-"""batch = feed(step): what a step trains on is a function of the seed and the step alone, so there is nothing to save.
+"""Feeds: batch = feed(step), a function of the seed and the step alone, so that a run has no data state to save.
 
-Step s of a run takes the positions s*B ... s*B + B - 1 of an endless sequence. Every N positions of it are one epoch:
-a permutation of the N examples that depends on the seed and the number of the epoch alone. Batches go on across the end
-of an epoch, and may be larger than the data set. Of P processes, process p takes the p-th of P equal parts of each.
+Step s of a run takes the positions s*B ... s*B + B - 1 of an endless sequence of epochs. An epoch is a permutation of
+the N examples that depends on the seed and the epoch's number alone. Batches continue across the end of an epoch, and
+may be larger than the data set. Of P processes, process p takes the p-th of P equal parts of each batch.
 
-Where examples are in groups, as many as there are groups are one epoch: one of each group, the next one in the next
-epoch.
+With examples in G groups, an epoch has G positions: one example of each group, the next one in the next epoch.
 """
 
 import functools
@@ -17,10 +16,11 @@ import numpy as np
 from ldm_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+Groups = np.ndarray | None  # int [n], the group of each example; None: no groups
 
 
 class Source(Protocol):
-    """Examples by number: `source[[3, 5]]` stacks two, as a `Dataset` does."""
+    """A data set that is indexed by lists, as `Dataset`: `source[[3, 5]]` stacks two examples."""
 
     def __len__(self) -> int: ...
 
@@ -30,9 +30,9 @@ class Source(Protocol):
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of range(n) that an epoch visits, int32 [n]: Philox numbers, one per example, sorted.
+    """The permutation of range(n) in an epoch, int32 [n]: the argsort of Philox numbers, one per example.
 
-    NumPy promises Philox's numbers for good, but not what its own shuffles make of them.
+    NumPy promises that Philox's numbers never change, but not its own shuffles.
     """
     numbers = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
     order = np.argsort(numbers, kind="stable").astype(np.int32)
@@ -51,27 +51,21 @@ def examples_at(positions: np.ndarray, n: int, seed: int) -> np.ndarray:
 
 
 class Order:
-    """This process's part of every step's batch: `order(step)` is the examples, `order.id` their places in the batch.
+    """The order of examples: indices `order(step)` int32 [B / process_count] and `order.id`, their places in the batch.
 
     Args:
-        n: the number of examples.
+        n: number of examples.
         batch_size: B, over all processes.
-        seed: 0 or more; another seed is another order.
-        process_index, process_count: which part of each batch is wanted.
-        groups: int [n], the group of each example; None = each is one of its own.
+        seed: 0 or more.
+        process_index, process_count: which part of each batch is this process's.
+        groups: see `Groups`.
 
     Raises:
         InputError: no examples, or a batch that does not divide.
     """
 
     def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        groups: np.ndarray | None = None,
+        self, n: int, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1, groups: Groups = None
     ) -> None:
         if n < 1:
             raise InputError("the data set is empty")
@@ -90,16 +84,16 @@ class Order:
         _, self._first, self._count = np.unique(groups[self._by_group], return_index=True, return_counts=True)
 
     def __call__(self, step: int) -> np.ndarray:
-        """The examples of this process's part of step's batch, int32 [B / process_count]."""
+        """The examples of this process's part of the step's batch, int32 [B / process_count]."""
         positions = step * self._batch_size + self.id.astype(np.int64)
         groups = examples_at(positions, len(self._count), self._seed)
         epochs = positions // len(self._count)
-        # By the group's number they do not all begin with their first, which may be alike.
+        # Offset by the group's number, as the first examples of all groups may be alike.
         return self._by_group[self._first[groups] + (epochs + groups) % self._count[groups]]
 
 
 class DeviceFeed:
-    """For data that fits on the device: the arrays go there once, each step brings only the rows to gather.
+    """A feed of data that stays on the device: each step transfers only the indices of its examples.
 
     Args:
         arrays: name -> [N, ...], such as a `Dataset`'s.
@@ -116,7 +110,7 @@ class DeviceFeed:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        groups: np.ndarray | None = None,
+        groups: Groups = None,
     ) -> None:
         lengths = {name: len(values) for name, values in arrays.items()}
         if len(set(lengths.values())) > 1:
@@ -130,18 +124,13 @@ class DeviceFeed:
 
 
 class _Streamed:
-    """Whole batches, read ahead by Grain's threads. Starts anywhere at once.
-
-    Args:
-        read: step -> its batch.
-        prefetch: batches read ahead.
-        threads: that read them, one batch each.
+    """A feed that reads `read(step)` ahead: `prefetch` batches, by Grain's threads. It starts at any step at once.
 
     Attributes:
         resident: empty, as nothing stays on the device.
     """
 
-    def __init__(self, read: Callable[[int], Batch], prefetch: int, threads: int) -> None:
+    def __init__(self, read: Callable[[int], Batch], prefetch: int = 8, threads: int = 8) -> None:
         self.resident: dict[str, np.ndarray] = {}
         self._read, self._prefetch, self._threads = read, prefetch, threads
         self._batches: Iterator[Batch] = iter(())
@@ -150,27 +139,24 @@ class _Streamed:
     def __call__(self, step: int) -> Batch:
         """{"x": uint8 [B_local, H, W, C], ..., as the source has it, "id": int32 [B_local] places in the batch}."""
         if step != self._next_step:
-            self._batches = self._from(step)
+            import grain  # takes half a second
+
+            options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
+            steps = grain.MapDataset.range(step, np.iinfo(np.int64).max)
+            self._batches = iter(steps.map(self._read).to_iter_dataset(options))
         self._next_step = None  # should the next line raise
         batch = next(self._batches)
         self._next_step = step + 1
         return batch
 
-    def _from(self, step: int) -> Iterator[Batch]:
-        import grain  # brings half a second of imports
-
-        options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
-        steps = grain.MapDataset.range(step, np.iinfo(np.int64).max)
-        return iter(steps.map(self._read).to_iter_dataset(options))
-
 
 class HostFeed(_Streamed):
-    """For data that does not fit on the device: whole batches, read ahead by Grain's threads. Starts anywhere at once.
+    """A feed of data that does not fit on the device: whole batches, read ahead.
 
     Args:
         source: see `Source`.
         batch_size, seed, process_index, process_count, groups: see `Order`.
-        prefetch, threads: batches read ahead, and threads that read them, one batch each.
+        prefetch, threads: numbers of batches read ahead, and of threads, each of which reads one batch.
     """
 
     def __init__(
@@ -180,61 +166,51 @@ class HostFeed(_Streamed):
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        groups: np.ndarray | None = None,
-        *,
-        prefetch: int = 8,
-        threads: int = 8,
+        groups: Groups = None,
+        **options: int,
     ) -> None:
         order = Order(len(source), batch_size, seed, process_index, process_count, groups)
-        super().__init__(lambda step: source[order(step)] | {"id": order.id}, prefetch, threads)
+        super().__init__(lambda step: source[order(step)] | {"id": order.id}, **options)
 
 
 class BucketFeed(_Streamed):
-    """For examples of several shapes: each batch is of one source, whose turns are as many as it has batches.
+    """A feed of examples of several shapes: each batch is of one source, in proportion to the sources' sizes.
 
-    Every so many steps are one round, in which each source has its turns, at least one, in an order that depends on the
-    seed and the number of the round alone.
+    The steps are in rounds. In a round each source has as many turns as it has batches, at least one, in an order that
+    depends on the seed and the round's number alone.
 
     Args:
         sources: see `Source`.
         batch_size, seed, process_index, process_count: see `Order`, of each source.
-        prefetch, threads: see `HostFeed`.
     """
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
-        *,
-        prefetch: int = 8,
-        threads: int = 8,
+        self, sources: Sequence[Source], batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
     ) -> None:
-        super().__init__(self._batch, prefetch, threads)
+        super().__init__(self._batch)
         self._sources, self._seed = sources, seed
         self._orders = [Order(len(source), batch_size, seed, process_index, process_count) for source in sources]
         self._turns = np.array([max(1, round(len(source) / batch_size)) for source in sources])
 
     def _batch(self, step: int) -> Batch:
         round_, place = divmod(step, int(self._turns.sum()))
-        whose = np.repeat(np.arange(len(self._turns)), self._turns)
-        whose = whose[epoch_order(len(whose), self._seed, round_)]
-        own = whose[place]
-        turn = round_ * int(self._turns[own]) + int((whose[:place] == own).sum())
-        return self._sources[own][self._orders[own](turn)] | {"id": self._orders[own].id}
+        turns = np.repeat(np.arange(len(self._turns)), self._turns)  # the source of each turn
+        turns = turns[epoch_order(len(turns), self._seed, round_)]
+        source = turns[place]
+        source_step = round_ * int(self._turns[source]) + int((turns[:place] == source).sum())
+        order = self._orders[source]
+        return self._sources[source][order(source_step)] | {"id": order.id}
 
 
 def in_order(source: Source, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-    """Every example once, in order, in batches of one size: for encoding a whole data set, and for evaluation.
+    """Batches of all examples in order, of one size, for encoding a data set and for evaluation.
 
-    The last batch is filled up with the last example; "valid" bool [B_local] tells which rows count, "id" int32
-    [B_local] which examples they are.
+    The last batch is padded with the last example. "id" int32 [B_local] is the index of each row's example, "valid"
+    bool [B_local] is False for padding.
     """
     n = len(source)
     places = Order(n, batch_size, 0, process_index, process_count).id
     for start in range(0, n, batch_size):
         index = start + places
-        shown = np.minimum(index, n - 1)
-        yield source[shown] | {"id": shown, "valid": index < n}
+        clamped = np.minimum(index, n - 1)
+        yield source[clamped] | {"id": clamped, "valid": index < n}

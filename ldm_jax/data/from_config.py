@@ -1,4 +1,4 @@
-"""Data sets from config fields."""
+"""The data sets of a config."""
 
 from typing import Any
 
@@ -6,26 +6,20 @@ from ml_collections import ConfigDict
 
 from ldm_jax.data.datasets import Dataset, load_buckets, load_dataset
 
+FIELDS = ("image_size", "channels", "crop", "image_key", "label_key", "segments_key", "caption_key", "group_key")
+
 
 def load_split(config: ConfigDict, split: str) -> Dataset:
     """One split of the config's data set; see `load_dataset` for the errors."""
-    return load_dataset(config.data.name, split, **_data_fields(config))
+    return load_dataset(config.data.name, split, **_options(config.data))
 
 
 def load_train_buckets(config: ConfigDict) -> list[Dataset]:
-    """The training split in buckets of the pictures' own proportions; see `load_dataset` for the errors."""
+    """The training split in aspect ratio buckets; see `load_dataset` for the errors."""
     data = config.data
-    return load_buckets(data.name, data.train_split, step=data.bucket_step, **_data_fields(config))
+    return load_buckets(data.name, data.train_split, step=data.bucket_step, **_options(data))
 
 
-def _data_fields(config: ConfigDict) -> dict[str, Any]:
-    data = config.data
-    keys = ("image_key", "label_key", "segments_key", "caption_key")
-    same = ("image_size", "channels", "crop", *keys)
-    return {
-        "data_dir": data.dir,
-        "manual_dir": data.path or None,
-        "memory_limit": int(data.memory_limit_gb * 2**30),
-        "group_key": data.group_key,
-        **{name: data[name] for name in same},
-    }
+def _options(data: ConfigDict) -> dict[str, Any]:
+    folders = {"data_dir": data.dir, "manual_dir": data.path or None}
+    return {name: data[name] for name in FIELDS} | folders | {"memory_limit": int(data.memory_limit_gb * 2**30)}

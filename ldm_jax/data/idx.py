@@ -1,7 +1,6 @@
-"""The IDX format of MNIST's relatives: zeros, a type code, the number of axes, their sizes, then the bytes.
+"""IDX files, the format of MNIST (http://yann.lecun.com/exdb/mnist/).
 
-Offset 0: 0x0000, 0x08 (unsigned byte), n; then n big-endian uint32 sizes; then the data, the last axis fastest.
-Source: the format's description on the MNIST page, http://yann.lecun.com/exdb/mnist/.
+0x0000, 0x08 (unsigned byte), the number of axes n; n big-endian uint32 sizes; then the data, the last axis fastest.
 """
 
 import gzip
@@ -17,7 +16,7 @@ UNSIGNED_BYTE = b"\0\0\x08"
 
 
 def gunzip(path: Path) -> bytes:
-    """What a .gz file holds; raises InputError if it is missing, cut off, damaged or no gzip file at all."""
+    """The content of a .gz file; InputError if it is missing, truncated, damaged or not a gzip file."""
     try:
         with gzip.open(path) as file:
             return file.read()
@@ -30,10 +29,10 @@ def gunzip(path: Path) -> bytes:
 
 
 def parse_idx(content: bytes, *, axes: int, where: Path) -> np.ndarray:
-    """The uint8 array, with `axes` axes, in the unzipped content of an IDX file; `where` names it in errors.
+    """The uint8 array with `axes` axes in the unzipped content of an IDX file, which `where` names in errors.
 
     Raises:
-        InputError: another magic number, or more or fewer bytes than the sizes in the header ask for.
+        InputError: another magic number, or more or fewer bytes than the sizes in the header require.
     """
     magic = UNSIGNED_BYTE + bytes([axes])
     if content[:4] != magic:
@@ -42,5 +41,5 @@ def parse_idx(content: bytes, *, axes: int, where: Path) -> np.ndarray:
     shape = tuple(int(size) for size in np.frombuffer(content[4:start].ljust(4 * axes, b"\0"), ">u4"))
     expected = start + math.prod(shape)
     if len(content) != expected:
-        raise InputError(f"{where}: {len(content)} bytes of content where shape {list(shape)} asks for {expected}")
+        raise InputError(f"{where}: {len(content)} bytes of content where shape {list(shape)} requires {expected}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

@@ -1,9 +1,9 @@
-"""Your own pictures as a data set: python -m ldm_jax.data.image_folder --source=photos --name=photos
+"""Your own images as a data set: python -m ldm_jax.data.image_folder --source=photos --name=photos
 
-Pictures may lie in SOURCE itself (no labels) or in one folder per class. If SOURCE has a folder "train", its folders
+Images may lie in SOURCE itself (no labels) or in one folder per class. If SOURCE has a folder "train", its folders
 are the splits instead ("train", "test", ...), each laid out that way; otherwise all is "train", and "train[:90%]" and
-"train[90%:]" are ready to use as splits, since the order is shuffled. The files are taken over as they are, without
-loss: size, crop and colours stay a matter of the run's config. Then: --config.data.name=photos
+"train[90%:]" are ready to use as splits, since the order is shuffled. The files are stored as they are: size, crop
+and channels are set in the run's config. Then: --config.data.name=photos
 """
 
 import argparse
@@ -17,15 +17,14 @@ from ldm_jax.data.catalog import BUILDERS, NAME
 from ldm_jax.data.images import decode
 from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.errors import InputError, RunError
+from ldm_jax.runtime.files import prefix_errors
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VERSION = "1.0.0"
 
 
 class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The builder. `splits` is from `find_pictures`, or with `captions` has a caption beside each path; the rest of the
-    arguments are TFDS's.
-    """
+    """The TFDS builder of `splits` from `find_images`; with `captions`, the second of each pair is a caption."""
 
     VERSION = tfds.core.Version(VERSION)
     code_path = None  # as in `FashionMnist`
@@ -39,7 +38,7 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {"image": tfds.features.Image()}  # encoded files; only arrays would need TensorFlow
-        classes = sorted({label for pictures in self._splits.values() for _, label in pictures if label is not None})
+        classes = sorted({label for images in self._splits.values() for _, label in images if label is not None})
         if self._captions:
             features["caption"] = tfds.features.Text()
         elif classes:
@@ -48,57 +47,54 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        return {split: self._generate_examples(split, pictures) for split, pictures in self._splits.items()}
+        return {split: self._generate_examples(split, images) for split, images in self._splits.items()}
 
-    def _generate_examples(self, split, pictures):
-        for path, label in tqdm(pictures, desc=f"Preparing {split}", leave=False, disable=None):
-            try:
+    def _generate_examples(self, split, images):
+        for path, label in tqdm(images, desc=f"Preparing {split}", leave=False, disable=None):
+            with prefix_errors(path):
                 decode(path.read_bytes())
-            except InputError as error:
-                raise InputError(f"{path}: {error}") from None
-            told = {"caption" if self._captions else "label": label}
-            yield str(path), {"image": path} | ({} if label is None else told)
+            target = {"caption" if self._captions else "label": label}
+            yield str(path), {"image": path} | ({} if label is None else target)
 
 
-def find_pictures(source: Path) -> dict[str, list[tuple[Path, str | None]]]:
-    """Split -> its pictures' paths with their classes (None: no classes), in the order of their names.
+def find_images(source: Path) -> dict[str, list[tuple[Path, str | None]]]:
+    """Split -> paths of its images with their classes (None: no classes), sorted by path.
 
     Raises:
-        InputError: `source` has no pictures, or some with a class and some without.
+        InputError: `source` has no images, or some with a class and some without.
     """
     splits = {}
-    for split, root in roots_of(source).items():
-        paths = picture_files(root)
+    for split, root in split_folders(source).items():
+        paths = image_files(root)
         parts = [path.relative_to(root).parts for path in paths]
         splits[split] = [(path, part[0] if len(part) > 1 else None) for path, part in zip(paths, parts)]
-    labels = [label for pictures in splits.values() for _, label in pictures]
-    if not labels:
-        raise InputError(f"{source} has no pictures ({', '.join(sorted(EXTENSIONS))})")
-    if None in labels and any(labels):
-        path = next(path for pictures in splits.values() for path, label in pictures if label is None)
-        raise InputError(f"{path} is in no class's folder, others in {source} are: all of them or none")
+    images = [image for split in splits.values() for image in split]
+    if not images:
+        raise InputError(f"{source} has no images ({', '.join(sorted(EXTENSIONS))})")
+    unlabelled = [path for path, label in images if label is None]
+    if 0 < len(unlabelled) < len(images):
+        raise InputError(f"{unlabelled[0]} is in no class's folder, others in {source} are: all of them or none")
     return splits
 
 
-def roots_of(source: Path) -> dict[str, Path]:
+def split_folders(source: Path) -> dict[str, Path]:
     """Split -> its folder."""
     if (source / "train").is_dir():
         return {folder.name: folder for folder in sorted(source.iterdir()) if folder.is_dir()}
     return {"train": source}
 
 
-def picture_files(root: Path) -> list[Path]:
-    """The files below `root` that are pictures by their names, in the order of these."""
+def image_files(root: Path) -> list[Path]:
+    """The files below `root` with the extension of an image format, sorted."""
     return sorted(path for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
 def prepare(source: Path, name: str, data_dir: Path) -> Path:
-    """Prepares the pictures in `source` as the data set `name` under `data_dir`, and returns its folder."""
+    """Prepares the images in `source` as the data set `name` under `data_dir`; returns its folder."""
     parts = NAME.fullmatch(name)
     if not parts or parts["config"] or parts["version"] or name in BUILDERS:
         raise InputError(f"--name={name}: letters, digits and underscores, and none of {', '.join(BUILDERS)}")
-    folder = data_dir / name
-    splits = find_pictures(source)
+    folder, splits = data_dir / name, find_images(source)
     with one_at_a_time(folder):
         if (folder / VERSION).is_dir():
             raise InputError(f"{folder / VERSION} is there already: delete it to prepare it anew")
@@ -106,11 +102,11 @@ def prepare(source: Path, name: str, data_dir: Path) -> Path:
 
 
 def main() -> int:
-    """The command."""
+    """The command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="the folder of pictures")
-    parser.add_argument("--name", required=True, help="what to call the data set")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="where data sets live (default: data)")
+    parser.add_argument("--source", type=Path, required=True, help="the folder of images")
+    parser.add_argument("--name", required=True, help="the name of the data set")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="the folder of data sets (default: data)")
     flags = parser.parse_args()
     try:
         folder = prepare(flags.source, flags.name, flags.data_dir)

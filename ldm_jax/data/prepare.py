@@ -1,4 +1,4 @@
-"""Running a TensorFlow Datasets builder: once, whole or not at all, quietly, and without TensorFlow."""
+"""Preparing a data set with a TFDS builder: once, atomically, quietly, and without TensorFlow."""
 
 import contextlib
 import fcntl
@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Holds the lock of a data set's folder, so that of several processes one prepares it and the others wait.
-
-    Raises:
-        RunError: the folder cannot be written.
-    """
+    """Locks the folder of a data set: one process prepares it, the others wait; RunError if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -32,14 +28,14 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def build(builder: "tfds.core.DatasetBuilder") -> Path:
-    """Prepares what `builder` describes, under `one_at_a_time`, and returns the folder.
+    """Prepares a builder's data set, under `one_at_a_time`, and returns its folder.
 
-    TFDS writes to a folder incomplete.* and renames it at the end: what has the right name is whole, and what a killed
-    process left is removed here.
+    TFDS writes to a folder incomplete.* and renames it at the end: a folder with the final name is complete; what a
+    killed process left is removed here.
 
     Raises:
         InputError: from the builder, about its input.
-        RunError: the disk is full, or whatever else TFDS has to say.
+        RunError: the disk is full, or another error of TFDS.
     """
     import tensorflow_datasets as tfds
 
@@ -53,6 +49,18 @@ def build(builder: "tfds.core.DatasetBuilder") -> Path:
     except InputError:
         raise
     except Exception as error:  # the record writer has errors of its own for a full disk
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"cannot prepare {builder.name} in {builder.data_path}: {reason}") from error
+        raise RunError(f"cannot prepare {builder.name} in {builder.data_path}: {_first_line(error)}") from error
     return Path(builder.data_path)
+
+
+@contextlib.contextmanager
+def in_one_line(message: str) -> Iterator[None]:
+    """Turns any error of the block, as damaged files raise nearly all, into InputError(f"{message}: {first line}")."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{message}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

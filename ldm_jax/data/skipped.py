@@ -1,20 +1,18 @@
-"""What a data set of ours leaves out of its source, and how that is told on the screen: counted, with the reason."""
+"""The examples of a source that a prepared data set leaves out: counted, with the reason, and printed."""
 
 from collections import Counter
 from functools import cache
 
-Skipped = list[tuple[str, str]]  # why, and an example
+Skipped = list[tuple[str, str]]  # reason, example
 
 
-def report(skipped: Skipped) -> list[str]:
-    """One line for each reason: how many, why, and the first of them."""
-    first: dict[str, str] = {}
-    for why, example in skipped:
-        first.setdefault(why, example)
+def summarize(skipped: Skipped) -> list[str]:
+    """One line for each reason: the number of examples, the reason, and the first example."""
+    first = dict(reversed(skipped))
     return [f"{count} {why}, e.g. {first[why]}" for why, count in Counter(why for why, _ in skipped).items()]
 
 
 @cache
-def tell(line: str) -> None:
-    """Once, though the source is looked through for each split."""
+def print_once(line: str) -> None:
+    """Prints a line of the summary, once in a process, though several splits are read from one source."""
     print(f"Skipped: {line}", flush=True)

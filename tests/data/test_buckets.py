@@ -103,5 +103,5 @@ def test_the_shape_is_that_of_the_upright_picture(turned, tmp_path):
 
 
 def test_what_is_no_picture_has_no_shape():
-    with pytest.raises(InputError, match="not a readable picture"):
+    with pytest.raises(InputError, match="not a readable image"):
         shape_of(b"words")

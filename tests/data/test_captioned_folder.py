@@ -6,7 +6,7 @@ from PIL import Image
 
 from ldm_jax.data.captioned_folder import prepare
 from ldm_jax.data.datasets import load_dataset
-from ldm_jax.data.skipped import tell
+from ldm_jax.data.skipped import print_once
 from ldm_jax.errors import InputError
 
 
@@ -74,7 +74,7 @@ def test_what_is_skipped_is_told_once_in_each_run_one_line_for_each_reason(sourc
     (source / "f.txt").write_text("a text")
     (source / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "gone"}\n')
     for _ in range(2):  # the second finds the prepared data set
-        tell.cache_clear()  # as in a new process
+        print_once.cache_clear()  # as in a new process
         assert told(load(source)) == told(load(source)) == {10: "a cat"}
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(", e.g. ")[0] for line in lines] == [
@@ -83,7 +83,7 @@ def test_what_is_skipped_is_told_once_in_each_run_one_line_for_each_reason(sourc
             "Skipped: 1 named in a metadata.jsonl but not there",
             "Skipped: 1 that cannot be read",
         ]
-        assert lines[0].endswith("b.png") and "f.png: not a picture" in lines[3]
+        assert lines[0].endswith("b.png") and "f.png: not an image" in lines[3]
 
 
 def test_another_content_is_another_data_set(source):
@@ -111,9 +111,9 @@ def nothing_readable(source):
 
 REFUSED = {
     "no folder": (lambda source: None, r"photos is no folder"),
-    "an empty one": (lambda source: source.mkdir(), r"has no picture with a caption: it needs pictures"),
-    "no captions": (lambda source: draw(source / "a.png", 10), r"picture with a caption: left out are 1 without a cap"),
-    "no picture": (nothing_readable, r"no picture with a caption: left out are 1 that cannot be read"),
+    "an empty one": (lambda source: source.mkdir(), r"has no image with a caption: it needs images"),
+    "no captions": (lambda source: draw(source / "a.png", 10), r"image with a caption: left out are 1 without a cap"),
+    "no picture": (nothing_readable, r"no image with a caption: left out are 1 that cannot be read"),
     "metadata that is no JSON": (metadata(b'{"file_name": "a.png"'), r"metadata.jsonl, line 1 is damaged"),
     "a later line": (metadata(b'{"file_name": "a.png", "text": "x"}\n}'), r"metadata.jsonl, line 2 is damaged"),
     "no text in it": (metadata(b'{"file_name": "a.png"}'), r"line 1 must have a file_name and a text"),
@@ -152,5 +152,5 @@ def test_captions_of_any_data_set(make_set, tmp_path):
     with pytest.raises(InputError, match=r"caption_key='text': no such caption in .*; there is title"):
         load_dataset("titled", "train", data_dir=tmp_path / "data", caption_key="text")
     make_set("silent", {"image": features["image"]}, {"train": [{"image": examples[0]["image"]}]})
-    with pytest.raises(InputError, match="has no texts, only image"):
+    with pytest.raises(InputError, match="has no caption, only image"):
         load_dataset("silent", "train", data_dir=tmp_path / "data", caption_key="auto")

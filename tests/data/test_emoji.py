@@ -12,11 +12,11 @@ from PIL import Image
 from ldm_jax.config import defaults
 from ldm_jax.data import emoji
 from ldm_jax.data.datasets import load_dataset
-from ldm_jax.data.emoji_font import BITMAP, draw, read_font
+from ldm_jax.data.emoji_font import BITMAP, read_font, render
 from ldm_jax.data.emoji_names import base_of, captions_of, read_emoji, split_of, spoken
 from ldm_jax.data.from_config import load_split
 from ldm_jax.data.images import decode
-from ldm_jax.data.skipped import tell
+from ldm_jax.data.skipped import print_once
 from ldm_jax.errors import InputError
 
 REPOSITORY = Path(emoji.__file__).parents[2]
@@ -170,7 +170,7 @@ def test_what_is_left_out_is_told(source, tmp_path, capsys):
     pictures = {points: disc(colour) for points, colour in COLOURS.items()}
     write_font(source / emoji.FONT, pictures | {(0x26AA,): Image.new("RGBA", BITMAP, (9, 9, 9, 0))})
     for manual_dir in (source, None):  # once drawn, once from the prepared data set
-        tell.cache_clear()
+        print_once.cache_clear()
         emoji.prepare(tmp_path / "data", manual_dir)
         assert capsys.readouterr().out.splitlines() == [
             "Skipped: 2 that NotoColorEmoji.ttf has no single glyph for, e.g. ghost",
@@ -202,7 +202,7 @@ def real_emoji(real_files):
 def test_every_emoji_has_a_picture(real_files, real_emoji):
     """One whole glyph each: neither a blank, nor the box for what is missing, nor cut off."""
     font = read_font(real_files[emoji.FONT])
-    drawn = {one: draw(font, one.points) for one in real_emoji}
+    drawn = {one: render(font, one.points) for one in real_emoji}
     pictures = {one: np.asarray(picture) for one, picture in drawn.items() if picture is not None}
     # A font may be a year older than the names, which then have some hundred more.
     assert len(real_emoji) > 3500 and len(pictures) > 0.95 * len(real_emoji)
@@ -218,9 +218,9 @@ def test_every_emoji_has_a_picture(real_files, real_emoji):
 
 
 def test_nothing_is_cut_off(real_files, real_emoji):
-    """The columns that `draw` leaves out of a bitmap are empty."""
+    """The columns that `render` leaves out of a bitmap are empty."""
     font = read_font(real_files[emoji.FONT])
-    for one in (one for one in real_emoji[::10] if draw(font, one.points)):
+    for one in (one for one in real_emoji[::10] if render(font, one.points)):
         names = tuple(font.glyphs[point] for point in one.points if point != 0xFE0F)
         content = font.bitmaps[names[0] if len(names) == 1 else font.ligatures[names]].imageData
         alpha = np.asarray(decode(content).convert("RGBA"))[..., 3]
@@ -395,7 +395,7 @@ def test_files_that_are_nowhere(tmp_path, monkeypatch):
 
 def test_other_files_than_those_it_was_prepared_from(prepared, source):
     (source / emoji.NAMES).write_text(LINES.replace("Germany", "Utopia"), encoding="utf-8")
-    with pytest.raises(InputError, match=rf"prepared from other files than {source}/{NAMES}: delete it, or choose"):
+    with pytest.raises(InputError, match=rf"prepared from other files than {source}/{NAMES}: delete it, or set"):
         emoji.prepare(prepared, source)
 
 

@@ -26,8 +26,8 @@ def test_labels_have_one_axis():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (CONTENT[:-1], r"27 bytes of content where shape \[2, 2, 3\] asks for 28"),
-        (CONTENT + b"\0", "29 bytes of content where .* asks for 28"),
+        (CONTENT[:-1], r"27 bytes of content where shape \[2, 2, 3\] requires 28"),
+        (CONTENT + b"\0", "29 bytes of content where .* requires 28"),
         (bytes.fromhex("00000801") + CONTENT[4:], "not an IDX file of 3 axes: it begins 00000801, not 00000803"),
         (bytes.fromhex("00000d03") + CONTENT[4:], "begins 00000d03"),  # floats
         (b"<html>not found</html>", "begins 3c68746d"),

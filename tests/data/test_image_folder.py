@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.data.datasets import load_dataset
-from ldm_jax.data.image_folder import find_pictures, main, prepare
+from ldm_jax.data.image_folder import find_images, main, prepare
 from ldm_jax.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -71,21 +71,21 @@ def test_impossible_names(source, tmp_path, name):
 
 
 def test_nothing_there(source, tmp_path):
-    with pytest.raises(InputError, match=r"photos has no pictures \(.bmp"):
-        find_pictures(source)
+    with pytest.raises(InputError, match=r"photos has no images \(.bmp"):
+        find_images(source)
 
 
 def test_some_without_a_class(source):
     draw(source / "cat" / "0.png")
     draw(source / "1.png")
     with pytest.raises(InputError, match=r"photos/1.png is in no class's folder"):
-        find_pictures(source)
+        find_images(source)
 
 
 def test_damaged_picture_is_named_and_nothing_written(source, tmp_path):
     draw(source / "0.png")
     (source / "1.png").write_bytes((source / "0.png").read_bytes()[:50])
-    with pytest.raises(InputError, match=r"photos/1.png: not a (readable )?picture") as error:
+    with pytest.raises(InputError, match=r"photos/1.png: not an? (readable )?image") as error:
         prepare(source, "photos", tmp_path / "data")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "data/photos").glob("*1.0.0"))

@@ -147,6 +147,6 @@ def test_truncated_pictures_are_refused(format_):
     content = encoded(image, format_)
     assert decode(content).size == (40, 40)
     for damaged in (content[: len(content) // 2], content[:3], b"", b"<html></html>"):
-        with pytest.raises(InputError, match=r"not a (readable )?picture") as error:
+        with pytest.raises(InputError, match=r"not an? (readable )?image") as error:
             decode(damaged)
         assert "\n" not in str(error.value)

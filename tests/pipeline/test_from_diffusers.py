@@ -327,7 +327,7 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "is conditioned on nothing"),
     "nothing to inpaint": ("inpainting", None, [], "this model inpaints; give it an image and what to sample of it"),
     "nothing to enlarge": ("upscaling", None, [], "upscales; give it a low-resolution --concat_image"),
-    "no image to enlarge": ("upscaling", None, ["--concat_image=FOLDER/vae/config.json"], "config.json: not a picture"),
+    "no image to enlarge": ("upscaling", None, ["--concat_image=FOLDER/vae/config.json"], "config.json: not an image"),
     "a size beside the map's": ("upscaling", None, [MAP, "--height=64"], "are 4 times as large as --concat_image"),
     "more noise than there is": ("upscaling", None, [MAP, "--noise_level=351"], "must be from 0 to 350 for this model"),
     "less than no noise": ("upscaling", None, [MAP, "--noise_level=-1"], "--noise_level"),
@@ -344,7 +344,7 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "an unconditional network": (
         "unconditional", edit("model_index.json", _class_name="StableDiffusionPipeline", vae=["a", "b"],
                               text_encoder=["a", "b"]), [], "the class of its UNet"),
-    "an image that is none": ("plain", None, ["--init_image=FOLDER/unet/config.json"], "not a picture"),
+    "an image that is none": ("plain", None, ["--init_image=FOLDER/unet/config.json"], "not an image"),
     "an unknown type": ("plain", None, ["--dtype=float8"], "--dtype"),
     "more steps than there are": ("plain", None, ["--steps=5000"], "steps"),
     "a sampler without what it needs": ("plain", None, ["--sampler=plms"], "skip_prk_steps"),

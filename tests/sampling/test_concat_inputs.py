@@ -119,7 +119,7 @@ REFUSED = {
     "an image without a mask": ("inpainting", ["--init_image=FILES/small.png"], "needs --mask with this model"),
     "an image without a map": ("low_resolution", ["--init_image=FILES/small.png"], "needs --concat_image"),
     "no such file": ("low_resolution", ["--concat_image=FILES/no.png"], "no.png: No such file"),
-    "no image": ("low_resolution", ["--concat_image=FILES/text.png"], "text.png: not a picture"),
+    "no image": ("low_resolution", ["--concat_image=FILES/text.png"], "text.png: not an image"),
     "a class too many": ("segments", ["--concat_image=FILES/small.png"], "has class 200; the model has 0 to 2"),
     "a class for test images": ("segments", ["--label=dark"], "--label=dark: without an image of yours this model"),
     "a size for test images": ("low_resolution", ["--height=16"], "of their own size; give --concat_image"),
