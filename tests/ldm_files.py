@@ -278,7 +278,7 @@ def to_ldm(family, modules, states):
     file = unet_to_ldm(states["unet"], len(unet.block_out_channels), unet.layers_per_block, head_size)
     file |= autoencoder_to_ldm(states["vae"], 2)
     texts = [states[name] for name in states if name.startswith("text_encoder")]
-    for text, fields in zip(texts, FAMILIES[family].texts):
+    for text, fields in zip(texts, FAMILIES[family].text_encoders):
         if fields.open_clip:
             file |= open_clip_to_ldm(text, fields.prefix, more_layers=0 if fields.last else 1)
         else:
@@ -317,7 +317,7 @@ def write_folder(folder, family, *, size=64):
     config = config_from_autoencoder(modules["vae"], *scaling, 2 * size)
     write_component(folder / fields.autoencoder, config, states["vae"])
     names = [name for name in states if name.startswith("text_encoder")]
-    for name, text in zip(names, fields.texts):
+    for name, text in zip(names, fields.text_encoders):
         encoder = modules[name]
         kind = "CLIPTextModelWithProjection" if encoder.projection_dim else "CLIPTextModel"
         named = {

@@ -14,7 +14,7 @@ from ldm_jax.export import model_card
 from ldm_jax.export.latents_scaling import into_autoencoder
 from ldm_jax.interop import class_table, folder
 from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_from_text_params
-from ldm_jax.interop.config_fields import hints
+from ldm_jax.interop.config_fields import ignored_fields
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.modules import VERSION, config_from_autoencoder, config_from_unet
 from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, RECIPE
@@ -58,7 +58,7 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     if source is not None and (source / folder.INDEX).is_file():
         for name in ("unet", PIPELINES[pipeline].autoencoder):
             config = folder.component_config(source, name)
-            told[name] = hints(config, config["_class_name"])
+            told[name] = ignored_fields(config, config["_class_name"])
         words = sorted(file for pattern in WORDS for file in source.glob(pattern) if file.is_file())
     index = _write_unet(to, model, params, dtype, told.get("unet", {}))
     index |= _write_autoencoder(to, model, params, dtype, pipeline, told)
@@ -97,8 +97,8 @@ def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, to
     state, conditioning = state_dict_from_params(params["denoiser"]), model.conditioning
     if isinstance(conditioning, ClassConditioning):
         table = params["conditioning"]["embedding"]["embedding"]
-        fields |= class_table.fields_of(len(table) * conditioning.embedder.tokens)
-        state |= class_table.projection_of(table, conditioning.embedder.dim)
+        fields |= class_table.config_fields(len(table) * conditioning.embedder.tokens)
+        state |= class_table.projection_weights(table, conditioning.embedder.dim)
     folder.write_component(to / "unet", fields | told, _cast(state, dtype))
     return {"unet": ["diffusers", fields["_class_name"]]}
 

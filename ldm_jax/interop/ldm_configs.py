@@ -1,7 +1,7 @@
-"""What diffusers' and transformers' config.json would say of a single file of CompVis or Stability AI.
+"""config.json files of diffusers and transformers for a single file of CompVis or Stability AI, which has none.
 
-A single file has no config. Widths, depths and kinds of layers are read off the shapes of its tensors here; numbers of
-heads and whatever else leaves no trace there are in the table of published models in `ldm_families`.
+Widths, depths and types of layers are inferred from the shapes of its tensors; numbers of heads and whatever else
+leaves no trace in them are in the table of published models in `ldm_families`.
 """
 
 from collections.abc import Mapping
@@ -12,23 +12,23 @@ from ldm_jax.errors import InputError
 Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor, without its component's prefix -> shape
 
 HEAD_SIZE = 64  # of all published CLIP text encoders
-TIME_IDS = 6  # numbers that SDXL is told: size, crop and target size
+TIME_IDS = 6  # SDXL's size conditioning: original size, crop and target size
 
 
 def count(shapes: Shapes, prefix: str) -> int:
-    """How many entries a list has: `prefix`.0, `prefix`.1 ..."""
+    """The length of a list of modules: `prefix`.0, `prefix`.1 ..."""
     return len({name[len(prefix) + 1 :].split(".")[0] for name in shapes if name.startswith(f"{prefix}.")})
 
 
 def _same(what: str, values: list[int]) -> int:
-    """What is the same for all; raises InputError if it is not."""
+    """The one value in a list; InputError if they differ."""
     if len(set(values)) != 1:
         raise InputError(f"{what} must be the same throughout; they are {', '.join(map(str, values)) or 'missing'}")
     return values[0]
 
 
 def _input_blocks(shapes: Shapes) -> list[list[int]]:
-    """The numbers of the ResNet blocks of each level, on the way down."""
+    """The numbers of the ResNet blocks of each level of the down path, from the finest."""
     levels: list[list[int]] = [[]]
     for number in range(1, count(shapes, "input_blocks")):
         if f"input_blocks.{number}.0.op.weight" in shapes:
@@ -38,7 +38,7 @@ def _input_blocks(shapes: Shapes) -> list[list[int]]:
     return levels
 
 
-def attending_levels(shapes: Shapes) -> list[bool]:
+def attention_levels(shapes: Shapes) -> list[bool]:
     """For each level of a UNet from the finest, whether attention follows its ResNet blocks."""
     return [any(count(shapes, f"input_blocks.{n}.1") for n in blocks) for blocks in _input_blocks(shapes)]
 
@@ -50,15 +50,16 @@ def unet_config(
 
     Args:
       shapes: of its tensors, without "model.diffusion_model.".
-      heads: of all attention, or None if their size is the same throughout, `head_size`.
-      pooled: features of SDXL's whole text; of no matter to others.
-      sample_size: of the latents in pixels.
+      heads: number of heads of every attention; None if `head_size` is fixed instead.
+      head_size: channels of a head.
+      pooled: width of SDXL's pooled text features; unused for others.
+      sample_size: height and width of the latents.
 
     Raises:
       InputError: of blocks that do not make a UNet of diffusers.
-      KeyError: a tensor that it cannot do without.
+      KeyError: a required tensor is missing.
     """
-    levels, attends = _input_blocks(shapes), attending_levels(shapes)
+    levels, attention = _input_blocks(shapes), attention_levels(shapes)
     widths = [
         _same("the widths of a level's blocks", [shapes[f"input_blocks.{n}.0.out_layers.3.weight"][0] for n in blocks])
         for blocks in levels
@@ -70,45 +71,39 @@ def unet_config(
         "block_out_channels": widths,
         "layers_per_block": _same("the numbers of ResNet blocks of a level", [len(blocks) for blocks in levels]),
     }
-    if "middle_block.1.qkv.weight" in shapes:
-        return config | {
-            "_class_name": "UNet2DModel",
-            "down_block_types": ["AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
-            "up_block_types": ["AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
-            "attention_head_dim": head_size,
-        }
-    if "label_emb.weight" in shapes:  # of noise levels
-        config["num_class_embeds"] = shapes["label_emb.weight"][0]
-    return config | _transformers(shapes, levels, attends, widths, heads, head_size) | _addition(shapes, pooled)
-
-
-def _transformers(
-    shapes: Shapes,
-    levels: list[list[int]],
-    attends: list[bool],
-    widths: list[int],
-    heads: int | None,
-    head_size: int | None,
-) -> dict[str, Any]:
-    """What a UNet2DConditionModel has beside."""
-    middle = "middle_block.1"
-    depths = [
-        _same(
-            "the depths of a level's transformers", [count(shapes, f"input_blocks.{n}.1.transformer_blocks") for n in b]
-        )
-        if attention
-        else 1
-        for b, attention in zip(levels, attends)
-    ]
-    crosses = [attention and _crosses(shapes, b[0]) for b, attention in zip(levels, attends)]
-    depths[-1] = count(shapes, f"{middle}.transformer_blocks")
+    plain = "middle_block.1.qkv.weight" in shapes
+    prefix = "Attn" if plain else "CrossAttn"
+    config |= {
+        "_class_name": "UNet2DModel" if plain else "UNet2DConditionModel",
+        "down_block_types": [f"{prefix if attends else ''}DownBlock2D" for attends in attention],
+        "up_block_types": [f"{prefix if attends else ''}UpBlock2D" for attends in reversed(attention)],
+    }
+    if plain:
+        return config | {"attention_head_dim": head_size}
     if head_size is not None and any(width % head_size for width in widths):
         raise InputError(f"the UNet's widths {widths} do not divide into heads of {head_size}, which such models have")
+    config["attention_head_dim"] = heads if head_size is None else [width // head_size for width in widths]
+    if "label_emb.weight" in shapes:  # of noise levels
+        config["num_class_embeds"] = shapes["label_emb.weight"][0]
+    if "label_emb.0.0.weight" in shapes:  # SDXL's embedding of the pooled text features and of sizes
+        width = shapes["label_emb.0.0.weight"][1]
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (width - pooled) // TIME_IDS,
+            "projection_class_embeddings_input_dim": width,
+        }
+    return config | _transformers(shapes, levels, attention)
+
+
+def _transformers(shapes: Shapes, levels: list[list[int]], attention: list[bool]) -> dict[str, Any]:
+    """The fields of the transformers in a UNet2DConditionModel."""
+    middle, depths = "middle_block.1", []
+    for blocks, attends in zip(levels, attention):
+        counts = [count(shapes, f"input_blocks.{n}.1.transformer_blocks") for n in blocks]
+        depths.append(_same("the depths of a level's transformers", counts) if attends else 1)
+    depths[-1] = count(shapes, f"{middle}.transformer_blocks")
+    crosses = [attends and _crosses(shapes, blocks[0]) for blocks, attends in zip(levels, attention)]
     return {
-        "_class_name": "UNet2DConditionModel",
-        "down_block_types": ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in attends],
-        "up_block_types": ["CrossAttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)],
-        "attention_head_dim": heads if head_size is None else [width // head_size for width in widths],
         "transformer_layers_per_block": depths,
         "only_cross_attention": any(crosses) and crosses,
         "cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1],
@@ -117,39 +112,25 @@ def _transformers(
 
 
 def _crosses(shapes: Shapes, block: int) -> bool:
-    """Whether a block's self-attention gave way to a second cross-attention: its keys are then of the texts' width.
+    """Whether a block has a second cross-attention for self-attention: its keys then have the texts' width.
 
-    Where that is also the block's own, as on the coarsest level of the x4 upscaler, it is taken for self-attention.
+    Where that is also the block's own width, as on the coarsest level of the x4 upscaler, it counts as self-attention.
     """
     attention = f"input_blocks.{block}.1.transformer_blocks.0.attn1"
     return shapes[f"{attention}.to_k.weight"][1] != shapes[f"{attention}.to_q.weight"][1]
 
 
-def _addition(shapes: Shapes, pooled: int) -> dict[str, Any]:
-    """SDXL's embedding of the whole text and of the picture's size."""
-    if "label_emb.0.0.weight" not in shapes:
-        return {}
-    width = shapes["label_emb.0.0.weight"][1]
-    return {
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": (width - pooled) // TIME_IDS,
-        "projection_class_embeddings_input_dim": width,
-    }
-
-
 def autoencoder_config(shapes: Shapes, *, scaling_factor: float, sample_size: int) -> dict[str, Any]:
-    """The config.json of an autoencoder of so large pictures; KeyError for a tensor that it cannot do without."""
+    """The config.json of an autoencoder of images of `sample_size` pixels; KeyError if a required tensor is missing."""
     levels = count(shapes, "encoder.down")
+    blocks = [count(shapes, f"encoder.down.{i}.block") for i in range(levels)]
     config = {
         "sample_size": sample_size,
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "latent_channels": shapes["decoder.conv_in.weight"][1],
         "block_out_channels": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)],
-        "layers_per_block": _same(
-            "the numbers of ResNet blocks of the encoder's levels",
-            [count(shapes, f"encoder.down.{i}.block") for i in range(levels)],
-        ),
+        "layers_per_block": _same("the numbers of ResNet blocks of the encoder's levels", blocks),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
@@ -163,10 +144,9 @@ def autoencoder_config(shapes: Shapes, *, scaling_factor: float, sample_size: in
 
 def clip_config(shapes: Shapes) -> dict[str, Any]:
     """The config.json of a CLIP text encoder under transformers' names, without "text_model."."""
-    vocabulary, width = shapes["embeddings.token_embedding.weight"]
-    positions, layers = shapes["embeddings.position_embedding.weight"][0], count(shapes, "encoder.layers")
-    inner = shapes["encoder.layers.0.mlp.fc1.weight"][0]
-    return _text_config(vocabulary, positions, width, inner, layers) | {"hidden_act": "quick_gelu"}
+    embeddings = shapes["embeddings.token_embedding.weight"], shapes["embeddings.position_embedding.weight"]
+    inner, layers = shapes["encoder.layers.0.mlp.fc1.weight"][0], count(shapes, "encoder.layers")
+    return _text_config(*embeddings, inner, layers) | {"hidden_act": "quick_gelu"}
 
 
 def open_clip_config(shapes: Shapes, *, last: bool) -> dict[str, Any]:
@@ -174,29 +154,31 @@ def open_clip_config(shapes: Shapes, *, last: bool) -> dict[str, Any]:
 
     Args:
       shapes: without the component's prefix.
-      last: whether the last layer and the projection are part of it. Stable Diffusion 2 attends to the output of the
-        layer before the last after the final norm, so that diffusers leaves these out (and SDXL skips it by itself).
+      last: whether it includes the last layer and the projection. Stable Diffusion 2 attends to the second-to-last
+        layer after the final norm, so that diffusers leaves these out (SDXL includes them, and skips the layer itself).
     """
-    vocabulary, width = shapes["token_embedding.weight"]
-    positions, layers = shapes["positional_embedding"][0], count(shapes, "transformer.resblocks")
+    embeddings = shapes["token_embedding.weight"], shapes["positional_embedding"]
     inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
-    config = _text_config(vocabulary, positions, width, inner, layers - (not last)) | {"hidden_act": "gelu"}
+    layers = count(shapes, "transformer.resblocks") - (not last)
+    config = _text_config(*embeddings, inner, layers) | {"hidden_act": "gelu"}
     if last:
-        projected = {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": shapes["text_projection"][1]}
-        return config | projected
+        config["architectures"] = ["CLIPTextModelWithProjection"]
+        config["projection_dim"] = shapes["text_projection"][1]
     return config
 
 
-def _text_config(vocabulary: int, positions: int, width: int, inner: int, layers: int) -> dict[str, Any]:
+def _text_config(tokens: tuple[int, ...], positions: tuple[int, ...], inner: int, layers: int) -> dict[str, Any]:
+    """A text encoder's config.json from the shapes of its token and position embeddings, MLP width and layers."""
+    vocab_size, width = tokens
     if width % HEAD_SIZE:
         raise InputError(f"the text encoder's width {width} does not divide into heads of {HEAD_SIZE}, as CLIP's do")
     return {
         "architectures": ["CLIPTextModel"],
-        "vocab_size": vocabulary,
-        "max_position_embeddings": positions,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": positions[0],
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
         "num_attention_heads": width // HEAD_SIZE,
-        "eos_token_id": 2,  # the highest id ends the text
+        "eos_token_id": 2,  # transformers then takes the highest id as the end of the text
     }

@@ -1,15 +1,15 @@
-"""The names of tensors in the single files of CompVis and Stability AI, for those of diffusers and transformers.
+"""Tensor names in single files of CompVis and Stability AI, for those in diffusers and transformers.
 
 | diffusers, transformers                         | CompVis, OpenCLIP                                             |
 |-------------------------------------------------|---------------------------------------------------------------|
 | `down_blocks.I`, `mid_block`, `up_blocks.I`     | `input_blocks.N`, `middle_block.N`, `output_blocks.N`         |
-| `attentions.0.to_q`, `to_k`, `to_v` (UNet2D)    | `qkv`, heads one after the other, a convolution of one axis   |
-| `encoder.down_blocks.I`, `decoder.up_blocks.I`  | `encoder.down.I`, `decoder.up.N`, counted from the pixels     |
-| `self_attn.q_proj`, `k_proj`, `v_proj`          | `attn.in_proj_weight`, `in_proj_bias`, one after the other    |
+| `attentions.0.to_q`, `to_k`, `to_v` (UNet2D)    | `qkv`, concatenated by head, a 1-d convolution                |
+| `encoder.down_blocks.I`, `decoder.up_blocks.I`  | `encoder.down.I`, `decoder.up.N`, finest level first          |
+| `self_attn.q_proj`, `k_proj`, `v_proj`          | `attn.in_proj_weight`, `in_proj_bias`, concatenated           |
 | `text_projection.weight`                        | `text_projection`, transposed                                 |
 
-The UNet's blocks are numbered through: block 0 is the first convolution, then on each level come its ResNet blocks and
-what halves the size.
+The UNet's blocks are numbered consecutively: block 0 is the first convolution, then come each level's ResNet blocks
+and its downsampler.
 """
 
 import re
@@ -21,30 +21,25 @@ import numpy as np
 
 
 class Source(NamedTuple):
-    """Where a tensor of ours is in a file."""
+    """The tensor in a file that a tensor of diffusers or transformers is taken from."""
 
     name: str
-    take: Callable[[np.ndarray], np.ndarray]  # the tensor in the file -> ours
+    take: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor  # the file's tensor -> diffusers'
 
 
-def whole(tensor: np.ndarray) -> np.ndarray:
-    """The tensor as it is."""
-    return tensor
+def split_qkv(tensor: np.ndarray, number: int, heads: int = 1) -> np.ndarray:
+    """Queries, keys or values (`number` 0, 1, 2) of a fused tensor [3 C, ...] -> [C, ...].
 
-
-def part(tensor: np.ndarray, number: int, heads: int = 1) -> np.ndarray:
-    """Queries, keys or values (`number` 0, 1, 2) out of one tensor [3 C, ...] -> [C, ...].
-
-    With more than one head it has the three of the first head, then those of the second, and so on. If there is no
-    such part, the tensor is left as it is: its shape will be told of.
+    With several heads the tensor has all three of the first head, then those of the second, and so on. A tensor that
+    cannot be split is returned unchanged: the check of shapes then names it.
     """
     if tensor.ndim == 0 or tensor.shape[0] % (3 * heads):
         return tensor
     return tensor.reshape(heads, 3, -1, *tensor.shape[1:])[:, number].reshape(-1, *tensor.shape[1:])
 
 
-def flat(tensor: np.ndarray) -> np.ndarray:
-    """A convolution of one axis and size 1, [O, I, 1], as a linear map [O, I]."""
+def squeeze(tensor: np.ndarray) -> np.ndarray:
+    """The kernel of a 1-d convolution of size 1, [O, I, 1], as that of a linear layer [O, I]."""
     return tensor[:, :, 0] if tensor.ndim == 3 and tensor.shape[2] == 1 else tensor
 
 
@@ -67,54 +62,54 @@ _UNET_ENDS = {
     "conv_out": "out.2",
 }
 _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
-_THREE = {"q": 0, "k": 1, "v": 2}
+_QKV = {"q": 0, "k": 1, "v": 2}
 
 
 def unet_source(
-    name: str, layers: int, attends: Sequence[bool], head_size: int, width_of: Callable[[str], int]
+    name: str, layers: int, attention: Sequence[bool], head_size: int, width_of: Callable[[str], int]
 ) -> Source:
-    """Where a UNet's tensor is.
+    """The source of a UNet's tensor.
 
     Args:
       name: in diffusers' UNet2DConditionModel or UNet2DModel.
-      layers: ResNet blocks per level on the way down.
-      attends: for each level from the finest, whether attention follows its ResNet blocks.
-      head_size: of a UNet2DModel's attention.
-      width_of: from the name of a qkv tensor in the file to the width C of its attention.
+      layers: ResNet blocks per level of the down path.
+      attention: for each level from the finest, whether attention follows its ResNet blocks.
+      head_size: channels of a head in a UNet2DModel's attention.
+      width_of: name of a qkv tensor in the file -> width C of its attention.
     """
     block = _BLOCK.fullmatch(name)
     if not block:
         module, leaf = name.rsplit(".", 1)
-        return Source(f"{_UNET_ENDS[module]}.{leaf}", whole)
-    way, level, kind, number, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
-    first = {"down": 1 + level * (layers + 1), "up": level * (layers + 1), None: 0}[way]
-    if kind == "downsamplers":
-        return Source(f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}", whole)
-    if kind == "upsamplers":
-        slot = 2 if attends[len(attends) - 1 - level] else 1
-        return Source(f"output_blocks.{first + layers}.{slot}.{rest}", whole)
-    if way is None:
-        where = f"middle_block.{2 * number + (kind == 'attentions')}"
+        return Source(f"{_UNET_ENDS[module]}.{leaf}")
+    path, level, type, number, rest = block[1], int(block[2] or 0), block[3], int(block[4]), block[5]
+    first = {"down": 1 + level * (layers + 1), "up": level * (layers + 1), None: 0}[path]
+    if type == "downsamplers":
+        return Source(f"input_blocks.{first + layers}.0.op.{rest.removeprefix('conv.')}")
+    if type == "upsamplers":
+        slot = 2 if attention[len(attention) - 1 - level] else 1
+        return Source(f"output_blocks.{first + layers}.{slot}.{rest}")
+    if path is None:
+        where = f"middle_block.{2 * number + (type == 'attentions')}"
     else:
-        where = f"{'input' if way == 'down' else 'output'}_blocks.{first + number}.{int(kind == 'attentions')}"
-    if kind == "resnets":
+        where = f"{'input' if path == 'down' else 'output'}_blocks.{first + number}.{int(type == 'attentions')}"
+    if type == "resnets":
         module, leaf = rest.rsplit(".", 1)
-        return Source(f"{where}.{_RESNET[module]}.{leaf}", whole)
+        return Source(f"{where}.{_RESNET[module]}.{leaf}")
     return _attention_source(where, rest, head_size, width_of)
 
 
 def _attention_source(where: str, rest: str, head_size: int, width_of: Callable[[str], int]) -> Source:
-    """Of a transformer, whose names are the same, or of plain self-attention."""
+    """The source of a tensor of a transformer, whose names are the same, or of plain self-attention."""
     module, leaf = rest.rsplit(".", 1)
     if module == "group_norm":
-        return Source(f"{where}.norm.{leaf}", whole)
+        return Source(f"{where}.norm.{leaf}")
     if module == "to_out.0":
-        return Source(f"{where}.proj_out.{leaf}", flat)
+        return Source(f"{where}.proj_out.{leaf}", squeeze)
     if module in ("to_q", "to_k", "to_v"):
-        source, number = f"{where}.qkv.{leaf}", _THREE[module[-1]]
+        source, number = f"{where}.qkv.{leaf}", _QKV[module[-1]]
         heads = max(1, width_of(source) // head_size)
-        return Source(source, lambda tensor: part(flat(tensor), number, heads))
-    return Source(f"{where}.{rest}", whole)
+        return Source(source, lambda tensor: split_qkv(squeeze(tensor), number, heads))
+    return Source(f"{where}.{rest}")
 
 
 _AUTOENCODER = (
@@ -132,10 +127,10 @@ _AUTOENCODER = (
 
 
 def autoencoder_source(name: str, levels: int) -> Source:
-    """Where the tensor of an AutoencoderKL or VQModel of so many levels is; attention may be kept as convolutions."""
+    """The source of a tensor of an AutoencoderKL or VQModel; attention may be stored as 1x1 convolutions."""
     for pattern, replacement in _AUTOENCODER:
         name = re.sub(pattern, replacement, name)
-    return Source(re.sub(r"\.up\.(\d+)", lambda level: f".up.{levels - 1 - int(level[1])}", name), whole)
+    return Source(re.sub(r"\.up\.(\d+)", lambda level: f".up.{levels - 1 - int(level[1])}", name))
 
 
 _OPEN_CLIP = (
@@ -152,18 +147,13 @@ _IN_PROJECTION = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(
 
 
 def open_clip_source(name: str) -> Source:
-    """Where a text encoder's tensor is in OpenCLIP's layout; `name` without the prefix "text_model."."""
+    """The source of a text encoder's tensor in OpenCLIP's layout; `name` without the prefix "text_model."."""
     if name == "text_projection.weight":
         return Source("text_projection", np.transpose)
     fused = _IN_PROJECTION.fullmatch(name)
     if fused:
         source = f"transformer.resblocks.{fused[1]}.attn.in_proj_{fused[3]}"
-        return Source(source, partial(part, number=_THREE[fused[2]]))
+        return Source(source, partial(split_qkv, number=_QKV[fused[2]]))
     for pattern, replacement in _OPEN_CLIP:
         name = re.sub(pattern, replacement, name)
-    return Source(name, whole)
-
-
-def same_source(name: str) -> Source:
-    """Of what is kept under transformers' own names."""
-    return Source(name, whole)
+    return Source(name)

@@ -30,13 +30,13 @@ def from_single_file(
     """
     dtypes = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     found = single_file.read(path, prediction=overrides.prediction, **dtypes)
-    encoders = tuple(encoder for encoder, _ in found.texts)
-    tokenizers = find_tokenizers(path, overrides.tokenizer, encoders, found.pads)
-    if found.classes:
-        conditioning, conditioning_params = ClassConditioning(found.classes[0]), found.classes[1]
+    encoders = tuple(encoder for encoder, _ in found.text_encoders)
+    tokenizers = find_tokenizers(path, overrides.tokenizer, encoders, found.pad_tokens)
+    if found.class_embedder:
+        conditioning, conditioning_params = ClassConditioning(found.class_embedder[0]), found.class_embedder[1]
     elif encoders:
         conditioning = TextConditioning(encoders, tokenizers)
-        conditioning_params = [text_params for _, text_params in found.texts]
+        conditioning_params = [text_params for _, text_params in found.text_encoders]
     else:
         conditioning, conditioning_params = NoConditioning(), {}
     autoencoder = found.autoencoder[0]

@@ -76,7 +76,7 @@ def read_json(path: Path, *required: str) -> Any:
 
 
 @contextmanager
-def prefix_errors(path: Path) -> Iterator[None]:
+def prefix_errors(path: Path | str) -> Iterator[None]:
     """Puts `path` in front of the message of an InputError raised in the block, unless the message names it already."""
     try:
         yield

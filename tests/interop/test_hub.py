@@ -183,7 +183,11 @@ def refusal(kind, message="it failed"):
 
 FAILURES = {
     "unknown": (errors.RepositoryNotFoundError, "org/none", "the hub has no such repository, or it is private"),
-    "gated": (errors.GatedRepoError, "org/none", "gated repository: accept its terms on https://huggingface.co/org/none"),
+    "gated": (
+        errors.GatedRepoError,
+        "org/none",
+        "gated repository: accept its terms on https://huggingface.co/org/none",
+    ),
     "no such revision": (errors.RevisionNotFoundError, "org/none@v9", "on the hub it has no revision v9"),
     "no network": (errors.LocalEntryNotFoundError, "org/none", "the hub cannot be reached (it failed)"),
     "no connection": (errors.HfHubHTTPError.__bases__[0], "org/none", "the hub cannot be reached (it failed)"),

@@ -10,7 +10,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import single_file
 from ldm_jax.interop.clip_weights import state_dict_from_text_params
 from ldm_jax.interop.diffusers import names_of, params_from_state_dict, state_dict_from_params
-from ldm_jax.interop.ldm_names import autoencoder_source, open_clip_source, part, unet_source
+from ldm_jax.interop.ldm_names import autoencoder_source, open_clip_source, split_qkv, unet_source
 from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.models.attention import SelfAttention2D
 
@@ -57,15 +57,15 @@ def test_a_file_is_the_model_that_it_was_made_of(family, made, write):
     assert (found.unet[0], found.autoencoder[0]) == (modules["unet"], modules["vae"])
     assert_equal(state_dict_from_params(found.unet[1]), states["unet"])
     assert_equal(state_dict_from_params(found.autoencoder[1]), states["vae"])
-    if family == SD2:  # unless told otherwise
-        assert _told(found) == ("DDIMScheduler", "v_prediction", 96)
-    assert len(found.texts) == len(modules) - 2
-    for name, (encoder, params) in zip(("text_encoder", "text_encoder_2"), found.texts):
+    if family == SD2:  # the default
+        assert _scheduler_and_size(found) == ("DDIMScheduler", "v_prediction", 96)
+    assert len(found.text_encoders) == len(modules) - 2
+    for name, (encoder, params) in zip(("text_encoder", "text_encoder_2"), found.text_encoders):
         assert encoder == modules[name]
         assert_equal(state_dict_from_text_params(params), states[name])
-    assert (found.classes is not None) == (family == CLASSES)
-    if found.classes:
-        classes, params = found.classes
+    assert (found.class_embedder is not None) == (family == CLASSES)
+    if found.class_embedder:
+        classes, params = found.class_embedder
         assert (classes.num_classes, classes.dim) == (ldm_files.CLASSES, 16)
         np.testing.assert_array_equal(params["embedding"]["embedding"], tensors["cond_stage_model.embedding.weight"])
 
@@ -81,17 +81,17 @@ def test_nine_channels_inpaint(made, write):
 
 
 def test_a_checkpoint_is_read_without_what_its_training_kept(made, tmp_path):
-    """And the base model of Stable Diffusion 2, which predicts eps, is known by the step at which it was saved."""
+    """And the base model of Stable Diffusion 2, which predicts eps, is detected by its training step."""
     _, states, tensors = made(SD2)
     base = ldm_files.write_checkpoint(tmp_path / "512-base-ema.ckpt", tensors, step=875000)
     found = single_file.read(base)
     assert_equal(state_dict_from_params(found.unet[1]), states["unet"])
-    assert_equal(state_dict_from_text_params(found.texts[0][1]), states["text_encoder"])
-    assert _told(found) == ("PNDMScheduler", "epsilon", 64)
-    assert _told(single_file.read(base, prediction="v")) == ("DDIMScheduler", "v_prediction", 96)
+    assert_equal(state_dict_from_text_params(found.text_encoders[0][1]), states["text_encoder"])
+    assert _scheduler_and_size(found) == ("PNDMScheduler", "epsilon", 64)
+    assert _scheduler_and_size(single_file.read(base, prediction="v")) == ("DDIMScheduler", "v_prediction", 96)
 
 
-def _told(found):
+def _scheduler_and_size(found):
     return found.scheduler["_class_name"], found.scheduler["prediction_type"], found.sample_size
 
 
@@ -152,10 +152,10 @@ def test_names_of_the_published_autoencoders_and_texts():
         assert open_clip_source(ours).name == theirs
 
 
-def test_parts_of_a_tensor():
-    np.testing.assert_array_equal(part(np.arange(6), 1), [2, 3])
-    np.testing.assert_array_equal(part(np.arange(12), 2, heads=2), [4, 5, 10, 11])
-    assert part(np.zeros((4, 2)), 0).shape == (4, 2)  # not three of anything: told of by its shape
+def test_splitting_fused_attention():
+    np.testing.assert_array_equal(split_qkv(np.arange(6), 1), [2, 3])
+    np.testing.assert_array_equal(split_qkv(np.arange(12), 2, heads=2), [4, 5, 10, 11])
+    assert split_qkv(np.zeros((4, 2)), 0).shape == (4, 2)  # not divisible by three
 
 
 def test_plain_attention_is_that_of_compvis():
@@ -211,14 +211,17 @@ def having(**more):
 REFUSED = {  # family, what is done to the tensors -> what the line must say
     "a LoRA": (
         SD1, lambda t: {"lora_unet_down_blocks_0_attentions_0.lora_up.weight": np.zeros((4, 4), np.float32)},
-        "is a LoRA, which changes a model"),
+        "is a LoRA, which changes a model; it is no model by itself: --lora=FILE with"),
     "a part of a folder": (SD1, lambda t: {"down_blocks.0.a": np.zeros(1, np.float32)}, "must be that folder"),
     "a ControlNet": (SD1, having(control_model__zero_convs=(1,)), "is a ControlNet"),
     "the refiner": (XL, having(conditioner__embedders__0__model__ln_final__weight=(1,)), "is the refiner"),
-    "averaged weights alone": (SD1, only("model_ema.", "first_stage_model.", "cond_stage"), "averaged weights alone"),
-    "an autoencoder": (SD1, only("first_stage_model."), "is an autoencoder alone; it goes beside a model, by --vae"),
-    "an unknown layout": (SD1, lambda t: {"joint_blocks.0.x": np.zeros(1, np.float32)}, "none of the layouts"),
-    "an unknown text encoder": (SD1, only(UNET, "first_stage_model."), "none of the layouts"),
+    "EMA weights alone": (
+        SD1, only("model_ema.", "first_stage_model.", "cond_stage"), "has EMA weights (model_ema.) alone"),
+    "an autoencoder": (
+        SD1, only("first_stage_model."),
+        "is an autoencoder (VAE) alone, not a model; use it with --model=MODEL --vae=FILE"),
+    "an unknown layout": (SD1, lambda t: {"joint_blocks.0.x": np.zeros(1, np.float32)}, "is no supported checkpoint"),
+    "an unknown text encoder": (SD1, only(UNET, "first_stage_model."), "is no supported checkpoint"),
     "no middle": (SD1, without(f"{UNET}middle_block.1.proj_in.weight"), f"lacks {UNET}middle_block.1.proj_in.weight"),
     "one tensor missing": (
         SD1, without(f"{UNET}out.0.bias"), f"missing keys (1): {UNET}out.0.bias (unet conv_norm_out.bias)"),
@@ -227,7 +230,7 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
     "another shape": (
         CLASSES, having(model__diffusion_model__time_embed__0__bias=(7,)),
         "unet: the state_dict does not fit this model: size mismatch (1): time_embedding.linear_1.bias"),
-    "a shape of no network": (SD1, having(model__diffusion_model__out__2__weight=()), "of no network that is known"),
+    "a shape of no network": (SD1, having(model__diffusion_model__out__2__weight=()), "of no supported network"),
     "levels of several widths": (
         SD1, having(model__diffusion_model__input_blocks__2__0__out_layers__3__weight=(48, 1)), "they are 32, 48"),
     "another size of heads": (
@@ -235,9 +238,9 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
     "another kind of CLIP": (
         SD1, having(cond_stage_model__transformer__text_model__embeddings__token_embedding__weight=(9, 65)),
         "does not divide into heads of 64"),
-    "other noise levels": (PLAIN, having(betas=(1000,)), "was trained with other noise levels than its kind"),
-    "a picture noised by others": (
-        UPSCALER, having(low_scale_model__betas=(1000,)), "its kind: low_scale_model.betas are 0 to 0, not 0.0001"),
+    "another noise schedule": (PLAIN, having(betas=(1000,)), "has another noise schedule than its family"),
+    "another noise augmentation": (
+        UPSCALER, having(low_scale_model__betas=(1000,)), "its family: low_scale_model.betas are 0 to 0, not 0.0001"),
 }  # fmt: skip
 
 
@@ -251,7 +254,7 @@ def test_files_that_are_refused(case, made, write):
 
 
 def test_an_autoencoder_must_be_one(made, write):
-    with pytest.raises(InputError, match="has no autoencoder in the layout of CompVis"):
+    with pytest.raises(InputError, match=r"has no autoencoder \(VAE\) in the layout of CompVis"):
         single_file.read_autoencoder(write(only(UNET)(made(SD1)[2])))
     with pytest.raises(InputError, match=rf"unexpected keys \({len(only(UNET)(made(SD1)[2]))}\): {UNET}"):
         single_file.read_autoencoder(write(only(UNET, "first_stage_model.")(made(SD1)[2])))
@@ -292,7 +295,7 @@ def test_stand_ins_do_nothing_and_are_no_weights(made, tmp_path):
     witness, tensors = tmp_path / "witness", {"decoder.conv_in.weight": np.zeros((1, 1), np.float32)}
     call = f"cnumpy\nsave\n(V{witness}\nI1\ntR"
     path = ldm_files.write_checkpoint(tmp_path / "m.ckpt", tensors, more=f"Vcallbacks\n{call}s")
-    with pytest.raises(InputError, match="is an autoencoder alone"):
+    with pytest.raises(InputError, match=r"is an autoencoder \(VAE\) alone"):
         single_file.read(path)
     path = ldm_files.write_checkpoint(tmp_path / "m.ckpt", tensors, inside=f"Vweight\n{call}s")
     with pytest.raises(InputError, match="'weight' in its state_dict is an object of the training code, not a tensor"):

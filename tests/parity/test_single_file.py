@@ -112,7 +112,7 @@ def build(name, random_weights):
     states = {part: numpy_of(random_weights(model)) for part, model in parts.items()}
     file = ldm_files.unet_to_ldm(states["unet"], len(config["block_out_channels"]), config["layers_per_block"])
     file |= ldm_files.autoencoder_to_ldm(states["vae"], 3)
-    for fields, text in zip(FAMILIES[family].texts, ("text_encoder", "text_encoder_2")):
+    for fields, text in zip(FAMILIES[family].text_encoders, ("text_encoder", "text_encoder_2")):
         if fields.open_clip:
             file |= ldm_files.open_clip_to_ldm(states[text], fields.prefix, more_layers=0 if fields.last else 1)
         else:
@@ -153,7 +153,9 @@ def test_files_are_read_as_diffusers_reads_them(name, tmp_path, random_weights):
     assert_same(found.unet[1], single_file_utils.convert_ldm_unet_checkpoint(torches, dict(parts["unet"].config)))
     assert_same(found.autoencoder[1], single_file_utils.convert_ldm_vae_checkpoint(torches, dict(parts["vae"].config)))
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH))
-    for fields, part, (module, params) in zip(FAMILIES[family].texts, ("text_encoder", "text_encoder_2"), found.texts):
+    for fields, part, (module, params) in zip(
+        FAMILIES[family].text_encoders, ("text_encoder", "text_encoder_2"), found.text_encoders
+    ):
         assert_same(params, converted_text(torches, fields, parts[part]))
         ours = jax.jit(module.apply)({"params": params}, ids)
         with torch.no_grad():
@@ -241,7 +243,7 @@ def test_full_configurations_are_inferred_from_the_shapes(family):
     assert (
         autoencoder_from_config(config)[0] == autoencoder_from_config(dict(vae.config, _class_name="AutoencoderKL"))[0]
     )
-    for text, encoder in zip(fields.texts, encoders):
+    for text, encoder in zip(fields.text_encoders, encoders):
         if text.open_clip:
             file |= ldm_files.open_clip_to_ldm(shapes_of(encoder), text.prefix, more_layers=0 if text.last else 1)
             config = open_clip_config(below(file, text.prefix), last=text.last)
@@ -286,7 +288,11 @@ def test_a_checkpoint_that_torch_saved(tmp_path, random_weights, monkeypatch):
     with pytest.raises(pickle.UnpicklingError):  # torch itself takes no such file for weights alone
         torch.load(tmp_path / "m.ckpt", weights_only=True)
     one, other = (single_file.read(tmp_path / name) for name in ("m.safetensors", "m.ckpt"))
-    for a, b in (one.unet, other.unet), (one.autoencoder, other.autoencoder), (one.texts[0], other.texts[0]):
+    for a, b in (
+        (one.unet, other.unet),
+        (one.autoencoder, other.autoencoder),
+        (one.text_encoders[0], other.text_encoders[0]),
+    ):
         jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
 
 

@@ -243,7 +243,7 @@ def test_evaluate_needs_data_to_compare_with(file_of, tmp_path, capsys, monkeypa
     for model in (file_of(PLAIN), "org/name", "org/name@main"):
         assert command_line.run(evaluate.main, ["evaluate", f"--model={model}", f"--out={tmp_path / 'out'}"]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        problem = "has no data set of its own to be compared with; give one by --config=FILE"
+        problem = "has no data set to be compared with; set one by --config=FILE"
         assert line == f"evaluate: --model={model} {problem}"
 
 
