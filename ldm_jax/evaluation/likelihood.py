@@ -1,7 +1,7 @@
 """The variational lower bound (VLB) on log p(z0) of held-out images, in bits per dimension, by ranges of timesteps.
 
 The VLB is the prior term plus one term for each of T timesteps (Ho 2020, eq. 5). Instead of all T, each image is
-measured at one timestep of each range, chosen evenly from it; times the range's width that is an unbiased estimate of
+evaluated at one timestep of each range, uniform over it; times the range's width that is an unbiased estimate of
 the sum over it. The terms fall by decades from t = 0 on, so the ranges double: {0}, {1}, {2, 3}, {4 ... 7} ...
 """
 
@@ -18,8 +18,7 @@ from ldm_jax.diffusion.denoiser import Estimate, clip_z0, from_network
 from ldm_jax.diffusion.forward import noise_level, q_sample
 from ldm_jax.diffusion.likelihood import prior_kl, vlb_term
 from ldm_jax.diffusion.random import Stream, example_keys
-from ldm_jax.evaluation.cards import Card
-from ldm_jax.evaluation.features import fingerprint
+from ldm_jax.evaluation.cards import Card, reference_fields
 from ldm_jax.models.concat_conditioning import concat_arguments
 from ldm_jax.models.first_stage import to_latents
 from ldm_jax.models.pixels import to_pixels
@@ -31,22 +30,22 @@ class BitsPerDim(NamedTuple):
     """The VLB in bits per dimension; `std` is the standard error of the mean over images."""
 
     total: float
-    std: float | None  # None of a single image
+    std: float | None  # None for a single image
     prior: float
     first: list[int]  # the first timestep of each range
-    ranges: list[float]  # the sum of the terms in each
-    terms: list[float | None]  # [T] each timestep's own; None where no image was measured
+    ranges: list[float]  # the sum of the terms in each range
+    terms: list[float | None]  # [T] the term of each timestep; None where no image was evaluated
 
 
 def range_edges(T: int) -> np.ndarray:
-    """0, 1, 2, 4, 8 ... T: range j is edges[j] ... edges[j + 1] - 1."""
+    """0, 1, 2, 4, 8 ... T: range j of timesteps is edges[j] ... edges[j + 1] - 1."""
     return np.array([0, *(2**k for k in range((T - 1).bit_length())), T])
 
 
 def stratified_timesteps(n: int, T: int, seed: int) -> np.ndarray:
     """[n, ranges] int32, one timestep of each range for each of n images.
 
-    By itself each is uniform over its range; all images together go through the range as evenly as n allows.
+    Each is uniform over its range; together, the images cover the range as evenly as n allows.
     """
     edges, rng = range_edges(T), np.random.default_rng(seed)
     width = np.diff(edges)
@@ -56,9 +55,9 @@ def stratified_timesteps(n: int, T: int, seed: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def make_vlb(model: LatentDiffusion, batch_size: int) -> Callable[[Params, dict[str, Any], int], BitsPerDim]:
-    """`measure(params, examples, seed)` -> BitsPerDim, for a model's replicated parameters.
+    """Makes `measure(params, examples, seed)` -> BitsPerDim, the VLB under a model with replicated parameters.
 
-    `examples` hold `x` uint8 [N, H, W, C], `cond` [N, ...] rows of the conditioning's table, and what
+    `examples` hold `x` uint8 [N, H, W, C], `cond` [N, ...] rows of the conditioning's table, and the arrays that
     `concat.degrade` needs. z0_hat of pixels is clipped to [-1, 1]. The reverse variance is the learned one if the
     model has it, else fixed_large.
     """
@@ -106,8 +105,8 @@ def make_vlb(model: LatentDiffusion, batch_size: int) -> Callable[[Params, dict[
     return measure
 
 
-def _fold(keys: jax.Array, name: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, name)
+def _fold(keys: jax.Array, data: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
 def _summary(prior: np.ndarray, terms: np.ndarray, t: np.ndarray, T: int) -> BitsPerDim:
@@ -122,35 +121,24 @@ def _summary(prior: np.ndarray, terms: np.ndarray, t: np.ndarray, T: int) -> Bit
         prior=float(prior.mean()),
         first=edges[:-1].tolist(),
         ranges=summed.mean(0).tolist(),
-        terms=[float(term) if seen else None for term, seen in zip(by_timestep, count)],
+        terms=[float(term) if n else None for term, n in zip(by_timestep, count)],
     )
 
 
 def vlb_card(
-    model: LatentDiffusion, measured: BitsPerDim, images: np.ndarray, *, split: str, condition: str
+    model: LatentDiffusion, vlb: BitsPerDim, images: np.ndarray, *, split: str, condition: str
 ) -> dict[str, dict[str, Any]]:
-    """{name: card} of the VLB measured on `images` uint8 [N, H, W, C] of a split, which says what it is a bound of.
+    """{name: card} of the VLB of `images` uint8 [N, H, W, C] of a split.
 
-    `condition` is what the model is conditioned on: class, caption, or "" for nothing.
-
-    Latents are continuous, so theirs is a density, whose bits may be negative, and not to be compared with bits/dim of
-    pixels.
+    `condition` is "class", "caption", or "" for an unconditional model. On latents, which are continuous, the VLB is
+    of a density: its bits may be negative, and cannot be compared with bits/dim of pixels.
     """
     latents = model.first_stage.module is not None
+    score = "bits/dim (latents)" if latents else "bits/dim"
     what = "the density of the scaled latents, Gaussian decoder" if latents else "the probability of the 8-bit pixels"
     given = f", given the {condition}" if condition else ""
-    score = "bits/dim (latents)" if latents else "bits/dim"
     variance = "learned" if model.learned_variance else "fixed_large"
-    card = Card(
-        score=score,
-        value=measured.total,
-        better="lower",
-        n=len(images),
-        reference=split,
-        reference_n=len(images),
-        reference_sha256=fingerprint(images),
-        method=f"variational bound on {what}{given}; {variance} variance; "
-        f"{len(measured.terms)} timesteps in {len(measured.first)} ranges, one of each for an image",
-        std=measured.std,
-    )
-    return {score: asdict(card)}
+    timesteps = f"{len(vlb.terms)} timesteps in {len(vlb.first)} ranges, one of each for an image"
+    method = f"variational bound on {what}{given}; {variance} variance; {timesteps}"
+    scores = {"score": score, "value": vlb.total, "std": vlb.std, "better": "lower", "n": len(images)}
+    return {score: asdict(Card(**scores, method=method, **reference_fields(split, images)))}

@@ -1,4 +1,4 @@
-"""The scores themselves, as float64 NumPy: distances between feature sets, fidelity of reconstructions.
+"""Metrics as float64 NumPy: distances between feature sets, PSNR and SSIM of images.
 
 Feature sets are [N, D] arrays of any float type; images are uint8 [N, H, W, C].
 """
@@ -11,7 +11,7 @@ from scipy import linalg, ndimage
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D, D] of features [N, D]; N must be at least 2."""
+    """Mean [D] and unbiased covariance [D, D] of features [N, D]; ValueError for N below 2."""
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"moments need features [N, D] with N of at least 2, got {list(features.shape)}")
     features = features.astype(np.float64)
@@ -21,15 +21,15 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """Frechet distance of Gaussians fitted to feature sets [N, D] and [M, D] (Heusel et al. 2017, equation 6)."""
+    """Fréchet distance of Gaussians fitted to feature sets [N, D] and [M, D] (Heusel et al. 2017, equation 6)."""
     return frechet_distance_of_moments(*moments(features), *moments(reference))
 
 
 def frechet_distance_of_moments(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """|mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), for covariances of any rank; never negative.
+    """Fréchet distance |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), for covariances of any rank.
 
-    cov1 cov2 is not symmetric, and its matrix square root goes astray when it is near singular (N < D). It has the
-    eigenvalues of the symmetric S cov2 S with S = cov1^(1/2), and the trace needs only the roots of those.
+    The matrix square root of cov1 cov2 is inaccurate where that is near singular (N < D). It has the eigenvalues of the
+    symmetric S cov2 S with S = cov1^(1/2), and the trace needs only the roots of those.
     """
     values, vectors = linalg.eigh(cov1)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
@@ -46,12 +46,12 @@ def kernel_distance(
 
     Args:
         features, reference: [N, D] and [M, D].
-        subsets: how many random subsets of both sets the estimate is averaged over.
-        subset_size: at most; min(N, M) where that is smaller.
+        subsets: number of random subsets of both sets.
+        subset_size: of each, at most min(N, M).
         seed: of the subsets.
 
     Returns:
-        Mean over the subsets; standard deviation over the subsets. The mean may fall slightly below 0.
+        Mean and standard deviation over the subsets. The mean may fall slightly below 0.
     """
     size = min(subset_size, len(features), len(reference))
     if size < 2:
@@ -59,7 +59,7 @@ def kernel_distance(
     rng = np.random.default_rng(seed)
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        base = (x @ y.T).astype(np.float64) / x.shape[1] + 1  # float32 products err far less than subsets differ
+        base = (x @ y.T).astype(np.float64) / x.shape[1] + 1  # float32 is exact enough: subsets differ far more
         return base * base * base
 
     estimates = []
@@ -75,22 +75,20 @@ def kernel_distance(
 def precision_recall(features: np.ndarray, reference: np.ndarray, *, k: int = 3) -> tuple[float, float]:
     """Precision and recall of a generative model (Kynkaanniemi et al. 2019, equations 1 and 2).
 
-    Precision is the share of `features` that lie within the manifold of `reference`: inside the ball around some
-    reference vector that reaches to its k-th nearest neighbour. Recall is the same with the two sets exchanged.
+    Precision is the fraction of `features` within the manifold of `reference`: inside the ball around some reference
+    vector that reaches to its k-th nearest neighbour. Recall is the same with the two sets exchanged.
 
     Args:
         features: of generated images, [N, D], N > k.
         reference: of real images, [M, D], M > k.
-        k: which neighbour sets the radius; the vector itself does not count.
+        k: the neighbour that sets the radius; the vector itself does not count.
     """
     if min(len(features), len(reference)) <= k:
-        raise ValueError(
-            f"precision_recall needs more than k={k} vectors of each, got {len(features)}, {len(reference)}"
-        )
-    return _share_covered(features, reference, k), _share_covered(reference, features, k)
+        raise ValueError(f"precision_recall needs more than k={k} vectors, got {len(features)} and {len(reference)}")
+    return _fraction_covered(features, reference, k), _fraction_covered(reference, features, k)
 
 
-def _share_covered(points: np.ndarray, centres: np.ndarray, k: int) -> float:
+def _fraction_covered(points: np.ndarray, centres: np.ndarray, k: int) -> float:
     radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _squared_distances(centres, centres)])
     covered = [np.any(d <= radii, axis=1) for d in _squared_distances(points, centres)]
     return float(np.mean(np.concatenate(covered)))
@@ -99,7 +97,7 @@ def _share_covered(points: np.ndarray, centres: np.ndarray, k: int) -> float:
 def _squared_distances(x: np.ndarray, y: np.ndarray, rows: int = 1000) -> Iterator[np.ndarray]:
     """|x_i - y_j|^2 in blocks [rows, M], so that 50,000 x 50,000 fits in memory.
 
-    In float32, twice as fast and more than the order of neighbours needs, once the sets are centred.
+    In float32, which is twice as fast, and exact enough for the order of neighbours of centred sets.
     """
     centre = y.mean(axis=0, dtype=np.float64)
     x, y = (x - centre).astype(np.float32), (y - centre).astype(np.float32)
@@ -121,7 +119,7 @@ def ssim(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Structural similarity (Wang et al. 2004, equation 13), per image, [N], at most 1.
 
     Gaussian window of 11 x 11 and sigma 1.5, K1 = 0.01, K2 = 0.03, L = 255, weighted (biased) moments; the mean over
-    the windows that lie wholly inside the image, then over channels. Images must be at least 11 x 11.
+    the windows inside the image and channels. ValueError for images smaller than 11 x 11.
     """
     _check_pairs(images, others)
     if min(images.shape[1:3]) < 11:
@@ -146,5 +144,5 @@ def _gaussian_window(x: np.ndarray, radius: int = 5, sigma: float = 1.5) -> np.n
 
 def _check_pairs(images: np.ndarray, others: np.ndarray) -> None:
     if images.shape != others.shape or images.ndim != 4 or images.dtype != np.uint8 or others.dtype != np.uint8:
-        given = f"{images.dtype} {list(images.shape)} and {others.dtype} {list(others.shape)}"
-        raise ValueError(f"two uint8 arrays of one shape [N, H, W, C] expected, got {given}")
+        arrays = f"{images.dtype} {list(images.shape)} and {others.dtype} {list(others.shape)}"
+        raise ValueError(f"two uint8 arrays of one shape [N, H, W, C] expected, got {arrays}")

@@ -1,6 +1,6 @@
-"""The report's building blocks: one self-contained HTML page with `page.css` and `page.js` in it. It knows no runs.
+"""The HTML elements of a report: a self-contained page with `page.css`, `page.js` and images as data URIs.
 
-The page forbids itself every outside request (Content-Security-Policy); images are data URIs.
+Its Content-Security-Policy forbids every outside request.
 """
 
 import base64
@@ -13,7 +13,7 @@ MIME = {".png": "image/png", ".gif": "image/gif"}
 
 
 def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
-    """The whole document. `sections` are HTML, empty ones are dropped; title and subtitle are plain text."""
+    """The HTML document of `sections` (HTML; empty ones are dropped); title and subtitle are plain text."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -39,7 +39,7 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
 
 
 def section(heading: str, *blocks: str, note: str = "") -> str:
-    """A part of the page; "" if all its blocks are empty. `note` is one sentence of plain text below the heading."""
+    """A section of HTML blocks; "" if all are empty. `note` is plain text below the heading."""
     content = "".join(block for block in blocks if block)
     if not content:
         return ""
@@ -48,23 +48,22 @@ def section(heading: str, *blocks: str, note: str = "") -> str:
 
 
 def group(heading: str, content: str) -> str:
-    """A part of a section, with a heading if that is not empty."""
+    """A subsection, with a heading if that is not empty."""
     return (f'<h3 class="group">{escape(heading)}</h3>' if heading else "") + content
 
 
 def columns(*blocks: str) -> str:
-    """Blocks side by side where there is room, below each other on a phone."""
+    """HTML blocks in columns, or below each other on a narrow screen."""
     content = "".join(block for block in blocks if block)
     return f'<div class="columns">{content}</div>' if content else ""
 
 
 def panel(caption: str, content: str) -> str:
-    """A titled box around a chart or table; "" if there is no content."""
+    """A box with a title around a chart or table; "" if there is no content."""
     return f'<figure class="panel"><figcaption>{escape(caption)}</figcaption>{content}</figure>' if content else ""
 
 
-def data_uri(path: Path) -> str:
-    """An image file as a data URI."""
+def _data_uri(path: Path) -> str:
     return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
@@ -73,30 +72,28 @@ def image(path: Path, alt: str, caption: str = "") -> str:
     if not path.is_file():
         return ""
     text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure class="picture"><img src="{data_uri(path)}" alt="{escape(alt)}">{text}</figure>'
+    return f'<figure class="picture"><img src="{_data_uri(path)}" alt="{escape(alt)}">{text}</figure>'
 
 
-def slider(moments: Sequence[tuple[str, Path]], alt: str) -> str:
-    """Images (caption, file) of the same at different moments, behind one slider that starts at the last."""
-    if not moments:
-        return ""
-    if len(moments) == 1:
-        return image(moments[0][1], alt, moments[0][0])
-    last = len(moments) - 1
+def slider(frames: Sequence[tuple[str, Path]], alt: str) -> str:
+    """A slider over images (caption, file), which starts at the last; "" without images."""
+    if len(frames) < 2:
+        return "".join(image(path, alt, caption) for caption, path in frames)
+    last = len(frames) - 1
     images = "".join(
-        f'<img src="{data_uri(path)}" alt="{escape(f"{alt}, {caption}")}" data-caption="{escape(caption)}"'
+        f'<img src="{_data_uri(path)}" alt="{escape(f"{alt}, {caption}")}" data-caption="{escape(caption)}"'
         f"{'' if k == last else ' hidden'}>"
-        for k, (caption, path) in enumerate(moments)
+        for k, (caption, path) in enumerate(frames)
     )
     return (
         f'<figure class="picture slider">{images}<div class="controls"><button type="button">Play</button>'
         f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{escape(alt)}">'
-        f"<output>{escape(moments[-1][0])}</output></div></figure>"
+        f"<output>{escape(frames[-1][0])}</output></div></figure>"
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain texts, whose first column holds names and the others numbers; "" without rows."""
+    """A table of plain texts, names in the first column and numbers in the others; "" without rows."""
     if not rows:
         return ""
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
@@ -105,5 +102,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def details(summary: str, text: str) -> str:
-    """Preformatted text that opens on demand."""
+    """Preformatted text in a box that opens with a click."""
     return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"

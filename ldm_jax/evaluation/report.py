@@ -1,6 +1,6 @@
-"""report.html: a run's samples, scores, training curves and times, from the run folder alone.
+"""report.html: the samples, scores, training curves and times of a run, from its folder alone.
 
-Whatever the folder does not hold (yet) is left out, so a report can be made at any time.
+Files that the folder does not have (yet) are left out, so a report can be made at any time.
 """
 
 import json
@@ -19,7 +19,9 @@ from ldm_jax.runtime.files import atomic, read_json
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.sampling.recipe import from_json
 
-MOMENTS = 12  # at most so many images behind a slider
+Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
+
+MAX_FRAMES = 12  # of a slider
 STAGES = {
     "autoencoder": "Stage 1: autoencoder",
     "latents": "Latents: cache and scale",
@@ -41,7 +43,7 @@ GROUPS = {
     "model": "The model's likelihood",
     "classifier": "The classifier",
 }
-# The terms of the autoencoder's loss worth a chart of their own, as they are named in metrics.jsonl.
+# The terms of the autoencoder's loss that have a chart, by their names in metrics.jsonl.
 AUTOENCODER_TERMS = {
     "l1": "Reconstruction: mean |x - x_hat|",
     "perceptual": "Perceptual: LPIPS",
@@ -49,10 +51,17 @@ AUTOENCODER_TERMS = {
     "codes_used": "Fraction of the codebook in use",
     "discriminator": "Discriminator: hinge loss",
 }
+NOT_SELECTED = "The first samples of the seed, without selection."
+PROMPT_SHEETS = {
+    "training": "Captions of the training split, each with a training image first",
+    "held_out": "Captions of the test split, each with a test image first",
+    "made_up": "Captions of no image",
+    "guidance": "Guidance scales from 0 (unconditional) to 8",
+}
 
 
 def write_report(workdir: Path) -> Path:
-    """Writes `workdir`/report.html, whole or not at all, and returns its path.
+    """Writes the report of a run to `workdir`/report.html, atomically, and returns its path.
 
     Raises:
         InputError: `workdir` is no folder, or a file in it is damaged.
@@ -60,30 +69,16 @@ def write_report(workdir: Path) -> Path:
     workdir = Path(workdir)
     if not workdir.is_dir():
         raise InputError(f"there is no run folder {workdir} to report on")
-    config, about, evaluation = (_optional(workdir / f"{name}.json") for name in ("config", "data", "evaluation"))
+    files = [workdir / f"{name}.json" for name in ("config", "data", "evaluation")]
+    config, data, evaluation = (read_json(path) if path.exists() else {} for path in files)
     config = rename_saved(config)
     metrics = read_metrics(workdir / "metrics.jsonl")
-    html = page.page(
-        _title(config, workdir),
-        _subtitle(about, metrics),
-        [
-            _samples(workdir),
-            _scores(evaluation),
-            _prompts(workdir),
-            _progress(workdir),
-            _reconstructions(workdir),
-            _curves(metrics),
-            _timings(metrics),
-            _recipe(config, about),
-        ],
-    )
+    sections = [_samples(workdir), _scores(evaluation), _prompts(workdir), *_progress(workdir)]
+    sections += [_curves(metrics), _timings(metrics), _reproduce(config, data)]
+    html = page.page(_title(config, workdir), _subtitle(data, metrics), sections)
     with atomic(workdir / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
     return workdir / "report.html"
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def _title(config: Mapping[str, Any], workdir: Path) -> str:
@@ -94,19 +89,15 @@ def _title(config: Mapping[str, Any], workdir: Path) -> str:
     return f"{'Pixel' if pixels else 'Latent'} diffusion on {name}"
 
 
-def _subtitle(about: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
-    facts = []
-    if "train" in about:
-        facts.append(f"Trained on {about['train']:,} images")
-    if "device" in about:
-        facts.append(f"on {about['device']}")
-    if metrics:
-        facts.append(f"in {duration(metrics[-1]['time'])}")
-    return " ".join(facts)
+def _subtitle(data: Mapping[str, Any], metrics: Metrics) -> str:
+    train = f"Trained on {data['train']:,} images" if "train" in data else ""
+    device = f"on {data['device']}" if "device" in data else ""
+    time = f"in {duration(metrics[-1]['time'])}" if metrics else ""
+    return " ".join(filter(None, (train, device, time)))
 
 
 def duration(seconds: float) -> str:
-    """34 s, 5 min 20 s, 3 h 04 min."""
+    """Seconds as text: 34 s, 5 min 20 s, 3 h 04 min."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -126,168 +117,135 @@ def _samples(workdir: Path) -> str:
         caption = ""
     grid = page.image(workdir / "samples.png", "A grid of samples, one row for each class", caption)
     trajectory = page.image(workdir / "denoising.gif", "The denoised samples at each step", "From noise to image")
-    return page.section("Samples", grid, trajectory, note=NOT_PICKED)
-
-
-NOT_PICKED = "The first samples of the seed, none of them picked."
-SHEETS = {
-    "training": "Captions of the training split, each with a training image first",
-    "held_out": "Captions of the test split, each with a test image first",
-    "made_up": "Captions of no image",
-    "guidance": "Guidance scales from 0 (unconditional) to 8",
-}
+    return page.section("Samples", grid, trajectory, note=NOT_SELECTED)
 
 
 def _prompts(workdir: Path) -> str:
-    sheets = (page.image(workdir / "prompts" / f"{name}.png", text, text) for name, text in SHEETS.items())
-    return page.section("By prompts", *sheets, note=NOT_PICKED)
+    sheets = (page.image(workdir / "prompts" / f"{name}.png", text, text) for name, text in PROMPT_SHEETS.items())
+    return page.section("By prompts", *sheets, note=NOT_SELECTED)
 
 
 def cards(evaluation: Any) -> Iterator[Mapping[str, Any]]:
-    """All score cards in evaluation.json, however they are grouped there."""
-    if isinstance(evaluation, Mapping):
-        if {"score", "value", "n"} <= evaluation.keys():
-            yield evaluation
-        else:
-            for value in evaluation.values():
-                yield from cards(value)
-    elif isinstance(evaluation, list):
-        for value in evaluation:
+    """All score cards in the content of evaluation.json, of any nesting."""
+    if isinstance(evaluation, Mapping) and {"score", "value", "n"} <= evaluation.keys():
+        yield evaluation
+    elif isinstance(evaluation, Mapping | list):
+        for value in evaluation.values() if isinstance(evaluation, Mapping) else evaluation:
             yield from cards(value)
 
 
-def _scores(evaluation: Mapping[str, Any]) -> str:
+def _scores(evaluation: Any) -> str:
     groups = evaluation if isinstance(evaluation, Mapping) else {"": evaluation}
     boxes = {name: "".join(map(_card, cards(group))) for name, group in groups.items()}
     return page.section(
         "Scores",
         *(page.group(GROUPS.get(name, ""), f'<div class="cards">{box}</div>') for name, box in boxes.items() if box),
-        note="Compare only scores with the same images, reference, resize and weights. The floor is what real training "
-        "images score.",
+        note="Compare only scores with the same images, reference, resize and weights. The floor is the score of real "
+        "training images.",
     )
 
 
 def _card(card: Mapping[str, Any]) -> str:
-    """One score: its value, the floor and the autoencoder's own to compare with, and how it was measured."""
+    """A box with one score, the autoencoder's score and the floor as bars, and the method."""
     arrow = {"lower": "↓ better", "higher": "↑ better"}.get(card.get("better", ""), "")
-    bars = [
-        ("this run", card["value"], "s0"),
-        ("autoencoder", card.get("autoencoder"), "s1"),
-        ("floor", card.get("floor"), ""),
-    ]
-    bars = [bar for bar in bars if bar[1] is not None]
-    most = max(max(value for _, value, _ in bars), 1e-12)
+    bars = [("this run", card["value"], "s0"), ("autoencoder", card.get("autoencoder"), "s1")]
+    bars = [bar for bar in [*bars, ("floor", card.get("floor"), "")] if bar[1] is not None]
+    largest = max(max(value for _, value, _ in bars), 1e-12)
     meter = "".join(
-        f'<span>{name}</span><i class="{color}" style="width:{100 * max(0.0, value) / most:.1f}%"></i>'
+        f'<span>{name}</span><i class="{color}" style="width:{100 * max(0.0, value) / largest:.1f}%"></i>'
         f"<span>{number(value)}</span>"
         for name, value, color in bars
     )
-    print_ = [f"{card['n']:,} images against {card['reference_n']:,} of “{card['reference']}”", card.get("method")]
-    if card.get("resize"):
-        print_.append(f"at {card['resize']} pixels")
-    if card.get("weights_sha256"):
-        print_.append(f"weights {card['weights_sha256'][:12]}")
-    spread = f" <small>± {number(card['std'])}</small>" if card.get("std") is not None else ""
+    facts = [f"{card['n']:,} images against {card['reference_n']:,} of “{card['reference']}”", card.get("method")]
+    facts.append(card.get("resize") and f"at {card['resize']} pixels")
+    facts.append(card.get("weights_sha256") and f"weights {card['weights_sha256'][:12]}")
+    std = f" <small>± {number(card['std'])}</small>" if card.get("std") is not None else ""
     return (
         f'<div class="card"><h3>{escape(card["score"])}<span>{arrow}</span></h3>'
-        f'<div class="value">{number(card["value"])}{spread}</div>'
+        f'<div class="value">{number(card["value"])}{std}</div>'
         + (f'<div class="meter">{meter}</div>' if len(bars) > 1 else "")
-        + f'<p class="small">{escape("; ".join(text for text in print_ if text))}</p></div>'
+        + f'<p class="small">{escape("; ".join(filter(None, facts)))}</p></div>'
     )
 
 
-def _moments(workdir: Path, stage: str) -> list[tuple[str, Path]]:
-    """("step 500", file) for the images made while training, evenly thinned to `MOMENTS`, first and last kept."""
-    found = []
-    for path in workdir.glob(f"progress/{stage}_*.png"):
-        if step := re.fullmatch(rf"{stage}_(\d+)", path.stem):
-            found.append((int(step[1]), path))
-    found.sort()
-    if len(found) > MOMENTS:
-        found = [found[round(k * (len(found) - 1) / (MOMENTS - 1))] for k in range(MOMENTS)]
-    return [(f"step {step:,}", path) for step, path in found]
-
-
-def _progress(workdir: Path) -> str:
-    return page.section(
-        "Samples during training",
-        page.slider(_moments(workdir, "diffusion"), "Samples while training"),
-        note="The same noise each time, as training goes on.",
+def _progress(workdir: Path) -> tuple[str, str]:
+    samples = page.slider(_frames(workdir, "diffusion"), "Samples while training")
+    pairs = page.slider(_frames(workdir, "autoencoder"), "Test images and their reconstructions")
+    return (
+        page.section("Samples during training", samples, note="The same noise at each step of training."),
+        page.section("Reconstructions of the autoencoder", pairs, note="Test images, encoded and decoded."),
     )
 
 
-def _reconstructions(workdir: Path) -> str:
-    return page.section(
-        "Reconstructions of the autoencoder",
-        page.slider(_moments(workdir, "autoencoder"), "Test images and their reconstructions"),
-        note="Test images, encoded and decoded.",
-    )
+def _frames(workdir: Path, stage: str) -> list[tuple[str, Path]]:
+    """("step 500", file) of the images made during training, evenly thinned to `MAX_FRAMES` with the first and last."""
+    paths = list(workdir.glob(f"progress/{stage}_*.png"))
+    frames = sorted((int(step[1]), path) for path in paths if (step := re.fullmatch(rf"{stage}_(\d+)", path.stem)))
+    if len(frames) > MAX_FRAMES:
+        frames = [frames[round(k * (len(frames) - 1) / (MAX_FRAMES - 1))] for k in range(MAX_FRAMES)]
+    return [(f"step {step:,}", path) for step, path in frames]
 
 
-def _series(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> tuple[list[float], list[float]]:
+def _series(metrics: Metrics, stage: str, name: str) -> tuple[list[float], list[float]]:
     lines = [line for line in metrics if line["stage"] == stage and name in line]
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
-def _curves(metrics: Sequence[Mapping[str, Any]]) -> str:
-    panels = [
-        ("Diffusion loss", _training_and_validation(metrics, "diffusion", "loss")),
-        ("Validation loss by timestep", _buckets(metrics, "diffusion", "loss")),
-        ("CLIP: contrastive loss", _training_and_validation(metrics, "clip", "loss")),
-        ("Classifier: cross-entropy", _training_and_validation(metrics, "classifier", "loss")),
-        ("Classifier: accuracy", _training_and_validation(metrics, "classifier", "accuracy")),
-        ("Classifier: validation accuracy by timestep", _buckets(metrics, "classifier", "accuracy")),
-    ]
+def _curves(metrics: Metrics) -> str:
+    charts = {
+        "Diffusion loss": _training_and_validation(metrics, "diffusion", "loss"),
+        "Validation loss by timestep": _by_timestep(metrics, "diffusion", "loss"),
+        "CLIP: contrastive loss": _training_and_validation(metrics, "clip", "loss"),
+        "Classifier: cross-entropy": _training_and_validation(metrics, "classifier", "loss"),
+        "Classifier: accuracy": _training_and_validation(metrics, "classifier", "accuracy"),
+        "Classifier: validation accuracy by timestep": _by_timestep(metrics, "classifier", "accuracy"),
+    }
     for name, caption in AUTOENCODER_TERMS.items():
         term = Series(name, *_series(metrics, "autoencoder", name))
-        panels.append((caption, line_chart([term], x_label="step", y_label=name)))
+        charts[caption] = line_chart([term], x_label="step", y_label=name)
     for stage in ("autoencoder", "clip", "diffusion", "classifier"):
         speed = Series(stage, *_series(metrics, stage, "examples_per_second"))
-        chart = line_chart([speed], x_label="step", y_label="images / s", from_zero=True)
-        panels.append((f"Training speed, {stage}", chart))
-    return page.section("Curves", page.columns(*(page.panel(caption, chart) for caption, chart in panels)))
+        charts[f"Training speed, {stage}"] = line_chart([speed], x_label="step", y_label="images / s", from_zero=True)
+    return page.section("Curves", page.columns(*map(page.panel, charts.keys(), charts.values())))
 
 
-def _training_and_validation(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> str:
+def _training_and_validation(metrics: Metrics, stage: str, name: str) -> str:
     validation = Series("validation", *_series(metrics, stage, f"validation_{name}"), trend=False)
     training = Series("training", *_series(metrics, stage, name))
     return line_chart([training, validation], x_label="step", y_label=name)
 
 
-def _buckets(metrics: Sequence[Mapping[str, Any]], stage: str, name: str) -> str:
-    """What validation measured in each range of timesteps, first and last."""
-    measured = [line for line in metrics if line["stage"] == stage and f"validation_{name}_0" in line]
-    if not measured:
+def _by_timestep(metrics: Metrics, stage: str, name: str) -> str:
+    """A bar chart of the last and the first validation in each range of timesteps."""
+    lines = [line for line in metrics if line["stage"] == stage and f"validation_{name}_0" in line]
+    if not lines:
         return ""
-    names = sorted(
-        (n for n in measured[-1] if re.fullmatch(rf"validation_{name}_\d+", n)), key=lambda n: int(n.split("_")[-1])
-    )
+    names = [key for key in lines[-1] if re.fullmatch(rf"validation_{name}_\d+", key)]
+    names.sort(key=lambda key: int(key.split("_")[-1]))
     groups = [f"{k / len(names):g}–{(k + 1) / len(names):g}" for k in range(len(names))]
-    shown = [measured[-1]] if len(measured) == 1 else [measured[-1], measured[0]]
-    series = [(f"step {line['step']:,}", [line.get(name, float("nan")) for name in names]) for line in shown]
+    last_and_first = [lines[-1], lines[0]][: len(lines)]
+    series = [(f"step {line['step']:,}", [line.get(key, float("nan")) for key in names]) for line in last_and_first]
     return bar_chart(groups, series, x_label="t / T, from clean to noise", y_label=name)
 
 
-def _timings(metrics: Sequence[Mapping[str, Any]]) -> str:
+def _timings(metrics: Metrics) -> str:
     rows, total = [], metrics[-1]["time"] if metrics else 0.0
     for stage, name in STAGES.items():
-        seconds, compiling = (
-            sum(_series(metrics, "timing", f"{stage}_{what}")[1]) for what in ("seconds", "compile_seconds")
-        )
-        speeds = _series(metrics, stage, "examples_per_second")[1]
+        totals = (_series(metrics, "timing", f"{stage}_{what}")[1] for what in ("seconds", "compile_seconds"))
+        seconds, compiling = map(sum, totals)
+        speeds = sorted(_series(metrics, stage, "examples_per_second")[1])
         if seconds:
-            speed = f"{number(sorted(speeds)[len(speeds) // 2])} / s" if speeds else ""
-            rows.append(
-                (name, duration(seconds), f"{seconds / total:.0%}" if total else "", duration(compiling), speed)
-            )
+            speed = f"{number(speeds[len(speeds) // 2])} / s" if speeds else ""
+            share = f"{seconds / total:.0%}" if total else ""
+            rows.append((name, duration(seconds), share, duration(compiling), speed))
     if rows:
         rows.append(("The whole run", duration(total), "100%", "", ""))
-    content = page.table(("", "time", "share", "of it compiling", "images"), rows)
-    return page.section("Where the time went", page.panel("By stage", content))
+    table = page.table(("", "time", "share", "of it compiling", "images"), rows)
+    return page.section("Where the time went", page.panel("By stage", table))
 
 
-def _recipe(config: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    command = about.get("command", "")
+def _reproduce(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    command = data.get("command", "")
     return page.section(
         "Reproduce",
         page.panel("Command", f"<pre>{escape(command)}</pre>") if command else "",

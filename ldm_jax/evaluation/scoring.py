@@ -1,4 +1,4 @@
-"""The scores of a trained model, as cards: of its samples, of what it restores, of its parts, of its likelihood."""
+"""Score cards of a trained model: of its samples, restorations, autoencoder, CLIP, classifier and likelihood."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +14,12 @@ from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import clip_scores
-from ldm_jax.evaluation.cards import Card, evaluate_images, evaluate_reconstructions
-from ldm_jax.evaluation.features import fingerprint, inception_features, lpips_distance, vgg16_features
+from ldm_jax.evaluation.cards import Card, evaluate_images, evaluate_reconstructions, reference_fields
+from ldm_jax.evaluation.features import inception_features, lpips_distance, vgg16_features
 from ldm_jax.evaluation.likelihood import make_vlb, vlb_card
 from ldm_jax.interop.inception_weights import load_inception
 from ldm_jax.models.conditioning import TextConditioning
-from ldm_jax.pipeline.clip import TrainedCLIP, load_clip
+from ldm_jax.pipeline.clip import load_clip
 from ldm_jax.pipeline.from_run import load_first_stage
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion, Params
@@ -30,13 +30,12 @@ from ldm_jax.sampling import prompt_sheets
 from ldm_jax.sampling.concat_inputs import ConcatImages, baseline, from_split
 from ldm_jax.sampling.guidance_models import load_classifier
 from ldm_jax.sampling.image_grids import read_recipe
-from ldm_jax.sampling.sample_images import Samples
 from ldm_jax.training.from_config import make_classifier_stage
 from ldm_jax.training.validation import BUCKETS, examples_used, make_validation
 
 
 def check_weights(path: str | None, name: str) -> None:
-    """Raises InputError, before hours of work, if the file of weights that `name` says is missing or damaged."""
+    """Raises InputError if the file of Inception weights of a flag or field `name` is missing or damaged."""
     if not path:
         return
     if not Path(path).is_file():
@@ -45,7 +44,7 @@ def check_weights(path: str | None, name: str) -> None:
 
 
 def at_size_of(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
-    """The config of a data set and its evaluation, with images of the model's size and channels.
+    """A config for evaluating a model: with the size and channels of the model's images.
 
     Raises:
       InputError: the model needs an image to sample from, or its images are not square.
@@ -61,10 +60,10 @@ def at_size_of(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
 
 
 def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
-    """Scores the samples that ended a run, and its classifier: leaves evaluation.json in the run folder."""
+    """Scores the models of a run and its final samples, and writes evaluation.json in the run folder."""
     config, cards = config_io.from_json(workdir / "config.json"), {}
     num, examples = config.sampling.num, config.evaluation.vlb_examples
-    if "diffusion" in config.stages and not config.init_from and (num or examples):  # which has seen all its data
+    if "diffusion" in config.stages and not config.init_from and (num or examples):  # that may train on all its images
         model, params = load(workdir)
         if num:
             with np.load(workdir / "samples.npz") as samples:
@@ -78,7 +77,8 @@ def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
                 cards["prompts"] = score_prompts(workdir, config, train_set, test_set)
         cards["model"] = score_likelihood(model, params, config, test_set, workdir)
     if "clip" in config.stages:
-        cards["clip"] = score_clip(workdir, config, test_set)
+        clip, batch_size = load_clip(workdir, config), config.evaluation.batch_size
+        cards["clip"] = clip_scores.clip_cards(clip, test_set, zero_shot_classes(config), batch_size)
     if "classifier" in config.stages:
         cards["classifier"] = score_classifier(workdir, test_set)
     cards["config"] = _identity(config)
@@ -87,14 +87,8 @@ def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
     write_json(workdir / "evaluation.json", cards)
 
 
-def score_clip(workdir: Path, config: ConfigDict, test_set: Dataset) -> dict[str, dict[str, Any]]:
-    """The cards of a run's CLIP: see `clip_scores.score`."""
-    classes, batch_size = zero_shot_classes(config), config.evaluation.batch_size
-    return clip_scores.score(load_clip(workdir, config), test_set, classes, batch_size)
-
-
 def zero_shot_classes(config: ConfigDict) -> Dataset | None:
-    """The test split with the classes that CLIP is to classify by their names alone, if the config has such."""
+    """The test split with the labels of CLIP's zero-shot accuracy; None without `evaluation.zero_shot_key`."""
     key = config.evaluation.zero_shot_key
     if key == "none":
         return None
@@ -106,34 +100,29 @@ def zero_shot_classes(config: ConfigDict) -> Dataset | None:
 def score_prompts(
     workdir: Path, config: ConfigDict, train_set: Dataset, test_set: Dataset
 ) -> dict[str, dict[str, Any]]:
-    """How well a run's samples fit their captions, of both splits, by its own CLIP: see `clip_scores.fit`."""
-    clip = load_clip(workdir, config)
+    """The cards of a run's samples with the captions of both splits, by its CLIP: see `clip_scores.prompt_cards`."""
     with np.load(workdir / "samples.npz") as samples:
         images, labels = samples["images"], samples["labels"]
     prompts = [read_recipe(workdir / "samples.png")["prompts"][label] for label in labels]
-    cards = _fit(clip, images, prompts, train_set, config)
+    cards = score_captions(workdir, config, images, prompts, train_set)
     with np.load(workdir / prompt_sheets.FOLDER / "held_out.npz") as samples:
         images, labels = samples["images"], samples["labels"]
     prompts, real = [test_set.class_names[label] for label in labels], prompt_sheets.of_classes(test_set, labels)
-    return cards | clip_scores.fit(clip, images, prompts, real, test_set.split, config.evaluation.batch_size)
+    clip, batch_size = load_clip(workdir, config), config.evaluation.batch_size
+    return cards | clip_scores.prompt_cards(clip, images, prompts, real, test_set.split, batch_size)
 
 
-def score_captions(workdir: Path, config: ConfigDict, samples: Samples, test_set: Dataset) -> dict[str, dict[str, Any]]:
-    """The same of samples whose prompts are the captions of the test split's first images, in their order."""
-    prompts = [samples.recipe["prompts"][label] for label in samples.labels]
-    return _fit(load_clip(workdir, config), samples.images, prompts, test_set, config)
-
-
-def _fit(
-    clip: TrainedCLIP, images: np.ndarray, prompts: list[str], split: Dataset, config: ConfigDict
+def score_captions(
+    workdir: Path, config: ConfigDict, images: np.ndarray, prompts: list[str], split: Dataset
 ) -> dict[str, dict[str, Any]]:
-    """`clip_scores.fit` beside the split's own first images, whose captions the prompts are."""
+    """The same cards of samples uint8 [N, H, W, C] whose prompts are the captions of a split's first images."""
     real = split[np.arange(len(images)) % len(split)]["x"]
-    return clip_scores.fit(clip, images, prompts, real, split.split, config.evaluation.batch_size)
+    clip, batch_size = load_clip(workdir, config), config.evaluation.batch_size
+    return clip_scores.prompt_cards(clip, images, prompts, real, split.split, batch_size)
 
 
 def score_classifier(workdir: Path, test_set: Dataset) -> dict[str, Any]:
-    """{"accuracy": card, "accuracy_by_t": [10], from clean to noise} of a run's classifier on noised test images."""
+    """{"accuracy": card, "accuracy_by_t": [10] from clean to noise} of a run's classifier on noised test images."""
     classifier = load_classifier(workdir)
     model = classifier.model
     config = model.origin.config
@@ -143,22 +132,16 @@ def score_classifier(workdir: Path, test_set: Dataset) -> dict[str, Any]:
     params = {"classifier": classifier.params}
     measured = validate(params, load_first_stage(workdir, config), config.seed)
     n = examples_used(test_set, **batch)
-    card = Card(
-        score="accuracy",
-        value=float(measured["validation_accuracy"]),
-        better="higher",
-        n=n,
-        reference=test_set.split,
-        reference_n=n,
-        reference_sha256=fingerprint(test_set[np.arange(n) % len(test_set)]["x"]),
-        method="share of noised latents, t evenly over [0, T), whose own label is the most probable",
-    )
+    reference = reference_fields(test_set.split, test_set[np.arange(n) % len(test_set)]["x"])
+    method = "fraction of noised latents, t uniform over [0, T), whose label is the most probable"
+    accuracy = float(measured["validation_accuracy"])
+    card = Card(score="accuracy", value=accuracy, better="higher", n=n, method=method, **reference)
     names = (f"validation_accuracy_{k}" for k in range(BUCKETS))
     return {"accuracy": asdict(card), "accuracy_by_t": [float(measured[n]) for n in names if n in measured]}
 
 
 def is_done(workdir: Path, config: ConfigDict) -> bool:
-    """Whether the run folder has the scores and the report of this config."""
+    """Whether a run folder has the scores and the report of this config."""
     path = workdir / "evaluation.json"
     if not path.exists() or not (workdir / "report.html").exists():
         return False
@@ -167,7 +150,7 @@ def is_done(workdir: Path, config: ConfigDict) -> bool:
 
 
 def _identity(config: ConfigDict) -> str:
-    """A hash of all that the end of a run depends on."""
+    """A hash of all that the scores of a run depend on."""
     return config_io.identity(config, ("sampling", "evaluation"))
 
 
@@ -180,10 +163,11 @@ def score(
     test_set: Dataset,
     concat_images: ConcatImages | None,
 ) -> dict[str, dict[str, Any]]:
-    """{"samples": cards, "autoencoder": cards} of samples uint8 [N, H, W, C]; see `evaluation.cards`.
+    """The cards {"samples": ..., "autoencoder": ...} of samples uint8 [N, H, W, C]; see `evaluation.cards`.
 
-    With Inception weights in the config, FID and its kin are among the cards. If the samples restore degraded images,
-    "restored" has how near they come to the originals, and "baseline" how near the same comes without a model.
+    With Inception weights in the config, FID, KID, precision and recall on its features are among them. Of samples that
+    restore degraded images (`concat_images`), "restored" has their distances from the originals, "baseline" those of
+    interpolation.
     """
     fields, cache = config.evaluation, cache_folder() / "features"
     reference = test_set[np.arange(min(fields.num_reference, len(test_set)))]["x"]
@@ -192,24 +176,21 @@ def score(
     if fields.inception_weights:
         extractors.append(inception_features(Path(fields.inception_weights), batch_size=fields.batch_size))
     reconstructions = reconstruct(model, params, reference, fields.batch_size)
-    resize = 16 if reference.shape[1] < 16 else None  # VGG16 sees no smaller ones
+    resize = 16 if reference.shape[1] < 16 else None  # VGG16's smallest input
     lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
+    plain = None if concat_images is None else baseline(model, concat_images)
     cards: dict[str, dict[str, Any]] = {"samples": {}, "autoencoder": {}}
     for extractor in extractors:
-        cards["samples"] |= evaluate_images(
-            images, reference, extractor=extractor, reference_split=test_set.split, train=train,
-            reconstructions=reconstructions, seed=config.seed, cache=cache
-        )  # fmt: skip
+        options = {"extractor": extractor, "cache": cache}
+        real = {"reference_split": test_set.split, "train": train, "reconstructions": reconstructions}
+        cards["samples"] |= evaluate_images(images, reference, **real, seed=config.seed, **options)
+        options |= {"lpips": lpips, "split": test_set.split}
         if reconstructions is not None:
-            cards["autoencoder"] |= evaluate_reconstructions(
-                reference, reconstructions, extractor=extractor, lpips=lpips, split=test_set.split, cache=cache
-            )
-        plain = None if concat_images is None else baseline(model, concat_images)
+            cards["autoencoder"] |= evaluate_reconstructions(reference, reconstructions, **options)
         if plain is not None and concat_images.originals is not None:
-            pair = {"extractor": extractor, "lpips": lpips, "split": test_set.split, "cache": cache}
             for group, restored in (("restored", images), ("baseline", plain)):
-                measured = evaluate_reconstructions(concat_images.originals, restored, **pair)
-                cards[group] = cards.get(group, {}) | measured
+                restored_cards = evaluate_reconstructions(concat_images.originals, restored, **options)
+                cards[group] = cards.get(group, {}) | restored_cards
     return cards
 
 
@@ -224,13 +205,9 @@ def reconstruct(model: LatentDiffusion, params: Params, images: np.ndarray, batc
 def score_likelihood(
     model: LatentDiffusion, params: Params, config: ConfigDict, test_set: Dataset, folder: Path
 ) -> dict[str, dict[str, Any]]:
-    """The card of the VLB of test images in bits per dimension, whose terms go to bits_per_dim.json in `folder`.
+    """The card of the VLB of the first `evaluation.vlb_examples` test images, in bits per dimension.
 
-    Args:
-      model, params: the model.
-      config: of the data set: see `evaluation.vlb_examples`.
-      test_set: images of the model's size.
-      folder: of the file.
+    Writes the VLB's terms to `folder`/bits_per_dim.json. `test_set` has images of the model's size.
     """
     num = min(config.evaluation.vlb_examples, len(test_set))
     if not num:
@@ -238,13 +215,13 @@ def score_likelihood(
     examples = test_set[np.arange(num)]
     cond, condition = condition_rows(model, test_set, examples)
     examples = {name: examples[name] for name in ("x", "segments") if name in examples} | {"cond": cond}
-    measured = make_vlb(model, config.evaluation.batch_size)(replicate(params), examples, config.seed)
-    write_json(folder / "bits_per_dim.json", measured._asdict())
-    return vlb_card(model, measured, examples["x"], split=test_set.split, condition=condition)
+    vlb = make_vlb(model, config.evaluation.batch_size)(replicate(params), examples, config.seed)
+    write_json(folder / "bits_per_dim.json", vlb._asdict())
+    return vlb_card(model, vlb, examples["x"], split=test_set.split, condition=condition)
 
 
 def condition_rows(model: LatentDiffusion, dataset: Dataset, examples: dict[str, np.ndarray]) -> tuple[Any, str]:
-    """The rows of the conditioning's table [N, ...] for examples of a data set: of class, caption or "" for null."""
+    """The conditioning table's rows [N, ...] of examples, and their condition: "class", "caption" or "" (null)."""
     labels, condition = examples.get("label", np.full(len(examples["x"]), -1, np.int32)), ""
     if isinstance(model.conditioning, TextConditioning):
         present, condition = np.unique(labels[labels >= 0]), "caption"

@@ -8,8 +8,8 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import cards
-from ldm_jax.evaluation.cards import CONDITIONS, difference, evaluate_images, evaluate_reconstructions
-from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance, fingerprint
+from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
+from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance, sha256_of_images
 from ldm_jax.evaluation.metrics import frechet_distance, kernel_distance, precision_recall, psnr, ssim
 
 
@@ -52,7 +52,7 @@ def test_cards_say_all_there_is_to_know():
     assert 0 < card["floor"] < card["value"]
     assert (card["n"], card["reference_n"], card["floor_n"], card["autoencoder_n"]) == (20, 30, 20, 25)
     assert (card["reference"], card["resize"], card["weights_sha256"]) == ("validation", 32, "ab" * 32)
-    assert card["reference_sha256"] == fingerprint(reference)
+    assert card["reference_sha256"] == sha256_of_images(reference)
     assert card["better"] == "lower" and card["std"] is None
     kid = got["KID-VGG16"]
     expected = kernel_distance(quarters(generated), quarters(reference), subset_size=1000)
@@ -75,18 +75,6 @@ def test_floor_and_autoencoder_may_be_left_out_and_small_training_sets_are_used_
 def test_only_inception_scores_are_called_fid():
     got = evaluate_images(images(8, 1), images(9, 2), extractor=extractor("Inception"))
     assert list(got) == ["FID", "KID", "precision-Inception", "recall-Inception"]
-
-
-def test_unlike_cards_are_refused():
-    card = evaluate_images(images(20, 1), images(30, 2), extractor=extractor())["FD-VGG16"]
-    better = evaluate_images(images(20, 4), images(30, 2), extractor=extractor())["FD-VGG16"]
-    assert difference(better, card) == pytest.approx(better["value"] - card["value"])
-    for key in CONDITIONS:
-        with pytest.raises(InputError, match=f"differ in {key} ") as caught:
-            difference(card, card | {key: "another"})
-        assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="n 20 and 19; resize 32 and 64"):
-        difference(card, card | {"n": 19, "resize": 64})
 
 
 def test_reference_and_floor_features_are_cached_by_content(tmp_path):

@@ -32,7 +32,7 @@ def test_numbers_for_people():
 
 
 def test_thin_keeps_the_mean_and_drops_what_is_not_finite():
-    x, y = thin(range(1000), [float(k) for k in range(1000)], most=10)
+    x, y = thin(range(1000), [float(k) for k in range(1000)], max_points=10)
     assert len(x) == len(y) == 10
     np.testing.assert_allclose(y, np.arange(10) * 100 + 49.5)
     x, y = thin([3, 1, 2], [30.0, math.nan, 20.0])

@@ -410,7 +410,7 @@ def test_evaluate_refuses(folder_of, evaluated, tmp_path, capsys):
     edit("unet/config.json", sample_size=[4, 6])(wide)
     command = ["evaluate", f"--model={folder_of('unconditional')}"]
     cases = {
-        "has no data set of its own to be compared with; give one by --config=FILE": lambda: command_line.run(
+        "has no data set to be compared with; set one by --config=FILE": lambda: command_line.run(
             evaluate.main, [*command, f"--out={tmp_path}/o"]
         ),
         "--out is missing": lambda: command_line.run(evaluate.main, [*command, "--config=tests/tiny.py"]),

@@ -312,4 +312,4 @@ def test_a_run_whose_model_has_changed_is_refused(home, run, tmp_path, capsys):
 
 def test_evaluate_wants_a_run_of_our_own(run, tmp_path, capsys):
     assert command_line.run(evaluate.main, ["evaluate", f"--model={run}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "has no data set of its own to be compared with; give one by --config=FILE" in capsys.readouterr().err
+    assert "has no data set to be compared with; set one by --config=FILE" in capsys.readouterr().err
