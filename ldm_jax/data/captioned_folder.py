@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ldm_jax.data.image_folder import VERSION, ImageFolder, image_files, split_folders
+from ldm_jax.data.image_folder import VERSION, Splits, folder_builder, image_files, split_folders
 from ldm_jax.data.images import decode
 from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.data.skipped import Skipped, print_once, summarize
@@ -20,8 +20,6 @@ from ldm_jax.runtime.files import read_json, write_json
 
 METADATA = "metadata.jsonl"
 SKIPPED = "skipped.json"  # in the folder of the prepared data set
-
-Splits = dict[str, list[tuple[Path, str]]]  # split -> its images and captions
 
 
 def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
@@ -42,8 +40,7 @@ def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
             splits, unreadable = _readable(splits)
             _check_any(manual_dir, splits, [*skipped, *unreadable])
             write_json(home / SKIPPED, unreadable)
-            options = {"data_dir": data_dir, "file_format": "array_record"}
-            build(ImageFolder(name=home.name, splits=splits, captions=True, **options))
+            build(folder_builder(home.name, data_dir, splits, "caption"))
         unreadable = [tuple(entry) for entry in read_json(home / SKIPPED)]
     for line in summarize([*skipped, *unreadable]):
         print_once(line)

@@ -1,4 +1,4 @@
-"""The colour emoji of Noto (Google, OFL) with captions, as a TensorFlow Datasets builder: 3,655 images in Unicode 15.
+"""The colour emoji of Noto (Google, OFL) with captions, prepared as a TFDS data set: 3,655 images in Unicode 15.
 
 Each example has an `image`, RGB, 128 x 128, on white; several `captions`, the name first; the `group` and `subgroup`
 of Unicode's list; its `codepoints`, and these without skin tones, `toneless`. "validation" holds about a tenth of the
@@ -8,14 +8,16 @@ unicode-data: `make emoji-data`.
 
 import hashlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from ldm_jax.data.emoji_font import SIZE, read_font, render
 from ldm_jax.data.emoji_names import Emoji, captions_of, in_hex, read_emoji, split_of, toneless_of
-from ldm_jax.data.prepare import build, one_at_a_time
+from ldm_jax.data.prepare import Builder, build, one_at_a_time
 from ldm_jax.data.skipped import Skipped, print_once, summarize
 from ldm_jax.errors import InputError
 from ldm_jax.runtime.files import read_json, write_json
@@ -24,42 +26,29 @@ FONT, NAMES = "NotoColorEmoji.ttf", "emoji-test.txt"
 # File -> its Debian package, and its folder in that package.
 PACKAGES = {FONT: "fonts-noto-color-emoji", NAMES: "unicode-data"}
 PLACES = {FONT: "usr/share/fonts/truetype/noto", NAMES: "usr/share/unicode/emoji"}
-SPLITS = ("train", "validation")
+VERSION, SPLITS = "1.1.0", ("train", "validation")
 MADE_OF = "made_of.json"  # next to the prepared versions: {"sha256": {file: ...}, "skipped": [[why, example], ...]}
 
 
-class EmojiImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+def _builder(data_dir: Path, images: dict[Emoji, bytes]) -> Builder:
     """The TFDS builder of `images`, emoji -> PNG file, from `render_all`."""
+    features = {
+        "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
+        "group": tfds.features.ClassLabel(names=list(dict.fromkeys(emoji.group for emoji in images))),
+        "subgroup": tfds.features.ClassLabel(names=list(dict.fromkeys(emoji.subgroup for emoji in images))),
+        "codepoints": tfds.features.Text(),
+        "toneless": tfds.features.Text(),
+    }
 
-    name = "emoji"
-    VERSION = tfds.core.Version("1.1.0")
-    code_path = None  # as in `FashionMnist`
-
-    def __init__(self, *, images: dict[Emoji, bytes], **kwargs):
-        self._images = images
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-            "group": tfds.features.ClassLabel(names=list(dict.fromkeys(emoji.group for emoji in self._images))),
-            "subgroup": tfds.features.ClassLabel(names=list(dict.fromkeys(emoji.subgroup for emoji in self._images))),
-            "codepoints": tfds.features.Text(),
-            "toneless": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _generate_examples(self, split):
-        for emoji, png in self._images.items():
+    def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for emoji, png in images.items():
             if split_of(emoji.points) == split:
                 texts = {"captions": captions_of(emoji), "group": emoji.group, "subgroup": emoji.subgroup}
                 points, toneless = in_hex(emoji.points), in_hex(toneless_of(emoji.points))
                 yield points, {"image": io.BytesIO(png), "codepoints": points, "toneless": toneless} | texts
+
+    return Builder("emoji", VERSION, data_dir, features, {split: examples(split) for split in SPLITS})
 
 
 def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:
@@ -73,8 +62,8 @@ def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:
         InputError: a file is missing or damaged, or the data set is prepared from other files than in `manual_dir`.
         RunError: the data set cannot be written.
     """
-    home = data_dir / EmojiImages.name
-    done = home / str(EmojiImages.VERSION)
+    home = data_dir / "emoji"
+    done = home / VERSION
     if manual_dir or not done.is_dir():
         files = find_files(data_dir, manual_dir)
         sha256 = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
@@ -82,7 +71,7 @@ def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:
             if not done.is_dir():
                 images, skipped = render_all(files[FONT], files[NAMES])
                 write_json(home / MADE_OF, {"sha256": sha256, "skipped": skipped})
-                build(EmojiImages(images=images, data_dir=data_dir, file_format="array_record"))
+                build(_builder(data_dir, images))
         recorded = read_json(home / MADE_OF, "sha256")["sha256"]
         if others := [str(path) for name, path in files.items() if recorded.get(name) != sha256[name]]:
             raise InputError(

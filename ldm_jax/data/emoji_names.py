@@ -28,42 +28,15 @@ NUM_PARTS, HELD_OUT = 10, 6
 # The code points of variants: skin tones, hair, signs of the sexes, the arrow of directions, joiner, emoji style.
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 VARIATIONS = {*SKIN_TONES, *range(0x1F9B0, 0x1F9B4), 0x2640, 0x2642, 0x27A1, 0x200D, 0xFE0F}
-# Characters that differ only in sex, age or direction: the base has the first.
-ALIKE = (
-    (0x1F9D1, 0x1F468, 0x1F469),  # person, man, woman
-    (0x1F9D2, 0x1F466, 0x1F467),  # child, boy, girl
-    (0x1F9D3, 0x1F474, 0x1F475),  # older person, old man, old woman
-    (0x1FAC5, 0x1F934, 0x1F478),  # person with crown, prince, princess
-    (0x1FAC4, 0x1F930, 0x1FAC3),  # pregnant person, woman, man
-    (0x1F483, 0x1F57A),  # woman dancing, man dancing
-    (0x1F385, 0x1F936),  # Santa Claus, Mrs. Claus
-    (0x1F46B, 0x1F46C, 0x1F46D),  # woman and man, men, women holding hands
-    (0x1FAF1, 0x1FAF2),  # rightwards, leftwards hand
-    (0x1FAF7, 0x1FAF8),  # leftwards, rightwards pushing hand
-    (0x1F91B, 0x1F91C),  # left-facing, right-facing fist
-    (0x1F448, 0x1F449, 0x1F446, 0x1F447),  # backhand index pointing left, right, up, down
-    (0x1F44D, 0x1F44E),  # thumbs up, down
-    (0x1FAF3, 0x1FAF4),  # palm down, up hand
-    (0x1F50D, 0x1F50E),  # magnifying glass tilted left, right
-    (0x27A1, 0x2B05, 0x2B06, 0x2B07, 0x2194, 0x2195, 0x2196, 0x2197, 0x2198, 0x2199),  # straight arrows
-    (0x21A9, 0x21AA, 0x2934, 0x2935),  # curving arrows
-    (0x25B6, 0x25C0, 0x1F53C, 0x1F53D),  # play, reverse, upwards, downwards button
-    (0x23E9, 0x23EA, 0x23EB, 0x23EC),  # fast-forward, fast reverse, fast up, fast down button
-    (0x23ED, 0x23EE),  # next, last track button
-    (0x1F53A, 0x1F53B),  # red triangle pointed up, down
-    (0x2640, 0x2642),  # female, male sign
-)
-FIRST_OF = {point: first for first, *others in ALIKE for point in others}
-PERSON, CHILD, HEART, KISS, HANDSHAKE = 0x1F9D1, 0x1F9D2, 0x2764, 0x1F48B, 0x1F91D
+# Groups of characters that differ only in sex, age or direction: the base has the first.
+ALIKE = """
+🧑👨👩 🧒👦👧 🧓👴👵 🫅🤴👸 🫄🤰🫃 💃🕺 🎅🤶 👫👬👭 🫱🫲 🫷🫸 🤛🤜 👈👉👆👇 👍👎 🫳🫴 🔍🔎
+➡⬅⬆⬇↔↕↖↗↘↙ ↩↪⤴⤵ ▶◀🔼🔽 ⏩⏪⏫⏬ ⏭⏮ 🔺🔻 ♀♂
+"""
+FIRST_OF = {ord(point): ord(group[0]) for group in ALIKE.split() for point in group[1:]}
+PERSON, CHILD, FAMILY = "🧑", "🧒", "👪"
 # Sequences -> the character of the same meaning.
-SHORTER = {
-    (PERSON, HEART, KISS, PERSON): 0x1F48F,
-    (PERSON, HEART, PERSON): 0x1F491,
-    (PERSON, HANDSHAKE, PERSON): 0x1F46B,
-    (PERSON, 0x1F384): 0x1F385,  # Mx Claus
-    (0x1FAF1, 0x1FAF1): HANDSHAKE,
-}
-FAMILY = 0x1F46A
+SHORTER = {"🧑❤💋🧑": "💏", "🧑❤🧑": "💑", "🧑🤝🧑": "👫", "🧑🎄": "🎅", "🫱🫱": "🤝"}
 
 
 class Emoji(NamedTuple):
@@ -129,10 +102,10 @@ def captions_of(emoji: Emoji) -> tuple[str, ...]:
 def base_of(points: tuple[int, ...]) -> tuple[int, ...]:
     """The code points of an emoji's base, which its variants share."""
     kept = [point for point in points if point not in VARIATIONS] or points[:1]
-    kept = tuple(FIRST_OF.get(point, point) for point in kept)
-    if len(kept) > 1 and set(kept) <= {PERSON, CHILD}:
-        return (FAMILY,)
-    return (SHORTER[kept],) if kept in SHORTER else kept
+    base = "".join(chr(FIRST_OF.get(point, point)) for point in kept)
+    if len(base) > 1 and set(base) <= {PERSON, CHILD}:
+        base = FAMILY
+    return tuple(map(ord, SHORTER.get(base, base)))
 
 
 def split_of(points: tuple[int, ...]) -> str:

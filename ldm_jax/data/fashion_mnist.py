@@ -1,18 +1,20 @@
-"""Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747) as a TensorFlow Datasets builder without TensorFlow.
+"""Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747), prepared as a TFDS data set without TensorFlow.
 
 The feature is a `Tensor` of uint8, as the PNG encoder of `Image` is TensorFlow's. Examples keep the files' order.
 """
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pooch
 import tensorflow_datasets as tfds
 
 from ldm_jax.data.idx import gunzip, parse_idx
-from ldm_jax.data.prepare import build, one_at_a_time
+from ldm_jax.data.prepare import Builder, build, one_at_a_time
 from ldm_jax.errors import InputError
 
 HOME = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
@@ -32,37 +34,15 @@ MD5 = {
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
 ATTEMPTS, TIMEOUT_S = 4, 30
+VERSION = "1.0.0"
 PREFIX = {"train": "train", "test": "t10k"}
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
 CLASS_NAMES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The TFDS builder of the four IDX files in `folder`."""
-
-    name = "fashion_mnist"
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # TFDS's search for further files needs a package that it does not declare
-
-    def __init__(self, *, folder: Path, **kwargs):
-        self._folder = folder
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        image = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
-        features = {"image": image, "label": tfds.features.ClassLabel(names=list(CLASS_NAMES))}
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
-
-    def _split_generators(self, dl_manager):
-        del dl_manager  # would check the archives' checksums
-        arrays = {split: read_split(self._folder, split) for split in PREFIX}  # all checked before any is written
-        return {split: self._generate_examples(*arrays[split]) for split in arrays}
-
-    def _generate_examples(self, images, labels):
-        for k, (image, label) in enumerate(zip(images, labels)):
-            yield k, {"image": image, "label": int(label)}
+def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
+    for k, (image, label) in enumerate(zip(images, labels)):
+        yield k, {"image": image, "label": int(label)}
 
 
 def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -128,11 +108,13 @@ def prepare(data_dir: Path, manual_dir: Path | None = None) -> Path:
         data_dir: the folder of data sets; also searched for the Debian package, unpacked there by `make data`.
         manual_dir: the folder of the four IDX files; None searches for them, then downloads them.
     """
-    home = data_dir / FashionMnist.name
-    done = home / str(FashionMnist.VERSION)
+    done = data_dir / "fashion_mnist" / VERSION
     if not done.is_dir():
-        with one_at_a_time(home):
+        with one_at_a_time(done.parent):
             if not done.is_dir():
                 folder = find_files(data_dir, manual_dir)
-                build(FashionMnist(folder=folder, data_dir=data_dir, file_format="array_record"))
+                image = tfds.features.Tensor(shape=(28, 28, 1), dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+                features = {"image": image, "label": tfds.features.ClassLabel(names=list(CLASS_NAMES))}
+                splits = {split: _examples(*read_split(folder, split)) for split in PREFIX}
+                build(Builder("fashion_mnist", VERSION, data_dir, features, splits, shuffle=False))
     return done

@@ -8,56 +8,43 @@ and channels are set in the run's config. Then: --config.data.name=photos
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from ldm_jax.data.catalog import BUILDERS, NAME
 from ldm_jax.data.images import decode
-from ldm_jax.data.prepare import build, one_at_a_time
+from ldm_jax.data.prepare import Builder, build, one_at_a_time
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.runtime.files import prefix_errors
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 VERSION = "1.0.0"
+Splits = dict[str, list[tuple[Path, str | None]]]  # split -> paths of its images, with their class or caption
 
 
-class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The TFDS builder of `splits` from `find_images`; with `captions`, the second of each pair is a caption."""
+def folder_builder(name: str, data_dir: Path, splits: Splits, target: str) -> Builder:
+    """The TFDS builder of images in folders, each with a class ("label") or a "caption" as its `target`."""
+    features = {"image": tfds.features.Image()}  # encoded files; only arrays would need TensorFlow
+    classes = sorted({label for images in splits.values() for _, label in images if label is not None})
+    if target == "caption":
+        features["caption"] = tfds.features.Text()
+    elif classes:
+        features["label"] = tfds.features.ClassLabel(names=classes)
 
-    VERSION = tfds.core.Version(VERSION)
-    code_path = None  # as in `FashionMnist`
-
-    def __init__(
-        self, *, name: str, splits: dict[str, list[tuple[Path, str | None]]], captions: bool = False, **kwargs
-    ):
-        self.name = name
-        self._splits, self._captions = splits, captions
-        super().__init__(**kwargs)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {"image": tfds.features.Image()}  # encoded files; only arrays would need TensorFlow
-        classes = sorted({label for images in self._splits.values() for _, label in images if label is not None})
-        if self._captions:
-            features["caption"] = tfds.features.Text()
-        elif classes:
-            features["label"] = tfds.features.ClassLabel(names=classes)
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        del dl_manager
-        return {split: self._generate_examples(split, images) for split, images in self._splits.items()}
-
-    def _generate_examples(self, split, images):
-        for path, label in tqdm(images, desc=f"Preparing {split}", leave=False, disable=None):
+    def examples(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for path, label in tqdm(splits[split], desc=f"Preparing {split}", leave=False, disable=None):
             with prefix_errors(path):
                 decode(path.read_bytes())
-            target = {"caption" if self._captions else "label": label}
-            yield str(path), {"image": path} | ({} if label is None else target)
+            yield str(path), {"image": path} | ({} if label is None else {target: label})
+
+    return Builder(name, VERSION, data_dir, features, {split: examples(split) for split in splits})
 
 
-def find_images(source: Path) -> dict[str, list[tuple[Path, str | None]]]:
+def find_images(source: Path) -> Splits:
     """Split -> paths of its images with their classes (None: no classes), sorted by path.
 
     Raises:
@@ -98,7 +85,7 @@ def prepare(source: Path, name: str, data_dir: Path) -> Path:
     with one_at_a_time(folder):
         if (folder / VERSION).is_dir():
             raise InputError(f"{folder / VERSION} is there already: delete it to prepare it anew")
-        return build(ImageFolder(name=name, splits=splits, data_dir=data_dir, file_format="array_record"))
+        return build(folder_builder(name, data_dir, splits, "label"))
 
 
 def main() -> int:

@@ -4,14 +4,49 @@ import contextlib
 import fcntl
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import tensorflow_datasets as tfds
 
 from ldm_jax.errors import InputError, RunError
 
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
+
+class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """A TFDS builder of ArrayRecord files.
+
+    Args:
+        name, version, data_dir: the data set is prepared in `data_dir`/name/version.
+        features: feature name -> TFDS feature.
+        splits: split -> its examples as (key, {feature name: value}), in the order of their keys' hashes if `shuffle`.
+    """
+
+    code_path = None  # TFDS's search for further files needs a package that it does not declare
+
+    def __init__(
+        self,
+        name: str,
+        version: str,
+        data_dir: Path,
+        features: Mapping[str, Any],
+        splits: Mapping[str, Iterable[tuple[str | int, dict[str, Any]]]],
+        *,
+        shuffle: bool = True,
+    ) -> None:
+        self.name, self.VERSION = name, tfds.core.Version(version)
+        self._features, self._splits, self._shuffle = features, splits, shuffle
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(self._features)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=not self._shuffle)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(examples) for split, examples in self._splits.items()}
+
+    def _generate_examples(self, examples):
+        return examples
 
 
 @contextlib.contextmanager
@@ -27,7 +62,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def build(builder: "tfds.core.DatasetBuilder") -> Path:
+def build(builder: tfds.core.DatasetBuilder) -> Path:
     """Prepares a builder's data set, under `one_at_a_time`, and returns its folder.
 
     TFDS writes to a folder incomplete.* and renames it at the end: a folder with the final name is complete; what a
@@ -37,8 +72,6 @@ def build(builder: "tfds.core.DatasetBuilder") -> Path:
         InputError: from the builder, about its input.
         RunError: the disk is full, or another error of TFDS.
     """
-    import tensorflow_datasets as tfds
-
     for leftover in builder.data_path.parent.glob("incomplete.*"):
         shutil.rmtree(leftover)
     tfds.disable_progress_bar()

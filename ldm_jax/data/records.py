@@ -84,16 +84,17 @@ class Records:
         self._fit = {"size": image_size, "channels": channels or (1 if stored_channels in (1, 2) else 3), "crop": crop}
         height, width = (image_size, image_size) if image_size else image.shape[:2]
         if None in (height, width):
-            height, width = self._decode(0, self._source[0])["x"].shape[:2]  # `__getitem__` checks the others
+            height, width = self._shape(0, self._source[0])  # `__getitem__` checks the others
         self.shape = (len(self._source), height, width, self._fit["channels"])
         self.class_names = tuple(info.features[self._keys["label"]].names) if self._keys["label"] else ()
         self.captions: tuple[tuple[str, ...], ...] = ()
         self.present: tuple[int, ...] = ()
         if key := self._keys["caption"]:
-            self.captions = tuple(sorted(set(_captions(folder, "all", key))))
+            everywhere, here = ({read_captions(used[key], v) for v in _values(folder, s, key)} for s in ("all", split))
+            self.captions = tuple(sorted(everywhere))
             self.class_names = tuple(captions[0] for captions in self.captions)
             self._label_of = {captions: i for i, captions in enumerate(self.captions)}
-            self.present = tuple(sorted({self._label_of[captions] for captions in _captions(folder, split, key)}))
+            self.present = tuple(sorted(self._label_of[captions] for captions in here))
         self.groups: np.ndarray | None = None
         if key := self._keys["group"]:
             self.groups = np.unique(list(_values(folder, split, key)), return_inverse=True)[1]
@@ -203,12 +204,6 @@ def _open(folder: Path, split: str) -> tuple[Any, Sequence[bytes]]:
         source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         source[0]  # opens the file
     return builder.info, source
-
-
-def _captions(folder: Path, split: str, key: str) -> Iterator[tuple[str, ...]]:
-    """The captions of every image of a split."""
-    feature = _open(folder, split)[0].features[key]
-    return (read_captions(feature, value) for value in _values(folder, split, key))
 
 
 def _values(folder: Path, split: str, key: str) -> Iterator[Any]:

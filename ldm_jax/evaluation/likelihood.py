@@ -7,7 +7,7 @@ the sum over it. The terms fall by decades from t = 0 on, so the ranges double: 
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,11 +68,7 @@ def make_vlb(model: LatentDiffusion, batch_size: int) -> Callable[[Params, dict[
         if model.concat:
             size, keys = model.latent_shape[:2], _fold(keys, T + 1)
             cond |= concat_arguments(model.concat, model.first_stage, params, batch, keys, size)
-
-        def network(z_t: jax.Array, t: jax.Array, cond: dict[str, Any]) -> jax.Array:
-            return apply_denoiser(model, params, z_t, t, cond)
-
-        denoise = from_network(network, model.prediction, model.process)
+        denoise = from_network(partial(apply_denoiser, model, params), model.prediction, model.process)
         return clip_z0(lambda z_t, level: denoise(z_t, level, cond), np.inf if latents else 1.0)
 
     def bits(params: Params, batch: dict[str, Any], seed: jax.Array) -> jax.Array:

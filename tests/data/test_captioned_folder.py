@@ -46,6 +46,7 @@ def test_text_files_and_metadata(source):
     assert dataset.class_names == ("a cat", "a dog", "ein Käse")
     assert dataset.shape == (4, 4, 4, 3)
     assert load(source, channels=1).shape == (4, 4, 4, 1)
+    assert load(source, image_size=None).shape == (4, 4, 6, 3)
 
 
 def test_from_the_disk_it_is_the_same(source):

@@ -145,12 +145,12 @@ def test_killed_half_way_is_done_again(fake_files, tmp_path):
 
 
 def test_failure_while_writing_leaves_nothing(fake_files, tmp_path, monkeypatch):
-    def full(self, images, labels):
+    def full(images, labels):
         yield 0, {"image": images[0], "label": 0}
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fashion_mnist.FashionMnist, "_generate_examples", full)
+        patch.setattr(fashion_mnist, "_examples", full)
         with pytest.raises(RunError, match=r"cannot prepare fashion_mnist in .*No space left") as error:
             fashion_mnist.prepare(tmp_path / "data", fake_files)
     assert "\n" not in str(error.value)
