@@ -1,6 +1,8 @@
 # make train       all the main job needs (virtual environment, requirements, data), then the job: runs/fashion_mnist
 # make test        the same set-up, then the tests
+# make test-slow   those that take long: processes that are killed or run in parallel, whole experiments and commands
 # make check       ruff's rules and format
+# make count       the lines of the package and of its core, its longest function and file
 # make parity      the tests against PyTorch and diffusers, in a virtual environment of their own
 # make emoji       text to image from nothing: the same set-up, the emoji, then configs/emoji.py: runs/emoji
 # make experiments what experiments/ has found out, and its tables made anew
@@ -15,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test check parity emoji experiments data emoji-data clean
+.PHONY: help train test test-slow check count parity emoji experiments data emoji-data clean
 
 ARGS ?=
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -29,6 +31,7 @@ INSTALLED := /$(IDX_FILES)
 EMOJI_FONT := usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 EMOJI_NAMES := usr/share/unicode/emoji/emoji-test.txt
 SYSTEM := /
+TWO_WORKERS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # glibc's memory in huge pages: on a CPU a training step makes and drops many arrays.
 train emoji: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Python compiles what is imported, when it is: half of what there is never is.
@@ -41,11 +44,17 @@ train: .venv/ready data
 	@.venv/bin/python -m ldm_jax.train --config=configs/fashion_mnist.py $(ARGS)
 
 test: .venv/ready data emoji-data
-	@.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder -rs $(ARGS)
+	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs $(ARGS)
+
+test-slow: .venv/ready data emoji-data
+	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs -m slow $(ARGS)
 
 check: .venv/ready
 	@.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
+
+count:
+	@$(PYTHON) .ci/count
 
 parity: .venv-parity/ready
 	@.venv-parity/bin/python -m pytest tests/parity $(ARGS)

@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flag
 import jax
 
 gc.set_threshold(OBJECTS_PER_COLLECTION)
-jax.config.update("jax_num_cpu_devices", 4)  # so that every test is a test of data parallelism too
+jax.config.update("jax_num_cpu_devices", 4)  # of which a test uses one, unless it takes the fixture `four_devices`
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -28,6 +28,19 @@ OWNER = "LDM_JAX_TESTS" not in os.environ
 if OWNER:
     os.environ["LDM_JAX_TESTS"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="ldm_jax_tests_")
 jax.config.update("jax_compilation_cache_dir", str(Path(os.environ["XDG_CACHE_HOME"]) / "ldm_jax" / "xla"))
+
+
+# A training step for four devices compiles for a third longer than for one, and runs for three times as long.
+DEVICES = {name: getattr(jax, name) for name in ("local_devices", "local_device_count", "device_count")}
+jax.local_devices = lambda *backend, **options: DEVICES["local_devices"](*backend, **options)[:1]
+jax.local_device_count = jax.device_count = lambda *backend, **options: 1
+
+
+@pytest.fixture
+def four_devices(monkeypatch):
+    """The test uses four devices: for what is compiled in the test itself, not in fixtures of a whole session."""
+    for name, function in DEVICES.items():
+        monkeypatch.setattr(jax, name, function)
 
 
 def pytest_unconfigure():
@@ -82,7 +95,7 @@ def made_once(name, tmp_path_factory, make):
 
 @pytest.fixture(scope="session")
 def trained_run(tiny_data, tmp_path_factory):
-    """The run folder of a whole small job on 4 devices, made in a test process. Read it, or copy it: it is shared."""
+    """The run folder of a whole small job, made in a test process. Read it, or copy it: it is shared."""
     import jobs
 
     return made_once("trained", tmp_path_factory, lambda workdir: jobs.train_here(tiny_data, workdir))
@@ -103,14 +116,3 @@ def text_run(tiny_data, tmp_path_factory):
     import jobs
 
     return made_once("text", tmp_path_factory, lambda workdir: jobs.train_here(tiny_data, workdir, *jobs.TEXTS))
-
-
-@pytest.fixture(scope="session")
-def one_device_run(tiny_data, tmp_path_factory):
-    """The same on one device, in a process of its own."""
-    import jobs
-
-    def train_alone(workdir):
-        return 0 if "Done: " in jobs.finish(jobs.start(tiny_data, workdir)) else 1
-
-    return made_once("one_device", tmp_path_factory, train_alone)

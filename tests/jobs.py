@@ -44,7 +44,7 @@ def flags(data, workdir, *changes):
 
 
 def train_here(data, workdir, *changes):
-    """Runs a small job in this process, on its 4 devices; returns the exit status."""
+    """Runs a small job in this process; returns the exit status."""
     return command_line.run(train.main, ["train", *flags(data, workdir, *changes)])
 
 

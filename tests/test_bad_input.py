@@ -178,7 +178,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("case", TRAIN)
-def test_train_refuses(case, tiny_data, tmp_path, capsys):
+def test_train_refuses(case, four_devices, tiny_data, tmp_path, capsys):
     flags, expected = TRAIN[case]
     workdir = tmp_path / "run"
     data = [f"--config.data.dir={tiny_data}"] if TINY in flags else []
@@ -415,7 +415,7 @@ BOTH = {  # flags -> what the line must say
     ),
     "an unknown spacing of the steps": (["--model=MODEL", "--spacing=karas"], "did you mean karras?"),
     "lcm by another's steps": (["--model=MODEL", "--sampler=lcm", "--spacing=karras"], "timesteps of its own"),
-    "timesteps that rise": (["--model=MODEL", "--timesteps=0,5,10"], "whole numbers that fall"),
+    "timesteps that rise": (["--model=MODEL", "--timesteps=0,5,10"], "descending whole numbers"),
     "timesteps beyond the last": (["--model=MODEL", "--timesteps=20,5,0"], "from 19 at most"),
     "timesteps in words": (["--model=MODEL", "--timesteps=many"], "must be whole numbers, e.g."),
     "timesteps and steps": (["--model=MODEL", "--timesteps=9,0", "--steps=2"], "leave out --steps"),
@@ -462,7 +462,7 @@ SAMPLE = {
     "a jump without resampling": (["--init_image=PICTURE", "--mask=WHITE", "--resample_jump=2"], "needs --resample"),
     "resampling with a memory": (
         ["--init_image=PICTURE", "--mask=WHITE", "--resample=2", "--sampler=dpmpp_2m"],
-        "needs a solver without memory",
+        "needs a one-step solver",
     ),
     "resampling without end": (
         ["--init_image=PICTURE", "--mask=WHITE", "--resample=99", "--sampler=ddpm", "--steps=20"],
@@ -547,7 +547,7 @@ def loaded_once():
 
 @pytest.mark.parametrize("case", BOTH)
 @pytest.mark.parametrize("command", [sample, evaluate])
-def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once):
+def test_a_command_refuses(command, case, trained_run, files, tmp_path, capsys, monkeypatch, loaded_once, four_devices):
     monkeypatch.setattr(pipeline_load, "load", loaded_once)
     flags, expected = BOTH[case]
     out = [] if any(flag.startswith("--out=") for flag in flags) else [f"--out={tmp_path / 'out'}"]

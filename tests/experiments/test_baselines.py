@@ -18,6 +18,8 @@ from ldm_jax.pipeline.from_run import on_paper
 from ldm_jax.training.from_config import make_autoencoder_stage
 from ldm_jax.training.state import AdamW
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (4, 8, 1)
 LABEL = jnp.array([1, 0])
 KEYS = jax.random.split(jax.random.key(3), 2)

@@ -8,6 +8,8 @@ import tiny
 from experiments import speed
 from experiments.runner import Workspace
 
+pytestmark = pytest.mark.slow
+
 
 def test_images_per_second(monkeypatch):
     """Steps of five images that take 0.25 seconds each, in groups of eight."""

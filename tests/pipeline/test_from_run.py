@@ -42,7 +42,7 @@ def test_a_run_scores_its_clip_and_its_samples(run):
 
 def test_the_vocabulary_covers_the_captions(run):
     trained = load_clip(run)
-    assert not trained.tokenizer(["horizontal", "a dark picture"]).cut.any()
+    assert not trained.tokenizer(["horizontal", "a dark picture"]).truncated.any()
     assert trained.clip.text.vocab_size == trained.tokenizer.vocab_size
 
 
@@ -77,6 +77,7 @@ def test_samples_are_those_of_their_prompts(run, tmp_path):
     assert (away != both[:1]).any()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_bits(run, tiny_data, tmp_path):
     """From the diffusion model's first checkpoint; the rest is there already."""
     again = shutil.copytree(run, tmp_path / "again")
@@ -103,6 +104,7 @@ def test_the_diffusers_folder_of_a_run_samples_the_same(run, tmp_path):
     assert np.abs(images[0] - images[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_text_encoder_may_be_trained(run, tiny_data, tmp_path):
     along = tmp_path / "along"
     changes = (*jobs.TEXTS, f"--config.clip.checkpoint={run}", f"--config.autoencoder.checkpoint={run}")

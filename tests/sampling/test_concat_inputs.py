@@ -52,6 +52,7 @@ def run_of(tiny_data, trained_run, tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 def test_a_job_ends_with_restored_test_images(run_of):
     run = run_of("low_resolution")
     model, _ = load(run)

@@ -17,7 +17,7 @@ from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training.contrastive import caption_arrays
 from ldm_jax.training.from_config import make_clip_stage
 from ldm_jax.training.loop import first_nonfinite
-from ldm_jax.training.validation import make_contrastive_validation
+from ldm_jax.training.validation import make_validation
 
 FIELDS = {
     "projection_dim": 8, "text_width": 16, "text_layers": 1, "text_heads": 2, "image_width": 16, "image_layers": 1,
@@ -114,7 +114,7 @@ def test_images_are_augmented_if_asked(compiled):
     assert np.abs(moved).max() <= 1.0001
 
 
-def test_four_devices_take_the_same_step_as_one(compiled):
+def test_four_devices_take_the_same_step_as_one(compiled, four_devices):
     """Images of one class fall on different devices."""
     one, many = compiled.state, replicate(jax.device_get(compiled.state))  # a copy: it is donated
     step_many = parallel_step(compiled.stage)
@@ -179,10 +179,10 @@ class Held:
         return {"x": IMAGES[rows], "label": LABELS[rows]}
 
 
-def test_validation_is_that_of_whole_batches_over_all_devices(compiled):
+def test_validation_is_that_of_whole_batches_over_all_devices(compiled, four_devices):
     """Two batches of eight on four devices, against one device; without augmentation whatever the stage does."""
     _, stage = build(max_shift=2)
-    validate = make_contrastive_validation(stage, Held(), num=100, batch_size=8)
+    validate = make_validation(stage, Held(), num=100, batch_size=8)
     got = validate(replicate(compiled.state.params), TEXTS, 0)
     expected, alone = [], jax.jit(compiled.stage.validate)
     for rows in (np.arange(0, 16, 2), np.arange(1, 16, 2)):

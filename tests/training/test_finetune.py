@@ -175,6 +175,7 @@ command_line.run(train.main, sys.argv)
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_one_that_was_left_alone(home, lora_run):
     command = [sys.executable, "-c", KILLED, *flags(home, "killed", *LORA)]
     environment = jobs.environment(devices=jax.device_count())

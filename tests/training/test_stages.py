@@ -153,7 +153,7 @@ def drop(tree):
     return {name: part for name, part in tree.items() if name != "discriminator"}
 
 
-def test_the_perceptual_term_is_measured_on_a_share():
+def test_the_perceptual_term_is_measured_on_a_share(four_devices):
     changes = {"perceptual": 0.5, "perceptual_every": 4, "perceptual_size": 16}
     changes = {f"autoencoder__loss__{name}": value for name, value in changes.items()}
     c = config(autoencoder__mid_block_attention=False, **changes)
@@ -442,7 +442,7 @@ def test_stages_are_equal_and_hashed_by_value(which):
 
 
 @pytest.mark.parametrize("which", [*list(AUTOENCODERS)[1:], "diffusion", "classifier"])
-def test_four_devices_take_the_same_step_as_one(which):
+def test_four_devices_take_the_same_step_as_one(which, four_devices):
     if which == "diffusion":
         (stage, one, step_one), batch, frozen = compiled("diffusion", **SMALL), moments_batch(16), FROZEN
     elif which == "classifier":
