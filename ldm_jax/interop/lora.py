@@ -1,11 +1,11 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) of a UNet: W + alpha / r B A, and the files in which diffusers keeps A and B.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) of a UNet: W + alpha / r B A, and its files in diffusers' format.
 
 | diffusers, below the layer's name          | here, below its path                  |
 |--------------------------------------------|---------------------------------------|
 | `lora.down.weight` (A), [r, I]             | `lora` / `down` / `kernel`, [I, r]    |
 | `lora.up.weight` (B), [O, r]               | `lora` / `up` / `kernel`, [r, O]      |
 
-Read are also peft's names `lora_A` and `lora_B`, those of diffusers before 0.22, and layers that are convolutions.
+Also read: peft's names `lora_A` and `lora_B`, those of diffusers before 0.22, and LoRA of convolutions.
 """
 
 import json
@@ -23,9 +23,9 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.diffusers import Params, state_dict_from_params
 from ldm_jax.interop.weights import read_weights, write_safetensors
 
-FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
+FILE = "pytorch_lora_weights.safetensors"  # its name in diffusers
 LAYERS = ("to_q", "to_k", "to_v", "to_out_0")  # of every attention
-FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}  # kernels by number of axes, as in `interop.diffusers`
+FROM_TORCH = {2: (1, 0), 4: (2, 3, 1, 0)}  # axes of kernels by their number, as in `interop.diffusers`
 
 _OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(?=down|up)")
 _KEY = re.compile(r"unet\.(?P<layer>.+)\.(?:lora\.(?P<name>down|up)|lora_(?P<letter>[AB]))\.weight")
@@ -33,7 +33,7 @@ _ALPHA = re.compile(r"unet\.(?P<layer>.+)\.alpha")
 
 
 class Pair(NamedTuple):
-    """What a file has of a layer, in torch's layout; `scale` is alpha / r."""
+    """The LoRA of a layer in torch's layout; `scale` is alpha / r."""
 
     down: np.ndarray  # [r, I] or [r, I, k, k]
     up: np.ndarray  # [O, r] or [O, r, 1, 1]
@@ -41,20 +41,19 @@ class Pair(NamedTuple):
 
 
 def init_lora(rng: jax.Array, unet: Params, rank: int) -> dict[str, Any]:
-    """A normal with standard deviation 1 / rank, B = 0, for every attention's layers in the UNet's parameters."""
+    """LoRA for all attention layers of the UNet: A ~ N(0, 1 / rank^2) [I, r], B = 0 [r, O]."""
     flat = {}
     for i, (path, kernel) in enumerate(sorted(flatten_dict(unet).items())):
         if path[-2] in LAYERS and path[-1] == "kernel":
-            wide, out = kernel.shape
-            flat[*path[:-1], "lora", "down", "kernel"] = jax.random.normal(
-                jax.random.fold_in(rng, i), (wide, rank)
-            ) / rank  # fmt: skip
+            width, out = kernel.shape
+            noise = jax.random.normal(jax.random.fold_in(rng, i), (width, rank))
+            flat[*path[:-1], "lora", "down", "kernel"] = noise / rank
             flat[*path[:-1], "lora", "up", "kernel"] = jnp.zeros((rank, out))
     return unflatten_dict(flat)
 
 
 def merge(unet: Params, lora: Params, scale: float) -> dict[str, Any]:
-    """The UNet's parameters with scale B A added, in float32."""
+    """The UNet's parameters with scale * B A added to the kernels, in float32."""
     flat, pairs = dict(flatten_dict(unet)), flatten_dict(lora)
     for path, up in pairs.items():
         if path[-2] == "up":
@@ -66,23 +65,23 @@ def merge(unet: Params, lora: Params, scale: float) -> dict[str, Any]:
 
 
 def save_lora(path: Path, lora: Params, scale: float) -> None:
-    """Writes A and scale B for diffusers: without an alpha it takes rank for it, so that nothing else scales them."""
+    """Writes A and scale * B in diffusers' format, without an alpha, so that diffusers does not scale them again."""
     state = {f"unet.{name}": value for name, value in state_dict_from_params(lora).items()}
     ups = {name: (value * scale).astype(np.float32) for name, value in state.items() if ".up." in name}
     write_safetensors(path, state | ups)
 
 
 def read_lora(path: Path) -> dict[str, Pair]:
-    """Layer, by its name in diffusers, -> what a file has of it.
+    """The LoRA in a file: name of the layer in diffusers -> `Pair`.
 
     Raises:
-      InputError: the file is missing or damaged, or has anything but LoRA of a UNet in a layout of diffusers.
+      InputError: the file is missing or damaged, or has anything but LoRA of a UNet in a format of diffusers.
     """
     if not path.is_file():
         raise InputError(f"--lora={path} does not exist; it must be a file such as {FILE}")
     if path.suffix != ".safetensors":
         raise InputError(f"--lora={path} must be a .safetensors file, such as {FILE}")
-    state, told = read_weights(path), _metadata(path)
+    state, adapter = read_weights(path), _adapter_config(path)
     down, up, alpha = {}, {}, {}
     for key, value in state.items():
         name = _OLD.sub(lambda found: f".{found[1].replace('to_out', 'to_out.0')}.lora.", key)
@@ -93,54 +92,54 @@ def read_lora(path: Path) -> dict[str, Pair]:
             side[found["layer"]] = value.astype(np.float32)
         else:
             raise InputError(
-                f"--lora={path} has {key}; supported are files of diffusers with LoRA of the UNet alone, "
-                "unet.LAYER.lora.down.weight and .up.weight"
+                f"--lora={path} has {key}; supported are files of diffusers with LoRA of the UNet alone "
+                "(unet.LAYER.lora.down.weight and .up.weight), not those of kohya or ComfyUI (lora_unet_...)"
             )
-    alone = sorted(down.keys() ^ up.keys()) + sorted(alpha.keys() - down)
-    if alone or not down:
-        raise InputError(f"--lora={path} is damaged: {f'{alone[0]} lacks a part' if alone else 'it has no layers'}")
-    return {layer: Pair(down[layer], up[layer], _scale(len(down[layer]), alpha.get(layer), told)) for layer in down}
+    incomplete = sorted(down.keys() ^ up.keys()) + sorted(alpha.keys() - down)
+    if incomplete or not down:
+        reason = f"{incomplete[0]} lacks its down or up weight" if incomplete else "it has no layers"
+        raise InputError(f"--lora={path} is damaged: {reason}")
+    pairs = {}
+    for layer, a in down.items():
+        rank = len(a)  # also alpha, unless stated
+        pairs[layer] = Pair(a, up[layer], alpha.get(layer, adapter.get("lora_alpha", rank)) / rank)
+    return pairs
 
 
 def add_lora(unet: Params, pairs: Mapping[str, Pair], scale: float, *, where: str) -> dict[str, Any]:
-    """The UNet's parameters, NumPy arrays, with a file's B A added `scale` times, each in its own type.
+    """The UNet's parameters, NumPy arrays, with a file's LoRA added, times `scale`; dtypes are kept.
 
     Raises:
-      InputError: a layer that the UNet does not have, or has in another shape; `where` names the file.
+      InputError: the UNet lacks a layer, or has it in another shape; `where` names the file.
     """
     flat = dict(flatten_dict(unet))
     for layer, (down, up, own_scale) in pairs.items():
         path = (*re.sub(r"\.(\d+)", r"_\1", layer).split("."), "kernel")
         if path not in flat:
-            raise InputError(f"{where} is for another model: this one has no {layer}")
+            raise InputError(f"{where} is for another model: this UNet has no layer {layer}")
         kernel, rank = flat[path], len(down)
         fits = up.ndim == down.ndim == kernel.ndim and up.shape[1:] == (rank,) + (1,) * (down.ndim - 2)
         shape = (len(up), *down.shape[1:])
         if not fits or tuple(shape[axis] for axis in FROM_TORCH[kernel.ndim]) != kernel.shape:
             raise InputError(
-                f"{where} is for another model: {layer} is {list(up.shape)} x {list(down.shape)} there, "
-                f"{list(kernel.shape)} here"
+                f"{where} is for another model: {layer} is {list(up.shape)} x {list(down.shape)} in it, "
+                f"but {list(kernel.shape)} in the UNet"
             )
         delta = (up.reshape(-1, rank) @ down.reshape(rank, -1)).reshape(shape).transpose(FROM_TORCH[kernel.ndim])
         flat[path] = (kernel.astype(np.float32) + scale * own_scale * delta).astype(kernel.dtype)
     return unflatten_dict(flat)
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    """What peft's config in a sound file's header says of the UNet; {} without one."""
+def _adapter_config(path: Path) -> dict[str, Any]:
+    """peft's config for the UNet in a file's header; {} without one."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     try:
-        told = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
-        told = {name.removeprefix("unet."): value for name, value in told.items() if name.startswith("unet.")}
+        config = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
+        config = {name.removeprefix("unet."): value for name, value in config.items() if name.startswith("unet.")}
     except (ValueError, AttributeError) as error:
         raise InputError(f"--lora={path} is damaged: its lora_adapter_metadata cannot be read") from error
     for name in ("use_dora", "use_rslora", "alpha_pattern", "lora_bias"):
-        if told.get(name):
+        if config.get(name):
             raise InputError(f"--lora={path} has {name}, which is not supported")
-    return told
-
-
-def _scale(rank: int, alpha: float | None, told: Mapping[str, Any]) -> float:
-    """alpha / r; where nothing is said alpha is r."""
-    return (told.get("lora_alpha", rank) if alpha is None else alpha) / rank
+    return config

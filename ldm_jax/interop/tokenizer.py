@@ -1,13 +1,13 @@
 """CLIP's tokenizer from a model's folder: prompts to token ids.
 
-The work is done by transformers' CLIPTokenizer, so that ids are the ones the model was trained on, down to Unicode
-normalisation. It takes a second to import, so that waits until a folder is loaded; it needs no torch.
+transformers' CLIPTokenizer does the work, so that ids are those of the model's training, down to Unicode normalisation.
+It takes a second to import, so that waits until a folder is loaded; it does not need torch.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,130 +15,122 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.errors import InputError
+from ldm_jax.interop.unpickle import first_line
 from ldm_jax.runtime.files import write_json
 
 CONFIG = "tokenizer_config.json"
-# The vocabulary in either layout; transformers 5 writes the second one alone, and reads it if both are there.
+# The vocabulary in either layout; transformers 5 writes the second alone, and prefers it.
 LAYOUTS = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 OTHER_FILES = ("special_tokens_map.json", "added_tokens.json")
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 
 MIN_LENGTH = 3  # begin, one token, end
-MAX_LENGTH = 10_000  # transformers writes 10^30 where it did not know
+MAX_LENGTH = 10_000  # transformers writes 10^30 for an unknown length
 
 
 class Tokens(NamedTuple):
-    """What a tokenizer makes of N prompts.
+    """The token ids of N prompts."""
 
-    Fields:
-      ids: int32 [N, max_length]: begin, tokens, end, padding.
-      cut: bool [N]: whether the prompt had more tokens than that, so that its end was left out.
-    """
-
-    ids: np.ndarray
-    cut: np.ndarray
+    ids: np.ndarray  # int32 [N, max_length]: begin, tokens, end, padding
+    truncated: np.ndarray  # bool [N]: whether the prompt had more tokens than that
 
 
 class Tokenizer:
-    """A function from prompts to `Tokens`, made by `load_tokenizer`.
+    """A function from prompts to `Tokens`, see `load_tokenizer`.
 
     Attributes:
       max_length: the number of ids of every prompt.
-      vocab_size: all ids are below it; the text encoder must have as many.
-      end: the id that ends a text.
+      vocab_size: all ids are less; the text encoder must have as many.
+      end: the id of the end token.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path, told: Mapping[str, Any] | None = None):
-        """`told` are the fields of its config, unless the folder has that."""
-        self._tokenizer, self._folder, self._told = tokenizer, folder, told
+    def __init__(self, tokenizer: Any, folder: Path, config: Mapping[str, Any] | None = None):
+        """`config` replaces the config of the folder."""
+        self._tokenizer, self._folder, self._config = tokenizer, folder, config
         self.max_length: int = tokenizer.model_max_length
         self.vocab_size: int = len(tokenizer)
         self.end: int = tokenizer.eos_token_id
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
-        """One prompt or more to `Tokens`.
+        """The ids [N, max_length] of N prompts.
 
         Raises:
-          InputError: for a prompt that is not Unicode text, as a command line in another encoding may be.
+          InputError: a prompt is not Unicode text, as from a command line in another encoding.
         """
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
-                raise InputError(f"the prompt {prompt!a} is not Unicode text; give it in UTF-8")
-        # What does not fit comes back in further rows, each with the number of its prompt.
+                raise InputError(f"the prompt {prompt!a} is not Unicode text; pass it in UTF-8")
+        # Overflowing tokens come back in further rows, each with the number of its prompt.
         rows = self._tokenizer(list(prompts), padding="max_length", truncation=True, return_overflowing_tokens=True)
         _, first, count = np.unique(rows["overflow_to_sample_mapping"], return_index=True, return_counts=True)
         return Tokens(np.array(rows["input_ids"], np.int32)[first], count > 1)
 
     def save(self, folder: Path) -> None:
-        """Writes a new folder, its config last: the files it was made of, or a vocabulary and what it was told."""
+        """Writes the tokenizer's files to a new folder, its config last."""
         folder.mkdir(parents=True)
-        for name in (*sum(LAYOUTS, ()), *(() if self._told else (*OTHER_FILES, CONFIG))):
+        for name in (*sum(LAYOUTS, ()), *(() if self._config else (*OTHER_FILES, CONFIG))):
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, folder / name)
-        if self._told:
-            write_json(folder / CONFIG, {"tokenizer_class": CLASSES[0], **self._told})
+        if self._config:
+            write_json(folder / CONFIG, {"tokenizer_class": CLASSES[0], **self._config})
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder such as Stable Diffusion's `tokenizer/`, with its own padding and maximum length.
+    """The tokenizer in a folder such as Stable Diffusion's `tokenizer/`, with its own padding and maximum length.
 
     Raises:
-      InputError: for a missing or damaged file, another kind of tokenizer, or a folder that lacks the maximum length.
+      InputError: a file is missing or damaged, it is another type of tokenizer, or has no maximum length.
     """
     folder = Path(folder)
     _check_files(folder)
-    with _quiet():
-        from transformers import CLIPTokenizer
-
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # damaged files can raise nearly anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{folder}: not readable as a CLIP tokenizer: {reason}") from error
+    tokenizer = _make(folder, lambda clip: clip.from_pretrained(folder, local_files_only=True))
     if tokenizer.pad_token is None:
         raise InputError(f"{folder}: the tokenizer has no pad_token; {CONFIG} must name one")
     return Tokenizer(tokenizer, folder)
 
 
 def tokenizer_of_vocabulary(folder: Path, *, pad_token: str, max_length: int) -> Tokenizer:
-    """CLIP's tokenizer of the vocabulary in a folder, whatever padding and length the folder is set to.
+    """CLIP's tokenizer with the vocabulary in a folder, but not its padding and maximum length.
 
     Args:
       folder: such as Stable Diffusion's `tokenizer/`; vocabulary and merges are enough.
-      pad_token: what prompts are filled up with. As a token of its own it is told apart from the letters around it.
+      pad_token: the token that fills up prompts; a special token, so that the same letters in a prompt differ from it.
       max_length: number of ids of every prompt.
 
     Raises:
-      InputError: for a missing or damaged file, or a vocabulary without CLIP's special tokens or `pad_token`.
+      InputError: a file is missing or damaged, or the vocabulary lacks CLIP's special tokens or `pad_token`.
     """
     folder = Path(folder)
     vocab, merges = _read_vocabulary(folder)
     for token in ("<|startoftext|>", "<|endoftext|>", pad_token):
         if token not in vocab:
             raise InputError(f"{folder}: the vocabulary has no token {token!r}, as CLIP's has")
-    told = {"pad_token": pad_token, "model_max_length": max_length}
+    config = {"pad_token": pad_token, "model_max_length": max_length}
+    return Tokenizer(_make(folder, lambda clip: clip(vocab=vocab, merges=merges, **config)), folder, config)
+
+
+def _make(folder: Path, construct: Callable[[type], Any]) -> Any:
+    """An instance of transformers' CLIPTokenizer; InputError names `folder` if its files are damaged."""
     with _quiet():
         from transformers import CLIPTokenizer
 
         try:
-            tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, **told)
+            return construct(CLIPTokenizer)
         except Exception as error:  # damaged files can raise nearly anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{folder}: not readable as a CLIP tokenizer: {reason}") from error
-    return Tokenizer(tokenizer, folder, told)
+            raise InputError(f"{folder}: not readable as a CLIP tokenizer: {first_line(error)}") from error
 
 
-def text_to_words() -> tuple[Any, Any]:
-    """How CLIPTokenizer brings a text to words before it merges their bytes: its normaliser and what splits."""
+def normalizer_and_splitter() -> tuple[Any, Any]:
+    """The first two steps of CLIPTokenizer, before the merges: its normalizer and its pre-tokenizer."""
     with _quiet():
         from transformers import CLIPTokenizer
 
-        parts = CLIPTokenizer().backend_tokenizer
-    return parts.normalizer, parts.pre_tokenizer
+        backend = CLIPTokenizer().backend_tokenizer
+    return backend.normalizer, backend.pre_tokenizer
 
 
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Token -> id, and the pairs that are merged, in their order; of either layout."""
+    """Token -> id, and the merges in order; of either layout."""
     if all((folder / name).is_file() for name in LAYOUTS[0]):
         vocab = _read_json(folder / "vocab.json")
         try:
@@ -154,15 +146,19 @@ def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]
             raise InputError(f"{folder / 'tokenizer.json'}: damaged: it holds no vocabulary and merges")
         pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs]
     else:
-        layouts = " or ".join(" and ".join(layout) for layout in LAYOUTS)
-        raise InputError(f"{folder}: the tokenizer's vocabulary is missing; there must be {layouts}")
+        raise _no_vocabulary(folder)
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise InputError(f"{folder}: damaged: each of the tokenizer's merges must be a pair")
     return vocab, [tuple(pair) for pair in pairs]
 
 
+def _no_vocabulary(folder: Path) -> InputError:
+    layouts = " or ".join(" and ".join(layout) for layout in LAYOUTS)
+    return InputError(f"{folder}: the tokenizer's vocabulary is missing; there must be {layouts}")
+
+
 def _check_files(folder: Path) -> None:
-    """What transformers would pass over: without a vocabulary it makes a tokenizer that knows no words."""
+    """Checks that transformers does not make: without a vocabulary it returns a tokenizer without words."""
     config = _read_json(folder / CONFIG)
     if "tokenizer_class" in config and config["tokenizer_class"] not in CLASSES:
         raise InputError(f"{folder}: the tokenizer must be a {CLASSES[0]}; got {config['tokenizer_class']!r}")
@@ -170,8 +166,7 @@ def _check_files(folder: Path) -> None:
     if not isinstance(length, int) or not MIN_LENGTH <= length <= MAX_LENGTH:
         raise InputError(f"{folder / CONFIG}: model_max_length must be a number of tokens, 77 for CLIP; got {length!r}")
     if not any(all((folder / name).is_file() for name in layout) for layout in LAYOUTS):
-        layouts = " or ".join(" and ".join(layout) for layout in LAYOUTS)
-        raise InputError(f"{folder}: the tokenizer's vocabulary is missing; there must be {layouts}")
+        raise _no_vocabulary(folder)
     for name in (*sum(LAYOUTS, ()), *OTHER_FILES):
         if name.endswith(".json") and (folder / name).exists():
             _read_json(folder / name)
@@ -191,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers logs when it is imported without torch, and when it meets older files."""
+    """Silences what transformers logs when imported without torch, and about older files."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -105,7 +105,7 @@ class TextConditioning:
         zeros = np.zeros(n, bool)
         zeros[-1] = negative_prompt is None and self.force_zeros_for_empty_prompt
         sizes = np.tile(np.float32([*image_size, 0, 0, *image_size]), (n, 1))  # original, crop from top left, target
-        truncated = np.any([each.cut for each in tokens], axis=0)
+        truncated = np.any([each.truncated for each in tokens], axis=0)
         return {"ids": [each.ids for each in tokens], "zeros": zeros, "sizes": sizes}, int(truncated.sum())
 
     def encode(self, params: Any, rows: Any) -> dict[str, Any]:

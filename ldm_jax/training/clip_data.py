@@ -1,12 +1,12 @@
-"""CLIP's tokenizer and captions from a config and a data set."""
+"""The tokenizer and the captions of a run's CLIP, and the CLIP that a run reuses."""
 
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.config.io import flatten
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.interop.bpe import train_bpe
@@ -16,10 +16,9 @@ from ldm_jax.training.contrastive import caption_arrays
 
 
 def make_tokenizer(config: ConfigDict, folder: Path, train_set: Dataset) -> Tokenizer:
-    """The tokenizer in `folder`; made there if it is not yet, of `config.clip.tokenizer` or the split's own captions.
+    """The tokenizer in `folder`; if there is none, first that of config.clip.tokenizer, or one of the captions.
 
-    Raises:
-      InputError: the vocabulary is damaged, or too small.
+    Raises InputError if the vocabulary is damaged or too small.
     """
     clip = config.clip
     if not (folder / CONFIG).exists():  # which is written last
@@ -33,29 +32,24 @@ def make_tokenizer(config: ConfigDict, folder: Path, train_set: Dataset) -> Toke
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a tokenizer's files to a folder, unless they are there; what a killed run left is removed."""
+    """Writes a tokenizer's files to a folder, unless they are there; incomplete files are removed."""
     if not (folder / CONFIG).exists():
         shutil.rmtree(folder, ignore_errors=True)
         tokenizer.save(folder)
 
 
-def caption_ids(tokenizer: Tokenizer, captions: tuple[tuple[str, ...], ...]) -> np.ndarray:
-    """Token ids of the captions of P classes, K at most, int32 [P, K, L]; where there are fewer they are repeated."""
-    most = max(map(len, captions))
-    texts = [group[k % len(group)] for group in captions for k in range(most)]
-    return tokenizer(texts).ids.reshape(len(captions), most, -1)
-
-
 def frozen_texts(tokenizer: Tokenizer, dataset: Dataset) -> dict[str, Any]:
-    """The stage's `frozen` arrays: the captions' token ids; prints how many captions are truncated."""
-    truncated = int(tokenizer([text for group in dataset.captions for text in group]).cut.sum())
+    """The `frozen` arrays of CLIP's stage: the token ids of the captions; prints how many captions are truncated."""
+    captions, most = dataset.captions, max(map(len, dataset.captions))
+    truncated = int(tokenizer([text for group in captions for text in group]).truncated.sum())
     if truncated:
-        print(f"     {truncated} captions have more than config.clip.max_length tokens; their ends are left out")
-    return {"texts": caption_arrays(caption_ids(tokenizer, dataset.captions))}
+        print(f"     {truncated} captions have more than config.clip.max_length tokens and are truncated")
+    texts = [group[k % len(group)] for group in captions for k in range(most)]  # fewer than `most` are repeated
+    return {"texts": caption_arrays(tokenizer(texts).ids.reshape(len(captions), most, -1))}
 
 
 def check(config: ConfigDict) -> None:
-    """Raises InputError, before anything is written, for a CLIP or a vocabulary that is missing or does not fit."""
+    """Raises InputError if the reused CLIP or vocabulary of a config is missing or does not fit."""
     if config.clip.checkpoint:
         reused(config)
     elif config.clip.tokenizer:
@@ -64,12 +58,11 @@ def check(config: ConfigDict) -> None:
 
 def reused(config: ConfigDict) -> TrainedCLIP:
     """The CLIP of `config.clip.checkpoint`; raises InputError if it does not fit the config."""
-    trained = load_clip(Path(config.clip.checkpoint))
-    width, size, wanted = trained.clip.text.hidden_size, trained.clip.image.image_size, config.clip
-    if (width, size) != (wanted.text_width, config.data.image_size):
-        raise InputError(
-            f"config.clip.checkpoint={wanted.checkpoint} has a text encoder of width {width} and images of {size} "
-            f"pixels; they must be config.clip.text_width = {wanted.text_width} and config.data.image_size = "
-            f"{config.data.image_size}"
-        )
+    path = Path(config.clip.checkpoint)
+    trained = load_clip(path)
+    sizes = {"clip.text_width": trained.clip.text.hidden_size, "data.image_size": trained.clip.image.image_size}
+    fields = flatten(config)
+    for name, size in sizes.items():
+        if fields[name] != size:
+            raise InputError(f"config.{name} is {fields[name]}; for config.clip.checkpoint={path} it must be {size}")
     return trained

@@ -191,7 +191,7 @@ SCHEDULERS = {  # changes of tests/tiny.py -> diffusers' class, what the card mu
         {"diffusion.zero_terminal_snr": True, "diffusion.prediction": "v"}, "DDIMScheduler", "takes 20 // steps"),
     "churn": ({"sampling.sampler": "edm", "sampling.churn": 5.0}, "DDIMScheduler", "By DDIM with trailing steps"),
     "clipped pixels": (
-        {"sampling.sampler": "unipc", "autoencoder.type": "none"}, "DDIMScheduler", "does not know clip_sample = True"),
+        {"sampling.sampler": "unipc", "autoencoder.type": "none"}, "DDIMScheduler", "does not support clip_sample = True"),
     "thresholded pixels": (
         {"sampling.spacing": "leading", "autoencoder.type": "none", "sampling.threshold": 0.99},
         "DDIMScheduler", "Without dynamic thresholding"),

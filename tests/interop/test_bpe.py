@@ -146,7 +146,7 @@ def test_nothing_is_lost_on_the_way_there_and_back(vocab, tokenizer, text):
     """Up to the blanks, which part the words and are no tokens."""
     tokens = tokenizer([text])
     back = decode(vocab, tokens.ids[0].tolist())
-    assert not tokens.cut.any()
+    assert not tokens.truncated.any()
     assert "".join(back.split(" ")) == "".join(NORMALISE.normalize_str(text).split(" "))
 
 
@@ -158,7 +158,7 @@ def test_words_come_back_with_blanks(vocab, tokenizer):
 
 def test_a_very_long_text_is_cut(vocab, tokenizer):
     tokens = tokenizer(["red " * 5000, "日" * 5000])
-    assert tokens.cut.all() and tokens.ids.shape == (2, 400)
+    assert tokens.truncated.all() and tokens.ids.shape == (2, 400)
     assert decode(vocab, tokens.ids[0].tolist()) == "red " * 398
 
 

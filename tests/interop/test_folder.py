@@ -230,8 +230,8 @@ def test_no_weights(tmp_path):
     assert f"has no weights, for instance {NAME}.safetensors; it has no weights at all" in refusal(tmp_path)
     save_file(STATE, tmp_path / f"{NAME}.non_ema.safetensors")
     assert f"{NAME}.safetensors; it has {NAME}.non_ema.safetensors" in refusal(tmp_path)
-    told = refusal(tmp_path, variant="fp16")
-    assert f"has no weights of the variant 'fp16', for instance {NAME}.fp16.safetensors; it has" in told
+    message = refusal(tmp_path, variant="fp16")
+    assert f"has no weights of the variant 'fp16', for instance {NAME}.fp16.safetensors; it has" in message
     assert_same(arrays_of(tmp_path, variant="non_ema"), STATE)
 
 

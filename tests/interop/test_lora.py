@@ -68,14 +68,15 @@ LAYOUTS = {  # keys of a file with DOWN and UP -> what they are multiplied by
 }  # fmt: skip
 
 
-def save(path, state, told):
-    save_file(state, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)} if told else None)
+def save(path, state, metadata):
+    adapter = {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)}
+    save_file(state, path, metadata=adapter if metadata else None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, path):
-    state, told, times = LAYOUTS[layout]
-    save(path, state, told)
+    state, metadata, times = LAYOUTS[layout]
+    save(path, state, metadata)
     out = added(path)["down_blocks_0"]["attn1"]
     expected = UNET["down_blocks_0"]["attn1"]["to_out_0"]["kernel"] + times * (UP @ DOWN).T
     np.testing.assert_allclose(out["to_out_0"]["kernel"], expected, atol=1e-5)
@@ -107,12 +108,14 @@ def key(name, *shape):
 PAIR = LAYOUTS["diffusers"][0]
 REFUSED = {
     "a text encoder's": (PAIR | {"text_encoder.x.lora.down.weight": DOWN}, {}, "has text_encoder.x"),
-    "kohya's": ({"lora_unet_down_blocks_0.lora_down.weight": DOWN}, {}, "supported are files of diffusers"),
-    "half a pair": (key(f"{LAYER}.lora.down", 2, 6), {}, "is damaged: down_blocks.0.attn1.to_out.0 lacks a part"),
+    "kohya's": ({"lora_unet_down_blocks_0.lora_down.weight": DOWN}, {}, "not those of kohya or ComfyUI"),
+    "half a pair": (
+        key(f"{LAYER}.lora.down", 2, 6), {}, "is damaged: down_blocks.0.attn1.to_out.0 lacks its down or up weight"),
     "an unknown layer": (
-        key("mid.lora.down", 2, 6) | key("mid.lora.up", 6, 2), {}, "is for another model: this one has no mid"),
+        key("mid.lora.down", 2, 6) | key("mid.lora.up", 6, 2), {}, "is for another model: this UNet has no layer mid"),
     "another width": (
-        key(f"{LAYER}.lora.down", 2, 7) | key(f"{LAYER}.lora.up", 6, 2), {}, r"\[6, 2\] x \[2, 7\] there, \[6, 6\]"),
+        key(f"{LAYER}.lora.down", 2, 7) | key(f"{LAYER}.lora.up", 6, 2), {},
+        r"\[6, 2\] x \[2, 7\] in it, but \[6, 6\]"),
     "ranks that do not agree": (
         key(f"{LAYER}.lora.down", 3, 6) | key(f"{LAYER}.lora.up", 6, 2), {}, "is for another model"),
     "a convolution for a linear layer": (
@@ -124,8 +127,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, path):
-    state, told, expected = REFUSED[case]
-    save(path, state, told)
+    state, metadata, expected = REFUSED[case]
+    save(path, state, metadata)
     with pytest.raises(InputError, match=expected) as error:
         added(path)
     assert "\n" not in str(error.value)

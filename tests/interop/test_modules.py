@@ -264,8 +264,8 @@ def test_every_other_field_is_refused_unless_it_is_the_default(name):
             other = default + 1 if isinstance(default, int | float) and not isinstance(default, bool) else "other"
             with pytest.raises(InputError) as caught:
                 read({"_class_name": name, field: other})
-            told = f"{name}: {field}={json.dumps(other)} is not supported; supported is {json.dumps(default)}"
-            assert str(caught.value) == told
+            expected = f"{name}: {field}={json.dumps(other)} is not supported; supported is {json.dumps(default)}"
+            assert str(caught.value) == expected
             read({"_class_name": name, field: default})
         elif kind is IGNORED:
             assert read({"_class_name": name, field: "other"}) == read({"_class_name": name})

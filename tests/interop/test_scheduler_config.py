@@ -178,12 +178,12 @@ def test_trained_betas():
 
 
 @pytest.mark.parametrize(
-    "told, variance",
+    "variance_type, variance",
     [("fixed_small", "fixed_small"), ("fixed_small_log", "fixed_small"), (None, "fixed_small"),
      ("fixed_large", "fixed_large"), ("learned_range", "learned")],
 )  # fmt: skip
-def test_variances(told, variance):
-    config = {"_class_name": "DDPMScheduler", "variance_type": told}
+def test_variances(variance_type, variance):
+    config = {"_class_name": "DDPMScheduler", "variance_type": variance_type}
     assert scheduler_from_config(config).options["variance"] == variance
     assert "variance" not in scheduler_from_config(config, "ddim").options
 
@@ -214,7 +214,7 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
         ({}, "class None is not supported"),
         ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' is not supported"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
-        ({"_class_name": "LMSDiscreteScheduler"}, "choose one by --sampler"),
+        ({"_class_name": "LMSDiscreteScheduler"}, "choose another with --sampler"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
         (PUBLISHED["sd15"] | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'.*squaredcos_cap_v2"),
         (PUBLISHED["sd15"] | {"beta_start": 0.5}, "beta_start"),
@@ -315,12 +315,15 @@ def test_export_of_other_options():
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"sampler": "heun", "zero_terminal_snr": True}, "HeunDiscreteScheduler does not know rescale_betas_zero_snr"),
-        ({"sampler": "unipc", "clip": 1.0}, "UniPCMultistepScheduler does not know clip_sample = True"),
-        ({"sampler": "euler_a", "set_alpha_to_one": False}, "does not know set_alpha_to_one = False"),
+        (
+            {"sampler": "heun", "zero_terminal_snr": True},
+            "HeunDiscreteScheduler does not support rescale_betas",
+        ),
+        ({"sampler": "unipc", "clip": 1.0}, "UniPCMultistepScheduler does not support clip_sample = True"),
+        ({"sampler": "euler_a", "set_alpha_to_one": False}, "does not support set_alpha_to_one = False"),
         ({"sampler": "euler", "set_alpha_to_one": False}, "final_sigmas_type = 'sigma_min' is not supported"),
-        ({"sampler": "dpmpp_2s", "spacing": "trailing"}, "does not know timestep_spacing = 'trailing'"),
-        ({"sampler": "euler_a", "spacing": "karras"}, "does not know use_karras_sigmas = True"),
+        ({"sampler": "dpmpp_2s", "spacing": "trailing"}, "does not support timestep_spacing = 'trailing'"),
+        ({"sampler": "euler_a", "spacing": "karras"}, "does not support use_karras_sigmas = True"),
         ({"prediction": "flow"}, "have no 'flow'; they have eps, v, z0"),
         ({"name": "rectified_flow"}, "have no 'rectified_flow'; they have linear, scaled_linear, cosine"),
     ],

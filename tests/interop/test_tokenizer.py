@@ -40,15 +40,15 @@ def test_ids_by_hand(tmp_path):
     assert tokens.ids.dtype == np.int32 and tokens.ids.shape == (6, 12)
     for prompt, ids in zip(expected, tokens.ids):
         assert ids.tolist() == padded(vocab, [BEGIN, *expected[prompt], END], 12, END), prompt
-    assert tokens.cut.dtype == bool and not tokens.cut.any()
+    assert tokens.truncated.dtype == bool and not tokens.truncated.any()
     assert (tokenizer.max_length, tokenizer.vocab_size) == (12, len(vocab))
 
 
-def test_which_prompts_are_cut(tmp_path):
+def test_which_prompts_are_truncated(tmp_path):
     vocab = write_tokenizer(tmp_path, length=6)
     letters = "abcdefghijklmno"
     tokens = load_tokenizer(tmp_path)([" ".join(letters[:n]) for n in (15, 4, 5, 0, 12)])
-    assert tokens.cut.tolist() == [True, False, True, False, True]
+    assert tokens.truncated.tolist() == [True, False, True, False, True]
     first_four = padded(vocab, [BEGIN, *(f"{letter}</w>" for letter in letters[:4]), END], 6, END)
     assert tokens.ids[[0, 1, 2, 4]].tolist() == [first_four] * 4
     assert tokens.ids[3].tolist() == padded(vocab, [BEGIN, END], 6, END)
@@ -65,7 +65,7 @@ PADS = {
 
 
 @pytest.mark.parametrize("config, special_tokens_map, pad", PADS.values(), ids=PADS.keys())
-def test_the_folder_says_what_pads(config, special_tokens_map, pad, tmp_path):
+def test_the_pad_token_is_the_folders(config, special_tokens_map, pad, tmp_path):
     vocab = write_tokenizer(tmp_path, special_tokens_map=special_tokens_map, **config)
     assert vocab["!"] == 0
     tokenizer = load_tokenizer(tmp_path)
@@ -161,13 +161,13 @@ def test_a_folder_without_the_maximum_length(length, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_another_kind_of_tokenizer(tmp_path):
+def test_another_type_of_tokenizer(tmp_path):
     write_tokenizer(tmp_path, tokenizer_class="T5Tokenizer")
     with pytest.raises(InputError, match="the tokenizer must be a CLIPTokenizer; got 'T5Tokenizer'"):
         load_tokenizer(tmp_path)
 
 
-def test_a_config_that_does_not_tell_its_class(tmp_path):
+def test_a_config_without_a_class(tmp_path):
     write_tokenizer(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del config["tokenizer_class"]
@@ -206,7 +206,7 @@ def test_of_a_vocabulary_alone(pad, tmp_path):
         assert (tokenizer.max_length, tokenizer.vocab_size) == (8, len(vocab))
         found = tokenizer(PROMPTS)
         assert found.ids.tolist() == expected.ids.tolist()
-        assert found.cut.tolist() == expected.cut.tolist()
+        assert found.truncated.tolist() == expected.truncated.tolist()
 
 
 NO_VOCABULARY = {

@@ -323,5 +323,5 @@ def test_token_ids(special_tokens_map, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lengths = [len(ids) for ids in theirs(texts, padding=False, truncation=False).input_ids]
-    assert np.array_equal(tokens.cut, np.array(lengths) > 77)
-    assert 50 < tokens.cut.sum() < 950 and 77 in lengths
+    assert np.array_equal(tokens.truncated, np.array(lengths) > 77)
+    assert 50 < tokens.truncated.sum() < 950 and 77 in lengths

@@ -132,5 +132,5 @@ def test_film_loops_and_holds_its_last_frame(tmp_path, channels):
         greys.append(film.convert("RGB").getpixel((40, 40))[0])
     assert durations == [50, 50, 1000]
     np.testing.assert_allclose(greys, [0, 100, 200], atol=1)
-    with pytest.raises(InputError, match="a film needs frames"):
+    with pytest.raises(InputError, match="denoising.gif needs frames"):
         save_denoising_gif(frames[0], tmp_path / "bad.gif")

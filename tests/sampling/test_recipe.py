@@ -119,8 +119,8 @@ def test_a_recipe_of_changed_inputs_is_refused(run, files, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--from_recipe=nowhere.png"], "nowhere.png: cannot be read as a picture: No such file"),
-        (["--from_recipe=FILES/a.png"], "carries no recipe"),
+        (["--from_recipe=nowhere.png"], "nowhere.png: cannot be read as an image: No such file"),
+        (["--from_recipe=FILES/a.png"], "has no recipe"),
         (["--from_recipe=FILES/a.png", "--steps=3"], "--from_recipe has the whole recipe; leave out --steps"),
     ],
 )
