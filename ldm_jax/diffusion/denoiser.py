@@ -1,8 +1,8 @@
-"""From a network to a denoiser, and bounds on its estimate of z0.
+"""Denoisers: made of a network, and with z0_hat clipped, thresholded or pasted over.
 
 A denoiser is `denoise(z_t, level) -> z0_hat`: z_t [B, ...], a `forward.NoiseLevel` of scalars or [B], and the estimate
-of z0 in float32, or, of a network with a learned variance, an `Estimate`. Solvers need nothing else; conditions,
-guidance scales and bounds live in closures, which compose: the outer one changes what the inner one returns.
+of z0 in float32, or, of a network with a learned variance, an `Estimate`. Conditions, guidance scales and clipping live
+in closures, each around the denoiser that it changes.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ ConditionalDenoiser = Callable[[jax.Array, NoiseLevel, Any], jax.Array | Estimat
 def on_z0(
     change: Callable[..., jax.Array], estimate: jax.Array | Estimate, *others: jax.Array | Estimate
 ) -> jax.Array | Estimate:
-    """`change(z0, *other z0)`, with the variance of the first estimate, if it has one."""
+    """`change(z0, *other z0)` with the variance of the first estimate, if it has one."""
     if isinstance(estimate, Estimate):
         return estimate._replace(z0=change(estimate.z0, *(other.z0 for other in others)))
     return change(estimate, *others)
@@ -40,16 +40,13 @@ def on_z0(
 def from_network(
     network: Callable[[jax.Array, jax.Array, Any], jax.Array], prediction: str, process: Process
 ) -> ConditionalDenoiser:
-    """The conditional denoiser of a network.
+    """The conditional denoiser `(z_t, level, cond) -> z0_hat, or Estimate` of a network.
 
     Args:
-      network: `(z_t [B, ..., c], t [B], cond) -> output [B, ..., c]`, or [B, ..., 2c] with a learned variance behind
+      network: `(z_t [B, ..., c], t [B], cond) -> output [B, ..., c]`, or [B, ..., 2c] with a learned variance after
         the prediction, -1 for beta_tilde and 1 for beta.
       prediction: a key of `prediction.PREDICTIONS`.
       process: the forward process that the network was trained with.
-
-    Returns:
-      `(z_t, level, cond) -> z0_hat`, or Estimate.
 
     Raises:
       ValueError: an unknown prediction, or one that does not fit the process.
@@ -68,15 +65,15 @@ def from_network(
 
 
 def to_var_frac(variance: jax.Array) -> jax.Array:
-    """The network's variance channels, in [-1, 1] when between the bounds, as a fraction in [0, 1], float32."""
+    """The network's variance channels, from -1 (beta_tilde) to 1 (beta), as var_frac from 0 to 1, float32."""
     return (variance.astype(jnp.float32) + 1) / 2
 
 
 def clip_z0(denoise: Denoiser, clip_range: jax.Array) -> Denoiser:
-    """Keeps z0_hat within [-clip_range, clip_range], for data known to lie there (pixels: 1; Ho 2020's samplers do it).
+    """Clips z0_hat to [-clip_range, clip_range], the range of the data (pixels: 1), as the samplers of Ho 2020 do.
 
-    clip_range is a positive scalar and may be traced; infinity leaves z0_hat as it is. Solvers derive eps from the
-    clipped z0_hat, which diffusers' DDIM does with `use_clipped_model_output=True`.
+    clip_range is a positive scalar, may be traced, and may be infinite. Solvers derive eps from the clipped z0_hat, as
+    diffusers' DDIM does with `use_clipped_model_output=True`.
     """
     return lambda z_t, level: on_z0(lambda z0: jnp.clip(z0, -clip_range, clip_range), denoise(z_t, level))
 
@@ -86,30 +83,30 @@ def threshold_z0(
 ) -> Denoiser:
     """Dynamic thresholding (Saharia 2022, section 2.3), for pixels in [-1, 1] under strong guidance.
 
-    In each example z0_hat is kept within [-s, s] and divided by s, the quantile of |z0_hat|, from 1 to `highest`.
-    quantile may be traced; 0 is plain clipping at 1, and costs no more than that.
+    Each example's z0_hat is clipped to [-s, s] and divided by s, the quantile of |z0_hat|, itself clipped to
+    [1, highest]. quantile may be traced; 0 is plain clipping to [-1, 1], at no more cost.
     """
 
-    def thresholded(z0_hat: jax.Array) -> jax.Array:
-        one = jnp.ones((len(z0_hat), *[1] * (z0_hat.ndim - 1)))
+    def threshold(z0_hat: jax.Array) -> jax.Array:
         axes = tuple(range(1, z0_hat.ndim))
+        ones = jnp.ones((len(z0_hat), *[1] * len(axes)))
         s = jax.lax.cond(
-            quantile > 0, lambda: jnp.quantile(jnp.abs(z0_hat), quantile, axis=axes, keepdims=True), lambda: one
+            quantile > 0, lambda: jnp.quantile(jnp.abs(z0_hat), quantile, axes, keepdims=True), lambda: ones
         )
         s = jnp.clip(s, 1.0, highest)
         return jnp.clip(z0_hat, -s, s) / s
 
-    return lambda z_t, level: on_z0(thresholded, denoise(z_t, level))
+    return lambda z_t, level: on_z0(threshold, denoise(z_t, level))
 
 
 def paste_known(z0: jax.Array, mask: jax.Array) -> Callable[[jax.Array, NoiseLevel, jax.Array], jax.Array]:
-    """A `project` of `solve.solve` for inpainting (Lugmayr 2022, eq. 8; Song 2021; SDEdit).
+    """The inpainting `project` of `solve.solve` (Lugmayr 2022, eq. 8; Song 2021; SDEdit).
 
     After each row, the known region is replaced by z0 noised to the level of z, with new noise; at the end it is z0.
 
     Args:
       z0: clean latents, broadcastable to z [B, ...].
-      mask: bool, broadcastable to z: True = sampled, False = known. Where everything is sampled, nothing is done.
+      mask: bool, broadcastable to z: True = sampled, False = known. All True changes nothing and costs nothing.
     """
 
     def project(z: jax.Array, level: NoiseLevel, keys: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""The forward process on the device: noising, its posterior, and the noise level that a denoiser is called at.
+"""The forward process on the device: noising, its posterior, and the noise levels of denoisers.
 
-Shapes: latents [B, ...], t a scalar or [B] int32 in [0, T). Coefficients are computed in float64 on the host and cast
-once, so that even a bfloat16 network is scheduled in float32. A concrete t outside [0, T) is refused; a traced one
-gives NaN, where JAX's own indexing would clamp or wrap it silently.
+Shapes: latents [B, ...], t a scalar or [B] int32 in [0, T). Coefficients are float64 on the host and cast to float32
+once, whatever the network's dtype. A concrete t outside [0, T) raises ValueError; a traced one gives NaN, where JAX's
+indexing would clamp or wrap it silently.
 """
 
 from typing import NamedTuple
@@ -17,9 +17,9 @@ from ldm_jax.diffusion.process import Process
 
 
 class NoiseLevel(NamedTuple):
-    """A noise level z = alpha z0 + sigma eps, scalars or [B]; a solver's may lie between two timesteps."""
+    """A noise level z = alpha z0 + sigma eps, scalars or [B]."""
 
-    t: jax.Array  # the timestep that the network is conditioned on; may be fractional
+    t: jax.Array  # the timestep that the network is conditioned on; a solver's may be fractional
     alpha: jax.Array
     sigma: jax.Array
 
@@ -40,10 +40,9 @@ def q_sample(z0: jax.Array, t: jax.Array, eps: jax.Array, process: Process) -> j
 
 
 def q_posterior(z0: jax.Array, z_t: jax.Array, t: jax.Array, process: Process) -> tuple[jax.Array, jax.Array]:
-    """q(z_{t-1} | z_t, z0) (Ho 2020, eq. 6 and 7); at t = 0 it is the point z0.
+    """The posterior q(z_{t-1} | z_t, z0) (Ho 2020, eq. 6 and 7), at t = 0 the point z0.
 
-    Returns:
-      mean, like z0; variance, [B, 1, ...] or [1, ...], to broadcast against it.
+    Returns the mean, like z0, and the variance, [B, 1, ...] or [1, ...].
     """
     tables = processes.posterior(*processes.neighbours(process))
     on_z0, on_z, variance = (gather(table, t, z0.ndim) for table in tables)

@@ -25,11 +25,11 @@ def classifier_free(
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in the convention of Rombach 2022: scale = 1 + w).
 
-    z0_hat = z0_null + scale (z0_cond - z0_null). Ho & Salimans write it for eps: at a given z_t, z0 is affine in eps
-    (and in v), and the weights, scale and 1 - scale, sum to 1, so guiding any of the three is the same.
+    z0_hat = z0_null + scale (z0_cond - z0_null). Ho & Salimans guide eps: at a given z_t, z0 and v are affine in it and
+    the weights, scale and 1 - scale, sum to 1, so guiding any of the three is the same.
 
-    Both halves run as one batch of 2B. Where every scale is 1, or t lies outside the interval, the null half cannot
-    matter and is skipped; the choice is made at run time, so that changing scale or interval does not recompile.
+    Both halves run as one batch of 2B. The null half is skipped where every scale is 1 or t lies outside the interval:
+    decided at run time, so that changing scale or interval does not recompile.
 
     Args:
       denoise: `(z_t, level, cond) -> z0_hat`, from `denoiser.from_network`.
@@ -58,19 +58,19 @@ def classifier_free(
     def conditional(z_t: jax.Array, level: NoiseLevel, scale: jax.Array) -> jax.Array | Estimate:
         return jax.tree.map(lambda value: value.astype(jnp.float32), denoise(z_t, level, cond))
 
-    def guided_where_it_matters(z_t: jax.Array, level: NoiseLevel) -> jax.Array | Estimate:
+    def guided_or_conditional(z_t: jax.Array, level: NoiseLevel) -> jax.Array | Estimate:
         level = NoiseLevel(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
         within = (interval[0] <= level.t) & (level.t <= interval[1])
         scale_at_t = jnp.where(within, jnp.asarray(scale, jnp.float32), 1.0)
         return jax.lax.cond(jnp.all(scale_at_t == 1), conditional, guided, z_t, level, scale_at_t)
 
-    return guided_where_it_matters
+    return guided_or_conditional
 
 
 def _rescaled(
     z0: jax.Array, z0_cond: jax.Array, z_t: jax.Array, level: NoiseLevel, prediction: str, rescale: jax.Array
 ) -> jax.Array:
-    """Lin 2023, eq. 15 and 16, on the outputs that mean z0 (guided) and z0_cond (not)."""
+    """Lin 2023, eq. 15 and 16, on the network outputs of z0 (guided) and of z0_cond."""
     axes, (alpha, sigma) = tuple(range(1, z_t.ndim)), level.broadcast_to(z_t)
     output, output_cond = (from_z0(prediction, value, z_t, alpha, sigma) for value in (z0, z0_cond))
     ratio = output_cond.std(axes, keepdims=True) / output.std(axes, keepdims=True)
@@ -87,30 +87,26 @@ def classifier_guided(
 ) -> Denoiser:
     """Classifier guidance (Dhariwal & Nichol 2021, algorithm 2): eps - sigma scale grad log p(y | z_t).
 
-    For z0 that is z0_hat + sigma^2 / alpha scale grad log p(y | z_t). Costs a gradient of the classifier in each call,
+    For z0 that is z0_hat + sigma^2 / alpha scale grad log p(y | z_t). Each call costs a gradient of the classifier,
     except where every scale is 0 or t lies outside the interval: decided at run time, so that neither recompiles.
 
-    Towards alpha = 0 the factor grows without bound while the true gradient fades as alpha does, which is left to
+    Towards alpha = 0 the factor grows without bound while the true gradient fades as alpha does: that is up to
     `log_probability` (see `models/classifier.py`). At alpha = 0, where z_t is independent of y, nothing is added.
 
     Args:
-      denoise: the denoiser to guide; itself guided, perhaps.
+      denoise: the denoiser to guide; may be guided already.
       log_probability: `(z_t [B, ...], t [B]) -> log p(y | z_t) [B]`, differentiable, of a classifier of noisy latents.
       scale: scalar or [B], may be traced. 1 = the true posterior of a perfect classifier and an unconditional denoiser.
       interval: the first and the last timestep that are guided, may be traced.
     """
 
     def guided(z_t: jax.Array, level: NoiseLevel) -> jax.Array | Estimate:
-        t, weight, factor = _guidance_weight(z_t, level, scale, interval)
+        t, active, weight = _guidance_weight(z_t, level, scale, interval)
 
-        def push(z0: jax.Array) -> jax.Array:
-            gradient = jax.grad(lambda z: log_probability(z, t).sum())(z_t)
-            return z0 + factor * weight.reshape(-1, *[1] * (z_t.ndim - 1)) * gradient
+        def add_gradient(z0: jax.Array) -> jax.Array:
+            return z0 + weight * jax.grad(lambda z: log_probability(z, t).sum())(z_t)
 
-        def push_where_it_matters(z0: jax.Array) -> jax.Array:
-            return jax.lax.cond(jnp.any(weight != 0), push, lambda z0: z0, z0)
-
-        return on_z0(push_where_it_matters, denoise(z_t, level))
+        return on_z0(lambda z0: jax.lax.cond(active, add_gradient, lambda z0: z0, z0), denoise(z_t, level))
 
     return guided
 
@@ -124,20 +120,17 @@ def similarity_guided(
 ) -> Denoiser:
     """Guidance by a function of the estimate of z0, such as CLIP's similarity to a prompt (Chung 2023).
 
-    The estimate stands for z0 in p(y | z0) ~ exp(scale similarity(z0)) (Chung 2023, theorem 1), so that
+    With z0_hat for z0 in p(y | z0) ~ exp(scale similarity(z0)) (Chung 2023, theorem 1), z0 is
     z0_hat + sigma^2 / alpha scale grad similarity(z0_hat(z_t)), through the network: exact where the similarity is
-    linear. Costs a gradient of network and similarity in each call, except where every scale is 0 or t lies outside the
-    interval: decided at run time, so that neither recompiles.
+    linear. Costs a gradient of network and similarity in each call, and none where `classifier_guided` costs none.
 
     Args:
-      denoise: the denoiser to guide; itself guided, perhaps.
+      denoise, scale, interval: see `classifier_guided`.
       similarity: `z0 [B, ...] -> [B]`, differentiable.
-      scale: scalar or [B], may be traced.
-      interval: the first and the last timestep that are guided, may be traced.
     """
 
     def guided(z_t: jax.Array, level: NoiseLevel) -> jax.Array | Estimate:
-        _, weight, factor = _guidance_weight(z_t, level, scale, interval)
+        _, active, weight = _guidance_weight(z_t, level, scale, interval)
 
         def estimated(z_t: jax.Array) -> jax.Array | Estimate:
             return jax.tree.map(lambda value: value.astype(jnp.float32), denoise(z_t, level))
@@ -146,12 +139,11 @@ def similarity_guided(
             estimate = estimated(z_t)
             return similarity(estimate.z0 if isinstance(estimate, Estimate) else estimate).sum(), estimate
 
-        def push(z_t: jax.Array) -> jax.Array | Estimate:
+        def add_gradient(z_t: jax.Array) -> jax.Array | Estimate:
             gradient, estimate = jax.grad(similarity_at, has_aux=True)(z_t)
-            step = factor * weight.reshape(-1, *[1] * (z_t.ndim - 1)) * gradient
-            return on_z0(lambda z0: z0 + step, estimate)
+            return on_z0(lambda z0: z0 + weight * gradient, estimate)
 
-        return jax.lax.cond(jnp.any(weight != 0), push, estimated, z_t)
+        return jax.lax.cond(active, add_gradient, estimated, z_t)
 
     return guided
 
@@ -159,23 +151,22 @@ def similarity_guided(
 def _guidance_weight(
     z_t: jax.Array, level: NoiseLevel, scale: jax.Array, interval: jax.Array | tuple[float, float]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """t [B]; the scale within the interval, [B], else 0; sigma^2 / alpha, to multiply z_t, 0 where alpha = 0."""
+    """t [B]; whether any example is guided, []; sigma^2 / alpha scale, to multiply z_t, 0 where alpha = 0."""
     t = jnp.broadcast_to(level.t, z_t.shape[:1])
     alpha, sigma = level.broadcast_to(z_t)
     within = (interval[0] <= t) & (t <= interval[1])
     factor = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
-    return t, jnp.where(within, jnp.asarray(scale, jnp.float32), 0.0), factor
+    scale = jnp.where(within, jnp.asarray(scale, jnp.float32), 0.0)
+    return t, jnp.any(scale != 0), factor * scale.reshape(-1, *[1] * (z_t.ndim - 1))
 
 
-ClassLogProbabilities = Callable[[Any, jax.Array, jax.Array], jax.Array]
+def class_log_probabilities(
+    apply: Callable[..., jax.Array], process: Process
+) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+    """The class probabilities `(params, z_t [B, ...], t [B]) -> log p(y | z_t) [B, K]` of a classifier, differentiable.
 
-
-def class_log_probabilities(apply: Callable[..., jax.Array], process: Process) -> ClassLogProbabilities:
-    """`(params, z_t [B, ...], t [B]) -> log p(y | z_t) [B, K]` of a classifier, differentiable; t may be fractional.
-
-    Args:
-      apply: `({"params": params}, z_t, t, alpha [B]) -> logits [B, K]`, see `models/classifier.py`.
-      process: the forward process.
+    `apply` is `({"params": params}, z_t, t, alpha [B]) -> logits [B, K]`, see `models/classifier.py`. t may be
+    fractional.
     """
     timesteps, alphas = np.arange(len(process), dtype=np.float32), process.alpha.astype(np.float32)
 
@@ -187,5 +178,5 @@ def class_log_probabilities(apply: Callable[..., jax.Array], process: Process) -
 
 
 def log_probability(log_p: jax.Array, label: jax.Array) -> jax.Array:
-    """log p of each example's own label: [B, K] and [B] -> [B]."""
+    """log p of each example's label: [B, K] and [B] -> [B]."""
     return jnp.take_along_axis(log_p, label[:, None], axis=1)[:, 0]

@@ -14,7 +14,7 @@ from ldm_jax.diffusion.process import VARIANCES, Process, forward_step, neighbou
 def log_variance_bounds(process: Process) -> tuple[np.ndarray, np.ndarray]:
     """log beta_tilde_t and log beta_t, [T] float64: the lower and the upper bound of the reverse variance.
 
-    beta_tilde_0 = 0 has no logarithm; it takes the value of beta_tilde_1, as in Nichol & Dhariwal's code.
+    beta_tilde_0 = 0 is replaced by beta_tilde_1, as in Nichol & Dhariwal's code.
     """
     levels = neighbours(process)
     small, (_, large) = posterior(*levels)[2], forward_step(*levels)
@@ -32,10 +32,7 @@ def log_variance(variance: str, t: jax.Array, process: Process, var_frac: jax.Ar
       var_frac: [B, ...] the network's interpolation coefficient, 0 for beta_tilde and 1 for beta; may lie beyond.
 
     Returns:
-      [B] for a fixed variance, [B, ...] like var_frac for a learned one.
-
-    Raises:
-      ValueError: an unknown variance.
+      [B] for a fixed variance, [B, ...] like var_frac for a learned one. ValueError for an unknown variance.
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
@@ -55,7 +52,7 @@ def gaussian_kl(mean: jax.Array, log_var: jax.Array, other_mean: jax.Array, othe
 def discretized_gaussian_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array, num_bins: int = 256) -> jax.Array:
     """-log P of pixels at `num_bins` even values in [-1, 1] under a discretized Gaussian (Ho 2020, eq. 13), in nats.
 
-    The bins at the ends are open. Differences of the distribution function below 1e-12 count as that.
+    The bins at the ends are open. P is at least 1e-12.
     """
     std, half = jnp.exp(log_var / 2), 1 / (num_bins - 1)
     below = jnp.where(x <= -1 + half / 2, 0.0, jax.scipy.stats.norm.cdf((x - half - mean) / std))
@@ -77,13 +74,11 @@ def vlb_term(
     """L_t of the VLB (Ho 2020, eq. 5): KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)), and for t = 0 -log p(z0 | z_0).
 
     Args:
-      z0: [B, ...] the data; pixels at `num_bins` values, or, if that is None, of a continuous density.
-      z_t: [B, ...] noised to t.
-      z0_hat: [B, ...] the model's estimate of z0.
+      z0, z_t, z0_hat: [B, ...] the data, z0 noised to t, and the model's estimate of z0.
       t: [B] int32.
       process: the forward process.
       variance, var_frac: see `log_variance`.
-      num_bins: 256 for 8-bit pixels.
+      num_bins: of the pixels z0, 256 if they are 8-bit; None for a continuous density of z0.
 
     Returns:
       [B] bits per dimension.

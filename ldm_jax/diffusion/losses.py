@@ -1,4 +1,4 @@
-"""Training losses, one value for each example, so that the caller may average, bucket or weight them."""
+"""Training losses, one value for each example."""
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +25,11 @@ def diffusion_loss(
 
     Args:
       output: [B, ...] the network's output at z_t = q_sample(z0, t, eps, process); any float type.
-      z0: [B, ...] clean latents.
-      eps: [B, ...] the noise in z_t.
+      z0, eps: [B, ...] clean latents, and the noise in z_t.
       t: [B] int32 in [0, T).
       prediction: the target, a key of `prediction.PREDICTIONS`.
-      weighting: a key of `weighting.WEIGHTINGS`.
+      weighting, gamma: see `weighting.loss_weights`.
       process: the forward process.
-      gamma: where min_snr clips the SNR (Hang 2023 recommend 5).
 
     Returns:
       [B] float32, the mean over all axes but the first, times the weight of t.
@@ -60,13 +58,13 @@ def variance_loss(
     """L_t of the VLB as a loss of the variance alone (Nichol 2021, section 3.1): no gradient reaches the mean.
 
     Args:
-      output: [B, ...] the network's prediction, which the mean is computed from.
+      output: [B, ...] the network's prediction, from which the mean is computed.
       var_frac: [B, ...] the network's variance: see `likelihood.log_variance`.
       z0, z_t, t, prediction, process: as in `diffusion_loss`.
       num_bins: see `likelihood.vlb_term`.
 
     Returns:
-      [B] bits per dimension. T times its mean over all t is the VLB without L_T, which no network changes.
+      [B] bits per dimension. T times the mean over all t is the VLB without L_T, which has no parameters.
     """
     alpha, sigma = noise_level(t, process).broadcast_to(z_t)
     z0_hat = to_z0(prediction, jax.lax.stop_gradient(output), z_t, alpha, sigma)

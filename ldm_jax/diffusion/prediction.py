@@ -1,10 +1,10 @@
-"""What a denoiser predicts, as coefficients of (alpha, sigma): one row for each prediction target.
+"""Prediction targets of a denoiser (eps, v, z0, flow) as coefficients of (alpha, sigma), one row each.
 
-The target is  out = on_z0 z0 + on_eps eps,  and a prediction at z_t = alpha z0 + sigma eps means
-z0 = (z0_skip z_t + z0_out out) / divisor.  Nothing else knows the predictions apart.
+The target is out = on_z0 z0 + on_eps eps, and at z_t = alpha z0 + sigma eps it means
+z0 = (z0_skip z_t + z0_out out) / divisor. All that depends on the prediction is this row.
 
-The division is last so that little is rounded in float32: solvers that go back to eps multiply the error of z0 by
-alpha / sigma, on a cosine schedule up to 156.
+The division is last for precision: solvers that go back to eps multiply the float32 error of z0 by alpha / sigma, on
+a cosine schedule up to 156.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ldm_jax.diffusion.process import Process
 
 
 class Coefficients(NamedTuple):
-    """A prediction at given alpha and sigma: NumPy or JAX arrays, or numbers."""
+    """The coefficients of a prediction at some alpha and sigma: NumPy or JAX arrays, or numbers."""
 
     on_z0: Any
     on_eps: Any
@@ -34,14 +34,14 @@ PREDICTIONS: dict[str, Callable[[Any, Any], Coefficients]] = {
 
 
 def coefficients(prediction: str, alpha: Any, sigma: Any) -> Coefficients:
-    """The row of a prediction; ValueError for an unknown one."""
+    """The coefficients of a prediction; ValueError for an unknown one."""
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction!r}")
     return PREDICTIONS[prediction](alpha, sigma)
 
 
 def coefficient_tables(prediction: str, process: Process) -> Coefficients:
-    """The row of a prediction at each timestep of a process, [T] float64 each.
+    """The coefficients of a prediction at each timestep of a process, [T] float64 each.
 
     Raises:
       ValueError: an unknown prediction, or one that does not determine z0 at some timestep: eps where alpha = 0 (zero
@@ -60,7 +60,7 @@ def coefficient_tables(prediction: str, process: Process) -> Coefficients:
 
 
 def _tables(prediction: str, process: Process) -> tuple[Coefficients, np.ndarray]:
-    """The row at each timestep, and whether it recovers z0 there, [T] bool."""
+    """The coefficients at each timestep, and whether they recover z0 there, [T] bool."""
     alpha, sigma = process.alpha, process.sigma
     with np.errstate(divide="ignore", invalid="ignore"):
         row = Coefficients(*(np.broadcast_to(c, alpha.shape) for c in coefficients(prediction, alpha, sigma)))
@@ -70,12 +70,12 @@ def _tables(prediction: str, process: Process) -> tuple[Coefficients, np.ndarray
 
 
 def to_z0(prediction: str, output: Any, z_t: Any, alpha: Any, sigma: Any) -> Any:
-    """The z0 that a network's output means at z_t, float32; alpha and sigma broadcast against z_t [B, ...]."""
+    """z0 from a network's output at z_t, float32; alpha and sigma broadcast against z_t [B, ...]."""
     row = coefficients(prediction, alpha, sigma)
     return (row.z0_skip * z_t + row.z0_out * output.astype(np.float32)) / row.divisor
 
 
 def from_z0(prediction: str, z0: Any, z_t: Any, alpha: Any, sigma: Any) -> Any:
-    """The output that means z0 at z_t, float32: the inverse of `to_z0`; sigma must not be 0."""
+    """The network's output from z0 at z_t, float32: the inverse of `to_z0`; sigma must not be 0."""
     row = coefficients(prediction, alpha, sigma)
     return (row.divisor * z0.astype(np.float32) - row.z0_skip * z_t) / row.z0_out

@@ -1,7 +1,7 @@
 """The forward process q(z_t | z0) = N(alpha_t z0, sigma_t^2 I) (Kingma 2021, eq. 1) as float64 tables on the host.
 
 Variance-preserving diffusion has alpha^2 + sigma^2 = 1, where alpha^2 is the alpha_bar of Ho 2020; rectified flow
-(Liu 2022) has alpha + sigma = 1. Solvers, losses, guidance and likelihoods work on (alpha, sigma) and never ask which.
+(Liu 2022) has alpha + sigma = 1. Solvers, losses, guidance and likelihoods work on any (alpha, sigma).
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Of the reverse step p(z_s | z_t): the posterior's, the forward step's, or predicted between the two (Nichol 2021).
+# Of the reverse step p(z_s | z_t): the posterior's, the forward step's, or predicted, between these (Nichol 2021).
 VARIANCES = ("fixed_small", "fixed_large", "learned")
 
 
 class Point(NamedTuple):
-    """A noise level that a sampler visits, in float64: z = alpha z0 + sigma eps at timestep t, perhaps fractional."""
+    """A noise level of a sampler in float64: z = alpha z0 + sigma eps at timestep t, which may be fractional."""
 
     t: float
     alpha: float
@@ -38,7 +38,7 @@ CLEAN = Point(0.0, 1.0, 0.0)
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """A forward process of T timesteps; equal and hashed by value, so that it can be part of a compiled function's key.
+    """A forward process of T timesteps; equal and hashed by value, so that it can be a static argument.
 
     Attributes:
       alpha: [T] float64, the weight of z0; falling with t.
@@ -54,7 +54,7 @@ class Process:
             table.flags.writeable = False
             object.__setattr__(self, name, table)
         if self.alpha.ndim != 1 or self.alpha.shape != self.sigma.shape or not len(self.alpha):
-            raise ValueError(f"alpha and sigma must be [T] alike, got {self.alpha.shape} and {self.sigma.shape}")
+            raise ValueError(f"alpha and sigma must be of one shape [T], got {self.alpha.shape} and {self.sigma.shape}")
 
     @classmethod
     def variance_preserving(cls, alpha_bar: np.ndarray) -> "Process":
@@ -92,26 +92,24 @@ class Process:
 
 
 def forward_step(alpha_t, sigma_t, alpha_s, sigma_s) -> tuple[np.ndarray, np.ndarray]:
-    """q(z_t | z_s) = N(alpha_ts z_s, variance I) of a step towards more noise (Kingma 2021, eq. 21 to 23).
+    """(alpha_ts, variance) of the forward step q(z_t | z_s) = N(alpha_ts z_s, variance I) (Kingma 2021, eq. 21 to 23).
 
-    float64 in, (alpha_ts, variance) float64 out, elementwise. Between neighbouring timesteps the variance is the beta_t
-    of Ho 2020, eq. 2.
+    float64, elementwise. Between neighbouring timesteps the variance is the beta_t of Ho 2020, eq. 2.
     """
     alpha_ts = alpha_t / alpha_s
     return alpha_ts, sigma_t**2 - alpha_ts**2 * sigma_s**2
 
 
 def posterior(alpha_t, sigma_t, alpha_s, sigma_s) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q(z_s | z_t, z0) = N(on_z0 z0 + on_z z_t, variance I) for s < t (Kingma 2021, eq. 25; Ho 2020, eq. 7).
+    """(on_z0, on_z, variance) of the posterior q(z_s | z_t, z0) = N(on_z0 z0 + on_z z_t, variance I) for s < t.
 
-    A sampler that skips timesteps has the forward step of the whole jump (Nichol 2021, section 4). float64 in,
-    (on_z0, on_z, variance) float64 out, elementwise.
+    Kingma 2021, eq. 25; Ho 2020, eq. 7; with skipped timesteps, Nichol 2021, section 4. float64, elementwise.
     """
     alpha_ts, beta = forward_step(alpha_t, sigma_t, alpha_s, sigma_s)
     return alpha_s * beta / sigma_t**2, alpha_ts * sigma_s**2 / sigma_t**2, beta * sigma_s**2 / sigma_t**2
 
 
 def neighbours(process: Process) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(alpha_t, sigma_t, alpha_{t-1}, sigma_{t-1}), [T] each; before t = 0 lies clean data, alpha = 1 and sigma = 0."""
+    """The levels (alpha_t, sigma_t, alpha_{t-1}, sigma_{t-1}), [T] each; t - 1 of t = 0 is clean data: 1 and 0."""
     before = np.append(1.0, process.alpha[:-1]), np.append(0.0, process.sigma[:-1])
     return process.alpha, process.sigma, *before

@@ -1,7 +1,4 @@
-"""Random keys and noise, indexed by (seed, stream, step, example) and never consumed.
-
-Batch size, devices and hosts change nothing: the noise of an example is a function of its own index.
-"""
+"""Random keys and noise, indexed by (seed, stream, step, example): independent of batch size, devices and hosts."""
 
 from enum import IntEnum
 from functools import partial
@@ -11,7 +8,7 @@ import jax.numpy as jnp
 
 
 class Stream(IntEnum):
-    """Every random stream. A key that other keys are folded from is never sampled from itself."""
+    """Every random stream. No noise is sampled from a key from which other keys are folded."""
 
     # Folded into the seed's key. Training: step, then example.
     INIT = 0
@@ -21,18 +18,18 @@ class Stream(IntEnum):
     CLASSIFIER = 4
     CLASSIFIER_VALIDATION = 5
     LIKELIHOOD = 6
-    DEGRADE = 7  # the images that concat conditioning is made of, at sampling
+    DEGRADE = 7  # the images of concat conditioning at sampling
     CLIP = 8
     CLIP_VALIDATION = 9
     SAMPLES = 2**32 - 1  # then the sample's index
-    # Folded into a sample's key, beside the rows of its solver table.
+    # Folded into a sample's key, as are the rows of its solver table.
     INITIAL_LATENTS = 2**32 - 2
     PROJECT = 2**32 - 3  # then the row
     LOW_RESOLUTION = 2**32 - 4
 
 
 def example_keys(seed: jax.Array, stream: Stream, step: jax.Array, ids: jax.Array) -> jax.Array:
-    """The key of each training example, [B]: fold_in(fold_in(fold_in(key(seed), stream), step), id).
+    """The keys [B] of training examples: fold_in(fold_in(fold_in(key(seed), stream), step), id).
 
     `ids` [B] are the examples' global indices within the batch.
     """

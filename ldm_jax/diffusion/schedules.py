@@ -1,4 +1,4 @@
-"""Noise schedules: each makes the tables of a forward process with T timesteps, t = T - 1 the noisiest."""
+"""Noise schedules: the tables of a forward process with T timesteps, t = T - 1 the noisiest."""
 
 from collections.abc import Callable
 
@@ -51,9 +51,9 @@ def make_process(
 
     Args:
       schedule: one of SCHEDULES.
-      timesteps: T, their number, at least 1.
+      timesteps: T, at least 1.
       beta_start, beta_end: the first and the last beta of linear and scaled_linear, by default Stable Diffusion's.
-      zero_terminal_snr: rescale the betas so that alpha[T - 1] = 0 (Lin 2023), where eps predictions say nothing of z0.
+      zero_terminal_snr: rescale the betas so that alpha[T - 1] = 0 (Lin 2023), where eps does not determine z0.
 
     Raises:
       ValueError: unknown schedule, or T or a beta out of range.
@@ -70,25 +70,16 @@ def make_process(
 
 
 def process_of_betas(beta: np.ndarray, *, zero_terminal_snr: bool = False) -> Process:
-    """The variance-preserving process with q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I) (Ho 2020, eq. 2).
+    """The variance-preserving process of betas [T] in (0, 1), which may be rescaled by `rescale_zero_terminal_snr`.
 
-    Args:
-      beta: [T] float64 in (0, 1).
-      zero_terminal_snr: see `rescale_zero_terminal_snr`.
+    q(z_t | z_{t-1}) = N(sqrt(1 - beta_t) z_{t-1}, beta_t I) (Ho 2020, eq. 2).
     """
     beta = rescale_zero_terminal_snr(beta) if zero_terminal_snr else beta
     return Process.variance_preserving(np.cumprod(1 - beta))
 
 
 def rescale_zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
-    """Lin 2023, algorithm 1: shifts and scales sqrt(alpha_bar) so that its first value stays and its last is 0.
-
-    Args:
-      beta: [T] float64, T >= 2.
-
-    Returns:
-      [T] float64; the last value is 1.
-    """
+    """The betas [T >= 2] with sqrt(alpha_bar) shifted and scaled to end at 0, its first value kept (Lin 2023)."""
     if len(beta) < 2:
         raise ValueError(f"zero terminal SNR needs T >= 2 timesteps, got T = {len(beta)}")
     root = np.sqrt(np.cumprod(1 - np.asarray(beta, np.float64)))

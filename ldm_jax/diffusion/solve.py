@@ -1,4 +1,4 @@
-"""The one compiled loop that runs any solver's table."""
+"""The compiled sampling loop that runs any solver's table."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from ldm_jax.diffusion.tables import HISTORY, Table
 
 
 class Trajectory(NamedTuple):
-    """Snapshots of a sampling run, evenly spaced over its rows, the last row included; S = 0 if none are requested."""
+    """Snapshots of a sampling run, evenly spaced over its rows, the last row included."""
 
     z_t: jax.Array  # [S, B, ...] after the row
     z0_hat: jax.Array  # [S, B, ...] predicted in the row
@@ -29,22 +29,21 @@ def solve(
     project: Callable[[jax.Array, NoiseLevel, jax.Array], jax.Array] | None = None,
     snapshots: int = 0,
 ) -> tuple[jax.Array, Trajectory]:
-    """Runs a solver's table from noise to data. For use inside jit or pmap, with the table as an argument.
+    """Samples by a solver's table, from noise to data. For use inside jit or pmap, with the table as an argument.
 
-    Only shapes, `snapshots` and the schedule's length are compiled in: another solver, step count or eta is another
-    table of the same shape.
+    Another solver, step count or eta is another table of the same shape, and does not recompile.
 
     Args:
       denoise: `(z_t [B, ...], level) -> z0_hat`, or an Estimate; a table of a learned variance needs the latter.
       z_T: [B, ...] initial latents at the noise level of the first row: unit Gaussian noise for a whole run.
       table: from `solvers.make_table`.
       keys: [B] keys, from `random.sample_keys`. The noise of row i for sample k comes from fold_in(keys[k], i).
-      project: `(z, level, keys) -> z`, applied after each row (inpainting, say): level is the scalar noise level of z
-        and keys [B] are new ones for this row.
-      snapshots: how many states of the trajectory to keep, a static number.
+      project: `(z, level, keys) -> z`, applied after each row (inpainting, say), at the scalar noise level of z and
+        with new keys [B].
+      snapshots: S, how many states of the trajectory to keep; static.
 
     Returns:
-      z [B, ...] float32 at the last noise level, and a Trajectory of `snapshots` states.
+      z [B, ...] float32 at the last noise level, and the Trajectory.
     """
     z_T = z_T.astype(jnp.float32)
     table = jax.tree.map(lambda c: jnp.asarray(c, c.dtype if c.dtype == np.int32 else jnp.float32), table)

@@ -1,4 +1,4 @@
-"""The timesteps of a sampler: which noise levels of a process it visits, from noise to data, in float64."""
+"""The timesteps of a sampler: the noise levels of a process at which it calls the network, in float64."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,11 @@ import numpy as np
 
 from ldm_jax.diffusion.process import Point, Process
 
-EVEN = ("leading", "trailing", "linspace")
-SPACINGS = (*EVEN, "karras", "exponential")
-GRIDS = ("integer", "endpoint", "continuous", "lcm")
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")  # even in time
+SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential")
 
 
-def visits(
+def noise_levels(
     spacing: str | Sequence[int],
     process: Process,
     steps: int,
@@ -20,7 +19,7 @@ def visits(
     steps_offset: int = 0,
     between: str = "linspace",
 ) -> list[Point]:
-    """The noise levels that a sampler visits, from noise to data.
+    """The noise levels of a sampler, from noise to data.
 
     Args:
       spacing: `leading`, `trailing` or `linspace`, even in time (see `timesteps`); `karras` (Karras 2022, eq. 5, with
@@ -42,7 +41,7 @@ def visits(
         return _listed(spacing, process, steps)
     if spacing not in SPACINGS:
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-    if spacing not in EVEN:
+    if spacing not in TIMESTEP_SPACINGS:
         if grid == "lcm":
             raise ValueError(f"lcm has timesteps of its own; {spacing} spacing is for the other samplers")
         return _even_in_ratio(spacing, process, steps, grid, steps_offset, between)
@@ -71,9 +70,7 @@ def _listed(t: Sequence[int], process: Process, steps: int) -> list[Point]:
     t, T = np.asarray(t), len(process)
     fits = t.ndim == 1 and len(t) and np.issubdtype(t.dtype, np.integer) and (np.diff(t) < 0).all()
     if not fits or t[0] >= T or t[-1] < 0:
-        raise ValueError(
-            f"timesteps must be whole numbers that fall, from {T - 1} at most to 0 at least, got {t.tolist()}"
-        )
+        raise ValueError(f"timesteps must be descending whole numbers in 0..{T - 1}, got {t.tolist()}")
     if len(t) != steps:
         raise ValueError(f"{len(t)} timesteps are listed for {steps} steps")
     return [process.point(t) for t in t]
@@ -82,13 +79,13 @@ def _listed(t: Sequence[int], process: Process, steps: int) -> list[Point]:
 def _even_in_ratio(
     spacing: str, process: Process, steps: int, grid: str, steps_offset: int, between: str
 ) -> list[Point]:
-    """`karras` and `exponential`; see `visits`."""
+    """`karras` and `exponential`; see `noise_levels`."""
     _check_steps(steps, len(process))
     if process.alpha[-1] <= 0:
         raise ValueError(f"{spacing} spacing needs a schedule that ends above alpha = 0 (zero terminal SNR)")
     first, last = process.point(-1), process.point(0)
     if grid == "continuous":
-        ends = visits(between, process, steps, grid=grid, steps_offset=steps_offset)
+        ends = noise_levels(between, process, steps, grid=grid, steps_offset=steps_offset)
         first, last = ends[0], ends[-1]
     if spacing == "karras":
         ratio = np.linspace(first.ratio ** (1 / 7), last.ratio ** (1 / 7), steps) ** 7
@@ -108,13 +105,13 @@ def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:
 
 
 def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.ndarray:
-    """The timesteps of a sampler (Lin 2023, table 2), with the rounding of diffusers.
+    """The timesteps of an even spacing (Lin 2023, table 2), with the rounding of diffusers.
 
     Args:
       spacing: `leading` (0 and every T // steps above it), `trailing` (T - 1 and every T / steps below it) or
         `linspace` (both ends).
       T: length of the schedule.
-      steps: how many to visit, in [1, T].
+      steps: how many timesteps, in [1, T].
       steps_offset: added to `leading` timesteps, and to no others (Stable Diffusion has 1).
 
     Returns:
@@ -134,5 +131,5 @@ def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.nda
     elif spacing == "linspace":
         t = np.round(np.linspace(0, T - 1, steps))[::-1]
     else:
-        raise ValueError(f"spacing must be one of {', '.join(EVEN)} here, got {spacing!r}")
+        raise ValueError(f"spacing must be one of {', '.join(TIMESTEP_SPACINGS)} here, got {spacing!r}")
     return t.astype(np.int64)

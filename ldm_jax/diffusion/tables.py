@@ -1,15 +1,14 @@
-"""A sampler as a table of coefficients, made on the host in float64: one row for each network call.
+"""Solver tables: the coefficients of a sampler in float64, one row for each network call.
 
-Every sampler here moves z linearly in the states and predictions of the last calls. Row i is network call i:
+Every sampler here is linear in the states and predictions of the last calls. Row i is network call i:
 
     z0_hat = denoise(z, (t, alpha, sigma))
     z      = sum_j weight[Z_j] (z of j calls ago) + weight[X_j] (z0_hat of j calls ago) + weight[NOISE] (fresh noise)
 
-For a network with a learned variance (see `guidance.Estimate`) the noise is exp(log_std_ratio var_frac) times that.
+For a network with a learned variance (see `denoiser.Estimate`) the noise is exp(log_std_ratio var_frac) times that.
 
-Z[0], X[0], Z[1], ... and NOISE are unit vectors, so that a paper's update, written down with them, is the row.
-`solve.solve` runs any table; columns are padded to one length and the number of rows is data, so that it compiles
-once for all.
+Z[0], X[0], Z[1], ... and NOISE are unit vectors, so that a paper's update in terms of them is the row. Columns have one
+length, with the number of rows as data, so that `solve.solve` compiles once for all tables.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,23 +18,23 @@ import numpy as np
 
 from ldm_jax.diffusion.process import Point, forward_step
 
-HISTORY = 4  # earlier calls that a row may look back to
+HISTORY = 4  # earlier calls that a row may use
 
 _UNITS = np.eye(2 * (HISTORY + 1) + 1)
 Z, X, NOISE = _UNITS[: HISTORY + 1], _UNITS[HISTORY + 1 : -1], _UNITS[-1]
 
 
 class Row(NamedTuple):
-    """One network call and the move after it."""
+    """One network call and the update after it."""
 
     at: Point  # the noise level of the network call
-    reached: Point  # the noise level after the move
+    reached: Point  # the noise level after the update
     weights: np.ndarray  # [2 HISTORY + 3], in terms of Z, X and NOISE
     log_std_ratio: float = 0.0  # log sqrt(beta / beta_tilde) where the variance is predicted by the network
 
 
 class Table(NamedTuple):
-    """A solver's rows: [R] float64 columns, of which the first `rows` count; padding is 0 and never run."""
+    """A solver's table: [R] float64 columns, of which the first `rows` are run; the others are 0."""
 
     t: np.ndarray  # [R] the timestep that the network is conditioned on
     alpha: np.ndarray  # [R] z = alpha z0 + sigma eps when the network is called
@@ -48,43 +47,29 @@ class Table(NamedTuple):
 
 
 def tabulate(rows: Iterator[Row] | Sequence[Row], T: int) -> Table:
-    """Rows as columns, padded to 2 T.
-
-    Raises:
-      ValueError: more than 2 T rows.
-    """
+    """The table of rows, padded to 2 T; ValueError for more than 2 T rows."""
     rows = list(rows)
     if len(rows) > 2 * T:
         raise ValueError(f"a table holds {2 * T} network calls, this solver needs {len(rows)}; take fewer steps")
-    columns = (
-        [row.at.t for row in rows],
-        [row.at.alpha for row in rows],
-        [row.at.sigma for row in rows],
-        [row.weights for row in rows],
-        [row.log_std_ratio for row in rows],
-        [row.reached.alpha for row in rows],
-        [row.reached.sigma for row in rows],
-    )
+    columns = zip(*((*row.at, row.weights, row.log_std_ratio, *row.reached[1:]) for row in rows))
     pad = 2 * T - len(rows)
     padded = [np.pad(np.asarray(c, np.float64), [(0, pad)] + [(0, 0)] * (np.ndim(c) - 1)) for c in columns]
     return Table(*padded, rows=np.asarray(len(rows), np.int32))
 
 
 def with_resampling(table: Table, times: int, jump: int) -> Table:
-    """RePaint (Lugmayr 2022, algorithm 1): every `jump` rows are noised back and repeated, `times` times in all.
+    """The table of RePaint (Lugmayr 2022, algorithm 1): every `jump` rows are noised back and run `times` times in all.
 
-    For solvers without memory (ddpm, ddim, euler, euler_a); for use with a `project` that pastes the known region,
-    which the repetitions harmonize with the rest.
+    With a `project` that pastes the known region, the repetitions harmonize it with the rest.
 
     Raises:
-      ValueError: times or jump less than 1, a solver with a memory, a learned variance, or more rows than a table
-        holds.
+      ValueError: times or jump below 1, a multistep solver, a learned variance, or more rows than a table holds.
     """
     if times < 1 or jump < 1:
         raise ValueError(f"resampling needs times and jump of 1 or more, got {times} and {jump}")
     now = np.isin(np.arange(len(_UNITS)), [0, HISTORY + 1, len(_UNITS) - 1])
     if table.weights[:, ~now].any():
-        raise ValueError("resampling needs a solver without memory: ddpm, ddim, euler or euler_a")
+        raise ValueError("resampling needs a one-step solver: ddpm, ddim, euler or euler_a")
     if table.log_std_ratio.any():
         raise ValueError("resampling needs a fixed variance: fixed_small or fixed_large")
     n, rows = int(table.rows), []
@@ -97,7 +82,7 @@ def with_resampling(table: Table, times: int, jump: int) -> Table:
             rows += part
             if repetition < times - 1 and start + jump < n:
                 rows[-1] = _noised_back(part[-1], part[0].at)
-            elif start + jump >= n:  # the last part ends on clean data, from which there is no way back
+            elif start + jump >= n:  # the last part ends on clean data and is run once
                 break
     return tabulate(rows, len(table.t) // 2)
 

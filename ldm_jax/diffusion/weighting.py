@@ -1,4 +1,4 @@
-"""Weights of the training loss over timesteps, as float64 tables on the host."""
+"""Loss weightings over timesteps, as float64 tables on the host."""
 
 from collections.abc import Callable
 
@@ -7,8 +7,8 @@ import numpy as np
 from ldm_jax.diffusion.prediction import coefficient_tables
 from ldm_jax.diffusion.process import Process
 
-# (SNR [T], d z0 / d out [T], gamma) -> the weight of the squared error of the network's output, [T]. That error is the
-# error of z0 divided by d z0 / d out, so a weight w of the squared error of z0 is w (d z0 / d out)^2 here.
+# (SNR [T], d z0 / d out [T], gamma) -> the weight [T] of the squared error of the network's output. A weight w of the
+# squared error of z0 is w (d z0 / d out)^2 here.
 WEIGHTINGS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
     "uniform": lambda snr, dz0, gamma: np.ones(len(snr)),
     "min_snr": lambda snr, dz0, gamma: np.minimum(snr, gamma) * dz0**2,  # Hang 2023, section 3.4

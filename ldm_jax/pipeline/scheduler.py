@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax.diffusion.solvers import SOLVERS
-from ldm_jax.diffusion.spacing import EVEN
+from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_config import Scheduler, config_from_schedule, scheduler_from_config
 from ldm_jax.pipeline.model import Solver
@@ -69,7 +69,7 @@ def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
             raise InputError("diffusers' HeunDiscreteScheduler adds no noise during sampling")
         fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing, variance=sampling.variance)
     except InputError as error:
-        sampler, spacing = "ddim", spacing if spacing in EVEN else "trailing"
+        sampler, spacing = "ddim", spacing if spacing in TIMESTEP_SPACINGS else "trailing"
         notes.append(f"By DDIM with {spacing} steps instead of by {sampling.sampler}: {error}.")
         fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing)
     if sampler in ("ddim", "plms") and spacing != "leading":

@@ -2,7 +2,7 @@
 
 from ldm_jax.diffusion.solvers import make_inversion_table
 from ldm_jax.diffusion.solvers import make_table as make_solver_table
-from ldm_jax.diffusion.spacing import EVEN
+from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline.model import LatentDiffusion
@@ -42,7 +42,7 @@ def make_table(model: LatentDiffusion, solving: Solving, edit: Edit = NO_EDIT) -
 
 def inversion_table(model: LatentDiffusion, solving: Solving) -> Table:
     """The table of DDIM inversion, from clean latents to their noise, with a recipe's steps; raises InputError."""
-    spacing = solving.spacing if solving.spacing in EVEN else "trailing"
+    spacing = solving.spacing if solving.spacing in TIMESTEP_SPACINGS else "trailing"
     try:
         return make_inversion_table(model.process, solving.steps, spacing=spacing)
     except ValueError as error:

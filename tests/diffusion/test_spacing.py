@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.spacing import EVEN, timesteps
+from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS, timesteps
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_timesteps_by_hand(spacing, T, steps, offset, expected):
 
 
 @pytest.mark.parametrize("T", [1, 7, 100, 1000])
-@pytest.mark.parametrize("spacing", EVEN)
+@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
 def test_timesteps_descend_within_range(spacing, T):
     """For every number of steps; trailing at 1000 includes the counts where arange gives an element too many."""
     for steps in range(1, T + 1):
