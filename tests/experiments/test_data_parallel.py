@@ -95,6 +95,7 @@ def test_the_results_by_hand(tmp_path):
     assert two["strategies"]["FSDP"]["state_megabytes"] == 2.0
 
 
+@pytest.mark.slow
 def test_a_failed_worker_raises(tmp_path):
     with pytest.raises(run.RunError, match=r"failed for 1 device; its output is above"):
         run.run_of(Workspace("smoke", str(tmp_path / "none"), tmp_path), "1 device")

@@ -163,6 +163,7 @@ def test_logarithmic_axes_have_plain_labels():
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps (Linux)")
 def test_compiled_programs_are_cleared():
     """A process with the compiled programs of many runs would exceed Linux's number of memory maps."""
