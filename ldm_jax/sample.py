@@ -1,32 +1,29 @@
-"""Draws pictures from a trained model.
+"""Samples from a model: a run folder, a diffusers folder, a single file or a model of the hub.
 
     python -m ldm_jax.sample --model=runs/fashion_mnist --out=samples [--num=64] [--label=3,7] [--sampler=ddim]
                              [--steps=50] [--guidance=2.0] [--eta=0.0] [--seed=0] [--batch_size=64]
 
-    ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main]   a model of the hub, fetched unless it is in its cache
-    ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT] [--dtype=bfloat16]   models of texts: diffusers folders
-    ... --prompt_file=FILE                             the same, a prompt in each line
-    ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v]   one file in the layout of CompVis or Stability
-    ... --vae=PATH                                      another autoencoder than the folder's or file's own
-    ... --height=512 --width=768 [--vae_tiling]         of another size than the model's own: diffusers folders
-    ... --lora=FILE [--lora_scale=1]                    with a LoRA file of diffusers
-    ... --init_image=FILE --strength=0.6                image to image: a variation, the larger the strength
-    ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is drawn
-    ... --init_image=FILE --outpaint=right:8            continued on one side
-    ... --init_image=FILE --invert                      from the picture's own noise (DDIM inversion)
-    ... --init_image=FILE --to_image=FILE               from one picture to another
-    ... --to_seed=1                                     from the noise of one seed to that of another
-    ... --prompt=TEXT --to_prompt=TEXT [--num=8]        from one prompt to another, from the same noise
-    ... --init_latents=FILE.npy                         from given noise
-    ... --concat_image=FILE [--noise_level=20]          a low-resolution image or a segmentation map
-    ... --classifier=FOLDER --classifier_scale=2        guided by a classifier's run folder as well
-    ... --clip=RUN --prompt=TEXT [--clip_guidance_scale=1]  guided by the CLIP of a run as well
-    ... --from_recipe=samples.png                       the same pictures again
+    ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT]   text-to-image models; --prompt_file=FILE: one per line
+    ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main] [--dtype=bfloat16]   from the hub or its cache
+    ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v] [--vae=PATH]  a single file
+    ... --lora=FILE [--lora_scale=1]                    a LoRA file of diffusers, merged into the UNet
+    ... --height=512 --width=768 [--vae_tiling]         another image size
+    ... --init_image=FILE --strength=0.6                image to image: the larger the strength, the less of it is kept
+    ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is sampled
+    ... --init_image=FILE --outpaint=right:8            outpainting
+    ... --init_image=FILE --invert                      from the image's own noise, by DDIM inversion
+    ... --init_image=FILE --to_image=FILE               interpolation between two images, by DDIM inversion
+    ... --to_seed=1                                     interpolation between the noise of two seeds
+    ... --prompt=TEXT --to_prompt=TEXT [--num=8]        interpolation between two prompts
+    ... --init_latents=FILE.npy                         initial noise, float32 [N, h, w, c]
+    ... --concat_image=FILE [--noise_level=20]          the low-resolution image or segmentation map of such a model
+    ... --classifier=RUN --classifier_scale=2           classifier guidance
+    ... --clip=RUN --prompt=TEXT [--clip_guidance_scale=1]  CLIP guidance
+    ... --from_recipe=samples.png                       the same samples again
 
-Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, but for --nosave_trajectory,
-denoising.gif to --out (of a diffusers folder only with --save_trajectory). What is left out is as in the model's config
-or, of a diffusers folder, as in diffusers. Picture k depends on the seed, k and its label
-alone, not on the batch around it.
+Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, of small images or with
+--save_trajectory, denoising.gif to --out. The default of every flag is the model's own. Sample k depends on the seed, k
+and its condition alone.
 """
 
 from __future__ import annotations
@@ -86,8 +83,8 @@ def main(argv: list[str]) -> None:
     if values.lora:
         params = with_lora(params, Path(values.lora), 1.0 if values.lora_scale is None else values.lora_scale)
     recipe = _recipe(values, model, params)
-    film = values["save_trajectory"]
-    trajectory = bool(film.value) if film.present else max(recipe.size) <= SMALL
+    flag = values["save_trajectory"]
+    trajectory = bool(flag.value) if flag.present else max(recipe.size) <= SMALL
     batch_size = values.batch_size or model.defaults.batch_size
     save(out, sample_images(model, params, recipe, batch_size=batch_size, trajectory=trajectory))
     print(f"{recipe.num} {'image' if recipe.num == 1 else 'images'}: {out / 'samples.png'}")
@@ -96,7 +93,7 @@ def main(argv: list[str]) -> None:
 def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:
     """The recipe of the flags, or that of --from_recipe."""
     from ldm_jax.sampling import from_flags, recipe, sample_images
-    from ldm_jax.sampling.from_arguments import label_numbers
+    from ldm_jax.sampling.from_arguments import label_indices
 
     if values.from_recipe:
         of_model = ("model", "dtype", "lora", "lora_scale", "tokenizer", "prediction", "vae")
@@ -104,7 +101,7 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
         found, recorded = recipe.from_png(Path(values.from_recipe), model, params)
         sample_images.check_inputs(found, recorded, model, params, f"--from_recipe={values.from_recipe}")
         return found
-    labels = label_numbers("--label", values.label, model.class_names)
+    labels = label_indices("--label", values.label, model.class_names)
     wanted = from_flags.recipe_from_flags(model, values, labels)
     wanted = from_flags.with_edit_flags(wanted, values, model)
     if values.label is not None and wanted.concat.split:
@@ -113,7 +110,7 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
             f"classes of their own; give {from_flags.image_flags(model)}"
         )
     if values.negative_label is not None:
-        (negative,) = label_numbers("--negative_label", [values.negative_label], model.class_names)
+        (negative,) = label_indices("--negative_label", [values.negative_label], model.class_names)
         wanted = wanted._replace(guidance=wanted.guidance._replace(negative_label=negative))
     return wanted
 

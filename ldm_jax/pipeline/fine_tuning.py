@@ -30,7 +30,7 @@ def prepare_base(config: ConfigDict, model: LatentDiffusion, path: Path) -> tupl
       path: it was read from.
 
     Raises:
-      InputError: what the config asks for does not fit the model.
+      InputError: the config does not fit the model.
     """
     _check(config, model)
     resolved, dtype = _resolved(config, model), jnp.dtype(config.dtype)
@@ -52,8 +52,8 @@ def prepare_base(config: ConfigDict, model: LatentDiffusion, path: Path) -> tupl
 def weights_fingerprint(path: Path) -> str:
     """A hash of the names and sizes of the files with weights, and of samples of these, of which there are gigabytes.
 
-    Of a folder's files the beginnings and ends are hashed. Models of a kind may agree at both ends of a single file, so
-    that it is sampled throughout.
+    Of a folder's files the beginnings and ends are hashed. Models of one architecture may agree at both ends of a
+    single file, so that it is sampled throughout.
     """
     digest = hashlib.sha256()
     in_folder = sorted(file for suffix in ("safetensors", "bin") for file in path.rglob(f"*.{suffix}"))

@@ -55,7 +55,7 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
       The model; its parameters, NumPy arrays.
 
     Raises:
-      InputError: something is missing or damaged, or of a kind that is not supported; the line names it.
+      InputError: something is missing, damaged or not supported; the message names it.
     """
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline, components = read_pipeline(path)

@@ -60,7 +60,7 @@ def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion
 def read_record(path: Path) -> Record:
     """The record of the run in such a folder; raises InputError if it is damaged."""
     fields = read_json(path / RECIPE, *FIELDS)
-    wrong = [name for name, kind in FIELDS.items() if not isinstance(fields[name], kind)]
+    wrong = [name for name, its_type in FIELDS.items() if not isinstance(fields[name], its_type)]
     if wrong or not isinstance(fields["data"].get("class_names"), list):
         raise InputError(f"{path / RECIPE} is damaged: its {wrong[0] if wrong else 'data'} is of another type")
     config = config_io.with_defaults(config_io.from_fields(fields["config"]), str(path / RECIPE))
@@ -75,7 +75,7 @@ def _load_unet(path: Path, model: LatentDiffusion) -> Params:
     try:
         state, table = split_table(read_state_dict(path, dtype=np.float32), rows * embedder.tokens, embedder.dim)
     except InputError as error:
-        raise InputError(f"{path}: {error}, which {RECIPE} asks for") from error
+        raise InputError(f"{path}: {error}, which {RECIPE} describes") from error
     return {
         "denoiser": params_from_state_dict(state, abstract_params(model.denoiser)),
         "conditioning": {"embedding": {"embedding": table.reshape(rows, embedder.tokens * embedder.dim)}},

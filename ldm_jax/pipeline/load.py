@@ -1,4 +1,4 @@
-"""Loading a model: the one place that asks what a path is."""
+"""Loads a model from any path: the one place that tells formats apart."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusi
     if is_exported(path):
         return from_exported(path, dtype)
     if not path.is_dir():
-        problem = "is a file of another kind" if path.exists() else "does not exist"
+        problem = "is a file of another type" if path.exists() else "does not exist"
         raise InputError(
             f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist, a diffusers folder, or a "
             "model in one .safetensors or .ckpt"

@@ -1,6 +1,6 @@
 """A latent diffusion model in memory: one shape, whether it comes from a config, a run folder or another library.
 
-The static half, `LatentDiffusion`, has modules, tables and numbers; the parameters are a tree of arrays beside it:
+The static half, `LatentDiffusion`, has modules, tables and numbers; the parameters are a separate tree of arrays:
 {"denoiser", "conditioning", "first_stage", "shift", "scale"}.
 """
 
@@ -64,10 +64,10 @@ class Origin(NamedTuple):
     path: Path | None = None
     step: int = 0  # updates behind the denoiser
     class_names: tuple[str, ...] = ()  # () without classes
-    other_class_names: tuple[str, ...] = ()  # of the classes that a fine-tuned model has beside those of its data
+    other_class_names: tuple[str, ...] = ()  # of the further classes of a fine-tuned model, without data
     config: ConfigDict | None = None  # of the run that trained it, with its data set; None: it has none
     fingerprint: str = ""  # of the weights' files: equal means the same parameters
-    hashed: tuple[str, ...] = ()  # beside the parameters, in the fingerprint that recipes carry
+    hashed: tuple[str, ...] = ()  # part of the fingerprint in recipes, with the parameters
     pipeline: str = ""  # the class of diffusers that samples from such a model
     schedulers: Mapping[str, Mapping[str, Any]] = MappingProxyType({})  # component -> its scheduler_config.json
 

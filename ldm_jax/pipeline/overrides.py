@@ -1,4 +1,4 @@
-"""What the path of a model may leave open: its tokenizer, its prediction target, another autoencoder."""
+"""Overrides of what a model's files state or leave open: tokenizer, prediction target, autoencoder, LoRA."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from ldm_jax.pipeline.model import LatentDiffusion, Params
 
 
 class Overrides(NamedTuple):
-    """What a user may state beside the path of a model; "" = nothing."""
+    """What a user states about a model's files; "" = nothing."""
 
     tokenizer: str = ""  # of a single file: a folder with the vocabulary
     prediction: str = ""  # of a single file: eps or v

@@ -1,7 +1,7 @@
 """Which parameters of a model are trained: whole parts of it, or low-rank updates of its denoiser.
 
 A trainable has two functions: `init` takes its parameters from those of the model, which training starts from, and
-`merge` puts trained ones back. Training from scratch is training of parameters that were drawn at random.
+`merge` puts trained ones back. Training from scratch starts from random parameters.
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ from ldm_jax.runtime.parallel import map_in_batches, parallel_map
 from ldm_jax.sampling import image_inputs
 from ldm_jax.sampling.sampler import smallest_batch
 
-GREY = 128  # the colour that a masked part is shown in
+GREY = 128  # the grey level of a masked part
 
 
 class ConcatImages(NamedTuple):

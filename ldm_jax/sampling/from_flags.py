@@ -1,4 +1,4 @@
-"""From the flags of a command line to a recipe, with the model's defaults where a flag is left out."""
+"""The recipe of command-line flags, with the model's sampling defaults for those left out."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from ldm_jax.models.concat_conditioning import Inpainting, LowResolution
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.sampling import image_inputs
-from ldm_jax.sampling.recipe import ConcatInput, Edit, Guidance, Recipe, Solving
+from ldm_jax.sampling.recipe import ConcatInput, Edit, Guidance, Recipe, Solving, default_recipe, solving_defaults
 
-INTERPOLATED = 8  # images from one prompt to another, unless --num says how many
-NOISE_LEVEL = 20  # of an upscaler's low-resolution image, unless --noise_level says otherwise
+INTERPOLATED = 8  # default of --num with --to_prompt
+NOISE_LEVEL = 20  # default of an upscaler's --noise_level
 
 
 def recipe_from_flags(
@@ -29,48 +29,23 @@ def recipe_from_flags(
       model: the model.
       values: the parsed flags.
       labels: the classes, in turn; [] = none.
-      captions: of a text-to-image model, if no prompt is given: the prompts, and the prompt's index of each sample.
+      captions: prompts, and the index of each sample's, for a text-to-image model without --prompt.
 
     Raises:
       InputError: flags that do not fit the model, or each other.
     """
     by_prompt = bool(values.prompt or values.prompt_file)
-    texts = isinstance(model.conditioning, TextConditioning)
     if captions and not by_prompt:
         prompts, labels = captions
     else:
         prompts = _prompts(model, values)
-        labels = list(range(len(prompts))) if by_prompt and texts else labels
+        if by_prompt and isinstance(model.conditioning, TextConditioning):
+            labels = list(range(len(prompts)))
     if values.batch_size and values.batch_size % jax.local_device_count():
         raise InputError(f"--batch_size={values.batch_size} does not divide over {jax.local_device_count()} devices")
-    return Recipe(
-        num=len(prompts) if by_prompt and not values["num"].present else values.num,
-        seed=values.seed,
-        labels=labels,
-        prompts=prompts,
-        size=list(model.image_shape[:2]),
-        dtype=model.dtype,
-        solving=_solving(model, values),
-        guidance=_guidance(model, values, prompts),
-        concat=ConcatInput(split=test_split(model)),
-    )
-
-
-def test_split(model: LatentDiffusion) -> str | None:
-    """The split whose images concat conditioning is made of unless a user gives one; None for a model without data."""
-    config = model.origin.config
-    return config.data.test_split if model.concat and config is not None else None
-
-
-def solving_defaults(model: LatentDiffusion, sampler: str, steps: int | None = None) -> Solving:
-    """The solver, steps and bounds of a model with this sampler."""
-    options = model.defaults.solver(sampler).options
-    return Solving(
-        sampler=sampler,
-        steps=model.defaults.steps if steps is None else steps,
-        threshold=model.defaults.threshold,
-        **{name: options[name] for name in ("spacing", "eta", "churn", "variance") if name in options},
-    )
+    num = len(prompts) if by_prompt and not values["num"].present else values.num
+    recipe = default_recipe(model, num, values.seed, labels, prompts)
+    return recipe._replace(solving=_solving(model, values), guidance=_guidance(recipe.guidance, model, values, prompts))
 
 
 def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
@@ -80,40 +55,42 @@ def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
     if values.timesteps is not None:
         if values.steps or values.spacing:
             raise InputError("--timesteps lists the steps; leave out --steps and --spacing")
-        timesteps = _whole_numbers("--timesteps", values.timesteps)
+        try:
+            timesteps = [int(word) for word in values.timesteps]
+        except ValueError:
+            given = ",".join(values.timesteps)
+            raise InputError(f"--timesteps={given} must be whole numbers, e.g. 999,700,400") from None
         solving = solving._replace(steps=len(timesteps), spacing=timesteps)
-    flags = ("spacing", "eta", "churn", "variance", "threshold")
-    return solving._replace(**{name: values[name].value for name in flags if values[name].value is not None})
+    names = ("spacing", "eta", "churn", "variance", "threshold")
+    return solving._replace(**{name: _or(values[name].value, getattr(solving, name)) for name in names})
 
 
-def _guidance(model: LatentDiffusion, values: FlagValues, prompts: list[str]) -> Guidance:
+def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, prompts: list[str]) -> Guidance:
     conditional = model.class_names or isinstance(model.conditioning, TextConditioning)
     if values.guidance not in (None, 1.0) and not conditional:
         raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
-    for scale, name in (("classifier_scale", "classifier"), ("clip_guidance_scale", "clip")):
+    scales = {"classifier_scale": "classifier", "clip_guidance_scale": "clip"}
+    for scale, name in scales.items():
         if values[scale].value is not None and not values[name].value:
             raise InputError(f"--{scale} needs --{name}, a run folder with such a model")
     if values.clip and not prompts:
         raise InputError(f'--clip={values.clip} needs a text to guide to, e.g. --prompt="red cat"')
-    defaults = model.defaults
     return Guidance(
-        scale=_or(values.guidance, defaults.guidance),
-        interval=_or(values.guidance_interval, list(defaults.guidance_interval)),
-        rescale=_or(values.guidance_rescale, defaults.guidance_rescale),
+        scale=_or(values.guidance, defaults.scale),
+        interval=_or(values.guidance_interval, defaults.interval),
+        rescale=_or(values.guidance_rescale, defaults.rescale),
         negative_prompt=values.negative_prompt,
-        classifier=values.classifier or None,
-        classifier_scale=_or(values.classifier_scale, 1.0 if values.classifier else 0.0),
-        clip=values.clip or None,
-        clip_guidance_scale=_or(values.clip_guidance_scale, 1.0 if values.clip else 0.0),
+        **{name: values[name].value or None for name in scales.values()},
+        **{scale: _or(values[scale].value, 1.0 if values[name].value else 0.0) for scale, name in scales.items()},
     )
 
 
 def _prompts(model: LatentDiffusion, values: FlagValues) -> list[str]:
-    """The prompts of a command line; raises InputError for a model that takes none, or lacks one."""
+    """The prompts of the flags; raises InputError for a model that takes none, or that needs one."""
     texts = isinstance(model.conditioning, TextConditioning)
     for flag in ("prompt", "prompt_file", "negative_prompt"):
-        guides = values.clip and flag != "negative_prompt"
-        if values[flag].value is not None and not texts and not guides:
+        for_clip = values.clip and flag != "negative_prompt"
+        if values[flag].value is not None and not texts and not for_clip:
             what = f"classes: {', '.join(model.class_names)}" if model.class_names else "nothing"
             raise InputError(f"--{flag} is for text-to-image models, or with --clip; this one is conditioned on {what}")
     if values.prompt and values.prompt_file:
@@ -126,7 +103,7 @@ def _prompts(model: LatentDiffusion, values: FlagValues) -> list[str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """The prompts in a file; raises InputError if it cannot be read, or has none."""
+    """The prompts in a file, one a line."""
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
@@ -142,30 +119,32 @@ def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) 
     """The recipe with the flags of `command_line.define_editing_flags`.
 
     Raises:
-      InputError: flags that do not go together, or not with the model.
+      InputError: flags that exclude each other, or do not fit the model.
     """
     _check_pairs(recipe, values)
-    concat_given = _concat_given(values, model)
-    if model.concat and not concat_given and not recipe.concat.split:
-        how = "inpaints; give it an image and what to sample of it: --init_image --mask"
-        how = how if isinstance(model.concat, Inpainting) else "upscales; give it a low-resolution --concat_image"
+    has_concat_image = _has_concat_image(values, model)
+    if model.concat and not has_concat_image and not recipe.concat.split:
+        how = "upscales; it needs a low-resolution --concat_image"
+        if isinstance(model.concat, Inpainting):
+            how = "inpaints; it needs an image and a mask of what to sample: --init_image --mask"
         raise InputError(f"this model {how}")
-    split = None if concat_given else recipe.concat.split
+    if values.vae_tiling and model.first_stage.module is None:
+        raise InputError("--vae_tiling is for latent diffusion; this model has no autoencoder")
+    split = None if has_concat_image else recipe.concat.split
     interpolates = values.to_prompt is not None and not values["num"].present
     return recipe._replace(
         num=INTERPOLATED if interpolates else recipe.num,
         size=_size(recipe, values, model, split),
         edit=_edit(values),
         concat=ConcatInput(values.concat_image or None, split, _noise_level(values.noise_level, model)),
-        vae_tiling=_vae_tiling(values, model),
+        vae_tiling=bool(values.vae_tiling),
     )
 
 
 def _check_pairs(recipe: Recipe, values: FlagValues) -> None:
     """Raises InputError for edit flags that need another one, or exclude each other."""
-    needs = {"strength": "init_image", "mask": "init_image", "invert": "init_image", "to_image": "init_image",
-             "outpaint": "init_image", "resample_jump": "resample"}  # fmt: skip
-    for flag, other in needs.items():
+    needs = dict.fromkeys(("strength", "mask", "invert", "to_image", "outpaint"), "init_image")
+    for flag, other in (needs | {"resample_jump": "resample"}).items():
         if values[flag].value and not values[other].value:
             raise InputError(f"--{flag} needs --{other}")
     if values.to_prompt is not None and len(recipe.prompts) != 1:
@@ -178,7 +157,7 @@ def _check_pairs(recipe: Recipe, values: FlagValues) -> None:
         raise InputError("--resample needs --mask or --outpaint")
     noises = [n for n in ("init_latents", "to_seed", "to_image", "invert") if values[n].value not in (None, False)]
     if len(noises) > 1:
-        raise InputError(f"--{noises[0]} and --{noises[1]} both say what noise to begin from; choose one")
+        raise InputError(f"--{noises[0]} and --{noises[1]} both set the initial noise; choose one")
     for flag in ("strength", "mask", "outpaint"):
         if (values.invert or values.to_image) and values[flag].value:
             raise InputError(f"--{flag} and --{'invert' if values.invert else 'to_image'} do not go together")
@@ -199,39 +178,33 @@ def _edit(values: FlagValues) -> Edit:
     )
 
 
-def _concat_given(values: FlagValues, model: LatentDiffusion) -> bool:
-    """Whether the flags give an image for concat conditioning; raises InputError for one the model does not take."""
+def _has_concat_image(values: FlagValues, model: LatentDiffusion) -> bool:
+    """Whether the flags have an image for concat conditioning; raises InputError for one the model does not take."""
     inpaints = isinstance(model.concat, Inpainting)
     if values.concat_image and (model.concat is None or inpaints):
         takes = image_flags(model) if inpaints else "neither"
         raise InputError(f"--concat_image is for super-resolution and segmentation maps; this model takes {takes}")
-    given = (values.mask or values.outpaint) if inpaints else values.concat_image
-    if model.concat and values.init_image and not given:
+    image = (values.mask or values.outpaint) if inpaints else values.concat_image
+    if model.concat and values.init_image and not image:
         raise InputError(f"--init_image needs {'--mask' if inpaints else '--concat_image'} with this model")
-    return bool(given)
+    return bool(image)
 
 
 def image_flags(model: LatentDiffusion) -> str:
-    """The flags that give an image to a model with concat conditioning."""
+    """The flags of the image for a model's concat conditioning."""
     return "--init_image and --mask" if isinstance(model.concat, Inpainting) else "--concat_image"
 
 
-def _vae_tiling(values: FlagValues, model: LatentDiffusion) -> bool:
-    if values.vae_tiling and model.first_stage.module is None:
-        raise InputError("--vae_tiling is for latent diffusion; this model has no autoencoder")
-    return bool(values.vae_tiling)
-
-
 def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str | None) -> list[int]:
-    """Height and width: the model's own unless they are given, or a multiple of those of an upscaler's image."""
-    given = {flag: values[flag].value for flag in ("height", "width") if values[flag].value is not None}
+    """Height and width: those of the flags, of an upscaler's image enlarged, or of the model."""
+    sides = {flag: values[flag].value for flag in ("height", "width") if values[flag].value is not None}
     factor, upscaler = model.first_stage.downsampling, model.concat is not None and model.concat.noise is not None
-    for flag, side in given.items():
+    for flag, side in sides.items():
         if upscaler:
             raise InputError(f"--{flag}={side}: the images are {factor} times as large as --concat_image; leave it out")
         if split:
             raise InputError(
-                f"--{flag}={side}: without an image of yours this model restores test images, of their own size; give "
+                f"--{flag}={side}: without an image this model restores test images, at their own size; add "
                 f"{image_flags(model)}"
             )
         if side % factor:
@@ -244,7 +217,7 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
     if upscaler and values.concat_image:
         small = image_inputs.open_image(Path(values.concat_image), "--concat_image")
         return [factor * small.height, factor * small.width]
-    return [given.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]
+    return [sides.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]
 
 
 def _noise_level(level: int | None, model: LatentDiffusion) -> int | None:
@@ -261,10 +234,3 @@ def _noise_level(level: int | None, model: LatentDiffusion) -> int | None:
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
-
-
-def _whole_numbers(flag: str, words: list[str]) -> list[int]:
-    try:
-        return [int(word) for word in words]
-    except ValueError:
-        raise InputError(f"{flag}={','.join(words)} must be whole numbers, e.g. 999,700,400") from None

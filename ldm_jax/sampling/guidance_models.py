@@ -1,4 +1,4 @@
-"""Models that guide sampling beside the model's own condition: a classifier of noisy latents, a CLIP."""
+"""Guidance models: a classifier of noisy latents, a CLIP."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from ldm_jax.sampling.sampler import Sampler, make_sampler
 
 
 class TrainedClassifier(NamedTuple):
-    """A classifier of noisy latents, its averaged parameters, and the model that it was trained beside."""
+    """A classifier of noisy latents, its EMA parameters, and the model whose latents it was trained on."""
 
     module: NoisyClassifier
     params: Any
@@ -39,7 +39,7 @@ class GuidanceModels(NamedTuple):
 
     @property
     def params(self) -> dict[str, Any]:
-        """Their parameters, which a sampler takes beside the model's."""
+        """Their parameters, which are part of a sampler's."""
         return {name: guide.params for name, guide in self._asdict().items() if guide}
 
     def sampler(self, model: LatentDiffusion, batch_size: int) -> Sampler:
@@ -105,10 +105,10 @@ def classifier_for(path: Path, model: LatentDiffusion, params: Params) -> Traine
 def _schedules(config: ConfigDict, model: LatentDiffusion) -> str:
     """In which fields two noise schedules differ, or that one has none of these."""
     other = model.origin.config
-    ours = {name: config.diffusion[name] for name in SCHEDULE}
+    its = {name: config.diffusion[name] for name in SCHEDULE}
     if other is None or build_process(other) != model.process:
-        return f"{', '.join(f'{name} {value}' for name, value in ours.items())}, and that of --model"
-    return "; ".join(f"{n} {v} and {other.diffusion[n]}" for n, v in ours.items() if v != other.diffusion[n])
+        return f"{', '.join(f'{name} {value}' for name, value in its.items())}, and that of --model"
+    return "; ".join(f"{n} {v} and {other.diffusion[n]}" for n, v in its.items() if v != other.diffusion[n])
 
 
 def _latents_hash(params: Params, model: LatentDiffusion) -> str:

@@ -1,7 +1,6 @@
-"""Pictures for people: sample grids, reconstructions, the denoising film. Pillow only.
+"""Image grids: samples, reconstructions, the animation of denoising. Images are uint8 [N, H, W, 1 or 3].
 
-Images are uint8 [N, H, W, 1 or 3]; small ones are enlarged by whole factors, every pixel a clean square. A PNG carries
-its recipe (how to make it again) as JSON in a text chunk.
+Small images are enlarged by whole factors. A PNG carries its recipe as JSON in a text chunk.
 """
 
 import json
@@ -15,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from ldm_jax.errors import InputError
 from ldm_jax.runtime.files import atomic
 
-CELL = 84  # pixels: about the size at which an image in a grid is pleasant to look at
+CELL = 84  # pixels: about the side of an image in a grid
 GAP = 2  # pixels between images
-PAPER, INK = 255, 64  # greys, so that a grid of grey images is a grey picture: a third of the size
+PAPER, INK = 255, 64  # grey levels: a grid of greyscale images is a greyscale PNG, a third of the size
 RECIPE = "recipe"  # key of the PNG text chunk
 
 
@@ -54,16 +53,16 @@ def grid(
         draw.text((margin - 12, GAP + row * (height + GAP) + height // 2), text, fill=ink, font=font, anchor="rm")
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        canvas.paste(
-            _picture(image, (width, height)), (margin + GAP + column * (width + GAP), GAP + row * (height + GAP))
-        )
+        plain = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        place = margin + GAP + column * (width + GAP), GAP + row * (height + GAP)
+        canvas.paste(plain.resize((width, height), Image.Resampling.NEAREST), place)
     return canvas
 
 
 def sample_grid(
     images: np.ndarray, labels: np.ndarray | None = None, class_names: Sequence[str] | None = None, *, side: int = 10
 ) -> Image.Image:
-    """The picture of a run: one labelled row for each class, or the first side * side images, where there are no labels
+    """A sample grid: a labelled row for each class, or the first side * side images, where there are no labels
     or hardly two images of any.
 
     Args:
@@ -102,13 +101,13 @@ def comparison(rows: Mapping[str, np.ndarray], *, columns: int = 10) -> Image.Im
     return grid(interleaved, columns=columns, row_labels=[*rows] * groups)
 
 
-def save_png(picture: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> None:
+def save_png(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> None:
     """Writes a PNG, whole or not at all, with the recipe in it."""
     text = PngImagePlugin.PngInfo()
     if recipe is not None:
         text.add_text(RECIPE, json.dumps(recipe))
     with atomic(Path(path)) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=text, optimize=True)
+        image.save(temporary, format="PNG", pnginfo=text, optimize=True)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -118,58 +117,42 @@ def read_recipe(path: Path) -> dict[str, Any]:
         InputError: no such file, not a PNG, or one without a recipe.
     """
     try:
-        with Image.open(path) as picture:
-            text = getattr(picture, "text", {})  # of a PNG only
+        with Image.open(path) as image:
+            text = getattr(image, "text", {})  # of a PNG only
     except OSError as error:  # Pillow's UnidentifiedImageError is one
-        raise InputError(f"{path}: cannot be read as a picture: {error.strerror or 'not an image file'}") from error
+        raise InputError(f"{path}: cannot be read as an image: {error.strerror or 'not an image file'}") from error
     try:
         return json.loads(text[RECIPE])
     except (KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: this picture carries no recipe; those that ldm_jax.sample writes do") from error
+        raise InputError(f"{path}: this image has no recipe; every samples.png of ldm_jax has one") from error
 
 
 def save_denoising_gif(
     frames: np.ndarray, path: Path, *, columns: int | None = None, frame_ms: int = 90, hold_ms: int = 2500
 ) -> None:
-    """The denoising as an endless film whose last frame stays for a while.
+    """Writes a looping GIF of denoising, whose last frame is held.
 
     Args:
-        frames: uint8 [F, N, H, W, 1 or 3]: what the model took N samples to be, at F moments, noise first.
+        frames: uint8 [F, N, H, W, 1 or 3]: the decoded z0_hat of N samples at F steps, noise first.
         path: of the GIF.
         columns: samples in a row; default: about as many as rows.
-        frame_ms, hold_ms: how long a frame and the last frame are seen.
+        frame_ms, hold_ms: duration of a frame and of the last frame, in milliseconds.
     """
     if frames.ndim != 5 or len(frames) == 0:
-        raise InputError(f"a film needs frames [F, N, H, W, 1 or 3], got {list(frames.shape)}")
+        raise InputError(f"denoising.gif needs frames [F, N, H, W, 1 or 3], got {list(frames.shape)}")
     columns = columns or int(np.ceil(np.sqrt(frames.shape[1])))
-    pictures = [grid(images, columns=columns) for images in frames]
-    durations = [frame_ms] * (len(pictures) - 1) + [hold_ms]
+    grids = [grid(images, columns=columns) for images in frames]
+    durations = [frame_ms] * (len(grids) - 1) + [hold_ms]
     with atomic(Path(path)) as temporary:
-        pictures[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=pictures[1:],
-            duration=durations,
-            loop=0,
-            optimize=True,
-        )
-
-
-def _picture(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    plain = image[..., 0] if image.shape[-1] == 1 else image
-    return Image.fromarray(plain).resize(size, Image.Resampling.NEAREST)
+        options = {"format": "GIF", "save_all": True, "loop": 0, "optimize": True}
+        grids[0].save(temporary, append_images=grids[1:], duration=durations, **options)
 
 
 def check_images(images: np.ndarray, name: str) -> None:
-    """Raise `InputError` unless `images` is uint8 [N, H, W, 1 or 3] with N >= 1; `name` says which images they are."""
-    if (
-        not isinstance(images, np.ndarray)
-        or images.dtype != np.uint8
-        or images.ndim != 4
-        or images.shape[3] not in (1, 3)
-    ):
-        given = f"{images.dtype} {list(images.shape)}" if isinstance(images, np.ndarray) else type(images).__name__
-        raise InputError(f"{name} must be a uint8 array [N, H, W, 1 or 3], got {given}")
+    """Raises InputError unless `images` is uint8 [N, H, W, 1 or 3] with N >= 1; `name` says which images they are."""
+    if not isinstance(images, np.ndarray):
+        raise InputError(f"{name} must be a uint8 array [N, H, W, 1 or 3], got {type(images).__name__}")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise InputError(f"{name} must be a uint8 array [N, H, W, 1 or 3], got {images.dtype} {list(images.shape)}")
     if images.size == 0:
         raise InputError(f"{name} must hold at least one image, got {list(images.shape)}")

@@ -1,4 +1,4 @@
-"""Samples of a text-to-image run by prompts: sheets to look at, and images to score.
+"""Samples of a text-to-image run by prompts: image sheets, and images to score.
 
 prompts/training.png   captions of the training split, a training image first
 prompts/held_out.png   the same of captions of the test split; of as many as there are samples, held_out.npz

@@ -1,4 +1,4 @@
-"""The recipe that ends a run: of its config, with the captions of a data set for a text-to-image model."""
+"""The recipe of the samples at the end of a run: of its config, and the captions of its data set."""
 
 import numpy as np
 
@@ -6,46 +6,34 @@ from ldm_jax.config.rules import text_conditioned
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
-from ldm_jax.sampling.from_flags import NOISE_LEVEL, solving_defaults, test_split
-from ldm_jax.sampling.recipe import ConcatInput, Guidance, Recipe
+from ldm_jax.sampling.from_flags import NOISE_LEVEL
+from ldm_jax.sampling.recipe import Recipe, default_recipe
 
-FEW = 8  # captions that a run is sampled by, unless its config has prompts
-SEARCHED = 64  # images, for as many captions that differ
+FEW = 8  # captions of a fine-tuned model's samples, unless its config has prompts
+SEARCHED = 64  # images searched for as many distinct captions
 
 
 def recipe_of_run(model: LatentDiffusion, dataset: Dataset) -> Recipe:
-    """The recipe of a run's own model.
+    """The recipe of samples of a run's model.
 
     Args:
       model: with `origin.config`.
-      dataset: the training split of a run with a CLIP of its own, whose images each give their caption; else the test
-        split, of which a few do, or, of a model with concat conditioning, each.
+      dataset: the split of the captions: of training if the run trained its own CLIP, else the test split, of which a
+        few captions are used, or with concat conditioning that of each image.
     """
-    config, defaults = model.origin.config, model.defaults
-    sampling = config.sampling
-    prompts, labels = list(sampling.prompts), list(range(len(sampling.prompts or model.class_names)))
-    own, split = text_conditioned(config), test_split(model)
-    if isinstance(model.conditioning, TextConditioning) and (own or not prompts):
-        prompts, labels = captions_of(dataset, sampling.num if own or split else 0)
-    return Recipe(
-        num=sampling.num,
-        seed=config.seed,
-        labels=labels,
-        prompts=prompts,
-        size=list(model.image_shape[:2]),
-        dtype=model.dtype,
-        solving=solving_defaults(model, defaults.sampler),
-        guidance=Guidance(
-            defaults.guidance, interval=list(defaults.guidance_interval), rescale=defaults.guidance_rescale
-        ),
-        concat=ConcatInput(split=split, noise_level=NOISE_LEVEL if model.concat and model.concat.noise else None),
-    )
+    config, upscaler = model.origin.config, model.concat and model.concat.noise
+    prompts, own_clip = list(config.sampling.prompts), text_conditioned(config)
+    labels, num = list(range(len(prompts or model.class_names))), config.sampling.num
+    if isinstance(model.conditioning, TextConditioning) and (own_clip or not prompts):
+        prompts, labels = captions_of(dataset, num if own_clip or model.concat else 0)
+    recipe = default_recipe(model, num, config.seed, labels, prompts)
+    return recipe._replace(concat=recipe.concat._replace(noise_level=NOISE_LEVEL if upscaler else None))
 
 
-def captions_of(dataset: Dataset, images: int) -> tuple[list[str], list[int]]:
-    """Captions of a split's first images, and the index of each image's; of 0 images, a few that differ, in turn."""
-    label = dataset[np.arange(min(images or SEARCHED, len(dataset)))]["label"].tolist()
-    distinct = list(dict.fromkeys(label))
-    if not images:
-        distinct = label = distinct[:FEW]
-    return [dataset.class_names[number] for number in distinct], [distinct.index(number) for number in label]
+def captions_of(dataset: Dataset, num_images: int) -> tuple[list[str], list[int]]:
+    """Captions of a split's first images, and the caption's index for each; of 0 images, a few distinct captions."""
+    labels = dataset[np.arange(min(num_images or SEARCHED, len(dataset)))]["label"].tolist()
+    distinct = list(dict.fromkeys(labels))
+    if not num_images:
+        distinct = labels = distinct[:FEW]
+    return [dataset.class_names[label] for label in distinct], [distinct.index(label) for label in labels]

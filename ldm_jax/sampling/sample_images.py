@@ -97,7 +97,7 @@ def _at_recipe(model: LatentDiffusion, recipe: Recipe) -> LatentDiffusion:
 
 
 def input_hashes(recipe: Recipe, guides: GuidanceModels) -> dict[str, str]:
-    """File or run folder -> hash, of everything that a recipe reads beside the model."""
+    """File or run folder -> hash, of all files that a recipe reads."""
     return file_hashes(recipe) | hashes(recipe, guides)
 
 

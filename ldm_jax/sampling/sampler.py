@@ -59,7 +59,7 @@ class Shared(NamedTuple):
 
 
 class SampleInputs(NamedTuple):
-    """Everything that samples depend on beside the model and the solver's table."""
+    """The inputs of sampling: with the model and the solver's table, all that samples depend on."""
 
     samples: PerSample
     shared: Shared
@@ -180,7 +180,7 @@ def make_sampler(
     Args:
       model: the model.
       batch_size: images at a time, a multiple of the local devices; another one compiles again.
-      classifier, clip: what guides beside the model's own condition: see `guided_denoiser`.
+      classifier, clip: further guidance: see `guided_denoiser`.
     """
     shape = model.latent_shape
 

@@ -199,7 +199,7 @@ def test_files_that_are_none(tmp_path, capsys):
     for name, content, words in (
         ("m.safetensors", b"", "is damaged: it ends within its header"),
         ("m.ckpt", b"hello", "not readable as a file of weights"),
-        ("m.png", b"", "is a file of another kind; it must be a run folder"),
+        ("m.png", b"", "is a file of another type; it must be a run folder"),
     ):
         (tmp_path / name).write_bytes(content)
         assert_refused(tmp_path / name, ["--prompt=low"], words, tmp_path, capsys)

@@ -20,9 +20,9 @@ from ldm_jax.pipeline.clip import embed_images, embed_texts, load_clip
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import decode_latents
 from ldm_jax.runtime.parallel import replicate
-from ldm_jax.sampling.from_flags import solving_defaults
 from ldm_jax.sampling.guidance_models import GuidanceModels, classifier_for
 from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.sampling.recipe import solving_defaults
 from ldm_jax.sampling.sampler import PerSample, SampleInputs, Shared, clip_logits
 from ldm_jax.sampling.tables import make_table
 

@@ -9,9 +9,8 @@ from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.pipeline.model import decode_latents
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.runtime.xla import CompileClock
-from ldm_jax.sampling.from_flags import solving_defaults
 from ldm_jax.sampling.inputs import sample_inputs
-from ldm_jax.sampling.recipe import Guidance, Recipe
+from ldm_jax.sampling.recipe import Guidance, Recipe, solving_defaults
 from ldm_jax.sampling.sampler import SNAPSHOTS, make_sampler, smallest_batch
 from ldm_jax.sampling.tables import make_table
 
