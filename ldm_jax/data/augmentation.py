@@ -15,16 +15,11 @@ def move_and_zoom(x: Array, keys: Array, *, max_shift: int, max_zoom: float) -> 
     """Images resized about their centre and shifted, each x[k] by its own keys[k]; border pixels are repeated.
 
     Args:
-      x: float32 [B, H, W, C].
-      keys: [B].
+      x, keys: float32 [B, H, W, C] and [B].
       max_shift: of whole pixels in [-max_shift, max_shift], vertically and horizontally.
       max_zoom: of factors of the size in [1 - max_zoom, 1 + max_zoom], with linear interpolation.
 
-    Returns:
-      [B, H, W, C].
-
-    Raises:
-      ValueError: see `check_ranges`.
+    Returns [B, H, W, C]; raises ValueError as `check_ranges`.
     """
     check_ranges(max_shift, max_zoom)
     _, height, width, _ = x.shape

@@ -25,9 +25,7 @@ SKIPPED = "skipped.json"  # in the folder of the prepared data set
 def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
     """The folder of the data set prepared from the images of `manual_dir`, below `data_dir`; one for each content.
 
-    Raises:
-        InputError: there are no images with captions, or a metadata.jsonl is damaged.
-        RunError: the data set cannot be written.
+    Raises InputError without images with captions or for a damaged metadata.jsonl, RunError if it cannot be written.
     """
     if manual_dir is None:
         raise InputError("config.data.name=folder needs config.data.path: the folder of your images and captions")

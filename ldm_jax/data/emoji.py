@@ -98,11 +98,7 @@ def find_files(data_dir: Path, manual_dir: Path | None) -> dict[str, Path]:
 
 
 def render_all(font_path: Path, names_path: Path) -> tuple[dict[Emoji, bytes], Skipped]:
-    """Every emoji with its image as a PNG file, and the emoji that the font lacks.
-
-    Raises:
-        InputError: a file is damaged, or the font has no emoji of a split.
-    """
+    """Every emoji with its image as a PNG file, and the emoji that the font lacks; InputError for damaged files."""
     font, images, skipped = read_font(font_path), {}, []
     for emoji in tqdm(read_emoji(names_path), desc="Rendering emoji", leave=False, disable=None):
         image = render(font, emoji.points)

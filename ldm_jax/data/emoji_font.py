@@ -32,11 +32,7 @@ class EmojiFont(NamedTuple):
 
 
 def read_font(path: Path) -> EmojiFont:
-    """The font in a file.
-
-    Raises:
-      InputError: the file is no font, a damaged one, or one without coloured bitmaps.
-    """
+    """The font in a file; InputError if it is no font, a damaged one, or one without coloured bitmaps."""
     from fontTools.ttLib import TTFont
 
     with in_one_line(f"{path} is damaged, or no font"):
@@ -56,8 +52,7 @@ def read_font(path: Path) -> EmojiFont:
 def render(font: EmojiFont, points: tuple[int, ...]) -> Image.Image | None:
     """The image of a sequence of code points on white, RGB, 128 x 128; None if the font has no single glyph for it.
 
-    Raises:
-      InputError: the font is damaged, or has bitmaps of another size.
+    Raises InputError if the font is damaged or has bitmaps of another size.
     """
     names = tuple(font.glyphs.get(point) for point in points if point != EMOJI_STYLE)
     name = names[0] if len(names) == 1 else font.ligatures.get(names)

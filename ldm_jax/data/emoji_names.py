@@ -55,7 +55,7 @@ def read_emoji(path: Path) -> list[Emoji]:
     except ValueError:
         raise InputError(f"{path} is damaged: it is not UTF-8 text") from None
     titles: dict[str, str] = {}
-    found: dict[tuple[int, ...], Emoji] = {}
+    emoji: dict[tuple[int, ...], Emoji] = {}
     for number, line in enumerate(lines, start=1):
         if title := TITLE.fullmatch(line):
             titles[title["field"]] = _in_words(title["title"])
@@ -67,12 +67,12 @@ def read_emoji(path: Path) -> list[Emoji]:
             raise InputError(f"{path}, line {number} is damaged: it must have {required}")
         if parts["status"] == "fully-qualified":
             points = tuple(int(point, 16) for point in parts["points"].split())
-            found[points] = Emoji(points, spoken(parts["name"]), titles["group"], titles["subgroup"])
-    if not found:
+            emoji[points] = Emoji(points, spoken(parts["name"]), titles["group"], titles["subgroup"])
+    if not emoji:
         raise InputError(f"{path} has no line of a fully-qualified emoji: it must be Unicode's emoji-test.txt")
     if END not in lines:
         raise InputError(f"{path} is damaged: it ends after line {len(lines)}, without {END}")
-    return list(found.values())
+    return list(emoji.values())
 
 
 def spoken(name: str) -> str:

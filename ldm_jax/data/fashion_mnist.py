@@ -46,10 +46,9 @@ def _examples(images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dic
 
 
 def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 28, 28, 1] and labels uint8 [N] of a split, "train" or "test".
+    """Images uint8 [N, 28, 28, 1] and labels uint8 [N] of the split "train" or "test".
 
-    Raises:
-        InputError: a file is missing, damaged, or not Fashion-MNIST's (MNIST's have the same names and sizes).
+    Raises InputError if a file is missing, damaged, or not Fashion-MNIST's (MNIST's have the same names and sizes).
     """
     images = _checked(folder / f"{PREFIX[split]}-images-idx3-ubyte.gz", axes=3)
     labels = _checked(folder / f"{PREFIX[split]}-labels-idx1-ubyte.gz", axes=1)
@@ -68,8 +67,7 @@ def _checked(path: Path, *, axes: int) -> np.ndarray:
 def find_files(data_dir: Path, manual_dir: Path | None) -> Path:
     """The folder of the four files: `manual_dir`, or for None the Debian package's, else that of downloads.
 
-    Raises:
-        InputError: `manual_dir` lacks a file, or there are no files and they cannot be downloaded.
+    Raises InputError if `manual_dir` lacks a file, or there are no files and they cannot be downloaded.
     """
     downloads = data_dir / "downloads" / "fashion_mnist"
     candidates = [manual_dir] if manual_dir else [data_dir / DEBIAN_FOLDER, Path("/", DEBIAN_FOLDER), downloads]

@@ -93,14 +93,9 @@ class Order:
 
 
 class DeviceFeed:
-    """A feed of data that stays on the device: each step transfers only the indices of its examples.
+    """A feed of arrays (name -> [N, ...]) that stay on the device: each step transfers only its examples' indices.
 
-    Args:
-        arrays: name -> [N, ...], such as a `Dataset`'s.
-        batch_size, seed, process_index, process_count, groups: see `Order`.
-
-    Attributes:
-        resident: the arrays, to be put on the device once.
+    `resident` holds the arrays, to be put on the device once. For the other arguments see `Order`.
     """
 
     def __init__(
@@ -124,14 +119,10 @@ class DeviceFeed:
 
 
 class _Streamed:
-    """A feed that reads `read(step)` ahead: `prefetch` batches, by Grain's threads. It starts at any step at once.
-
-    Attributes:
-        resident: empty, as nothing stays on the device.
-    """
+    """A feed of the batches `read(step)`, of which Grain's threads read `prefetch` ahead. It starts at any step."""
 
     def __init__(self, read: Callable[[int], Batch], prefetch: int = 8, threads: int = 8) -> None:
-        self.resident: dict[str, np.ndarray] = {}
+        self.resident: dict[str, np.ndarray] = {}  # nothing stays on the device
         self._read, self._prefetch, self._threads = read, prefetch, threads
         self._batches: Iterator[Batch] = iter(())
         self._next_step: int | None = None
@@ -153,10 +144,7 @@ class _Streamed:
 class HostFeed(_Streamed):
     """A feed of data that does not fit on the device: whole batches, read ahead.
 
-    Args:
-        source: see `Source`.
-        batch_size, seed, process_index, process_count, groups: see `Order`.
-        prefetch, threads: numbers of batches read ahead, and of threads, each of which reads one batch.
+    For the arguments see `Order`; options are `prefetch` batches and `threads`, each of which reads one batch.
     """
 
     def __init__(
@@ -177,11 +165,7 @@ class BucketFeed(_Streamed):
     """A feed of examples of several shapes: each batch is of one source, in proportion to the sources' sizes.
 
     The steps are in rounds. In a round each source has as many turns as it has batches, at least one, in an order that
-    depends on the seed and the round's number alone.
-
-    Args:
-        sources: see `Source`.
-        batch_size, seed, process_index, process_count: see `Order`, of each source.
+    depends on the seed and the round's number alone. For the other arguments, of each source, see `Order`.
     """
 
     def __init__(
@@ -202,15 +186,14 @@ class BucketFeed(_Streamed):
         return self._sources[source][order(source_step)] | {"id": order.id}
 
 
-def in_order(source: Source, batch_size: int, process_index: int = 0, process_count: int = 1) -> Iterator[Batch]:
-    """Batches of all examples in order, of one size, for encoding a data set and for evaluation.
+def in_order(source: Source, batch_size: int) -> Iterator[Batch]:
+    """Batches of all examples in order, of one size, for encoding a data set.
 
-    The last batch is padded with the last example. "id" int32 [B_local] is the index of each row's example, "valid"
-    bool [B_local] is False for padding.
+    The last batch is padded with the last example. "id" int32 [B] is the index of each row's example, "valid" bool [B]
+    is False for padding.
     """
     n = len(source)
-    places = Order(n, batch_size, 0, process_index, process_count).id
     for start in range(0, n, batch_size):
-        index = start + places
+        index = np.arange(start, start + batch_size, dtype=np.int32)
         clamped = np.minimum(index, n - 1)
         yield source[clamped] | {"id": clamped, "valid": index < n}

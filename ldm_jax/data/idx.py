@@ -31,8 +31,7 @@ def gunzip(path: Path) -> bytes:
 def parse_idx(content: bytes, *, axes: int, where: Path) -> np.ndarray:
     """The uint8 array with `axes` axes in the unzipped content of an IDX file, which `where` names in errors.
 
-    Raises:
-        InputError: another magic number, or more or fewer bytes than the sizes in the header require.
+    Raises InputError for another magic number, or more or fewer bytes than the header's sizes require.
     """
     magic = UNSIGNED_BYTE + bytes([axes])
     if content[:4] != magic:

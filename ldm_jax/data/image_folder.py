@@ -47,8 +47,7 @@ def folder_builder(name: str, data_dir: Path, splits: Splits, target: str) -> Bu
 def find_images(source: Path) -> Splits:
     """Split -> paths of its images with their classes (None: no classes), sorted by path.
 
-    Raises:
-        InputError: `source` has no images, or some with a class and some without.
+    Raises InputError if `source` has no images, or some with a class and some without.
     """
     splits = {}
     for split, root in split_folders(source).items():

@@ -13,11 +13,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pil
 
 
 def decode(content: bytes) -> Image.Image:
-    """The image in the bytes of an image file (PNG, JPEG, WebP, ...), upright by its EXIF orientation.
-
-    Raises:
-        InputError: not an image, or a truncated one.
-    """
+    """The image in an image file's bytes, upright by its EXIF orientation; InputError if damaged or not an image."""
     try:
         image = Image.open(io.BytesIO(content))
         image.load()
@@ -68,17 +64,10 @@ def fit(image: Image.Image | np.ndarray, *, size: int | tuple[int, int] | None, 
 
 
 def fit_segments(image: Image.Image | np.ndarray, *, size: int | tuple[int, int] | None, crop: str) -> np.ndarray:
-    """A segmentation map cropped and resized as its image by `fit`, by nearest neighbour.
+    """A segmentation map uint8 [height, width, 1], cropped and resized as its image by `fit`, by nearest neighbour.
 
-    Args:
-        image: from `decode`, grey or with a palette, or uint8 [H, W] or [H, W, 1]; the pixels are class numbers.
-        size, crop: see `fit`.
-
-    Returns:
-        uint8 [height, width, 1].
-
-    Raises:
-        InputError: an image in colour.
+    `image` is from `decode`, grey or with a palette, or uint8 [H, W] or [H, W, 1]; its pixels are class numbers. Raises
+    InputError for an image in colour.
     """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image.reshape(image.shape[:2]))

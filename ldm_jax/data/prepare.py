@@ -65,12 +65,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 def build(builder: tfds.core.DatasetBuilder) -> Path:
     """Prepares a builder's data set, under `one_at_a_time`, and returns its folder.
 
-    TFDS writes to a folder incomplete.* and renames it at the end: a folder with the final name is complete; what a
-    killed process left is removed here.
-
-    Raises:
-        InputError: from the builder, about its input.
-        RunError: the disk is full, or another error of TFDS.
+    TFDS writes to a folder incomplete.*, which it renames at the end; those of killed processes are removed here.
+    Raises the builder's InputErrors, and RunError if the disk is full or for another error of TFDS.
     """
     for leftover in builder.data_path.parent.glob("incomplete.*"):
         shutil.rmtree(leftover)

@@ -18,6 +18,8 @@ from ldm_jax.evaluation.metrics import frechet_distance, kernel_distance, precis
 from ldm_jax.runtime.files import atomic
 from ldm_jax.sampling.image_grids import check_images
 
+Cards = dict[str, dict[str, Any]]  # name of a score -> its card as plain JSON values
+
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 NEIGHBOURS = 3
 PSNR_CAP = 100.0  # dB of equal images, which keeps the mean finite
@@ -60,7 +62,7 @@ def evaluate_images(
     reconstructions: np.ndarray | None = None,
     cache: Path | None = None,
     seed: int = 0,
-) -> dict[str, dict[str, Any]]:
+) -> Cards:
     """Fréchet and kernel distance, precision and recall of generated images in one feature space.
 
     Args:
@@ -72,9 +74,6 @@ def evaluate_images(
         reconstructions: reference images, encoded and decoded, for the autoencoder's score.
         cache: folder for the features of real images, by a hash of all they depend on.
         seed: of the kernel distance's subsets and of the choice from `train`.
-
-    Returns:
-        Score name -> card, as plain JSON values.
 
     Raises:
         InputError: other arrays, or fewer than 4 images in one of them.
@@ -120,8 +119,8 @@ def evaluate_reconstructions(
     lpips: PerceptualDistance | None = None,
     split: str = "test",
     cache: Path | None = None,
-) -> dict[str, dict[str, Any]]:
-    """The reconstruction scores of an autoencoder: rFD, and as means over images PSNR, SSIM and LPIPS.
+) -> Cards:
+    """The reconstruction scores of an autoencoder: rFD, and as means over images PSNR, SSIM (from 11 x 11) and LPIPS.
 
     Args:
         originals: uint8 [N, H, W, 1 or 3].
@@ -130,9 +129,6 @@ def evaluate_reconstructions(
         lpips: the perceptual distance; None leaves LPIPS out.
         split: of the originals.
         cache: see `evaluate_images`.
-
-    Returns:
-        Score name -> card. SSIM is left out for images smaller than its 11 x 11 window.
     """
     check_images(originals, "the originals")
     check_images(reconstructions, "the reconstructions")
@@ -141,29 +137,27 @@ def evaluate_reconstructions(
         raise InputError(f"originals and reconstructions must be the same 2 or more images, got {shapes}")
     common = {"n": len(originals)} | reference_fields(split, originals)
     rfd = frechet_distance(extractor(reconstructions), _features(extractor, originals, cache))
-    rfd_method = _method("Frechet distance", extractor)
     decibels = float(np.minimum(psnr(originals, reconstructions), PSNR_CAP).mean())
-    psnr_method = f"dB, mean over images, at most {PSNR_CAP:g} each"
-    cards = [
-        Card(score=f"r{_name('FD', extractor)}", value=rfd, better="lower", **rfd_method, **common),
-        Card(score="PSNR", value=decibels, better="higher", method=psnr_method, **common),
-    ]
+    scores = {
+        f"r{_name('FD', extractor)}": (rfd, "lower", _method("Frechet distance", extractor)),
+        "PSNR": (decibels, "higher", {"method": f"dB, mean over images, at most {PSNR_CAP:g} each"}),
+    }
     if min(originals.shape[1:3]) >= SSIM_MIN_SIZE:
-        value = float(ssim(originals, reconstructions).mean())
-        method = "11x11 Gaussian window, sigma 1.5, mean over images"
-        cards.append(Card(score="SSIM", value=value, better="higher", method=method, **common))
+        method = {"method": "11x11 Gaussian window, sigma 1.5, mean over images"}
+        scores["SSIM"] = float(ssim(originals, reconstructions).mean()), "higher", method
     if lpips is not None:
-        value = float(lpips(originals, reconstructions).mean(dtype=np.float64))
-        common |= {"resize": lpips.resize, "weights_sha256": lpips.weights_sha256}
-        cards.append(Card(score=lpips.name, value=value, better="lower", method="mean over images", **common))
-    return {card.score: asdict(card) for card in cards}
+        method = {"method": "mean over images", "resize": lpips.resize, "weights_sha256": lpips.weights_sha256}
+        scores[lpips.name] = float(lpips(originals, reconstructions).mean(dtype=np.float64)), "lower", method
+    return {
+        score: asdict(Card(score=score, value=value, better=better, **method, **common))
+        for score, (value, better, method) in scores.items()
+    }
 
 
 def _name(name: str, extractor: FeatureExtractor) -> str:
     """FD-VGG16, KID-VGG16 ...; the names FID and KID alone are those of the Inception features they are defined on."""
-    if extractor.name == "Inception" and name in ("FD", "KID"):
-        return {"FD": "FID", "KID": "KID"}[name]
-    return f"{name}-{extractor.name}"
+    inception_names = {"FD": "FID", "KID": "KID"} if extractor.name == "Inception" else {}
+    return inception_names.get(name, f"{name}-{extractor.name}")
 
 
 def _method(method: str, extractor: FeatureExtractor) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from dataclasses import asdict
 import numpy as np
 
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.evaluation.cards import Card
+from ldm_jax.evaluation.cards import Card, Cards
 from ldm_jax.evaluation.features import sha256_of_images
 from ldm_jax.evaluation.retrieval import class_embeddings, clip_score, r_precision, retrieval, zero_shot_accuracy
 from ldm_jax.pipeline.clip import TrainedCLIP, embed_images, embed_texts
 
 
-def clip_cards(clip: TrainedCLIP, test_set: Dataset, classes: Dataset | None, batch_size: int) -> dict[str, dict]:
+def clip_cards(clip: TrainedCLIP, test_set: Dataset, classes: Dataset | None, batch_size: int) -> Cards:
     """The cards of a CLIP: retrieval between the images of a split and the first caption of each, and the zero-shot
     accuracy on the labels of `classes`, the same images, if it is not None."""
     held_out = test_set[np.arange(len(test_set))]
@@ -36,7 +36,7 @@ def clip_cards(clip: TrainedCLIP, test_set: Dataset, classes: Dataset | None, ba
 
 def prompt_cards(
     clip: TrainedCLIP, samples: np.ndarray, prompts: list[str], real: np.ndarray, split: str, batch_size: int
-) -> dict[str, dict]:
+) -> Cards:
     """The cards of samples uint8 [N, H, W, C] with their prompts, by a CLIP.
 
     `real` uint8 [N, H, W, C] are the images of a split whose captions the prompts are. Their score is the floor: the
@@ -48,17 +48,15 @@ def prompt_cards(
     embeddings = [embed_images(clip, images, batch_size) for images in (samples, real)]
     fields = {"better": "higher", "n": len(samples), "reference": split, "reference_n": len(distinct)}
     fields |= {"reference_sha256": sha256_of_images(real), "floor_n": len(real)}
+    mean = "mean of max(0, 100 cos) of image and prompt, by the run's CLIP"
+    nearest = f"fraction of images whose prompt is the nearest of {len(distinct)}, by the run's CLIP"
+    scores = {
+        "clip_score": (mean, lambda image: clip_score(texts[own], image)),
+        "r_precision": (nearest, lambda image: r_precision(image, texts, own)),
+    }
     cards = {}
-    for name, score_of, method in (
-        ("clip_score", lambda image: clip_score(texts[own], image), "mean of max(0, 100 cos) of image and prompt"),
-        (
-            "r_precision",
-            lambda image: r_precision(image, texts, own),
-            f"fraction of images whose prompt is the nearest of {len(distinct)}",
-        ),
-    ):
+    for name, (method, score_of) in scores.items():
         value, floor = map(score_of, embeddings)
-        method = f"{method}, by the run's CLIP"
         card = Card(score=name.replace("_", " "), value=value, floor=floor, method=method, **fields)
         cards[f"{name}_{split}"] = asdict(card)
     return cards

@@ -93,12 +93,8 @@ _inception_pooled = jax.jit(lambda params, images: InceptionV3().apply({"params"
 def vgg16_features(*, resize: int = 32, batch_size: int = 256) -> FeatureExtractor:
     """The spatial mean of relu5_3 of the VGG16 of LPIPS, [N, 512]: ImageNet features whose weights a package includes.
 
-    Args:
-        resize: side to which images are resized, bilinearly with antialiasing; at least 16.
-        batch_size: images per compiled call.
-
-    Raises:
-        InputError: weights missing or damaged; resize below 16.
+    Images are resized to `resize` x `resize`, at least 16, bilinearly with antialiasing. InputError for a smaller
+    `resize`, or missing or damaged weights.
     """
     if resize < 16:
         raise InputError(f"VGG16 features need resize of at least 16, got {resize}")
@@ -110,14 +106,8 @@ def vgg16_features(*, resize: int = 32, batch_size: int = 256) -> FeatureExtract
 def inception_features(weights: Path, *, batch_size: int = 64) -> FeatureExtractor:
     """The 2048 pooled features that FID is defined on, resized as torch-fidelity does (TensorFlow 1's bilinear).
 
-    pytorch-fid resizes with half-pixel centres instead, so its FID of small images differs slightly.
-
-    Args:
-        weights: the published file, see `ldm_jax.interop.inception_weights`.
-        batch_size: images per compiled call.
-
-    Raises:
-        InputError: missing, damaged or foreign file.
+    pytorch-fid resizes with half-pixel centres instead, so its FID of small images differs slightly. `weights` is the
+    published file, see `ldm_jax.interop.inception_weights`; InputError if it is missing, damaged or another file.
     """
     params, digest = load_inception(weights)
     params, layer = jax.device_put(params), "pool3, TensorFlow 1 resize"

@@ -18,7 +18,7 @@ from ldm_jax.diffusion.denoiser import Estimate, clip_z0, from_network
 from ldm_jax.diffusion.forward import noise_level, q_sample
 from ldm_jax.diffusion.likelihood import prior_kl, vlb_term
 from ldm_jax.diffusion.random import Stream, example_keys
-from ldm_jax.evaluation.cards import Card, reference_fields
+from ldm_jax.evaluation.cards import Card, Cards, reference_fields
 from ldm_jax.models.concat_conditioning import concat_arguments
 from ldm_jax.models.first_stage import to_latents
 from ldm_jax.models.pixels import to_pixels
@@ -121,9 +121,7 @@ def _summary(prior: np.ndarray, terms: np.ndarray, t: np.ndarray, T: int) -> Bit
     )
 
 
-def vlb_card(
-    model: LatentDiffusion, vlb: BitsPerDim, images: np.ndarray, *, split: str, condition: str
-) -> dict[str, dict[str, Any]]:
+def vlb_card(model: LatentDiffusion, vlb: BitsPerDim, images: np.ndarray, *, split: str, condition: str) -> Cards:
     """{name: card} of the VLB of `images` uint8 [N, H, W, C] of a split.
 
     `condition` is "class", "caption", or "" for an unconditional model. On latents, which are continuous, the VLB is

@@ -44,14 +44,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel inception distance (Binkowski et al. 2018): the squared MMD with k(x, y) = (x.y / D + 1)^3, unbiased.
 
-    Args:
-        features, reference: [N, D] and [M, D].
-        subsets: number of random subsets of both sets.
-        subset_size: of each, at most min(N, M).
-        seed: of the subsets.
-
-    Returns:
-        Mean and standard deviation over the subsets. The mean may fall slightly below 0.
+    Returns the mean and standard deviation over random subsets of features [N, D] and reference [M, D], each of
+    `subset_size` or min(N, M) vectors, at least 2, else ValueError. The mean may fall slightly below 0.
     """
     size = min(subset_size, len(features), len(reference))
     if size < 2:
@@ -76,12 +70,8 @@ def precision_recall(features: np.ndarray, reference: np.ndarray, *, k: int = 3)
     """Precision and recall of a generative model (Kynkaanniemi et al. 2019, equations 1 and 2).
 
     Precision is the fraction of `features` within the manifold of `reference`: inside the ball around some reference
-    vector that reaches to its k-th nearest neighbour. Recall is the same with the two sets exchanged.
-
-    Args:
-        features: of generated images, [N, D], N > k.
-        reference: of real images, [M, D], M > k.
-        k: the neighbour that sets the radius; the vector itself does not count.
+    vector that reaches to its k-th nearest neighbour (other than itself). Recall is the same with the sets exchanged.
+    `features` [N, D] are of generated images, `reference` [M, D] of real ones; ValueError unless N > k and M > k.
     """
     if min(len(features), len(reference)) <= k:
         raise ValueError(f"precision_recall needs more than k={k} vectors, got {len(features)} and {len(reference)}")

@@ -29,7 +29,7 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
 <body>
 <header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>
 <main>
-{chr(10).join(section for section in sections if section)}
+{chr(10).join(filter(None, sections))}
 </main>
 <script>
 {(HERE / "page.js").read_text()}</script>
@@ -40,7 +40,7 @@ def page(title: str, subtitle: str, sections: Sequence[str]) -> str:
 
 def section(heading: str, *blocks: str, note: str = "") -> str:
     """A section of HTML blocks; "" if all are empty. `note` is plain text below the heading."""
-    content = "".join(block for block in blocks if block)
+    content = "".join(blocks)
     if not content:
         return ""
     note = f'<p class="note">{escape(note)}</p>' if note else ""
@@ -54,7 +54,7 @@ def group(heading: str, content: str) -> str:
 
 def columns(*blocks: str) -> str:
     """HTML blocks in columns, or below each other on a narrow screen."""
-    content = "".join(block for block in blocks if block)
+    content = "".join(blocks)
     return f'<div class="columns">{content}</div>' if content else ""
 
 

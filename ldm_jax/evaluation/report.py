@@ -61,12 +61,7 @@ PROMPT_SHEETS = {
 
 
 def write_report(workdir: Path) -> Path:
-    """Writes the report of a run to `workdir`/report.html, atomically, and returns its path.
-
-    Raises:
-        InputError: `workdir` is no folder, or a file in it is damaged.
-    """
-    workdir = Path(workdir)
+    """Writes the report `workdir`/report.html of a run; InputError without that folder or for damaged files in it."""
     if not workdir.is_dir():
         raise InputError(f"there is no run folder {workdir} to report on")
     files = [workdir / f"{name}.json" for name in ("config", "data", "evaluation")]
@@ -98,12 +93,9 @@ def _subtitle(data: Mapping[str, Any], metrics: Metrics) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as text: 34 s, 5 min 20 s, 3 h 04 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02d} min" if hours else f"{m} min {s:02d} s" if m else f"{s} s"
 
 
 def _samples(workdir: Path) -> str:

@@ -42,13 +42,8 @@ def retrieval(
 ) -> dict[str, float]:
     """Recall@k of images by texts and of texts by images (Radford et al. 2021, section 3.1).
 
-    Args:
-      text, image: embeddings [N, D] and [M, D].
-      true: [N, M] bool, the texts of the images; at least one in each row and column.
-      ks: those above the number of candidates are left out.
-
-    Returns:
-      {"text_to_image_recall@1": ..., "image_to_text_recall@1": ...}.
+    Returns {"text_to_image_recall@1": ..., "image_to_text_recall@1": ...} for embeddings text [N, D] and image [M, D],
+    where `true` [N, M] bool marks the texts of each image. A k above the number of candidates is left out.
     """
     cosines = _cosines(text, image)
     recalls = {f"text_to_image_recall@{k}": recall_at(cosines, true, k) for k in ks if k <= len(image)}

@@ -14,7 +14,7 @@ from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import clip_scores
-from ldm_jax.evaluation.cards import Card, evaluate_images, evaluate_reconstructions, reference_fields
+from ldm_jax.evaluation.cards import Card, Cards, evaluate_images, evaluate_reconstructions, reference_fields
 from ldm_jax.evaluation.features import inception_features, lpips_distance, vgg16_features
 from ldm_jax.evaluation.likelihood import make_vlb, vlb_card
 from ldm_jax.interop.inception_weights import load_inception
@@ -36,19 +36,15 @@ from ldm_jax.training.validation import BUCKETS, examples_used, make_validation
 
 def check_weights(path: str | None, name: str) -> None:
     """Raises InputError if the file of Inception weights of a flag or field `name` is missing or damaged."""
-    if not path:
-        return
-    if not Path(path).is_file():
+    if path and not Path(path).is_file():
         raise InputError(f"{name}={path} does not exist; it must be a file with the FID Inception's weights")
-    load_inception(Path(path))
+    if path:
+        load_inception(Path(path))
 
 
 def at_size_of(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
-    """A config for evaluating a model: with the size and channels of the model's images.
-
-    Raises:
-      InputError: the model needs an image to sample from, or its images are not square.
-    """
+    """A config with the size and channels of a model's images; InputError if these are not square, or for a model that
+    needs an image to sample from."""
     height, width, channels = model.image_shape
     if model.concat:
         raise InputError(f"a {model.origin.pipeline} needs an image to sample from; it cannot be scored")
@@ -62,23 +58,20 @@ def at_size_of(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
 def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
     """Scores the models of a run and its final samples, and writes evaluation.json in the run folder."""
     config, cards = config_io.from_json(workdir / "config.json"), {}
-    num, examples = config.sampling.num, config.evaluation.vlb_examples
+    num, examples, batch_size = config.sampling.num, config.evaluation.vlb_examples, config.evaluation.batch_size
     if "diffusion" in config.stages and not config.init_from and (num or examples):  # that may train on all its images
         model, params = load(workdir)
         if num:
             with np.load(workdir / "samples.npz") as samples:
                 images = samples["images"]
-            concat_images = None
-            if model.concat:
-                batch_size = config.evaluation.batch_size
-                concat_images = from_split(model, test_set, len(images), config.seed, batch_size)
-            cards = score(model, params, config, images, train_set, test_set, concat_images)
+            degraded = from_split(model, test_set, len(images), config.seed, batch_size) if model.concat else None
+            cards = score(model, params, config, images, train_set, test_set, degraded)
             if text_conditioned(config):
                 cards["prompts"] = score_prompts(workdir, config, train_set, test_set)
         cards["model"] = score_likelihood(model, params, config, test_set, workdir)
     if "clip" in config.stages:
-        clip, batch_size = load_clip(workdir, config), config.evaluation.batch_size
-        cards["clip"] = clip_scores.clip_cards(clip, test_set, zero_shot_classes(config), batch_size)
+        clip, classes = load_clip(workdir, config), zero_shot_classes(config)
+        cards["clip"] = clip_scores.clip_cards(clip, test_set, classes, batch_size)
     if "classifier" in config.stages:
         cards["classifier"] = score_classifier(workdir, test_set)
     cards["config"] = _identity(config)
@@ -97,9 +90,7 @@ def zero_shot_classes(config: ConfigDict) -> Dataset | None:
     return load_split(labelled, config.data.test_split)
 
 
-def score_prompts(
-    workdir: Path, config: ConfigDict, train_set: Dataset, test_set: Dataset
-) -> dict[str, dict[str, Any]]:
+def score_prompts(workdir: Path, config: ConfigDict, train_set: Dataset, test_set: Dataset) -> Cards:
     """The cards of a run's samples with the captions of both splits, by its CLIP: see `clip_scores.prompt_cards`."""
     with np.load(workdir / "samples.npz") as samples:
         images, labels = samples["images"], samples["labels"]
@@ -112,9 +103,7 @@ def score_prompts(
     return cards | clip_scores.prompt_cards(clip, images, prompts, real, test_set.split, batch_size)
 
 
-def score_captions(
-    workdir: Path, config: ConfigDict, images: np.ndarray, prompts: list[str], split: Dataset
-) -> dict[str, dict[str, Any]]:
+def score_captions(workdir: Path, config: ConfigDict, images: np.ndarray, prompts: list[str], split: Dataset) -> Cards:
     """The same cards of samples uint8 [N, H, W, C] whose prompts are the captions of a split's first images."""
     real = split[np.arange(len(images)) % len(split)]["x"]
     clip, batch_size = load_clip(workdir, config), config.evaluation.batch_size
@@ -162,7 +151,7 @@ def score(
     train_set: Dataset,
     test_set: Dataset,
     concat_images: ConcatImages | None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Cards]:
     """The cards {"samples": ..., "autoencoder": ...} of samples uint8 [N, H, W, C]; see `evaluation.cards`.
 
     With Inception weights in the config, FID, KID, precision and recall on its features are among them. Of samples that
@@ -179,7 +168,7 @@ def score(
     resize = 16 if reference.shape[1] < 16 else None  # VGG16's smallest input
     lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
     plain = None if concat_images is None else baseline(model, concat_images)
-    cards: dict[str, dict[str, Any]] = {"samples": {}, "autoencoder": {}}
+    cards: dict[str, Cards] = {"samples": {}, "autoencoder": {}}
     for extractor in extractors:
         options = {"extractor": extractor, "cache": cache}
         real = {"reference_split": test_set.split, "train": train, "reconstructions": reconstructions}
@@ -204,7 +193,7 @@ def reconstruct(model: LatentDiffusion, params: Params, images: np.ndarray, batc
 
 def score_likelihood(
     model: LatentDiffusion, params: Params, config: ConfigDict, test_set: Dataset, folder: Path
-) -> dict[str, dict[str, Any]]:
+) -> Cards:
     """The card of the VLB of the first `evaluation.vlb_examples` test images, in bits per dimension.
 
     Writes the VLB's terms to `folder`/bits_per_dim.json. `test_set` has images of the model's size.

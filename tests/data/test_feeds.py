@@ -238,12 +238,9 @@ def test_arrays_of_unequal_length():
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16])
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_in_order(n, processes):
-    parts = [list(in_order(Squares(n), 8, p, processes)) for p in range(processes)]
+def test_in_order(n):
     seen = []
-    for batches in zip(*parts):  # the processes' parts of one batch
-        batch = {name: np.concatenate([part[name] for part in batches]) for name in batches[0]}
+    for batch in in_order(Squares(n), 8):
         assert batch["x"].shape == batch["valid"].shape == batch["id"].shape == (8,)
         np.testing.assert_array_equal(batch["x"], batch["id"].astype(np.int64) ** 2)
         seen.extend(batch["id"][batch["valid"]])
