@@ -1,12 +1,12 @@
-"""Text to image from nothing: emoji by what they are called. Autoencoder, CLIP and UNet, for a CPU of two cores.
+"""Text-to-image from scratch: emoji and their names. Autoencoder, CLIP and UNet, for a CPU with two cores.
 
-    make emoji                                           or, with the fonts fetched by `make emoji-data`:
+    make emoji                                           or, with the fonts downloaded by `make emoji-data`:
     python -m ldm_jax.train --config=configs/emoji.py
     python -m ldm_jax.sample --model=runs/emoji --prompt="red cat" --out=samples
 
-32x32 colour pictures -> 8x8x8 latents -> a UNet of 4 million parameters that is told of captions by cross-attention to
-the text encoder of a CLIP trained on the same pictures. A tenth of the emoji, with all their variants, is never seen.
-About an hour, after which soccer balls, apples, hearts, flags, faces and people are drawn as one asks for them.
+32x32 RGB images -> 8x8x8 latents -> a UNet of 4 million parameters with cross-attention to the text encoder of a CLIP
+trained on the same images. A tenth of the emoji, with all their variants, is held out. After about an hour the model
+follows prompts of soccer balls, apples, hearts, flags, faces and people.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from ldm_jax.config import defaults
 
 
 def get_config() -> ConfigDict:
-    """What `make emoji` runs."""
+    """The config of `make emoji`."""
     config = defaults.get_config().unlock()
     config.stages = ("autoencoder", "clip", "diffusion")
 
@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     data.name = "emoji"
     data.test_split = "validation"
     data.caption_key = "auto"
-    data.group_key = "toneless"  # else half of the pictures were people in five skin tones
+    data.group_key = "toneless"  # balanced sampling: people in five skin tones are half of the images
     data.image_size = 32
     data.channels = 3
 

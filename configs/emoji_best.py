@@ -1,4 +1,4 @@
-"""Text to image from nothing, for quality: emoji of 64 pixels, sized for one GPU. It has not been run yet.
+"""Text-to-image from scratch, for quality: emoji of 64 pixels, for one GPU. It has not been run yet.
 
 python -m ldm_jax.train --config=configs/emoji_best.py
 """
@@ -9,7 +9,7 @@ from configs import emoji
 
 
 def get_config() -> ConfigDict:
-    """Wider networks, the perceptual loss, bfloat16 and a long training."""
+    """Wider networks, the perceptual loss, bfloat16 and more steps than configs/emoji.py."""
     config = emoji.get_config().unlock()
     config.dtype = "bfloat16"
     config.data.image_size = 64

@@ -1,8 +1,8 @@
-"""Latent diffusion on Fashion-MNIST: the main job, sized for a CPU of two cores.
+"""Latent diffusion on Fashion-MNIST: the main job, for a CPU with two cores.
 
     python -m ldm_jax.train --config=configs/fashion_mnist.py
 
-28x28 grey pictures -> 7x7x8 latents -> a UNet of 4 million parameters, 10 classes by cross-attention.
+28x28 grayscale images -> 7x7x8 latents -> a UNet of 4 million parameters with cross-attention to 10 classes.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from ldm_jax.config import defaults
 
 
 def get_config() -> ConfigDict:
-    """The main job: `make train`."""
+    """The config of `make train`."""
     config = defaults.get_config().unlock()
 
     autoencoder = config.autoencoder
@@ -19,13 +19,13 @@ def get_config() -> ConfigDict:
     autoencoder.block_out_channels = (16, 32, 64)
     autoencoder.norm_num_groups = 8
     autoencoder.mid_block_attention = False
-    autoencoder.loss.perceptual = 0.0  # left out to save time on a CPU; see experiments/tuning
+    autoencoder.loss.perceptual = 0.0  # off to save time on a CPU; see experiments/tuning
     autoencoder.loss.adversarial = 0.2
     autoencoder.loss.adversarial_start = 500
     autoencoder.discriminator.channels = 32
-    autoencoder.discriminator.layers = 2  # three leave too little of 28 pixels
+    autoencoder.discriminator.layers = 2  # three are too many for 28 pixels
     autoencoder.steps = 5_000
-    autoencoder.batch_size = 16  # small: so early in training, what counts is the number of steps
+    autoencoder.batch_size = 16  # small: in a short training more steps are better than larger batches
     autoencoder.learning_rate = 1.5e-3
 
     config.unet.block_out_channels = (64, 128)
@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.unet.norm_num_groups = 16
 
     diffusion = config.diffusion
-    diffusion.schedule = "cosine"  # small latents are lost in a linear one's noise; wants v, see experiments/tuning
+    diffusion.schedule = "cosine"  # linear is too noisy for small latents; with v, see experiments/tuning
     diffusion.prediction = "v"
     diffusion.weighting = "min_snr"
     diffusion.steps = 3_800
@@ -42,10 +42,10 @@ def get_config() -> ConfigDict:
     diffusion.learning_rate = 1e-3
 
     sampling = config.sampling
-    sampling.sampler = "unipc"  # nearest to real pictures in few steps: see experiments/solvers
+    sampling.sampler = "unipc"  # the best Fréchet distance in few steps: see experiments/solvers
     sampling.steps = 16
     sampling.guidance = 2.0
-    sampling.guidance_interval = (0.1, 0.9)  # at high noise guidance costs variety: see experiments/tuning
+    sampling.guidance_interval = (0.1, 0.9)  # guidance at high noise reduces diversity: see experiments/tuning
     sampling.batch_size = 256
     sampling.progress_every = 1_000
     config.checkpoint_every = 500

@@ -1,8 +1,8 @@
-"""Latent diffusion on Fashion-MNIST, for quality: sized for one GPU.
+"""Latent diffusion on Fashion-MNIST, for quality: for one GPU.
 
     python -m ldm_jax.train --config=configs/fashion_mnist_best.py
 
-The main job with wider networks, the perceptual and the adversarial loss, bfloat16 and a long training.
+The main job with wider networks, the perceptual and the adversarial loss, bfloat16 and more steps.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from configs import fashion_mnist
 
 
 def get_config() -> ConfigDict:
-    """The quality config."""
+    """The main job, changed for quality."""
     config = fashion_mnist.get_config().unlock()
     config.dtype = "bfloat16"
 

@@ -1,26 +1,26 @@
-"""A diffusers model, trained on with your own pictures and captions: for one GPU.
+"""Fine-tuning of a diffusers model on your own images and captions, for one GPU.
 
     python -m ldm_jax.train --config=configs/finetune.py [--config.init_from=MODEL] --config.data.path=DIR
 
-MODEL is a diffusers folder or a name on the hub, Stable Diffusion 1.5 if nothing is said; DIR has pictures, with a
-metadata.jsonl or a .txt file beside each (see `ldm_jax/data/captioned_folder.py`). With `--config.lora.rank=8` only
-small matrices beside the attention's are trained, and the run folder gets a `pytorch_lora_weights.safetensors` for
-diffusers. Held-out pictures: `--config.data.train_split=train[:90%] --config.data.test_split=train[90%:]`; by the first
-few of their captions it draws while training, and at the end, unless `config.sampling.prompts` says by which. Then:
+MODEL is a diffusers folder or a hub id, by default Stable Diffusion 1.5. DIR has images and their captions, in a
+metadata.jsonl or a .txt file for each image (see `ldm_jax/data/captioned_folder.py`). `--config.lora.rank=8` trains
+only LoRA of the UNet's attention and writes `pytorch_lora_weights.safetensors` for diffusers. Images are held out by
+`--config.data.train_split=train[:90%] --config.data.test_split=train[90%:]`. The prompts of the samples are
+`config.sampling.prompts`, by default the first few held-out captions. Then:
 
     python -m ldm_jax.sample --model=runs/finetune --prompt=TEXT --out=samples
-    python -m ldm_jax.convert --model=runs/finetune --to=FOLDER        the same pipeline again, for diffusers
+    python -m ldm_jax.convert --model=runs/finetune --to=FOLDER        the fine-tuned pipeline, for diffusers
 
-What MODEL is decides what it is given of the pictures beside their captions, and what is restored of the held-out ones:
+The conditioning of MODEL decides what else it is trained with:
 
-- Stable Diffusion 1, 2 and XL, size 512, 768, 1024: nothing.
-- Their inpainting models: the picture with random boxes hidden. Then `sample --init_image --mask --prompt`.
-- The x4 upscaler (512, `--config.sampling.guidance=9`): the picture four times smaller, noised by a random level,
-  which it is told. Then `sample --concat_image --prompt`.
-- LDMs without texts (256): neither captions nor anything else. `--config.data.name=NAME` takes plain pictures that
-  `python -m ldm_jax.data.image_folder --source=DIR --name=NAME` has prepared.
-- The class-conditional LDM (256): the classes of such a set, one for each folder of SOURCE, no more than it knows. They
-  take the places of its first ones, whose embeddings learn with the UNet, unless that is LoRA.
+- Stable Diffusion 1, 2 and XL, size 512, 768, 1024: captions alone.
+- Their inpainting models: the image with random masked boxes. Then `sample --init_image --mask --prompt`.
+- The x4 upscaler (512, `--config.sampling.guidance=9`): the image four times smaller, with noise of a random level.
+  Then `sample --concat_image --prompt`.
+- Unconditional LDMs (256): images alone. `--config.data.name=NAME` takes a data set prepared by
+  `python -m ldm_jax.data.image_folder --source=DIR --name=NAME`.
+- The class-conditional LDM (256): the classes of such a data set, one per folder of DIR, at most the model's
+  number. They replace its first classes, whose embeddings are trained with the UNet unless by LoRA.
 """
 
 from ml_collections import ConfigDict
@@ -29,14 +29,14 @@ from ldm_jax.config import defaults
 
 
 def get_config() -> ConfigDict:
-    """Full fine-tuning at a low rate; the model's own size and sampler."""
+    """Full fine-tuning at a low learning rate, with the sampler of the pretrained model."""
     config = defaults.get_config().unlock()
     config.init_from = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     config.stages = ("diffusion",)
 
     data = config.data
     data.name = "folder"
-    data.test_split = "train"  # a handful of pictures leaves none to hold out
+    data.test_split = "train"  # few images: none are held out
     data.caption_key = "auto"
     data.image_size = 512  # that of Stable Diffusion 1; 768 of 2.1, 1024 of XL
     data.channels = 3

@@ -28,10 +28,9 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
     Raises InputError for an unknown flag or field, or a wrong value.
     """
     argv = rename_arguments(argv)
-    files = [argument.removeprefix("--config=") for argument in argv[1:] if argument.startswith("--config=")]
-    for file in files if config else ():
-        if not Path(file).is_file():
-            raise InputError(f"there is no config file {file!r}; configs are in configs/")
+    file = next((a.removeprefix("--config=") for a in argv[1:] if a.startswith("--config=")), None)
+    if config and file is not None and not Path(file).is_file():
+        raise InputError(f"there is no config file {file!r}; configs are in configs/")
     try:
         if config:
             help_text = "a file of configs/"
@@ -44,14 +43,14 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
         known = [name for name in flag_values if not name.startswith("config.")]
         raise InputError(f"there is no flag --{error.flagname}{nearest(error.flagname, known)}") from error
     except (AttributeError, KeyError) as error:
-        raise InputError(_unknown_field(argv, error)) from error
+        raise InputError(_unknown_field(argv, file, error)) from error
     except (flags.Error, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
         message = str(error)
         if "Traceback" in message:  # of a config file that fails; its last line is the error
-            message = f"{_config_file(argv)} fails: {message.strip().splitlines()[-1]}"
+            message = f"{file} fails: {message.strip().splitlines()[-1]}"
         raise InputError(" ".join(message.split())) from error
     except Exception as error:  # whatever a config file of the user's does
-        raise InputError(f"{_config_file(argv)} fails: {type(error).__name__}: {error}") from error
+        raise InputError(f"{file} fails: {type(error).__name__}: {error}") from error
     if loaded:
         rename_fields(flag_values.config)
     if len(rest) > 1:
@@ -172,22 +171,18 @@ class _Interval(flags.ArgumentParser):
         return numbers
 
 
-def _unknown_field(argv: list[str], error: Exception) -> str:
+def _unknown_field(argv: list[str], file: str | None, error: Exception) -> str:
     """The error message for the first unknown --config.FIELD, with the nearest field of the config."""
     if not any(argument.startswith("--config.") for argument in argv):  # the config file sets an unknown field
-        return f"{_config_file(argv)} fails: {str(error).splitlines()[0].strip(chr(34) + chr(39))[:200]}"
+        return f"{file} fails: {str(error).splitlines()[0].strip(chr(34) + chr(39))[:200]}"
     bare = flags.FlagValues()
-    parse(bare, ["", *(argument for argument in argv if argument.startswith("--config="))], config=True)
+    parse(bare, ["", f"--config={file}"], config=True)
     known = list(flatten(bare.config))
     for argument in argv[1:]:
         name = argument.removeprefix("--config.").split("=")[0]
         if argument.startswith("--config.") and name not in known:
             return f"there is no field config.{name}{nearest(name, known)}"
     return str(error)
-
-
-def _config_file(argv: list[str]) -> str:
-    return next((a.removeprefix("--config=") for a in argv if a.startswith("--config=")), "the config file")
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:

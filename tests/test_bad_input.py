@@ -92,7 +92,10 @@ TRAIN = {  # flags -> what the line must say
     ),
     "a norm that erases the time": ([TINY, "--config.unet.norm_num_groups=8"], "must be less"),
     "heads that do not divide": ([TINY, "--config.unet.attention_heads=3"], "it must divide 8"),
-    "attention for other resolutions": ([TINY, "--config.unet.attention=(True,)"], "equally long"),
+    "attention for other resolutions": (
+        [TINY, "--config.unet.attention=(True,)"],
+        "it must be as long as block_out_channels",
+    ),
     "more resolutions than latents have": (
         [TINY, "--config.unet.block_out_channels=(8,8,8,8)", "--config.unet.attention=(False,False,False,False)"],
         "cannot be halved so often",
@@ -142,7 +145,7 @@ TRAIN = {  # flags -> what the line must say
     ),
     "a classifier's attention for other resolutions": (
         [TINY, jobs.CLASSIFIER[0], "--config.classifier.attention=(True,False)"],
-        "config.classifier.attention has 2 entries",
+        "config.classifier.attention is (True, False)",
     ),
     "a classifier deeper than the latents": (
         [
@@ -151,7 +154,7 @@ TRAIN = {  # flags -> what the line must say
             "--config.classifier.block_out_channels=(8,8,8,8)",
             "--config.classifier.attention=(False,False,False,False)",
         ],
-        "config.classifier.block_out_channels has 4 resolutions",
+        "config.classifier.block_out_channels is (8, 8, 8, 8); latents of 4x4",
     ),
     "a classifier's batch that does not divide over devices": (
         [TINY, jobs.CLASSIFIER[0], "--config.classifier.batch_size=6"],

@@ -15,15 +15,8 @@ from ldm_jax.errors import InputError
 REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")
 
 # Fields and sections that may change between two calls of the same run.
-FREE = (
-    "sampling",
-    "evaluation",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "data.dir",
-    "data.memory_limit_gb",
-)
+FREE = ("log_every", "checkpoint_every", "keep_checkpoints", "data.dir", "data.memory_limit_gb",
+        "sampling", "evaluation")  # fmt: skip
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:

@@ -41,29 +41,25 @@ def _validate_combinations(config: ConfigDict) -> None:
     """Fields of any run that contradict each other."""
     diffusion, concat, size = config.diffusion, config.concat, config.data.image_size
     if diffusion.schedule in ("linear", "scaled_linear") and not 0 < diffusion.beta_start <= diffusion.beta_end:
-        rule = f"with config.diffusion.beta_end = {diffusion.beta_end} it must be above 0 and at most that"
-        raise _wrong(config, "diffusion.beta_start", rule)
+        raise _wrong(config, "diffusion.beta_start", f"it must be above 0 and at most beta_end = {diffusion.beta_end}")
     try:
         coefficient_tables(diffusion.prediction, make_process(**{name: diffusion[name] for name in SCHEDULE}))
     except ValueError as error:
         raise InputError(f"config.diffusion.prediction: {error}") from error
-    if config.autoencoder.batch_size % config.autoencoder.loss.perceptual_every:
-        rule = f"it must divide config.autoencoder.batch_size = {config.autoencoder.batch_size}"
-        raise _wrong(config, "autoencoder.loss.perceptual_every", rule)
+    batch = config.autoencoder.batch_size
+    if batch % config.autoencoder.loss.perceptual_every:
+        raise _wrong(config, "autoencoder.loss.perceptual_every", f"it must divide autoencoder.batch_size = {batch}")
     if concat.type == "low_resolution" and size % concat.factor:
         raise _wrong(config, "concat.factor", f"it must divide config.data.image_size = {size}")
     if concat.type == "segments" and config.data.segments_key == "none":
-        rule = "config.data.segments_key must name the feature with the segmentation maps"
-        raise _wrong(config, "concat.type", rule)
+        raise _wrong(config, "concat.type", "config.data.segments_key must name the feature with segmentation maps")
     if diffusion.variance == "learned" and not diffusion.vlb_weight:
-        rule = "with config.diffusion.variance=learned it must be above 0, e.g. 0.001"
-        raise _wrong(config, "diffusion.vlb_weight", rule)
+        raise _wrong(config, "diffusion.vlb_weight", "for a learned variance it must be above 0, e.g. 0.001")
     if config.sampling.threshold and config.autoencoder.type != "none":
         rule = "dynamic thresholding needs pixels (config.autoencoder.type=none); latents are not bounded"
         raise _wrong(config, "sampling.threshold", rule)
     if config.sampling.steps > diffusion.timesteps:
-        rule = f"it must be at most config.diffusion.timesteps = {diffusion.timesteps}"
-        raise _wrong(config, "sampling.steps", rule)
+        raise _wrong(config, "sampling.steps", f"it must be at most config.diffusion.timesteps = {diffusion.timesteps}")
 
 
 def _validate_fine_tuning(config: ConfigDict) -> None:
@@ -74,8 +70,9 @@ def _validate_fine_tuning(config: ConfigDict) -> None:
         raise _wrong(config, "diffusion.variance", "with config.init_from it must be fixed")
     _validate_prompts(config)
     if config.lora.rank and config.diffusion.train_text_encoder:
-        rule = "with config.lora.rank it must be False: LoRA of the UNet is all that is trained"
-        raise _wrong(config, "diffusion.train_text_encoder", rule)
+        raise _wrong(
+            config, "diffusion.train_text_encoder", "with config.lora.rank, LoRA of the UNet, it must be False"
+        )
     if config.lora.rank and not config.lora.alpha:
         raise _wrong(config, "lora.alpha", "it must be above 0, as it scales the LoRA update")
 
@@ -119,8 +116,7 @@ def _validate_text_to_image(config: ConfigDict) -> None:
     """The model must be a small Stable Diffusion, so that diffusers can run its export."""
     _validate_prompts(config)
     if config.unet.context_dim != config.clip.text_width:
-        rule = f"it must be the text encoder's width, config.clip.text_width = {config.clip.text_width}"
-        raise _wrong(config, "unet.context_dim", rule)
+        raise _wrong(config, "unet.context_dim", f"it must be config.clip.text_width = {config.clip.text_width}")
     fields = flatten(config)
     for name, value in {"autoencoder.type": "kl", "concat.type": "none", "diffusion.variance": "fixed"}.items():
         if fields[name] != value:
@@ -148,8 +144,7 @@ def _validate_shapes(config: ConfigDict) -> None:
         _check_widths(config, "autoencoder")
         factor = 2 ** (len(channels) - 1)
         if size % factor:
-            rule = f"an autoencoder of {len(channels)} resolutions needs a multiple of {factor}"
-            raise _wrong(config, "data.image_size", rule)
+            raise _wrong(config, "data.image_size", f"the autoencoder needs a multiple of {factor}")
         _check_divides(config, "autoencoder.norm_num_groups", channels)
         size //= factor
     _validate_network(config, "unet", size)
@@ -162,27 +157,20 @@ def _validate_network(config: ConfigDict, name: str, size: int) -> None:
     network, channels = config[name], config[name].block_out_channels
     _check_widths(config, name)
     if len(network.attention) != len(channels):
-        raise InputError(
-            f"config.{name}.attention has {len(network.attention)} entries, config.{name}.block_out_channels "
-            f"{len(channels)}; they must be equally long"
-        )
+        raise _wrong(config, f"{name}.attention", f"it must be as long as block_out_channels {channels}")
     _check_divides(config, f"{name}.norm_num_groups", channels)
     if network.norm_num_groups in channels:
         rule = f"it must be less than each of {channels}: groups of one channel normalize the time embedding away"
         raise _wrong(config, f"{name}.norm_num_groups", rule)
     _check_divides(config, f"{name}.attention_heads", channels)
     if size < 2 ** (len(channels) - 1):
-        raise InputError(
-            f"config.{name}.block_out_channels has {len(channels)} resolutions; latents of {size}x{size} "
-            "cannot be halved so often"
-        )
+        raise _wrong(config, f"{name}.block_out_channels", f"latents of {size}x{size} cannot be halved so often")
 
 
 def _check_widths(config: ConfigDict, network: str) -> None:
     widths = config[network].block_out_channels
     if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
-        rule = "it must be one positive whole number for each resolution"
-        raise _wrong(config, f"{network}.block_out_channels", rule)
+        raise _wrong(config, f"{network}.block_out_channels", "it must be one positive integer for each resolution")
 
 
 def _check_divides(config: ConfigDict, name: str, channels: tuple) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints of a training stage: written by Orbax, named by step, checked on the way back.
+"""Checkpoints of a training stage: written by Orbax, named by step, verified when read.
 
-A checkpoint is a flat dict, path in the state -> array, and a note: the run it belongs to and each array's CRC-32.
-Orbax writes to a temporary folder and renames it, so a killed save leaves the one before; the CRC catches what a
-file system damages later. Orbax alone would neither notice that, nor fall back, nor refuse another dtype.
+A checkpoint is a flat dict, path in the state -> array, and a note: the identity of its run and each array's CRC-32.
+Orbax writes to a temporary folder and renames it, so that a killed save leaves the previous checkpoint; the CRC
+detects later damage, which Orbax alone would not, nor fall back to an older checkpoint, nor refuse another dtype.
 """
 
 import logging
@@ -21,10 +21,10 @@ from ldm_jax.errors import InputError, RunError
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
 
-# What the parts of a model are called in checkpoints, since the first version.
+# Name of a component in memory -> in checkpoints, where it is that of the first version.
 STORED_NAMES = {"denoiser": "unet", "conditioning": "conditioner", "first_stage": "autoencoder"}
 
-# The fields that the checkpoints of a stage depend on; those of another run are refused.
+# The config fields that the checkpoints of a stage depend on.
 AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
 IDENTITY_FIELDS = {
     "autoencoder": AUTOENCODER_FIELDS,
@@ -35,37 +35,33 @@ IDENTITY_FIELDS = {
 
 
 def identity(config: ConfigDict, stage: str) -> dict[str, str]:
-    """What a checkpoint of `stage` is recorded with: a hash of the fields that it depends on."""
+    """The identity recorded in the checkpoints of `stage`: a hash of the config fields that they depend on."""
     return {"config": config_io.identity(config, IDENTITY_FIELDS[stage])}
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """Path -> array on the host, e.g. "params/unet/conv_in/kernel"."""
+    """A tree as path -> array on the host, e.g. "params/unet/conv_in/kernel"."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))
     return {_name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def unflatten(flat: dict[str, np.ndarray], like: Any, *, where: str) -> Any:
-    """The arrays in the structure of `like`; raises InputError if names, shapes or dtypes differ."""
+    """The arrays of `flat` in the structure of `like`; raises InputError if names, shapes or dtypes differ."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(like)
-    wanted = {_name(path): leaf for path, leaf in leaves}
-    missing, unexpected = sorted(wanted.keys() - flat), sorted(flat.keys() - wanted)
+    expected = {_name(path): leaf for path, leaf in leaves}
+    missing, unexpected = sorted(expected.keys() - flat), sorted(flat.keys() - expected)
     if missing or unexpected:
-        raise InputError(
-            f"{where} belongs to another model: {len(missing)} arrays are missing {missing[:3]}, "
-            f"{len(unexpected)} unexpected {unexpected[:3]}"
-        )
-    for name, leaf in wanted.items():
-        if (flat[name].shape, flat[name].dtype) != (leaf.shape, leaf.dtype):
-            raise InputError(
-                f"{where} belongs to another model: {name} is {flat[name].dtype}{list(flat[name].shape)} there, "
-                f"{leaf.dtype}{list(leaf.shape)} here"
-            )
-    return jax.tree_util.tree_unflatten(treedef, [flat[name] for name in wanted])
+        counts = f"{len(missing)} arrays are missing {missing[:3]}, {len(unexpected)} unexpected {unexpected[:3]}"
+        raise InputError(f"{where} belongs to another model: {counts}")
+    for name, leaf in expected.items():
+        saved, here = (f"{array.dtype}{list(array.shape)}" for array in (flat[name], leaf))
+        if saved != here:
+            raise InputError(f"{where} belongs to another model: {name} is {saved} there, {here} here")
+    return jax.tree_util.tree_unflatten(treedef, [flat[name] for name in expected])
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Close it, or use it in a `with`: the last save may still be under way."""
+    """The newest `keep` checkpoints of a run's stage, in one folder. A context manager: saves are asynchronous."""
 
     def __init__(self, folder: Path, *, keep: int, identity: dict[str, str]) -> None:
         self.folder = folder.absolute()
@@ -76,55 +72,57 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, error: type | None, *_: object) -> None:
+        if error is None:
             self.wait()
         self._manager.close()
 
     def save(self, state: Any) -> None:
-        """Saves the state under its own step, unless that is there already; returns before the disk is done."""
+        """Starts to save the state under its own step, unless that is there; raises RunError if that fails."""
         flat = flatten(state)
         step = int(flat["step"])
         if step in self._manager.all_steps():
             return
         note = self._identity | {"crc32": {name: zlib.crc32(np.ascontiguousarray(a)) for name, a in flat.items()}}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(flat), note=ocp.args.JsonSave(note))
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(flat), note=ocp.args.JsonSave(note))
-            )
+            self._manager.save(step, args=args)
         except Exception as error:
             raise RunError(f"could not save step {step} to {self.folder}: {_first_line(error)}") from error
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk; raises RunError if that failed."""
+        """Waits until all saves are on disk; raises RunError if one failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise RunError(f"could not save to {self.folder}: {_first_line(error)}") from error
 
     def restore(self, like: Any) -> Any | None:
-        """The newest sound checkpoint in the structure of `like`, or None if there is none at all.
+        """The newest undamaged checkpoint in the structure of `like`; None if the folder has no checkpoints.
 
-        A damaged one is reported, put aside as `damaged.STEP`, and the one before is used.
+        A damaged one is reported and renamed to `damaged.STEP`. Raises InputError if all are damaged, or one belongs
+        to another run or model.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            path = self.folder / str(step)
             try:
-                flat = _read(self.folder, step, self._identity)
+                return unflatten(_read(self.folder, step, self._identity), like, where=str(path))
             except _DamagedError as error:
-                print(f"Checkpoint {self.folder / str(step)} is damaged ({error}); going back to the one before.")
+                print(f"Checkpoint {path} is damaged ({error}); going back to the one before.")
                 if jax.process_index() == 0:
-                    (self.folder / str(step)).rename(self.folder / f"damaged.{step}")
+                    path.rename(self.folder / f"damaged.{step}")
                 self._manager.reload()
-                continue
-            return unflatten(flat, like, where=str(self.folder / str(step)))
         if steps:
             raise InputError(f"no checkpoint in {self.folder} can be read; move the folder away to start over")
         return None
 
 
 def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
-    """The newest sound checkpoint of a stage, of steps `up_to` at most, as a flat dict; the folder stays as it is."""
+    """The newest undamaged checkpoint of a stage, of step `up_to` at most, as a flat dict.
+
+    Raises InputError if there is none. The folder is not changed.
+    """
     steps = (int(p.name) for p in folder.glob("*") if p.name.isdigit())
     for step in sorted((step for step in steps if step <= up_to), reverse=True):
         try:
@@ -135,13 +133,14 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
 
 
 def ema_params(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
-    """The averaged parameters in a stage's checkpoint, in the structure of `like`."""
-    averaged = {name.removeprefix("ema_params/"): a for name, a in flat.items() if name.startswith("ema_params/")}
-    return unflatten(averaged, like, where=str(where))
+    """The EMA parameters in a stage's checkpoint, in the structure of `like`."""
+    prefix = "ema_params/"
+    flat = {name.removeprefix(prefix): array for name, array in flat.items() if name.startswith(prefix)}
+    return unflatten(flat, like, where=str(where))
 
 
 def subtree(flat: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
-    """The nested dict below `prefix`, e.g. "ema_params/unet"; raises InputError if nothing is there."""
+    """The nested dict below `prefix`, e.g. "ema_params/unet"; raises InputError if it is missing."""
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         if name.startswith(prefix + "/"):
@@ -160,16 +159,15 @@ class _DamagedError(Exception):
 
 
 def _read(folder: Path, step: int, identity: dict[str, str]) -> dict[str, np.ndarray]:
-    this = jax.process_index()  # alone: without this, Orbax waits for all hosts, and the first alone draws and scores
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"read_{this}"
-    )
+    # Reads on this host alone: Orbax would wait for all hosts, but only the primary one samples and evaluates.
+    host = jax.process_index()
+    hosts = {"primary_host": host, "active_processes": {host}, "barrier_sync_key_prefix": f"read_{host}"}
+    alone = ocp.options.MultiprocessingOptions(**hosts)
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
     with ocp.CheckpointManager(folder, options=options) as manager:
         try:
-            restored = manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
-            )
+            restored = manager.restore(step, args=args)
             flat = {name: np.asarray(value) for name, value in restored.state.items()}
             note = dict(restored.note)
             expected = note.pop("crc32")

@@ -1,9 +1,8 @@
-"""SIGTERM and SIGINT: save and leave at the next step, or leave at once where there is nothing to save.
+"""SIGTERM and SIGINT: save and exit before the next step, or exit at once if there is nothing to save.
 
-Python runs signal handlers only between its own instructions, and a compilation can keep it from those for a minute.
-A thread therefore watches the wake-up pipe, which the C-level handler writes to at any time.
-
-In runs over several processes JAX itself takes SIGTERM, and has all of them stop at the same step.
+Python runs signal handlers only between its own instructions, so a compilation can delay them by a minute. A thread
+therefore watches the wake-up pipe, which the C-level handler writes to at any time. In runs of several processes JAX
+itself handles SIGTERM, and all of them stop at the same step.
 """
 
 import os
@@ -11,21 +10,20 @@ import signal
 import socket
 import sys
 import threading
-from types import TracebackType
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state; the command exits with 0."""
+    """A signal stopped the run, after its state was saved; the exit status is 0."""
 
 
 class InterruptWatch:
-    """`with InterruptWatch() as watch`: inside `watch.guard()` a signal is noted, elsewhere it ends the process."""
+    """A context manager in which a signal sets `stop_requested` after `guard(True)`, and else ends the process."""
 
     def __enter__(self) -> "InterruptWatch":
-        self._guarded = self._asked = False
+        self._guarded = self._signalled = False
         self._lock, self._old = threading.Lock(), {}
         if jax.process_count() > 1:
             return self
@@ -36,7 +34,7 @@ class InterruptWatch:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._old:
             signal.set_wakeup_fd(self._old_fd)
             for number, handler in self._old.items():
@@ -49,23 +47,23 @@ class InterruptWatch:
                 if data[0] not in (signal.SIGTERM, signal.SIGINT):
                     continue
                 with self._lock:
-                    self._asked = True
-                    leave_now = not self._guarded
-                if leave_now:
-                    print("\nStopped; there was nothing to save. The same command goes on from here.", file=sys.stderr)
-                    sys.stderr.flush()
+                    self._signalled = True
+                    exit_now = not self._guarded
+                if exit_now:
+                    message = "\nStopped; there was nothing to save. The same command goes on from here."
+                    print(message, file=sys.stderr, flush=True)
                     os._exit(0)
 
     def guard(self, active: bool) -> None:
-        """Says whether the process now holds progress that only a save would keep."""
+        """Sets whether there is unsaved progress, for which a signal must not end the process."""
         with self._lock:
             self._guarded = active
-            late = self._asked and not active
-        if late:
+            exit_now = self._signalled and not active
+        if exit_now:
             os._exit(0)
 
-    def asked(self, step: int) -> bool:
-        """Whether to save and leave before `step`; with several hosts, all are told the same step."""
+    def stop_requested(self, step: int) -> bool:
+        """Whether to save and exit before `step`; the same on all hosts."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self._signalled

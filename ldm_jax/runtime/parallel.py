@@ -1,11 +1,11 @@
-"""Data parallelism: pure steps under `jax.pmap` over every device of every host.
+"""Data parallelism: pure steps under `jax.pmap` over all devices of all hosts.
 
-The state has no leading device axis: pmap's `in_axes=None` keeps one logical copy, replicated on the devices and
-donated from step to step. Batches are [local devices, examples, ...].
+The state has no device axis: by `in_axes=None` it is one logical array, replicated on the devices and donated from
+step to step. Batches are [local devices, examples, ...].
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import jax
@@ -17,13 +17,13 @@ AXIS = "data"
 
 
 def replicate(tree: Any) -> Any:
-    """A copy of `tree` on each local device, as pmap takes it without moving it again."""
+    """A copy of `tree` on each local device, which pmap takes without another transfer."""
     mesh = Mesh(np.array(jax.local_devices()), (AXIS,))
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard(batch: Any) -> Any:
-    """[B, ...] -> [local devices, B / local devices, ...], leaf by leaf; raises ValueError if B does not divide."""
+    """Each leaf [B, ...] as [local devices, B / local devices, ...]; raises ValueError if B does not divide."""
     devices = jax.local_device_count()
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if len(leaf) % devices:
@@ -32,14 +32,8 @@ def shard(batch: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
 
 
-def unshard(values: jax.Array) -> np.ndarray:
-    """[local devices, B / local devices, ...] -> this host's [B, ...]."""
-    values = np.asarray(values)
-    return values.reshape(-1, *values.shape[2:])
-
-
 def take(resident: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The batch's rows of the arrays that live on the device, beside what the batch brings along."""
+    """The arrays of `batch`, and its rows batch["index"] of the data set's arrays on the device."""
     batch = dict(batch)
     index = batch.pop("index", None)
     return {name: rows[index] for name, rows in resident.items()} | batch
@@ -47,11 +41,11 @@ def take(resident: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[st
 
 @lru_cache(maxsize=16)
 def parallel_step(stage: Any, **static: Any) -> Callable:
-    """`stage.step(state, frozen, batch, seed, axis_name=..., **static)` as one compiled, data-parallel call.
+    """A stage's step as a compiled, data-parallel function; equal stages share it.
 
-    The call is (state, frozen, resident, batch, index, seed) -> (state, metrics); `state` is donated, `batch` is
-    sharded (see `shard`), all else replicated (see `replicate`). `index` is the step that the batch belongs to. Equal
-    stages share it, so that training twice in one process compiles once.
+    It maps (state, frozen, resident, batch, index, seed) to (state, metrics) by `stage.step(state, frozen, batch,
+    seed, axis_name=..., **static)`. `state` is donated, `batch` is sharded (see `shard`), all else is replicated;
+    `index` is the step of the batch, `resident` the data set's arrays on the device.
     """
 
     def one_device(state, frozen, resident, batch, index, seed):
@@ -64,20 +58,22 @@ def parallel_step(stage: Any, **static: Any) -> Callable:
 
 
 def parallel_map(function: Callable) -> Callable:
-    """`function(params, batch, *rest) -> [B, ...]` over this host's devices: `batch` sharded, all else replicated."""
+    """`function(params, batch, *rest)` -> [B, ...] on this host's devices: `batch` is sharded, all else replicated."""
+
+    @cache
+    def compiled(num_rest: int) -> Callable:
+        axes = (None, 0, *(None,) * num_rest)
+        return jax.pmap(function, axis_name=AXIS, in_axes=axes, devices=jax.local_devices())
 
     def call(params: Any, batch: Any, *rest: Any) -> Any:
-        if len(rest) not in compiled:
-            axes = (None, 0, *(None,) * len(rest))
-            compiled[len(rest)] = jax.pmap(function, axis_name=AXIS, in_axes=axes, devices=jax.local_devices())
-        return jax.tree.map(unshard, compiled[len(rest)](params, shard(batch), *rest))
+        sharded = compiled(len(rest))(params, shard(batch), *rest)
+        return jax.tree.map(lambda values: np.asarray(values).reshape(-1, *values.shape[2:]), sharded)
 
-    compiled: dict[int, Callable] = {}
     return call
 
 
 def map_in_batches(mapped: Callable, params: Any, batch: Any, batch_size: int) -> Any:
-    """`mapped`, from `parallel_map`, over any number of rows, `batch_size` at a time; the last batch is filled up."""
+    """`mapped(params, batch)`, from `parallel_map`, in batches of `batch_size` rows; the last one is padded."""
     n, parts = len(jax.tree.leaves(batch)[0]), []
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
@@ -86,6 +82,6 @@ def map_in_batches(mapped: Callable, params: Any, batch: Any, batch_size: int) -
 
 
 def wait_for_hosts(name: str) -> None:
-    """Returns when every host has come to the point `name`: what the first has written, the others can read."""
+    """A barrier: returns when all hosts have reached the point `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

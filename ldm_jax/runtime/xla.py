@@ -1,4 +1,4 @@
-"""XLA's settings: correct and fast on CPUs, with a persistent compilation cache."""
+"""XLA's settings for CPUs, its persistent compilation cache, and a count of compilations."""
 
 import gc
 import logging
@@ -8,31 +8,31 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
-# XLA's YNN fusions on CPUs. In jaxlib 0.10.2, where they are on by default, they compute wrong numbers (jax#39103: the
-# products of 32,769 rows with a matrix) and crash (jax#40412); later versions are right, but their convolutions are
-# slower with them (experiments/throughput). An empty list of fusions turns them off.
+# XLA's YNN fusions on CPUs, which an empty list turns off. In jaxlib 0.10.2 they are on by default, compute wrong
+# numbers (jax#39103: 32,769 rows times a matrix) and crash (jax#40412); in later versions they slow convolutions down
+# (experiments/throughput).
 YNN = "--xla_cpu_experimental_ynn_fusion_type="
 WRONG_WITH_YNN = ("0.10.2",)
 
-# Tracing makes objects by the million and hardly a cycle among them: looking for cycles after every 700 new ones, as
-# Python does, took a fifth of its time.
+# Tracing creates millions of objects with few reference cycles: Python's default of a collection per 700 new objects
+# took a fifth of its time.
 OBJECTS_PER_COLLECTION = 50_000
 
 
 def cache_folder() -> Path:
-    """Where compiled programs and reference features are kept between runs: $XDG_CACHE_HOME or ~/.cache, ldm_jax."""
+    """The cache of compiled programs and reference features: ldm_jax in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm_jax"
 
 
 def knows_cpu_flags() -> bool:
-    """Whether this version of XLA is known to have its flags for CPUs: an unknown flag ends the process."""
+    """Whether this version of XLA has the CPU flags used here; an unknown flag ends the process."""
     return version("jaxlib").startswith(("0.10.", "0.11.", "0.12."))
 
 
 def turn_off_ynn() -> None:
-    """Turns the YNN fusions off for all that this process compiles later; `import ldm_jax` does so.
+    """Turns the YNN fusions off for this process; called by `import ldm_jax`.
 
-    Warns where that comes too late, or XLA_FLAGS has them on, with a version that computes wrong numbers.
+    Warns, with a version that computes wrong numbers, if JAX was started before or XLA_FLAGS turns them on.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if YNN not in flags and knows_cpu_flags():
@@ -51,13 +51,13 @@ def turn_off_ynn() -> None:
 
 
 def _cpu_is_started() -> bool:
-    """Whether JAX has read XLA's flags already, and computes on a CPU."""
+    """Whether JAX has started its CPU backend, and so has read XLA_FLAGS."""
     bridge = sys.modules.get("jax._src.xla_bridge")
     return bridge is not None and bridge.backends_are_initialized() and bridge.get_backend().platform == "cpu"
 
 
 def fast_compile_flags() -> str:
-    """XLA's flags for what compiles for longer than it computes: what can be left out of a compilation is left out."""
+    """XLA's flags that make compilations fast and programs slow."""
     if not knows_cpu_flags():
         return ""
     older = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
@@ -65,9 +65,9 @@ def fast_compile_flags() -> str:
 
 
 def configure(*, fast_compile: bool = False) -> None:
-    """Sets up XLA's cache, and Python for tracing; call it before JAX computes anything.
+    """Sets up the compilation cache and the garbage collector; call it before JAX computes anything.
 
-    With `fast_compile`, in this process and those that it starts, programs are compiled soon and run slowly.
+    With `fast_compile` this process and its children compile fast, slow programs.
     """
     gc.set_threshold(OBJECTS_PER_COLLECTION)
     if fast_compile:
@@ -78,7 +78,6 @@ def configure(*, fast_compile: bool = False) -> None:
 
     if fast_compile:
         jax.config.update("jax_disable_most_optimizations", True)
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -87,7 +86,7 @@ def configure(*, fast_compile: bool = False) -> None:
 
 
 class CompileClock:
-    """Counts compilations and the seconds they take, from its creation on."""
+    """A counter of compilations and their seconds, from its creation on."""
 
     def __init__(self) -> None:
         import jax

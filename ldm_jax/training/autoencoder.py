@@ -1,5 +1,5 @@
-"""Stage 1, the autoencoder (Esser 2021, Rombach 2022 appendix G): reconstruction, perceptual, KL or codebook, and
-patch-adversarial loss, in one pure step."""
+"""Stage 1, the autoencoder (Esser 2021; Rombach 2022, appendix G): reconstruction, perceptual, KL or codebook, and
+patch-adversarial loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,31 +24,32 @@ MAX_ADVERSARIAL_WEIGHT = 1e4
 
 
 class LossWeights(NamedTuple):
-    """The weights of the terms of the loss."""
+    """The weights of the loss terms; see config/defaults.py."""
 
-    reconstruction: float  # of mean |x - x_hat|
-    perceptual: float  # of LPIPS
-    adversarial: float  # of the patch discriminator, times the adaptive weight
+    reconstruction: float
+    perceptual: float
+    adversarial: float
     kl: float
-    codebook: float  # of a VQ autoencoder, like the next
+    codebook: float
     commitment: float
 
 
 @dataclass(frozen=True)
 class AutoencoderStage:
-    """The loss of the first stage as pure functions.
+    """Training of an autoencoder as pure functions.
 
-    A batch holds `x` [B, H, W, C] uint8 and `id` [B] int32. `frozen` is {"lpips": parameters of the perceptual net}.
+    A batch holds `x` [B, H, W, C] uint8 and `id` [B] int32; `frozen` is {"lpips": parameters of the perceptual net}.
 
     Attributes:
-      autoencoder: of KL or codebook regularisation.
-      discriminator, lpips: None leaves that term out.
-      weights: of the terms.
-      perceptual_every: LPIPS is measured on the examples whose `id` is a multiple of this, which divides the whole
-        batch: an unbiased estimate at a fraction of its cost, the same on any number of devices.
+      autoencoder: with KL or codebook regularization.
+      discriminator, lpips: None = without that term.
+      weights: of the loss terms.
+      perceptual_every: LPIPS is computed on the examples whose `id` is a multiple of this, which divides the batch
+        size: an unbiased estimate at a fraction of the cost, the same on any number of devices.
       image_shape: (H, W, C).
-      flip: images are mirrored at random.
-      adamw, discriminator_adamw, ema_decay: of the optimizers, and of the averaged parameters.
+      flip: random horizontal flips.
+      adamw, discriminator_adamw: of the optimizers.
+      ema_decay: of the EMA of the autoencoder's parameters.
     """
 
     autoencoder: AutoencoderKL | VQModel
@@ -84,62 +85,57 @@ class AutoencoderStage:
         adversarial: bool = True,
         axis_name: str | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update by the batch; the metrics are scalars.
+        """The state after one update, and scalar metrics.
 
         `adversarial` is compiled in: with False the discriminator neither takes part nor is trained.
         """
         mean = partial(jax.lax.pmean, axis_name=axis_name) if axis_name is not None else lambda tree: tree
-        x, key_raw = self._prepare(batch, seed)
-        params = state.params["autoencoder"]
-        (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(
-            lambda params: self._reconstruct(params, x, key_raw), params, has_aux=True
-        )
-        (rec_loss, rec_metrics), at_x_hat = self._reconstruction_gradient(x_hat, x, batch["id"], frozen)
-        metrics = metrics | rec_metrics | {"loss": rec_loss + regularizer}
-        new_params, opt_state = dict(state.params), dict(state.opt_state)
-        if self.discriminator is not None and adversarial:
-            old = state.params["discriminator"]
-            generator, grads, adversarial_metrics = self._adversarial_gradients(old, x, x_hat)
+        params, discriminator = state.params["autoencoder"], state.params.get("discriminator")
+        x, x_hat, features, loss, metrics, at_x_hat, pull_back = self._forward(params, frozen, batch, seed)
+        metrics |= {"loss": loss}
+        grads, new_params, opt_state = {}, dict(state.params), dict(state.opt_state)
+        if discriminator is not None and adversarial:
+            generator, grads["discriminator"], terms = self._adversarial_gradients(discriminator, x, x_hat)
             pull_last = self._pull_back_to_last_layer(params, features)
             rec_norm, adversarial_norm = map(jnp.linalg.norm, mean((pull_last(at_x_hat), pull_last(generator))))
             weight = self.weights.adversarial * adaptive_weight(rec_norm, adversarial_norm)
             at_x_hat += weight * generator
-            updates, opt_state["discriminator"] = make_optimizer(self.discriminator_adamw).update(
-                mean(grads), state.opt_state["discriminator"], old
-            )
-            new_params["discriminator"] = optax.apply_updates(old, updates)
-            metrics |= adversarial_metrics | {"adversarial_weight": weight}
-        # One backward pass through the autoencoder serves all terms: its gradient is linear in theirs at x_hat.
-        (grads,) = pull_back((at_x_hat, jnp.ones_like(regularizer)))
-        metrics, grads = mean((metrics, grads))
-        metrics = _of_batch(metrics, grads)
-        updates, opt_state["autoencoder"] = make_optimizer(self.adamw).update(
-            grads, state.opt_state["autoencoder"], params
-        )
-        new_params["autoencoder"] = optax.apply_updates(params, updates)
+            metrics |= terms | {"adversarial_weight": weight}
+        metrics, grads = mean((metrics, grads | {"autoencoder": pull_back(at_x_hat)}))
+        metrics = _summarize(metrics, grads["autoencoder"])
+        for name, gradient in grads.items():
+            optimizer = make_optimizer(self.adamw if name == "autoencoder" else self.discriminator_adamw)
+            updates, opt_state[name] = optimizer.update(gradient, state.opt_state[name], state.params[name])
+            new_params[name] = optax.apply_updates(state.params[name], updates)
         ema = ema_update(state.ema_params["autoencoder"], new_params["autoencoder"], state.step, self.ema_decay)
-        good = _is_finite(metrics) & (batch["step"] == state.step)
+        losses = [metrics[name] for name in ("loss", "grad_norm", "discriminator") if name in metrics]
+        good = jnp.isfinite(jnp.stack(losses)).all() & (batch["step"] == state.step)
         return keep_if(good, TrainState(state.step + 1, new_params, {"autoencoder": ema}, opt_state), state), metrics
 
     def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
-        """Every tensor of the step in the order it arises, by name: for the report on the first that is not finite."""
-        (x, key_raw), params = self._prepare(batch, seed), state.params["autoencoder"]
-        (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(
-            lambda params: self._reconstruct(params, x, key_raw), params, has_aux=True
-        )
-        (loss, terms), at_x_hat = self._reconstruction_gradient(x_hat, x, batch["id"], frozen)
-        (grads,) = pull_back((at_x_hat, jnp.ones_like(regularizer)))
-        tensors = {"params": state.params, "x": x, "features": features, "x_hat": x_hat, "terms": metrics | terms}
+        """The tensors of the step by name, in the order of their computation; see `loop.first_nonfinite`."""
+        params = state.params["autoencoder"]
+        x, x_hat, features, loss, terms, at_x_hat, pull_back = self._forward(params, frozen, batch, seed)
+        tensors = {"params": state.params, "x": x, "features": features, "x_hat": x_hat, "terms": terms}
         if self.discriminator is not None:
             tensors["discriminator"] = self._logits(state.params["discriminator"], x_hat)
-        return tensors | {"loss": loss + regularizer, "gradient": grads}
+        return tensors | {"loss": loss, "gradient": pull_back(at_x_hat)}
 
-    def _prepare(self, batch: dict, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(pixels x, one key an example for its latents)."""
+    def _forward(self, params: dict, frozen: dict, batch: dict, seed: jax.Array) -> tuple:
+        """The loss without its adversarial term: (x, x_hat, features, loss, metrics, its gradient at x_hat, pull_back).
+
+        `pull_back` maps the gradient of all terms at x_hat to that of the loss at the parameters. It is linear, so that
+        one backward pass through the autoencoder serves all terms.
+        """
         keys = example_keys(seed, Stream.AUTOENCODER, batch["step"], batch["id"])
         key_flip, key_raw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         x = to_pixels(batch["x"])
-        return flip_images(x, key_flip) if self.flip else x, key_raw
+        x = flip_images(x, key_flip) if self.flip else x
+        reconstruct = partial(self._reconstruct, x=x, keys=key_raw)
+        (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(reconstruct, params, has_aux=True)
+        (loss, terms), at_x_hat = self._reconstruction_gradient(x_hat, x, batch["id"], frozen)
+        to_params = lambda at_x_hat: pull_back((at_x_hat, jnp.ones_like(regularizer)))[0]  # noqa: E731
+        return x, x_hat, features, loss + regularizer, metrics | terms, at_x_hat, to_params
 
     def _reconstruct(self, params: dict, x: jax.Array, keys: jax.Array) -> tuple[tuple, tuple]:
         """((x_hat, regularizer), (features before the last layer, metrics))."""
@@ -157,7 +153,7 @@ class AutoencoderStage:
         return (autoencoder(features, method="to_pixels"), regularizer), (features, metrics)
 
     def _reconstruction_gradient(self, x_hat: jax.Array, x: jax.Array, ids: jax.Array, frozen: dict) -> tuple:
-        """((loss, metrics), its gradient at x_hat)."""
+        """((reconstruction and perceptual loss, metrics), its gradient at x_hat)."""
 
         def loss(x_hat: jax.Array) -> tuple[jax.Array, dict]:
             l1 = jnp.abs(x - x_hat).mean()
@@ -170,18 +166,18 @@ class AutoencoderStage:
         return jax.value_and_grad(loss, has_aux=True)(x_hat)
 
     def _perceptual(self, x_hat: jax.Array, x: jax.Array, ids: jax.Array, lpips_params: Any) -> jax.Array:
-        """Mean LPIPS of the examples that it is measured on; the mean over the devices is that over the batch."""
+        """The mean LPIPS of every k-th example; the mean over the devices is that over the batch."""
         n, every = len(ids), self.perceptual_every
-        some = -ids[0] % every + jnp.arange(0, n, every)  # ids follow one another
+        some = -ids[0] % every + jnp.arange(0, n, every)  # ids are consecutive
         distance = self.lpips.apply({"params": lpips_params}, x[some % n], x_hat[some % n])
-        # A device with fewer than `every` examples may have none; what it measured instead does not count.
+        # A device with fewer than `every` examples may have none; what it computed instead does not count.
         return jnp.where(some < n, distance, 0.0).sum() * every / n
 
     def _logits(self, params: dict, x: jax.Array) -> jax.Array:
         return self.discriminator.apply({"params": params}, x)
 
     def _adversarial_gradients(self, params: dict, x: jax.Array, x_hat: jax.Array) -> tuple:
-        """Gradient of the generator's loss -E[D(x_hat)] at x_hat, the discriminator's own gradient, and metrics."""
+        """(gradient at x_hat of the generator loss -E[D(x_hat)], gradient of the discriminator, metrics)."""
 
         def discriminator_loss(params: dict) -> tuple[jax.Array, dict]:
             """Hinge loss (Lim & Ye 2017): E[max(0, 1 - D(x))] / 2 + E[max(0, 1 + D(x_hat))] / 2."""
@@ -194,7 +190,7 @@ class AutoencoderStage:
         return generator, grads, {"discriminator": loss} | metrics
 
     def _pull_back_to_last_layer(self, params: dict, features: jax.Array) -> Callable[[jax.Array], jax.Array]:
-        """Maps a gradient at x_hat to the last layer's kernel, without a pass through the rest of the network."""
+        """A function from a gradient at x_hat to that at the last layer's kernel, without the rest of the network."""
         module, layer, leaf = LAST_LAYER
 
         def to_pixels(kernel: jax.Array) -> jax.Array:
@@ -211,16 +207,10 @@ def adaptive_weight(rec_norm: jax.Array, adversarial_norm: jax.Array) -> jax.Arr
     return jnp.minimum(rec_norm / (adversarial_norm + 1e-4), MAX_ADVERSARIAL_WEIGHT)
 
 
-def _of_batch(metrics: dict[str, jax.Array], grads: Any) -> dict[str, jax.Array]:
-    """The metrics of the whole batch, as scalars."""
+def _summarize(metrics: dict[str, jax.Array], grads: Any) -> dict[str, jax.Array]:
+    """The metrics as scalars, with those of the gradient and the codebook."""
     metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
     if "usage" in metrics:  # [K] of the codebook
         usage = metrics.pop("usage")
         metrics |= {"codes_used": (usage > 0).mean(), "perplexity": perplexity(usage)}
     return metrics
-
-
-def _is_finite(metrics: dict[str, jax.Array]) -> jax.Array:
-    """Whether the losses and the gradient are."""
-    names = [name for name in ("loss", "grad_norm", "discriminator") if name in metrics]
-    return jnp.stack([jnp.isfinite(metrics[name]) for name in names]).all()

@@ -1,4 +1,6 @@
-"""Training stages from config fields."""
+"""Training stages from a config."""
+
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -17,9 +19,9 @@ from ldm_jax.training.state import AdamW
 
 
 def make_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
-    """Stage 1 of the config."""
+    """The training stage of the config's autoencoder."""
     autoencoder, channels, loss = config.autoencoder, config.data.channels, config.autoencoder.loss
-    adamw = adamw_of(autoencoder)
+    training = _training_fields(config, "autoencoder")
     discriminator = PatchDiscriminator(
         in_channels=channels,
         features=autoencoder.discriminator.channels,
@@ -34,52 +36,29 @@ def make_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
         weights=LossWeights(**{name: loss[name] for name in LossWeights._fields}),
         perceptual_every=loss.perceptual_every,
         image_shape=(config.data.image_size, config.data.image_size, channels),
-        flip=config.data.flip,
-        adamw=adamw,
-        discriminator_adamw=adamw._replace(learning_rate=autoencoder.discriminator.learning_rate),
-        ema_decay=autoencoder.ema_decay,
+        discriminator_adamw=training["adamw"]._replace(learning_rate=autoencoder.discriminator.learning_rate),
+        **training,
     )
 
 
 def make_diffusion_stage(model: LatentDiffusion, trainable: Trainable, config: ConfigDict) -> DiffusionStage:
-    """Stage 2 of the config: training of these parameters of a model."""
-    diffusion = config.diffusion
-    return DiffusionStage(
-        model=model,
-        trainable=trainable,
-        weighting=diffusion.weighting,
-        snr_gamma=diffusion.snr_gamma,
-        label_dropout=diffusion.label_dropout,
-        vlb_weight=diffusion.vlb_weight,
-        flip=config.data.flip,
-        adamw=adamw_of(diffusion),
-        ema_decay=diffusion.ema_decay,
-    )
+    """The stage that trains the `trainable` parameters of a model."""
+    loss = {name: config.diffusion[name] for name in ("weighting", "snr_gamma", "label_dropout", "vlb_weight")}
+    return DiffusionStage(model, trainable, **loss, **_training_fields(config, "diffusion"))
 
 
 def make_classifier_stage(model: LatentDiffusion, num_classes: int, config: ConfigDict) -> ClassifierStage:
-    """The stage of the config's classifier, on a model's noisy latents."""
-    return ClassifierStage(
-        model=model,
-        classifier=build_classifier(config, num_classes),
-        flip=config.data.flip,
-        adamw=adamw_of(config.classifier),
-        ema_decay=config.classifier.ema_decay,
-    )
+    """The training stage of the config's classifier of a model's noisy latents."""
+    return ClassifierStage(model, build_classifier(config, num_classes), **_training_fields(config, "classifier"))
 
 
 def make_clip_stage(clip: CLIP, config: ConfigDict) -> CLIPStage:
-    """The stage that trains both encoders."""
-    return CLIPStage(
-        clip=clip,
-        flip=config.data.flip,
-        max_shift=config.clip.max_shift,
-        max_zoom=config.clip.max_zoom,
-        adamw=adamw_of(config.clip),
-        ema_decay=config.clip.ema_decay,
-    )
+    """The stage that trains both encoders of a CLIP."""
+    augmentation = {"max_shift": config.clip.max_shift, "max_zoom": config.clip.max_zoom}
+    return CLIPStage(clip, **augmentation, **_training_fields(config, "clip"))
 
 
-def adamw_of(stage: ConfigDict) -> AdamW:
-    """The optimizer in the section of a stage."""
-    return AdamW(**{name: stage[name] for name in AdamW._fields})
+def _training_fields(config: ConfigDict, stage: str) -> dict[str, Any]:
+    """The fields that all stages have."""
+    adamw = AdamW(**{name: config[stage][name] for name in AdamW._fields})
+    return {"flip": config.data.flip, "adamw": adamw, "ema_decay": config[stage].ema_decay}

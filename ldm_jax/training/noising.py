@@ -1,4 +1,4 @@
-"""From a batch to noised latents: how the examples of every stage after the autoencoder begin."""
+"""Noisy latents of a batch, for the training of the diffusion model and of the classifier."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,36 +7,30 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.diffusion.forward import q_sample
-from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.random import split_keys
-from ldm_jax.models.first_stage import FirstStage, to_latents
+from ldm_jax.models.first_stage import to_latents
 from ldm_jax.models.pixels import flip_images, to_pixels
+from ldm_jax.pipeline.model import LatentDiffusion
 
 
 def add_noise(
-    batch: dict,
-    frozen: dict,
-    keys: Sequence[jax.Array],
-    t: jax.Array | None,
-    first_stage: FirstStage,
-    process: Process,
-    *,
-    flip: bool,
+    batch: dict, frozen: dict, keys: Sequence[jax.Array], t: jax.Array | None, model: LatentDiffusion, *, flip: bool
 ) -> dict[str, jax.Array]:
-    """Latents z0 of a batch and z_t by q_sample (Ho 2020, eq. 4).
+    """Latents z0 of a batch, and z_t by q_sample (Ho 2020, eq. 4).
 
     Args:
-      batch: either `moments` [B, F, h, w, 2c] from the cache (F = 2 with the flipped image's, else 1) or `x`
-        [B, H, W, C] uint8, perhaps with `segments` [B, H, W, 1].
+      batch: either cached `moments` [B, F, h, w, 2c] (F = 2 with those of the flipped image, else 1), or `x`
+        [B, H, W, C] uint8, optionally with `segments` [B, H, W, 1] uint8.
       frozen: {"first_stage", "shift", "scale"}.
       keys: three arrays of [B] keys.
-      t: [B]; None: sampled uniformly from [0, T).
-      first_stage, process: of the model.
-      flip: images are mirrored at random.
+      t: [B] int; None = sampled uniformly from [0, T).
+      model: its first stage and its process are used.
+      flip: random horizontal flips of `x` and `segments`.
 
     Returns:
-      {"z0", "t", "eps", "z_t"}, and the batch's images, perhaps mirrored.
+      {"z0", "t", "eps", "z_t"}, and `x` and `segments` of the batch after flips.
     """
+    first_stage, process = model.first_stage, model.process
     key_latents, key_t, key_noise = keys
     key_side, key_raw = split_keys(key_latents, 2)
     images = {name: batch[name] for name in ("x", "segments") if name in batch and "moments" not in batch}

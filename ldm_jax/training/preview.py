@@ -1,4 +1,4 @@
-"""Sample grids made while training: a few samples of the averaged model, always of the same noise."""
+"""Sample grids during training: a few samples of the model with EMA parameters, from the same noise each time."""
 
 from collections.abc import Callable
 
@@ -19,11 +19,9 @@ SIDE = 10  # rows and columns of a grid at most
 
 
 def make_preview(run: Run, model: LatentDiffusion, params: Params) -> Callable[[int, Params], None]:
-    """`preview(step, params)` leaves a grid in progress/: the first samples of those at the end of the run.
+    """`preview(step, params)` writes a grid to progress/: the first of the samples at the end of the run.
 
-    Args:
-      run: the run.
-      model, params: that training starts from, whose first stage is not trained.
+    `model` and `params` are the initial ones of the run, whose first stage is not trained.
     """
     config = run.config
     recipe = recipe_of_run(model, run.sampling_set)

@@ -1,4 +1,4 @@
-"""The stages of a run: each trains or measures one thing, and leaves it in the run folder."""
+"""The stages of a run: each trains a model, or encodes the data, and writes the result to the run folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,26 +28,24 @@ from ldm_jax.training.from_config import (
 )
 from ldm_jax.training.loop import initial_state, train
 from ldm_jax.training.preview import make_preview
-from ldm_jax.training.run import Run, encode_images, initial_model, latents_feed, make_feed
-from ldm_jax.training.validation import make_contrastive_validation, make_validation
+from ldm_jax.training.run import Run, initial_model, latents_feed, make_feed
+from ldm_jax.training.validation import make_validation
 
-RECONSTRUCTED = 20  # test images whose reconstructions are shown while training
+RECONSTRUCTED = 20  # test images in the previews of the autoencoder
 
 
 def train_autoencoder(run: Run) -> None:
-    """Stage 1: leaves autoencoder/ in the run folder, trained here or reused from another run."""
-    config, folder = run.config, run.workdir / "autoencoder"
+    """Trains stage 1, or reuses that of another run; writes autoencoder/."""
+    config = run.config
     if config.autoencoder.checkpoint:
-        with Checkpoints(folder, keep=1, identity=identity(config, "autoencoder")) as checkpoints:
-            checkpoints.save({"step": np.int32(0), "ema_params": {"autoencoder": reused_autoencoder(config)}})
+        _save_reused(run, "autoencoder", {"autoencoder": reused_autoencoder(config)})
         return
     stage, loss = make_autoencoder_stage(config), config.autoencoder.loss
     _train(
         run,
         "autoencoder",
         stage,
-        initial_state(stage.init, config.seed),
-        feed=make_feed(config, run.train_set, config.autoencoder.batch_size, run.train_set.groups),
+        feed=make_feed(run, run.train_set, config.autoencoder.batch_size),
         frozen={"lpips": load_lpips(loss.perceptual_net)[0]} if loss.perceptual else {},
         variant=lambda step: {"adversarial": loss.adversarial > 0 and step >= loss.adversarial_start},
         preview=_preview_reconstructions(run),
@@ -55,7 +53,7 @@ def train_autoencoder(run: Run) -> None:
 
 
 def _preview_reconstructions(run: Run) -> Callable[[int, Any], None]:
-    """`preview(step, state)` leaves test images and their reconstructions in progress/."""
+    """`preview(step, state)` writes test images and their reconstructions to progress/."""
     n, first_stage = RECONSTRUCTED, build_first_stage(run.config)
     padded = -(-n // jax.local_device_count()) * jax.local_device_count()
     images = run.test_set[np.arange(padded) % n % len(run.test_set)]["x"]
@@ -70,29 +68,27 @@ def _preview_reconstructions(run: Run) -> Callable[[int, Any], None]:
 
 
 def reused_autoencoder(config: ConfigDict) -> Params:
-    """The trained parameters of `config.autoencoder.checkpoint`; raises InputError if they do not fit."""
+    """The parameters in the run folder config.autoencoder.checkpoint; raises InputError if they do not fit."""
     other = Path(config.autoencoder.checkpoint)
     if not other.is_dir():
         raise InputError(f"config.autoencoder.checkpoint={other} does not exist; it must be a run folder")
     like = jax.eval_shape(make_autoencoder_stage(config).init, jax.random.key(0)).ema_params["autoencoder"]
-    params = load_autoencoder_params(other)
-    return unflatten(flatten(params), like, where=f"config.autoencoder.checkpoint={other}")
+    return unflatten(flatten(load_autoencoder_params(other)), like, where=f"config.autoencoder.checkpoint={other}")
 
 
 def reused_scale(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, str] | None:
-    """Shift, scale and the data they were measured on, of the run that a classifier takes its autoencoder from.
+    """(shift, scale, data set) of the reused autoencoder of a classifier; None = to be measured.
 
-    The classifier must see the very latents that it is to guide, and a measurement on other devices may round
-    otherwise. None: to be measured.
+    The classifier needs exactly the latents that it will guide, and measuring on other devices may round differently.
     """
     other = config.autoencoder.checkpoint
     return load_scale(Path(other)) if other and "classifier" in config.stages else None
 
 
 def measure_latents(run: Run) -> None:
-    """Between the stages: leaves the cache in latents/, and the latents' shift and scale with the autoencoder."""
+    """Encodes the training images and measures their shift and scale; writes latents/ and autoencoder/scale.json."""
     first_stage, params = build_first_stage(run.config), {"first_stage": load_autoencoder_params(run.workdir)}
-    cache = encode_images(run, first_stage, params, run.train_set)
+    cache = latents.cached_latents(run.config, run.workdir, first_stage, params, run.train_set)
     if reused := reused_scale(run.config):
         shift, scale, measured_on = reused
     else:
@@ -100,62 +96,52 @@ def measure_latents(run: Run) -> None:
         shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=first_stage.stochastic)
     if jax.process_index() == 0:
         save_scale(run.workdir, shift, scale, measured_on=measured_on)
-    wait_for_hosts("scale")  # which the others read
+    wait_for_hosts("scale")  # is written
     print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
 
 
 def train_clip(run: Run) -> None:
-    """Images and captions: leaves clip/ in the run folder, trained here or reused from another run."""
-    config, folder, primary = run.config, run.workdir / FOLDER, jax.process_index() == 0
-    vocabulary = folder / TOKENIZER
+    """Trains CLIP on images and captions, or reuses that of another run; writes clip/."""
+    config, vocabulary, primary = run.config, run.workdir / FOLDER / TOKENIZER, jax.process_index() == 0
     if config.clip.checkpoint:
         reused = clip_data.reused(config)
         if primary:
             clip_data.save_tokenizer(reused.tokenizer, vocabulary)
-        with Checkpoints(folder, keep=1, identity=identity(config, "clip")) as checkpoints:
-            checkpoints.save({"step": np.int32(0), "ema_params": reused.params})
-        wait_for_hosts("clip")  # which the others read
+        _save_reused(run, "clip", reused.params)
+        wait_for_hosts("clip")  # is written
         return
     if primary:
         clip_data.make_tokenizer(config, vocabulary, run.train_set)
-    wait_for_hosts("tokenizer")  # which the others read
+    wait_for_hosts("tokenizer")  # is written
     tokenizer = clip_data.make_tokenizer(config, vocabulary, run.train_set)
-    stage = make_clip_stage(clip_of(config, tokenizer), config)
-    batch = {"num": config.clip.validation_examples, "batch_size": config.clip.batch_size}
+    stage, batch_size = make_clip_stage(clip_of(config, tokenizer), config), config.clip.batch_size
     _train(
         run,
         "clip",
         stage,
-        initial_state(stage.init, config.seed),
-        feed=make_feed(config, run.train_set, config.clip.batch_size, run.train_set.groups),
+        feed=make_feed(run, run.train_set, batch_size),
         frozen=clip_data.frozen_texts(tokenizer, run.train_set),
-        validate=make_contrastive_validation(stage, run.test_set, **batch),
+        validate=make_validation(stage, run.test_set, num=config.clip.validation_examples, batch_size=batch_size),
     )
 
 
 def train_diffusion(run: Run) -> None:
-    """Stage 2: leaves diffusion/ in the run folder, sample grids in progress/, and of LoRA a file for diffusers."""
+    """Trains stage 2; writes diffusion/, sample grids in progress/ and, with LoRA, a file for diffusers."""
     config, (model, params) = run.config, initial_model(run)
     trainable = trainable_of(config, model)
     trained_model, frozen = text_embeddings.freeze(
         model, params, trainable, run.train_set.captions, config, run.workdir / "latents"
     )
-    stage = make_diffusion_stage(trained_model, trainable, config)
-    sample = make_preview(run, model, params)
-
-    def preview(step: int, state: Any) -> None:
-        sample(step, merge_trained(trainable, params, state.ema_params))
-
-    images = model.first_stage.module is None or model.concat is not None
+    stage, save_grid = make_diffusion_stage(trained_model, trainable, config), make_preview(run, model, params)
     state = _train(
         run,
         "diffusion",
         stage,
-        initial_state(stage.init, config.seed, params),
-        feed=latents_feed(run, model.first_stage, params, config.diffusion.batch_size, images=images),
+        params,
+        feed=latents_feed(run, model, params, config.diffusion.batch_size),
         frozen=frozen,
         validate=_validation(run, stage, model),
-        preview=preview,
+        preview=lambda step, state: save_grid(step, merge_trained(trainable, params, state.ema_params)),
         init_from=model.origin.fingerprint,
     )
     if isinstance(trainable, LoRA) and jax.process_index() == 0:
@@ -163,34 +149,30 @@ def train_diffusion(run: Run) -> None:
 
 
 def train_classifier(run: Run) -> None:
-    """A classifier of noisy latents: leaves classifier/ in the run folder."""
+    """Trains a classifier of noisy latents; writes classifier/."""
     config, names = run.config, run.train_set.class_names
     model, params = from_config(config, names), load_first_stage(run.workdir, config)
     stage = make_classifier_stage(model, len(names), config)
-    images = model.first_stage.module is None or model.concat is not None
-    _train(
-        run,
-        "classifier",
-        stage,
-        initial_state(stage.init, config.seed),
-        feed=latents_feed(run, model.first_stage, params, config.classifier.batch_size, images=images),
-        frozen=params,
-        validate=_validation(run, stage, model),
-    )
+    feed = latents_feed(run, model, params, config.classifier.batch_size)
+    _train(run, "classifier", stage, feed=feed, frozen=params, validate=_validation(run, stage, model))
 
 
 def _validation(run: Run, stage: Any, model: LatentDiffusion) -> Callable[[Any, dict, int], dict[str, float]]:
-    config = run.config
-    batch = {"num": config.diffusion.validation_examples, "batch_size": config.evaluation.batch_size}
-    return make_validation(stage, run.test_set, **batch, T=len(model.process))
+    num, batch_size = run.config.diffusion.validation_examples, run.config.evaluation.batch_size
+    return make_validation(stage, run.test_set, num=num, batch_size=batch_size, T=len(model.process))
+
+
+def _save_reused(run: Run, name: str, params: Params) -> None:
+    """Writes the parameters of another run's model as the checkpoint of step 0 of stage `name`."""
+    with Checkpoints(run.workdir / name, keep=1, identity=identity(run.config, name)) as checkpoints:
+        checkpoints.save({"step": np.int32(0), "ema_params": params})
 
 
 def _train(
     run: Run,
     name: str,
     stage: Any,
-    initial: Any,
-    *,
+    *initial: Any,
     feed: Any,
     frozen: dict[str, Any],
     validate: Callable[[Any, dict, int], dict[str, float]] | None = None,
@@ -198,13 +180,14 @@ def _train(
     init_from: str = "",
     **options: Any,
 ) -> Any:
-    """Trains a stage to its last step, with validation and a preview now and then; returns the state.
+    """Trains stage `name` to its last step, with periodic validation and preview; returns the state.
 
     Args:
-      run, name, stage, initial, feed, frozen, options: see `loop.train`.
-      validate: (averaged parameters, frozen, seed) -> what is logged.
-      preview: (step, state) -> images in progress/.
-      init_from: the fingerprint of the model that is fine-tuned.
+      run, name, stage, feed, frozen, options: see `loop.train`.
+      initial: the arguments of `stage.init` after its key.
+      validate: (EMA parameters, frozen, seed) -> metrics.
+      preview: (step, state) writes images to progress/.
+      init_from: the fingerprint of the pretrained model.
     """
     config, steps, every = run.config, run.config[name].steps, run.config.sampling.progress_every
 
@@ -216,18 +199,8 @@ def _train(
         preview(step, state)
 
     recorded = identity(config, name) | ({"init_from": init_from} if init_from else {})
+    options |= {field: config[field] for field in ("seed", "log_every", "checkpoint_every")}
+    options |= {"steps": steps, "feed": feed, "frozen": frozen, "after_step": after_step}
     with Checkpoints(run.workdir / name, keep=config.keep_checkpoints, identity=recorded) as checkpoints:
-        return train(
-            name,
-            stage,
-            initial,
-            steps=steps,
-            feed=feed,
-            frozen=frozen,
-            checkpoints=checkpoints,
-            after_step=after_step,
-            log=run.log,
-            watch=run.watch,
-            **{field: config[field] for field in ("seed", "log_every", "checkpoint_every")},
-            **options,
-        )
+        state = initial_state(stage.init, config.seed, *initial)
+        return train(name, stage, state, checkpoints=checkpoints, log=run.log, watch=run.watch, **options)

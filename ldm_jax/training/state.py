@@ -1,4 +1,4 @@
-"""What a training stage carries from step to step: arrays only, so that a checkpoint is all of it."""
+"""The state of a training stage, its optimizer, EMA, and the update that rejects gradients that are not finite."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from flax import struct
 
 @struct.dataclass
 class TrainState:
-    """The whole state of a stage; everything else is a function of it, the seed and the data."""
+    """The whole state of a stage, as checkpoints hold it: arrays only."""
 
     step: jax.Array  # [] int32: updates made so far, and the index of the next batch
     params: Any  # float32 trees
@@ -20,9 +20,9 @@ class TrainState:
 
 
 class AdamW(NamedTuple):
-    """AdamW (Loshchilov 2019) after clipping by the global norm, with linear warm-up; beta1 is 0.9."""
+    """AdamW (Loshchilov 2019) with beta1 = 0.9, clipping by the global gradient norm, and linear warm-up."""
 
-    steps: int  # of the whole schedule
+    steps: int  # of the whole learning rate schedule
     learning_rate: float
     warmup_steps: int
     decay: str  # of the learning rate after warm-up: constant or cosine
@@ -33,12 +33,12 @@ class AdamW(NamedTuple):
 
 @lru_cache(maxsize=32)
 def make_optimizer(optimizer: AdamW) -> optax.GradientTransformation:
-    """The optimizer; equal fields give the same object. Raises ValueError for an unknown decay."""
+    """The optimizer; equal arguments give the same object. Raises ValueError for an unknown decay."""
     rate, warmup = optimizer.learning_rate, optimizer.warmup_steps
     if optimizer.decay == "cosine":
         schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(optimizer.steps, warmup + 1))
     elif optimizer.decay == "constant":
-        # Not optax's own warm-up to a constant, which without steps to warm up in stays at 0.
+        # Not optax.warmup_constant_schedule, which with 0 warm-up steps stays at 0.
         parts = [optax.linear_schedule(0.0, rate, warmup), optax.constant_schedule(rate)]
         schedule = optax.join_schedules(parts, [warmup])
     else:
@@ -56,19 +56,19 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 
 
 def ema_update(ema_params: Any, params: Any, step: jax.Array, decay: float) -> Any:
-    """Exponential moving average of the parameters *after* update number `step` (0-based).
+    """The EMA that includes `params`, which are those *after* update `step` (0-based).
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)), so that the random start is forgotten early.
+    The decay at step n is min(decay, (1 + n) / (10 + n)), so that the random initialization is forgotten early.
     """
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema_params, params)
 
 
 def keep_if(good: jax.Array, new: Any, old: Any) -> Any:
-    """`new` where `good`, else `old`, leaf by leaf.
+    """The tree `new` if `good`, else `old`.
 
-    A step whose loss or gradient is not finite leaves the state, its `step` included, as it was. Every later batch
-    then disagrees with `state.step`, so the state stays at the failing step until the host reads the metrics.
+    A step whose loss or gradient is not finite leaves the state and its `step` unchanged. Later batches are of later
+    steps, which are rejected too, so that the state stays at the failed step until the host reads the metrics.
     """
     return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
@@ -81,10 +81,45 @@ def update_if_finite(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
 ) -> tuple[TrainState, jax.Array]:
-    """The state after the update of step `index`, and the gradient's norm; see `keep_if` for a step that failed."""
+    """The state after step `index`, and the gradient norm; a failed step is rejected (see `keep_if`)."""
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (index == state.step)
     return keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state), grad_norm
+
+
+class GradientStage:
+    """A training stage of one loss, as pure functions; a dataclass with at least these fields.
+
+    It has the methods `_example(batch, frozen, seed)`, the inputs of the loss, `_loss(params, frozen, example,
+    axis_name)` -> (loss, metrics), and `_tensors(params, frozen, example)`, the intermediates by name.
+    """
+
+    flip: bool  # random horizontal flips
+    adamw: AdamW
+    ema_decay: float
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of all trained parameters."""
+        return make_optimizer(self.adamw)
+
+    def step(
+        self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The state after one update, and scalar metrics, averaged over the devices."""
+        grad = jax.value_and_grad(self._loss, has_aux=True)
+        (loss, metrics), grads = grad(state.params, frozen, self._example(batch, frozen, seed), axis_name)
+        if axis_name is not None:
+            loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)
+        state, grad_norm = update_if_finite(state, batch["step"], loss, grads, self.optimizer, self.ema_decay)
+        return state, metrics | {"loss": loss, "grad_norm": grad_norm}
+
+    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
+        """The tensors of the step by name, in the order of their computation; see `loop.first_nonfinite`."""
+        example = self._example(batch, frozen, seed)
+        (loss, _), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, frozen, example, None)
+        tensors = self._tensors(state.params, frozen, example)
+        return {"params": state.params} | tensors | {"loss": loss, "gradient": grads}

@@ -1,9 +1,9 @@
-"""The text embeddings of a data set's captions: computed once and cached, unless the text encoders are trained too."""
+"""The text embeddings of a data set's captions, computed once and cached unless the text encoders are trained too."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,19 +18,15 @@ from ldm_jax.runtime.files import atomic, content_hash
 from ldm_jax.runtime.parallel import map_in_batches, parallel_map, replicate
 
 
-class Captions(NamedTuple):
-    """The captions of a data set, each once, and which of them belong to each class."""
+def index_captions(captions: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The unique captions of P classes with one or more each, and their indices by class, int32 [P, k].
 
-    texts: tuple[str, ...]
-    rows: np.ndarray  # [P, k] int32, indices of `texts`; a class with fewer than k has them again and again
-
-
-def index_captions(captions: Sequence[Sequence[str]]) -> Captions:
-    """The captions of P classes, one or more each."""
+    A class with fewer than k captions repeats them.
+    """
     texts = tuple(dict.fromkeys(text for group in captions for text in group))
     row_of, most = {text: row for row, text in enumerate(texts)}, max(map(len, captions))
     rows = [[row_of[group[k % len(group)]] for k in range(most)] for group in captions]
-    return Captions(texts, np.array(rows, np.int32))
+    return texts, np.array(rows, np.int32)
 
 
 def freeze(
@@ -41,30 +37,30 @@ def freeze(
     config: ConfigDict,
     cache: Path,
 ) -> tuple[LatentDiffusion, Params]:
-    """The model as it is trained, and the stage's `frozen` arrays (see `diffusion.DiffusionStage`).
+    """The model that is trained, and the `frozen` arrays of its stage (see `diffusion.DiffusionStage`).
 
-    A frozen text encoder is run over all captions before training, and is no part of the model then.
+    A frozen text encoder is applied to all captions here, and removed from the model.
 
     Args:
-      model, params: that training starts from.
-      trainable: what of it is trained.
+      model, params: the initial model.
+      trainable: its trained parameters.
       captions: of each class of the data set; () without captions.
-      config: of the run: see `embed`.
-      cache: a folder for the text embeddings.
+      config: see `embed`.
+      cache: the folder of the text embeddings.
     """
     frozen, conditioning = trainable.frozen(params), model.conditioning
     if not isinstance(conditioning, TextConditioning):
         return model, frozen | {"table": conditioning.table()}
-    indexed = index_captions(captions)
-    table, truncated = conditioning.table(indexed.texts, None, model.image_shape[:2])
+    texts, rows = index_captions(captions)
+    table, truncated = conditioning.table(texts, None, model.image_shape[:2])
     if truncated:
-        print(f"     {truncated} of the {len(indexed.texts)} captions are longer than the text encoder's context; "
-              "their ends are left out", flush=True)  # fmt: skip
+        print(f"     {truncated} of the {len(texts)} captions are longer than the text encoder's context "
+              "and are truncated", flush=True)  # fmt: skip
     if "conditioning" in frozen:
         table = embed(model, frozen["conditioning"], table, config, cache)
         frozen = {name: tree for name, tree in frozen.items() if name != "conditioning"}
         model = replace(model, conditioning=EncodedConditioning())
-    several = {"captions": indexed.rows} if indexed.rows.shape[1] > 1 else {}
+    several = {"captions": rows} if rows.shape[1] > 1 else {}
     return model, frozen | {"table": table} | several
 
 
@@ -72,7 +68,7 @@ def check_memory(model: LatentDiffusion, params: Params, captions: Sequence[Sequ
     """Raises InputError if the text embeddings of all captions take more than `config.data.memory_limit_gb`."""
     if not isinstance(model.conditioning, TextConditioning):
         return
-    texts = index_captions(captions).texts
+    texts, _ = index_captions(captions)
     one, _ = model.conditioning.table(texts[:1], None, model.image_shape[:2])
     encoded = jax.eval_shape(model.conditioning.encode, params["conditioning"], one)
     size = 4 * sum(leaf.size / 2 for leaf in jax.tree.leaves(encoded)) * (len(texts) + 1) / 2**30
@@ -84,19 +80,17 @@ def check_memory(model: LatentDiffusion, params: Params, captions: Sequence[Sequ
 
 
 def embed(model: LatentDiffusion, params: Any, table: Any, config: ConfigDict, cache: Path) -> dict[str, Any]:
-    """The encoded rows of a text conditioning's table, float32 [P + 1, ...], from the cache if they are there already.
+    """The text embeddings of a table of token ids, float32 [P + 1, ...], from the cache if it has them.
 
     Args:
-      model: whose conditioning it is.
-      params: of the text encoders.
-      table: their inputs, [P + 1, ...].
-      config: of the run: its dtype is part of the cache's key, evaluation.batch_size texts are encoded at a time.
+      model: with a text conditioning.
+      params: of its text encoders.
+      table: the inputs of the encoders, [P + 1, ...].
+      config: `dtype`, a part of the cache's key, and `evaluation.batch_size`, the texts per batch.
       cache: a folder.
     """
-    encode = model.conditioning.encode
-    like = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32), jax.eval_shape(encode, params, table)
-    )
+    encode, float32 = model.conditioning.encode, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32)
+    like = jax.tree.map(float32, jax.eval_shape(encode, params, table))
     path = cache / f"{content_hash({'params': params, 'texts': table}, config.dtype)}.texts.npz"
     if not path.exists():
         encoded = map_in_batches(parallel_map(encode), replicate(params), table, config.evaluation.batch_size)

@@ -83,7 +83,7 @@ def ours(folder, weighting, cache, rank=0):
         keys = example_keys(np.uint32(7), Stream.DIFFUSION, np.int32(number), batch["id"])
         *noising_keys, key_label, key_concat = split_keys(keys, 5)
         dropped = jax.vmap(lambda key: jax.random.bernoulli(key, DROPOUT))(key_label)
-        noised = add_noise(batch, frozen, noising_keys, None, model.first_stage, model.process, flip=False)
+        noised = add_noise(batch, frozen, noising_keys, None, model, flip=False)
         key_raw = split_keys(noising_keys[0], 2)[1]
         raw_noise = jax.vmap(partial(jax.random.normal, shape=noised["z0"].shape[1:]))(key_raw)
         texts = ["" if drop else TEXTS[label] for drop, label in zip(np.asarray(dropped), batch["label"])]

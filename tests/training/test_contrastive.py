@@ -122,8 +122,8 @@ def test_the_scale_stops_at_100():
 def test_equal_captions_have_equal_numbers():
     ids = np.array([[[7, 1], [7, 2]], [[7, 3], [7, 1]], [[7, 2], [7, 2]]])
     arrays = caption_arrays(ids)
-    assert np.array_equal(arrays["ids"], ids) and arrays["number"].dtype == arrays["ids"].dtype == np.int32
-    assert np.array_equal(arrays["number"], [[0, 1], [2, 0], [1, 1]])
+    assert np.array_equal(arrays["ids"], ids) and arrays["index"].dtype == arrays["ids"].dtype == np.int32
+    assert np.array_equal(arrays["index"], [[0, 1], [2, 0], [1, 1]])
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class Recorder:
     def rewind(self, name, step):
         self.rewound.append((name, step))
 
-    def asked(self, step):
+    def stop_requested(self, step):
         return step == self.stop_at
 
     def guard(self, active):

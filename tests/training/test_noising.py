@@ -1,5 +1,7 @@
 """Noised latents of a batch: which latents, which side of an image, which noise level."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import tiny
@@ -22,8 +24,8 @@ def keys(n=16, seed=0):
 
 
 def noised(batch, t=None, first_stage=PIXELS, frozen=FROZEN, flip=False, seed=0):
-    n = len(next(iter(batch.values())))
-    return jax.device_get(add_noise(batch, frozen, keys(n, seed), t, first_stage, PROCESS, flip=flip))
+    n, model = len(next(iter(batch.values()))), SimpleNamespace(first_stage=first_stage, process=PROCESS)
+    return jax.device_get(add_noise(batch, frozen, keys(n, seed), t, model, flip=flip))
 
 
 def test_pixels_are_scaled_and_noised_at_the_given_timesteps():

@@ -73,10 +73,10 @@ def test_the_model_s_own_parameters_stay_whole(trainable, text_model, config, tm
 
 def test_captions_are_indexed_by_their_class():
     """Each text once, whatever the number of classes that have it; where there are fewer they are repeated."""
-    captions = index_captions([("a", "b", "c"), ("b",), ("d", "a")])
-    assert captions.texts == ("a", "b", "c", "d")
-    np.testing.assert_array_equal(captions.rows, [[0, 1, 2], [1, 1, 1], [3, 0, 3]])
-    assert captions.rows.dtype == np.int32
+    texts, rows = index_captions([("a", "b", "c"), ("b",), ("d", "a")])
+    assert texts == ("a", "b", "c", "d")
+    np.testing.assert_array_equal(rows, [[0, 1, 2], [1, 1, 1], [3, 0, 3]])
+    assert rows.dtype == np.int32
 
 
 def test_several_captions_of_a_class_are_rows_of_the_table(text_model, config, tmp_path):
