@@ -19,7 +19,7 @@ SHAPES = {"square": (20, 20), "wide": (12, 20), "wider": (11, 40), "high": (30, 
 
 
 def picture(height, width):
-    """One in which each pixel tells its place."""
+    """An image whose pixels encode their positions."""
     return np.stack([4 * ROWS, 4 * COLUMNS, 0 * ROWS + 7], -1)[:height, :width].astype(np.uint8)
 
 
@@ -86,7 +86,7 @@ def test_every_picture_is_in_the_bucket_that_cuts_off_least(data, memory_limit):
 
 
 def test_buckets_of_other_pictures_are_others(data):
-    """From the disk, where the files alone would not tell them apart."""
+    """From the disk, where the files alone would give equal fingerprints."""
     options = {"image_size": 16, "data_dir": data, "memory_limit": 10}
     four = {b.shape[1:3]: b.fingerprint for b in load_buckets("photos", "train", step=4, **options)}
     eight = {b.shape[1:3]: b.fingerprint for b in load_buckets("photos", "train", step=8, **options)}

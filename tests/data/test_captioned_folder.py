@@ -28,7 +28,7 @@ def load(source, split="train", **changes):
     return load_dataset("folder", split, data_dir=source.parent / "data", manual_dir=source, **options)
 
 
-def told(dataset):
+def captions_by_pixel(dataset):
     """Value of the first pixel -> caption."""
     examples = dataset[range(len(dataset))]
     return {int(x[0, 0, 0]): dataset.class_names[label] for x, label in zip(examples["x"], examples["label"])}
@@ -42,7 +42,7 @@ def test_text_files_and_metadata(source):
     lines = [{"file_name": "deep/b.png", "text": "a dog", "more": 1}, {"file_name": "d.png", "text": " a cat "}]
     (source / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     dataset = load(source)
-    assert told(dataset) == {10: "a cat", 20: "a dog", 30: "ein Käse", 40: "a cat"}
+    assert captions_by_pixel(dataset) == {10: "a cat", 20: "a dog", 30: "ein Käse", 40: "a cat"}
     assert dataset.class_names == ("a cat", "a dog", "ein Käse")
     assert dataset.shape == (4, 4, 4, 3)
     assert load(source, channels=1).shape == (4, 4, 4, 1)
@@ -54,17 +54,20 @@ def test_from_the_disk_it_is_the_same(source):
         draw(source / f"{i}.png", 10 * i, f"number {i}")
     here, there = load(source), load(source, memory_limit=10)
     assert there.arrays is None
-    assert told(here) == told(there) == {0: "number 0", 10: "number 1", 20: "number 2"}
+    assert captions_by_pixel(here) == captions_by_pixel(there) == {0: "number 0", 10: "number 1", 20: "number 2"}
 
 
 def test_a_folder_per_split_and_one_list_of_captions(source):
     draw(source / "train" / "a.png", 10, "old")
     draw(source / "test" / "a.png", 20, "new")
     assert load(source, "train").class_names == load(source, "test").class_names == ("new", "old")
-    assert (told(load(source, "train")), told(load(source, "test"))) == ({10: "old"}, {20: "new"})
+    assert (captions_by_pixel(load(source, "train")), captions_by_pixel(load(source, "test"))) == (
+        {10: "old"},
+        {20: "new"},
+    )
 
 
-def test_what_is_skipped_is_told_once_in_each_run_one_line_for_each_reason(source, capsys):
+def test_what_is_skipped_is_printed_once_in_each_run_one_line_for_each_reason(source, capsys):
     draw(source / "a.png", 10, "a cat")
     for name in ("b.png", "c.png"):
         draw(source / name, 20)
@@ -76,7 +79,7 @@ def test_what_is_skipped_is_told_once_in_each_run_one_line_for_each_reason(sourc
     (source / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "gone"}\n')
     for _ in range(2):  # the second finds the prepared data set
         print_once.cache_clear()  # as in a new process
-        assert told(load(source)) == told(load(source)) == {10: "a cat"}
+        assert captions_by_pixel(load(source)) == captions_by_pixel(load(source)) == {10: "a cat"}
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(", e.g. ")[0] for line in lines] == [
             "Skipped: 3 without a caption",
@@ -91,10 +94,10 @@ def test_another_content_is_another_data_set(source):
     draw(source / "a.png", 10, "a cat")
     first = load(source)
     (source / "a.txt").write_text("a dog")
-    assert told(load(source)) == {10: "a dog"}
+    assert captions_by_pixel(load(source)) == {10: "a dog"}
     draw(source / "b.png", 20, "a cat")
-    assert told(load(source)) == {10: "a dog", 20: "a cat"}
-    assert told(first) == {10: "a cat"}
+    assert captions_by_pixel(load(source)) == {10: "a dog", 20: "a cat"}
+    assert captions_by_pixel(first) == {10: "a cat"}
 
 
 def metadata(content):
@@ -148,7 +151,7 @@ def test_captions_of_any_data_set(make_set, tmp_path):
     make_set("titled", features, {"train": examples})
     for key in ("auto", "title"):
         dataset = load_dataset("titled", "train", data_dir=tmp_path / "data", caption_key=key)
-        assert told(dataset) == {0: "t0", 1: "t1", 2: "t0", 3: "t1"}
+        assert captions_by_pixel(dataset) == {0: "t0", 1: "t1", 2: "t0", 3: "t1"}
     assert load_dataset("titled", "train", data_dir=tmp_path / "data").class_names == ("x",)
     with pytest.raises(InputError, match=r"caption_key='text': no such caption in .*; there is title"):
         load_dataset("titled", "train", data_dir=tmp_path / "data", caption_key="text")

@@ -87,14 +87,14 @@ def prepared(made, tmp_path_factory):
 
 
 def test_pictures_and_captions_by_hand(prepared):
-    told = {}
+    split_and_pixel = {}
     for split in ("train", "validation"):
         dataset = load_dataset("emoji", split, data_dir=prepared, caption_key="auto")
         assert dataset.shape[1:] == (128, 128, 3)
         assert dataset.class_names == tuple(captions[0] for captions in dataset.captions)
         for x, label in zip(dataset.arrays["x"], dataset.arrays["label"]):
             assert (x[[0, 0, -1, -1], [0, -1, 0, -1]] == 255).all()  # transparent is white
-            told[dataset.captions[label]] = (split, tuple(x[64, 64].tolist()))
+            split_and_pixel[dataset.captions[label]] = (split, tuple(x[64, 64].tolist()))
     expected = {
         "grinning face": ("train", "red"),
         "smiling face": ("train", "green"),
@@ -103,8 +103,8 @@ def test_pictures_and_captions_by_hand(prepared):
         "man firefighter with medium skin tone": ("validation", "magenta"),
         "flag of Germany": ("train", "yellow"),
     }
-    assert {captions[0] for captions in told} == expected.keys()
-    for captions, (split, pixel) in told.items():
+    assert {captions[0] for captions in split_and_pixel} == expected.keys()
+    for captions, (split, pixel) in split_and_pixel.items():
         assert (split, pixel) == (
             expected[captions[0]][0],
             Image.new("RGB", (1, 1), expected[captions[0]][1]).getpixel((0, 0)),
@@ -114,7 +114,7 @@ def test_pictures_and_captions_by_hand(prepared):
         "an emoji of waving hand with medium-dark skin tone",
         "waving hand with medium-dark skin tone, from people and body",
         "hand fingers open: waving hand with medium-dark skin tone",
-    ) in told
+    ) in split_and_pixel
 
 
 def test_the_other_features(prepared):
@@ -160,7 +160,7 @@ def test_the_packages_are_found_below_the_data_folder(made, tmp_path, monkeypatc
     assert emoji.find_files(tmp_path, None) == {name: tmp_path / place / name for name, place in emoji.PLACES.items()}
 
 
-def test_what_is_left_out_is_told(source, tmp_path, capsys):
+def test_what_is_left_out_is_printed(source, tmp_path, capsys):
     more = """\
 1F47B             ; fully-qualified # 👻 E0.6 ghost
 1F600 200D 1F600  ; fully-qualified # 😀 E0.6 twins

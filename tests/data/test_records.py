@@ -134,7 +134,7 @@ TEXTS = tfds.features.Sequence(tfds.features.Text())
 COCO = tfds.features.Sequence({"id": np.int64, "text": np.str_})  # as TFDS's coco_captions has them
 
 
-def told(captions, feature):
+def as_feature(captions, feature):
     """Captions as the feature takes them."""
     return [{"id": i, "text": text} for i, text in enumerate(captions)] if feature is COCO else list(captions)
 
@@ -146,7 +146,7 @@ def captioned_set(request, make_set):
                 "file": tfds.features.Text(), "kind": tfds.features.ClassLabel(names=["x", "y"])}  # fmt: skip
     splits = {"train": (0, 1, 0), "test": (2, 3)}
     examples = {
-        split: [{"image": np.full((2, 2), 10 * k + n, np.uint8), "captions": told(SEVERAL[k], request.param),
+        split: [{"image": np.full((2, 2), 10 * k + n, np.uint8), "captions": as_feature(SEVERAL[k], request.param),
                  "file": f"{k}.png", "kind": k % 2} for n, k in enumerate(numbers)]
         for split, numbers in splits.items()
     }  # fmt: skip
@@ -180,7 +180,7 @@ def test_one_text_is_a_class_with_one_caption(captioned_set):
 
 
 def test_classes_have_no_captions(captioned_set):
-    """The same pictures in the same order, told by another feature."""
+    """The same pictures in the same order, labelled by another feature."""
     captioned = Records(captioned_set, "train", caption_key="auto").load()
     kinds = Records(captioned_set, "train", label_key="kind")
     assert kinds.captions == () and kinds.class_names == ("x", "y")
@@ -341,7 +341,7 @@ def test_damaged_description(colour_set):
         Records(colour_set.parent, "train")
 
 
-def test_fingerprint_tells_what_matters(colour_set, make_set, colours):
+def test_fingerprint_depends_on_what_matters(colour_set, make_set, colours):
     options = [{}, {"image_size": 4}, {"image_size": 4, "crop": "none"}, {"channels": 1}]
     prints = [Records(colour_set, "train", **option).fingerprint for option in options]
     prints += [Records(colour_set, split).fingerprint for split in ("test", "train[:4]")]
