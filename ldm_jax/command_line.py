@@ -212,7 +212,14 @@ def start_devices(flag_values: flags.FlagValues) -> None:
     import jax
 
     if flag_values.coordinator:
-        _check_coordinator(flag_values)
+        host, _, port = flag_values.coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise InputError(
+                f"--coordinator={flag_values.coordinator} is wrong; it must be host:port, e.g. 10.0.0.1:1234"
+            )
+        num, index = flag_values.num_processes, flag_values.process_id
+        if not 0 <= index < num:
+            raise InputError(f"--process_id is {index}; with --num_processes={num} it must be from 0 to {num - 1}")
         jax.distributed.initialize(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
     elif flag_values.distributed:
         jax.distributed.initialize()
@@ -221,14 +228,3 @@ def start_devices(flag_values: flags.FlagValues) -> None:
     if jax.process_index() == 0:
         model = f"{os.cpu_count()} cores" if devices[0].platform == "cpu" else devices[0].device_kind
         print(f"Device: {len(devices)} x {devices[0].platform} ({model}){hosts}, jax {jax.__version__}", flush=True)
-
-
-def _check_coordinator(flag_values: flags.FlagValues) -> None:
-    host, _, port = flag_values.coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise InputError(f"--coordinator={flag_values.coordinator} is wrong; it must be host:port, e.g. 10.0.0.1:1234")
-    last = flag_values.num_processes - 1
-    if not 0 <= flag_values.process_id <= last:
-        raise InputError(
-            f"--process_id is {flag_values.process_id}; with --num_processes={last + 1} it must be 0 to {last}"
-        )

@@ -117,7 +117,7 @@ TRAIN = {  # flags -> what the line must say
     ),
     "segments of no feature": ([TINY, "--config.concat.type=segments"], "config.data.segments_key must name"),
     "an unknown feature of segments": ([TINY, "--config.data.segments_key=parts"], "there is areas, image"),
-    "more segments than were said": (
+    "more segments than num_segments": (
         [TINY, "--config.concat.type=segments", "--config.data.segments_key=areas"],
         "tiny has a pixel of class 2, so it must be 3 or more",
     ),
@@ -343,11 +343,11 @@ CLASSIFIERS = {
     "of another shape": (lambda run: set_config(run, "classifier", "layers_per_block", 2), "belongs to another model"),
     "of another schedule": (
         lambda run: set_config(run, "diffusion", "schedule", "cosine"),
-        "have other noise schedules: schedule cosine and linear",
+        "have other noise schedules: T 20 with sigma",
     ),
     "of fewer timesteps": (
         lambda run: set_config(run, "diffusion", "timesteps", 19),
-        "have other noise schedules: timesteps 19 and 20",
+        "have other noise schedules: T 19 with sigma",
     ),
     "of other classes": (
         lambda run: set_field(run / "data.json", class_names=["a", "b", "c", "d"]),
@@ -486,8 +486,8 @@ SAMPLE = {
     "inversion of nothing": (["--invert"], "--invert needs --init_image"),
     "a way from nothing": (["--to_image=PICTURE"], "--to_image needs --init_image"),
     "a way to nothing": (["--init_image=PICTURE", "--to_image=nowhere.png"], "--to_image=nowhere.png"),
-    "two noises": (["--init_latents=LATENTS", "--to_seed=1"], "both say what noise"),
-    "inversion and a seed": (["--init_image=PICTURE", "--invert", "--to_seed=3"], "both say what noise"),
+    "two noises": (["--init_latents=LATENTS", "--to_seed=1"], "both set the initial noise"),
+    "inversion and a seed": (["--init_image=PICTURE", "--invert", "--to_seed=3"], "both set the initial noise"),
     "inversion of a part": (["--init_image=PICTURE", "--mask=WHITE", "--invert"], "do not go together"),
     "inversion with a strength": (["--init_image=PICTURE", "--strength=0.5", "--invert"], "do not go together"),
     "a negative seed to go to": (["--to_seed=-1"], "to_seed"),
@@ -599,17 +599,17 @@ def test_evaluate_without_its_data(run_copy, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-ADOPTED = {  # what is done to the run whose autoencoder is taken, and changes of the config
+REUSED = {  # damage of the run whose autoencoder is reused, and changes of the config
     "not trained yet": (lambda run: shutil.rmtree(run / "autoencoder"), [], "no readable checkpoint"),
     "damaged": (lambda run: truncate_arrays(run / "autoencoder"), [], "no readable checkpoint"),
     "of another shape": (lambda run: None, ["--config.autoencoder.latent_channels=3"], "belongs to another model"),
-    "of another kind": (lambda run: None, ["--config.autoencoder.type=vq"], "belongs to another model"),
+    "of another type": (lambda run: None, ["--config.autoencoder.type=vq"], "belongs to another model"),
 }
 
 
-@pytest.mark.parametrize("case", ADOPTED)
+@pytest.mark.parametrize("case", REUSED)
 def test_train_refuses_an_autoencoder(case, run_copy, tiny_data, tmp_path, capsys):
-    damage, changes, expected = ADOPTED[case]
+    damage, changes, expected = REUSED[case]
     damage(run_copy)
     changes = [f"--config.autoencoder.checkpoint={run_copy}", *changes]
     line = fails(train.main, jobs.flags(tiny_data, tmp_path / "new", *changes), capsys)

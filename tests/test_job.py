@@ -1,4 +1,4 @@
-"""Every kind of model through the whole job."""
+"""Every type of model through the whole job."""
 
 import jobs
 import numpy as np

@@ -31,7 +31,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         missing = sorted(config_io.flatten(config).keys() - config_io.flatten(saved).keys())
         if missing:
             raise InputError(
-                f"--workdir={workdir} was begun by an older version, without config.{missing[0]}; `sample` and "
+                f"--workdir={workdir} was started by an older version, without config.{missing[0]}; `sample` and "
                 "`evaluate` can read it, but `train` cannot resume it: choose another --workdir"
             )
         differences = config_io.differences(saved, config)

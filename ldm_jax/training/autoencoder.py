@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
@@ -17,7 +18,7 @@ from ldm_jax.models.first_stage import kl_divergence, sample_posterior
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.models.quantizer import perplexity
-from ldm_jax.training.state import AdamW, TrainState, ema_update, keep_if, make_optimizer
+from ldm_jax.training.state import AdamW, Metrics, TrainState, ema_update, keep_if, make_optimizer
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")
 MAX_ADVERSARIAL_WEIGHT = 1e4
@@ -63,7 +64,7 @@ class AutoencoderStage:
     discriminator_adamw: AdamW
     ema_decay: float
 
-    def init(self, rng: jax.Array) -> TrainState:
+    def init(self, rng: Array) -> TrainState:
         """The state before the first update."""
         rng_autoencoder, rng_discriminator = jax.random.split(rng)
         x = jnp.zeros((1, *self.image_shape))
@@ -80,11 +81,11 @@ class AutoencoderStage:
         state: TrainState,
         frozen: dict,
         batch: dict,
-        seed: jax.Array,
+        seed: Array,
         *,
         adversarial: bool = True,
         axis_name: str | None = None,
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+    ) -> tuple[TrainState, Metrics]:
         """The state after one update, and scalar metrics.
 
         `adversarial` is compiled in: with False the discriminator neither takes part nor is trained.
@@ -98,21 +99,26 @@ class AutoencoderStage:
             generator, grads["discriminator"], terms = self._adversarial_gradients(discriminator, x, x_hat)
             pull_last = self._pull_back_to_last_layer(params, features)
             rec_norm, adversarial_norm = map(jnp.linalg.norm, mean((pull_last(at_x_hat), pull_last(generator))))
-            weight = self.weights.adversarial * adaptive_weight(rec_norm, adversarial_norm)
+            # |grad of the reconstruction loss| / |grad of D|, both at the last layer (Esser 2021, eq. 7)
+            adaptive = jnp.minimum(rec_norm / (adversarial_norm + 1e-4), MAX_ADVERSARIAL_WEIGHT)
+            weight = self.weights.adversarial * adaptive
             at_x_hat += weight * generator
             metrics |= terms | {"adversarial_weight": weight}
         metrics, grads = mean((metrics, grads | {"autoencoder": pull_back(at_x_hat)}))
-        metrics = _summarize(metrics, grads["autoencoder"])
+        metrics |= {"grad_norm": optax.tree.norm(grads["autoencoder"])}
+        if "usage" in metrics:  # [K] of the codebook
+            usage = metrics.pop("usage")
+            metrics |= {"codes_used": (usage > 0).mean(), "perplexity": perplexity(usage)}
         for name, gradient in grads.items():
             optimizer = make_optimizer(self.adamw if name == "autoencoder" else self.discriminator_adamw)
             updates, opt_state[name] = optimizer.update(gradient, state.opt_state[name], state.params[name])
             new_params[name] = optax.apply_updates(state.params[name], updates)
         ema = ema_update(state.ema_params["autoencoder"], new_params["autoencoder"], state.step, self.ema_decay)
-        losses = [metrics[name] for name in ("loss", "grad_norm", "discriminator") if name in metrics]
-        good = jnp.isfinite(jnp.stack(losses)).all() & (batch["step"] == state.step)
+        finite = [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm", "discriminator") if name in metrics]
+        good = jnp.stack(finite).all() & (batch["step"] == state.step)
         return keep_if(good, TrainState(state.step + 1, new_params, {"autoencoder": ema}, opt_state), state), metrics
 
-    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
+    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: Array) -> dict[str, Any]:
         """The tensors of the step by name, in the order of their computation; see `loop.first_nonfinite`."""
         params = state.params["autoencoder"]
         x, x_hat, features, loss, terms, at_x_hat, pull_back = self._forward(params, frozen, batch, seed)
@@ -121,7 +127,7 @@ class AutoencoderStage:
             tensors["discriminator"] = self._logits(state.params["discriminator"], x_hat)
         return tensors | {"loss": loss, "gradient": pull_back(at_x_hat)}
 
-    def _forward(self, params: dict, frozen: dict, batch: dict, seed: jax.Array) -> tuple:
+    def _forward(self, params: dict, frozen: dict, batch: dict, seed: Array) -> tuple:
         """The loss without its adversarial term: (x, x_hat, features, loss, metrics, its gradient at x_hat, pull_back).
 
         `pull_back` maps the gradient of all terms at x_hat to that of the loss at the parameters. It is linear, so that
@@ -137,7 +143,7 @@ class AutoencoderStage:
         to_params = lambda at_x_hat: pull_back((at_x_hat, jnp.ones_like(regularizer)))[0]  # noqa: E731
         return x, x_hat, features, loss + regularizer, metrics | terms, at_x_hat, to_params
 
-    def _reconstruct(self, params: dict, x: jax.Array, keys: jax.Array) -> tuple[tuple, tuple]:
+    def _reconstruct(self, params: dict, x: Array, keys: Array) -> tuple[tuple, tuple]:
         """((x_hat, regularizer), (features before the last layer, metrics))."""
         autoencoder, weights = partial(self.autoencoder.apply, {"params": params}), self.weights
         code = autoencoder(x, method="encode")
@@ -152,10 +158,10 @@ class AutoencoderStage:
         features = autoencoder(raw, method="decode_features")
         return (autoencoder(features, method="to_pixels"), regularizer), (features, metrics)
 
-    def _reconstruction_gradient(self, x_hat: jax.Array, x: jax.Array, ids: jax.Array, frozen: dict) -> tuple:
+    def _reconstruction_gradient(self, x_hat: Array, x: Array, ids: Array, frozen: dict) -> tuple:
         """((reconstruction and perceptual loss, metrics), its gradient at x_hat)."""
 
-        def loss(x_hat: jax.Array) -> tuple[jax.Array, dict]:
+        def loss(x_hat: Array) -> tuple[Array, dict]:
             l1 = jnp.abs(x - x_hat).mean()
             loss, metrics = self.weights.reconstruction * l1, {"l1": l1}
             if self.lpips is not None:
@@ -165,7 +171,7 @@ class AutoencoderStage:
 
         return jax.value_and_grad(loss, has_aux=True)(x_hat)
 
-    def _perceptual(self, x_hat: jax.Array, x: jax.Array, ids: jax.Array, lpips_params: Any) -> jax.Array:
+    def _perceptual(self, x_hat: Array, x: Array, ids: Array, lpips_params: Any) -> Array:
         """The mean LPIPS of every k-th example; the mean over the devices is that over the batch."""
         n, every = len(ids), self.perceptual_every
         some = -ids[0] % every + jnp.arange(0, n, every)  # ids are consecutive
@@ -173,13 +179,13 @@ class AutoencoderStage:
         # A device with fewer than `every` examples may have none; what it computed instead does not count.
         return jnp.where(some < n, distance, 0.0).sum() * every / n
 
-    def _logits(self, params: dict, x: jax.Array) -> jax.Array:
+    def _logits(self, params: dict, x: Array) -> Array:
         return self.discriminator.apply({"params": params}, x)
 
-    def _adversarial_gradients(self, params: dict, x: jax.Array, x_hat: jax.Array) -> tuple:
+    def _adversarial_gradients(self, params: dict, x: Array, x_hat: Array) -> tuple:
         """(gradient at x_hat of the generator loss -E[D(x_hat)], gradient of the discriminator, metrics)."""
 
-        def discriminator_loss(params: dict) -> tuple[jax.Array, dict]:
+        def discriminator_loss(params: dict) -> tuple[Array, dict]:
             """Hinge loss (Lim & Ye 2017): E[max(0, 1 - D(x))] / 2 + E[max(0, 1 + D(x_hat))] / 2."""
             real, fake = jnp.split(self._logits(params, jnp.concatenate([x, x_hat])), 2)
             loss = 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
@@ -189,28 +195,14 @@ class AutoencoderStage:
         (loss, metrics), grads = jax.value_and_grad(discriminator_loss, has_aux=True)(params)
         return generator, grads, {"discriminator": loss} | metrics
 
-    def _pull_back_to_last_layer(self, params: dict, features: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    def _pull_back_to_last_layer(self, params: dict, features: Array) -> Callable[[Array], Array]:
         """A function from a gradient at x_hat to that at the last layer's kernel, without the rest of the network."""
         module, layer, leaf = LAST_LAYER
 
-        def to_pixels(kernel: jax.Array) -> jax.Array:
+        def to_pixels(kernel: Array) -> Array:
             last = params[module][layer] | {leaf: kernel}
             replaced = params | {module: params[module] | {layer: last}}
             return self.autoencoder.apply({"params": replaced}, features, method="to_pixels")
 
         _, pull_back = jax.vjp(to_pixels, params[module][layer][leaf])
         return lambda at_x_hat: pull_back(at_x_hat)[0]
-
-
-def adaptive_weight(rec_norm: jax.Array, adversarial_norm: jax.Array) -> jax.Array:
-    """|grad of the reconstruction loss| / |grad of D|, both at the last layer (Esser 2021, eq. 7)."""
-    return jnp.minimum(rec_norm / (adversarial_norm + 1e-4), MAX_ADVERSARIAL_WEIGHT)
-
-
-def _summarize(metrics: dict[str, jax.Array], grads: Any) -> dict[str, jax.Array]:
-    """The metrics as scalars, with those of the gradient and the codebook."""
-    metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
-    if "usage" in metrics:  # [K] of the codebook
-        usage = metrics.pop("usage")
-        metrics |= {"codes_used": (usage > 0).mean(), "perplexity": perplexity(usage)}
-    return metrics

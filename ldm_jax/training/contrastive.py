@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 
 MAX_SCALE = 100.0  # of the logits (Radford et al. 2021, section 2.5)
 
@@ -23,14 +24,8 @@ def caption_arrays(ids: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def contrastive_loss(
-    text: jax.Array,
-    image: jax.Array,
-    scale: jax.Array,
-    caption: jax.Array,
-    captions: jax.Array,
-    *,
-    axis_name: str | None = None,
-) -> dict[str, jax.Array]:
+    text: Array, image: Array, scale: Array, caption: Array, captions: Array, *, axis_name: str | None = None
+) -> dict[str, Array]:
     """The symmetric cross-entropy over the similarity matrix of the whole batch.
 
     Row i of the logits scale * image text^T classifies which text belongs to image i. Text j does if it is one of the
@@ -54,10 +49,10 @@ def contrastive_loss(
       "image_accuracy", whether the text belongs to the nearest image.
     """
 
-    def gather(a: jax.Array) -> jax.Array:
+    def gather(a: Array) -> Array:
         return a if axis_name is None else jax.lax.all_gather(a, axis_name, tiled=True)
 
-    def compare(queries: jax.Array, keys: jax.Array, true: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def compare(queries: Array, keys: Array, true: Array) -> tuple[Array, Array]:
         """Cross-entropy of each query, and whether its nearest key is true."""
         logits = scale * jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
         log_p = jnp.where(true, jax.nn.log_softmax(logits), 0.0)

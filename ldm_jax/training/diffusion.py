@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ldm_jax.diffusion.denoiser import to_var_frac
 from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
@@ -14,7 +15,7 @@ from ldm_jax.models.concat_conditioning import concat_arguments
 from ldm_jax.pipeline.model import LatentDiffusion, Params, apply_denoiser
 from ldm_jax.pipeline.trainable import Trainable
 from ldm_jax.training.noising import add_noise
-from ldm_jax.training.state import AdamW, GradientStage, TrainState, init_state
+from ldm_jax.training.state import GradientStage, Metrics, TrainState, init_state
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class DiffusionStage(GradientStage):
       weighting, snr_gamma: see `losses.diffusion_loss`.
       label_dropout: probability of the null condition, for classifier-free guidance.
       vlb_weight: lambda of Nichol 2021, eq. 16; used with a learned variance only.
-      flip, adamw, ema_decay: see `GradientStage`.
     """
 
     model: LatentDiffusion
@@ -44,22 +44,19 @@ class DiffusionStage(GradientStage):
     snr_gamma: float
     label_dropout: float
     vlb_weight: float
-    flip: bool
-    adamw: AdamW
-    ema_decay: float
 
-    def init(self, rng: jax.Array, params: Params) -> TrainState:
+    def init(self, rng: Array, params: Params) -> TrainState:
         """The state before the first update, of a model with these parameters."""
         return init_state(self.trainable.init(rng, params), self.optimizer)
 
-    def validate(self, params: Params, frozen: Params, batch: dict, seed: jax.Array) -> dict[str, jax.Array]:
+    def validate(self, params: Params, frozen: Params, batch: dict, seed: Array) -> Metrics:
         """{"loss": unweighted, of each example [B]} at the timesteps batch["t"] [B], without label dropout."""
         keys = example_keys(seed, Stream.DIFFUSION_VALIDATION, 0, batch["id"])
         example = self._add_noise(batch, frozen, keys, batch["t"])
         output, _ = self._predict(params, frozen, example, example["label"])
         return {"loss": self._simple_loss(output, example, "uniform")}
 
-    def _example(self, batch: dict, frozen: Params, seed: jax.Array) -> dict[str, Any]:
+    def _example(self, batch: dict, frozen: Params, seed: Array) -> dict[str, Any]:
         return self._add_noise(batch, frozen, example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"]))
 
     def _tensors(self, params: Params, frozen: Params, example: dict) -> dict[str, Any]:
@@ -68,7 +65,7 @@ class DiffusionStage(GradientStage):
         _, tensors = apply_denoiser(self.model, params, z_t, example["t"], cond, capture_intermediates=True)
         return {"z0": example["z0"], "z_t": z_t, **cond, "denoiser": tensors["intermediates"]}
 
-    def _add_noise(self, batch: dict, frozen: Params, keys: jax.Array, t: jax.Array | None = None) -> dict[str, Any]:
+    def _add_noise(self, batch: dict, frozen: Params, keys: Array, t: Array | None = None) -> dict[str, Any]:
         """The inputs of the loss; `t` [B], if None, is sampled uniformly from [0, T)."""
         *noising_keys, key_label, key_concat = split_keys(keys, 5)
         model, concat = self.model, {}
@@ -84,13 +81,13 @@ class DiffusionStage(GradientStage):
             concat = concat_arguments(model.concat, model.first_stage, frozen, example, key_concat, size)
         return example | {"label": label, "dropped": jnp.where(drop, null, label), "concat": concat}
 
-    def _condition(self, params: Params, frozen: Params, example: dict, label: jax.Array) -> tuple[Params, dict]:
+    def _condition(self, params: Params, frozen: Params, example: dict, label: Array) -> tuple[Params, dict]:
         """(parameters of the model, conditioning arguments of the denoiser)."""
         params = self.trainable.merge(frozen, params)
         rows = jax.tree.map(lambda rows: rows[label], frozen["table"])
         return params, self.model.conditioning.encode(params.get("conditioning"), rows) | example["concat"]
 
-    def _predict(self, params: Params, frozen: Params, example: dict, label: jax.Array) -> tuple:
+    def _predict(self, params: Params, frozen: Params, example: dict, label: Array) -> tuple:
         """(output for the training target, var_frac of a learned variance or None)."""
         params, cond = self._condition(params, frozen, example, label)
         output = apply_denoiser(self.model, params, example["z_t"], example["t"], cond)
@@ -99,14 +96,12 @@ class DiffusionStage(GradientStage):
         output, variance = jnp.split(output, 2, axis=-1)
         return output, to_var_frac(variance)
 
-    def _simple_loss(self, output: jax.Array, example: dict, weighting: str) -> jax.Array:
+    def _simple_loss(self, output: Array, example: dict, weighting: str) -> Array:
         """The weighted squared error of each example, [B]."""
         options = {"process": self.model.process, "prediction": self.model.prediction, "gamma": self.snr_gamma}
         return diffusion_loss(output, example["z0"], example["eps"], example["t"], weighting=weighting, **options)
 
-    def _loss(
-        self, params: Params, frozen: Params, example: dict, axis_name: str | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _loss(self, params: Params, frozen: Params, example: dict, axis_name: str | None) -> tuple[Array, Metrics]:
         model = self.model
         output, var_frac = self._predict(params, frozen, example, example["dropped"])
         simple = self._simple_loss(output, example, self.weighting).mean()
@@ -118,7 +113,7 @@ class DiffusionStage(GradientStage):
         return simple + self.vlb_weight * vlb, {"simple": simple, "vlb": vlb}
 
 
-def choose_caption(captions: jax.Array, label: jax.Array, keys: jax.Array) -> jax.Array:
+def choose_caption(captions: Array, label: Array, keys: Array) -> Array:
     """The table row [B] of a random caption of each label; captions int32 [P, k], label [B], keys [B]."""
     k = jax.vmap(lambda key: jax.random.randint(key, (), 0, captions.shape[1]))(keys)
     return captions[label, k]

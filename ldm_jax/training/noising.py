@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ldm_jax.diffusion.forward import q_sample
 from ldm_jax.diffusion.random import split_keys
@@ -14,8 +15,8 @@ from ldm_jax.pipeline.model import LatentDiffusion
 
 
 def add_noise(
-    batch: dict, frozen: dict, keys: Sequence[jax.Array], t: jax.Array | None, model: LatentDiffusion, *, flip: bool
-) -> dict[str, jax.Array]:
+    batch: dict, frozen: dict, keys: Sequence[Array], t: Array | None, model: LatentDiffusion, *, flip: bool
+) -> dict[str, Array]:
     """Latents z0 of a batch, and z_t by q_sample (Ho 2020, eq. 4).
 
     Args:

@@ -61,7 +61,7 @@ def _preview_reconstructions(run: Run) -> Callable[[int, Any], None]:
 
     def preview(step: int, state: Any) -> None:
         decoded = reconstruct(state.ema_params["autoencoder"], {"x": images})
-        strip = image_grids.reconstruction_strip(images[:n], decoded[:n])
+        strip = image_grids.comparison({"original": images[:n], "decoded": decoded[:n]})
         image_grids.save_png(strip, run.workdir / "progress" / f"autoencoder_{step:06d}.png")
 
     return preview

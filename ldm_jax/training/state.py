@@ -1,5 +1,6 @@
 """The state of a training stage, its optimizer, EMA, and the update that rejects gradients that are not finite."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -7,13 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import Array
+from optax import GradientTransformation
+
+Metrics = dict[str, Array]  # by name
 
 
 @struct.dataclass
 class TrainState:
     """The whole state of a stage, as checkpoints hold it: arrays only."""
 
-    step: jax.Array  # [] int32: updates made so far, and the index of the next batch
+    step: Array  # [] int32: updates made so far, and the index of the next batch
     params: Any  # float32 trees
     ema_params: Any  # their exponential moving average
     opt_state: Any
@@ -32,7 +37,7 @@ class AdamW(NamedTuple):
 
 
 @lru_cache(maxsize=32)
-def make_optimizer(optimizer: AdamW) -> optax.GradientTransformation:
+def make_optimizer(optimizer: AdamW) -> GradientTransformation:
     """The optimizer; equal arguments give the same object. Raises ValueError for an unknown decay."""
     rate, warmup = optimizer.learning_rate, optimizer.warmup_steps
     if optimizer.decay == "cosine":
@@ -49,13 +54,13 @@ def make_optimizer(optimizer: AdamW) -> optax.GradientTransformation:
     )
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Any, optimizer: GradientTransformation) -> TrainState:
     """The state before the first update."""
     ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
     return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
 
 
-def ema_update(ema_params: Any, params: Any, step: jax.Array, decay: float) -> Any:
+def ema_update(ema_params: Any, params: Any, step: Array, decay: float) -> Any:
     """The EMA that includes `params`, which are those *after* update `step` (0-based).
 
     The decay at step n is min(decay, (1 + n) / (10 + n)), so that the random initialization is forgotten early.
@@ -64,7 +69,7 @@ def ema_update(ema_params: Any, params: Any, step: jax.Array, decay: float) -> A
     return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema_params, params)
 
 
-def keep_if(good: jax.Array, new: Any, old: Any) -> Any:
+def keep_if(good: Array, new: Any, old: Any) -> Any:
     """The tree `new` if `good`, else `old`.
 
     A step whose loss or gradient is not finite leaves the state and its `step` unchanged. Later batches are of later
@@ -74,13 +79,8 @@ def keep_if(good: jax.Array, new: Any, old: Any) -> Any:
 
 
 def update_if_finite(
-    state: TrainState,
-    index: jax.Array,
-    loss: jax.Array,
-    grads: Any,
-    optimizer: optax.GradientTransformation,
-    ema_decay: float,
-) -> tuple[TrainState, jax.Array]:
+    state: TrainState, index: Array, loss: Array, grads: Any, optimizer: GradientTransformation, ema_decay: float
+) -> tuple[TrainState, Array]:
     """The state after step `index`, and the gradient norm; a failed step is rejected (see `keep_if`)."""
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -90,10 +90,11 @@ def update_if_finite(
     return keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state), grad_norm
 
 
+@dataclass(frozen=True, kw_only=True)
 class GradientStage:
-    """A training stage of one loss, as pure functions; a dataclass with at least these fields.
+    """The base of training stages of one loss, as pure functions.
 
-    It has the methods `_example(batch, frozen, seed)`, the inputs of the loss, `_loss(params, frozen, example,
+    A stage has the methods `_example(batch, frozen, seed)`, the inputs of the loss, `_loss(params, frozen, example,
     axis_name)` -> (loss, metrics), and `_tensors(params, frozen, example)`, the intermediates by name.
     """
 
@@ -102,13 +103,13 @@ class GradientStage:
     ema_decay: float
 
     @property
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> GradientTransformation:
         """The optimizer of all trained parameters."""
         return make_optimizer(self.adamw)
 
     def step(
-        self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        self, state: TrainState, frozen: dict, batch: dict, seed: Array, *, axis_name: str | None = None
+    ) -> tuple[TrainState, Metrics]:
         """The state after one update, and scalar metrics, averaged over the devices."""
         grad = jax.value_and_grad(self._loss, has_aux=True)
         (loss, metrics), grads = grad(state.params, frozen, self._example(batch, frozen, seed), axis_name)
@@ -117,7 +118,7 @@ class GradientStage:
         state, grad_norm = update_if_finite(state, batch["step"], loss, grads, self.optimizer, self.ema_decay)
         return state, metrics | {"loss": loss, "grad_norm": grad_norm}
 
-    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
+    def trace(self, state: TrainState, frozen: dict, batch: dict, seed: Array) -> dict[str, Any]:
         """The tensors of the step by name, in the order of their computation; see `loop.first_nonfinite`."""
         example = self._example(batch, frozen, seed)
         (loss, _), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, frozen, example, None)

@@ -55,7 +55,7 @@ def test_an_older_run_is_not_resumed(older_run, tiny_data, capsys):
     before = (older_run / "config.json").read_text()
     assert jobs.train_here(tiny_data, older_run) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "was begun by an older version, without config.classifier.steps" in line
+    assert "was started by an older version, without config.classifier.steps" in line
     assert (older_run / "config.json").read_text() == before
 
 

@@ -25,9 +25,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained_run, tiny_data, tmp_
     # The log only gets its first line once a step is done; it is then in the middle of the stage.
     process = jobs.start(tiny_data, run)
     jobs.stop_when(process, lambda: steps_logged(run, "diffusion"), signal.SIGTERM)
-    asked = time.monotonic()
+    signalled = time.monotonic()
     output = jobs.finish(process)  # status 0
-    assert time.monotonic() - asked < 15
+    assert time.monotonic() - signalled < 15
     assert "The same command goes on from there." in output
     assert 0 < load_latest(run / "diffusion")["step"] <= 8
     assert not (run / "samples.npz").exists()

@@ -34,7 +34,7 @@ def build(**changes):
 
 
 def captions():
-    """Ten classes with two captions each: those of class c hold c, and the second 10 + c beside it; those of class 9
+    """Ten classes with two captions each: those of class c have token c, the second also 10 + c; those of class 9
     are class 8's."""
     ids = np.full((10, 2, 6), 29)
     ids[:, :, 0] = 28
@@ -170,7 +170,7 @@ def traced(stage, state):
 
 
 class Held:
-    """Sixteen held-out examples, as a `Dataset` gives them."""
+    """A data set of sixteen held-out examples."""
 
     def __len__(self):
         return 16

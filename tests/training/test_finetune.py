@@ -38,7 +38,7 @@ WHOLE, LORA = (tuple(f"--config.{change}" for change in (*changes, "checkpoint_e
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with models and images; runs lie beside them."""
+    """A folder with models, images and runs."""
     home = tmp_path_factory.mktemp("finetune")
     diffusers_folder.write_stable_diffusion(home / "model")
     diffusers_folder.write_stable_diffusion(home / "inpainting", inpainting=True)
@@ -88,10 +88,10 @@ def test_held_out_images_are_inpainted_by_their_captions(run):
     assert (recipe["concat"]["split"], recipe["solving"]["sampler"]) == ("train", "ddim")
     assert (recipe["guidance"]["scale"], recipe["step"]) == (7.5, 4)
     images = jobs.samples(run)["images"]
-    known = concat_inputs.from_split(model, dataset, 3, 0, 8).degraded
-    masked = np.broadcast_to(known["mask"] == 1, images.shape)
-    np.testing.assert_array_equal(images[~masked], known["x"][~masked])
-    assert (images[masked] != known["x"][masked]).mean() > 0.5
+    inputs = concat_inputs.from_split(model, dataset, 3, 0, 8).degraded
+    masked = np.broadcast_to(inputs["mask"] == 1, images.shape)
+    np.testing.assert_array_equal(images[~masked], inputs["x"][~masked])
+    assert (images[masked] != inputs["x"][masked]).mean() > 0.5
     assert f"Prompts: “{recipe['prompts'][0]}”" in (run / "report.html").read_text()
 
 
@@ -124,11 +124,11 @@ def test_a_recipe_from_before_some_fields(run, tmp_path):
 def test_test_images_have_a_size_of_their_own(run, tmp_path, capsys):
     command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", "--prompt=low", "--height=8"]
     assert command_line.run(sample.main, command) == 2
-    assert "--height=8: without an image of yours this model restores test images" in capsys.readouterr().err
+    assert "--height=8: without an image this model restores test images" in capsys.readouterr().err
 
 
 def test_images_of_several_shapes(home, capsys):
-    """Those of the folder are of 16 x 20 pixels, beside them one that is high; resumed it ends with the same bits."""
+    """Images of 16 x 20 pixels and a portrait one; a resumed run ends with the same bits."""
     images = shutil.copytree(home / "pictures", home / "shapes")
     Image.new("RGB", (12, 20), "navy").save(images / "high.png")
     (images / "high.txt").write_text("low")
@@ -160,7 +160,7 @@ def test_resumed_it_ends_as_one_that_was_left_alone(home, run):
     assert (home / "again" / "samples.npz").stat().st_mtime == (run / "samples.npz").stat().st_mtime  # not sampled anew
 
 
-# A process that is killed once step 3 of 4 is done, of which the last checkpoint knows nothing.
+# A process that is killed once step 3 of 4 is done, which is not in the last checkpoint.
 KILLED = """
 import os, signal, sys
 from ldm_jax import command_line, train
@@ -238,13 +238,16 @@ REFUSED = {  # flags -> what the line must say
     "a model that is a file": (["--config.init_from=HOME/pictures/0.png"], "must be a diffusers folder"),
     "prompts for a model of none": (["--config.init_from=HOME/unconditional"], "is not conditioned on texts"),
     "a set without captions": (["--config.data.name=plain"], "has no caption, only image"),
-    "a model of another kind": (["--config.init_from=HOME/flux"], "FluxPipeline; supported are"),
+    "an unsupported pipeline": (["--config.init_from=HOME/flux"], "FluxPipeline; supported are"),
     "a size that does not halve": (["--config.data.image_size=15"], "needs a multiple of 2"),
     "grey images": (["--config.data.channels=1"], "takes images of 3"),
     "buckets that do not halve": (["--config.data.bucket_step=3"], "it must be a multiple of 2, no more than"),
-    "buckets of kinds": (["--config.data.bucket_step=4", "--config.data.group_key=label"], "group_key must be 'none'"),
+    "buckets with groups": (
+        ["--config.data.bucket_step=4", "--config.data.group_key=label"],
+        "group_key must be 'none'",
+    ),
     "buckets beyond the size": (["--config.data.bucket_step=32"], "it must be a multiple of 2, no more than"),
-    "no captions asked for": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
+    "no captions": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
     "no path": (["--config.data.path="], "needs config.data.path"),
     "no images": (["--config.data.path=HOME/model/unet"], "has no picture with a caption"),
     "too many captions": (["--config.data.memory_limit_gb=1e-7"], "captions take"),

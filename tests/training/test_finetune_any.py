@@ -125,10 +125,10 @@ def test_a_lora_where_there_is_no_attention(class_model):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a model of each kind."""
+    """A folder with a model of each variant."""
     home = tmp_path_factory.mktemp("finetune_any")
-    for kind in ("inpainting", "upscaling"):
-        diffusers_folder.write_stable_diffusion(home / kind, **{kind: True})
+    for variant in ("inpainting", "upscaling"):
+        diffusers_folder.write_stable_diffusion(home / variant, **{variant: True})
     diffusers_folder.write_unconditional(home / "unconditional")
     return home
 
@@ -166,15 +166,15 @@ def test_an_unconditional_model_takes_no_notice_of_labels(home, tmp_path):
     assert (recipe.num, recipe.prompts, recipe.labels, recipe.concat.split) == (16, [], [], None)
 
 
-@pytest.mark.parametrize("kind", ["none", "inpainting"])
-def test_the_prompts_of_a_text_to_image_model_without_prompts_of_its_own(kind, home):
+@pytest.mark.parametrize("variant", ["none", "inpainting"])
+def test_the_prompts_of_a_text_to_image_model_without_prompts_of_its_own(variant, home):
     """The first eight captions that differ, in turn; or that of each image that is to be inpainted."""
     images = examples(3, 3, 1, 0, 3, 9, 2, 4, 5, 6, 7, 8, class_names=tuple("abcdefghij"))
     (model, _), config = load_base(config_of(home / "inpainting"))
-    if kind == "none":
+    if variant == "none":
         model = replace(model, concat=None)
     recipe = recipe_of_run(model, images)
-    labels = range(8) if kind == "none" else [0, 0, 1, 2, 0, 3, 4, 5, 6, 7, 8, 9]
+    labels = range(8) if variant == "none" else [0, 0, 1, 2, 0, 3, 4, 5, 6, 7, 8, 9]
     assert (recipe.labels, recipe.prompts) == (list(labels), list("dbajcefghi")[: max(labels) + 1])
     config = config.copy_and_resolve_references().unlock()
     config.sampling.prompts = ("low", "wool")
@@ -195,11 +195,12 @@ def test_low_resolution_images_are_noised_by_levels_of_their_own():
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("inpainting", "has concat conditioning"), ("xl", "is conditioned on the size of each image")]
+    ("variant", "reason"),
+    [("inpainting", "has concat conditioning"), ("xl", "is conditioned on the size of each image")],
 )
-def test_images_of_one_shape_alone(kind, reason, home, tmp_path):
-    path = home / kind
-    if kind == "xl":
+def test_images_of_one_shape_alone(variant, reason, home, tmp_path):
+    path = home / variant
+    if variant == "xl":
         path = tmp_path / "xl"
         diffusers_folder.write_stable_diffusion(path, xl=True)
     config = config_of(path).copy_and_resolve_references().unlock()

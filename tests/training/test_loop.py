@@ -55,7 +55,7 @@ class Feed:
 
 @dataclass
 class Recorder:
-    """Stands in for the log, the interrupt watch and what looks at the state after a step."""
+    """A fake log, interrupt watch and after_step, which records its calls."""
 
     stop_at: int = -1
     lines: list = field(default_factory=list)
