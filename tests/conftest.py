@@ -54,8 +54,12 @@ FIRST = ("test_bad_input", "test_stages", "test_resume", "test_generate", "test_
          "test_diffusers_folder", "test_finetune")  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Puts the files in an order in which two workers end at the same time."""
+    """Puts the files in an order in which two workers end at the same time; what needs `text_run` is slow."""
+    for item in items:
+        if "text_run" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 

@@ -21,6 +21,7 @@ def pixel_run(tiny_data, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_diffusion_on_pixels(pixel_run):
     assert not (pixel_run / "autoencoder").exists()
     assert jobs.samples(pixel_run)["images"].shape == (8, 8, 8, 1)
@@ -29,6 +30,7 @@ def test_diffusion_on_pixels(pixel_run):
     assert read_recipe(pixel_run / "samples.png")["solving"]["variance"] == "learned"
 
 
+@pytest.mark.slow
 def test_a_learned_variance_logs_both_losses_and_reports_bits_per_dimension(pixel_run):
     lines = read_metrics(pixel_run / "metrics.jsonl")
     training = [line for line in lines if "simple" in line]
@@ -46,6 +48,7 @@ def test_a_learned_variance_logs_both_losses_and_reports_bits_per_dimension(pixe
     assert "bits/dim" in (pixel_run / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_colour_images_without_labels_through_a_codebook(tiny_data, tmp_path):
     run = tmp_path / "run"
     changes = ["autoencoder.type=vq", "data.channels=3", "data.label_key=none", "data.flip=True", "diffusion.steps=2"]
@@ -64,6 +67,7 @@ def test_colour_images_without_labels_through_a_codebook(tiny_data, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_data_on_disk_train_the_same_model(tiny_data, trained_run, tmp_path):
     """Nothing may stay in memory or on the device: the same batches come from the disk, read ahead."""
     run = tmp_path / "run"

@@ -77,6 +77,7 @@ def test_more_images_than_prompts(folder_of, sampled):
     assert len(samples["images"]) == 5
 
 
+@pytest.mark.slow
 def test_a_large_model_has_no_trajectory_unless_it_is_asked_for(folder_of, sampled, tmp_path):
     """Each frame is decoded."""
     for name, flags, written in (("plain", [], False), ("trajectory", ["--save_trajectory"], True)):
@@ -93,12 +94,14 @@ def test_a_recipe_makes_the_samples_again(folder_of, sampled, tmp_path):
     assert command_line.run(sample.main, [*command, f"--out={tmp_path / 'no'}"]) == 2  # of float32
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32(folder_of, sampled):
     exact, half = (sampled(folder_of("plain"), t, "--prompt=low", f"--dtype={t}") for t in ("float32", "bfloat16"))
     difference = np.abs(exact["images"].astype(int) - half["images"])
     assert 0 < difference.mean() < 10
 
 
+@pytest.mark.slow
 def test_the_null_condition_of_xl_is_not_the_empty_text(folder_of, sampled):
     """No negative prompt is zeros, an empty one is not."""
     nothing, empty = (sampled(folder_of("xl"), name, "--prompt=low", *flags)["images"]
@@ -138,6 +141,7 @@ def small_tiles(folder_of, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_of_wide_images_and_a_recipe_of_another_size(small_tiles, sampled, tmp_path):
     wide = shutil.copytree(small_tiles, tmp_path / "wide")
     edit("unet/config.json", sample_size=[6, 10])(wide)
@@ -164,6 +168,7 @@ def test_large_images_in_tiles(small_tiles):
         assert off[0] <= np.abs(tiles - whole).mean() <= off[1]
 
 
+@pytest.mark.slow
 def test_images_are_cropped_to_another_size(folder_of, sampled, files):
     edits = [f"--init_image={files}/image.png", f"--mask={files}/mask.png", "--prompt=low", "--height=8"]
     images = sampled(folder_of("inpainting"), "inpainting", *edits)["images"]
@@ -180,6 +185,7 @@ def test_inpainting_keeps_the_known_part_to_the_bit(folder_of, sampled, files):
         assert (images[0, :, 8:] != images[1, :, 8:]).any()
 
 
+@pytest.mark.slow
 def test_an_image_four_times_as_large(folder_of, sampled, tmp_path):
     """Of any size; the noise level matters."""
     small = np.random.default_rng(0).integers(0, 255, (6, 10, 3), np.uint8)
@@ -325,8 +331,8 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "a class": ("plain", None, ["--label=3"], "the model has no classes"),
     "a prompt for none": ("unconditional", None, ["--prompt=low"], "--prompt is for text-to-image models"),
     "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "is conditioned on nothing"),
-    "nothing to inpaint": ("inpainting", None, [], "this model inpaints; give it an image and what to sample of it"),
-    "nothing to enlarge": ("upscaling", None, [], "upscales; give it a low-resolution --concat_image"),
+    "nothing to inpaint": ("inpainting", None, [], "this model inpaints; it needs an image and a mask of what to sample"),
+    "nothing to enlarge": ("upscaling", None, [], "upscales; it needs a low-resolution --concat_image"),
     "no image to enlarge": ("upscaling", None, ["--concat_image=FOLDER/vae/config.json"], "config.json: not an image"),
     "a size beside the map's": ("upscaling", None, [MAP, "--height=64"], "are 4 times as large as --concat_image"),
     "more noise than there is": ("upscaling", None, [MAP, "--noise_level=351"], "must be from 0 to 350 for this model"),
@@ -382,6 +388,7 @@ def evaluated(tmp_path, tiny_data):
     return run
 
 
+@pytest.mark.slow
 def test_evaluate_scores_on_the_data_of_a_config(folder_of, evaluated, monkeypatch, tmp_path):
     """In the model's size and colours, which the data set has not; the prompts go round."""
     calls = []

@@ -13,9 +13,8 @@ from ldm_jax.pipeline.from_config import build_classifier, from_config, init_par
 from ldm_jax.pipeline.trainable import trainable_of
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.runtime.xla import CompileClock
-from ldm_jax.sampling.from_flags import solving_defaults
 from ldm_jax.sampling.inputs import sample_inputs
-from ldm_jax.sampling.recipe import NO_EDIT, Edit, Guidance, Recipe
+from ldm_jax.sampling.recipe import NO_EDIT, Edit, Guidance, Recipe, solving_defaults
 from ldm_jax.sampling.sampler import make_sampler
 from ldm_jax.sampling.tables import make_table
 from ldm_jax.training.from_config import make_autoencoder_stage, make_diffusion_stage
@@ -74,6 +73,7 @@ def test_a_sweep_of_sampling_compiles_each_part_once(model):
     assert clock.count == first
 
 
+@pytest.mark.slow
 def test_a_sweep_of_classifier_guidance_compiles_once(model):
     classifier = build_classifier(tiny.get_config(), 4)
     z, one = np.zeros((1, *model[0].latent_shape), np.float32), np.ones(1, np.float32)

@@ -122,7 +122,7 @@ REFUSED = {
     "no such file": ("low_resolution", ["--concat_image=FILES/no.png"], "no.png: No such file"),
     "no image": ("low_resolution", ["--concat_image=FILES/text.png"], "text.png: not an image"),
     "a class too many": ("segments", ["--concat_image=FILES/small.png"], "has class 200; the model has 0 to 2"),
-    "a class for test images": ("segments", ["--label=dark"], "--label=dark: without an image of yours this model"),
+    "a class for test images": ("segments", ["--label=dark"], "--label=dark: without an image this model"),
     "a size for test images": ("low_resolution", ["--height=16"], "of their own size; give --concat_image"),
     "a size that does not divide": ("low_resolution", ["--concat_image=FILES/small.png", "--width=9"], "multiple of 2"),
     "segments in colour": ("segments", ["--concat_image=FILES/colour.png"], "must be grey or have a palette, not RGB"),
@@ -148,6 +148,7 @@ def test_a_low_resolution_image_is_enlarged_to_any_size(sampled, run_of, tmp_pat
     assert sampled(run_of("low_resolution"), "wide", *flags).shape == (4, 12, 20, 1)
 
 
+@pytest.mark.slow
 def test_evaluate_scores_restored_images(run_of, tmp_path):
     """Of masks that depend on the seed, the masked part alone is sampled, and then scored."""
     run, out = run_of("inpainting"), tmp_path / "out"

@@ -127,6 +127,7 @@ def test_test_images_have_a_size_of_their_own(run, tmp_path, capsys):
     assert "--height=8: without an image this model restores test images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_of_several_shapes(home, capsys):
     """Images of 16 x 20 pixels and a portrait one; a resumed run ends with the same bits."""
     images = shutil.copytree(home / "pictures", home / "shapes")
@@ -150,6 +151,7 @@ def test_the_same_command_again_says_that_all_is_done(home, run, capsys):
     assert "All is done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resumed_it_ends_as_one_that_was_left_alone(home, run):
     shutil.copytree(run, home / "again")
     shutil.rmtree(home / "again" / "diffusion" / "4")

@@ -153,6 +153,7 @@ def drop(tree):
     return {name: part for name, part in tree.items() if name != "discriminator"}
 
 
+@pytest.mark.slow
 def test_the_perceptual_term_is_measured_on_a_share(four_devices):
     changes = {"perceptual": 0.5, "perceptual_every": 4, "perceptual_size": 16}
     changes = {f"autoencoder__loss__{name}": value for name, value in changes.items()}
