@@ -1,15 +1,17 @@
-"""Attention over the positions of an image: plain self-attention (autoencoders) and the transformer blocks of the UNet.
+"""Attention over the positions of an image: self-attention of autoencoders, and the transformer blocks of the UNet.
 
-Topology and names are those of diffusers: `to_q`, `to_out_0`, `ff.net_0.proj`. Heads are head-major: feature h * D + d
-of a projection is component d of head h.
+Topology and names are those of diffusers: `to_q`, `to_out_0`, `ff.net_0.proj`. Feature h * D + d of a projection is
+component d of head h.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.layers import Dtype, conv, group_norm, layer_norm, linear
+from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm
 
 
 def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
@@ -18,14 +20,14 @@ def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     Args:
       q: [B, Lq, N, D], with N heads.
       k, v: [B, L, N, D].
-      causal: query i sees keys 0 to i only.
+      causal: query i attends to keys 0 to i only.
 
     Returns:
-      [B, Lq, N, D]; or [B, 1, N, D], the same for each query, if there is but one key.
+      [B, Lq, N, D]; or [B, 1, N, D], the same for each query, if there is one key.
     """
     if k.shape[1] == 1:  # the softmax over one key is 1 whatever the query
         return v
-    if _cudnn_takes(q, k):
+    if _cudnn_supports(q, k):
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if causal:
@@ -34,8 +36,8 @@ def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
     return jnp.einsum("bnqk,bknd->bqnd", weights, v)
 
 
-def _cudnn_takes(q: Array, k: Array) -> bool:
-    """Whether cuDNN's fused attention has a kernel, forward and backward, for these arrays on the device at hand."""
+def _cudnn_supports(q: Array, k: Array) -> bool:
+    """Whether cuDNN's fused attention has a kernel, forward and backward, for these arrays on this device."""
     head_size, even = q.shape[-1], q.shape[1] % 2 == 0 and k.shape[1] % 2 == 0
     half_precision = q.dtype in (jnp.bfloat16, jnp.float16)
     return half_precision and even and head_size % 8 == 0 and head_size <= 128 and _on_ampere_or_later()
@@ -46,23 +48,33 @@ def _on_ampere_or_later() -> bool:
     return "cuda" in device.client.platform_version and int(device.compute_capability.split(".")[0]) >= 8
 
 
-def _multi_head(x: Array, context: Array, heads: int, *, qkv_bias: bool, zero_out: bool, dtype: Dtype) -> Array:
-    """Queries from x [B, Lq, C], keys and values from context [B, L, D]: -> [B, Lq or 1, C].
+def multi_head(
+    x: Array,
+    context: Array,
+    heads: int,
+    *,
+    use_bias: bool,
+    zero_out: bool = False,
+    causal: bool = False,
+    names: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out_0"),
+    dtype: Dtype,
+) -> Array:
+    """Multi-head attention, queries from x [B, Lq, C], keys and values from context [B, L, D] -> [B, Lq or 1, C].
 
-    Called within a compact method: the layers to_q, to_k, to_v and to_out_0 become the calling module's own.
+    Called within a compact method: the layers `names` belong to the calling module. `use_bias` is of the first three.
     """
     features = x.shape[-1]
 
     def project(y, name):
-        y = linear(features, use_bias=qkv_bias, dtype=dtype, name=name)(y)
+        y = Dense(features, use_bias, dtype=dtype, name=name)(y)
         return y.reshape(*y.shape[:2], heads, features // heads)
 
-    h = attend(project(x, "to_q"), project(context, "to_k"), project(context, "to_v"))
-    return linear(features, zero=zero_out, dtype=dtype, name="to_out_0")(h.reshape(*h.shape[:2], features))
+    h = attend(project(x, names[0]), project(context, names[1]), project(context, names[2]), causal=causal)
+    return Dense(features, zero=zero_out, dtype=dtype, name=names[3])(h.reshape(*h.shape[:2], features))
 
 
 class SelfAttention2D(nn.Module):
-    """group norm, self-attention over all positions with biases, plus the input: the autoencoders' attention."""
+    """Group norm, self-attention over all positions with biases, plus the input: the autoencoders' attention."""
 
     groups: int
     eps: float
@@ -73,9 +85,8 @@ class SelfAttention2D(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, H, W, C] -> [B, H, W, C]."""
         b, height, width, c = x.shape
-        h = group_norm(self.groups, self.eps, dtype=self.dtype, name="group_norm")(x).reshape(b, height * width, c)
-        h = _multi_head(h, h, self.heads, qkv_bias=True, zero_out=True, dtype=self.dtype)
-        # One position is one key, for which `attend` returns one row: here that is all there is.
+        h = GroupNorm(self.groups, self.eps, dtype=self.dtype, name="group_norm")(x).reshape(b, height * width, c)
+        h = multi_head(h, h, self.heads, use_bias=True, zero_out=True, dtype=self.dtype)
         return x + h.reshape(b, height, width, c)
 
 
@@ -88,7 +99,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
         """Queries from x [B, Lq, C], keys and values from context [B, L, D] -> [B, Lq, C], or [B, 1, C] if L is 1."""
-        return _multi_head(x, context, self.heads, qkv_bias=False, zero_out=False, dtype=self.dtype)
+        return multi_head(x, context, self.heads, use_bias=False, dtype=self.dtype)
 
 
 class GEGLU(nn.Module):
@@ -100,12 +111,12 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, L, C] -> [B, L, features]."""
-        value, gate = jnp.split(linear(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
+        value, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
         return value * nn.gelu(gate, approximate=False)
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and a linear map back."""
+    """The feed-forward network: GEGLU to four times the width and a linear map back."""
 
     dtype: Dtype = None
 
@@ -113,13 +124,13 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, L, C] -> [B, L, C]."""
         h = GEGLU(4 * x.shape[-1], dtype=self.dtype, name="net_0")(x)
-        return linear(x.shape[-1], dtype=self.dtype, name="net_2")(h)
+        return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, feed-forward; each normalised before and added after.
+    """Self-attention, cross-attention to the context and feed-forward network, each with norm before and skip around.
 
-    With `only_cross_attention` the first attention looks at the context too.
+    With `only_cross_attention` the first attention is cross-attention too.
     """
 
     heads: int
@@ -129,18 +140,18 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
         """x [B, L, C], context [B, M, D] -> [B, L, C]."""
-        h = layer_norm(dtype=self.dtype, name="norm1")(x)
+        h = LayerNorm(dtype=self.dtype, name="norm1")(x)
         x = x + Attention(self.heads, self.dtype, name="attn1")(h, context if self.only_cross_attention else h)
-        h = layer_norm(dtype=self.dtype, name="norm2")(x)
+        h = LayerNorm(dtype=self.dtype, name="norm2")(x)
         x = x + Attention(self.heads, self.dtype, name="attn2")(h, context)
-        return x + FeedForward(self.dtype, name="ff")(layer_norm(dtype=self.dtype, name="norm3")(x))
+        return x + FeedForward(self.dtype, name="ff")(LayerNorm(dtype=self.dtype, name="norm3")(x))
 
 
 class Transformer2D(nn.Module):
-    """A transformer over the positions of an image: norm, projection, blocks, projection, plus the input.
+    """The spatial transformer (Rombach et al. 2022, appendix E.2.1): norm, projection, blocks, projection, plus input.
 
-    The spatial transformer of Rombach et al. 2022, appendix E.2.1. With `use_linear_projection` the two projections are
-    linear maps (Stable Diffusion 2, SDXL), else 1x1 convolutions (Stable Diffusion 1): only their shapes differ.
+    With `use_linear_projection` the projections are linear maps (Stable Diffusion 2, SDXL), else 1x1 convolutions
+    (Stable Diffusion 1): only the shapes of their parameters differ.
     """
 
     heads: int
@@ -154,14 +165,10 @@ class Transformer2D(nn.Module):
     def __call__(self, x: Array, context: Array) -> Array:
         """x [B, H, W, C], context [B, L, D] -> [B, H, W, C]."""
         b, height, width, c = x.shape
-        h = group_norm(self.groups, 1e-6, dtype=self.dtype, name="norm")(x)
-        h = self._projection(c, "proj_in")(h).reshape(b, height * width, c)
+        projection = Dense if self.use_linear_projection else partial(Conv, kernel_size=1)
+        h = GroupNorm(self.groups, 1e-6, dtype=self.dtype, name="norm")(x)
+        h = projection(c, dtype=self.dtype, name="proj_in")(h).reshape(b, height * width, c)
         for i in range(self.layers):
             block = TransformerBlock(self.heads, self.only_cross_attention, self.dtype, name=f"transformer_blocks_{i}")
             h = block(h, context)
-        return x + self._projection(c, "proj_out", zero=True)(h.reshape(b, height, width, c))
-
-    def _projection(self, features: int, name: str, zero: bool = False) -> nn.Module:
-        if self.use_linear_projection:
-            return linear(features, zero=zero, dtype=self.dtype, name=name)
-        return conv(features, 1, zero=zero, dtype=self.dtype, name=name)
+        return x + projection(c, zero=True, dtype=self.dtype, name="proj_out")(h.reshape(b, height, width, c))

@@ -1,78 +1,26 @@
-"""The first stage: convolutional autoencoders between pixels and latents (Rombach et al. 2022, section 3.1).
+"""Convolutional autoencoders between pixels and latents (Rombach et al. 2022, section 3.1).
 
-`AutoencoderKL` regularises its latents by a KL term towards N(0, 1), `VQModel` by a codebook. Topology, names and the
-meaning of the fields are those of the diffusers classes of the same names. All norms have eps 1e-6.
+`AutoencoderKL` regularises its latents by a KL term towards N(0, 1), `VQModel` by a codebook. Topology, names and
+fields are those of the diffusers classes of the same names.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.attention import SelfAttention2D
-from ldm_jax.models.layers import Downsample, Dtype, ResnetBlock, Upsample, check_groups, conv, group_norm
+from ldm_jax.models.blocks import DownBlock, Layer, MidBlock, UpBlock, no_attention, self_attention
+from ldm_jax.models.layers import Downsample, ResnetBlock, Upsample, check_groups
+from ldm_jax.models.primitives import Conv, Dtype, GroupNorm
 from ldm_jax.models.quantizer import Quantized, VectorQuantizer
 
-EPS = 1e-6
-
-
-class DownEncoderBlock(nn.Module):
-    """ResNet blocks, then (except at the last level) a convolution of stride 2 padded at the bottom and right only."""
-
-    features: int
-    layers: int
-    groups: int
-    downsample: bool
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, h: Array) -> Array:
-        """[B, H, W, C] -> [B, H/2, W/2, features] or [B, H, W, features]."""
-        for i in range(self.layers):
-            h = ResnetBlock(self.features, self.groups, EPS, dtype=self.dtype, name=f"resnets_{i}")(h)
-        if self.downsample:
-            h = Downsample(self.features, (0, 1), dtype=self.dtype, name="downsamplers_0")(h)
-        return h
-
-
-class UpDecoderBlock(nn.Module):
-    """ResNet blocks, then (except at the last level) nearest-neighbour upsampling and a convolution."""
-
-    features: int
-    layers: int
-    groups: int
-    upsample: bool
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, h: Array) -> Array:
-        """[B, h, w, C] -> [B, 2h, 2w, features] or [B, h, w, features]."""
-        for i in range(self.layers):
-            h = ResnetBlock(self.features, self.groups, EPS, dtype=self.dtype, name=f"resnets_{i}")(h)
-        if self.upsample:
-            h = Upsample(self.features, dtype=self.dtype, name="upsamplers_0")(h)
-        return h
-
-
-class MidBlock(nn.Module):
-    """Two ResNet blocks with, if `attention`, single-head self-attention between them."""
-
-    groups: int
-    attention: bool
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, h: Array) -> Array:
-        """[B, h, w, C] -> [B, h, w, C]."""
-        h = ResnetBlock(h.shape[-1], self.groups, EPS, dtype=self.dtype, name="resnets_0")(h)
-        if self.attention:
-            h = SelfAttention2D(self.groups, EPS, dtype=self.dtype, name="attentions_0")(h)
-        return ResnetBlock(h.shape[-1], self.groups, EPS, dtype=self.dtype, name="resnets_1")(h)
+EPS = 1e-6  # of the norms
 
 
 class Encoder(nn.Module):
-    """Pixels to the features of the bottleneck, halving the size at every level but the last."""
+    """The encoder: pixels to the features of the bottleneck, halving the size at every level but the last."""
 
     out_channels: int
     block_out_channels: Sequence[int]
@@ -84,20 +32,29 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, H, W, C] -> [B, H/f, W/f, out_channels] with f = 2^(levels - 1)."""
-        widths, groups = self.block_out_channels, self.norm_num_groups
-        h = conv(widths[0], dtype=self.dtype, name="conv_in")(x)
+        widths = self.block_out_channels
+        h = Conv(widths[0], dtype=self.dtype, name="conv_in")(x)
         for i, width in enumerate(widths):
-            down = i < len(widths) - 1
-            h = DownEncoderBlock(width, self.layers_per_block, groups, down, self.dtype, name=f"down_blocks_{i}")(h)
-        h = MidBlock(groups, self.mid_block_add_attention, self.dtype, name="mid_block")(h)
-        h = nn.silu(group_norm(groups, EPS, dtype=self.dtype, name="conv_norm_out")(h))
-        return conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
+            downsample = partial(Downsample, width, (0, 1), dtype=self.dtype) if i < len(widths) - 1 else None
+            block = DownBlock(_resnet(self, width), None, self.layers_per_block, downsample, name=f"down_blocks_{i}")
+            h, _ = block(h)
+        h = MidBlock(_resnet(self, widths[-1]), _mid_attention(self), name="mid_block")(h)
+        h = nn.silu(GroupNorm(self.norm_num_groups, EPS, dtype=self.dtype, name="conv_norm_out")(h))
+        return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
+
+
+def _resnet(coder: nn.Module, width: int) -> Layer:
+    return partial(ResnetBlock, width, coder.norm_num_groups, EPS, dtype=coder.dtype)
+
+
+def _mid_attention(coder: nn.Module) -> Layer:
+    return self_attention(coder.norm_num_groups, EPS, 1, coder.dtype) if coder.mid_block_add_attention else no_attention
 
 
 class Decoder(nn.Module):
-    """Latents to pixels; one ResNet block more per level than the encoder.
+    """The decoder: latents to pixels, with one ResNet block more per level than the encoder.
 
-    In two parts, so that the gradient with respect to the last layer alone can be had cheaply.
+    In two parts, for a cheap gradient with respect to the last layer alone.
     """
 
     out_channels: int
@@ -109,16 +66,13 @@ class Decoder(nn.Module):
 
     def setup(self):
         """Makes the layers."""
-        widths, groups = self.block_out_channels[::-1], self.norm_num_groups
-        last = len(widths) - 1
-        self.conv_in = conv(widths[0], dtype=self.dtype)
-        self.mid_block = MidBlock(groups, self.mid_block_add_attention, self.dtype)
-        self.up_blocks = [
-            UpDecoderBlock(width, self.layers_per_block + 1, groups, i < last, self.dtype)
-            for i, width in enumerate(widths)
-        ]
-        self.conv_norm_out = group_norm(groups, EPS, dtype=self.dtype)
-        self.conv_out = conv(self.out_channels, dtype=self.dtype)
+        widths, layers = self.block_out_channels[::-1], self.layers_per_block + 1
+        upsample = [partial(Upsample, width, dtype=self.dtype) for width in widths[:-1]] + [None]
+        self.conv_in = Conv(widths[0], dtype=self.dtype)
+        self.mid_block = MidBlock(_resnet(self, widths[0]), _mid_attention(self))
+        self.up_blocks = [UpBlock(_resnet(self, width), None, layers, up) for width, up in zip(widths, upsample)]
+        self.conv_norm_out = GroupNorm(self.norm_num_groups, EPS, dtype=self.dtype)
+        self.conv_out = Conv(self.out_channels, dtype=self.dtype)
 
     def features(self, z: Array) -> Array:
         """[B, h, w, c] -> [B, f h, f w, block_out_channels[0]]: everything before the last convolution."""
@@ -133,7 +87,7 @@ class Decoder(nn.Module):
 
 
 class _Autoencoder(nn.Module):
-    """What both kinds share: the fields, their checks, and decoding in two parts."""
+    """The base of the autoencoders: fields, their checks, encoder and decoder."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -152,7 +106,7 @@ class _Autoencoder(nn.Module):
     def _build(self, encoder_channels: int) -> None:
         """Checks the fields, then makes the encoder and the decoder."""
         if not self.block_out_channels:
-            raise ValueError("block_out_channels is empty; give one width per level, for instance (32, 64)")
+            raise ValueError("block_out_channels is empty; it needs one width per level, for instance (32, 64)")
         check_groups(self.block_out_channels, self.norm_num_groups)
         shape = (self.block_out_channels, self.layers_per_block, self.norm_num_groups, self.mid_block_add_attention)
         self.encoder = Encoder(encoder_channels, *shape, dtype=self.dtype)
@@ -161,14 +115,13 @@ class _Autoencoder(nn.Module):
     def _encode(self, x: Array) -> Array:
         if x.shape[-1] != self.in_channels:
             raise ValueError(f"the autoencoder takes {self.in_channels} channels on the last axis; got {x.shape}")
-        if x.shape[1] % self.downsampling or x.shape[2] % self.downsampling:
-            raise ValueError(
-                f"the autoencoder takes heights and widths that divide by {self.downsampling}; got {x.shape}"
-            )
+        f = self.downsampling
+        if x.shape[1] % f or x.shape[2] % f:
+            raise ValueError(f"the autoencoder takes heights and widths that divide by {f}; got {x.shape}")
         return self.encoder(x)
 
     def to_pixels(self, h: Array) -> Array:
-        """The decoder's last convolution on what `decode_features` returned: -> pixels [B, H, W, C] float32.
+        """The decoder's last convolution: features of `decode_features` -> pixels [B, H, W, C] float32.
 
         Needs no other parameters than `{"decoder": {"conv_out": ...}}`.
         """
@@ -176,9 +129,9 @@ class _Autoencoder(nn.Module):
 
 
 class AutoencoderKL(_Autoencoder):
-    """An autoencoder whose encoder gives a diagonal Gaussian over latents (Kingma & Welling 2014; Rombach et al. 2022).
+    """A variational autoencoder with a diagonal Gaussian over latents (Kingma & Welling 2014; Rombach et al. 2022).
 
-    Calls go through `apply(..., method="encode")` and so on. Latents here are raw, that is before shift and scale.
+    Calls go through `apply(..., method="encode")` and so on. Latents here are raw: before shift and scale.
     """
 
     use_quant_conv: bool = True
@@ -188,9 +141,9 @@ class AutoencoderKL(_Autoencoder):
         """Checks the fields and makes the layers."""
         self._build(2 * self.latent_channels)
         if self.use_quant_conv:
-            self.quant_conv = conv(2 * self.latent_channels, 1, dtype=self.dtype)
+            self.quant_conv = Conv(2 * self.latent_channels, 1, dtype=self.dtype)
         if self.use_post_quant_conv:
-            self.post_quant_conv = conv(self.latent_channels, 1, dtype=self.dtype)
+            self.post_quant_conv = Conv(self.latent_channels, 1, dtype=self.dtype)
 
     def encode(self, x: Array) -> Array:
         """Pixels [B, H, W, C] in [-1, 1] -> moments [B, H/f, W/f, 2c] float32: mean, then log-variance."""
@@ -206,15 +159,15 @@ class AutoencoderKL(_Autoencoder):
         return self.to_pixels(self.decode_features(raw))
 
     def __call__(self, x: Array) -> Array:
-        """Reconstruction from the mean: what `init` traces, so that it makes all parameters."""
+        """The reconstruction from the mean; `init` traces it, to make all parameters."""
         mean, _ = jnp.split(self.encode(x), 2, axis=-1)
         return self.decode(mean)
 
 
 class VQModel(_Autoencoder):
-    """An autoencoder whose latents are vectors of a codebook (van den Oord et al. 2017; Esser et al. 2021).
+    """A vector-quantised autoencoder, with latents from a codebook (van den Oord et al. 2017; Esser et al. 2021).
 
-    The diffusion model works on the output of `encode`, which is not quantised; `decode` quantises first, so that the
+    `encode` does not quantise and `decode` does, so that the diffusion model works on unquantised latents and the
     codebook is part of the decoder (Rombach et al. 2022, section 3.1). `vq_embed_dim` None means `latent_channels`.
     """
 
@@ -226,16 +179,16 @@ class VQModel(_Autoencoder):
         """Checks the fields and makes the layers."""
         self._build(self.latent_channels)
         width = self.latent_channels if self.vq_embed_dim is None else self.vq_embed_dim
-        self.quant_conv = conv(width, 1, dtype=self.dtype)
+        self.quant_conv = Conv(width, 1, dtype=self.dtype)
         self.codebook = VectorQuantizer(self.num_vq_embeddings, width, name="quantize")
-        self.post_quant_conv = conv(self.latent_channels, 1, dtype=self.dtype)
+        self.post_quant_conv = Conv(self.latent_channels, 1, dtype=self.dtype)
 
     def encode(self, x: Array) -> Array:
         """Pixels [B, H, W, C] in [-1, 1] -> raw latents [B, H/f, W/f, vq_embed_dim] float32, not quantised."""
         return self.quant_conv(self._encode(x)).astype(jnp.float32)
 
     def quantize(self, raw: Array) -> Quantized:
-        """Raw latents [B, h, w, d] -> the nearest codes, the two loss terms and the codes' use."""
+        """Raw latents [B, h, w, d] -> the nearest codes, the two loss terms and the codes' usage."""
         return self.codebook(raw)
 
     def decode_features(self, z_q: Array) -> Array:
@@ -247,5 +200,5 @@ class VQModel(_Autoencoder):
         return self.to_pixels(self.decode_features(self.quantize(raw).z_q))
 
     def __call__(self, x: Array) -> Array:
-        """Reconstruction: what `init` traces, so that it makes all parameters."""
+        """The reconstruction; `init` traces it, to make all parameters."""
         return self.decode(self.encode(x))

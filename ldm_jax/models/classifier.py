@@ -1,4 +1,4 @@
-"""The classifier of noisy latents that guides sampling: the way down of a UNet (Dhariwal & Nichol 2021, section 4)."""
+"""The classifier of noisy latents for classifier guidance: half a UNet (Dhariwal & Nichol 2021, section 4)."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -7,27 +7,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.layers import (
-    Downsample,
-    Dtype,
-    ResnetBlock,
-    TimestepEmbedding,
-    check_groups,
-    conv,
-    group_norm,
-    linear,
-    timestep_embedding,
-)
-from ldm_jax.models.unet_blocks import EPS, DownBlock, Layer, MidBlock, self_attention
+from ldm_jax.models.blocks import DownBlock, MidBlock, self_attention
+from ldm_jax.models.layers import Downsample, ResnetBlock, TimestepEmbedding, check_groups, timestep_embedding
+from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm
+from ldm_jax.models.unet import EPS
 
 
 class NoisyClassifier(nn.Module):
-    """Logits of p(y | z_t): `apply({"params": p}, z_t, t, alpha)`. Blocks and names are the UNet's.
+    """A classifier p(y | z_t): `apply({"params": p}, z_t, t, alpha)` -> logits. Blocks and names are the UNet's.
 
     Fields:
       num_classes: 2 or more.
       block_out_channels: width of each level; each level but the last halves the size.
-      attention: for each level, whether self-attention follows each of its ResNet blocks; the middle goes by the last.
+      attention: for each level, whether self-attention follows each of its ResNet blocks; the middle is as the last.
       layers_per_block: ResNet blocks per level.
       attention_heads: their number; must divide the width of each level with attention.
       norm_num_groups: must divide every width.
@@ -52,34 +44,21 @@ class NoisyClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, z_t: Array, t: Array, alpha: Array) -> Array:
-        """One evaluation of the network.
+        """Logits [B, num_classes] float32 of z_t [B, h, w, c] at t [B], integer or float, with alpha [B] at t.
 
-        At high noise the true logits are prior(y) + alpha f(z_t, y), f of order 1: what z_t tells of y fades with its
-        share of signal. So the network gives f and the prior. Its gradient then fades with alpha as well, and guidance,
-        which divides by alpha, does not blow its errors up.
-
-        Args:
-          z_t: [B, h, w, c].
-          t: integer or float, [B].
-          alpha: [B], the weight of z0 at t.
-
-        Returns:
-          [B, num_classes] float32.
+        At high noise the true logits are prior(y) + alpha f(z_t, y), f of order 1; the network predicts f and the
+        prior. Its gradient then fades with alpha, and guidance, which divides by alpha, does not amplify its errors.
         """
         width, last = self.block_out_channels[0], len(self.block_out_channels) - 1
+        attention = self_attention(self.norm_num_groups, EPS, self.attention_heads, self.dtype)
         temb = TimestepEmbedding(4 * width, dtype=self.dtype, name="time_embedding")(timestep_embedding(t, width))
-        h = conv(width, dtype=self.dtype, name="conv_in")(z_t)
-        for i, features in enumerate(self.block_out_channels):
+        h = Conv(width, dtype=self.dtype, name="conv_in")(z_t)
+        for i, (features, attends) in enumerate(zip(self.block_out_channels, self.attention)):
+            resnet = partial(ResnetBlock, features, self.norm_num_groups, EPS, dtype=self.dtype)
             downsample = partial(Downsample, features, (1, 1), dtype=self.dtype) if i < last else None
-            layers = self._resnet(features), self._attention(i), self.layers_per_block, downsample
-            h, _ = DownBlock(*layers, name=f"down_blocks_{i}")(h, temb, None, True)
-        h = MidBlock(self._resnet(features), self._attention(last), name="mid_block")(h, temb, None, True)
-        h = nn.silu(group_norm(self.norm_num_groups, EPS, dtype=self.dtype, name="norm_out")(h)).mean((1, 2))
-        f = linear(self.num_classes, use_bias=False, dtype=jnp.float32, name="head")(h)
+            layers = resnet, attention if attends else None, self.layers_per_block, downsample
+            h, _ = DownBlock(*layers, name=f"down_blocks_{i}")(h, temb)
+        h = MidBlock(resnet, attention if attends else None, name="mid_block")(h, temb)
+        h = nn.silu(GroupNorm(self.norm_num_groups, EPS, dtype=self.dtype, name="norm_out")(h)).mean((1, 2))
+        f = Dense(self.num_classes, use_bias=False, dtype=jnp.float32, name="head")(h)
         return alpha[:, None] * f + self.param("prior", nn.initializers.zeros, (self.num_classes,))
-
-    def _resnet(self, features: int) -> Layer:
-        return partial(ResnetBlock, features, self.norm_num_groups, EPS, dtype=self.dtype)
-
-    def _attention(self, level: int) -> Layer | None:
-        return self_attention(self.norm_num_groups, self.attention_heads, self.dtype) if self.attention[level] else None

@@ -1,7 +1,6 @@
 """CLIP's text encoder (Radford et al. 2021, section 2.4): from token ids to the context of Stable Diffusion.
 
 Topology, names and fields are those of transformers' CLIPTextModel and, with a projection, CLIPTextModelWithProjection.
-The image encoder, `clip_vision`, is made of the same layers.
 """
 
 from functools import partial
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.attention import attend
-from ldm_jax.models.layers import Dtype, layer_norm, linear
+from ldm_jax.models.attention import multi_head
+from ldm_jax.models.primitives import Dense, Dtype, LayerNorm
 
-# An `eos_token_id` that is wrong in most published configurations: transformers takes it as "the highest id ends the
-# text", which is true of CLIP's own vocabulary.
+# This `eos_token_id` of many published configs is wrong: with it transformers takes the highest id as the end of the
+# text, as it is in CLIP's vocabulary.
 LEGACY_EOS = 2
 
 
@@ -28,21 +27,15 @@ ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=False), "quick_gelu": quick_
 
 
 class TextFeatures(NamedTuple):
-    """What a text encoder says of token ids [B, L]; Stable Diffusion 1 and 2 attend to `last`, SDXL takes the others.
+    """Text features of token ids [B, L]; Stable Diffusion 1 and 2 attend to `last`, SDXL uses the others."""
 
-    Fields:
-      last: [B, L, D], the last layer's output after the final layer norm.
-      penultimate: [B, L, D], the output of the layer before the last; not normalised.
-      pooled: [B, D] or [B, projection_dim] float32, `last` where the text ends, projected if there is a projection.
-    """
-
-    last: Array
-    penultimate: Array
-    pooled: Array
+    last: Array  # [B, L, D], the last layer's output after the final layer norm
+    penultimate: Array  # [B, L, D], the output of the layer before the last; not normalised
+    pooled: Array  # [B, D or projection_dim] float32, `last` where the text ends, projected if there is a projection
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases; `causal` lets a position see itself and those before it only."""
+    """Multi-head self-attention with biases, to all positions or, if `causal`, to those up to each one's."""
 
     heads: int
     causal: bool
@@ -51,13 +44,8 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, L, D] -> [B, L, D]."""
-        b, length, width = x.shape
-
-        def project(name):
-            return linear(width, dtype=self.dtype, name=name)(x).reshape(b, length, self.heads, width // self.heads)
-
-        h = attend(project("q_proj"), project("k_proj"), project("v_proj"), causal=self.causal)
-        return linear(width, dtype=self.dtype, name="out_proj")(h.reshape(b, length, width))
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        return multi_head(x, x, self.heads, use_bias=True, causal=self.causal, names=names, dtype=self.dtype)
 
 
 class MLP(nn.Module):
@@ -70,12 +58,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, L, D] -> [B, L, D]."""
-        h = linear(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
-        return linear(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.hidden_act](h))
+        h = Dense(self.intermediate_size, dtype=self.dtype, name="fc1")(x)
+        return Dense(x.shape[-1], dtype=self.dtype, name="fc2")(ACTIVATIONS[self.hidden_act](h))
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and two linear maps, each normalised before and added after."""
+    """A transformer layer: self-attention and two linear maps, each with norm before and skip around."""
 
     heads: int
     intermediate_size: int
@@ -87,14 +75,14 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, L, D] -> [B, L, D]."""
-        h = layer_norm(self.eps, dtype=self.dtype, name="layer_norm1")(x)
+        h = LayerNorm(self.eps, dtype=self.dtype, name="layer_norm1")(x)
         x = x + SelfAttention(self.heads, self.causal, self.dtype, name="self_attn")(h)
-        h = layer_norm(self.eps, dtype=self.dtype, name="layer_norm2")(x)
+        h = LayerNorm(self.eps, dtype=self.dtype, name="layer_norm2")(x)
         return x + MLP(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")(h)
 
 
 class Encoder(nn.Module):
-    """The transformer that CLIP's two towers share."""
+    """The transformer of both of CLIP's encoders."""
 
     layers: int
     heads: int
@@ -106,7 +94,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, h: Array) -> tuple[Array, Array]:
-        """[B, L, D] -> two of [B, L, D]: what goes into the last layer, and what comes out of it."""
+        """[B, L, D] -> the input and the output of the last layer, [B, L, D] each."""
         shape = (self.heads, self.intermediate_size, self.hidden_act, self.eps, self.causal)
         before = h
         for i in range(self.layers):
@@ -114,17 +102,50 @@ class Encoder(nn.Module):
         return before, h
 
 
-def check_sizes(tower: nn.Module, *more: str) -> None:
-    """Raises ValueError unless an `Encoder` can be made of a tower's fields; those in `more` must be 1 or more too."""
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", *more):
-        if getattr(tower, name) is not None and getattr(tower, name) < 1:
-            raise ValueError(f"{name} must be 1 or more; got {getattr(tower, name)}")
-    if tower.hidden_size % tower.num_attention_heads:
-        raise ValueError(
-            f"num_attention_heads must divide hidden_size; got {tower.num_attention_heads} for {tower.hidden_size}"
-        )
-    if tower.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {tower.hidden_act!r}")
+class CLIPEncoder(nn.Module):
+    """The base of CLIP's two encoders: the fields of their transformer, and its checks.
+
+    Fields:
+      hidden_size: the width D.
+      intermediate_size: width between the two linear maps of a layer.
+      num_hidden_layers, num_attention_heads: the heads must divide `hidden_size`.
+      hidden_act: "gelu" (exact) or "quick_gelu".
+      layer_norm_eps: of all layer norms.
+      projection_dim: width of the pooled features after a linear map without bias; None leaves that out (text only).
+      dtype: of the computation; None means that of the parameters.
+    """
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    projection_dim: int | None = None
+    dtype: Dtype = None
+
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
+
+    def setup(self):
+        """Checks the fields."""
+        self.check_fields()
+
+    def check_fields(self) -> None:
+        """ValueError for fields of which no network can be made."""
+        for name in self.sizes:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        heads, width = self.num_attention_heads, self.hidden_size
+        if width % heads:
+            raise ValueError(f"num_attention_heads must divide hidden_size; got {heads} for {width}")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}; got {self.hidden_act!r}")
+
+    def _transformer(self, h: Array, causal: bool) -> tuple[Array, Array]:
+        """The `Encoder` of [B, L, D]; called in a compact method, so that it belongs to the module."""
+        layers, heads, eps = self.num_hidden_layers, self.num_attention_heads, self.layer_norm_eps
+        fields = (layers, heads, self.intermediate_size, self.hidden_act, eps, causal)
+        return Encoder(*fields, dtype=self.dtype, name="encoder")(h)
 
 
 class TextEmbeddings(nn.Module):
@@ -144,58 +165,34 @@ class TextEmbeddings(nn.Module):
 
 
 def end_of_text(ids: Array, eos_token_id: int) -> Array:
-    """Where each text ends: token ids [B, L] -> [B], the first position of `eos_token_id`, or 0 if there is none.
+    """The end of each text: token ids [B, L] -> [B], the first position of `eos_token_id`, or 0 if there is none.
 
     With the legacy `eos_token_id` 2 it is the first position of the highest id.
     """
     return jnp.argmax(ids if eos_token_id == LEGACY_EOS else ids == eos_token_id, axis=-1)
 
 
-class CLIPTextEncoder(nn.Module):
-    """Token ids to features: `apply({"params": p}, ids)`. Fields and their defaults are those of CLIPTextConfig.
+class CLIPTextEncoder(CLIPEncoder):
+    """CLIP's text encoder: `apply({"params": p}, ids)`. Fields and their defaults are those of CLIPTextConfig.
 
-    Fields:
+    Fields, besides those of `CLIPEncoder`:
       vocab_size: number of token ids.
-      hidden_size: the width D.
-      intermediate_size: width between the two linear maps of a layer.
-      num_hidden_layers, num_attention_heads: the heads must divide `hidden_size`.
       max_position_embeddings: the longest text, in tokens.
-      hidden_act: "gelu" (exact) or "quick_gelu".
-      layer_norm_eps: of all layer norms.
       eos_token_id: the token that ends a text, see `end_of_text`.
-      projection_dim: width of the pooled features after a linear map without bias; None leaves that out.
-      dtype: type of the computation; None means that of the parameters.
     """
 
     vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
-    projection_dim: int | None = None
-    dtype: Dtype = None
 
-    def setup(self):
-        """Checks the fields."""
-        self.check_fields()
-
-    def check_fields(self) -> None:
-        """Raises ValueError for fields of which no network can be made."""
-        check_sizes(self, "vocab_size", "max_position_embeddings", "projection_dim")
+    sizes = (*CLIPEncoder.sizes, "vocab_size", "max_position_embeddings")
 
     @nn.compact
     def __call__(self, ids: Array) -> TextFeatures:
-        """Features of whole texts; what comes after a token changes nothing of what is said at it.
+        """Features of whole texts; those at a token do not depend on the tokens after it.
 
         Args:
           ids: [B, L] integers in [0, vocab_size), L at most `max_position_embeddings`.
-
-        Returns:
-          TextFeatures.
 
         Raises:
           ValueError: for a shape or type that does not fit.
@@ -206,18 +203,9 @@ class CLIPTextEncoder(nn.Module):
             raise ValueError(f"a text has 1 to {self.max_position_embeddings} tokens; got {ids.shape[1]}")
         size, positions = self.hidden_size, self.max_position_embeddings
         h = TextEmbeddings(self.vocab_size, size, positions, self.dtype, name="embeddings")(ids)
-        penultimate, h = Encoder(
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.intermediate_size,
-            self.hidden_act,
-            self.layer_norm_eps,
-            causal=True,
-            dtype=self.dtype,
-            name="encoder",
-        )(h)
-        last = layer_norm(self.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(h)
+        penultimate, h = self._transformer(h, causal=True)
+        last = LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(h)
         pooled = last[jnp.arange(len(ids)), end_of_text(ids, self.eos_token_id)]
         if self.projection_dim is not None:
-            pooled = linear(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
+            pooled = Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="text_projection")(pooled)
         return TextFeatures(last, penultimate, pooled.astype(jnp.float32))

@@ -1,4 +1,4 @@
-"""CLIP's image encoder (Radford et al. 2021, section 2.4), a vision transformer, and CLIP itself: both encoders.
+"""CLIP's image encoder, a vision transformer, and CLIP: both encoders (Radford et al. 2021, section 2.4).
 
 Topology, names and fields of the image encoder are those of transformers' CLIPVisionModelWithProjection.
 """
@@ -10,27 +10,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from ldm_jax.models.clip import CLIPTextEncoder, Encoder, check_sizes
-from ldm_jax.models.layers import Dtype, layer_norm, linear, torch_init
-from ldm_jax.models.primitives import matmul
+from ldm_jax.models.clip import CLIPEncoder, CLIPTextEncoder
+from ldm_jax.models.primitives import Dense, Dtype, LayerNorm, matmul, torch_init
 
 INITIAL_TEMPERATURE = 0.07  # Radford et al. 2021, section 2.5
 
 
 class ImageFeatures(NamedTuple):
-    """What an image encoder says of pictures; N is the number of patches.
+    """Image features; N is the number of patches."""
 
-    Fields:
-      last: [B, 1 + N, D], the last layer's output, not normalised: the class token, then the patches row by row.
-      pooled: [B, projection_dim] float32, the class token normalised and projected.
-    """
-
-    last: Array
-    pooled: Array
+    last: Array  # [B, 1 + N, D], the last layer's output, not normalised: the class token, then the patches row by row
+    pooled: Array  # [B, projection_dim] float32, the class token normalised and projected
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of each patch; `kernel` [P, P, C, features] is that of a convolution with stride P, without bias."""
+    """The patch embedding: a linear map, with `kernel` [P, P, C, features] as of a convolution of stride P, no bias."""
 
     features: int
     patch_size: int
@@ -65,24 +59,16 @@ class ImageEmbeddings(nn.Module):
         return h + embed(jnp.arange(h.shape[1]))
 
 
-class CLIPImageEncoder(nn.Module):
-    """Pictures to features: `apply({"params": p}, x)`. Fields and their defaults are those of CLIPVisionConfig.
+class CLIPImageEncoder(CLIPEncoder):
+    """CLIP's image encoder: `apply({"params": p}, x)`. Fields and their defaults are those of CLIPVisionConfig.
 
-    Pixels are taken as they come. Encoders trained here see x in [-1, 1]; the published ones were trained on
-    (u - mean) / std with u in [0, 1] and the mean and std of each colour in their preprocessor_config.json, so for
-    these the caller gives them (x / 2 + 1 / 2 - mean) / std.
+    x is in [-1, 1] for encoders trained here. The published ones were trained on (u - mean) / std with u in [0, 1] and
+    mean and std of each channel in their preprocessor_config.json: for these, x is (x / 2 + 1 / 2 - mean) / std.
 
-    Fields:
-      image_size: height and width of the pictures, a multiple of `patch_size`.
+    Fields, besides those of `CLIPEncoder`:
+      image_size: height and width of the images, a multiple of `patch_size`.
       patch_size: height and width of a patch.
-      num_channels: of the pictures.
-      hidden_size: the width D.
-      intermediate_size: width between the two linear maps of a layer.
-      num_hidden_layers, num_attention_heads: the heads must divide `hidden_size`.
-      hidden_act: "gelu" (exact) or "quick_gelu".
-      layer_norm_eps: of all layer norms.
-      projection_dim: width of the pooled features.
-      dtype: type of the computation; None means that of the parameters.
+      num_channels: of the images.
     """
 
     image_size: int = 224
@@ -90,66 +76,41 @@ class CLIPImageEncoder(nn.Module):
     num_channels: int = 3
     hidden_size: int = 768
     intermediate_size: int = 3072
-    num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
     projection_dim: int = 512
-    dtype: Dtype = None
 
-    def setup(self):
-        """Checks the fields."""
-        self.check_fields()
+    sizes = (*CLIPEncoder.sizes, "image_size", "patch_size", "num_channels")
 
     def check_fields(self) -> None:
-        """Raises ValueError for fields of which no network can be made."""
-        check_sizes(self, "image_size", "patch_size", "num_channels", "projection_dim")
+        """ValueError for fields of which no network can be made."""
+        super().check_fields()
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size must divide image_size; got {self.patch_size} for {self.image_size}")
 
     @nn.compact
     def __call__(self, x: Array) -> ImageFeatures:
-        """Features of whole pictures.
-
-        Args:
-          x: [B, image_size, image_size, num_channels] float32.
-
-        Returns:
-          ImageFeatures.
-
-        Raises:
-          ValueError: for a shape or type that does not fit.
-        """
+        """Features of images x [B, image_size, image_size, num_channels] float32; ValueError for any other x."""
         expected = (self.image_size, self.image_size, self.num_channels)
         if x.ndim != 4 or x.shape[1:] != expected or not jnp.issubdtype(x.dtype, jnp.floating):
-            wanted = ", ".join(map(str, expected))
-            raise ValueError(f"x must be floats [B, {wanted}]; got {x.dtype} {list(x.shape)}")
+            shape = ", ".join(map(str, expected))
+            raise ValueError(f"x must be floats [B, {shape}]; got {x.dtype} {list(x.shape)}")
         h = ImageEmbeddings(self.hidden_size, self.patch_size, self.dtype, name="embeddings")(x)
-        h = layer_norm(self.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(h)  # the name in every file
-        _, last = Encoder(
-            self.num_hidden_layers,
-            self.num_attention_heads,
-            self.intermediate_size,
-            self.hidden_act,
-            self.layer_norm_eps,
-            causal=False,
-            dtype=self.dtype,
-            name="encoder",
-        )(h)
-        pooled = layer_norm(self.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(last[:, 0])
-        pooled = linear(self.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")(pooled)
+        h = LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="pre_layrnorm")(h)  # spelled so in every file
+        _, last = self._transformer(h, causal=False)
+        pooled = LayerNorm(self.layer_norm_eps, dtype=self.dtype, name="post_layernorm")(last[:, 0])
+        pooled = Dense(self.projection_dim, use_bias=False, dtype=self.dtype, name="visual_projection")(pooled)
         return ImageFeatures(last, pooled.astype(jnp.float32))
 
 
-def unit(x: Array) -> Array:
+def normalize(x: Array) -> Array:
     """x / |x| along the last axis; 0 stays 0, with a finite gradient."""
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
 class CLIP(nn.Module):
-    """Two encoders to one space, in which a text lies near the pictures that it is true of (Radford et al. 2021).
+    """CLIP: text and image encoder into one space, where a text is near the images it describes (Radford et al. 2021).
 
-    The parameters are {"text", "image", "logit_scale"}, the last the logarithm of what cosines are multiplied by.
+    The parameters are {"text", "image", "logit_scale"}, the last the logarithm of the factor of the cosines.
     """
 
     text: CLIPTextEncoder
@@ -158,25 +119,24 @@ class CLIP(nn.Module):
     def setup(self):
         """Checks the fields."""
         self.check_fields()
-        start = nn.initializers.constant(-math.log(INITIAL_TEMPERATURE))
-        self.logit_scale = self.param("logit_scale", start, ())
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(-math.log(INITIAL_TEMPERATURE)), ())
 
     def check_fields(self) -> None:
-        """Raises ValueError for encoders that do not fit together, or of which no network can be made."""
+        """ValueError for encoders that do not fit together, or of which no network can be made."""
         self.text.check_fields()
         self.image.check_fields()
-        if self.text.projection_dim != self.image.projection_dim:
-            given = f"{self.text.projection_dim} and {self.image.projection_dim}"
-            raise ValueError(f"projection_dim of the text and the image encoder must be the same; got {given}")
+        dims = self.text.projection_dim, self.image.projection_dim
+        if dims[0] != dims[1]:
+            raise ValueError(f"projection_dim of text and image encoder must be the same; got {dims[0]} and {dims[1]}")
 
     def __call__(self, ids: Array, x: Array) -> tuple[Array, Array, Array]:
-        """Token ids [B, L] and pictures [B', H, W, C] -> their embeddings, and the scale [] of their products."""
+        """Token ids [B, L] and images [B', H, W, C] -> their embeddings, and the scale [] of their products."""
         return self.embed_text(ids), self.embed_image(x), jnp.exp(self.logit_scale)
 
     def embed_text(self, ids: Array) -> Array:
         """Token ids [B, L] -> [B, projection_dim] float32 of length 1."""
-        return unit(self.text(ids).pooled)
+        return normalize(self.text(ids).pooled)
 
     def embed_image(self, x: Array) -> Array:
         """x [B, H, W, C] -> [B, projection_dim] float32 of length 1."""
-        return unit(self.image(x).pooled)
+        return normalize(self.image(x).pooled)

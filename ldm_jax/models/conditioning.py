@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax import Array
 
 from ldm_jax.models.clip import CLIPTextEncoder
-from ldm_jax.models.layers import Dtype
+from ldm_jax.models.primitives import Dtype
 from ldm_jax.models.unet import Added
 
 

@@ -1,9 +1,8 @@
-"""InceptionV3 as FID defines it: the network of the TensorFlow archive of 2015-12-05, up to its 2048 pooled features.
+"""The InceptionV3 of FID: the network of the TensorFlow archive of 2015-12-05, up to its 2048 pooled features.
 
-Szegedy et al. 2016, table 1, in the shape torch-fidelity and pytorch-fid gave it. It differs from torchvision's:
-average pools leave the padding out of the mean, and the last block pools by maximum. Batch normalisation is folded into
-the convolutions when the weights are read (`ldm_jax.interop.inception_weights`), so each convolution has a bias.
-Module names are those of the published weights.
+Szegedy et al. 2016, table 1, as in torch-fidelity and pytorch-fid. Unlike in torchvision's, average pools leave the
+padding out of the mean, and the last block pools by maximum. Batch normalisation is folded into the convolutions when
+the weights are read (`ldm_jax.interop.inception_weights`). Module names are those of the published weights.
 """
 
 import flax.linen as nn
@@ -12,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 IMAGE_SIZE = 299
-FEATURES = 2048
 
 
 def inception_input(images: jax.Array) -> jax.Array:
-    """Stored images uint8 [B, H, W, 1 or 3] -> the network's input [B, 299, 299, 3], (value - 128) / 128.
+    """Images uint8 [B, H, W, 1 or 3] -> the network's input [B, 299, 299, 3], (value - 128) / 128.
 
-    Resized as TensorFlow 1 did and torch-fidelity does: output pixel i looks at input position i * size / 299,
-    bilinearly, without half-pixel centres and without antialiasing. Odd, but FID is defined by this input.
+    Resized as in TensorFlow 1 and torch-fidelity, which define FID: output pixel i is at input position i * size / 299,
+    bilinearly, without half-pixel centres and without antialiasing.
     """
     rows, columns = (jnp.asarray(_tf1_bilinear(size)) for size in images.shape[1:3])
     x = jnp.einsum("ih,bhwc,jw->bijc", rows, images.astype(jnp.float32), columns, precision="highest")
@@ -27,7 +25,7 @@ def inception_input(images: jax.Array) -> jax.Array:
 
 
 def _tf1_bilinear(size: int) -> np.ndarray:
-    """The matrix [299, size] of that interpolation along one side."""
+    """The matrix [299, size] of the interpolation along one side."""
     at = np.arange(IMAGE_SIZE, dtype=np.float32) * np.float32(size / IMAGE_SIZE)
     low = np.minimum(np.floor(at).astype(int), size - 1)
     high = np.minimum(low + 1, size - 1)
@@ -37,11 +35,25 @@ def _tf1_bilinear(size: int) -> np.ndarray:
     return matrix
 
 
-def unit(h: jax.Array, name: str, width: int, kernel: int | tuple[int, int] = 1, stride: int = 1, pad: bool = False):
-    """Convolution and ReLU, as a layer called `name` of the module it is called in; `pad` keeps the size."""
+def conv_relu(
+    h: jax.Array, name: str, width: int, kernel: int | tuple[int, int] = 1, stride: int = 1, pad: bool = True
+) -> jax.Array:
+    """Convolution and ReLU, as a layer `name` of the calling module; `pad` keeps the size at stride 1."""
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = [((k - 1) // 2,) * 2 if pad else (0, 0) for k in kernel]
     return nn.relu(nn.Conv(width, kernel, strides=stride, padding=padding, name=name)(h))
+
+
+def branch(h: jax.Array, name: str, *layers: tuple) -> jax.Array:
+    """The layers `name`_1, `name`_2 ..., each (width, kernel, stride); those of stride 2 have no padding."""
+    for i, (width, kernel, stride) in enumerate(((*layer, 1, 1)[:3] for layer in layers), start=1):
+        h = conv_relu(h, f"{name}_{i}", width, kernel, stride, pad=stride == 1)
+    return h
+
+
+def fork(h: jax.Array, name: str) -> list[jax.Array]:
+    """The layers `name`a and `name`b, 1x3 and 3x1, of the same input."""
+    return [conv_relu(h, f"{name}a", 384, (1, 3)), conv_relu(h, f"{name}b", 384, (3, 1))]
 
 
 def average_pool(h: jax.Array) -> jax.Array:
@@ -62,11 +74,10 @@ class InceptionA(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, 224 + pool_width]."""
-        one = unit(h, "branch1x1", 64)
-        five = unit(unit(h, "branch5x5_1", 48), "branch5x5_2", 64, 5, pad=True)
-        double = unit(unit(h, "branch3x3dbl_1", 64), "branch3x3dbl_2", 96, 3, pad=True)
-        double = unit(double, "branch3x3dbl_3", 96, 3, pad=True)
-        pool = unit(average_pool(h), "branch_pool", self.pool_width)
+        one = conv_relu(h, "branch1x1", 64)
+        five = branch(h, "branch5x5", (48,), (64, 5))
+        double = branch(h, "branch3x3dbl", (64,), (96, 3), (96, 3))
+        pool = conv_relu(average_pool(h), "branch_pool", self.pool_width)
         return jnp.concatenate([one, five, double, pool], axis=-1)
 
 
@@ -76,9 +87,8 @@ class InceptionB(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, (H - 1) / 2, (W - 1) / 2, 480 + C]."""
-        three = unit(h, "branch3x3", 384, 3, stride=2)
-        double = unit(unit(h, "branch3x3dbl_1", 64), "branch3x3dbl_2", 96, 3, pad=True)
-        double = unit(double, "branch3x3dbl_3", 96, 3, stride=2)
+        three = conv_relu(h, "branch3x3", 384, 3, stride=2, pad=False)
+        double = branch(h, "branch3x3dbl", (64,), (96, 3), (96, 3, 2))
         return jnp.concatenate([three, double, reduce_pool(h)], axis=-1)
 
 
@@ -90,15 +100,11 @@ class InceptionC(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, 768]."""
-        one = unit(h, "branch1x1", 192)
-        seven = unit(unit(h, "branch7x7_1", self.width), "branch7x7_2", self.width, (1, 7), pad=True)
-        seven = unit(seven, "branch7x7_3", 192, (7, 1), pad=True)
-        double = unit(h, "branch7x7dbl_1", self.width)
-        double = unit(double, "branch7x7dbl_2", self.width, (7, 1), pad=True)
-        double = unit(double, "branch7x7dbl_3", self.width, (1, 7), pad=True)
-        double = unit(double, "branch7x7dbl_4", self.width, (7, 1), pad=True)
-        double = unit(double, "branch7x7dbl_5", 192, (1, 7), pad=True)
-        pool = unit(average_pool(h), "branch_pool", 192)
+        w = self.width
+        one = conv_relu(h, "branch1x1", 192)
+        seven = branch(h, "branch7x7", (w,), (w, (1, 7)), (192, (7, 1)))
+        double = branch(h, "branch7x7dbl", (w,), (w, (7, 1)), (w, (1, 7)), (w, (7, 1)), (192, (1, 7)))
+        pool = conv_relu(average_pool(h), "branch_pool", 192)
         return jnp.concatenate([one, seven, double, pool], axis=-1)
 
 
@@ -108,44 +114,37 @@ class InceptionD(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, (H - 1) / 2, (W - 1) / 2, 512 + C]."""
-        three = unit(unit(h, "branch3x3_1", 192), "branch3x3_2", 320, 3, stride=2)
-        seven = unit(unit(h, "branch7x7x3_1", 192), "branch7x7x3_2", 192, (1, 7), pad=True)
-        seven = unit(seven, "branch7x7x3_3", 192, (7, 1), pad=True)
-        seven = unit(seven, "branch7x7x3_4", 192, 3, stride=2)
+        three = branch(h, "branch3x3", (192,), (320, 3, 2))
+        seven = branch(h, "branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))
         return jnp.concatenate([three, seven, reduce_pool(h)], axis=-1)
 
 
 class InceptionE(nn.Module):
-    """8x8 block: 1x1; 1x3 beside 3x1; the same after a 3x3; pool, which in the last block is by maximum."""
+    """8x8 block: 1x1; 1x3 and 3x1; the same after a 3x3; pool, by maximum in the last block."""
 
     max_pool: bool
 
     @nn.compact
     def __call__(self, h: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, 2048]."""
-        one = unit(h, "branch1x1", 320)
-        three = unit(h, "branch3x3_1", 384)
-        three = [unit(three, "branch3x3_2a", 384, (1, 3), pad=True), unit(three, "branch3x3_2b", 384, (3, 1), pad=True)]
-        double = unit(unit(h, "branch3x3dbl_1", 448), "branch3x3dbl_2", 384, 3, pad=True)
-        double = [
-            unit(double, "branch3x3dbl_3a", 384, (1, 3), pad=True),
-            unit(double, "branch3x3dbl_3b", 384, (3, 1), pad=True),
-        ]
+        one = conv_relu(h, "branch1x1", 320)
+        three = fork(conv_relu(h, "branch3x3_1", 384), "branch3x3_2")
+        double = fork(branch(h, "branch3x3dbl", (448,), (384, 3)), "branch3x3dbl_3")
         pooled = nn.max_pool(h, (3, 3), padding=((1, 1), (1, 1))) if self.max_pool else average_pool(h)
-        return jnp.concatenate([one, *three, *double, unit(pooled, "branch_pool", 192)], axis=-1)
+        return jnp.concatenate([one, *three, *double, conv_relu(pooled, "branch_pool", 192)], axis=-1)
 
 
 class InceptionV3(nn.Module):
-    """Stored images uint8 [B, H, W, 1 or 3] of any size -> FID's features [B, 2048]."""
+    """InceptionV3: images uint8 [B, H, W, 1 or 3] of any size -> FID's features [B, 2048]."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """See the class; the sizes in the comments are those of the field after the line."""
+        """See the class; the comments are the height and width after the line."""
         h = inception_input(images)
-        h = unit(h, "Conv2d_1a_3x3", 32, 3, stride=2)  # 149
-        h = unit(h, "Conv2d_2a_3x3", 32, 3)  # 147
-        h = reduce_pool(unit(h, "Conv2d_2b_3x3", 64, 3, pad=True))  # 73
-        h = unit(unit(h, "Conv2d_3b_1x1", 80), "Conv2d_4a_3x3", 192, 3)  # 71
+        h = conv_relu(h, "Conv2d_1a_3x3", 32, 3, stride=2, pad=False)  # 149
+        h = conv_relu(h, "Conv2d_2a_3x3", 32, 3, pad=False)  # 147
+        h = reduce_pool(conv_relu(h, "Conv2d_2b_3x3", 64, 3))  # 73
+        h = conv_relu(conv_relu(h, "Conv2d_3b_1x1", 80), "Conv2d_4a_3x3", 192, 3, pad=False)  # 71
         h = reduce_pool(h)  # 35
         for name, pool_width in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             h = InceptionA(pool_width, name=name)(h)

@@ -1,78 +1,35 @@
-"""The layers every network here is made of: convolution, linear, group norm, resampling, ResNet block, time embedding.
+"""Layers of the networks: resampling, ResNet block, time embedding.
 
 Images are NHWC. Names of submodules are those of diffusers (`conv1`, `time_emb_proj`), so that its weights load by
-renaming alone (see `interop/diffusers.py`). Everywhere `dtype` is the type of the computation; parameters are float32,
-and so are the statistics of the norms.
-
-Initialisation: kernels as PyTorch's default, uniform within ±1/sqrt(fan_in); biases 0. The last layer of every residual
-branch starts at 0 (`zero=True`), so that each block begins as the identity (Ho et al. 2020; Dhariwal & Nichol 2021).
+renaming alone (see `interop/diffusers.py`). The last layer of every residual branch starts at 0 (`zero=True`), so that
+each block begins as the identity (Ho et al. 2020; Dhariwal & Nichol 2021).
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, UpsamplingConv
-
-Dtype = Any
-
-# Var = 1 / (3 fan_in), that is uniform within ±1/sqrt(fan_in).
-torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def conv(
-    features: int,
-    kernel_size: int = 3,
-    *,
-    strides: int = 1,
-    padding: tuple[int, int] | None = None,
-    zero: bool = False,
-    dtype: Dtype = None,
-    name: str | None = None,
-) -> Conv:
-    """A square convolution. `padding` is (before, after) on both axes; None keeps the size at stride 1."""
-    pad = padding if padding is not None else (kernel_size // 2, kernel_size // 2)
-    init = nn.initializers.zeros if zero else torch_init
-    return Conv(features, kernel_size, strides, pad, init, dtype=dtype, name=name)
-
-
-def linear(
-    features: int, *, use_bias: bool = True, zero: bool = False, dtype: Dtype = None, name: str | None = None
-) -> Dense:
-    """A linear map of the last axis."""
-    return Dense(features, nn.initializers.zeros if zero else torch_init, use_bias, dtype=dtype, name=name)
-
-
-def group_norm(groups: int, eps: float, *, dtype: Dtype = None, name: str | None = None) -> GroupNorm:
-    """Group normalisation (Wu & He 2018)."""
-    return GroupNorm(groups, eps, dtype=dtype, name=name)
-
-
-def layer_norm(eps: float = 1e-5, *, dtype: Dtype = None, name: str | None = None) -> LayerNorm:
-    """Layer normalisation (Ba 2016), with PyTorch's eps unless told otherwise."""
-    return LayerNorm(eps, dtype=dtype, name=name)
+from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, UpsamplingConv
 
 
 def check_groups(channels: Sequence[int], groups: int) -> None:
-    """Raises ValueError unless every number of channels splits into `groups` groups."""
+    """ValueError unless `groups` divides every number of channels."""
     if groups < 1:
         raise ValueError(f"norm_num_groups must be 1 or more; got {groups}")
     for c in channels:
         if c % groups:
-            raise ValueError(
-                f"every width must be a multiple of norm_num_groups={groups}; {c} in {tuple(channels)} is not"
-            )
+            message = f"every width must be a multiple of norm_num_groups={groups}; {c} in {tuple(channels)} is not"
+            raise ValueError(message)
 
 
 def upsample_nearest(x: Array, size: tuple[int, int] | None = None) -> Array:
     """Nearest-neighbour upsampling by 2, [B, H, W, C] -> [B, 2H, 2W, C], or to `size` = 2H or 2H - 1 (same for W).
 
-    A stride-2 convolution takes sizes 2n - 1 and 2n both to n, so these are the sizes the way back up can need. For
-    2n - 1 the nearest neighbour floor(i * n / (2n - 1)) of pixel i is floor(i / 2): the doubled image, cropped.
+    A stride-2 convolution takes sizes 2n - 1 and 2n to n, so that these are the sizes of skips. For 2n - 1 the nearest
+    neighbour floor(i * n / (2n - 1)) of pixel i is floor(i / 2): the doubled image, cropped.
     """
     b, h, w, c = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
@@ -89,8 +46,8 @@ class Upsample(nn.Module):
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         """[B, H, W, C] -> [B, 2H, 2W, features], or [B, *size, features]."""
         if size is None or size == (2 * x.shape[1], 2 * x.shape[2]):
-            return UpsamplingConv(self.features, torch_init, dtype=self.dtype, name="conv")(x)
-        return conv(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x, size))
+            return UpsamplingConv(self.features, dtype=self.dtype, name="conv")(x)
+        return Conv(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x, size))
 
 
 class Downsample(nn.Module):
@@ -103,11 +60,11 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), features] for padding (1, 1); floor for (0, 1)."""
-        return conv(self.features, strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+        return Conv(self.features, strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
 
 
 class ResnetBlock(nn.Module):
-    """norm, silu, conv twice, plus the input; the time embedding is added in between (Ho et al. 2020, appendix B)."""
+    """ResNet block: norm, silu, conv twice, plus the input; the time embedding is added in between (Ho et al. 2020)."""
 
     features: int
     groups: int
@@ -118,15 +75,15 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, temb: Array | None = None, deterministic: bool = True) -> Array:
         """x [B, H, W, C], temb [B, E] or None -> [B, H, W, features]."""
-        h = nn.silu(group_norm(self.groups, self.eps, dtype=self.dtype, name="norm1")(x))
-        h = conv(self.features, dtype=self.dtype, name="conv1")(h)
+        h = nn.silu(GroupNorm(self.groups, self.eps, dtype=self.dtype, name="norm1")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         if temb is not None:
-            h = h + linear(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
-        h = nn.silu(group_norm(self.groups, self.eps, dtype=self.dtype, name="norm2")(h))
+            h = h + Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(temb))[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.eps, dtype=self.dtype, name="norm2")(h))
         h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-        h = conv(self.features, zero=True, dtype=self.dtype, name="conv2")(h)
+        h = Conv(self.features, zero=True, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)
+            x = Conv(self.features, 1, dtype=self.dtype, name="conv_shortcut")(x)
         return x + h
 
 
@@ -137,7 +94,7 @@ def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq
       t: [B], integer or float.
       dim: even number of features.
       flip_sin_to_cos: cosines first (True in Stable Diffusion), otherwise sines first.
-      freq_shift: 0 makes the lowest frequency a little more than 1/10000, 1 makes it 1/10000.
+      freq_shift: 1 makes the lowest frequency 1/10000, 0 a little more.
 
     Returns:
       [B, dim] float32.
@@ -158,5 +115,5 @@ class TimestepEmbedding(nn.Module):
     @nn.compact
     def __call__(self, sinusoids: Array) -> Array:
         """[B, dim] -> [B, features]."""
-        h = linear(self.features, dtype=self.dtype, name="linear_1")(sinusoids)
-        return linear(self.features, dtype=self.dtype, name="linear_2")(nn.silu(h))
+        h = Dense(self.features, dtype=self.dtype, name="linear_1")(sinusoids)
+        return Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(h))

@@ -1,19 +1,25 @@
-"""Linear maps, convolutions and norms: the parameters and results of Flax's own, with gradients written out.
+"""Linear maps, convolutions and norms with the parameters and results of Flax's, and gradients written out.
 
-The mathematics is that of `nn.Dense`, `nn.Conv`, `nn.GroupNorm` and `nn.LayerNorm`. What differs is how the backward
-pass is computed: on CPUs, XLA sums over the rows of a matrix in one slow thread, and what it derives for a norm goes
-over the activations more often than need be.
+Only the backward pass differs from `nn.Dense`, `nn.Conv`, `nn.GroupNorm` and `nn.LayerNorm`: on CPUs, XLA sums over the
+rows of a matrix in one slow thread, and its gradient of a norm reads the activations more often than necessary.
+`dtype` is that of the computation; parameters and statistics of norms are float32.
 
-The variance is the mean of (x - mean)^2 in float32 throughout: E[x^2] - E[x]^2 loses digits.
+The variance is the mean of (x - mean)^2: E[x^2] - E[x]^2 loses digits. Kernels start as PyTorch's default, biases at 0.
 """
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
+
+Dtype = Any
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+# Var = 1 / (3 fan_in), that is uniform within ±1/sqrt(fan_in).
+torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def sum_rows(x: Array) -> Array:
@@ -49,7 +55,7 @@ matmul.defvjp(lambda x, kernel: (matmul(x, kernel), (x, kernel)), _matmul_backwa
 
 
 def _taps(kernel: Array, axis: int) -> list[Array]:
-    """For even and for odd pixels: the 3 taps along `axis`, summed where they fall on one pixel of the small image."""
+    """For even and for odd pixels, the 3 taps along `axis`, summed where they fall on one pixel of the small image."""
     before, here, after = jnp.split(kernel, 3, axis)
     even, odd = (before, here + after), (before + here, after)
     return [jnp.concatenate(two, axis) for two in (even, odd)]
@@ -63,9 +69,7 @@ def upsample_and_convolve(x: Array, kernel: Array) -> Array:
     """
     b, h, w, _ = x.shape
     parts = [
-        lax.conv_general_dilated(
-            x, two_by_two, (1, 1), ((1 - i, i), (1 - j, j)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        lax.conv_general_dilated(x, two_by_two, (1, 1), ((1 - i, i), (1 - j, j)), dimension_numbers=NHWC)
         for i, two_rows in enumerate(_taps(kernel, 0))
         for j, two_by_two in enumerate(_taps(two_rows, 1))
     ]
@@ -88,7 +92,7 @@ def _sum_pixels(x: Array) -> Array:
 
 
 def _group_means(values: Array, groups: int) -> Array:
-    """[B, C] -> [B, 1, C]: each channel gets the mean over the channels of its group."""
+    """[B, C] -> [B, 1, C], the mean over the channels of each channel's group."""
     b, c = values.shape
     means = values.reshape(b, groups, c // groups).mean(-1)
     return jnp.repeat(means, c // groups, axis=-1)[:, None]
@@ -107,7 +111,7 @@ def _group_norm_forward(x, scale, bias, groups, eps):
 def _group_norm_backward(groups, eps, saved, dy):
     pixels, mean, inverse, scale = saved
     d, n = dy.reshape(pixels.shape), pixels.shape[1]
-    # Sums over the pixels, [B, C], are all that the three gradients have in common.
+    # The three gradients need these sums over the pixels, [B, C].
     d_bias = _sum_pixels(d)
     d_scale = _sum_pixels(d * (pixels - mean)) * inverse[:, 0]
     along_mean = _group_means(d_bias * scale, groups) / n
@@ -141,46 +145,51 @@ def _layer_norm_backward(eps, saved, dy):
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
+def _linear_parameters(layer: nn.Module, x: Array, shape: tuple[int, ...], use_bias: bool = True) -> list[Array | None]:
+    """The input, the `kernel` of this shape and the `bias` of a layer, in its dtype."""
+    kernel = layer.param("kernel", nn.initializers.zeros if layer.zero else torch_init, shape)
+    bias = layer.param("bias", nn.initializers.zeros, shape[-1:]) if use_bias else None
+    return nn.dtypes.promote_dtype(x, kernel, bias, dtype=layer.dtype)
+
+
 class Dense(nn.Module):
-    """A linear map of the last axis; `kernel` [C, features] and, unless told otherwise, `bias` [features]."""
+    """A linear map of the last axis; `kernel` [C, features] and, with `use_bias`, `bias` [features]."""
 
     features: int
-    kernel_init: Callable
     use_bias: bool = True
-    dtype: jnp.dtype | None = None
+    zero: bool = False  # whether the kernel starts at 0
+    dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., C] -> [..., features]."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = _linear_parameters(self, x, (x.shape[-1], self.features), self.use_bias)
         y = matmul(x, kernel)
         return y if bias is None else add_bias(y, bias)
 
 
 class Conv(nn.Module):
-    """A square convolution, NHWC; `kernel` [k, k, C, features] and `bias` [features]. `padding` is (before, after)."""
+    """A square convolution, NHWC; `kernel` [k, k, C, features] and `bias` [features].
+
+    `padding` is (before, after) on both axes; None keeps the size at stride 1.
+    """
 
     features: int
-    kernel_size: int
-    strides: int
-    padding: tuple[int, int]
-    kernel_init: Callable
-    dtype: jnp.dtype | None = None
+    kernel_size: int = 3
+    strides: int = 1
+    padding: tuple[int, int] | None = None
+    zero: bool = False  # whether the kernel starts at 0
+    dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, H, W, C] -> [B, H', W', features]."""
         k = self.kernel_size
-        kernel = self.param("kernel", self.kernel_init, (k, k, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = _linear_parameters(self, x, (k, k, x.shape[-1], self.features))
         if k == 1 and self.strides == 1:
             return add_bias(matmul(x, kernel[0, 0]), bias)
-        y = lax.conv_general_dilated(
-            x, kernel, (self.strides,) * 2, (self.padding,) * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        padding = (k // 2, k // 2) if self.padding is None else self.padding
+        y = lax.conv_general_dilated(x, kernel, (self.strides,) * 2, (padding,) * 2, dimension_numbers=NHWC)
         return add_bias(y, bias)
 
 
@@ -188,42 +197,45 @@ class UpsamplingConv(nn.Module):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution, NHWC; parameters as in `Conv`."""
 
     features: int
-    kernel_init: Callable
-    dtype: jnp.dtype | None = None
+    zero: bool = False  # whether the kernel starts at 0
+    dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, H, W, C] -> [B, 2H, 2W, features]."""
-        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = _linear_parameters(self, x, (3, 3, x.shape[-1], self.features))
         return add_bias(upsample_and_convolve(x, kernel), bias)
 
 
+def _scale_and_bias(layer: nn.Module, x: Array) -> tuple[Array, Array]:
+    return tuple(
+        layer.param(name, init, x.shape[-1:])
+        for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+    )
+
+
 class GroupNorm(nn.Module):
-    """`group_norm` with its `scale` and `bias`; computed in float32, returned in `dtype`."""
+    """Group normalisation (Wu & He 2018), computed in float32, returned in `dtype`; `scale` and `bias` [C]."""
 
     groups: int
     eps: float
-    dtype: jnp.dtype | None = None
+    dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, ..., C] -> the same."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return group_norm(x.astype(jnp.float32), scale, bias, self.groups, self.eps).astype(self.dtype or x.dtype)
+        """[B, ..., C] -> [B, ..., C]."""
+        y = group_norm(x.astype(jnp.float32), *_scale_and_bias(self, x), self.groups, self.eps)
+        return y.astype(self.dtype or x.dtype)
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm` with its `scale` and `bias`; computed in float32, returned in `dtype`."""
+    """Layer normalisation (Ba 2016), computed in float32, returned in `dtype`; `scale` and `bias` [C]."""
 
-    eps: float
-    dtype: jnp.dtype | None = None
+    eps: float = 1e-5
+    dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[..., C] -> the same."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return layer_norm(x.astype(jnp.float32), scale, bias, self.eps).astype(self.dtype or x.dtype)
+        """[..., C] -> [..., C]."""
+        y = layer_norm(x.astype(jnp.float32), *_scale_and_bias(self, x), self.eps)
+        return y.astype(self.dtype or x.dtype)

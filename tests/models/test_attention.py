@@ -100,14 +100,14 @@ def test_the_cpu_has_no_fused_attention():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_fused_attention_is_right():
     q, k, v = (a.astype(jnp.bfloat16) for a in draw((2, 64, 2, 32), (2, 16, 2, 32), (2, 16, 2, 32)))
-    assert attention._cudnn_takes(q, k)
+    assert attention._cudnn_supports(q, k)
     np.testing.assert_allclose(attend(q, k, v).astype(np.float32), slow_attention(q, k, v), atol=0.03)
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_fused_causal_attention_is_right():
     q, k, v = (a.astype(jnp.bfloat16) for a in draw((2, 16, 2, 32), (2, 16, 2, 32), (2, 16, 2, 32)))
-    assert attention._cudnn_takes(q, k)
+    assert attention._cudnn_supports(q, k)
     rows = [slow_attention(q[:, i : i + 1], k[:, : i + 1], v[:, : i + 1]) for i in range(16)]
     fused = attend(q, k, v, causal=True).astype(np.float32)
     np.testing.assert_allclose(fused, np.concatenate(rows, axis=1), atol=0.03)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.models.clip import CLIPTextEncoder, Encoder
-from ldm_jax.models.clip_vision import CLIP, CLIPImageEncoder, unit
+from ldm_jax.models.clip_vision import CLIP, CLIPImageEncoder, normalize
 
 TINY = {
     "image_size": 6,
@@ -72,7 +72,7 @@ def test_clip_is_both_encoders(random_params):
 
 
 def test_nothing_has_no_direction():
-    value, grad = jax.value_and_grad(lambda x: unit(x).sum())(jnp.zeros(3))
+    value, grad = jax.value_and_grad(lambda x: normalize(x).sum())(jnp.zeros(3))
     assert value == 0 and np.isfinite(grad).all()
 
 

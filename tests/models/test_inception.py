@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.models.inception import InceptionE, InceptionV3, average_pool, inception_input, unit
+from ldm_jax.models.inception import InceptionE, InceptionV3, average_pool, conv_relu, inception_input
 
 
 def test_input_is_tensorflow_1s_bilinear_written_out():
@@ -52,7 +52,7 @@ def test_unit_sizes_and_relu(kernel, stride, pad, size):
     class One(nn.Module):
         @nn.compact
         def __call__(self, h):
-            return unit(h, "layer", 5, kernel, stride, pad)
+            return conv_relu(h, "layer", 5, kernel, stride, pad)
 
     h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8, 3)), jnp.float32)
     out, variables = One().init_with_output(jax.random.key(0), h)

@@ -3,18 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.models.layers import (
-    Downsample,
-    ResnetBlock,
-    Upsample,
-    check_groups,
-    conv,
-    group_norm,
-    layer_norm,
-    linear,
-    timestep_embedding,
-    upsample_nearest,
-)
+from ldm_jax.models.layers import Downsample, ResnetBlock, Upsample, check_groups, timestep_embedding, upsample_nearest
+from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm
 
 
 def test_upsample_nearest_doubles_each_pixel():
@@ -69,14 +59,14 @@ def test_group_norm_against_numpy():
     mean, var = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
     expected = ((grouped - mean) / np.sqrt(var + 0.5)).reshape(x.shape)
     params = {"params": {"scale": np.ones(6, np.float32), "bias": np.zeros(6, np.float32)}}
-    np.testing.assert_allclose(group_norm(2, 0.5).apply(params, x), expected, atol=2e-5)
+    np.testing.assert_allclose(GroupNorm(2, 0.5).apply(params, x), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind, axes", [("group", (1, 2, 3)), ("layer", -1)])
 def test_norm_statistics_are_float32_in_half_precision(kind, axes):
     x = jnp.asarray(30 + np.random.default_rng(0).normal(size=(2, 4, 4, 8)), jnp.bfloat16)
     params = {"params": {"scale": np.ones(8, np.float32), "bias": np.zeros(8, np.float32)}}
-    norm = group_norm(1, 1e-5, dtype=jnp.bfloat16) if kind == "group" else layer_norm(dtype=jnp.bfloat16)
+    norm = GroupNorm(1, 1e-5, dtype=jnp.bfloat16) if kind == "group" else LayerNorm(dtype=jnp.bfloat16)
     out = norm.apply(params, x)
     assert out.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
@@ -87,8 +77,8 @@ def test_norm_statistics_are_float32_in_half_precision(kind, axes):
 def test_layer_norm_eps():
     params = {"params": {"scale": np.ones(2, np.float32), "bias": np.zeros(2, np.float32)}}
     x = np.array([[-1e-3, 1e-3]], np.float32)  # variance 1e-6, eps 1e-5: 1e-3 / sqrt(1.1e-5)
-    np.testing.assert_allclose(layer_norm().apply(params, x)[0, 1], 0.301511, rtol=1e-5)
-    np.testing.assert_allclose(layer_norm(3e-6).apply(params, x)[0, 1], 0.5, rtol=1e-5)  # 1e-3 / sqrt(4e-6)
+    np.testing.assert_allclose(LayerNorm().apply(params, x)[0, 1], 0.301511, rtol=1e-5)
+    np.testing.assert_allclose(LayerNorm(3e-6).apply(params, x)[0, 1], 0.5, rtol=1e-5)  # 1e-3 / sqrt(4e-6)
 
 
 def test_timestep_embedding_by_hand():
@@ -105,13 +95,13 @@ def test_timestep_embedding_by_hand():
 def test_initialisation(initialise):
     """Uniform within 1/sqrt(fan_in), filling that range; zeros where asked for; biases 0."""
     x = jnp.zeros((1, 4, 4, 16))
-    params = initialise(conv(32), x)
+    params = initialise(Conv(32), x)
     largest, bound = np.abs(params["kernel"]).max(), (9 * 16) ** -0.5
     assert 0.98 * bound < largest <= bound
     assert not params["bias"].any()
-    largest = np.abs(initialise(linear(64), x)["kernel"]).max()
+    largest = np.abs(initialise(Dense(64), x)["kernel"]).max()
     assert 0.98 / 4 < largest <= 1 / 4
-    for layer in (conv(2, zero=True), linear(2, zero=True)):
+    for layer in (Conv(2, zero=True), Dense(2, zero=True)):
         assert not initialise(layer, x)["kernel"].any()
 
 

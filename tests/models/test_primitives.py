@@ -9,9 +9,6 @@ from flax import linen as nn
 from ldm_jax.models.layers import upsample_nearest
 from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, UpsamplingConv, sum_rows
 
-INIT = nn.initializers.normal(0.5)
-
-
 CONV = nn.Conv(6, (3, 3), padding=((1, 1), (1, 1)))
 
 
@@ -24,15 +21,15 @@ class UpsampleThenConv:
 
 
 PAIRS = {
-    "dense": (Dense(6, INIT), nn.Dense(6)),
-    "dense without bias": (Dense(6, INIT, use_bias=False), nn.Dense(6, use_bias=False)),
-    "conv 3x3": (Conv(6, 3, 1, (1, 1), INIT), nn.Conv(6, (3, 3), padding=((1, 1), (1, 1)))),
+    "dense": (Dense(6), nn.Dense(6)),
+    "dense without bias": (Dense(6, use_bias=False), nn.Dense(6, use_bias=False)),
+    "conv 3x3": (Conv(6, 3, 1, (1, 1)), nn.Conv(6, (3, 3), padding=((1, 1), (1, 1)))),
     "conv 3x3, stride 2, padded after": (
-        Conv(6, 3, 2, (0, 1), INIT),
+        Conv(6, 3, 2, (0, 1)),
         nn.Conv(6, (3, 3), strides=2, padding=((0, 1), (0, 1))),
     ),
-    "upsampling conv": (UpsamplingConv(6, INIT), UpsampleThenConv),
-    "conv 1x1": (Conv(6, 1, 1, (0, 0), INIT), nn.Conv(6, (1, 1))),
+    "upsampling conv": (UpsamplingConv(6), UpsampleThenConv),
+    "conv 1x1": (Conv(6, 1, 1, (0, 0)), nn.Conv(6, (1, 1))),
     "group norm": (GroupNorm(4, 1e-5), nn.GroupNorm(4, epsilon=1e-5, use_fast_variance=False)),
     "group norm, a channel a group": (GroupNorm(8, 1e-6), nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)),
     "layer norm": (LayerNorm(1e-5), nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)),

@@ -232,9 +232,9 @@ def test_heads_need_not_divide_where_nothing_attends():
 
 
 BAD_FIELDS = [
-    ({"down_block_types": ("DownBlock2D",)}, "down_block_types must have one entry for each of the 2"),
-    ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types must have one entry for each of the 2.*got 3"),
-    ({"block_out_channels": (), "down_block_types": (), "up_block_types": ()}, "for each of the 0"),
+    ({"down_block_types": ("DownBlock2D",)}, "down_block_types must have one entry for each of the 2 levels"),
+    ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types must have one entry for each of the 2 levels; got 3"),
+    ({"block_out_channels": (), "down_block_types": (), "up_block_types": ()}, "for each of the 0 levels"),
     ({"down_block_types": ("DownBlock2D", "Down")}, "unknown block 'Down' in down_block_types; known are"),
     ({"up_block_types": ("DownBlock2D", "UpBlock2D")}, "unknown block 'DownBlock2D' in up_block_types"),
     ({"mid_block_type": "Middle"}, "unknown mid_block_type 'Middle'; known are"),
@@ -265,8 +265,8 @@ BAD_INPUTS = [
     (lambda z, t, c: (z, t, c[..., :2]), {}, "context must be \\[2, L, 3\\]; got \\(2, 2, 2\\)"),
     (lambda z, t, c: (z, t, c[:1]), {}, "got \\(1, 2, 3\\)"),
     (lambda z, t, c: (z, t, c[:, 0]), {}, "got \\(2, 3\\)"),
-    (lambda z, t, c: (z, t, c), {"class_labels": np.array([0, 1])}, "num_class_embeds=None, labels given"),
-    (lambda z, t, c: (z, t, c), {"added": extra()}, "added goes with addition_embed_type; got None, added given"),
+    (lambda z, t, c: (z, t, c), {"class_labels": np.array([0, 1])}, "num_class_embeds=None and class_labels not None"),
+    (lambda z, t, c: (z, t, c), {"added": extra()}, "got addition_embed_type=None and added not None"),
 ]
 
 
@@ -279,7 +279,7 @@ def test_bad_inputs(change, more, message):
 @pytest.mark.parametrize(
     "added, message",
     [
-        (None, "got 'text_time', added not given"),
+        (None, "got addition_embed_type='text_time' and added None"),
         (
             Added(extra().pooled[:1], extra().time_ids),
             "pooled \\[2, P\\] and time_ids \\[2, N\\] with P \\+ 4 N = 17; got",
@@ -294,5 +294,5 @@ def test_bad_added(added, message):
 
 
 def test_missing_class_labels():
-    with pytest.raises(ValueError, match="num_class_embeds=3, labels not given"):
+    with pytest.raises(ValueError, match="num_class_embeds=3 and class_labels None"):
         abstract(UNet(**TINY, num_class_embeds=3), *inputs())

@@ -124,9 +124,9 @@ def test_half_precision_computes_in_it_and_returns_float32():
 
 
 BAD_FIELDS = [
-    ({"down_block_types": ("DownBlock2D",)}, "down_block_types must have one entry for each of the 2"),
-    ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types must have one entry for each of the 2.*got 3"),
-    ({"block_out_channels": (), "down_block_types": (), "up_block_types": ()}, "for each of the 0"),
+    ({"down_block_types": ("DownBlock2D",)}, "down_block_types must have one entry for each of the 2 levels"),
+    ({"up_block_types": ("UpBlock2D",) * 3}, "up_block_types must have one entry for each of the 2 levels; got 3"),
+    ({"block_out_channels": (), "down_block_types": (), "up_block_types": ()}, "for each of the 0 levels"),
     ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "'CrossAttnDownBlock2D' in down_block_types"),
     ({"up_block_types": ("DownBlock2D", "UpBlock2D")}, "unknown block 'DownBlock2D' in up_block_types"),
     ({"mid_block_type": "UNetMidBlock2DCrossAttn"}, "unknown mid_block_type 'UNetMidBlock2DCrossAttn'; known are"),
