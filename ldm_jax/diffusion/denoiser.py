@@ -31,7 +31,7 @@ ConditionalDenoiser = Callable[[jax.Array, NoiseLevel, Any], jax.Array | Estimat
 def on_z0(
     change: Callable[..., jax.Array], estimate: jax.Array | Estimate, *others: jax.Array | Estimate
 ) -> jax.Array | Estimate:
-    """`change(z0, *other z0)` with the variance of the first estimate, if it has one."""
+    """`change(z0, *other z0)`, z0 [B, ...], with the variance of the first estimate, if it has one."""
     if isinstance(estimate, Estimate):
         return estimate._replace(z0=change(estimate.z0, *(other.z0 for other in others)))
     return change(estimate, *others)
@@ -65,7 +65,7 @@ def from_network(
 
 
 def to_var_frac(variance: jax.Array) -> jax.Array:
-    """The network's variance channels, from -1 (beta_tilde) to 1 (beta), as var_frac from 0 to 1, float32."""
+    """Variance channels [B, ..., c] of a network, -1 (beta_tilde) to 1 (beta), as var_frac from 0 to 1, float32."""
     return (variance.astype(jnp.float32) + 1) / 2
 
 

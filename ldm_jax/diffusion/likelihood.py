@@ -52,7 +52,7 @@ def gaussian_kl(mean: jax.Array, log_var: jax.Array, other_mean: jax.Array, othe
 def discretized_gaussian_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array, num_bins: int = 256) -> jax.Array:
     """-log P of pixels at `num_bins` even values in [-1, 1] under a discretized Gaussian (Ho 2020, eq. 13), in nats.
 
-    The bins at the ends are open. P is at least 1e-12.
+    Elementwise. The bins at the ends are open. P is at least 1e-12.
     """
     std, half = jnp.exp(log_var / 2), 1 / (num_bins - 1)
     below = jnp.where(x <= -1 + half / 2, 0.0, jax.scipy.stats.norm.cdf((x - half - mean) / std))

@@ -79,7 +79,7 @@ class Process:
         return Point(float(t), float(self.alpha[t]), float(self.sigma[t]))
 
     def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        """The fractional timestep of a ratio sigma / alpha, by linear interpolation of its logarithm; clipped."""
+        """Fractional timesteps of ratios sigma / alpha, any shape: linear interpolation of the logarithm; clipped."""
         with np.errstate(divide="ignore"):
             return np.interp(np.log(ratio), np.log(self.sigma) - np.log(self.alpha), np.arange(len(self)))
 

@@ -18,7 +18,7 @@ def scaled_linear_betas(T: int, beta_start: float, beta_end: float) -> np.ndarra
 
 
 def cosine_betas(T: int, s: float = 0.008, beta_max: float = 0.999) -> np.ndarray:
-    """Nichol 2021, eq. 17 and below: alpha_bar = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), beta clipped."""
+    """beta [T] of Nichol 2021, eq. 17: alpha_bar = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2), clipped."""
     f = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
     return np.minimum(1 - f[1:] / f[:-1], beta_max)
 

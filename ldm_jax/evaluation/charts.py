@@ -34,7 +34,7 @@ def number(value: float) -> str:
 
 
 def thin(x: Sequence[float], y: Sequence[float], max_points: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """A curve of at most `max_points`: the means of equal runs of the finite points, in order of x."""
+    """A curve x [n], y [n] of n <= `max_points`: the means of equal runs of the finite points, in order of x."""
     points = np.array(sorted((a, b) for a, b in zip(x, y) if math.isfinite(b)), np.float64).reshape(-1, 2)
     runs = np.array_split(points, min(max_points, max(1, len(points))))
     means = np.array([run.mean(axis=0) for run in runs if len(run)]).reshape(-1, 2)

@@ -25,7 +25,7 @@ from ldm_jax.sampling.image_grids import check_images
 
 
 def sha256_of_images(images: np.ndarray) -> str:
-    """SHA-256 of an array's shape, dtype and content."""
+    """SHA-256 of the shape, dtype and content of images [N, H, W, C]."""
     digest = hashlib.sha256(f"{images.shape} {images.dtype}".encode())
     digest.update(np.ascontiguousarray(images))
     return digest.hexdigest()

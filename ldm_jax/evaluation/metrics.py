@@ -26,7 +26,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
 
 
 def frechet_distance_of_moments(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """Fréchet distance |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), for covariances of any rank.
+    """Fréchet distance |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), means [D], covariances [D, D].
 
     The matrix square root of cov1 cov2 is inaccurate where that is near singular (N < D). It has the eigenvalues of the
     symmetric S cov2 S with S = cov1^(1/2), and the trace needs only the roots of those.

@@ -35,7 +35,7 @@ class Stored(NamedTuple):
         return self._replace(view=lambda: change(self.view()))
 
     def laid_out(self) -> np.ndarray:
-        """The tensor in contiguous, aligned, read-only memory; cast and copied in one pass."""
+        """The tensor, any shape, in contiguous, aligned, read-only memory; cast and copied in one pass."""
         view = self.view()
         dtype = self._cast(view.dtype)
         size = math.prod(view.shape) * dtype.itemsize

@@ -147,7 +147,7 @@ class PickledTensors:
         self._last = ("", np.empty(0))  # tensors that share a storage mostly follow each other
 
     def view(self, name: str) -> np.ndarray:
-        """The tensor, of its shape in `shapes`, as a view of its storage; InputError if the file is damaged there."""
+        """The tensor, shape `shapes[name]`, as a view of its storage; InputError if the file is damaged there."""
         tensor = self._tensors[name]
         if tensor.key != self._last[0]:
             data = self._read_storage(tensor.key)

@@ -19,7 +19,7 @@ LEGACY_EOS = 2
 
 
 def quick_gelu(x: Array) -> Array:
-    """x sigmoid(1.702 x), the quick approximation of Hendrycks & Gimpel 2016, section 2."""
+    """x sigmoid(1.702 x), elementwise, the quick approximation of Hendrycks & Gimpel 2016, section 2."""
     return x * nn.sigmoid(1.702 * x)
 
 

@@ -103,7 +103,7 @@ class CLIPImageEncoder(CLIPEncoder):
 
 
 def normalize(x: Array) -> Array:
-    """x / |x| along the last axis; 0 stays 0, with a finite gradient."""
+    """x / |x| for x [..., D], along the last axis; 0 stays 0, with a finite gradient."""
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 

@@ -131,7 +131,7 @@ class NoConditioning:
         return np.zeros(1, np.int32)
 
     def encode(self, params: Any, rows: Array) -> dict[str, Array]:
-        """No arguments."""
+        """No keyword arguments for the denoiser, of rows int32 [B]."""
         return {}
 
     def init(self, rng: Array) -> Any:

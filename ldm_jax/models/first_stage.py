@@ -94,5 +94,5 @@ def to_latents(raw: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def from_latents(z: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """raw = z / scale + shift."""
+    """raw [B, h, w, c] = z / scale + shift, with shift and scale [c]."""
     return z / scale + shift

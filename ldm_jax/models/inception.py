@@ -38,31 +38,31 @@ def _tf1_bilinear(size: int) -> np.ndarray:
 def conv_relu(
     h: jax.Array, name: str, width: int, kernel: int | tuple[int, int] = 1, stride: int = 1, pad: bool = True
 ) -> jax.Array:
-    """Convolution and ReLU, as a layer `name` of the calling module; `pad` keeps the size at stride 1."""
+    """Convolution and ReLU of h [B, H, W, C], the calling module's layer `name`; `pad` keeps the size at stride 1."""
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = [((k - 1) // 2,) * 2 if pad else (0, 0) for k in kernel]
     return nn.relu(nn.Conv(width, kernel, strides=stride, padding=padding, name=name)(h))
 
 
 def branch(h: jax.Array, name: str, *layers: tuple) -> jax.Array:
-    """The layers `name`_1, `name`_2 ..., each (width, kernel, stride); those of stride 2 have no padding."""
+    """Layers `name`_1, `name`_2 ... of h [B, H, W, C], each (width, kernel, stride); stride 2 has no padding."""
     for i, (width, kernel, stride) in enumerate(((*layer, 1, 1)[:3] for layer in layers), start=1):
         h = conv_relu(h, f"{name}_{i}", width, kernel, stride, pad=stride == 1)
     return h
 
 
 def fork(h: jax.Array, name: str) -> list[jax.Array]:
-    """The layers `name`a and `name`b, 1x3 and 3x1, of the same input."""
+    """The layers `name`a and `name`b, 1x3 and 3x1, of the same input [B, H, W, C]."""
     return [conv_relu(h, f"{name}a", 384, (1, 3)), conv_relu(h, f"{name}b", 384, (3, 1))]
 
 
 def average_pool(h: jax.Array) -> jax.Array:
-    """3x3 means that keep the size; the padding does not count."""
+    """3x3 means of h [B, H, W, C] that keep the size; the padding does not count."""
     return nn.avg_pool(h, (3, 3), strides=(1, 1), padding=((1, 1), (1, 1)), count_include_pad=False)
 
 
 def reduce_pool(h: jax.Array) -> jax.Array:
-    """3x3 maxima at every other position."""
+    """3x3 maxima of h [B, H, W, C] at every other position."""
     return nn.max_pool(h, (3, 3), strides=(2, 2))
 
 

@@ -77,7 +77,7 @@ def reused_autoencoder(config: ConfigDict) -> Params:
 
 
 def reused_scale(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, str] | None:
-    """(shift, scale, data set) of the reused autoencoder of a classifier; None = to be measured.
+    """(shift [c], scale [c], data set) of the reused autoencoder of a classifier; None = to be measured.
 
     The classifier needs exactly the latents that it will guide, and measuring on other devices may round differently.
     """

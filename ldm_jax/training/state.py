@@ -70,7 +70,7 @@ def ema_update(ema_params: Any, params: Any, step: Array, decay: float) -> Any:
 
 
 def keep_if(good: Array, new: Any, old: Any) -> Any:
-    """The tree `new` if `good`, else `old`.
+    """The tree `new` if the scalar `good` is true, else `old`.
 
     A step whose loss or gradient is not finite leaves the state and its `step` unchanged. Later batches are of later
     steps, which are rejected too, so that the state stays at the failed step until the host reads the metrics.
@@ -81,7 +81,7 @@ def keep_if(good: Array, new: Any, old: Any) -> Any:
 def update_if_finite(
     state: TrainState, index: Array, loss: Array, grads: Any, optimizer: GradientTransformation, ema_decay: float
 ) -> tuple[TrainState, Array]:
-    """The state after step `index`, and the gradient norm; a failed step is rejected (see `keep_if`)."""
+    """The `TrainState` after step `index`, and the gradient norm; a failed step is rejected (see `keep_if`)."""
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
