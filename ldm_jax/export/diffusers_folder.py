@@ -1,4 +1,4 @@
-"""Models written as new folders: for diffusers and transformers to open."""
+"""Models written as diffusers folders."""
 
 import shutil
 from collections.abc import Mapping
@@ -20,7 +20,6 @@ from ldm_jax.interop.modules import VERSION, config_from_autoencoder, config_fro
 from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, RECIPE
 from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmentation
 from ldm_jax.models.conditioning import ClassConditioning, TextConditioning
-from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.pipeline.from_diffusers import DEFAULTS
 from ldm_jax.pipeline.from_run import load_scale
 from ldm_jax.pipeline.model import LatentDiffusion, Params
@@ -28,13 +27,13 @@ from ldm_jax.pipeline.scheduler import scheduler_of_run
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.runtime.files import read_json, write_json
 
-# The file of the class that diffusers samples from class-conditional models with: of PyTorch, nothing here imports it.
+# The custom pipeline, in PyTorch, of class-conditional models; nothing here imports it.
 PIPELINE = Path(__file__).with_name("latent_diffusion_pipeline.py")
 
-# What is copied of a diffusers folder beside the model: its description, and its licence.
-WORDS = ("README*", "LICENSE*", "LICENCE*")
+# Model card and licence, which are copied from a diffusers folder.
+DOCUMENTS = ("README*", "LICENSE*", "LICENCE*")
 
-MAP_KINDS = {LowResolution: "low_resolution", Inpainting: "inpainting", Segmentation: "segments"}
+CONCAT_TYPES = {LowResolution: "low_resolution", Inpainting: "inpainting", Segmentation: "segments"}
 
 Index = dict[str, list[str | None]]  # component -> library and class
 
@@ -42,8 +41,8 @@ Index = dict[str, list[str | None]]  # component -> library and class
 def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: str = "float32") -> None:
     """Writes a model as a diffusers folder.
 
-    A class-conditional or unconditional model of a run becomes a LatentDiffusionPipeline, whose pipeline.py lies in the
-    folder; all others are pipelines of diffusers itself.
+    A class-conditional or unconditional model of a run becomes a LatentDiffusionPipeline, with its pipeline.py in the
+    folder; the pipelines of all others are diffusers' own.
 
     Args:
       model, params: the model.
@@ -51,18 +50,18 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
       dtype: of the weights, float32 or bfloat16.
     """
     custom, source = isinstance(model.conditioning, ClassConditioning), model.origin.path
-    told, words = {}, []
+    ignored, documents = {}, []
     pipeline = PIPELINE_CLASS if custom else model.origin.pipeline
-    if _is_own_text_model(model):  # whose latents have a scale for each channel
+    if _is_text_run(model):  # its latents have a scale per channel
         params = into_autoencoder(params)
     if source is not None and (source / folder.INDEX).is_file():
         for name in ("unet", PIPELINES[pipeline].autoencoder):
             config = folder.component_config(source, name)
-            told[name] = ignored_fields(config, config["_class_name"])
-        words = sorted(file for pattern in WORDS for file in source.glob(pattern) if file.is_file())
-    index = _write_unet(to, model, params, dtype, told.get("unet", {}))
-    index |= _write_autoencoder(to, model, params, dtype, pipeline, told)
-    index |= _write_texts(to, model, params, dtype, pipeline)
+            ignored[name] = ignored_fields(config, config["_class_name"])
+        documents = sorted(file for pattern in DOCUMENTS for file in source.glob(pattern) if file.is_file())
+    index = _write_unet(to, model, params, dtype, ignored.get("unet", {}))
+    index |= _write_autoencoder(to, model, params, dtype, pipeline, ignored)
+    index |= _write_text_encoders(to, model, params, dtype, pipeline)
     schedulers, notes = model.origin.schedulers, []
     if not schedulers:
         scheduler, notes = scheduler_of_run(model.origin.config)
@@ -70,28 +69,23 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     for name, config in schedulers.items():
         write_json(to / name / "scheduler_config.json", dict(config))
         index[name] = ["diffusers", config["_class_name"]]
+    header = {"_class_name": ["pipeline", PIPELINE_CLASS] if custom else pipeline, "_diffusers_version": VERSION}
+    write_json(to / folder.INDEX, header | index | (_settings(model, params) if custom else _missing(model, pipeline)))
     if custom:
-        write_json(to / folder.INDEX, _header(["pipeline", PIPELINE_CLASS]) | index | _settings(model, params))
         shutil.copyfile(PIPELINE, to / "pipeline.py")
-        _write_about(to, model, params, notes)
-    else:
-        write_json(to / folder.INDEX, _header(pipeline) | index | _missing(model, pipeline))
-    for file in words:
+        _write_documents(to, model, params, notes)
+    for file in documents:
         shutil.copyfile(file, to / file.name)
 
 
-def _header(pipeline: str | list[str]) -> dict[str, Any]:
-    return {"_class_name": pipeline, "_diffusers_version": VERSION}
-
-
-def _is_own_text_model(model: LatentDiffusion) -> bool:
-    """Whether a run trained this text-to-image model from scratch."""
+def _is_text_run(model: LatentDiffusion) -> bool:
+    """Whether this is a text-to-image model that a run trained from scratch."""
     config = model.origin.config
     return isinstance(model.conditioning, TextConditioning) and config is not None and not config.init_from
 
 
-def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, told: Mapping[str, Any]) -> Index:
-    """Writes the denoiser, with the class embedding in it; gives its entry in the index."""
+def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, ignored: Mapping[str, Any]) -> Index:
+    """Writes the UNet, with the class embedding in it; returns its entry in the index."""
     height, width, _ = model.latent_shape
     fields = config_from_unet(model.denoiser, height if height == width else [height, width])
     state, conditioning = state_dict_from_params(params["denoiser"]), model.conditioning
@@ -99,37 +93,28 @@ def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, to
         table = params["conditioning"]["embedding"]["embedding"]
         fields |= class_table.config_fields(len(table) * conditioning.embedder.tokens)
         state |= class_table.projection_weights(table, conditioning.embedder.dim)
-    folder.write_component(to / "unet", fields | told, _cast(state, dtype))
+    folder.write_component(to / "unet", fields | ignored, _cast(state, dtype))
     return {"unet": ["diffusers", fields["_class_name"]]}
 
 
 def _write_autoencoder(
-    to: Path, model: LatentDiffusion, params: Params, dtype: str, pipeline: str, told: Mapping[str, Any]
+    to: Path, model: LatentDiffusion, params: Params, dtype: str, pipeline: str, ignored: Mapping[str, Any]
 ) -> Index:
-    """Writes the autoencoder, if there is one; gives its entry in the index."""
+    """Writes the autoencoder; returns its entry in the index, empty for a model of pixels."""
     name, first_stage = PIPELINES[pipeline].autoencoder, model.first_stage
     if first_stage.module is None:
         return {name: [None, None]}
-    scaling = _scaling_in_vae(first_stage, params, pipeline)
-    config = config_from_autoencoder(first_stage.module, *scaling, first_stage.sample_size)
+    shift, scale = params["shift"], params["scale"]
+    if pipeline == PIPELINE_CLASS and not first_stage.stochastic:  # a VQModel; model_index.json has the scaling
+        shift, scale = np.zeros_like(shift), np.ones_like(scale)
+    config = config_from_autoencoder(first_stage.module, shift, scale, first_stage.sample_size)
     state = _cast(state_dict_from_params(params["first_stage"]), dtype)
-    folder.write_component(to / name, config | told.get(name, {}), state)
+    folder.write_component(to / name, config | ignored.get(name, {}), state)
     return {name: ["diffusers", config["_class_name"]]}
 
 
-def _scaling_in_vae(first_stage: FirstStage, params: Params, pipeline: str) -> tuple[np.ndarray, np.ndarray]:
-    """Shift and scale in the autoencoder's config.
-
-    A VQModel of diffusers has one factor alone; a LatentDiffusionPipeline has those of its latents in model_index.json.
-    """
-    shift, scale = params["shift"], params["scale"]
-    if pipeline == PIPELINE_CLASS and not first_stage.stochastic:
-        return np.zeros_like(shift), np.ones_like(scale)
-    return shift, scale
-
-
-def _write_texts(to: Path, model: LatentDiffusion, params: Params, dtype: str, pipeline: str) -> Index:
-    """Writes the text encoders with their tokenizers; gives their entries in the index."""
+def _write_text_encoders(to: Path, model: LatentDiffusion, params: Params, dtype: str, pipeline: str) -> Index:
+    """Writes the text encoders with their tokenizers; returns their entries in the index."""
     conditioning, index = model.conditioning, {}
     if not isinstance(conditioning, TextConditioning):
         return index
@@ -145,11 +130,11 @@ def _write_texts(to: Path, model: LatentDiffusion, params: Params, dtype: str, p
 
 
 def _missing(model: LatentDiffusion, pipeline: str) -> dict[str, Any]:
-    """The index's entries of components that are absent, and a pipeline's own settings."""
+    """The index's entries of absent components, and the pipeline's options."""
     encoders, skipped = PIPELINES[pipeline].encoders, {name: [None, None] for name in folder.SKIPPED}
     if isinstance(model.concat, LowResolution):
         return {"max_noise_level": model.concat.noise.max_noise_level} | skipped | {"watermarker": [None, None]}
-    if len(encoders) == 1:  # what judges images is no part of the model
+    if len(encoders) == 1:
         return skipped | {"requires_safety_checker": False}
     if encoders:
         return {"force_zeros_for_empty_prompt": model.conditioning.force_zeros_for_empty_prompt}
@@ -157,7 +142,7 @@ def _missing(model: LatentDiffusion, pipeline: str) -> dict[str, Any]:
 
 
 def _settings(model: LatentDiffusion, params: Params) -> dict[str, Any]:
-    """The arguments of LatentDiffusionPipeline beside the components."""
+    """The arguments of LatentDiffusionPipeline without the components."""
     defaults, embedder = model.defaults, model.conditioning.embedder
     names = (*model.class_names, *model.origin.other_class_names)
     own = defaults.solver(defaults.sampler).options
@@ -169,24 +154,24 @@ def _settings(model: LatentDiffusion, params: Params) -> dict[str, Any]:
         "latents_scale": params["scale"].tolist(),
         **stated,
         "guidance_interval": list(defaults.guidance_interval),
-        **_map_settings(model),
+        **_concat_settings(model),
     }
 
 
-def _map_settings(model: LatentDiffusion) -> dict[str, Any]:
-    """The arguments of LatentDiffusionPipeline that describe concat conditioning, if the model has such."""
+def _concat_settings(model: LatentDiffusion) -> dict[str, Any]:
+    """The arguments of LatentDiffusionPipeline for concat conditioning; {} without it."""
     if model.concat is None:
         return {}
     factor = model.concat.factor if isinstance(model.concat, LowResolution) else 1
     return {
-        "map_kind": MAP_KINDS[type(model.concat)],
+        "map_kind": CONCAT_TYPES[type(model.concat)],
         "map_channels": model.concat.channels,
         "map_size": [side // factor for side in model.image_shape[:2]],
     }
 
 
-def _write_about(to: Path, model: LatentDiffusion, params: Params, notes: list[str]) -> None:
-    """Writes README.md and, of a run that trained from scratch, recipe.json, from which it becomes a run again."""
+def _write_documents(to: Path, model: LatentDiffusion, params: Params, notes: list[str]) -> None:
+    """Writes the model card and, of a run trained from scratch, recipe.json, which restores the run folder."""
     config, path = model.origin.config, model.origin.path
     if config is None or config.init_from:
         names = (*model.class_names, *model.origin.other_class_names)
@@ -204,7 +189,7 @@ def _write_about(to: Path, model: LatentDiffusion, params: Params, notes: list[s
     evaluation = read_json(path / "evaluation.json") if (path / "evaluation.json").exists() else {}
     names = {"autoencoder": "first_stage", "unet": "denoiser"}
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[name])) for part, name in names.items()}
-    card = model_card.of_run(config, data, model.origin.step, counts, evaluation, notes, _map_settings(model))
+    card = model_card.of_run(config, data, model.origin.step, counts, evaluation, notes, _concat_settings(model))
     (to / "README.md").write_text(card)
 
 

@@ -1,4 +1,4 @@
-"""Shift and scale of latents, brought into the autoencoder: most pipelines of diffusers know but one factor beside."""
+"""Shift and scale of latents folded into the autoencoder, as most pipelines of diffusers have one scaling_factor."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,19 +7,18 @@ import numpy as np
 
 
 def into_autoencoder(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The same model with latents of shift 0 and scale 1, up to rounding.
+    """The parameters of the same model with latents of shift 0 and scale 1, up to rounding.
 
-    z = (raw - shift) scale. The last convolution of the encoder, 1x1, makes means and log-variances: the former go that
-    way, the latter rise by 2 log scale. The first of the decoder, 1x1 too, takes z / scale + shift.
+    The encoder's last layer, quant_conv, outputs means (raw - shift) scale and log-variances + 2 log scale; the
+    decoder's first, post_quant_conv, takes z / scale + shift.
 
     Args:
       params: {"first_stage": of an AutoencoderKL with both convolutions, "shift" [c], "scale" [c], ...}.
     """
     shift, scale = np.asarray(params["shift"]), np.asarray(params["scale"])
     quant, post = params["first_stage"]["quant_conv"], params["first_stage"]["post_quant_conv"]
-    kernel, bias, post_kernel, post_bias = map(
-        np.asarray, (quant["kernel"], quant["bias"], post["kernel"], post["bias"])
-    )
+    kernel, bias = (np.asarray(quant[name]) for name in ("kernel", "bias"))
+    post_kernel, post_bias = (np.asarray(post[name]) for name in ("kernel", "bias"))
     mean, logvar = np.split(bias, 2)
     quant = {
         "kernel": kernel * np.concatenate([scale, np.ones_like(scale)]),

@@ -1,4 +1,4 @@
-"""A model of a run that was exported to diffusers, written as a run folder again."""
+"""Exported runs, written as run folders again."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from ldm_jax.runtime.files import write_json
 
 
 def write_run(model: LatentDiffusion, params: Params, to: Path, record: Record) -> None:
-    """Writes a run folder that can be sampled from and scored, but not trained further.
+    """Writes a model as a new run folder, for sampling and evaluation; training cannot continue.
 
     Args:
       model, params: the model.
       to: a new folder.
-      record: config and data of the run, and its numbers of steps.
+      record: the run's config, data and steps.
     """
     config = record.config
     write_json(to / "config.json", config.to_dict())

@@ -17,7 +17,7 @@ from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.layers import Dtype
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet2d import UNet2D
-from ldm_jax.runtime.files import prefix_errors, read_json, write_json
+from ldm_jax.runtime.files import prefix_errors, read_json_object, write_json
 
 INDEX = "model_index.json"
 SKIPPED = ("safety_checker", "feature_extractor")  # they check samples and are no part of the model
@@ -56,13 +56,9 @@ def component_config(path: Path, name: str) -> dict[str, Any]:
 
 
 def _read_object(folder: Path, name: str) -> dict[str, Any]:
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise InputError(f"there is no folder {folder}")
-    value = read_json(folder / name)
-    if not isinstance(value, dict):
-        raise InputError(f"{folder / name} is damaged: it holds no JSON object")
-    return value
+    return read_json_object(Path(folder) / name)
 
 
 def load_unet(

@@ -17,23 +17,11 @@ from numpy.typing import DTypeLike
 
 from ldm_jax.diffusion.schedules import scaled_linear_betas
 from ldm_jax.errors import InputError
-from ldm_jax.interop import ldm_configs, ldm_names
+from ldm_jax.interop import ldm_configs, ldm_families, ldm_names
 from ldm_jax.interop.clip_weights import PREFIX, text_encoder_from_config
 from ldm_jax.interop.diffusers import mismatch, names_of, params_from_state_dict
 from ldm_jax.interop.ldm_configs import Shapes
-from ldm_jax.interop.ldm_families import (
-    CLASSES,
-    FAMILIES,
-    FIRST_STAGE,
-    IGNORED,
-    SD2,
-    STEP_OF_BASE,
-    UNET,
-    V_MODEL,
-    Family,
-    TextEncoder,
-    detect_family,
-)
+from ldm_jax.interop.ldm_families import CLASSES, FAMILIES, FIRST_STAGE, UNET, Family, TextEncoder
 from ldm_jax.interop.ldm_names import Source
 from ldm_jax.interop.modules import abstract_params, autoencoder_from_config, unet_from_config
 from ldm_jax.interop.weights import WeightFile, open_weights
@@ -53,17 +41,13 @@ class SingleFile(NamedTuple):
     """A whole model; modules with their parameters, NumPy arrays."""
 
     family: str  # a key of FAMILIES
-    pipeline: str  # class in diffusers
+    fields: Family  # for this file: pipeline, scheduler, size of the latents
     unet: tuple[UNet | UNet2D, dict[str, Any]]
     autoencoder: tuple[AutoencoderKL | VQModel, dict[str, Any]]
     shift: np.ndarray  # of the latents, [c], as is `scale`
     scale: np.ndarray
     text_encoders: tuple[tuple[CLIPTextEncoder, dict[str, Any]], ...]  # none, one or two
-    pad_tokens: tuple[str, ...]  # of each text encoder's tokenizer
     class_embedder: tuple[ClassEmbedder, dict[str, Any]] | None
-    scheduler: Mapping[str, Any]  # as in scheduler_config.json
-    low_res_scheduler: Mapping[str, Any] | None  # likewise, of the x4 upscaler
-    sample_size: int  # height and width of the latents
 
 
 class _Component(NamedTuple):
@@ -90,8 +74,8 @@ def read(path: Path, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float3
     """
     file = open_weights(path)
     with prefix_errors(path):
-        family = detect_family(file.shapes)
-        shapes = {name: shape for name, shape in file.shapes.items() if not IGNORED.fullmatch(name)}
+        family = ldm_families.detect_family(file.shapes)
+        shapes = _used(file)
         fields = _variant(family, shapes, prediction, file.step)
         _check_betas(file, fields)
         factor = fields.scaling_factor
@@ -110,18 +94,14 @@ def read(path: Path, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float3
         params = _read_params(file, shapes, parts, params_dtype)
     loaded = {name: (part.module, params[name]) for name, part in parts.items()}
     return SingleFile(
-        family=family,
-        pipeline=fields.pipeline,
+        family,
+        fields,
         unet=loaded["unet"],
         autoencoder=loaded[fields.autoencoder],
         shift=shift,
         scale=scale,
         text_encoders=tuple(loaded[name] for name in encoders),
-        pad_tokens=tuple(encoder.pad for encoder in fields.text_encoders),
         class_embedder=loaded.get("class embedding"),
-        scheduler=fields.scheduler,
-        low_res_scheduler=fields.low_res_scheduler,
-        sample_size=fields.sample_size,
     )
 
 
@@ -134,12 +114,16 @@ def read_autoencoder(
     """
     file = open_weights(path)
     with prefix_errors(path):
-        shapes = {name: shape for name, shape in file.shapes.items() if not IGNORED.fullmatch(name)}
+        shapes = _used(file)
         prefix = FIRST_STAGE if any(name.startswith(FIRST_STAGE) for name in shapes) else ""
         if f"{prefix}decoder.conv_in.weight" not in shapes:
             raise InputError("has no autoencoder (VAE) in the layout of CompVis, with decoder.conv_in.weight")
         part, *_ = _autoencoder(shapes, prefix, 1.0, 64, dtype)
         return part.module, _read_params(file, shapes, {"vae": part}, params_dtype)["vae"]
+
+
+def _used(file: WeightFile) -> Shapes:
+    return {name: shape for name, shape in file.shapes.items() if not ldm_families.IGNORED.fullmatch(name)}
 
 
 @contextmanager
@@ -158,8 +142,8 @@ def _variant(family: str, shapes: Shapes, prediction: str, step: int | None) -> 
     fields = FAMILIES[family]
     if fields.inpainting and shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1:2] == (9,):
         fields = fields._replace(pipeline=fields.inpainting[0], scheduler=fields.inpainting[1])
-    elif family == SD2 and (prediction or ("eps" if step == STEP_OF_BASE else "v")) == "v":
-        fields, prediction = fields._replace(**V_MODEL), "v"
+    elif family == ldm_families.SD2 and (prediction or ("eps" if step == ldm_families.STEP_OF_BASE else "v")) == "v":
+        fields, prediction = fields._replace(**ldm_families.V_MODEL), "v"
     if not prediction:
         return fields
     return fields._replace(scheduler={**fields.scheduler, "prediction_type": PREDICTION_TYPES[prediction]})
@@ -180,13 +164,9 @@ def _unet(shapes: Shapes, fields: Family, pooled: int, dtype: Dtype) -> _Compone
     sizes = {"heads": fields.heads, "head_size": fields.head_size, "sample_size": fields.sample_size}
     with _below(shapes, UNET) as own:
         config = ldm_configs.unet_config(own, pooled=pooled, **sizes)
-        source = partial(
-            ldm_names.unet_source,
-            layers=config["layers_per_block"],
-            attention=ldm_configs.attention_levels(own),
-            head_size=fields.head_size,
-            width_of=lambda name: own.get(name, (0,))[0] // 3,
-        )
+        attention, width_of = ldm_configs.attention_levels(own), lambda name: own.get(name, (0,))[0] // 3
+        path = {"layers": config["layers_per_block"], "attention": attention}
+        source = partial(ldm_names.unet_source, **path, head_size=fields.head_size, width_of=width_of)
     return _component(unet_from_config(config, dtype=dtype), UNET, source)
 
 
@@ -208,9 +188,8 @@ def _text_encoder(shapes: Shapes, encoder: TextEncoder, dtype: Dtype) -> _Compon
     if not encoder.open_clip and any(name.startswith(prefix + PREFIX) for name in shapes):
         prefix += PREFIX
     with _below(shapes, prefix) as own:
-        config = (
-            ldm_configs.open_clip_config(own, last=encoder.last) if encoder.open_clip else ldm_configs.clip_config(own)
-        )
+        open_clip = partial(ldm_configs.open_clip_config, last=encoder.last)
+        config = (open_clip if encoder.open_clip else ldm_configs.clip_config)(own)
     module = text_encoder_from_config(config).clone(dtype=dtype)
     component = _component(module, prefix, ldm_names.open_clip_source if encoder.open_clip else Source)
     if encoder.last:

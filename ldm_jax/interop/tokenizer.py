@@ -4,7 +4,6 @@ transformers' CLIPTokenizer does the work, so that ids are those of the model's 
 It takes a second to import, so that waits until a folder is loaded; it does not need torch.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +15,12 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.unpickle import first_line
-from ldm_jax.runtime.files import write_json
+from ldm_jax.runtime.files import read_json_object, write_json
 
 CONFIG = "tokenizer_config.json"
 # The vocabulary in either layout; transformers 5 writes the second alone, and prefers it.
 LAYOUTS = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+NO_VOCABULARY = "the tokenizer's vocabulary is missing; there must be vocab.json and merges.txt or tokenizer.json"
 OTHER_FILES = ("special_tokens_map.json", "added_tokens.json")
 CLASSES = ("CLIPTokenizer", "CLIPTokenizerFast")
 
@@ -131,57 +131,44 @@ def normalizer_and_splitter() -> tuple[Any, Any]:
 
 def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Token -> id, and the merges in order; of either layout."""
-    if all((folder / name).is_file() for name in LAYOUTS[0]):
-        vocab = _read_json(folder / "vocab.json")
+    if _has(folder, LAYOUTS[0]):
+        vocab = read_json_object(folder / "vocab.json")
         try:
             lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise InputError(f"{folder / 'merges.txt'}: cannot read the tokenizer's file: {error}") from error
         pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    elif (folder / "tokenizer.json").is_file():
-        model = _read_json(folder / "tokenizer.json").get("model")
+    elif _has(folder, LAYOUTS[1]):
+        model = read_json_object(folder / "tokenizer.json").get("model")
         model = model if isinstance(model, dict) else {}
         vocab, pairs = model.get("vocab"), model.get("merges")
         if not isinstance(vocab, dict) or not isinstance(pairs, list):
             raise InputError(f"{folder / 'tokenizer.json'}: damaged: it holds no vocabulary and merges")
         pairs = [pair.split() if isinstance(pair, str) else pair for pair in pairs]
     else:
-        raise _no_vocabulary(folder)
+        raise InputError(f"{folder}: {NO_VOCABULARY}")
     if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise InputError(f"{folder}: damaged: each of the tokenizer's merges must be a pair")
     return vocab, [tuple(pair) for pair in pairs]
 
 
-def _no_vocabulary(folder: Path) -> InputError:
-    layouts = " or ".join(" and ".join(layout) for layout in LAYOUTS)
-    return InputError(f"{folder}: the tokenizer's vocabulary is missing; there must be {layouts}")
+def _has(folder: Path, layout: Sequence[str]) -> bool:
+    return all((folder / name).is_file() for name in layout)
 
 
 def _check_files(folder: Path) -> None:
     """Checks that transformers does not make: without a vocabulary it returns a tokenizer without words."""
-    config = _read_json(folder / CONFIG)
+    config = read_json_object(folder / CONFIG)
     if "tokenizer_class" in config and config["tokenizer_class"] not in CLASSES:
         raise InputError(f"{folder}: the tokenizer must be a {CLASSES[0]}; got {config['tokenizer_class']!r}")
     length = config.get("model_max_length")
     if not isinstance(length, int) or not MIN_LENGTH <= length <= MAX_LENGTH:
         raise InputError(f"{folder / CONFIG}: model_max_length must be a number of tokens, 77 for CLIP; got {length!r}")
-    if not any(all((folder / name).is_file() for name in layout) for layout in LAYOUTS):
-        raise _no_vocabulary(folder)
+    if not any(_has(folder, layout) for layout in LAYOUTS):
+        raise InputError(f"{folder}: {NO_VOCABULARY}")
     for name in (*sum(LAYOUTS, ()), *OTHER_FILES):
         if name.endswith(".json") and (folder / name).exists():
-            _read_json(folder / name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the tokenizer's file: {error.strerror}") from error
-    except ValueError as error:  # of JSON or of UTF-8
-        raise InputError(f"{path}: damaged: {error}") from error
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: damaged: not a JSON object")
-    return tree
+            read_json_object(folder / name)
 
 
 @contextmanager

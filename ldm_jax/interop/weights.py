@@ -49,13 +49,7 @@ SAFETENSORS_TYPES = {
 _TYPE_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
 
 
-class _Entry(NamedTuple):
-    """A tensor's place in a safetensors file."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    stop: int
+_Entry = tuple[np.dtype, tuple[int, ...], int, int]  # dtype, shape, first byte in the file, byte after the last
 
 
 class WeightFile(NamedTuple):
@@ -169,7 +163,7 @@ def open_weights(path: Path) -> WeightFile:
             return np.empty(shape, dtype)
         return np.memmap(path, np.uint8, "r", start, stop - start).view(np.ndarray).view(dtype).reshape(shape)
 
-    return WeightFile({name: entry.shape for name, entry in entries.items()}, view)
+    return WeightFile({name: shape for name, (_, shape, *_) in entries.items()}, view)
 
 
 def _safetensors_entries(path: Path) -> dict[str, _Entry]:
@@ -188,8 +182,8 @@ def _safetensors_entries(path: Path) -> dict[str, _Entry]:
         raise InputError(f"{path} holds {error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} is damaged: its header cannot be read") from error
-    for name, entry in entries.items():
-        if entry.stop > size:
+    for name, (*_, stop) in entries.items():
+        if stop > size:
             raise InputError(f"{path} is damaged: it ends within {name}")
     return entries
 
@@ -202,7 +196,7 @@ def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
     whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
     if not whole or stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError("shape and data_offsets do not agree")
-    return _Entry(dtype, shape, origin + start, origin + stop)
+    return dtype, shape, origin + start, origin + stop
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:

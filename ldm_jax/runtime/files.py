@@ -64,14 +64,22 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, *required: str) -> Any:
     """The content of a JSON file; InputError if it is missing, damaged, or has no object with the `required` keys."""
     try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"there is no {path}") from None
     except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise InputError(f"{path} is damaged: {error}") from error
     missing = [name for name in required if not (isinstance(value, dict) and name in value)]
     if missing:
         raise InputError(f"{path} is damaged: it has no {' and no '.join(missing)}")
+    return value
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; InputError if it is missing, damaged, or holds anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: it holds no JSON object")
     return value
 
 

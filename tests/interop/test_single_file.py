@@ -76,8 +76,11 @@ def test_nine_channels_inpaint(made, write):
     first = {"model.diffusion_model.input_blocks.0.0.weight": np.zeros((32, 9, 3, 3), np.float32)}
     found = single_file.read(write(tensors | first | {"scale_factor": np.array(0.25, np.float32)}))
     np.testing.assert_array_equal(found.scale, np.full(4, 0.25, np.float32))
-    assert (found.pipeline, found.unet[0].in_channels) == ("StableDiffusionInpaintPipeline", 9)
-    assert (found.scheduler["_class_name"], found.scheduler["prediction_type"]) == ("DDIMScheduler", "epsilon")
+    assert (found.fields.pipeline, found.unet[0].in_channels) == ("StableDiffusionInpaintPipeline", 9)
+    assert (found.fields.scheduler["_class_name"], found.fields.scheduler["prediction_type"]) == (
+        "DDIMScheduler",
+        "epsilon",
+    )
 
 
 def test_a_checkpoint_is_read_without_what_its_training_kept(made, tmp_path):
@@ -92,7 +95,7 @@ def test_a_checkpoint_is_read_without_what_its_training_kept(made, tmp_path):
 
 
 def _scheduler_and_size(found):
-    return found.scheduler["_class_name"], found.scheduler["prediction_type"], found.sample_size
+    return found.fields.scheduler["_class_name"], found.fields.scheduler["prediction_type"], found.fields.sample_size
 
 
 @pytest.mark.parametrize("target", [np.float32, ml_dtypes.bfloat16])

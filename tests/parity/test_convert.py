@@ -146,7 +146,7 @@ def test_diffusers_samples_the_images_of_a_run(kind, tmp_path):
 
 
 def concat_input(kind, folder):
-    """What concat conditioning is made of: the flags of `sample`, and the pipeline's argument `known`."""
+    """What concat conditioning is made of: the flags of `sample`, and the pipeline's arguments."""
     rng = np.random.default_rng(1)
     if kind == "segments":
         image = Image.fromarray(rng.integers(0, 3, (8, 8), np.uint8))
@@ -156,10 +156,10 @@ def concat_input(kind, folder):
         image = Image.fromarray(rng.integers(0, 256, (side, side, 3) if "colour" in kind else (side, side), np.uint8))
     image.save(folder / "a.png")
     if "masked" not in kind:
-        return [f"--concat_image={folder}/a.png"], image
+        return [f"--concat_image={folder}/a.png"], {"image": image}
     mask = Image.fromarray(np.where(rng.random((8, 8)) < 0.6, rng.integers(128, 256, (8, 8)), 127).astype(np.uint8))
     mask.save(folder / "mask.png")
-    return [f"--init_image={folder}/a.png", f"--mask={folder}/mask.png"], (image, mask)
+    return [f"--init_image={folder}/a.png", f"--mask={folder}/mask.png"], {"image": image, "mask_image": mask}
 
 
 @pytest.mark.parametrize("kind", CONCAT)
@@ -168,7 +168,7 @@ def test_diffusers_samples_with_concat_conditioning(kind, tmp_path):
     made = random_runs.random_run(tmp_path / "run", LATENTS | CONCAT[kind], contrast=contrast)
     folder = converted(made, tmp_path / "folder")
     open_quietly("UNet2DConditionModel", folder / "unet")
-    flags, known = concat_input(kind, tmp_path)
+    flags, inputs = concat_input(kind, tmp_path)
     shape = (NUM, 8, 8, 1) if "pixels" in kind else (NUM, 4, 4, 2)
     noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     np.save(tmp_path / "noise.npy", noise)
@@ -179,32 +179,32 @@ def test_diffusers_samples_with_concat_conditioning(kind, tmp_path):
 
     pipe, z_T = opened(folder), torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     arguments = {"class_labels": labels, "latents": z_T, "output_type": "np"}
-    theirs = (pipe(**arguments, known=known).images * 255).round()
+    theirs = (pipe(**arguments, **inputs).images * 255).round()
     off = np.abs(ours - theirs)
     print(f"{(off > 0).mean():.2%} of the values differ, by {off.max():.0f} at most")
     assert theirs.shape == ours.shape == (NUM, 8, 8, 3 if "colour" in kind else 1)
     assert theirs.std() > 10 and ((theirs > 0) & (theirs < 255)).mean() > 0.5
     assert off.max() <= 1 and (off > 0).mean() < 0.005
 
-    parts = known if isinstance(known, tuple) else (known,)
-    arrays = [[np.array(part)] * NUM for part in parts]  # one for each, which are all the same
-    again = pipe(**arguments, known=tuple(arrays) if len(parts) > 1 else arrays[0]).images
+    arrays = {name: [np.array(image)] * NUM for name, image in inputs.items()}  # one for each, which are all the same
+    again = pipe(**arguments, **arrays).images
     np.testing.assert_allclose(again * 255, theirs, atol=0.51)
-    other = [np.zeros_like(array[0]) for array in arrays[:1]] + [array[0] for array in arrays[1:]]
-    changed = pipe(**arguments, known=tuple(other) if len(parts) > 1 else other[0]).images
+    other = {name: images[0] for name, images in arrays.items()}
+    other["image"] = np.zeros_like(other["image"])
+    changed = pipe(**arguments, **other).images
     assert ((changed * 255).round() != theirs).any()
-    if len(parts) > 1:
-        kept = np.array(parts[1]) < 128
-        image = np.array(parts[0]).reshape(theirs.shape[1:])
+    if "mask_image" in inputs:
+        kept = np.array(inputs["mask_image"]) < 128
+        image = np.array(inputs["image"]).reshape(theirs.shape[1:])
         np.testing.assert_array_equal(theirs[:, kept], np.broadcast_to(image[kept], theirs[:, kept].shape))
 
 
 def test_in_half_precision_the_known_region_stays_to_the_bit(tmp_path):
     made = random_runs.random_run(tmp_path / "run", LATENTS | CONCAT["a masked image"])
     pipe = opened(converted(made, tmp_path / "folder")).to(torch.bfloat16)
-    _, (image, mask) = concat_input("a masked image", tmp_path)
-    keep, known = np.array(mask) < 128, (np.array(image), np.array(mask) >= 128)  # a mask of bool
-    sampled = np.array(pipe(["dark"], known=known).images[0])
+    image, mask = concat_input("a masked image", tmp_path)[1].values()
+    keep = np.array(mask) < 128
+    sampled = np.array(pipe(["dark"], image=np.array(image), mask_image=~keep).images[0])  # a mask of bool
     np.testing.assert_array_equal(sampled[keep], np.array(image)[keep])
     assert (sampled != np.array(image))[~keep].mean() > 0.5
 
@@ -216,19 +216,23 @@ def test_arguments_that_the_pipeline_refuses(tmp_path):
         pipes[kind] = opened(converted(made, tmp_path / f"folder of {kind}"))
     pipes["nothing"] = opened(converted(random_runs.random_run(tmp_path / "run"), tmp_path / "folder"))
     grey, small = Image.new("L", (8, 8)), Image.new("L", (4, 4))
+    low_resolution = "a low-resolution image, pixels"
     refused = [
-        ("a low-resolution image, pixels", None, "known must be the small picture"),
-        ("a low-resolution image, pixels", grey, r"known has uint8\[8, 8, 1\]; it must have uint8\[4, 4, 1\]"),
-        ("a low-resolution image, pixels", [small, small], "one for all or one for each of 1"),
-        ("a low-resolution image, pixels", np.zeros((4, 4)), r"known has float64\[4, 4, 1\]"),
-        ("a masked image", grey, "known must be the picture and the mask"),
-        ("segments", Image.new("L", (8, 8), 3), "has a pixel of class 3; the model knows 0 to 2"),
-        ("segments", grey.convert("RGB"), "must be grey or have a palette, not RGB"),
-        ("nothing", grey, "takes no map"),
+        (low_resolution, {}, "image must be the low-resolution image"),
+        (low_resolution, {"image": small, "mask_image": small}, "mask_image None"),
+        (low_resolution, {"image": grey}, r"image is uint8\[8, 8, 1\]; it must be uint8\[4, 4, 1\]"),
+        (low_resolution, {"image": [small, small]}, "image has 2 images; .* one for all or one for each of 1"),
+        (low_resolution, {"image": np.zeros((4, 4))}, r"image is float64\[4, 4, 1\]"),
+        ("a masked image", {"image": grey}, "image and mask_image must be the image and its mask"),
+        ("a masked image", {"image": grey, "mask_image": small}, r"mask_image is uint8\[4, 4, 1\]"),
+        ("segments", {"image": Image.new("L", (8, 8), 3)}, "has a pixel of class 3; the model has classes 0 to 2"),
+        ("segments", {"image": grey.convert("RGB")}, "must be grey or have a palette, not RGB"),
+        ("nothing", {"image": grey}, "has no concat conditioning"),
+        ("nothing", {"mask_image": grey}, "has no concat conditioning"),
     ]
-    for kind, known, words in refused:
+    for kind, inputs, words in refused:
         with pytest.raises(ValueError, match=words):
-            pipes[kind](known=known)
+            pipes[kind](**inputs)
 
 
 def test_diffusers_samples_a_single_file_of_classes(tmp_path, monkeypatch):
@@ -262,15 +266,14 @@ def test_diffusers_samples_a_single_file_of_classes(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [None, "a masked image"])
 def test_samples_are_the_same_after_diffusers_has_saved_the_pipeline(kind, tmp_path):
     """With the code of the converted folder, as diffusers does not save it."""
-    changes, known = (CONCAT[kind], concat_input(kind, tmp_path)[1]) if kind else ({}, None)
+    changes, inputs = (CONCAT[kind], concat_input(kind, tmp_path)[1]) if kind else ({}, {})
     folder = converted(random_runs.random_run(tmp_path / "run", changes, contrast=0.2), tmp_path / "folder")
     quick = {"trust_remote_code": True, "low_cpu_mem_usage": False}
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **quick)
     pipe.save_pretrained(tmp_path / "saved")
     again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "saved", custom_pipeline=str(folder), **quick)
     one, other = (
-        p([0, 3], generator=torch.Generator().manual_seed(0), output_type="pt", known=known).images
-        for p in (pipe, again)
+        p([0, 3], generator=torch.Generator().manual_seed(0), output_type="pt", **inputs).images for p in (pipe, again)
     )
     assert torch.equal(one, other)
     assert one.std() > 0

@@ -144,8 +144,8 @@ def test_files_are_read_as_diffusers_reads_them(name, tmp_path, random_weights):
     write_safetensors(tmp_path / "model.safetensors", file)
     found = single_file.read(tmp_path / "model.safetensors")
     family, config = MODELS[name]
-    assert (found.family, found.sample_size) == (family, config["sample_size"])
-    assert ("Inpaint" in found.pipeline) == ("inpainting" in name)
+    assert (found.family, found.fields.sample_size) == (family, config["sample_size"])
+    assert ("Inpaint" in found.fields.pipeline) == ("inpainting" in name)
     assert found.unet[0] == unet_from_config(_spread(parts["unet"].config))
     assert found.autoencoder[0] == autoencoder_from_config(dict(parts["vae"].config, _class_name="AutoencoderKL"))[0]
 
