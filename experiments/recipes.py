@@ -3,8 +3,7 @@
 from typing import Any
 
 from ldm_jax.pipeline.model import LatentDiffusion
-from ldm_jax.sampling.from_flags import solving_defaults
-from ldm_jax.sampling.recipe import Guidance, Recipe
+from ldm_jax.sampling.recipe import Guidance, Recipe, solving_defaults
 
 
 def balanced_recipe(model: LatentDiffusion, num: int, **fields: Any) -> Recipe:

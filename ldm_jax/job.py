@@ -18,7 +18,7 @@ from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import scoring
 from ldm_jax.evaluation.report import write_report
-from ldm_jax.pipeline.clip import clip_on_paper
+from ldm_jax.pipeline.clip import clip_of
 from ldm_jax.pipeline.fine_tuning import check_data
 from ldm_jax.pipeline.from_run import of_classes, on_paper
 from ldm_jax.pipeline.load import load_base
@@ -31,7 +31,7 @@ from ldm_jax.runtime.parallel import wait_for_hosts
 from ldm_jax.runtime.xla import CompileClock
 from ldm_jax.sampling import prompt_sheets
 from ldm_jax.sampling.concat_inputs import check_segments
-from ldm_jax.sampling.from_flags import solving_defaults
+from ldm_jax.sampling.recipe import solving_defaults
 from ldm_jax.sampling.sample_images import sample_run
 from ldm_jax.sampling.tables import make_table
 from ldm_jax.training import clip_data, stages
@@ -162,7 +162,7 @@ def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, 
     if "autoencoder" in config.stages and model.first_stage.module is not None:
         made["autoencoder"] = make_autoencoder_stage(config)
     if "clip" in config.stages:
-        made["clip"] = make_clip_stage(clip_on_paper(config), config)
+        made["clip"] = make_clip_stage(clip_of(config), config)
     if "classifier" in config.stages:
         made["classifier"] = make_classifier_stage(model, num_classes, config)
     shapes = {name: jax.eval_shape(stage.init, jax.random.key(0)).params for name, stage in made.items()}

@@ -98,21 +98,20 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
     if values.from_recipe:
         of_model = ("model", "dtype", "lora", "lora_scale", "tokenizer", "prediction", "vae")
         check_alone(values, "from_recipe", others=(*of_model, "out", "batch_size", "save_trajectory"))
-        found, recorded = recipe.from_png(Path(values.from_recipe), model, params)
-        sample_images.check_inputs(found, recorded, model, params, f"--from_recipe={values.from_recipe}")
-        return found
+        loaded, recorded = recipe.from_png(Path(values.from_recipe), model, params)
+        sample_images.check_inputs(loaded, recorded, model, params, f"--from_recipe={values.from_recipe}")
+        return loaded
     labels = label_indices("--label", values.label, model.class_names)
-    wanted = from_flags.recipe_from_flags(model, values, labels)
-    wanted = from_flags.with_edit_flags(wanted, values, model)
-    if values.label is not None and wanted.concat.split:
+    made = from_flags.with_edit_flags(from_flags.recipe_from_flags(model, values, labels), values, model)
+    if values.label is not None and made.concat.split:
         raise InputError(
-            f"--label={','.join(values.label)}: without an image of yours this model restores test images, which have "
-            f"classes of their own; give {from_flags.image_flags(model)}"
+            f"--label={','.join(values.label)}: without an image this model restores test images, which have their "
+            f"own classes; add {from_flags.image_flags(model)}"
         )
     if values.negative_label is not None:
         (negative,) = label_indices("--negative_label", [values.negative_label], model.class_names)
-        wanted = wanted._replace(guidance=wanted.guidance._replace(negative_label=negative))
-    return wanted
+        made = made._replace(guidance=made.guidance._replace(negative_label=negative))
+    return made
 
 
 def check_alone(values: flags.FlagValues, flag: str, *, others: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from experiments import measures, runner, tables
 from experiments.recipes import make_guidance
 from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.load import load
-from ldm_jax.sampling.from_flags import solving_defaults
+from ldm_jax.sampling.recipe import solving_defaults
 
 TARGETS = {"eps": "eps", "z0": "z0", "v": "v"}
 WEIGHTINGS = {"uniform": "uniform", "min-SNR": "min_snr"}

@@ -19,7 +19,7 @@ from experiments import measures, runner, scales, tables
 from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.pipeline.load import load
-from ldm_jax.sampling.from_flags import solving_defaults
+from ldm_jax.sampling.recipe import solving_defaults
 
 ARMS = {
     "linear": {"diffusion.schedule": "linear"},

@@ -23,7 +23,7 @@ from experiments.recipes import make_guidance
 from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion
-from ldm_jax.sampling.from_flags import solving_defaults
+from ldm_jax.sampling.recipe import solving_defaults
 
 PLAIN = ("ddpm", "ddim", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc")
 WITH_EPS = ("plms", "heun", "edm")

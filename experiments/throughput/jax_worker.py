@@ -15,8 +15,8 @@ from configs.fashion_mnist import get_config  # noqa: E402
 from experiments.recipes import balanced_recipe, make_guidance  # noqa: E402
 from experiments.untrained import DiffusionStart, diffusion_start  # noqa: E402
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard  # noqa: E402
-from ldm_jax.sampling.from_flags import solving_defaults  # noqa: E402
 from ldm_jax.sampling.inputs import sample_inputs  # noqa: E402
+from ldm_jax.sampling.recipe import solving_defaults  # noqa: E402
 from ldm_jax.sampling.sampler import make_sampler  # noqa: E402
 from ldm_jax.sampling.tables import make_table  # noqa: E402
 

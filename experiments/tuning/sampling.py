@@ -20,9 +20,8 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.runtime.xla import configure
-from ldm_jax.sampling.from_flags import solving_defaults
 from ldm_jax.sampling.inputs import sample_inputs
-from ldm_jax.sampling.recipe import Recipe
+from ldm_jax.sampling.recipe import Recipe, solving_defaults
 from ldm_jax.sampling.sampler import make_sampler
 from ldm_jax.sampling.tables import make_table
 

@@ -1,8 +1,9 @@
-"""A run's own CLIP: its text encoder conditions a text-to-image model, both encoders score and guide.
+"""The CLIP of a run: its text encoder conditions a text-to-image model, both encoders score and guide samples.
 
-It lies in the run folder's clip/: checkpoints, and in tokenizer/ CLIP's files of the vocabulary.
+The run folder's clip/ has its checkpoints, and in tokenizer/ the files of its vocabulary.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ PAD = "<|endoftext|>"
 
 
 class TrainedCLIP(NamedTuple):
-    """Both encoders, their averaged parameters {"text", "image", "logit_scale"}, and the tokenizer of the captions."""
+    """Both encoders, their EMA parameters {"text", "image", "logit_scale"}, and the tokenizer of the captions."""
 
     clip: CLIP
     params: dict[str, Any]
@@ -33,7 +34,7 @@ class TrainedCLIP(NamedTuple):
 
 
 def load_clip(path: Path, config: ConfigDict | None = None) -> TrainedCLIP:
-    """Reads the CLIP of a run folder, whose config is `config` (None: that in the folder).
+    """The CLIP of a run folder, whose config is `config` (None: that in the folder).
 
     Raises:
       InputError: there is none, or it does not fit its own config.
@@ -53,39 +54,31 @@ def load_clip(path: Path, config: ConfigDict | None = None) -> TrainedCLIP:
     return TrainedCLIP(clip, ema_params(load_latest(path / FOLDER), like, path / FOLDER), tokenizer)
 
 
-def clip_of(config: ConfigDict, tokenizer: Tokenizer) -> CLIP:
-    """Both encoders of a config for a tokenizer."""
-    sizes = {"vocab_size": tokenizer.vocab_size, "max_length": tokenizer.max_length}
-    return build_clip(config, **sizes, eos_token_id=tokenizer.end)
-
-
-def clip_on_paper(config: ConfigDict) -> CLIP:
-    """Both encoders of a config whose tokenizer is not there yet: with the largest vocabulary that it may have."""
-    vocab_size, max_length = config.clip.vocab_size, config.clip.max_length
-    return build_clip(config, vocab_size=vocab_size, max_length=max_length, eos_token_id=vocab_size - 1)
+def clip_of(config: ConfigDict, tokenizer: Tokenizer | None = None) -> CLIP:
+    """Both encoders of a config, for a tokenizer; None: for the largest vocabulary that it may have."""
+    vocab_size, max_length, end = config.clip.vocab_size, config.clip.max_length, config.clip.vocab_size - 1
+    if tokenizer is not None:
+        vocab_size, max_length, end = tokenizer.vocab_size, tokenizer.max_length, tokenizer.end
+    return build_clip(config, vocab_size=vocab_size, max_length=max_length, eos_token_id=end)
 
 
 def text_conditioning(trained: TrainedCLIP) -> tuple[TextConditioning, list[dict[str, Any]]]:
-    """The conditioning on texts by a CLIP's text encoder, and its parameters: the features of each token."""
+    """The conditioning on texts by a CLIP's text encoder (its features of each token), and its parameters."""
     encoder = trained.clip.text.clone(projection_dim=None)
     params = {name: tree for name, tree in trained.params["text"].items() if name != "text_projection"}
     return TextConditioning((encoder,), (trained.tokenizer,), False), [params]
 
 
 def embed_texts(trained: TrainedCLIP, texts: list[str], batch_size: int) -> np.ndarray:
-    """Embeddings of texts, [N, D] of length 1."""
-
-    def embed(params: Any, batch: dict[str, Any]) -> jax.Array:
-        return trained.clip.apply({"params": params}, batch["ids"], method="embed_text")
-
-    batch = {"ids": trained.tokenizer(texts).ids}
-    return map_in_batches(parallel_map(embed), replicate(trained.params), batch, batch_size)
+    """CLIP embeddings of texts, float32 [N, D] of length 1."""
+    return _embed(trained, lambda clip, ids: clip.embed_text(ids), trained.tokenizer(texts).ids, batch_size)
 
 
 def embed_images(trained: TrainedCLIP, images: np.ndarray, batch_size: int) -> np.ndarray:
-    """Embeddings of images uint8 [N, H, W, C], [N, D] of length 1."""
+    """CLIP embeddings of images uint8 [N, H, W, C], float32 [N, D] of length 1."""
+    return _embed(trained, lambda clip, images: clip.embed_image(to_pixels(images)), images, batch_size)
 
-    def embed(params: Any, batch: dict[str, Any]) -> jax.Array:
-        return trained.clip.apply({"params": params}, to_pixels(batch["x"]), method="embed_image")
 
-    return map_in_batches(parallel_map(embed), replicate(trained.params), {"x": images}, batch_size)
+def _embed(trained: TrainedCLIP, method: Callable, inputs: np.ndarray, batch_size: int) -> np.ndarray:
+    embed = parallel_map(lambda params, batch: trained.clip.apply({"params": params}, batch, method=method))
+    return map_in_batches(embed, replicate(trained.params), inputs, batch_size)

@@ -1,4 +1,4 @@
-"""A model from a diffusers folder that `convert` wrote of a run: what is in it, and how it is read back.
+"""A model from a diffusers folder that `convert` wrote of a run.
 
 model_index.json   of diffusers; the latents' scaling, the concat conditioning   unet/        with the class embedding
 pipeline.py        the class of diffusers that samples from it                   vae/         unless it is of pixels
@@ -30,7 +30,7 @@ from ldm_jax.runtime.files import read_json
 
 
 class Record(NamedTuple):
-    """What recipe.json holds of the run."""
+    """The record of a run in recipe.json."""
 
     config: ConfigDict
     data: dict[str, Any]  # its data.json
@@ -39,11 +39,11 @@ class Record(NamedTuple):
     measured_on: str  # the data that the latents' scale was measured on
 
 
-FIELDS = {"config": dict, "data": dict, "step": int, "autoencoder_step": int, "measured_on": str}
+TYPES = {"config": dict, "data": dict, "step": int, "autoencoder_step": int, "measured_on": str}
 
 
 def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion, Params]:
-    """Reads the model of such a folder, in another dtype of computation if one is given.
+    """The model of an exported folder; `dtype` is of the computation, None: of its config.
 
     Raises:
       InputError: something is missing or damaged, or does not fit the config in recipe.json.
@@ -53,19 +53,23 @@ def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion
         with record.config.unlocked():
             record.config.dtype = dtype
     model = from_config(record.config, tuple(record.data["class_names"]))
-    model = replace(model, origin=model.origin._replace(path=path, step=record.step))
-    return model, _load_unet(path / "unet", model) | _load_first_stage(path, model)
+    params, autoencoder = _load_unet(path / "unet", model), model.first_stage.module
+    params |= dict(zip(("shift", "scale"), latents_scaling(path, model.latent_shape[-1])), first_stage={})
+    if autoencoder is not None:
+        state = read_state_dict(path / "vae", dtype=np.float32)
+        params["first_stage"] = params_from_state_dict(state, abstract_params(autoencoder))
+    return replace(model, origin=model.origin._replace(path=path, step=record.step)), params
 
 
 def read_record(path: Path) -> Record:
-    """The record of the run in such a folder; raises InputError if it is damaged."""
-    fields = read_json(path / RECIPE, *FIELDS)
-    wrong = [name for name, its_type in FIELDS.items() if not isinstance(fields[name], its_type)]
+    """The record of the run in an exported folder; raises InputError if it is damaged."""
+    fields = read_json(path / RECIPE, *TYPES)
+    wrong = [name for name, of_type in TYPES.items() if not isinstance(fields[name], of_type)]
     if wrong or not isinstance(fields["data"].get("class_names"), list):
         raise InputError(f"{path / RECIPE} is damaged: its {wrong[0] if wrong else 'data'} is of another type")
     config = config_io.with_defaults(config_io.from_fields(fields["config"]), str(path / RECIPE))
     validate(config)
-    return Record(**{name: fields[name] for name in FIELDS} | {"config": config})
+    return Record(**{name: fields[name] for name in TYPES} | {"config": config})
 
 
 def _load_unet(path: Path, model: LatentDiffusion) -> Params:
@@ -80,13 +84,3 @@ def _load_unet(path: Path, model: LatentDiffusion) -> Params:
         "denoiser": params_from_state_dict(state, abstract_params(model.denoiser)),
         "conditioning": {"embedding": {"embedding": table.reshape(rows, embedder.tokens * embedder.dim)}},
     }
-
-
-def _load_first_stage(path: Path, model: LatentDiffusion) -> Params:
-    """{"first_stage", "shift", "scale"}."""
-    scaling = dict(zip(("shift", "scale"), latents_scaling(path, model.latent_shape[-1])))
-    autoencoder = model.first_stage.module
-    if autoencoder is None:
-        return {"first_stage": {}, **scaling}
-    state = read_state_dict(path / "vae", dtype=np.float32)
-    return {"first_stage": params_from_state_dict(state, abstract_params(autoencoder)), **scaling}

@@ -1,4 +1,4 @@
-"""A model from a run folder: its config, and the averaged parameters of its checkpoints."""
+"""A model from a run folder: its config, and the EMA parameters of its checkpoints."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from ldm_jax.config.rules import text_conditioned, validate
 from ldm_jax.errors import InputError
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.models.conditioning import TextConditioning
-from ldm_jax.pipeline.clip import clip_on_paper, load_clip, text_conditioning
+from ldm_jax.pipeline.clip import clip_of, load_clip, text_conditioning
 from ldm_jax.pipeline.from_config import from_config, identity_scale, init_params
 from ldm_jax.pipeline.model import LatentDiffusion, Params, stored
 from ldm_jax.pipeline.trainable import merge_trained, trainable_of, trained_shapes
@@ -23,10 +23,10 @@ SCALE = "scale.json"  # of the latents, with the checkpoints of the autoencoder
 
 
 def read_config(path: Path, dtype: str | None = None) -> ConfigDict:
-    """The config of a run folder with a diffusion model, in another dtype if one is given.
+    """The config of a run folder with a diffusion model, with another dtype unless None.
 
     Raises:
-      InputError: it has none, or a config that no run could have.
+      InputError: there is none, it is not valid, or has no diffusion stage.
     """
     config = config_io.read_with_defaults(path / "config.json")
     validate(config)
@@ -39,33 +39,28 @@ def read_config(path: Path, dtype: str | None = None) -> ConfigDict:
 
 
 def from_run(
-    path: Path,
-    config: ConfigDict,
-    base: tuple[LatentDiffusion, Params] | None = None,
-    step: float = np.inf,
+    path: Path, config: ConfigDict, base: tuple[LatentDiffusion, Params] | None = None, step: float = np.inf
 ) -> tuple[LatentDiffusion, Params]:
     """The trained model of a run folder.
 
     Args:
       path: of the folder.
       config: from `read_config`.
-      base: the model of `config.init_from`, if the run fine-tunes one: see `fine_tuning.load_base`.
-      step: the newest checkpoint of so many steps at most.
+      base: the model that the run fine-tuned, from `load.load_base`; None: the run trained from scratch.
+      step: the newest checkpoint of at most so many steps.
 
     Raises:
       InputError: it is not trained yet, does not fit its own config, or was fine-tuned from another model.
     """
     about = read_json(path / "data.json", "class_names")
-    flat = load_latest(path / "diffusion", step)
-    if base is None:
-        model, params = untrained(path, config, tuple(about["class_names"]))
-    else:
-        model, params = base
+    flat, class_names = load_latest(path / "diffusion", step), tuple(about["class_names"])
+    model, params = base or untrained(path, config, class_names)
+    if base:
         if about.get("init_from_fingerprint") != model.origin.fingerprint:
             raise InputError(
                 f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
             )
-        model = of_classes(model, tuple(about["class_names"]))
+        model = of_classes(model, class_names)
     trainable = trainable_of(config, model)
     trained = ema_params(flat, trained_shapes(trainable, params), path / "diffusion")
     origin = model.origin._replace(path=path, step=int(flat["step"]))
@@ -73,34 +68,36 @@ def from_run(
 
 
 def untrained(path: Path, config: ConfigDict, class_names: tuple[str, ...]) -> tuple[LatentDiffusion, Params]:
-    """The model of a run folder before its diffusion stage: of what that trains from scratch the params are shapes."""
-    params = load_first_stage(path, config)
-    if not text_conditioned(config):
-        model = from_config(config, class_names)
-        return model, params | jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
-    text, text_params = text_conditioning(load_clip(path, config))
+    """The model of a run folder before its diffusion stage; params to be trained from scratch are shapes."""
+    params, text = load_first_stage(path, config), None
+    if text_conditioned(config):
+        text, params["conditioning"] = text_conditioning(load_clip(path, config))
     model = from_config(config, class_names, text)
-    params |= {"conditioning": text_params}
-    fingerprint = content_hash(stored(params), config.dtype)
-    model = replace(model, origin=model.origin._replace(fingerprint=fingerprint))
-    return model, params | jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+    if text:
+        fingerprint = content_hash(stored(params), config.dtype)
+        model = replace(model, origin=model.origin._replace(fingerprint=fingerprint))
+    return model, params | _init_shapes(model)
 
 
 def on_paper(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[LatentDiffusion, Params]:
-    """The model that a config describes, before anything is trained, and the shapes of what diffusion trains.
+    """The model of a config before any stage, and the shapes of the parameters that diffusion trains.
 
     Raises:
       InputError: as `from_config`, or a network cannot be built.
     """
     text, params = None, {}
     if text_conditioned(config):
-        encoder = clip_on_paper(config).text.clone(projection_dim=None)
+        encoder = clip_of(config).text.clone(projection_dim=None)
         text, params = TextConditioning((encoder,), (), False), {"conditioning": [abstract_params(encoder)]}
     model = from_config(config, class_names, text)
     try:
-        return model, params | jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
+        return model, params | _init_shapes(model)
     except ValueError as error:
         raise InputError(f"config: {error}") from error
+
+
+def _init_shapes(model: LatentDiffusion) -> Params:
+    return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
 
 
 def of_classes(model: LatentDiffusion, class_names: tuple[str, ...]) -> LatentDiffusion:
@@ -119,17 +116,17 @@ def load_first_stage(path: Path, config: ConfigDict) -> Params:
 
 
 def load_autoencoder_params(path: Path) -> Params:
-    """The averaged parameters of a run folder's autoencoder; raises InputError if it has none."""
+    """The EMA parameters of a run folder's autoencoder; raises InputError if it has none."""
     return subtree(load_latest(path / "autoencoder"), "ema_params/autoencoder")
 
 
 def load_scale(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """The latents' shift and scale, each [c], of a run folder, and the data that they were measured on."""
-    stored = read_json(path / "autoencoder" / SCALE, "shift", "scale", "measured_on")
-    return np.asarray(stored["shift"], np.float32), np.asarray(stored["scale"], np.float32), stored["measured_on"]
+    fields = read_json(path / "autoencoder" / SCALE, "shift", "scale", "measured_on")
+    return np.asarray(fields["shift"], np.float32), np.asarray(fields["scale"], np.float32), fields["measured_on"]
 
 
 def save_scale(path: Path, shift: np.ndarray, scale: np.ndarray, *, measured_on: str) -> None:
-    """Stores the latents' shift and scale, each [c], with the autoencoder."""
-    values = {"shift": shift.tolist(), "scale": scale.tolist(), "measured_on": measured_on}
-    write_json(path / "autoencoder" / SCALE, values)
+    """Writes the latents' shift and scale, each [c], to a run folder's autoencoder."""
+    fields = {"shift": shift.tolist(), "scale": scale.tolist(), "measured_on": measured_on}
+    write_json(path / "autoencoder" / SCALE, fields)

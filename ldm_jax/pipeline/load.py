@@ -1,7 +1,9 @@
 """Loads a model from any path: the one place that tells formats apart."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -14,20 +16,20 @@ from ldm_jax.pipeline.from_exported import from_exported
 from ldm_jax.pipeline.from_run import from_run, read_config
 from ldm_jax.pipeline.from_single_file import from_single_file
 from ldm_jax.pipeline.model import LatentDiffusion, Params
-from ldm_jax.pipeline.overrides import NO_OVERRIDES, Overrides, with_autoencoder
+from ldm_jax.pipeline.overrides import NO_OVERRIDES, Overrides
 
 
 def load(
     where: str | Path, dtype: str | None = None, overrides: Overrides = NO_OVERRIDES, step: float = np.inf
 ) -> tuple[LatentDiffusion, Params]:
-    """Loads a model: the static half, and its parameters as NumPy arrays.
+    """The model at a path or on the hub, and its parameters, NumPy arrays.
 
     Args:
-      where: a run folder, a diffusers folder (perhaps made by `convert`), a single file, or a name on the hub.
+      where: a run folder, a diffusers folder (perhaps made by `convert`), a single file, or a hub id.
       dtype: of the computation, and of the parameters of diffusers folders and single files; None: as in the config of
         a run, else float32.
       overrides: what a diffusers folder or a single file does not state.
-      step: of a run: the newest checkpoint of so many steps at most.
+      step: of a run: the newest checkpoint of at most so many steps.
 
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
@@ -38,7 +40,7 @@ def load(
     elif is_diffusers_folder(path):
         for name in ("tokenizer", "prediction"):
             if getattr(overrides, name):
-                raise InputError(f"--{name} is for models in a single file; {path} says it itself")
+                raise InputError(f"--{name} is for models in a single file; {path} has its own")
         model, params = from_diffusers(path, dtype or "float32")
     else:
         for name, value in overrides._asdict().items():
@@ -49,7 +51,7 @@ def load(
 
 
 def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusion, Params]:
-    """A run folder, or a diffusers folder that was exported from one."""
+    """The model of a run folder, or of a diffusers folder exported from one."""
     if is_exported(path):
         return from_exported(path, dtype)
     if not path.is_dir():
@@ -59,14 +61,12 @@ def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusi
             "model in one .safetensors or .ckpt"
         )
     config = read_config(path, dtype)
-    if not config.init_from:
-        return from_run(path, config, step=step)
-    base, config = load_base(config, config.dtype)
+    base, config = load_base(config, config.dtype) if config.init_from else (None, config)
     return from_run(path, config, base, step)
 
 
 def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentDiffusion, Params], ConfigDict]:
-    """The model of `config.init_from` with its parameters in `dtype`, and the config with the model's own fields.
+    """The model of `config.init_from` with its parameters in `dtype`, and the config with the fields it determines.
 
     Raises:
       InputError: there is no such model, or the config does not fit it.
@@ -85,14 +85,40 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
     return (model, params), config
 
 
+def with_autoencoder(model: LatentDiffusion, params: Params, path: Path) -> tuple[LatentDiffusion, Params]:
+    """The model with the autoencoder of a component's folder, a pipeline's folder or a single file.
+
+    A folder states the shift and scale of its latents, which must be the model's; a single file does not.
+
+    Raises:
+      InputError: damaged, or its latents are not those of the model.
+    """
+    dtypes = {"dtype": jnp.dtype(model.dtype), "params_dtype": jnp.dtype(model.dtype)}
+    problem = f"--vae={path} has other latents than --model"
+    if path.is_file():
+        module, first_stage = single_file.read_autoencoder(path, **dtypes)
+    else:
+        where = path / "vae" if (path / "vae").is_dir() else path
+        module, first_stage, *scaling = folder.load_autoencoder(where, **dtypes)
+        for name, value in zip(("shift", "scale"), scaling):
+            if not np.array_equal(value, params[name]):
+                values = f"{value.tolist()}, those of --model {params[name].tolist()}"
+                raise InputError(f"{problem}: their {name} is {values}")
+    fields = ("latent_channels", "in_channels", "downsampling")
+    own, new = ([type(m).__name__, *(getattr(m, name) for name in fields)] for m in (model.first_stage.module, module))
+    if own != new:
+        raise InputError(f"{problem}: class, {', '.join(fields)} {new}, not {own}")
+    return replace(model, first_stage=replace(model.first_stage, module=module)), params | {"first_stage": first_stage}
+
+
 def has_data(where: str) -> bool:
-    """Whether the model at this path or name may know a data set, as a run does."""
+    """Whether the model at this path or hub id may have a data set, as a run does."""
     path = Path(where)
     return not (hub.is_hub_id(where) or is_diffusers_folder(path) or is_single_file(path))
 
 
 def is_diffusers_folder(path: Path) -> bool:
-    """Whether this is a diffusers folder, and not one that was exported from a run."""
+    """Whether this is a diffusers folder that was not exported from a run."""
     return (path / folder.INDEX).is_file() and not is_exported(path)
 
 

@@ -1,4 +1,4 @@
-"""A latent diffusion model in memory: one shape, whether it comes from a config, a run folder or another library.
+"""A latent diffusion model in memory, the same from a config, a run folder or another library.
 
 The static half, `LatentDiffusion`, has modules, tables and numbers; the parameters are a separate tree of arrays:
 {"denoiser", "conditioning", "first_stage", "shift", "scale"}.
@@ -29,43 +29,44 @@ Params = dict[str, Any]
 
 
 class Solver(NamedTuple):
-    """How a sampler runs on a model unless a user says otherwise."""
+    """The default settings of a sampler on a model."""
 
-    process: Process  # the model's own but where diffusers' class changes its end
+    process: Process  # the model's own, but for the end that some classes of diffusers change
     options: Mapping[str, Any]  # arguments of `solvers.make_table` beyond the number of steps
-    clip_sample_range: float = np.inf  # z0_hat of latents is kept within [-range, range]
+    clip_sample_range: float = np.inf  # z0_hat of latents is clipped to [-range, range]
     scaled_initial_noise: bool = False  # z_T = sigma_T eps, diffusers' init_noise_sigma of k-diffusion's samplers
 
 
 class SamplingDefaults(NamedTuple):
-    """How a model is sampled unless a user says otherwise."""
+    """The sampling defaults of a model."""
 
     sampler: str
     steps: int
-    solvers: Mapping[str, Solver | str]  # sampler -> how it runs, or why it cannot
+    solvers: Mapping[str, Solver | str]  # by sampler; or why the model does not have it
     guidance: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
     threshold: float = 0.0
     batch_size: int = 1
-    crop: str = "center"  # how images are brought to the model's size: see `data.images.fit`
+    crop: str = "center"  # of images resized to the model's size: see `data.images.fit`
+    concat_split: str | None = None  # whose degraded images are the default inputs of concat conditioning
 
     def solver(self, sampler: str) -> Solver:
-        """How this sampler runs on the model; raises InputError if it cannot."""
-        found = self.solvers.get(sampler, f"sampler must be one of {', '.join(self.solvers)}, got {sampler!r}")
-        if isinstance(found, str):
-            raise InputError(found)
-        return found
+        """The settings of a sampler; raises InputError if the model does not have it."""
+        solver = self.solvers.get(sampler, f"sampler must be one of {', '.join(self.solvers)}, got {sampler!r}")
+        if isinstance(solver, str):
+            raise InputError(solver)
+        return solver
 
 
 class Origin(NamedTuple):
-    """Where a model comes from: what is recorded and exported, and nothing that sampling or training depends on."""
+    """The origin of a model, for records and export; neither sampling nor training depends on it."""
 
     path: Path | None = None
-    step: int = 0  # updates behind the denoiser
+    step: int = 0  # updates of the denoiser
     class_names: tuple[str, ...] = ()  # () without classes
     other_class_names: tuple[str, ...] = ()  # of the further classes of a fine-tuned model, without data
-    config: ConfigDict | None = None  # of the run that trained it, with its data set; None: it has none
+    config: ConfigDict | None = None  # of the run that trained it
     fingerprint: str = ""  # of the weights' files: equal means the same parameters
     hashed: tuple[str, ...] = ()  # part of the fingerprint in recipes, with the parameters
     pipeline: str = ""  # the class of diffusers that samples from such a model
@@ -79,13 +80,10 @@ class LatentDiffusion:
     Attributes:
       denoiser: a Flax module: apply({"params": p}, z_t or z_t with concatenated channels, t, **cond) -> prediction.
       first_stage: the autoencoder; the identity for diffusion on pixels.
-      conditioning: on classes, texts or nothing.
-      concat: further input channels of the denoiser, if it has such.
-      process: the forward process that the denoiser was trained with.
-      prediction: what it predicts, a key of `prediction.PREDICTIONS`.
+      concat: conditioning by further input channels of the denoiser.
+      process: the forward process of the training.
+      prediction: a key of `prediction.PREDICTIONS`.
       image_shape: (H, W, C).
-      defaults: how it is sampled.
-      origin: where it comes from.
     """
 
     denoiser: nn.Module
@@ -102,9 +100,8 @@ class LatentDiffusion:
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of one example's latents."""
         height, width, _ = self.image_shape
-        factor = self.first_stage.downsampling
-        concat = self.concat.channels if self.concat else 0
-        return height // factor, width // factor, self.denoiser.in_channels - concat
+        factor, concat_channels = self.first_stage.downsampling, self.concat.channels if self.concat else 0
+        return height // factor, width // factor, self.denoiser.in_channels - concat_channels
 
     @property
     def learned_variance(self) -> bool:
@@ -113,17 +110,17 @@ class LatentDiffusion:
 
     @property
     def num_bins(self) -> int | None:
-        """How many values a number of z0 can take: 256 in pixel space; latents are continuous, None."""
+        """The number of values of each z0 in pixel space, 256; latents are continuous: None."""
         return 256 if self.first_stage.module is None else None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the classes, in the order of their labels; () without classes."""
+        """The class names, in the order of the labels; () without classes."""
         return self.origin.class_names
 
     @property
     def dtype(self) -> str:
-        """Of the computation."""
+        """The dtype of the computation."""
         return jnp.dtype(self.denoiser.dtype).name
 
     def at_size(self, size: tuple[int, int]) -> "LatentDiffusion":
@@ -134,25 +131,22 @@ class LatentDiffusion:
 def apply_denoiser(
     model: LatentDiffusion, params: Params, z_t: jax.Array, t: jax.Array, cond: dict[str, Any], **options: Any
 ) -> Any:
-    """The one place where the denoiser is called: in training, sampling and likelihood.
+    """The output of the denoiser, [B, h, w, c] float32, or 2c with a learned variance: its one call in this package.
 
     Args:
-      model, params: the model; only params["denoiser"] is used.
+      model, params: only params["denoiser"] is used.
       z_t: [B, h, w, c] noised latents.
       t: [B] timesteps, perhaps fractional.
       cond: the denoiser's arguments from `model.conditioning.encode`, and "concat" [B, h, w, k] of `model.concat`.
-      options: of Flax' `apply`, such as capture_intermediates.
-
-    Returns:
-      [B, h, w, c], or 2c with a learned variance, float32; with such options what Flax returns.
+      options: of Flax' `apply`, such as capture_intermediates, which changes what is returned.
     """
     arguments = {name: value for name, value in cond.items() if name != "concat"}
-    denoiser_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
-    return model.denoiser.apply({"params": params["denoiser"]}, denoiser_input, t, **arguments, **options)
+    unet_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
+    return model.denoiser.apply({"params": params["denoiser"]}, unet_input, t, **arguments, **options)
 
 
 def encode_images(model: LatentDiffusion, params: Params, images: jax.Array) -> jax.Array:
-    """The most likely latents z [B, h, w, c] of images uint8 [B, H, W, C]."""
+    """The latents z [B, h, w, c] of images uint8 [B, H, W, C]: the mode of the posterior."""
     raw = model.first_stage.mode(model.first_stage.encode(params["first_stage"], to_pixels(images)))
     return to_latents(raw, params["shift"], params["scale"])
 
@@ -163,10 +157,10 @@ def decode_latents(model: LatentDiffusion, params: Params, z: jax.Array) -> jax.
 
 
 def stored(params: Params) -> Params:
-    """The parameters under the names that hashes and checkpoints have had since the first version."""
+    """The parameters under the names of the first version, for hashes and checkpoints."""
     return {STORED_NAMES.get(name, name): tree for name, tree in params.items()}
 
 
 def fingerprint(model: LatentDiffusion, params: Params) -> str:
-    """A hash of all parameters: equal means the same model. Recipes carry it."""
+    """A hash of all parameters, for recipes: equal means the same model."""
     return content_hash(stored(params), *model.origin.hashed)

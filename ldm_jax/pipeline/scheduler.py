@@ -1,4 +1,4 @@
-"""Schedulers: from scheduler_config.json to how samplers run on a model, and from a run's config to such a file."""
+"""Schedulers: from scheduler_config.json to the solvers of a model, and from a run's config to such a file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,17 +13,10 @@ from ldm_jax.interop.scheduler_config import Scheduler, config_from_schedule, sc
 from ldm_jax.pipeline.model import Solver
 
 
-def own_scheduler(config: Mapping[str, Any], pipeline: str) -> Scheduler:
-    """The scheduler of a model's own scheduler_config.json, in a pipeline of this class; raises InputError."""
-    scheduler = scheduler_from_config(config, pipeline=pipeline)
-    _solver(scheduler)
-    return scheduler
-
-
 def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, Solver | str]:
-    """How each sampler runs: as `XScheduler.from_config(pipe.scheduler.config)` in diffusers, the model's own as it is.
+    """Solver of each sampler: as `XScheduler.from_config(pipe.scheduler.config)` in diffusers, or why there is none.
 
-    A sampler that diffusers could not make of the config, or that no sampler here is, has the error's message.
+    Raises InputError if the config's own scheduler is not supported.
     """
     solvers: dict[str, Solver | str] = {}
     for sampler in SOLVERS:
@@ -31,7 +24,7 @@ def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, 
             solvers[sampler] = _solver(scheduler_from_config(config, sampler, pipeline=pipeline))
         except InputError as error:
             solvers[sampler] = str(error)
-    own = own_scheduler(config, pipeline)
+    own = scheduler_from_config(config, pipeline=pipeline)
     return solvers | {own.sampler: _solver(own)}
 
 
@@ -42,27 +35,20 @@ def _solver(scheduler: Scheduler) -> Solver:
 
 
 def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """The scheduler_config.json with which diffusers samples as `config.sampling` says, and in words what differs.
+    """The scheduler_config.json with which diffusers samples as `config.sampling` says, and notes on the differences.
 
     DDIM without noise is Euler's method, and that class of diffusers has the right timesteps whatever their spacing;
     its DDIM has for leading spacing (diffusers#9261). A sampler that no class of diffusers is falls back to DDIM.
     """
     diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.type == "none"
-    schedule = {
-        "name": diffusion.schedule,
-        "T": diffusion.timesteps,
-        "beta_start": diffusion.beta_start,
-        "beta_end": diffusion.beta_end,
-        "zero_terminal_snr": diffusion.zero_terminal_snr,
-        "prediction": diffusion.prediction,
-        "clip": 1.0 if pixels else np.inf,
-    }
+    same = ("beta_start", "beta_end", "zero_terminal_snr", "prediction")
+    schedule = {"name": diffusion.schedule, "T": diffusion.timesteps, "clip": 1.0 if pixels else np.inf}
+    schedule |= {name: diffusion[name] for name in same}
     notes = []
     if sampling.threshold and pixels:
         notes.append("Without dynamic thresholding: z0 is clipped at 1 instead.")
     sampler, spacing = sampling.sampler, sampling.spacing
-    as_euler = spacing != "leading" and not (sampling.eta or pixels or diffusion.zero_terminal_snr)
-    if sampler == "ddim" and as_euler:
+    if sampler == "ddim" and spacing != "leading" and not (sampling.eta or pixels or diffusion.zero_terminal_snr):
         sampler = "euler"
     try:
         if sampling.churn:

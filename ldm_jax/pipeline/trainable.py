@@ -1,7 +1,6 @@
-"""Which parameters of a model are trained: whole parts of it, or low-rank updates of its denoiser.
+"""Trainable parameters of a model: whole parts of it, or LoRA of its denoiser.
 
-A trainable has two functions: `init` takes its parameters from those of the model, which training starts from, and
-`merge` puts trained ones back. Training from scratch starts from random parameters.
+`init` makes them from the model's parameters, which training starts from; `merge` puts trained ones back.
 """
 
 from dataclasses import dataclass
@@ -18,26 +17,26 @@ from ldm_jax.pipeline.model import LatentDiffusion, Params
 
 @dataclass(frozen=True)
 class Parts:
-    """Whole parts of a model."""
+    """Training of whole parts of a model."""
 
     names: tuple[str, ...]
 
     def init(self, rng: jax.Array, params: Params) -> Params:
-        """The parts' parameters, as the model has them."""
+        """The parts' parameters, as in the model."""
         return {name: params[name] for name in self.names}
 
     def merge(self, params: Params, trained: Params) -> Params:
-        """The model's parameters with the trained parts in place of its own."""
+        """The model's parameters with the trained parts."""
         return params | trained
 
     def frozen(self, params: Params) -> Params:
-        """The model's parameters that stay as they are."""
+        """The model's parameters that are not trained."""
         return {name: tree for name, tree in params.items() if name not in self.names}
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank updates of the denoiser's attention: W + alpha / rank B A (Hu 2021, section 4.1)."""
+    """Training of low-rank updates of the denoiser's attention: W + alpha / rank B A (Hu 2021, section 4.1)."""
 
     rank: int
     alpha: float
@@ -56,7 +55,7 @@ class LoRA:
         return params | {"denoiser": lora.merge(params["denoiser"], trained["lora"], self.scale)}
 
     def frozen(self, params: Params) -> Params:
-        """The model's parameters that stay as they are: all."""
+        """All of the model's parameters."""
         return params
 
 
@@ -64,7 +63,7 @@ Trainable = Parts | LoRA
 
 
 def trainable_of(config: ConfigDict, model: LatentDiffusion) -> Trainable:
-    """What a config trains: LoRA, or the denoiser with the class embedding, or with the text encoders if it says so."""
+    """What a config trains: LoRA, or the denoiser with the class embedding or, if it says so, the text encoders."""
     if config.lora.rank:
         return LoRA(config.lora.rank, config.lora.alpha)
     if isinstance(model.conditioning, TextConditioning):
@@ -79,10 +78,10 @@ def trained_shapes(trainable: Trainable, params: Params) -> Any:
 
 
 def merge_trained(trainable: Trainable, params: Params, trained: Params) -> Params:
-    """Trained parameters in the model's, NumPy arrays, each in the type of the one that it takes the place of."""
+    """The model's parameters with the trained ones, as NumPy arrays of their former types."""
     merged = trainable.merge(params, jax.device_get(trained))
-    changed = {name: tree for name, tree in merged.items() if tree is not params.get(name)}
     return params | {
         name: jax.tree.map(lambda new, old: np.asarray(new, old.dtype), tree, params[name])
-        for name, tree in changed.items()
+        for name, tree in merged.items()
+        if tree is not params.get(name)
     }

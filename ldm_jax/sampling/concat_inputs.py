@@ -1,4 +1,4 @@
-"""The images that concat conditioning is made of: degraded images of a data set, or a user's files."""
+"""Images for concat conditioning: degraded images of a data set, or a user's files."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +18,15 @@ from ldm_jax.runtime.parallel import map_in_batches, parallel_map
 from ldm_jax.sampling import image_inputs
 from ldm_jax.sampling.sampler import smallest_batch
 
-GREY = 128  # the grey level of a masked part
+GREY = 128  # of the masked part, when visualized
 
 
 class ConcatImages(NamedTuple):
-    """N degraded images, or one that all samples are made of."""
+    """N degraded images, or one for all samples."""
 
     degraded: dict[str, np.ndarray]  # uint8 [N or 1, ...], from `ConcatConditioning.degrade`
-    originals: np.ndarray | None = None  # uint8 [N, H, W, C], if there are such to compare with
-    labels: np.ndarray | None = None  # int32 [N], their classes, in labelled sets
+    originals: np.ndarray | None = None  # uint8 [N, H, W, C] of a data set
+    labels: np.ndarray | None = None  # int32 [N], of a data set with classes
 
 
 def from_split(model: LatentDiffusion, dataset: Dataset, num: int, seed: int, batch_size: int) -> ConcatImages:
@@ -36,21 +36,20 @@ def from_split(model: LatentDiffusion, dataset: Dataset, num: int, seed: int, ba
     degrade = parallel_map(
         lambda seed, batch: concat.degrade(batch, example_keys(seed, Stream.DEGRADE, 0, batch["id"]))
     )
-    batch = examples | {"id": rows.astype(np.int32)}
     batch_size = smallest_batch(num, batch_size, jax.local_device_count())
-    degraded = map_in_batches(degrade, np.uint32(seed), batch, batch_size)
+    degraded = map_in_batches(degrade, np.uint32(seed), examples | {"id": rows.astype(np.int32)}, batch_size)
     return ConcatImages(degraded, examples["x"], examples.get("label"))
 
 
 def check_segments(model: LatentDiffusion, dataset: Dataset) -> None:
-    """Raises InputError, before anything is trained, for segmentation maps of more classes than the config has."""
+    """Raises InputError for segmentation maps with more classes than the config has."""
     if not isinstance(model.concat, Segmentation):
         return
-    some = dataset[np.arange(min(len(dataset), 1000))]["segments"]
-    if some.max() >= model.concat.num_segments:
+    highest = dataset[np.arange(min(len(dataset), 1000))]["segments"].max()
+    if highest >= model.concat.num_segments:
         raise InputError(
             f"config.concat.num_segments is {model.concat.num_segments}; {dataset.name} has a pixel of class "
-            f"{some.max()}, so it must be {some.max() + 1} or more"
+            f"{highest}, so it must be {highest + 1} or more"
         )
 
 
@@ -60,59 +59,55 @@ def from_file(model: LatentDiffusion, path: Path) -> ConcatImages:
     Raises:
       InputError: it cannot be read, or has classes that the model does not have.
     """
-    (height, width, channels), crop = model.image_shape, model.defaults.crop
+    (height, width, channels), crop, flag = model.image_shape, model.defaults.crop, "--concat_image"
     if isinstance(model.concat, LowResolution):
         size = (height // model.concat.factor, width // model.concat.factor)
-        small = image_inputs.read_image(path, "--concat_image", size=size, channels=channels, crop=crop)
-        return ConcatImages({"small": small[None]})
-    segments = fit_segments(image_inputs.open_image(path, "--concat_image"), size=(height, width), crop=crop)
+        return ConcatImages(
+            {"small": image_inputs.read_image(path, flag, size=size, channels=channels, crop=crop)[None]}
+        )
+    segments = fit_segments(image_inputs.open_image(path, flag), size=(height, width), crop=crop)
     if segments.max() >= model.concat.num_segments:
         raise InputError(
-            f"--concat_image={path} has class {segments.max()}; the model has 0 to {model.concat.num_segments - 1}"
+            f"{flag}={path} has class {segments.max()}; the model has 0 to {model.concat.num_segments - 1}"
         )
     return ConcatImages({"segments": segments[None]})
 
 
-def from_masked(image: np.ndarray, mask: np.ndarray) -> ConcatImages:
-    """An image uint8 [H, W, C] to be inpainted where the mask, bool [H, W], is True."""
-    return ConcatImages({"x": image[None], "mask": mask[None, ..., None].astype(np.uint8)})
-
-
 def visualize(model: LatentDiffusion, images: ConcatImages) -> np.ndarray:
-    """The degraded images for a grid: uint8 [N, H, W, C]."""
+    """The degraded images for a grid, uint8 [N, H, W, C]."""
     degraded = images.degraded
     if isinstance(model.concat, LowResolution):
         return degraded["small"].repeat(model.concat.factor, 1).repeat(model.concat.factor, 2)
     if isinstance(model.concat, Inpainting):
         return np.where(degraded["mask"] == 1, np.uint8(GREY), degraded["x"])
-    brightness = np.linspace(0, 255, model.concat.num_segments).astype(np.uint8)
-    grey = brightness[degraded["segments"]]
+    grey = np.linspace(0, 255, model.concat.num_segments).astype(np.uint8)[degraded["segments"]]
     return np.broadcast_to(grey, (*grey.shape[:3], model.image_shape[-1]))
 
 
 def paste_known(images: ConcatImages | None, samples: np.ndarray) -> np.ndarray:
-    """Samples uint8 [N, H, W, C], of inpainting with the known pixels put back exactly."""
+    """Samples uint8 [N, H, W, C]; those of inpainting with the known pixels pasted in."""
     if images is None or "mask" not in images.degraded:
         return samples
     return np.where(images.degraded["mask"] == 1, samples, images.degraded["x"])
 
 
 def baseline(model: LatentDiffusion, images: ConcatImages) -> np.ndarray | None:
-    """What needs no model: bicubic enlargement, or each masked pixel like the nearest known one; uint8 [N, H, W, C].
+    """The baseline without a model, uint8 [N, H, W, C]: bicubic, or masked pixels filled from the nearest known ones.
 
     None for segmentation maps.
     """
     if isinstance(model.concat, LowResolution):
         height, width, _ = model.image_shape
-        return np.stack([_enlarged(small, (width, height)) for small in images.degraded["small"]])
+        return np.stack([_bicubic(small, (width, height)) for small in images.degraded["small"]])
     if isinstance(model.concat, Inpainting):
-        pairs = zip(images.degraded["x"], images.degraded["mask"])
-        return np.stack([_filled(x, mask[..., 0] == 1) for x, mask in pairs])
+        return np.stack(
+            [_filled(x, mask[..., 0] == 1) for x, mask in zip(images.degraded["x"], images.degraded["mask"])]
+        )
     return None
 
 
-def _enlarged(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """To (width, height)."""
+def _bicubic(small: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image [h, w, C] enlarged to (width, height)."""
     planes = [Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC) for plane in np.moveaxis(small, -1, 0)]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 

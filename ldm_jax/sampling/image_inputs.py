@@ -1,4 +1,4 @@
-"""Images that sampling begins from: read, checked, brought to the model's size; and interpolation of noise."""
+"""Image inputs of sampling: initial images, masks, outpainting and initial noise from files; interpolation of noise."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ from PIL import Image
 from ldm_jax.data.images import decode, fit
 from ldm_jax.errors import InputError
 
-SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis, before the image?
+SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis; before the image?
 
 
 def read_image(path: Path, flag: str, *, size: tuple[int, int], channels: int, crop: str) -> np.ndarray:
-    """An image as the model takes it, uint8 [*size, channels]; raises InputError if it is none."""
+    """An image file at the model's size, uint8 [*size, channels]; raises InputError, which names `flag`."""
     return fit(open_image(path, flag), size=size, channels=channels, crop=crop)
 
 
 def open_image(path: Path, flag: str) -> Image.Image:
-    """The image in the file that `flag` names, as it is; raises InputError if it is none."""
+    """An image file as it is; raises InputError, which names `flag`, if it cannot be read."""
     try:
         return decode(path.read_bytes())
     except (InputError, OSError) as error:
@@ -26,10 +26,10 @@ def open_image(path: Path, flag: str) -> Image.Image:
 
 
 def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str) -> np.ndarray:
-    """Where to sample, bool [*size]: the mask's white (or bright) parts, cropped as the image it belongs to.
+    """The inpainting mask, bool [*size], True where the file is white (to be sampled); cropped as its image is.
 
     Raises:
-      InputError: no image, of another size than the one it belongs to, or nothing of it is white.
+      InputError: no image, of another size than the image to inpaint, or without a white part.
     """
     mask, image = open_image(path, "--mask"), open_image(image_path, "--init_image")
     if mask.size != image.size:
@@ -44,7 +44,7 @@ def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str)
 
 
 def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The model's view of an image that is to be extended: as much of its edge as fits, and the new part.
+    """The image and mask of outpainting as inpainting: the image shifted off one edge, and its new part.
 
     Args:
       image: uint8 [H, W, C].
@@ -54,29 +54,27 @@ def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarr
       uint8 [H, W, C], the new part repeating the edge, and bool [H, W], True in the new part.
 
     Raises:
-      InputError: no such side, or not from 1 pixel to one less than there are.
+      InputError: no such side, or not from 1 pixel to one less than the image has.
     """
     side, _, pixels = where.partition(":")
     axis, before = SIDES.get(side, (0, True))
     size = image.shape[axis]
     if side not in SIDES or not pixels.isdigit() or not 0 < int(pixels) < size:
         raise InputError(f"--outpaint={where} must be {', '.join(SIDES)}, and 1 to {size - 1} pixels, e.g. right:8")
-    grown = [(0, 0)] * 3
-    grown[axis] = (int(pixels), 0) if before else (0, int(pixels))
-    new = np.pad(np.zeros(image.shape, bool), grown, constant_values=True)
-    kept = [slice(None)] * 3
-    kept[axis] = slice(size) if before else slice(-size, None)
-    return np.pad(image, grown, mode="edge")[tuple(kept)], new[tuple(kept)][..., 0]
+    padding = [(0, 0)] * 3
+    padding[axis] = (int(pixels), 0) if before else (0, int(pixels))
+    window = (slice(None),) * axis + (slice(size) if before else slice(-size, None),)
+    new = np.pad(np.zeros(image.shape[:2], bool), padding[:2], constant_values=True)
+    return np.pad(image, padding, mode="edge")[window], new[window]
 
 
 def outpainted(image: np.ndarray, samples: np.ndarray, where: str) -> np.ndarray:
-    """The whole image [H, W, C] extended by the new part of sampled windows [N, H, W, C]: [N, H or more, ...]."""
+    """The image [H, W, C] extended by the new part of sampled windows [N, H, W, C]: [N, H or more, W or more, C]."""
     side, _, pixels = where.partition(":")
-    axis, before = SIDES[side]
-    new = [slice(None)] * 4
-    new[axis + 1] = slice(int(pixels)) if before else slice(-int(pixels), None)
-    parts = [samples[tuple(new)], np.broadcast_to(image, samples.shape)]
-    return np.concatenate(parts if before else parts[::-1], axis=axis + 1)
+    axis, before = SIDES[side][0] + 1, SIDES[side][1]
+    new = samples[(slice(None),) * axis + (slice(int(pixels)) if before else slice(-int(pixels), None),)]
+    parts = [new, np.broadcast_to(image, samples.shape)]
+    return np.concatenate(parts if before else parts[::-1], axis=axis)
 
 
 def read_latents(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -94,17 +92,15 @@ def read_latents(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def latent_mask(mask: np.ndarray, factor: int) -> np.ndarray:
-    """bool [H, W] -> bool [H / factor, W / factor, 1]: a latent is sampled if any of its pixels is."""
+    """The mask of latents, bool [H, W] -> bool [H / factor, W / factor, 1]: True if any of its pixels is."""
     h, w = (side // factor for side in mask.shape)
     return mask.reshape(h, factor, w, factor).any((1, 3))[..., None]
 
 
 def slerp(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Spherical interpolation of Gaussian noise (Shoemake 1985): float32 [N, ...].
+    """Spherical interpolation of Gaussian noise a, b [...] (Shoemake 1985): float32 [N, ...].
 
-    Args:
-      a, b: float32 of one shape.
-      weights: [N], 0 at a and 1 at b.
+    `weights` [N] are 0 at a and 1 at b.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     weights = np.asarray(weights, np.float64).reshape(-1, *[1] * a.ndim)

@@ -1,7 +1,7 @@
-"""Samples of a text-to-image run by prompts: image sheets, and images to score.
+"""Samples of a text-to-image run by prompts: grids with a row for each prompt, and the images of held-out captions.
 
-prompts/training.png   captions of the training split, a training image first
-prompts/held_out.png   the same of captions of the test split; of as many as there are samples, held_out.npz
+prompts/training.png   captions of the training split, after a training image
+prompts/held_out.png   the same of the test split; held_out.npz has as many as there are samples
 prompts/made_up.png    config.sampling.prompts
 prompts/guidance.png   a few captions at rising guidance scales
 """
@@ -31,11 +31,11 @@ ROWS, COLUMNS = 12, 8
 SCALES = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)  # of guidance; 0 is unconditional
 GUIDED = 8  # captions at each of these
 SEARCHED = 1_024  # images of a split that captions are taken from
-MADE_OF = "made_of.json"  # written last: a hash of what the sheets depend on
+MADE_OF = "made_of.json"  # written last: a hash of the model and the recipe
 
 
 def sample_sheets(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
-    """Samples the sheets of a run, unless its folder has just these already."""
+    """Samples the sheets of a run, unless its folder has those of the same model and recipe."""
     model, params = load(workdir)
     recipe, folder, made_up = recipe_of_run(model, train_set), workdir / FOLDER, model.origin.config.sampling.prompts
     depends_on = [fingerprint(model, params), to_json(recipe), list(made_up)]
@@ -62,19 +62,18 @@ def sample_sheets(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
 def make_prompt_sampler(
     model: LatentDiffusion, params: Params, recipe: Recipe
 ) -> Callable[[list[str], Sequence[float]], np.ndarray]:
-    """(P prompts, N guidance scales) -> uint8 [P, N, H, W, C]; the rest is as in the recipe."""
+    """A function of P prompts and N guidance scales -> images uint8 [P, N, H, W, C]; all else is as in the recipe."""
     batch_size = smallest_batch(recipe.num, model.defaults.batch_size, jax.local_device_count())
     sampler, table, params = make_sampler(model, batch_size), make_table(model, recipe.solving), replicate(params)
 
     def sample(prompts: list[str], scales: Sequence[float]) -> np.ndarray:
-        shape = len(prompts), len(scales)
-        labels = np.repeat(np.arange(shape[0]), shape[1])
+        labels = np.repeat(np.arange(len(prompts)), len(scales))
         by_prompt = recipe._replace(num=len(labels), prompts=prompts, labels=labels.tolist())
         _, inputs = sample_inputs(model, params, by_prompt, sampler)
-        guidance = np.tile(np.float32(scales), shape[0])
+        guidance = np.tile(np.float32(scales), len(prompts))
         inputs = inputs._replace(samples=inputs.samples._replace(guidance=guidance))
         images = np.concatenate(list(sampler.images(params, inputs, table)))
-        return images.reshape(*shape, *images.shape[1:])
+        return images.reshape(len(prompts), len(scales), *images.shape[1:])
 
     return sample
 
@@ -88,12 +87,12 @@ def captioned(dataset: Dataset, num: int) -> tuple[list[str], np.ndarray]:
 
 
 def of_classes(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
-    """An image of each of these classes, the first that a split has, uint8 [P, H, W, C]."""
-    found, first = np.unique(dataset[np.arange(len(dataset))]["label"], return_index=True)
-    return dataset[first[np.searchsorted(found, labels)]]["x"]
+    """The first image of each of these classes in a split, uint8 [P, H, W, C]."""
+    present, first = np.unique(dataset[np.arange(len(dataset))]["label"], return_index=True)
+    return dataset[first[np.searchsorted(present, labels)]]["x"]
 
 
 def save(path: Path, images: np.ndarray, prompts: list[str]) -> None:
-    """A row of images [P, N, H, W, C] for each prompt."""
+    """Writes a grid with a row of images [P, N, H, W, C] for each prompt."""
     sheet = image_grids.grid(images.reshape(-1, *images.shape[2:]), columns=images.shape[1], row_labels=prompts)
     image_grids.save_png(sheet, path)

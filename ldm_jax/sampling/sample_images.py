@@ -1,5 +1,6 @@
-"""From a recipe to images, and to the files they go to."""
+"""Images of a recipe, and the files that they are written to."""
 
+import hashlib
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -16,26 +17,27 @@ from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
-from ldm_jax.runtime.files import atomic
+from ldm_jax.runtime.files import atomic, content_hash
 from ldm_jax.runtime.parallel import replicate
-from ldm_jax.sampling import concat_inputs, image_grids, image_inputs, recipe_of_run
+from ldm_jax.sampling import concat_inputs, image_grids, image_inputs
 from ldm_jax.sampling.concat_inputs import ConcatImages
-from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models, hashes
+from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models
 from ldm_jax.sampling.inputs import concat_images_of, read_images, sample_inputs, with_clip, with_edit
-from ldm_jax.sampling.recipe import Recipe, file_hashes, from_json, to_json
+from ldm_jax.sampling.recipe import Recipe, from_json, to_json
+from ldm_jax.sampling.recipe_of_run import recipe_of_run
 from ldm_jax.sampling.sampler import smallest_batch
 from ldm_jax.sampling.tables import make_table
 
 
 class Samples(NamedTuple):
-    """The images of a recipe."""
+    """The samples of a recipe."""
 
     images: np.ndarray  # uint8 [N, H, W, C]
     labels: np.ndarray  # int32 [N]: class, or index of the prompt; -1 = none
-    trajectory: np.ndarray | None  # uint8 [S, M, H, W, C]: z0_hat of the first few images while sampling
-    recipe: dict[str, Any]  # everything that the same images need again, for a PNG
-    concat_images: ConcatImages | None  # what concat conditioning was made of
-    grid: Image.Image  # the first of them
+    trajectory: np.ndarray | None  # uint8 [S, M, H, W, C]: z0_hat of the first M images while sampling
+    recipe: dict[str, Any]  # as JSON, with hashes of the model and the input files
+    concat_images: ConcatImages | None  # inputs of concat conditioning
+    grid: Image.Image  # of the first images
 
 
 def sample_images(
@@ -45,12 +47,12 @@ def sample_images(
 
     Args:
       model, params: the model.
-      recipe: what to sample.
+      recipe: of the samples.
       batch_size: images at a time, a multiple of the devices or more than `recipe.num`.
-      trajectory: whether to keep z0_hat of the first few images while sampling.
+      trajectory: whether to keep z0_hat of the first images while sampling.
 
     Raises:
-      InputError: a solver or step count that the model does not take, or an input that is missing or does not fit.
+      InputError: a solver or number of steps that the model does not take, or an input that is missing or does not fit.
     """
     model = _at_recipe(model, recipe)
     table = make_table(model, recipe.solving, recipe.edit)
@@ -73,32 +75,29 @@ def sample_images(
     if recipe.edit.outpaint:
         images, concat_images = image_inputs.outpainted(whole, images, recipe.edit.outpaint), None
     few = min(recipe.num, 2 * max(len(recipe.labels), 8))
-    about = {"model": fingerprint(model, params), "step": model.origin.step,
-             "inputs": input_hashes(recipe, guides)}  # fmt: skip
-    return Samples(
-        images,
-        labels,
-        sampler.trajectory(replicated, inputs.first(few), table) if trajectory else None,
-        about | to_json(recipe),
-        concat_images,
-        sample_grid(model, recipe, images, labels, concat_images),
-    )
+    frames = sampler.trajectory(replicated, inputs.first(few), table) if trajectory else None
+    about = {"model": fingerprint(model, params), "step": model.origin.step, "inputs": input_hashes(recipe, guides)}
+    grid = sample_grid(model, recipe, images, labels, concat_images)
+    return Samples(images, labels, frames, about | to_json(recipe), concat_images, grid)
 
 
 def _at_recipe(model: LatentDiffusion, recipe: Recipe) -> LatentDiffusion:
-    """The model at a recipe's size, with its autoencoder in tiles if the recipe says so."""
+    """The model at a recipe's size, and with a tiled autoencoder if the recipe has it."""
     model = model.at_size(tuple(recipe.size))
     if not recipe.vae_tiling:
         return model
     try:
         return replace(model, first_stage=replace(model.first_stage, tiled=True))
     except ValueError as error:
-        raise InputError(f"--vae_tiling: the autoencoder's sample_size says so, but {error}") from error
+        raise InputError(f"--vae_tiling: tiles are of the autoencoder's sample_size, but {error}") from error
 
 
 def input_hashes(recipe: Recipe, guides: GuidanceModels) -> dict[str, str]:
-    """File or run folder -> hash, of all files that a recipe reads."""
-    return file_hashes(recipe) | hashes(recipe, guides)
+    """Hashes of the existing input files of a recipe, and of its guidance models' parameters, by path."""
+    edit = recipe.edit
+    files = (edit.init_image, edit.mask, edit.to_image, edit.init_latents, recipe.concat.image)
+    hashes = {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files if f and Path(f).is_file()}
+    return hashes | {getattr(recipe.guidance, name): content_hash(params) for name, params in guides.params.items()}
 
 
 def check_inputs(recipe: Recipe, recorded: dict[str, str], model: LatentDiffusion, params: Params, where: str) -> None:
@@ -109,7 +108,7 @@ def check_inputs(recipe: Recipe, recorded: dict[str, str], model: LatentDiffusio
 
 
 def save(folder: Path, samples: Samples) -> None:
-    """Writes samples.npz, samples.png (with the recipe in it) and denoising.gif, if there is one, to `folder`."""
+    """Writes samples.npz, samples.png (with the recipe in it) and, of a trajectory, denoising.gif to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, images=samples.images, labels=samples.labels)
@@ -121,43 +120,44 @@ def save(folder: Path, samples: Samples) -> None:
 def sample_grid(
     model: LatentDiffusion, recipe: Recipe, images: np.ndarray, labels: np.ndarray, concat_images: ConcatImages | None
 ) -> Image.Image:
-    """A grid of a recipe's images: a row for each class or prompt, or, with concat conditioning, each sample below its
-    condition."""
+    """The grid of images [N, H, W, C]: a row for each class or prompt, or each sample below its concat conditioning."""
     if concat_images is None:
         rows, names = _rows(recipe, labels, model.class_names)
         return image_grids.sample_grid(images, rows, names or None)
-    rows = {"given": np.broadcast_to(concat_inputs.visualize(model, concat_images), images.shape), "sample": images}
+    rows = {"input": np.broadcast_to(concat_inputs.visualize(model, concat_images), images.shape), "sample": images}
     if concat_images.originals is not None:
         rows["original"] = concat_images.originals
     return image_grids.comparison({name: some[:40] for name, some in rows.items()})
 
 
 def _rows(recipe: Recipe, labels: np.ndarray, class_names: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Of a grid: the row of each image, and the names of the rows."""
+    """The row of each image in a grid, and the names of the rows."""
     if recipe.edit.to_prompt is not None:
         return labels, (f"{recipe.prompts[0]} - {recipe.edit.to_prompt}",)
-    if recipe.prompts and (labels < 0).all():  # of a CLIP that guides
+    if recipe.prompts and (labels < 0).all():  # of CLIP guidance
         return np.arange(len(labels)) % len(recipe.prompts), tuple(recipe.prompts)
     return labels, class_names or tuple(recipe.prompts)
 
 
 def sample_run(workdir: Path, dataset: Dataset) -> None:
-    """The samples that end a run (see `recipe_of_run`), unless the run folder has just these already."""
+    """Samples the recipe of a run (`recipe_of_run`), unless the run folder has its samples already."""
     if not config_io.from_json(workdir / "config.json").sampling.num:
         return
     model, params = load(workdir)
-    recipe = recipe_of_run.recipe_of_run(model, dataset)
+    recipe = recipe_of_run(model, dataset)
     if not _is_sampled(workdir, recipe, fingerprint(model, params)):
         save(workdir, sample_images(model, params, recipe, batch_size=model.defaults.batch_size))
 
 
 def _is_sampled(folder: Path, recipe: Recipe, of_model: str) -> bool:
-    """Whether the folder has sound files of this recipe and model."""
+    """Whether the folder has undamaged files of this recipe and model."""
     try:
-        found = image_grids.read_recipe(folder / "samples.png")
+        recorded = image_grids.read_recipe(folder / "samples.png")
         with (folder / "samples.npz").open("rb") as file, np.load(file) as samples:  # np.load leaves a bad one open
             complete = {"images", "labels"} <= {*samples} and len(samples["images"]) == recipe.num
-        same = from_json(found, "samples.png") == from_json(to_json(recipe), "") and found.get("model") == of_model
+        same = (
+            from_json(recorded, "samples.png") == from_json(to_json(recipe), "") and recorded.get("model") == of_model
+        )
     except (InputError, OSError, ValueError, BadZipFile, zlib.error):  # missing or damaged: sampled again
         return False
     return complete and same and (folder / "denoising.gif").exists()

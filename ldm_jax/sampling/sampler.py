@@ -1,22 +1,16 @@
-"""From noise to images: a model's parts as one compiled call, run in batches over the devices."""
+"""The sampler of a model: from noise to images, compiled, in batches over the devices."""
 
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.diffusion import guidance
 from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, from_network, paste_known, threshold_z0
-from ldm_jax.diffusion.guidance import (
-    class_log_probabilities,
-    classifier_free,
-    classifier_guided,
-    log_probability,
-    similarity_guided,
-)
 from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.tables import Table
@@ -27,33 +21,33 @@ from ldm_jax.models.pixels import to_uint8
 from ldm_jax.pipeline.model import LatentDiffusion, Params, apply_denoiser, decode_latents, encode_images
 from ldm_jax.runtime.parallel import map_in_batches, parallel_map
 
-SNAPSHOTS = 24  # of the trajectory, the frames of denoising.gif
+SNAPSHOTS = 24  # of the trajectory: the frames of denoising.gif
 
 
 class PerSample(NamedTuple):
-    """The arrays of N samples, [N, ...] each: sample k depends on row k, the shared arrays and the seed alone."""
+    """Arrays [N, ...] of N samples: sample k depends on row k, the shared arrays and the seed alone."""
 
-    index: np.ndarray  # int32: which sample of the seed
+    index: np.ndarray  # int32: of each sample's noise, within the seed
     cond: Any  # rows of the conditioning's table
     guidance: np.ndarray  # float32: the scale of classifier-free guidance
     z_T: np.ndarray | None = None  # [N, h, w, c] float32 initial noise; None: from the seed
     concat: dict[str, np.ndarray] | None = None  # "concat" [N, h, w, k] and further arguments of the denoiser
-    label: np.ndarray | None = None  # int32, that a classifier guides to; -1 = none
+    label: np.ndarray | None = None  # int32: class of classifier guidance; -1 = none
     classifier_scale: np.ndarray | None = None  # float32
-    text_embeds: np.ndarray | None = None  # [N, D] float32: CLIP's of the texts that it guides to
+    text_embeds: np.ndarray | None = None  # [N, D] float32: of CLIP guidance
     clip_guidance_scale: np.ndarray | None = None  # float32
     interpolate_to: Any = None  # rows of the table
     interpolate_weight: np.ndarray | None = None  # float32 from 0 (cond) to 1 (interpolate_to)
 
 
 class Shared(NamedTuple):
-    """The arrays that all samples of a request share."""
+    """Arrays shared by all samples."""
 
-    null_cond: Any  # one row of the conditioning's table: the null condition, or a negative one
-    interval: np.ndarray  # [2] float32: the fraction t / T of the timesteps that is guided
+    null_cond: Any  # a row of the conditioning's table: the null condition, or a negative one
+    interval: np.ndarray  # [2] float32: guidance is applied at t / T in it
     rescale: np.ndarray  # [] float32: see `classifier_free`
-    threshold: np.ndarray  # [] float32: of pixels, the quantile of dynamic thresholding; 0: clipped at 1
-    clip_sample_range: np.ndarray  # [] float32: of latents, z0_hat is kept within [-range, range]
+    threshold: np.ndarray  # [] float32: quantile of dynamic thresholding of pixels; 0: clipped at 1
+    clip_sample_range: np.ndarray  # [] float32: z0_hat of latents is clipped to [-range, range]
     z0: np.ndarray  # [h, w, c] float32 clean latents of the known region
     mask: np.ndarray  # bool [h, w, 1]: True = sampled, False = known
 
@@ -64,22 +58,23 @@ class SampleInputs(NamedTuple):
     samples: PerSample
     shared: Shared
     seed: int
-    init_image: bool = False  # begin from shared.z0, noised to the first level of the table, not from noise alone
+    init_image: bool = False  # start from shared.z0 noised to the first level of the table, not from noise alone
     scaled_initial_noise: bool = False  # noise alone is multiplied by sigma of the first level
 
     def first(self, num: int) -> "SampleInputs":
-        """The same for the first `num` samples only."""
+        """The inputs of the first `num` samples."""
         return self._replace(samples=jax.tree.map(lambda rows: rows[:num], self.samples))
 
 
 class Sampler(NamedTuple):
-    """A model compiled to sample `batch_size` images at a time; solver, steps, guidance and seed are arguments.
+    """A compiled sampler of `batch_size` images at a time; solver, steps, guidance and seed are arguments.
 
-    latents: (params, inputs, table) -> an iterator, in the order of the samples, over the batches'
+    Attributes:
+      latents: (params, inputs, table) -> iterator over batches, in order, of
         (z [b, h, w, c], z0_hat of the trajectory [b, SNAPSHOTS, h, w, c]).
-    decode: (params, z [b, h, w, c]) -> images uint8 [b, H, W, C].
-    encode: (params, images uint8 [N, H, W, C]) -> z [N, h, w, c], the most likely ones.
-    concat: (params, degraded images) -> [N, h, w, k]: `ConcatConditioning.encode` for any N.
+      decode: (params, z [b, h, w, c]) -> images uint8 [b, H, W, C].
+      encode: (params, images uint8 [N, H, W, C]) -> z [N, h, w, c], the mode of the posterior.
+      concat: (params, degraded images) -> [N, h, w, k]: `ConcatConditioning.encode` for any N.
     """
 
     latents: Callable[[Any, SampleInputs, Table], Iterator[tuple[np.ndarray, np.ndarray]]]
@@ -88,12 +83,12 @@ class Sampler(NamedTuple):
     concat: Callable[[Any, dict[str, np.ndarray]], np.ndarray]
 
     def images(self, params: Any, inputs: SampleInputs, table: Table) -> Iterator[np.ndarray]:
-        """Yields the images, uint8 [batch_size or fewer, H, W, C], in the order of the samples."""
+        """Yields batches of images, uint8 [batch_size or fewer, H, W, C], in order."""
         for z, _ in self.latents(params, inputs, table):
             yield self.decode(params, z)
 
     def trajectory(self, params: Any, inputs: SampleInputs, table: Table) -> np.ndarray:
-        """The images of z0_hat while sampling, uint8 [SNAPSHOTS, N, H, W, C]."""
+        """The trajectory of sampling: z0_hat as images, uint8 [SNAPSHOTS, N, H, W, C]."""
         frames = [
             np.stack([self.decode(params, z) for z in np.moveaxis(z0_hats, 1, 0)])
             for _, z0_hats in self.latents(params, inputs, table)
@@ -109,32 +104,28 @@ def guided_denoiser(
     classifier: NoisyClassifier | None = None,
     clip: CLIP | None = None,
 ) -> Denoiser:
-    """The model's denoiser with all guidance of a request, for use inside a compiled call.
+    """The denoiser of a model with all its guidance, for use inside a compiled call.
 
     Args:
       model: the model.
-      params: its parameters, with "classifier" and "clip" of those that guide.
+      params: its parameters, with "classifier" and "clip" of the guidance models.
       samples, shared: the arrays of a batch.
-      classifier: of noisy latents, which guides by `samples.classifier_scale`.
-      clip: guides by `samples.clip_guidance_scale`.
+      classifier: of noisy latents, with `samples.classifier_scale`.
+      clip: with `samples.clip_guidance_scale`.
 
     Raises:
-      ValueError: a scale without the model that guides by it, or such a model without a scale.
+      ValueError: a scale without its guidance model, or a guidance model without its scale.
     """
     for name, guide in (("classifier_scale", classifier), ("clip_guidance_scale", clip)):
         if (getattr(samples, name) is None) != (guide is None):
-            raise ValueError(f"{name} and the model that guides by it go together; only one of the two is given")
+            raise ValueError(f"{name} and the model that guides by it go together; one of the two is missing")
     encode, interval = model.conditioning.encode, shared.interval * len(model.process)
     cond, concat = encode(params["conditioning"], samples.cond), samples.concat or {}
     if samples.interpolate_to is not None:
         other = encode(params["conditioning"], samples.interpolate_to)
         cond = interpolate(cond, other, samples.interpolate_weight)
-
-    def network(z_t: jax.Array, t: jax.Array, cond: dict[str, Any]) -> jax.Array:
-        return apply_denoiser(model, params, z_t, t, cond)
-
-    denoise = classifier_free(
-        from_network(network, model.prediction, model.process),
+    denoise = guidance.classifier_free(
+        from_network(partial(apply_denoiser, model, params), model.prediction, model.process),
         cond | concat,
         encode(params["conditioning"], shared.null_cond) | concat,
         samples.guidance,
@@ -147,13 +138,13 @@ def guided_denoiser(
         def similarity(z0: jax.Array) -> jax.Array:
             return clip_logits(clip, params["clip"], decode_latents(model, params, z0), samples.text_embeds)
 
-        denoise = similarity_guided(denoise, similarity, samples.clip_guidance_scale, interval=interval)
+        denoise = guidance.similarity_guided(denoise, similarity, samples.clip_guidance_scale, interval=interval)
     if classifier is not None:
-        log_p = class_log_probabilities(classifier.apply, model.process)
+        log_p = guidance.class_log_probabilities(classifier.apply, model.process)
         label = jnp.maximum(samples.label, 0)
-        denoise = classifier_guided(
+        denoise = guidance.classifier_guided(
             denoise,
-            lambda z_t, t: log_probability(log_p(params["classifier"], z_t, t), label),
+            lambda z_t, t: guidance.log_probability(log_p(params["classifier"], z_t, t), label),
             jnp.where(samples.label < 0, 0.0, samples.classifier_scale),
             interval=interval,
         )
@@ -163,7 +154,7 @@ def guided_denoiser(
 
 
 def clip_logits(clip: CLIP, params: Any, x: jax.Array, text_embeds: jax.Array) -> jax.Array:
-    """CLIP's logits [B] of images x [B, H, W, C] in [-1, 1] with embedded texts [B, D] (Radford 2021, section 2.3)."""
+    """CLIP's logits [B] of images x [B, H, W, C] in [-1, 1] with text embeddings [B, D] (Radford 2021, section 2.3)."""
     resized = jax.image.resize(x, (len(x), *(clip.image.image_size,) * 2, x.shape[-1]), "linear")
     image = clip.apply({"params": params}, resized, method="embed_image")
     return jnp.exp(params["logit_scale"]) * jnp.sum(image * text_embeds, axis=-1)
@@ -173,14 +164,12 @@ def clip_logits(clip: CLIP, params: Any, x: jax.Array, text_embeds: jax.Array) -
 def make_sampler(
     model: LatentDiffusion, batch_size: int, classifier: NoisyClassifier | None = None, clip: CLIP | None = None
 ) -> Sampler:
-    """A model's sampler, for replicated parameters (see `runtime.parallel.replicate`).
-
-    Equal models share it, so that sampling twice in one process compiles once.
+    """The sampler of a model, for replicated parameters (see `runtime.parallel.replicate`); equal models share it.
 
     Args:
       model: the model.
       batch_size: images at a time, a multiple of the local devices; another one compiles again.
-      classifier, clip: further guidance: see `guided_denoiser`.
+      classifier, clip: of the guidance: see `guided_denoiser`.
     """
     shape = model.latent_shape
 
@@ -196,8 +185,8 @@ def make_sampler(
         return z, jnp.moveaxis(trajectory.z0_hat, 0, 1)
 
     compiled_solve = parallel_map(solve_batch)
-    compiled_decode = parallel_map(lambda params, batch: to_uint8(decode_latents(model, params, batch["z"])))
-    compiled_encode = parallel_map(lambda params, batch: encode_images(model, params, batch["images"]))
+    compiled_decode = parallel_map(lambda params, z: to_uint8(decode_latents(model, params, z)))
+    compiled_encode = parallel_map(lambda params, images: encode_images(model, params, images))
     compiled_concat = parallel_map(
         lambda params, inputs: model.concat.encode(model.first_stage, params, inputs, shape[:2])
     )
@@ -220,15 +209,14 @@ def make_sampler(
 
     def decode(params: Any, z: np.ndarray) -> np.ndarray:
         padded = np.pad(z, [(0, batch_size - len(z)), (0, 0), (0, 0), (0, 0)])
-        return compiled_decode(params, {"z": padded})[: len(z)]
+        return compiled_decode(params, padded)[: len(z)]
 
-    def encode(params: Any, images: np.ndarray) -> np.ndarray:
-        return map_in_batches(compiled_encode, params, {"images": images}, batch_size)
-
-    def concat(params: Any, degraded: dict[str, np.ndarray]) -> np.ndarray:
-        return map_in_batches(compiled_concat, params, degraded, batch_size)
-
-    return Sampler(latents, decode, encode, concat)
+    return Sampler(
+        latents,
+        decode,
+        encode=lambda params, images: map_in_batches(compiled_encode, params, images, batch_size),
+        concat=lambda params, degraded: map_in_batches(compiled_concat, params, degraded, batch_size),
+    )
 
 
 def smallest_batch(num: int, batch_size: int, devices: int) -> int:

@@ -1,7 +1,6 @@
 """The solver table of a recipe on a model."""
 
-from ldm_jax.diffusion.solvers import make_inversion_table
-from ldm_jax.diffusion.solvers import make_table as make_solver_table
+from ldm_jax.diffusion import solvers
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
@@ -21,20 +20,11 @@ def make_table(model: LatentDiffusion, solving: Solving, edit: Edit = NO_EDIT) -
             "sampling: variance learned needs a model trained with --config.diffusion.variance=learned; this one's is "
             "fixed, choose fixed_small or fixed_large"
         )
-    options = {
-        **solver.options,
-        "spacing": solving.spacing if isinstance(solving.spacing, str) else tuple(solving.spacing),
-        **{name: getattr(solving, name) for name in ("eta", "churn", "variance")},
-    }
+    own = {name: getattr(solving, name) for name in ("eta", "churn", "variance")}
+    own["spacing"] = solving.spacing if isinstance(solving.spacing, str) else tuple(solving.spacing)
+    options = {"prediction": model.prediction, "strength": edit.strength, **solver.options, **own}
     try:
-        table = make_solver_table(
-            solving.sampler,
-            solver.process,
-            solving.steps,
-            prediction=model.prediction,
-            strength=edit.strength,
-            **options,
-        )
+        table = solvers.make_table(solving.sampler, solver.process, solving.steps, **options)
         return table if edit.resample == 1 else with_resampling(table, edit.resample, edit.resample_jump)
     except ValueError as error:
         raise InputError(f"sampling: {error}") from error
@@ -44,6 +34,6 @@ def inversion_table(model: LatentDiffusion, solving: Solving) -> Table:
     """The table of DDIM inversion, from clean latents to their noise, with a recipe's steps; raises InputError."""
     spacing = solving.spacing if solving.spacing in TIMESTEP_SPACINGS else "trailing"
     try:
-        return make_inversion_table(model.process, solving.steps, spacing=spacing)
+        return solvers.make_inversion_table(model.process, solving.steps, spacing=spacing)
     except ValueError as error:
         raise InputError(f"inversion: {error}") from error

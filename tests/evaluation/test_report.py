@@ -9,7 +9,7 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation.report import cards, duration, write_report
-from ldm_jax.sampling.image_grids import reconstruction_strip, sample_grid, save_denoising_gif, save_png
+from ldm_jax.sampling.image_grids import comparison, sample_grid, save_denoising_gif, save_png
 from ldm_jax.sampling.recipe import Guidance, Recipe, Solving, to_json
 
 CARD = {
@@ -95,7 +95,8 @@ def workdir(tmp_path):
     save_denoising_gif(np.stack([images(4, 1), images(4, 2)]), tmp_path / "denoising.gif")
     for step in range(100, 2100, 100):
         save_png(sample_grid(images(4, step)), tmp_path / "progress" / f"diffusion_{step:06d}.png")
-    save_png(reconstruction_strip(images(4), images(4)), tmp_path / "progress" / "autoencoder_001000.png")
+    pairs = comparison({"original": images(4), "decoded": images(4)})
+    save_png(pairs, tmp_path / "progress" / "autoencoder_001000.png")
     (tmp_path / "progress" / "diffusion_notes.png").write_text("not ours")
     (tmp_path / "metrics.jsonl").write_text(metrics())
     scores = {"images": {"FD-VGG16": CARD}, "reconstructions": {"PSNR": CARD | {"score": "PSNR", "value": 24.5}}}

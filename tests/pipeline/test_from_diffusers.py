@@ -331,7 +331,7 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "a class": ("plain", None, ["--label=3"], "the model has no classes"),
     "a prompt for none": ("unconditional", None, ["--prompt=low"], "--prompt is for text-to-image models"),
     "a negative prompt for none": ("unconditional", None, ["--negative_prompt=low"], "is conditioned on nothing"),
-    "nothing to inpaint": ("inpainting", None, [], "this model inpaints; it needs an image and a mask of what to sample"),
+    "nothing to inpaint": ("inpainting", None, [], "inpaints; it needs an image and a mask of what to sample"),
     "nothing to enlarge": ("upscaling", None, [], "upscales; it needs a low-resolution --concat_image"),
     "no image to enlarge": ("upscaling", None, ["--concat_image=FOLDER/vae/config.json"], "config.json: not an image"),
     "a size beside the map's": ("upscaling", None, [MAP, "--height=64"], "are 4 times as large as --concat_image"),

@@ -123,7 +123,7 @@ REFUSED = {
     "no image": ("low_resolution", ["--concat_image=FILES/text.png"], "text.png: not an image"),
     "a class too many": ("segments", ["--concat_image=FILES/small.png"], "has class 200; the model has 0 to 2"),
     "a class for test images": ("segments", ["--label=dark"], "--label=dark: without an image this model"),
-    "a size for test images": ("low_resolution", ["--height=16"], "of their own size; give --concat_image"),
+    "a size for test images": ("low_resolution", ["--height=16"], "at their own size; add --concat_image"),
     "a size that does not divide": ("low_resolution", ["--concat_image=FILES/small.png", "--width=9"], "multiple of 2"),
     "segments in colour": ("segments", ["--concat_image=FILES/colour.png"], "must be grey or have a palette, not RGB"),
 }

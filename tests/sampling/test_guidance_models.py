@@ -142,7 +142,7 @@ def test_a_classifier_guides_a_diffusers_folder_of_the_same_latents(trained_run,
     assert np.abs(images.astype(int) - of_run).max() <= 1
     np.testing.assert_array_equal(sampled_again(folder, path), images)
     for name, changes, expected in (
-        ("scheduler/scheduler_config.json", {"beta_end": 0.01}, "other noise schedules: schedule linear, timesteps 20"),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.01}, "other noise schedules: T 20 with sigma"),
         ("model_index.json", {"latents_scale": [1.0, 1.0]}, "was trained on other latents than those of --model"),
         ("model_index.json", {"id2label": {"0": "a", "1": "b", "2": "c", "3": "d"}}, "has 4 classes (horizontal, "),
     ):

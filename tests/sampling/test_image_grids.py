@@ -1,4 +1,4 @@
-"""Grids, strips, films and the recipes inside PNGs, looked at pixel by pixel."""
+"""Image grids, GIFs and the recipes inside PNGs, pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -6,13 +6,15 @@ from PIL import Image
 
 from ldm_jax.errors import InputError
 from ldm_jax.sampling.image_grids import (
+    FRAME_MS,
     GAP,
     INK,
+    LAST_FRAME_MS,
     PAPER,
+    comparison,
     enlargement,
     grid,
     read_recipe,
-    reconstruction_strip,
     sample_grid,
     save_denoising_gif,
     save_png,
@@ -24,8 +26,8 @@ def flat(values, side=28, channels=1):
     return np.tile(np.asarray(values, np.uint8)[:, None, None, None], (1, side, side, channels))
 
 
-def centre(picture, row, column, cell, margin=0):
-    return picture.getpixel((margin + GAP + column * (cell + GAP) + cell // 2, GAP + row * (cell + GAP) + cell // 2))
+def centre(canvas, row, column, cell, margin=0):
+    return canvas.getpixel((margin + GAP + column * (cell + GAP) + cell // 2, GAP + row * (cell + GAP) + cell // 2))
 
 
 def test_enlargement_is_whole_and_leaves_large_images_alone():
@@ -33,11 +35,11 @@ def test_enlargement_is_whole_and_leaves_large_images_alone():
 
 
 def test_grid_places_images_row_by_row_on_paper():
-    picture = grid(flat([10, 20, 30, 40, 50]), columns=3)
-    assert picture.size == (3 * 86 + 2, 2 * 86 + 2)
-    assert [centre(picture, i // 3, i % 3, 84) for i in range(5)] == [10, 20, 30, 40, 50]
-    assert centre(picture, 1, 2, 84) == PAPER  # the last row is short
-    assert picture.getpixel((0, 0)) == PAPER
+    image = grid(flat([10, 20, 30, 40, 50]), columns=3)
+    assert image.size == (3 * 86 + 2, 2 * 86 + 2)
+    assert [centre(image, i // 3, i % 3, 84) for i in range(5)] == [10, 20, 30, 40, 50]
+    assert centre(image, 1, 2, 84) == PAPER  # the last row is short
+    assert image.getpixel((0, 0)) == PAPER
 
 
 def test_enlarged_pixels_are_clean_squares():
@@ -49,9 +51,9 @@ def test_enlarged_pixels_are_clean_squares():
 def test_colour_is_kept_and_oblong_images_fit():
     image = np.zeros((2, 10, 20, 3), np.uint8)
     image[..., 1] = 200
-    picture = grid(image, columns=2, scale=1)
-    assert picture.size == (2 * 22 + 2, 14)
-    assert picture.getpixel((GAP + 25, GAP + 5)) == (0, 200, 0)
+    image = grid(image, columns=2, scale=1)
+    assert image.size == (2 * 22 + 2, 14)
+    assert image.getpixel((GAP + 25, GAP + 5)) == (0, 200, 0)
 
 
 def test_labels_are_written_before_their_rows():
@@ -69,30 +71,31 @@ def test_labels_are_written_before_their_rows():
 def test_sample_grid_shows_a_row_of_each_class():
     labels = np.array([1, 0, 1, 0, 0, 1, -1])
     images = flat(labels * 100 + np.array([1, 2, 3, 4, 5, 6, 100]))
-    picture = sample_grid(images, labels, ["zero", "one"])
-    margin = picture.width - 3 * 86 - 2
-    shown = [[centre(picture, row, column, 84, margin) for column in range(3)] for row in range(2)]
+    image = sample_grid(images, labels, ["zero", "one"])
+    margin = image.width - 3 * 86 - 2
+    shown = [[centre(image, row, column, 84, margin) for column in range(3)] for row in range(2)]
     assert shown == [[2, 4, 5], [101, 103, 106]]
-    assert sample_grid(images, labels).height == picture.height  # numbers instead of names
+    assert sample_grid(images, labels).height == image.height  # numbers instead of names
 
 
 def test_sample_grid_of_many_classes_and_of_none():
     labels = np.arange(40) // 2
-    picture = sample_grid(flat(labels), labels, side=3)
-    margin = picture.width - 2 * 86 - 2
-    assert [centre(picture, row, 0, 84, margin) for row in range(3)] == [0, 10, 19]
+    image = sample_grid(flat(labels), labels, side=3)
+    margin = image.width - 2 * 86 - 2
+    assert [centre(image, row, 0, 84, margin) for row in range(3)] == [0, 10, 19]
     for none in (None, np.full(40, -1)):
         assert sample_grid(flat(labels), none, side=3).size == (3 * 86 + 2, 3 * 86 + 2)
     assert sample_grid(flat([1, 2]), side=3).size == (2 * 86 + 2, 86 + 2)
 
 
 def test_reconstructions_stand_below_their_originals():
-    picture = reconstruction_strip(flat([1, 2, 3, 4, 5]), flat([11, 12, 13, 14, 15]), columns=2)
-    margin = picture.width - 2 * 86 - 2
-    shown = [[centre(picture, row, column, 84, margin) for column in range(2)] for row in range(4)]
+    rows = {"original": flat([1, 2, 3, 4, 5]), "decoded": flat([11, 12, 13, 14, 15])}
+    image = comparison(rows, columns=2)
+    margin = image.width - 2 * 86 - 2
+    shown = [[centre(image, row, column, 84, margin) for column in range(2)] for row in range(4)]
     assert shown == [[1, 2], [11, 12], [3, 4], [13, 14]]
     with pytest.raises(InputError, match="one shape"):
-        reconstruction_strip(flat([1]), flat([1, 2]))
+        comparison({"original": flat([1]), "decoded": flat([1, 2])})
 
 
 def test_png_carries_its_recipe(tmp_path):
@@ -119,18 +122,18 @@ def test_read_recipe_refuses_what_has_none(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_film_loops_and_holds_its_last_frame(tmp_path, channels):
+def test_gif_loops_and_holds_its_last_frame(tmp_path, channels):
     frames = np.stack([flat([value, value + 5, 0], channels=channels) for value in (0, 100, 200)])
-    save_denoising_gif(frames, tmp_path / "denoising.gif", frame_ms=50, hold_ms=1000)
-    film = Image.open(tmp_path / "denoising.gif")
-    assert film.n_frames == 3 and film.info["loop"] == 0
-    assert film.size == (2 * 86 + 2, 2 * 86 + 2)
+    save_denoising_gif(frames, tmp_path / "denoising.gif")
+    gif = Image.open(tmp_path / "denoising.gif")
+    assert gif.n_frames == 3 and gif.info["loop"] == 0
+    assert gif.size == (2 * 86 + 2, 2 * 86 + 2)
     durations, greys = [], []
     for i in range(3):
-        film.seek(i)
-        durations.append(film.info["duration"])
-        greys.append(film.convert("RGB").getpixel((40, 40))[0])
-    assert durations == [50, 50, 1000]
+        gif.seek(i)
+        durations.append(gif.info["duration"])
+        greys.append(gif.convert("RGB").getpixel((40, 40))[0])
+    assert durations == [FRAME_MS, FRAME_MS, LAST_FRAME_MS]
     np.testing.assert_allclose(greys, [0, 100, 200], atol=1)
-    with pytest.raises(InputError, match="denoising.gif needs frames"):
+    with pytest.raises(InputError, match=r"denoising\.gif needs frames"):
         save_denoising_gif(frames[0], tmp_path / "bad.gif")

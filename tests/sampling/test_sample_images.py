@@ -107,7 +107,7 @@ REFUSED = {  # flags -> what the line must say
     "too many steps": (["--steps=50"], "sampling:"),
     "a variance that was not learned": (["--sampler=ddpm", "--variance=learned"], "variance learned needs a model"),
     "churn of another solver": (["--sampler=ddim", "--churn=3"], "sampling:"),
-    "two noises": (["--to_seed=3", "--init_latents=a.npy"], "both say what noise to begin from"),
+    "two noises": (["--to_seed=3", "--init_latents=a.npy"], "both set the initial noise"),
     "a strength alone": (["--strength=0.5"], "--strength needs --init_image"),
     "a jump alone": (["--resample_jump=2"], "--resample_jump needs --resample"),
     "resampling without a mask": (["--resample=2"], "--resample needs --mask or --outpaint"),

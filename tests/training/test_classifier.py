@@ -18,11 +18,10 @@ from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.files import content_hash, read_json, write_json
 from ldm_jax.runtime.parallel import replicate
-from ldm_jax.sampling.from_flags import solving_defaults
 from ldm_jax.sampling.guidance_models import GuidanceModels, classifier_for, load_classifier
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.sampling.inputs import sample_inputs
-from ldm_jax.sampling.recipe import Guidance, Recipe
+from ldm_jax.sampling.recipe import Guidance, Recipe, solving_defaults
 from ldm_jax.sampling.sampler import make_sampler
 from ldm_jax.sampling.tables import make_table
 
