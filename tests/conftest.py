@@ -49,9 +49,10 @@ def pytest_unconfigure():
 
 
 # What takes long, first, and so that no worker waits for a run folder that another one is making: the stages need none.
-FIRST = ("test_bad_input", "test_stages", "test_resume", "test_generate", "test_concat_inputs", "test_classifier",
-         "test_parallel", "test_from_diffusers", "test_image_inputs", "test_compilation", "test_from_run",
-         "test_diffusers_folder", "test_finetune")  # fmt: skip
+FIRST = ("test_bad_input", "test_stages", "test_resume", "test_parallel", "test_from_diffusers", "test_finetune",
+         "test_from_run", "test_guidance_models", "test_job", "test_concat_inputs", "test_baselines", "test_speed",
+         "test_docs", "test_diffusers_folder", "test_from_single_file", "test_classifier", "test_compilation",
+         "test_solvers_analytic")  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)

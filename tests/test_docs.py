@@ -79,7 +79,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/sampling.md", marks=pytest.mark.slow)])
 def test_the_python_example_runs_as_written(page, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     size = {"data.image_size": 28, "data.channels": 1, "diffusion.timesteps": 1000}
@@ -93,6 +93,7 @@ def test_the_python_example_runs_as_written(page, tmp_path, monkeypatch):
         assert variables["eps_hat"].shape == variables["z_0"].shape
 
 
+@pytest.mark.slow
 def test_the_diffs_of_extending_apply_and_their_code_runs(tmp_path):
     shutil.copytree(ROOT / "ldm_jax", tmp_path / "ldm_jax", ignore=shutil.ignore_patterns("__pycache__"))
     page = ROOT / "docs" / "extending.md"

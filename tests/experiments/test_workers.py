@@ -14,6 +14,8 @@ import pytest
 from experiments import workers
 from ldm_jax.errors import RunError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

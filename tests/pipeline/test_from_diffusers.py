@@ -109,6 +109,7 @@ def test_the_null_condition_of_xl_is_not_the_empty_text(folder_of, sampled):
     assert (nothing != empty).any()
 
 
+@pytest.mark.slow
 def test_force_zeros_for_empty_prompt_of_a_folder(folder_of, sampled, tmp_path):
     other = shutil.copytree(folder_of("xl"), tmp_path / "other")
     index = json.loads((other / "model_index.json").read_text())
@@ -154,6 +155,7 @@ def test_a_model_of_wide_images_and_a_recipe_of_another_size(small_tiles, sample
     np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], images)
 
 
+@pytest.mark.slow
 def test_large_images_in_tiles(small_tiles):
     """Nearly the same images, and exactly those where they are no larger than a tile."""
     model, params = load(small_tiles)
@@ -216,6 +218,7 @@ def test_an_image_is_noised_by_the_initial_latents(folder_of, sampled, files):
     assert (a != alone).any()
 
 
+@pytest.mark.slow
 def test_initial_noise_that_is_scaled_is_noise_alone(folder_of, sampled, files, monkeypatch):
     """diffusers' init_noise_sigma: not of what an image is noised by, nor of the noise that it was inverted to."""
 

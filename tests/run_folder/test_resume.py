@@ -143,6 +143,7 @@ def test_a_finished_run_says_so(trained_run, tiny_data, capsys):
     assert (trained_run / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_change_of_sampling_samples_again_without_training(run_copy, trained_run, tiny_data):
     assert jobs.train_here(tiny_data, run_copy, "--config.sampling.steps=2", "--config.sampling.num=12") == 0
     jobs.assert_same_training(run_copy, trained_run)

@@ -90,7 +90,7 @@ def test_a_sweep_of_classifier_guidance_compiles_once(model):
     assert counts == counts[:1] * 4
 
 
-@pytest.mark.parametrize("which", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("which", [pytest.param("autoencoder", marks=pytest.mark.slow), "diffusion"])
 def test_training_compiles_one_step(which):
     """A stage made anew of an equal config has it too."""
     config = tiny.get_config().unlock()

@@ -143,6 +143,7 @@ def test_ddim_inversion_and_sampling_is_the_reconstruction(sampled, files, decod
     np.testing.assert_array_equal(images[0], images[7])
 
 
+@pytest.mark.slow
 def test_interpolations_of_seeds_and_images_end_where_they_should(sampled, files):
     label = "--label=dark"
     path = sampled("path", "--to_seed=7", label)

@@ -59,6 +59,7 @@ def test_the_job_leaves_a_classifier_and_its_scores(classifier_run, trained_run,
     assert "All is done: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_classifier_resumes_exactly_and_knows_its_own(classifier_run, tiny_data, tmp_path, capsys):
     run = shutil.copytree(classifier_run, tmp_path / "run")
     shutil.rmtree(run / "classifier" / "8")
@@ -184,6 +185,7 @@ def test_a_scale_needs_a_sampler_with_a_classifier_and_the_other_way_round(guide
             guided.latents(guided.inputs(scale), sampler)
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_classifier(trained_run, classifier_run, tmp_path, capsys):
     def sampled(out, *flags):
         command = ["sample", f"--model={trained_run}", f"--out={tmp_path / out}", *flags]

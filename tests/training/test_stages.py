@@ -453,7 +453,11 @@ def test_stages_are_equal_and_hashed_by_value(which):
 )
 def test_four_devices_take_the_same_step_as_one(which, four_devices):
     if which == "diffusion":
-        (stage, one, step_one), batch, frozen = compiled("diffusion", **SMALL), moments_batch(16), FROZEN
+        (stage, one, step_one), batch, frozen = (
+            compiled("diffusion", **SMALL | DIFFUSIONS["min-SNR"]),
+            moments_batch(16),
+            FROZEN,
+        )
     elif which == "classifier":
         (stage, one, step_one), batch, frozen = compiled("classifier", **CLASSIFIER), moments_batch(16), FROZEN
     else:
