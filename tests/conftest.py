@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
-MOST_MAPPINGS = 30_000  # of memory; a process may have 65,530, and each compiled program takes several
+MOST_MAPPINGS = 15_000  # of memory: some 3 GB; each compiled program takes several, and a process may have 65,530
 
 
 @pytest.fixture(scope="module", autouse=True)
