@@ -6,21 +6,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ldm_jax.diffusion.denoiser import ConditionalDenoiser, Denoiser, Estimate, on_z0
 from ldm_jax.diffusion.forward import NoiseLevel
 from ldm_jax.diffusion.prediction import from_z0, to_z0
 from ldm_jax.diffusion.process import Process
 
+Interval = Array | tuple[float, float]  # the first and the last timestep that are guided
+ALWAYS = (0, np.inf)
+
 
 def classifier_free(
     denoise: ConditionalDenoiser,
     cond: Any,
     null_cond: Any,
-    scale: jax.Array,
+    scale: Array,
     *,
-    interval: jax.Array | tuple[float, float] = (0, np.inf),
-    rescale: jax.Array | float = 0.0,
+    interval: Interval = ALWAYS,
+    rescale: Array | float = 0.0,
     prediction: str = "z0",
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in the convention of Rombach 2022: scale = 1 + w).
@@ -33,8 +37,7 @@ def classifier_free(
 
     Args:
       denoise: `(z_t, level, cond) -> z0_hat`, from `denoiser.from_network`.
-      cond: the condition, an array or tree of arrays [B, ...] (say, tokens [B, L, D]).
-      null_cond: the null (or negative) condition, broadcastable to `cond`, leaf by leaf.
+      cond, null_cond: trees of arrays [B, ...]: the condition, and the null (or negative) one, broadcastable to it.
       scale: scalar or [B], may be traced. 1 = conditional only, 0 = unconditional only.
       interval: the first and the last timestep that are guided, may be traced; the others are conditional only. At high
         noise guidance costs variety, at low noise it has no benefit (Kynkaanniemi 2024).
@@ -43,22 +46,22 @@ def classifier_free(
       prediction: whose standard deviation is rescaled; Lin 2023 and diffusers take that of the network's output.
     """
 
-    def guided(z_t: jax.Array, level: NoiseLevel, scale: jax.Array) -> jax.Array | Estimate:
+    def guided(z_t: Array, level: NoiseLevel, scale: Array) -> Array | Estimate:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null_cond)
         twice = NoiseLevel(*(jnp.concatenate([value, value]) for value in level))
         estimate, B = denoise(jnp.concatenate([z_t, z_t]), twice, both), len(z_t)
 
-        def extrapolate(z0_cond: jax.Array, z0_null: jax.Array) -> jax.Array:
+        def extrapolate(z0_cond: Array, z0_null: Array) -> Array:
             z0 = z0_null + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (z0_cond - z0_null)
             return _rescaled(z0, z0_cond, z_t, level, prediction, rescale)
 
         halves = (jax.tree.map(lambda value, half=half: value[half], estimate) for half in (slice(B), slice(B, None)))
         return on_z0(extrapolate, *halves)
 
-    def conditional(z_t: jax.Array, level: NoiseLevel, scale: jax.Array) -> jax.Array | Estimate:
+    def conditional(z_t: Array, level: NoiseLevel, scale: Array) -> Array | Estimate:
         return jax.tree.map(lambda value: value.astype(jnp.float32), denoise(z_t, level, cond))
 
-    def guided_or_conditional(z_t: jax.Array, level: NoiseLevel) -> jax.Array | Estimate:
+    def guided_or_conditional(z_t: Array, level: NoiseLevel) -> Array | Estimate:
         level = NoiseLevel(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
         within = (interval[0] <= level.t) & (level.t <= interval[1])
         scale_at_t = jnp.where(within, jnp.asarray(scale, jnp.float32), 1.0)
@@ -67,9 +70,7 @@ def classifier_free(
     return guided_or_conditional
 
 
-def _rescaled(
-    z0: jax.Array, z0_cond: jax.Array, z_t: jax.Array, level: NoiseLevel, prediction: str, rescale: jax.Array
-) -> jax.Array:
+def _rescaled(z0: Array, z0_cond: Array, z_t: Array, level: NoiseLevel, prediction: str, rescale: Array) -> Array:
     """Lin 2023, eq. 15 and 16, on the network outputs of z0 (guided) and of z0_cond."""
     axes, (alpha, sigma) = tuple(range(1, z_t.ndim)), level.broadcast_to(z_t)
     output, output_cond = (from_z0(prediction, value, z_t, alpha, sigma) for value in (z0, z0_cond))
@@ -79,11 +80,7 @@ def _rescaled(
 
 
 def classifier_guided(
-    denoise: Denoiser,
-    log_probability: Callable[[jax.Array, jax.Array], jax.Array],
-    scale: jax.Array,
-    *,
-    interval: jax.Array | tuple[float, float] = (0, np.inf),
+    denoise: Denoiser, log_probability: Callable[[Array, Array], Array], scale: Array, *, interval: Interval = ALWAYS
 ) -> Denoiser:
     """Classifier guidance (Dhariwal & Nichol 2021, algorithm 2): eps - sigma scale grad log p(y | z_t).
 
@@ -94,16 +91,16 @@ def classifier_guided(
     `log_probability` (see `models/classifier.py`). At alpha = 0, where z_t is independent of y, nothing is added.
 
     Args:
-      denoise: the denoiser to guide; may be guided already.
+      denoise: the denoiser; may be guided already.
       log_probability: `(z_t [B, ...], t [B]) -> log p(y | z_t) [B]`, differentiable, of a classifier of noisy latents.
       scale: scalar or [B], may be traced. 1 = the true posterior of a perfect classifier and an unconditional denoiser.
       interval: the first and the last timestep that are guided, may be traced.
     """
 
-    def guided(z_t: jax.Array, level: NoiseLevel) -> jax.Array | Estimate:
+    def guided(z_t: Array, level: NoiseLevel) -> Array | Estimate:
         t, active, weight = _guidance_weight(z_t, level, scale, interval)
 
-        def add_gradient(z0: jax.Array) -> jax.Array:
+        def add_gradient(z0: Array) -> Array:
             return z0 + weight * jax.grad(lambda z: log_probability(z, t).sum())(z_t)
 
         return on_z0(lambda z0: jax.lax.cond(active, add_gradient, lambda z0: z0, z0), denoise(z_t, level))
@@ -112,11 +109,7 @@ def classifier_guided(
 
 
 def similarity_guided(
-    denoise: Denoiser,
-    similarity: Callable[[jax.Array], jax.Array],
-    scale: jax.Array,
-    *,
-    interval: jax.Array | tuple[float, float] = (0, np.inf),
+    denoise: Denoiser, similarity: Callable[[Array], Array], scale: Array, *, interval: Interval = ALWAYS
 ) -> Denoiser:
     """Guidance by a function of the estimate of z0, such as CLIP's similarity to a prompt (Chung 2023).
 
@@ -129,17 +122,17 @@ def similarity_guided(
       similarity: `z0 [B, ...] -> [B]`, differentiable.
     """
 
-    def guided(z_t: jax.Array, level: NoiseLevel) -> jax.Array | Estimate:
+    def guided(z_t: Array, level: NoiseLevel) -> Array | Estimate:
         _, active, weight = _guidance_weight(z_t, level, scale, interval)
 
-        def estimated(z_t: jax.Array) -> jax.Array | Estimate:
+        def estimated(z_t: Array) -> Array | Estimate:
             return jax.tree.map(lambda value: value.astype(jnp.float32), denoise(z_t, level))
 
-        def similarity_at(z_t: jax.Array) -> tuple[jax.Array, jax.Array | Estimate]:
+        def similarity_at(z_t: Array) -> tuple[Array, Array | Estimate]:
             estimate = estimated(z_t)
             return similarity(estimate.z0 if isinstance(estimate, Estimate) else estimate).sum(), estimate
 
-        def add_gradient(z_t: jax.Array) -> jax.Array | Estimate:
+        def add_gradient(z_t: Array) -> Array | Estimate:
             gradient, estimate = jax.grad(similarity_at, has_aux=True)(z_t)
             return on_z0(lambda z0: z0 + weight * gradient, estimate)
 
@@ -148,9 +141,7 @@ def similarity_guided(
     return guided
 
 
-def _guidance_weight(
-    z_t: jax.Array, level: NoiseLevel, scale: jax.Array, interval: jax.Array | tuple[float, float]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _guidance_weight(z_t: Array, level: NoiseLevel, scale: Array, interval: Interval) -> tuple[Array, Array, Array]:
     """t [B]; whether any example is guided, []; sigma^2 / alpha scale, to multiply z_t, 0 where alpha = 0."""
     t = jnp.broadcast_to(level.t, z_t.shape[:1])
     alpha, sigma = level.broadcast_to(z_t)
@@ -160,9 +151,7 @@ def _guidance_weight(
     return t, jnp.any(scale != 0), factor * scale.reshape(-1, *[1] * (z_t.ndim - 1))
 
 
-def class_log_probabilities(
-    apply: Callable[..., jax.Array], process: Process
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
+def class_log_probabilities(apply: Callable[..., Array], process: Process) -> Callable[[Any, Array, Array], Array]:
     """The class probabilities `(params, z_t [B, ...], t [B]) -> log p(y | z_t) [B, K]` of a classifier, differentiable.
 
     `apply` is `({"params": params}, z_t, t, alpha [B]) -> logits [B, K]`, see `models/classifier.py`. t may be
@@ -170,13 +159,13 @@ def class_log_probabilities(
     """
     timesteps, alphas = np.arange(len(process), dtype=np.float32), process.alpha.astype(np.float32)
 
-    def log_probabilities(params: Any, z_t: jax.Array, t: jax.Array) -> jax.Array:
+    def log_probabilities(params: Any, z_t: Array, t: Array) -> Array:
         alpha = jnp.interp(t.astype(jnp.float32), timesteps, alphas)
         return jax.nn.log_softmax(apply({"params": params}, z_t, t, alpha))
 
     return log_probabilities
 
 
-def log_probability(log_p: jax.Array, label: jax.Array) -> jax.Array:
+def log_probability(log_p: Array, label: Array) -> Array:
     """log p of each example's label: [B, K] and [B] -> [B]."""
     return jnp.take_along_axis(log_p, label[:, None], axis=1)[:, 0]

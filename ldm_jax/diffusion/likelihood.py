@@ -6,6 +6,7 @@ All values are bits per dimension, one for each example: nats / log 2, averaged 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ldm_jax.diffusion.forward import gather, q_posterior
 from ldm_jax.diffusion.process import VARIANCES, Process, forward_step, neighbours, posterior
@@ -22,17 +23,13 @@ def log_variance_bounds(process: Process) -> tuple[np.ndarray, np.ndarray]:
     return np.log(small), np.log(large)
 
 
-def log_variance(variance: str, t: jax.Array, process: Process, var_frac: jax.Array | None = None) -> jax.Array:
-    """The log variance of p(z_{t-1} | z_t).
+def log_variance(variance: str, t: Array, process: Process, var_frac: Array | None = None) -> Array:
+    """The log variance of p(z_{t-1} | z_t): [B], like t; of a learned variance [B, ...], like var_frac.
 
     Args:
       variance: `fixed_small` (beta_tilde), `fixed_large` (beta), or `learned`: between the two (Nichol 2021, eq. 15).
-      t: [B] int32.
-      process: the forward process.
+      t, process: [B] int32, and the forward process.
       var_frac: [B, ...] the network's interpolation coefficient, 0 for beta_tilde and 1 for beta; may lie beyond.
-
-    Returns:
-      [B] for a fixed variance, [B, ...] like var_frac for a learned one. ValueError for an unknown variance.
     """
     if variance not in VARIANCES:
         raise ValueError(f"variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
@@ -43,13 +40,13 @@ def log_variance(variance: str, t: jax.Array, process: Process, var_frac: jax.Ar
     return var_frac * large + (1 - var_frac) * small
 
 
-def gaussian_kl(mean: jax.Array, log_var: jax.Array, other_mean: jax.Array, other_log_var: jax.Array) -> jax.Array:
+def gaussian_kl(mean: Array, log_var: Array, other_mean: Array, other_log_var: Array) -> Array:
     """KL(N(mean, var) || N(other_mean, other_var)) in nats, elementwise."""
     ratio = jnp.exp(log_var - other_log_var)
     return 0.5 * (other_log_var - log_var + ratio - 1 + (mean - other_mean) ** 2 * jnp.exp(-other_log_var))
 
 
-def discretized_gaussian_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array, num_bins: int = 256) -> jax.Array:
+def discretized_gaussian_nll(x: Array, mean: Array, log_var: Array, num_bins: int = 256) -> Array:
     """-log P of pixels at `num_bins` even values in [-1, 1] under a discretized Gaussian (Ho 2020, eq. 13), in nats.
 
     Elementwise. The bins at the ends are open. P is at least 1e-12.
@@ -61,27 +58,23 @@ def discretized_gaussian_nll(x: jax.Array, mean: jax.Array, log_var: jax.Array, 
 
 
 def vlb_term(
-    z0: jax.Array,
-    z_t: jax.Array,
-    z0_hat: jax.Array,
-    t: jax.Array,
+    z0: Array,
+    z_t: Array,
+    z0_hat: Array,
+    t: Array,
     process: Process,
     *,
     variance: str = "fixed_small",
-    var_frac: jax.Array | None = None,
+    var_frac: Array | None = None,
     num_bins: int | None = None,
-) -> jax.Array:
-    """L_t of the VLB (Ho 2020, eq. 5): KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)), and for t = 0 -log p(z0 | z_0).
+) -> Array:
+    """L_t of the VLB [B] (Ho 2020, eq. 5): KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)), for t = 0 -log p(z0 | z_0).
 
     Args:
       z0, z_t, z0_hat: [B, ...] the data, z0 noised to t, and the model's estimate of z0.
-      t: [B] int32.
-      process: the forward process.
+      t, process: [B] int32, and the forward process.
       variance, var_frac: see `log_variance`.
       num_bins: of the pixels z0, 256 if they are 8-bit; None for a continuous density of z0.
-
-    Returns:
-      [B] bits per dimension.
     """
     true_mean, true_variance = q_posterior(z0, z_t, t, process)
     mean, _ = q_posterior(z0_hat, z_t, t, process)
@@ -96,7 +89,7 @@ def vlb_term(
     return nats.mean(tuple(range(1, z0.ndim))) / jnp.log(2.0)
 
 
-def prior_kl(z0: jax.Array, process: Process) -> jax.Array:
+def prior_kl(z0: Array, process: Process) -> Array:
     """L_T of the VLB: KL(q(z_T | z0) || N(0, I)), [B] bits per dimension. It does not depend on the network."""
     nats = gaussian_kl(process.alpha[-1] * z0, 2 * np.log(process.sigma[-1]), 0.0, 0.0)
     return nats.mean(tuple(range(1, z0.ndim))) / jnp.log(2.0)

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 
 class Stream(IntEnum):
@@ -28,7 +29,7 @@ class Stream(IntEnum):
     LOW_RESOLUTION = 2**32 - 4
 
 
-def example_keys(seed: jax.Array, stream: Stream, step: jax.Array, ids: jax.Array) -> jax.Array:
+def example_keys(seed: Array, stream: Stream, step: Array, ids: Array) -> Array:
     """The keys [B] of training examples: fold_in(fold_in(fold_in(key(seed), stream), step), id).
 
     `ids` [B] are the examples' global indices within the batch.
@@ -37,32 +38,32 @@ def example_keys(seed: jax.Array, stream: Stream, step: jax.Array, ids: jax.Arra
     return jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
 
 
-def sample_keys(seed: jax.Array | int, index: jax.Array) -> jax.Array:
+def sample_keys(seed: Array | int, index: Array) -> Array:
     """The keys of samples `index` [B] with this seed: a key array [B]."""
     samples = jax.random.fold_in(jax.random.key(seed), Stream.SAMPLES)
     return jax.vmap(jax.random.fold_in, (None, 0))(samples, jnp.asarray(index, jnp.uint32))
 
 
-def initial_latents(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def initial_latents(keys: Array, shape: tuple[int, ...]) -> Array:
     """z_T ~ N(0, I): [B, *shape] float32, sample k from keys[k] alone."""
     return normal(fold(keys, Stream.INITIAL_LATENTS), shape)
 
 
-def low_resolution_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def low_resolution_noise(keys: Array, shape: tuple[int, ...]) -> Array:
     """Noise for the low-resolution image of an upscaler: [B, *shape] float32, independent of the sample's z_T."""
     return normal(fold(keys, Stream.LOW_RESOLUTION), shape)
 
 
-def fold(keys: jax.Array, data: jax.Array | int) -> jax.Array:
+def fold(keys: Array, data: Array | int) -> Array:
     """fold_in(keys[k], data) for keys [B]; `data` is a scalar."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.asarray(data, jnp.uint32))
 
 
-def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def normal(keys: Array, shape: tuple[int, ...]) -> Array:
     """N(0, I): [B, *shape] float32, row k from keys[k] alone."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-def split_keys(keys: jax.Array, n: int) -> list[jax.Array]:
+def split_keys(keys: Array, n: int) -> list[Array]:
     """Keys [B] -> n arrays of keys [B]."""
     return list(jnp.moveaxis(jax.vmap(partial(jax.random.split, num=n))(keys), 1, 0))

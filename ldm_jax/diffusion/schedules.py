@@ -8,12 +8,12 @@ from ldm_jax.diffusion.process import Process
 
 
 def linear_betas(T: int, beta_start: float, beta_end: float) -> np.ndarray:
-    """beta linear in t, [T] float64 (Ho 2020, section 4, with 1e-4 and 0.02)."""
+    """beta linear in t, [T] float64 (Ho 2020, section 4, from 1e-4 to 0.02)."""
     return np.linspace(beta_start, beta_end, T, dtype=np.float64)
 
 
 def scaled_linear_betas(T: int, beta_start: float, beta_end: float) -> np.ndarray:
-    """sqrt(beta) linear in t, [T] float64: Stable Diffusion's, with 0.00085 and 0.012. CompVis calls it linear."""
+    """sqrt(beta) linear in t, [T] float64 (Stable Diffusion, from 0.00085 to 0.012). CompVis calls it linear."""
     return np.linspace(beta_start**0.5, beta_end**0.5, T, dtype=np.float64) ** 2
 
 
@@ -55,8 +55,7 @@ def make_process(
       beta_start, beta_end: the first and the last beta of linear and scaled_linear, by default Stable Diffusion's.
       zero_terminal_snr: rescale the betas so that alpha[T - 1] = 0 (Lin 2023), where eps does not determine z0.
 
-    Raises:
-      ValueError: unknown schedule, or T or a beta out of range.
+    Raises ValueError for unknown schedule, or T or a beta out of range.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ldm_jax.diffusion.denoiser import Denoiser, Estimate
 from ldm_jax.diffusion.forward import NoiseLevel
@@ -16,22 +17,22 @@ from ldm_jax.diffusion.tables import HISTORY, Table
 class Trajectory(NamedTuple):
     """Snapshots of a sampling run, evenly spaced over its rows, the last row included."""
 
-    z_t: jax.Array  # [S, B, ...] after the row
-    z0_hat: jax.Array  # [S, B, ...] predicted in the row
+    z_t: Array  # [S, B, ...] after the row
+    z0_hat: Array  # [S, B, ...] predicted in the row
 
 
 def solve(
     denoise: Denoiser,
-    z_T: jax.Array,
+    z_T: Array,
     table: Table,
-    keys: jax.Array,
+    keys: Array,
     *,
-    project: Callable[[jax.Array, NoiseLevel, jax.Array], jax.Array] | None = None,
+    project: Callable[[Array, NoiseLevel, Array], Array] | None = None,
     snapshots: int = 0,
-) -> tuple[jax.Array, Trajectory]:
-    """Samples by a solver's table, from noise to data. For use inside jit or pmap, with the table as an argument.
+) -> tuple[Array, Trajectory]:
+    """Samples by a solver's table, from noise to data: z [B, ...] float32 at the last noise level, and the trajectory.
 
-    Another solver, step count or eta is another table of the same shape, and does not recompile.
+    For use inside jit or pmap, with the table as an argument: another solver, step count or eta does not recompile.
 
     Args:
       denoise: `(z_t [B, ...], level) -> z0_hat`, or an Estimate; a table of a learned variance needs the latter.
@@ -41,9 +42,6 @@ def solve(
       project: `(z, level, keys) -> z`, applied after each row (inpainting, say), at the scalar noise level of z and
         with new keys [B].
       snapshots: S, how many states of the trajectory to keep; static.
-
-    Returns:
-      z [B, ...] float32 at the last noise level, and the Trajectory.
     """
     z_T = z_T.astype(jnp.float32)
     table = jax.tree.map(lambda c: jnp.asarray(c, c.dtype if c.dtype == np.int32 else jnp.float32), table)

@@ -105,20 +105,11 @@ def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:
 
 
 def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.ndarray:
-    """The timesteps of an even spacing (Lin 2023, table 2), with the rounding of diffusers.
+    """The timesteps of an even spacing in [0, T), [steps] int64, strictly descending, with the rounding of diffusers.
 
-    Args:
-      spacing: `leading` (0 and every T // steps above it), `trailing` (T - 1 and every T / steps below it) or
-        `linspace` (both ends).
-      T: length of the schedule.
-      steps: how many timesteps, in [1, T].
-      steps_offset: added to `leading` timesteps, and to no others (Stable Diffusion has 1).
-
-    Returns:
-      [steps] int64, strictly descending, in [0, T).
-
-    Raises:
-      ValueError: unknown spacing, steps out of range, or an offset that leaves [0, T).
+    `leading` is 0 and every T // steps above it, plus steps_offset (1 in Stable Diffusion), `trailing` is T - 1 and
+    every T / steps below it, `linspace` has both ends (Lin 2023, table 2).
+    Raises ValueError for unknown spacing, steps out of range, or an offset that leaves [0, T).
     """
     _check_steps(steps, T)
     if spacing == "leading":

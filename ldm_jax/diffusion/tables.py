@@ -60,10 +60,8 @@ def tabulate(rows: Iterator[Row] | Sequence[Row], T: int) -> Table:
 def with_resampling(table: Table, times: int, jump: int) -> Table:
     """The table of RePaint (Lugmayr 2022, algorithm 1): every `jump` rows are noised back and run `times` times in all.
 
-    With a `project` that pastes the known region, the repetitions harmonize it with the rest.
-
-    Raises:
-      ValueError: times or jump below 1, a multistep solver, a learned variance, or more rows than a table holds.
+    With a `project` that pastes the known region, the repetitions harmonize it with the rest. Raises ValueError for
+    times or jump below 1, a multistep solver, a learned variance, or more rows than a table holds.
     """
     if times < 1 or jump < 1:
         raise ValueError(f"resampling needs times and jump of 1 or more, got {times} and {jump}")
@@ -72,18 +70,14 @@ def with_resampling(table: Table, times: int, jump: int) -> Table:
         raise ValueError("resampling needs a one-step solver: ddpm, ddim, euler or euler_a")
     if table.log_std_ratio.any():
         raise ValueError("resampling needs a fixed variance: fixed_small or fixed_large")
-    n, rows = int(table.rows), []
-    at = [Point(*point) for point in zip(table.t, table.alpha, table.sigma)][:n]
-    reached = [Point(0.0, *level) for level in zip(table.reached_alpha, table.reached_sigma)]
-    plain = [Row(at[i], reached[i], table.weights[i]) for i in range(n)]
-    for start in range(0, n, jump):
-        part = plain[start : start + jump]
-        for repetition in range(times):
-            rows += part
-            if repetition < times - 1 and start + jump < n:
-                rows[-1] = _noised_back(part[-1], part[0].at)
-            elif start + jump >= n:  # the last part ends on clean data and is run once
-                break
+    at, reached = zip(table.t, table.alpha, table.sigma), zip(table.reached_alpha, table.reached_sigma)
+    once = [Row(Point(*a), Point(0.0, *r), w) for a, r, w in zip(at, reached, table.weights)][: table.rows]
+    rows = []
+    for start in range(0, len(once), jump):
+        part = once[start : start + jump]
+        if start + jump < len(once):  # the last part ends on clean data and is run once
+            rows += [*part[:-1], _noised_back(part[-1], part[0].at)] * (times - 1)
+        rows += part
     return tabulate(rows, len(table.t) // 2)
 
 

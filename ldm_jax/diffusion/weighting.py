@@ -18,14 +18,8 @@ WEIGHTINGS: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 def loss_weights(weighting: str, prediction: str, process: Process, gamma: float = 5.0) -> np.ndarray:
     """The weight of each timestep's squared error of the output, [T] float64.
 
-    Args:
-      weighting: a key of WEIGHTINGS.
-      prediction: a key of `prediction.PREDICTIONS`.
-      process: the forward process.
-      gamma: above 0, where min_snr clips the SNR (Hang 2023 recommend 5).
-
-    Raises:
-      ValueError: unknown weighting, gamma <= 0, or as `prediction.coefficient_tables`.
+    min_snr clips the SNR at gamma > 0 (Hang 2023 recommend 5).
+    Raises ValueError for unknown weighting, gamma <= 0, or as `prediction.coefficient_tables`.
     """
     row = coefficient_tables(prediction, process)
     if weighting not in WEIGHTINGS:

@@ -13,17 +13,14 @@ from jax import Array
 
 from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm
 
+NAMES = ("to_q", "to_k", "to_v", "to_out_0")
+
 
 def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
-    """softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), the softmax in float32.
+    """Attention softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), the softmax in float32.
 
-    Args:
-      q: [B, Lq, N, D], with N heads.
-      k, v: [B, L, N, D].
-      causal: query i attends to keys 0 to i only.
-
-    Returns:
-      [B, Lq, N, D]; or [B, 1, N, D], the same for each query, if there is one key.
+    q [B, Lq, N, D], k and v [B, L, N, D], with N heads -> [B, Lq, N, D]; or [B, 1, N, D], the same for each query, if
+    there is one key. With `causal` query i attends to keys 0 to i only.
     """
     if k.shape[1] == 1:  # the softmax over one key is 1 whatever the query
         return v
@@ -48,16 +45,8 @@ def _on_ampere_or_later() -> bool:
     return "cuda" in device.client.platform_version and int(device.compute_capability.split(".")[0]) >= 8
 
 
-def multi_head(
-    x: Array,
-    context: Array,
-    heads: int,
-    *,
-    use_bias: bool,
-    zero_out: bool = False,
-    causal: bool = False,
-    names: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out_0"),
-    dtype: Dtype,
+def _multi_head(
+    x: Array, context: Array, heads: int, dtype: Dtype, use_bias: bool, names=NAMES, zero_out=False, causal=False
 ) -> Array:
     """Multi-head attention, queries from x [B, Lq, C], keys and values from context [B, L, D] -> [B, Lq or 1, C].
 
@@ -86,20 +75,23 @@ class SelfAttention2D(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         b, height, width, c = x.shape
         h = GroupNorm(self.groups, self.eps, dtype=self.dtype, name="group_norm")(x).reshape(b, height * width, c)
-        h = multi_head(h, h, self.heads, use_bias=True, zero_out=True, dtype=self.dtype)
+        h = _multi_head(h, h, self.heads, self.dtype, use_bias=True, zero_out=True)
         return x + h.reshape(b, height, width, c)
 
 
 class Attention(nn.Module):
-    """Multi-head attention whose queries, keys and values have no bias: the transformer's."""
+    """Multi-head attention; `use_bias` is of queries, keys and values, `names` of these and the output projection."""
 
     heads: int
     dtype: Dtype = None
+    use_bias: bool = False
+    causal: bool = False
+    names: tuple[str, str, str, str] = NAMES
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
         """Queries from x [B, Lq, C], keys and values from context [B, L, D] -> [B, Lq, C], or [B, 1, C] if L is 1."""
-        return multi_head(x, context, self.heads, use_bias=False, dtype=self.dtype)
+        return _multi_head(x, context, self.heads, self.dtype, self.use_bias, self.names, causal=self.causal)
 
 
 class GEGLU(nn.Module):

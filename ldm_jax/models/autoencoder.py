@@ -19,8 +19,8 @@ from ldm_jax.models.quantizer import Quantized, VectorQuantizer
 EPS = 1e-6  # of the norms
 
 
-class Encoder(nn.Module):
-    """The encoder: pixels to the features of the bottleneck, halving the size at every level but the last."""
+class _Coder(nn.Module):
+    """The base of encoder and decoder."""
 
     out_channels: int
     block_out_channels: Sequence[int]
@@ -28,6 +28,17 @@ class Encoder(nn.Module):
     norm_num_groups: int
     mid_block_add_attention: bool
     dtype: Dtype = None
+
+    def _resnet(self, width: int) -> Layer:
+        return partial(ResnetBlock, width, self.norm_num_groups, EPS, dtype=self.dtype)
+
+    def _mid_attention(self) -> Layer:
+        attention = self_attention(self.norm_num_groups, EPS, heads=1, dtype=self.dtype)
+        return attention if self.mid_block_add_attention else no_attention
+
+
+class Encoder(_Coder):
+    """The encoder: pixels to the features of the bottleneck, halving the size at every level but the last."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -36,41 +47,26 @@ class Encoder(nn.Module):
         h = Conv(widths[0], dtype=self.dtype, name="conv_in")(x)
         for i, width in enumerate(widths):
             downsample = partial(Downsample, width, (0, 1), dtype=self.dtype) if i < len(widths) - 1 else None
-            block = DownBlock(_resnet(self, width), None, self.layers_per_block, downsample, name=f"down_blocks_{i}")
-            h, _ = block(h)
-        h = MidBlock(_resnet(self, widths[-1]), _mid_attention(self), name="mid_block")(h)
+            layers = self._resnet(width), None, self.layers_per_block, downsample
+            h, _ = DownBlock(*layers, name=f"down_blocks_{i}")(h)
+        h = MidBlock(self._resnet(widths[-1]), self._mid_attention(), name="mid_block")(h)
         h = nn.silu(GroupNorm(self.norm_num_groups, EPS, dtype=self.dtype, name="conv_norm_out")(h))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(h)
 
 
-def _resnet(coder: nn.Module, width: int) -> Layer:
-    return partial(ResnetBlock, width, coder.norm_num_groups, EPS, dtype=coder.dtype)
-
-
-def _mid_attention(coder: nn.Module) -> Layer:
-    return self_attention(coder.norm_num_groups, EPS, 1, coder.dtype) if coder.mid_block_add_attention else no_attention
-
-
-class Decoder(nn.Module):
+class Decoder(_Coder):
     """The decoder: latents to pixels, with one ResNet block more per level than the encoder.
 
     In two parts, for a cheap gradient with respect to the last layer alone.
     """
-
-    out_channels: int
-    block_out_channels: Sequence[int]
-    layers_per_block: int
-    norm_num_groups: int
-    mid_block_add_attention: bool
-    dtype: Dtype = None
 
     def setup(self):
         """Makes the layers."""
         widths, layers = self.block_out_channels[::-1], self.layers_per_block + 1
         upsample = [partial(Upsample, width, dtype=self.dtype) for width in widths[:-1]] + [None]
         self.conv_in = Conv(widths[0], dtype=self.dtype)
-        self.mid_block = MidBlock(_resnet(self, widths[0]), _mid_attention(self))
-        self.up_blocks = [UpBlock(_resnet(self, width), None, layers, up) for width, up in zip(widths, upsample)]
+        self.mid_block = MidBlock(self._resnet(widths[0]), self._mid_attention())
+        self.up_blocks = [UpBlock(self._resnet(width), None, layers, up) for width, up in zip(widths, upsample)]
         self.conv_norm_out = GroupNorm(self.norm_num_groups, EPS, dtype=self.dtype)
         self.conv_out = Conv(self.out_channels, dtype=self.dtype)
 

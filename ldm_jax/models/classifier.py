@@ -14,25 +14,15 @@ from ldm_jax.models.unet import EPS
 
 
 class NoisyClassifier(nn.Module):
-    """A classifier p(y | z_t): `apply({"params": p}, z_t, t, alpha)` -> logits. Blocks and names are the UNet's.
-
-    Fields:
-      num_classes: 2 or more.
-      block_out_channels: width of each level; each level but the last halves the size.
-      attention: for each level, whether self-attention follows each of its ResNet blocks; the middle is as the last.
-      layers_per_block: ResNet blocks per level.
-      attention_heads: their number; must divide the width of each level with attention.
-      norm_num_groups: must divide every width.
-      dtype: type of the computation; None means that of the input. The logits are float32.
-    """
+    """A classifier p(y | z_t): `apply({"params": p}, z_t, t, alpha)` -> logits. Blocks and names are the UNet's."""
 
     num_classes: int
-    block_out_channels: Sequence[int]
-    attention: Sequence[bool]
+    block_out_channels: Sequence[int]  # width of each level; all but the last halve the size
+    attention: Sequence[bool]  # for each level, whether self-attention follows each ResNet block; middle: as the last
     layers_per_block: int = 1
-    attention_heads: int = 4
-    norm_num_groups: int = 32
-    dtype: Dtype = None
+    attention_heads: int = 4  # must divide the width of each level with attention
+    norm_num_groups: int = 32  # must divide every width
+    dtype: Dtype = None  # of the computation; None means that of the input. The logits are float32
 
     def setup(self):
         """Checks the fields."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.attention import multi_head
+from ldm_jax.models.attention import Attention
 from ldm_jax.models.primitives import Dense, Dtype, LayerNorm
 
 # This `eos_token_id` of many published configs is wrong: with it transformers takes the highest id as the end of the
@@ -32,20 +32,6 @@ class TextFeatures(NamedTuple):
     last: Array  # [B, L, D], the last layer's output after the final layer norm
     penultimate: Array  # [B, L, D], the output of the layer before the last; not normalised
     pooled: Array  # [B, D or projection_dim] float32, `last` where the text ends, projected if there is a projection
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases, to all positions or, if `causal`, to those up to each one's."""
-
-    heads: int
-    causal: bool
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, L, D] -> [B, L, D]."""
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        return multi_head(x, x, self.heads, use_bias=True, causal=self.causal, names=names, dtype=self.dtype)
 
 
 class MLP(nn.Module):
@@ -76,7 +62,8 @@ class EncoderLayer(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, L, D] -> [B, L, D]."""
         h = LayerNorm(self.eps, dtype=self.dtype, name="layer_norm1")(x)
-        x = x + SelfAttention(self.heads, self.causal, self.dtype, name="self_attn")(h)
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        x = x + Attention(self.heads, self.dtype, True, self.causal, names, name="self_attn")(h, h)
         h = LayerNorm(self.eps, dtype=self.dtype, name="layer_norm2")(x)
         return x + MLP(self.intermediate_size, self.hidden_act, self.dtype, name="mlp")(h)
 
@@ -103,26 +90,18 @@ class Encoder(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The base of CLIP's two encoders: the fields of their transformer, and its checks.
+    """The base of CLIP's two encoders: the fields of their transformer, and its checks."""
 
-    Fields:
-      hidden_size: the width D.
-      intermediate_size: width between the two linear maps of a layer.
-      num_hidden_layers, num_attention_heads: the heads must divide `hidden_size`.
-      hidden_act: "gelu" (exact) or "quick_gelu".
-      layer_norm_eps: of all layer norms.
-      projection_dim: width of the pooled features after a linear map without bias; None leaves that out (text only).
-      dtype: of the computation; None means that of the parameters.
-    """
-
-    hidden_size: int = 512
-    intermediate_size: int = 2048
+    hidden_size: int = 512  # the width D
+    intermediate_size: int = 2048  # width between the two linear maps of a layer
     num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    hidden_act: str = "quick_gelu"
+    num_attention_heads: int = 8  # must divide hidden_size
+    hidden_act: str = "quick_gelu"  # or "gelu" (exact)
     layer_norm_eps: float = 1e-5
-    projection_dim: int | None = None
-    dtype: Dtype = None
+    projection_dim: int | None = (
+        None  # of the pooled features after a linear map without bias; None: no map (text only)
+    )
+    dtype: Dtype = None  # of the computation; None means that of the parameters
 
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
 
@@ -173,29 +152,19 @@ def end_of_text(ids: Array, eos_token_id: int) -> Array:
 
 
 class CLIPTextEncoder(CLIPEncoder):
-    """CLIP's text encoder: `apply({"params": p}, ids)`. Fields and their defaults are those of CLIPTextConfig.
-
-    Fields, besides those of `CLIPEncoder`:
-      vocab_size: number of token ids.
-      max_position_embeddings: the longest text, in tokens.
-      eos_token_id: the token that ends a text, see `end_of_text`.
-    """
+    """CLIP's text encoder: `apply({"params": p}, ids)`. Fields and their defaults are those of CLIPTextConfig."""
 
     vocab_size: int = 49408
-    max_position_embeddings: int = 77
-    eos_token_id: int = 49407
+    max_position_embeddings: int = 77  # the longest text, in tokens
+    eos_token_id: int = 49407  # the token that ends a text, see `end_of_text`
 
     sizes = (*CLIPEncoder.sizes, "vocab_size", "max_position_embeddings")
 
     @nn.compact
     def __call__(self, ids: Array) -> TextFeatures:
-        """Features of whole texts; those at a token do not depend on the tokens after it.
+        """Features of ids [B, L], integers in [0, vocab_size), L at most `max_position_embeddings`, else ValueError.
 
-        Args:
-          ids: [B, L] integers in [0, vocab_size), L at most `max_position_embeddings`.
-
-        Raises:
-          ValueError: for a shape or type that does not fit.
+        Those at a token do not depend on the tokens after it.
         """
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids must be integers [B, L]; got {ids.dtype} {ids.shape}")

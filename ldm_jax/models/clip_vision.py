@@ -64,14 +64,9 @@ class CLIPImageEncoder(CLIPEncoder):
 
     x is in [-1, 1] for encoders trained here. The published ones were trained on (u - mean) / std with u in [0, 1] and
     mean and std of each channel in their preprocessor_config.json: for these, x is (x / 2 + 1 / 2 - mean) / std.
-
-    Fields, besides those of `CLIPEncoder`:
-      image_size: height and width of the images, a multiple of `patch_size`.
-      patch_size: height and width of a patch.
-      num_channels: of the images.
     """
 
-    image_size: int = 224
+    image_size: int = 224  # height and width, a multiple of patch_size
     patch_size: int = 32
     num_channels: int = 3
     hidden_size: int = 768

@@ -1,7 +1,6 @@
-"""Conditioning by classes, by texts or by nothing: the arguments tau(y) of the denoiser (Rombach 2022, section 3.3).
+"""Conditioning on classes, on texts or on nothing: the arguments tau(y) of the denoiser (Rombach 2022, section 3.3).
 
-A conditioning makes a table with a row for each condition, whose last row is the null condition, and encodes any rows
-of it. Classes, texts and nothing are one to what samples and trains.
+A conditioning has a table with a row for each condition, the last for the null condition, and encodes any rows of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +19,9 @@ from ldm_jax.models.unet import Added
 
 
 class ClassEmbedder(nn.Module):
-    """A learned context for each class, and one for "no class": the last row, number `num_classes`.
+    """The class embedding: a learned context for each class, and in the last row for the null condition.
 
-    Classifier-free guidance trains the null row by conditioning dropout (Ho & Salimans 2021). An unconditional model
-    has num_classes=0 and only the null row.
+    Conditioning dropout trains the null row (Ho & Salimans 2021). An unconditional model has num_classes=0.
     """
 
     num_classes: int
@@ -34,9 +32,8 @@ class ClassEmbedder(nn.Module):
     def setup(self):
         """Checks the fields and makes the table."""
         if self.num_classes < 0 or self.tokens < 1:
-            raise ValueError(f"want num_classes >= 0 and tokens >= 1; got {self.num_classes} and {self.tokens}")
-        # Unit variance, as the layer-normalised outputs of a text encoder would have.
-        init = nn.initializers.normal(1.0)
+            raise ValueError(f"need num_classes >= 0 and tokens >= 1; got {self.num_classes} and {self.tokens}")
+        init = nn.initializers.normal(1.0)  # the variance of layer-normalised outputs of a text encoder
         self.embedding = nn.Embed(self.num_classes + 1, self.tokens * self.dim, embedding_init=init, dtype=self.dtype)
 
     def __call__(self, label: Array) -> Array:
@@ -46,13 +43,13 @@ class ClassEmbedder(nn.Module):
 
 @dataclass(frozen=True)
 class ClassConditioning:
-    """Conditioning on class labels; of num_classes 0, on the learned null context alone."""
+    """Conditioning on class labels; with num_classes 0, on the learned null context alone."""
 
     embedder: ClassEmbedder
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are beside the null condition."""
+        """The number of classes, without the null condition."""
         return self.embedder.num_classes
 
     def table(self) -> np.ndarray:
@@ -64,7 +61,7 @@ class ClassConditioning:
         return {"context": self.embedder.apply({"params": params}, rows)}
 
     def init(self, rng: Array) -> Any:
-        """Parameters at random."""
+        """Random parameters."""
         return self.embedder.init(rng, jnp.zeros((1,), jnp.int32))["params"]
 
 
@@ -72,17 +69,13 @@ class ClassConditioning:
 class TextConditioning:
     """Conditioning on prompts by one or two CLIP text encoders, whose parameters are a list.
 
-    With one, the context is its last layer's features of each token (Rombach 2022, section 4.3.1); with two, the layers
-    before the last, concatenated, and the pooled text of the second with the sizes (Podell 2023, section 2.1 and 2.2).
-
-    Attributes:
-      encoders: one or two.
-      tokenizers: one for each: texts -> `interop.tokenizer.Tokens`. They are no part of what is compiled.
-      force_zeros_for_empty_prompt: of two encoders: an absent negative prompt is zeros, not the encoded empty text.
+    With one, the context is its last layer (Rombach 2022, section 4.3.1); with two, it is the concatenated penultimate
+    layers, and the pooled text of the second is added, with the sizes (Podell 2023, section 2.1 and 2.2). With two and
+    `force_zeros_for_empty_prompt`, an absent negative prompt is zeros, not the encoded empty text.
     """
 
     encoders: tuple[CLIPTextEncoder, ...]
-    tokenizers: tuple[Callable[[Sequence[str]], Any], ...] = field(compare=False)
+    tokenizers: tuple[Callable[[Sequence[str]], Any], ...] = field(compare=False)  # texts -> interop.tokenizer.Tokens
     force_zeros_for_empty_prompt: bool = True
 
     num_classes = 0
@@ -92,13 +85,8 @@ class TextConditioning:
     ) -> tuple[dict[str, Any], int]:
         """The encoders' inputs for each prompt, then for the negative prompt: a tree of arrays [P + 1, ...].
 
-        Args:
-          prompts: one or more.
-          negative_prompt: None: the null condition.
-          image_size: (height, width) in pixels, on which SDXL is conditioned.
-
-        Returns:
-          The tree, and how many prompts are longer than the encoders' context.
+        negative_prompt None is the null condition; SDXL is conditioned on image_size, (height, width) in pixels. Also
+        returns how many prompts are truncated to the encoders' context.
         """
         tokens = [tokenizer([*prompts, negative_prompt or ""]) for tokenizer in self.tokenizers]
         n = len(prompts) + 1
@@ -109,7 +97,7 @@ class TextConditioning:
         return {"ids": [each.ids for each in tokens], "zeros": zeros, "sizes": sizes}, int(truncated.sum())
 
     def encode(self, params: Any, rows: Any) -> dict[str, Any]:
-        """Rows of the table -> {"context" [B, L, D]}, with "added" of two encoders."""
+        """Rows of the table -> {"context" [B, L, D]}, with two encoders also "added"."""
         features = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(self.encoders, params, rows["ids"])]
         if len(features) == 1:
             return {"context": features[0].last}
@@ -122,7 +110,7 @@ class TextConditioning:
 
 @dataclass(frozen=True)
 class NoConditioning:
-    """The conditioning of an unconditional denoiser: its table has the null row alone, and no arguments come of it."""
+    """The conditioning of an unconditional denoiser: a table of the null row alone, and no arguments."""
 
     num_classes = 0
 
@@ -141,12 +129,12 @@ class NoConditioning:
 
 @dataclass(frozen=True)
 class EncodedConditioning:
-    """Conditioning whose table has the denoiser's arguments themselves: text embeddings computed before training."""
+    """Conditioning on precomputed text embeddings: its table has the denoiser's arguments."""
 
     num_classes = 0
 
     def encode(self, params: Any, rows: dict[str, Any]) -> dict[str, Any]:
-        """The rows, as they are."""
+        """The rows."""
         return rows
 
 
@@ -154,7 +142,7 @@ Conditioning = ClassConditioning | TextConditioning | NoConditioning | EncodedCo
 
 
 def interpolate(cond: dict[str, Any], other: dict[str, Any], weights: Array) -> dict[str, Any]:
-    """Linear interpolation of encoded conditions, weights [B] from 0 (cond) to 1; integers are those of cond."""
+    """Linear interpolation of encoded conditions, weights [B] from 0 (cond) to 1 (other); integers are cond's."""
 
     def lerp(one: Array, two: Array) -> Array:
         if not jnp.issubdtype(one.dtype, jnp.floating):

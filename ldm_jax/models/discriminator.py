@@ -1,11 +1,15 @@
-"""The adversary of the first stage: a patch discriminator (Isola et al. 2017, "PatchGAN"; Esser et al. 2021)."""
+"""The patch discriminator of the first stage (Isola et al. 2017, "PatchGAN"; Esser et al. 2021)."""
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.layers import Dtype, check_groups
+from ldm_jax.models.layers import check_groups
+from ldm_jax.models.primitives import Dtype
 
 
 def _norm_scale_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
@@ -13,11 +17,10 @@ def _norm_scale_init(key: Array, shape: tuple[int, ...], dtype: Dtype = jnp.floa
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches: 4x4 convolutions, `layers` of them with stride 2, widths doubling up to 8 times.
+    """A discriminator of patches: 4x4 convolutions, `layers` of them with stride 2, widths doubling up to 8 times.
 
-    Group normalisation stands where the papers have batch normalisation: the score of an image must not depend on the
-    other images of its batch, or results would change with the number of devices. Weights start from N(0, 0.02) and
-    norm scales from N(1, 0.02), as in pix2pix (0.02 is the standard deviation).
+    Group normalisation replaces the papers' batch normalisation: results do not depend on the number of devices.
+    Kernels start from N(0, 0.02) and norm scales from N(1, 0.02), as in pix2pix (0.02 is the standard deviation).
     """
 
     in_channels: int = 3
@@ -49,33 +52,16 @@ class PatchDiscriminator(nn.Module):
                 f"{self.layers} discriminator layers of stride 2 leave no patch of {x.shape[1]}x{x.shape[2]} pixels; "
                 f"take sizes of {3 * 2**self.layers} or more, or fewer layers"
             )
-        h = x
+        options = {"epsilon": 1e-5, "use_fast_variance": False, "scale_init": _norm_scale_init, "dtype": self.dtype}
+        norm, h = partial(nn.GroupNorm, self.norm_num_groups, **options), x
         for i, width in enumerate(self._widths()):
             first, last = i == 0, i == self.layers
             h = self._conv(width, strides=1 if last else 2, use_bias=first, name=f"conv_{i}")(h)
             if not first:
-                h = self._norm(f"norm_{i}")(h)
+                h = norm(name=f"norm_{i}")(h)
             h = nn.leaky_relu(h, 0.2)
         return self._conv(1, strides=1, use_bias=True, name="conv_out")(h).astype(jnp.float32)
 
-    def _conv(self, features: int, *, strides: int, use_bias: bool, name: str) -> nn.Conv:
-        return nn.Conv(
-            features,
-            (4, 4),
-            strides=strides,
-            padding=((1, 1), (1, 1)),
-            use_bias=use_bias,
-            kernel_init=nn.initializers.normal(0.02),
-            dtype=self.dtype,
-            name=name,
-        )
-
-    def _norm(self, name: str) -> nn.GroupNorm:
-        return nn.GroupNorm(
-            self.norm_num_groups,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            scale_init=_norm_scale_init,
-            dtype=self.dtype,
-            name=name,
-        )
+    def _conv(self, features: int, **options: Any) -> nn.Conv:
+        init = nn.initializers.normal(0.02)
+        return nn.Conv(features, (4, 4), padding=((1, 1), (1, 1)), kernel_init=init, dtype=self.dtype, **options)

@@ -6,14 +6,14 @@ the weights are read (`ldm_jax.interop.inception_weights`). Module names are tho
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 IMAGE_SIZE = 299
 
 
-def inception_input(images: jax.Array) -> jax.Array:
+def inception_input(images: Array) -> Array:
     """Images uint8 [B, H, W, 1 or 3] -> the network's input [B, 299, 299, 3], (value - 128) / 128.
 
     Resized as in TensorFlow 1 and torch-fidelity, which define FID: output pixel i is at input position i * size / 299,
@@ -36,32 +36,32 @@ def _tf1_bilinear(size: int) -> np.ndarray:
 
 
 def conv_relu(
-    h: jax.Array, name: str, width: int, kernel: int | tuple[int, int] = 1, stride: int = 1, pad: bool = True
-) -> jax.Array:
+    h: Array, name: str, width: int, kernel: int | tuple[int, int] = 1, stride: int = 1, pad: bool = True
+) -> Array:
     """Convolution and ReLU of h [B, H, W, C], the calling module's layer `name`; `pad` keeps the size at stride 1."""
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
     padding = [((k - 1) // 2,) * 2 if pad else (0, 0) for k in kernel]
     return nn.relu(nn.Conv(width, kernel, strides=stride, padding=padding, name=name)(h))
 
 
-def branch(h: jax.Array, name: str, *layers: tuple) -> jax.Array:
+def branch(h: Array, name: str, *layers: tuple) -> Array:
     """Layers `name`_1, `name`_2 ... of h [B, H, W, C], each (width, kernel, stride); stride 2 has no padding."""
     for i, (width, kernel, stride) in enumerate(((*layer, 1, 1)[:3] for layer in layers), start=1):
         h = conv_relu(h, f"{name}_{i}", width, kernel, stride, pad=stride == 1)
     return h
 
 
-def fork(h: jax.Array, name: str) -> list[jax.Array]:
+def fork(h: Array, name: str) -> list[Array]:
     """The layers `name`a and `name`b, 1x3 and 3x1, of the same input [B, H, W, C]."""
     return [conv_relu(h, f"{name}a", 384, (1, 3)), conv_relu(h, f"{name}b", 384, (3, 1))]
 
 
-def average_pool(h: jax.Array) -> jax.Array:
+def average_pool(h: Array) -> Array:
     """3x3 means of h [B, H, W, C] that keep the size; the padding does not count."""
     return nn.avg_pool(h, (3, 3), strides=(1, 1), padding=((1, 1), (1, 1)), count_include_pad=False)
 
 
-def reduce_pool(h: jax.Array) -> jax.Array:
+def reduce_pool(h: Array) -> Array:
     """3x3 maxima of h [B, H, W, C] at every other position."""
     return nn.max_pool(h, (3, 3), strides=(2, 2))
 
@@ -72,7 +72,7 @@ class InceptionA(nn.Module):
     pool_width: int
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Array) -> Array:
         """[B, H, W, C] -> [B, H, W, 224 + pool_width]."""
         one = conv_relu(h, "branch1x1", 64)
         five = branch(h, "branch5x5", (48,), (64, 5))
@@ -85,7 +85,7 @@ class InceptionB(nn.Module):
     """35x35 to 17x17."""
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Array) -> Array:
         """[B, H, W, C] -> [B, (H - 1) / 2, (W - 1) / 2, 480 + C]."""
         three = conv_relu(h, "branch3x3", 384, 3, stride=2, pad=False)
         double = branch(h, "branch3x3dbl", (64,), (96, 3), (96, 3, 2))
@@ -98,7 +98,7 @@ class InceptionC(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Array) -> Array:
         """[B, H, W, C] -> [B, H, W, 768]."""
         w = self.width
         one = conv_relu(h, "branch1x1", 192)
@@ -112,7 +112,7 @@ class InceptionD(nn.Module):
     """17x17 to 8x8."""
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Array) -> Array:
         """[B, H, W, C] -> [B, (H - 1) / 2, (W - 1) / 2, 512 + C]."""
         three = branch(h, "branch3x3", (192,), (320, 3, 2))
         seven = branch(h, "branch7x7x3", (192,), (192, (1, 7)), (192, (7, 1)), (192, 3, 2))
@@ -125,7 +125,7 @@ class InceptionE(nn.Module):
     max_pool: bool
 
     @nn.compact
-    def __call__(self, h: jax.Array) -> jax.Array:
+    def __call__(self, h: Array) -> Array:
         """[B, H, W, C] -> [B, H, W, 2048]."""
         one = conv_relu(h, "branch1x1", 320)
         three = fork(conv_relu(h, "branch3x3_1", 384), "branch3x3_2")
@@ -138,7 +138,7 @@ class InceptionV3(nn.Module):
     """InceptionV3: images uint8 [B, H, W, 1 or 3] of any size -> FID's features [B, 2048]."""
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Array) -> Array:
         """See the class; the comments are the height and width after the line."""
         h = inception_input(images)
         h = conv_relu(h, "Conv2d_1a_3x3", 32, 3, stride=2, pad=False)  # 149

@@ -12,17 +12,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, UpsamplingConv
+from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm
 
 
 def check_groups(channels: Sequence[int], groups: int) -> None:
     """ValueError unless `groups` divides every number of channels."""
     if groups < 1:
         raise ValueError(f"norm_num_groups must be 1 or more; got {groups}")
-    for c in channels:
-        if c % groups:
-            message = f"every width must be a multiple of norm_num_groups={groups}; {c} in {tuple(channels)} is not"
-            raise ValueError(message)
+    if others := [c for c in channels if c % groups]:
+        which = f"{others[0]} in {tuple(channels)} is not"
+        raise ValueError(f"every width must be a multiple of norm_num_groups={groups}; {which}")
 
 
 def upsample_nearest(x: Array, size: tuple[int, int] | None = None) -> Array:
@@ -46,7 +45,7 @@ class Upsample(nn.Module):
     def __call__(self, x: Array, size: tuple[int, int] | None = None) -> Array:
         """[B, H, W, C] -> [B, 2H, 2W, features], or [B, *size, features]."""
         if size is None or size == (2 * x.shape[1], 2 * x.shape[2]):
-            return UpsamplingConv(self.features, dtype=self.dtype, name="conv")(x)
+            return Conv(self.features, upsample=True, dtype=self.dtype, name="conv")(x)
         return Conv(self.features, dtype=self.dtype, name="conv")(upsample_nearest(x, size))
 
 
@@ -90,14 +89,8 @@ class ResnetBlock(nn.Module):
 def timestep_embedding(t: Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> Array:
     """Sinusoids of t (Vaswani et al. 2017, section 3.5): sin and cos of t * 10000^(-i / (dim/2 - freq_shift)).
 
-    Args:
-      t: [B], integer or float.
-      dim: even number of features.
-      flip_sin_to_cos: cosines first (True in Stable Diffusion), otherwise sines first.
-      freq_shift: 1 makes the lowest frequency 1/10000, 0 a little more.
-
-    Returns:
-      [B, dim] float32.
+    t [B], integer or float -> [B, dim] float32, dim even. flip_sin_to_cos: cosines first, as in Stable Diffusion.
+    freq_shift: 1 makes the lowest frequency 1/10000, 0 a little more.
     """
     half = dim // 2
     frequency = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))

@@ -1,8 +1,7 @@
-"""Pretrained image towers (VGG16, AlexNet) and LPIPS, the learned perceptual distance built on them.
+"""LPIPS, the learned perceptual distance (Zhang et al. 2018, eq. 1), and its pretrained networks VGG16 and AlexNet.
 
-The weights come from `ldm_jax.interop.lpips_weights`. Towers: Simonyan and Zisserman 2015 (configuration D), Krizhevsky
-2014 ("one weird trick"), in torchvision's layout. Distance: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep
-Features as a Perceptual Metric", equation 1.
+VGG16 is configuration D of Simonyan and Zisserman 2015, AlexNet that of Krizhevsky 2014 ("one weird trick"), both in
+torchvision's layout. The weights come from `ldm_jax.interop.lpips_weights`.
 """
 
 from typing import Any
@@ -10,48 +9,44 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-# ImageNet's channel means and deviations, (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225), carried over from [0, 1] to
-# [-1, 1] and rounded as in the published LPIPS, whose heads were trained with exactly these numbers.
+# ImageNet's channel means and deviations, (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225), from [0, 1] to [-1, 1],
+# rounded as in the published LPIPS, whose heads were trained with these numbers.
 IMAGENET_SHIFT = (-0.030, -0.088, -0.188)
 IMAGENET_SCALE = (0.458, 0.448, 0.450)
 
 VGG16_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 VGG16_MIN_SIZE = 16  # four halvings must leave one pixel
+# (width, kernel, stride, padding)
+ALEXNET_LAYERS = ((64, 11, 4, 2), (192, 5, 1, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
 ALEXNET_MIN_SIZE = 31  # stride 4 and two 3x3 pools must leave one pixel
 
-# Inside the square root of the feature norm: where every feature is 0, sqrt has an infinite slope and the gradient
-# would be NaN. The published code adds 1e-10 outside, which agrees wherever the norm is not tiny.
+# Inside the square root of the feature norm: else the gradient would be NaN where every feature is 0. The published
+# code adds 1e-10 outside, which agrees wherever the norm is not tiny.
 NORM_EPS = 1e-10
 
 
-def imagenet_input(x: jax.Array, min_size: int, tower: str) -> jax.Array:
-    """What the towers were trained on: three channels, ImageNet mean 0 and deviation 1. Grey is repeated.
+def imagenet_input(x: Array, min_size: int, tower: str) -> Array:
+    """Pixels [B, H, W, 1 or 3] in [-1, 1] -> [B, H, W, 3] with ImageNet mean 0 and deviation 1; grey is repeated.
 
-    Args:
-        x: pixels [B, H, W, 1 or 3] in [-1, 1].
-        min_size: the smallest height and width `tower` can see.
-        tower: its name, for the error message.
-
-    Raises:
-        ValueError: the channels are neither 1 nor 3, or the image is smaller than `min_size`.
+    ValueError if the channels are neither 1 nor 3, or the image is smaller than `min_size`, the least for `tower`.
     """
     if x.ndim != 4 or x.shape[-1] not in (1, 3):
         raise ValueError(f"{tower} takes pixels [B, H, W, 1 or 3], got {x.shape}")
     if min(x.shape[1:3]) < min_size:
-        raise ValueError(
-            f"{tower} needs images of at least {min_size}x{min_size}, got {x.shape[1]}x{x.shape[2]}; resize"
-        )
+        size = f"{x.shape[1]}x{x.shape[2]}"
+        raise ValueError(f"{tower} needs images of at least {min_size}x{min_size}, got {size}; resize")
     rgb = jnp.broadcast_to(x, (*x.shape[:3], 3))
     return (rgb - jnp.asarray(IMAGENET_SHIFT, x.dtype)) / jnp.asarray(IMAGENET_SCALE, x.dtype)
 
 
-def conv3x3(conv: nn.Conv, h: jax.Array) -> jax.Array:
-    """conv(h) for a 3x3 convolution with padding 1, fast also where [B, H, W, C] has a side below 3.
+def conv3x3(conv: nn.Conv, h: Array) -> Array:
+    """A 3x3 convolution with padding 1, fast also where [B, H, W, C] has a side below 3.
 
-    XLA's CPU backend computes a convolution whose kernel is larger than its field by a naive loop: at 2x2x512 one
-    hundred times slower, forwards and backwards, than the same field padded to 3x3 with zeros and cut out again. The
-    barriers keep XLA from folding the padding back into the convolution.
+    XLA's CPU backend computes a convolution whose kernel is larger than its input by a naive loop: at 2x2x512 one
+    hundred times slower than the same input padded to 3x3 with zeros, and cropped. The barriers keep XLA from folding
+    the padding into the convolution.
     """
     height, width = h.shape[1:3]
     if min(height, width) >= 3:
@@ -66,7 +61,7 @@ class VGG16(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
+    def __call__(self, x: Array) -> list[Array]:
         """Pixels [B, H, W, 1 or 3] in [-1, 1] -> the outputs of relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3.
 
         Output k = 0..4 is [B, H / 2^k, W / 2^k, (64, 128, 256, 512, 512)[k]], halves rounded down.
@@ -89,27 +84,23 @@ class AlexNet(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
+    def __call__(self, x: Array) -> list[Array]:
         """Pixels [B, H, W, 1 or 3] in [-1, 1], 31x31 or more -> its five ReLUs, of 64, 192, 384, 256, 256 channels."""
-
-        def layer(h: jax.Array, name: str, width: int, kernel: int, padding: int, stride: int = 1) -> jax.Array:
-            conv = nn.Conv(width, (kernel, kernel), strides=stride, padding=padding, dtype=self.dtype, name=name)
-            return nn.relu(conv(h))
-
-        h = imagenet_input(x, ALEXNET_MIN_SIZE, "AlexNet").astype(self.dtype)
-        relu1 = layer(h, "conv1", 64, kernel=11, padding=2, stride=4)
-        relu2 = layer(nn.max_pool(relu1, (3, 3), strides=(2, 2)), "conv2", 192, kernel=5, padding=2)
-        relu3 = layer(nn.max_pool(relu2, (3, 3), strides=(2, 2)), "conv3", 384, kernel=3, padding=1)
-        relu4 = layer(relu3, "conv4", 256, kernel=3, padding=1)
-        relu5 = layer(relu4, "conv5", 256, kernel=3, padding=1)
-        return [relu1, relu2, relu3, relu4, relu5]
+        h, taps = imagenet_input(x, ALEXNET_MIN_SIZE, "AlexNet").astype(self.dtype), []
+        for layer, (width, kernel, stride, padding) in enumerate(ALEXNET_LAYERS, start=1):
+            if layer in (2, 3):
+                h = nn.max_pool(h, (3, 3), strides=(2, 2))
+            conv = nn.Conv(width, (kernel,) * 2, stride, padding, dtype=self.dtype, name=f"conv{layer}")
+            h = nn.relu(conv(h))
+            taps.append(h)
+        return taps
 
 
 TOWERS = {"vgg16": VGG16, "alexnet": AlexNet}
 
 
-def unit_features(features: jax.Array) -> jax.Array:
-    """Every pixel's feature vector [B, H, W, C] scaled to length 1, in float32; 0 stays 0, with a finite gradient."""
+def unit_features(features: Array) -> Array:
+    """Feature vectors [B, H, W, C] scaled to length 1, in float32; 0 stays 0, with a finite gradient."""
     features = features.astype(jnp.float32)
     return features * jax.lax.rsqrt(jnp.sum(features**2, axis=-1, keepdims=True) + NORM_EPS)
 
@@ -121,9 +112,9 @@ class LPIPS(nn.Module):
 
     Attributes:
         net: the tower, "vgg16" or "alexnet".
-        resize: both images are first brought to resize x resize, bilinearly (with antialiasing when shrinking). AlexNet
-            cannot see less than 31 x 31, so small images need it.
-        dtype: of the tower's computation; the distance itself is float32.
+        resize: if not None, both images are first resized to resize x resize, bilinearly (with antialiasing when
+            shrinking). AlexNet needs 31 x 31 or more.
+        dtype: of the tower's computation; the distance is float32.
     """
 
     net: str = "vgg16"
@@ -131,27 +122,24 @@ class LPIPS(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+    def __call__(self, x: Array, y: Array) -> Array:
         """Two batches of pixels [B, H, W, 1 or 3] in [-1, 1] -> their distances [B] float32, 0 for equal images.
 
-        Raises:
-            ValueError: unknown `net`, unlike shapes, or an image the tower cannot take.
+        ValueError for an unknown `net`, different shapes, or images that `imagenet_input` refuses.
         """
         if self.net not in TOWERS:
-            raise ValueError(f"LPIPS knows the nets {', '.join(TOWERS)}; got {self.net!r}")
+            raise ValueError(f"net of LPIPS must be one of {', '.join(TOWERS)}; got {self.net!r}")
         if x.shape != y.shape:
-            raise ValueError(f"LPIPS compares images of one shape, got {x.shape} and {y.shape}")
+            raise ValueError(f"LPIPS needs images of one shape, got {x.shape} and {y.shape}")
         tower = TOWERS[self.net](dtype=self.dtype, name="tower")
-        # Two passes rather than one over a joint batch: in training only one image needs the backward pass.
-        taps_x, taps_y = tower(self._resized(x)), tower(self._resized(y))
+        if self.resize is not None:
+            size = (len(x), self.resize, self.resize, x.shape[-1])
+            x, y = (jax.image.resize(images, size, "bilinear") for images in (x, y))
+        # Two passes, not one over a joint batch: in training only one of the images needs the backward pass.
+        taps_x, taps_y = tower(x), tower(y)
         distance = jnp.zeros(x.shape[0], jnp.float32)
         for level, (f_x, f_y) in enumerate(zip(taps_x, taps_y)):
             lin = self.param(f"lin{level}", nn.initializers.ones, (f_x.shape[-1],))
             difference = (unit_features(f_x) - unit_features(f_y)) ** 2
             distance += jnp.mean(difference @ lin, axis=(1, 2))
         return distance
-
-    def _resized(self, x: jax.Array) -> jax.Array:
-        if self.resize is None:
-            return x
-        return jax.image.resize(x, (x.shape[0], self.resize, self.resize, x.shape[-1]), "bilinear")

@@ -171,13 +171,15 @@ class Dense(nn.Module):
 class Conv(nn.Module):
     """A square convolution, NHWC; `kernel` [k, k, C, features] and `bias` [features].
 
-    `padding` is (before, after) on both axes; None keeps the size at stride 1.
+    `padding` is (before, after) on both axes; None keeps the size at stride 1. With `upsample`, a 3x3 convolution after
+    nearest-neighbour upsampling by 2.
     """
 
     features: int
     kernel_size: int = 3
     strides: int = 1
     padding: tuple[int, int] | None = None
+    upsample: bool = False
     zero: bool = False  # whether the kernel starts at 0
     dtype: Dtype = None
 
@@ -186,25 +188,13 @@ class Conv(nn.Module):
         """[B, H, W, C] -> [B, H', W', features]."""
         k = self.kernel_size
         x, kernel, bias = _linear_parameters(self, x, (k, k, x.shape[-1], self.features))
+        if self.upsample:
+            return add_bias(upsample_and_convolve(x, kernel), bias)
         if k == 1 and self.strides == 1:
             return add_bias(matmul(x, kernel[0, 0]), bias)
         padding = (k // 2, k // 2) if self.padding is None else self.padding
         y = lax.conv_general_dilated(x, kernel, (self.strides,) * 2, (padding,) * 2, dimension_numbers=NHWC)
         return add_bias(y, bias)
-
-
-class UpsamplingConv(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution, NHWC; parameters as in `Conv`."""
-
-    features: int
-    zero: bool = False  # whether the kernel starts at 0
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[B, H, W, C] -> [B, 2H, 2W, features]."""
-        x, kernel, bias = _linear_parameters(self, x, (3, 3, x.shape[-1], self.features))
-        return add_bias(upsample_and_convolve(x, kernel), bias)
 
 
 def _scale_and_bias(layer: nn.Module, x: Array) -> tuple[Array, Array]:

@@ -9,17 +9,17 @@ from jax import Array
 
 
 class Quantized(NamedTuple):
-    """What quantising raw latents [B, h, w, d] with K codes gives."""
+    """Quantised raw latents [B, h, w, d], with K codes."""
 
     z_q: Array  # [B, h, w, d] the codes; their gradient goes straight through to the raw latents
     indices: Array  # [B, h, w] int32 in [0, K)
     codebook_loss: Array  # [] mean |sg(raw) - e|^2, moves the codes
     commitment_loss: Array  # [] mean |raw - sg(e)|^2, moves the encoder; its usual weight is beta = 0.25
-    usage: Array  # [K] float32, the share of positions that took each code; sums to 1
+    usage: Array  # [K] float32, the fraction of positions with each code; sums to 1
 
 
 def perplexity(usage: Array) -> Array:
-    """exp(entropy) of the codes' use, in [1, K]: how many codes are in use, so to say. usage [K] sums to 1.
+    """The perplexity exp(entropy) of the codebook, in [1, K]: the effective number of codes. usage [K] sums to 1.
 
     Average `usage` over devices or batches first: the perplexity of a mean is not the mean of perplexities.
     """
@@ -27,14 +27,14 @@ def perplexity(usage: Array) -> Array:
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of `num_embeddings` vectors of `features`; replaces each latent vector by the nearest of them."""
+    """A vector quantiser: replaces each latent vector by the nearest of `num_embeddings` codes of `features`."""
 
     num_embeddings: int
     features: int
 
     @nn.compact
     def __call__(self, raw: Array) -> Quantized:
-        """Raw latents [B, h, w, features], computed in float32 whatever their type."""
+        """Raw latents [B, h, w, features] -> Quantized, computed in float32."""
         k = self.num_embeddings
         init = nn.initializers.uniform(2 / k)
         embed = nn.Embed(k, self.features, embedding_init=lambda *a: init(*a) - 1 / k, name="embedding")

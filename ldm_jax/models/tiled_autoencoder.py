@@ -1,7 +1,7 @@
-"""Large images through an autoencoder in tiles: the memory is that of one tile, however large the image.
+"""Tiled encoding and decoding of large images with the memory of one tile.
 
-Tiles, their overlap and how one fades into the next are those of AutoencoderKL.enable_tiling in diffusers 0.42.1.
-The result is near to that of the whole image but not the same: norms and attention cover a tile alone.
+Tiles, their overlap and blending are those of AutoencoderKL.enable_tiling in diffusers 0.42.1. The result is close to
+that of the whole image but not the same: norms and attention cover one tile.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 PARTS = 4  # neighbouring tiles overlap by this fraction of a side
 
 
-def in_tiles(function: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int, result: int) -> jax.Array:
-    """`function`, which maps a side of `tile` to one of `result`, on x [B, h, w, c] by tiles, from top left on.
+def in_tiles(function: Callable[[Array], Array], x: Array, tile: int, result: int) -> Array:
+    """`function`, which maps a side of `tile` to one of `result`, applied to x [B, h, w, c] in tiles from the top left.
 
-    Those at the right and the bottom may be smaller, so that the function is compiled for up to four shapes.
+    Tiles at the right and the bottom may be smaller, so that the function is compiled for up to four shapes.
     """
     if max(x.shape[1:3]) <= tile:
         return function(x)
@@ -35,8 +36,8 @@ def in_tiles(function: Callable[[jax.Array], jax.Array], x: jax.Array, tile: int
     return jnp.concatenate(lines, axis=1)
 
 
-def _map_by_shape(function: Callable[[jax.Array], jax.Array], pieces: dict[Any, jax.Array]) -> dict[Any, jax.Array]:
-    """The function of each piece, one after the other."""
+def _map_by_shape(function: Callable[[Array], Array], pieces: dict[Any, Array]) -> dict[Any, Array]:
+    """The function applied to each piece, one after the other."""
     places: dict[tuple[int, ...], list] = {}
     for place, piece in pieces.items():
         places.setdefault(piece.shape, []).append(place)
@@ -47,8 +48,8 @@ def _map_by_shape(function: Callable[[jax.Array], jax.Array], pieces: dict[Any, 
     return done
 
 
-def _faded(before: jax.Array, piece: jax.Array, fade: int, axis: int) -> jax.Array:
-    """The piece, its first `fade` rows (or columns) blended with the last ones of the piece before."""
+def _faded(before: Array, piece: Array, fade: int, axis: int) -> Array:
+    """The piece with its first `fade` rows (or columns) blended with the last ones of the piece before."""
     n = min(fade, before.shape[axis], piece.shape[axis])
     weight = jnp.expand_dims(jnp.arange(n) / n, [a for a in range(piece.ndim) if a != axis])
     last = jax.lax.slice_in_dim(before, before.shape[axis] - n, before.shape[axis], axis=axis)

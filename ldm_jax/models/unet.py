@@ -14,14 +14,7 @@ from jax import Array
 
 from ldm_jax.models.attention import Transformer2D
 from ldm_jax.models.blocks import DownBlock, Layer, MidBlock, UpBlock
-from ldm_jax.models.layers import (
-    Downsample,
-    ResnetBlock,
-    TimestepEmbedding,
-    Upsample,
-    check_groups,
-    timestep_embedding,
-)
+from ldm_jax.models.layers import Downsample, ResnetBlock, TimestepEmbedding, Upsample, check_groups, timestep_embedding
 from ldm_jax.models.primitives import Conv, Dtype, GroupNorm
 
 # Block type in diffusers' configs -> whether a transformer follows each of its ResNet blocks.
@@ -42,32 +35,21 @@ class Added(NamedTuple):
 class BaseUNet(nn.Module):
     """A UNet but for its attention and time embedding: fields, their checks, blocks and skips.
 
-    Fields:
-      in_channels, out_channels: of z_t and of the prediction.
-      block_out_channels: width of each level; each level but the last halves the size.
-      down_block_types: one for each level, without or with attention.
-      up_block_types: the same from the last level to the first.
-      mid_block_type: None for no middle block.
-      layers_per_block: ResNet blocks of a down block; an up block has one more.
-      norm_num_groups: must divide every width.
-      flip_sin_to_cos, freq_shift: see `timestep_embedding`.
-      dropout: rate inside the ResNet blocks; needs `deterministic=False` and `rngs={"dropout": key}`. Its masks depend
-        on the shape of the whole batch, so only with 0 are results independent of the number of devices.
-      dtype: of the computation; None means that of the input.
+    Dropout masks depend on the shape of the whole batch: only with 0 are results independent of the number of devices.
     """
 
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: Sequence[int] = (320, 640, 1280, 1280)
+    in_channels: int = 4  # of z_t
+    out_channels: int = 4  # of the prediction
+    block_out_channels: Sequence[int] = (320, 640, 1280, 1280)  # width of each level; all but the last halve the size
     down_block_types: Sequence[str] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: Sequence[str] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    flip_sin_to_cos: bool = True
+    up_block_types: Sequence[str] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3  # from the last level to the first
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"  # None for no middle block
+    layers_per_block: int = 2  # ResNet blocks of a down block; an up block has one more
+    norm_num_groups: int = 32  # must divide every width
+    flip_sin_to_cos: bool = True  # see `timestep_embedding`, as for freq_shift
     freq_shift: float = 0.0
-    dropout: float = 0.0
-    dtype: Dtype = None
+    dropout: float = 0.0  # in ResNet blocks; needs `deterministic=False` and `rngs={"dropout": key}`
+    dtype: Dtype = None  # of the computation; None means that of the input
 
     down_blocks: ClassVar[Mapping[str, bool]] = DOWN_BLOCKS
     up_blocks: ClassVar[Mapping[str, bool]] = UP_BLOCKS
@@ -149,28 +131,17 @@ class UNet(BaseUNet):
 
     Block types are "DownBlock2D" or "CrossAttnDownBlock2D", "UpBlock2D" or "CrossAttnUpBlock2D", and
     "UNetMidBlock2DCrossAttn", "UNetMidBlock2D" or None.
-
-    Fields, besides those of `BaseUNet`:
-      attention_heads: the NUMBER of heads, one for all or one per level. (diffusers keeps it as `attention_head_dim`.)
-      transformer_layers_per_block: transformer blocks per transformer, one for all or one per level.
-      cross_attention_dim: D of the context.
-      only_cross_attention: whether cross-attention replaces self-attention, one for all or one per level.
-      use_linear_projection: the transformers' projections are linear maps rather than 1x1 convolutions.
-      num_class_embeds: if not None, `class_labels` in [0, num_class_embeds) are embedded, added to the time embedding.
-      addition_embed_type: "text_time" if an embedding of `added` is added to the time embedding too (SDXL), else None.
-      addition_time_embed_dim: then the number of sinusoids for each of the time ids; SDXL 256.
-      projection_class_embeddings_input_dim: then P + N times that, SDXL 1280 + 6 * 256 = 2816.
     """
 
-    attention_heads: int | Sequence[int] = 8
-    transformer_layers_per_block: int | Sequence[int] = 1
-    cross_attention_dim: int = 768
-    only_cross_attention: bool | Sequence[bool] = False
-    use_linear_projection: bool = False
-    num_class_embeds: int | None = None
-    addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    projection_class_embeddings_input_dim: int | None = None
+    attention_heads: int | Sequence[int] = 8  # their NUMBER, for all levels or each; diffusers: `attention_head_dim`
+    transformer_layers_per_block: int | Sequence[int] = 1  # blocks of each transformer, for all levels or each
+    cross_attention_dim: int = 768  # D of the context
+    only_cross_attention: bool | Sequence[bool] = False  # instead of self-attention, for all levels or each
+    use_linear_projection: bool = False  # the transformers' projections are linear maps, not 1x1 convolutions
+    num_class_embeds: int | None = None  # of `class_labels`, whose embedding is added to the time embedding
+    addition_embed_type: str | None = None  # "text_time": an embedding of `added` is added to it too (SDXL)
+    addition_time_embed_dim: int | None = None  # then the number of sinusoids of each time id; SDXL 256
+    projection_class_embeddings_input_dim: int | None = None  # then P + N times that, SDXL 1280 + 6 * 256 = 2816
 
     def _check_attention(self) -> None:
         fields = ("attention_heads", "transformer_layers_per_block", "only_cross_attention")
@@ -225,7 +196,7 @@ class UNet(BaseUNet):
         added: Added | None = None,
         deterministic: bool = True,
     ) -> Array:
-        """The prediction, [B, h, w, out_channels] float32.
+        """The prediction, [B, h, w, out_channels] float32; ValueError for shapes that don't fit the fields.
 
         Args:
           z_t: [B, h, w, in_channels]; any h and w, as in diffusers.
@@ -234,9 +205,6 @@ class UNet(BaseUNet):
           class_labels: [B] integers if `num_class_embeds` is set, else None.
           added: the pooled text and the time ids if `addition_embed_type` is set, else None.
           deterministic: False switches dropout on.
-
-        Raises:
-          ValueError: for shapes that don't fit the fields.
         """
         self._check_inputs(z_t, context, class_labels, added)
         temb, width = self._time_embedding(jnp.broadcast_to(t, z_t.shape[:1])), 4 * self.block_out_channels[0]

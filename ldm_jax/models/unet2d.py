@@ -24,10 +24,6 @@ class UNet2D(BaseUNet):
     """A UNet that predicts eps, v or z0 from noised latents alone: `apply({"params": p}, z_t, t)`.
 
     Block types are "DownBlock2D" or "AttnDownBlock2D", "UpBlock2D" or "AttnUpBlock2D", and "UNetMidBlock2D" or None.
-
-    Fields, besides those of `BaseUNet`:
-      add_attention: whether the middle block has self-attention.
-      attention_head_dim: the SIZE of a head, which must divide the width of each level that attends; None for one head.
     """
 
     in_channels: int = 3
@@ -36,8 +32,8 @@ class UNet2D(BaseUNet):
     down_block_types: Sequence[str] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3
     up_block_types: Sequence[str] = ("AttnUpBlock2D",) * 3 + ("UpBlock2D",)
     mid_block_type: str | None = "UNetMidBlock2D"
-    add_attention: bool = True
-    attention_head_dim: int | None = 8
+    add_attention: bool = True  # of the middle block
+    attention_head_dim: int | None = 8  # the SIZE of a head, which must divide the width; None for one head
 
     down_blocks: ClassVar[Mapping[str, bool]] = DOWN_BLOCKS
     up_blocks: ClassVar[Mapping[str, bool]] = UP_BLOCKS
@@ -61,16 +57,9 @@ class UNet2D(BaseUNet):
 
     @nn.compact
     def __call__(self, z_t: Array, t: Array, context: None = None, *, deterministic: bool = True) -> Array:
-        """The prediction, [B, h, w, out_channels] float32.
+        """z_t [B, h, w, in_channels] at t, integer or float, [B] or a scalar -> [B, h, w, out_channels] float32.
 
-        Args:
-          z_t: [B, h, w, in_channels]; any h and w.
-          t: integer or float, [B] or a scalar.
-          context: None, for the same signature as that of `UNet`.
-          deterministic: False switches dropout on.
-
-        Raises:
-          ValueError: for shapes that don't fit the fields, or a context.
+        The context is None, and is there for `UNet`'s signature. ValueError for a wrong shape, or a context.
         """
         self._check_z(z_t)
         if context is not None:

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from ldm_jax.models.layers import upsample_nearest
-from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, UpsamplingConv, sum_rows
+from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, sum_rows
 
 CONV = nn.Conv(6, (3, 3), padding=((1, 1), (1, 1)))
 
@@ -28,7 +28,7 @@ PAIRS = {
         Conv(6, 3, 2, (0, 1)),
         nn.Conv(6, (3, 3), strides=2, padding=((0, 1), (0, 1))),
     ),
-    "upsampling conv": (UpsamplingConv(6), UpsampleThenConv),
+    "upsampling conv": (Conv(6, upsample=True), UpsampleThenConv),
     "conv 1x1": (Conv(6, 1, 1, (0, 0)), nn.Conv(6, (1, 1))),
     "group norm": (GroupNorm(4, 1e-5), nn.GroupNorm(4, epsilon=1e-5, use_fast_variance=False)),
     "group norm, a channel a group": (GroupNorm(8, 1e-6), nn.GroupNorm(8, epsilon=1e-6, use_fast_variance=False)),
