@@ -10,6 +10,7 @@ model_index.json, from the config of the training run.
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, UNe
 from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
+from torch import Tensor
 
 # map_kind, the type of concat conditioning -> the inputs of a call.
 INPUTS = {
@@ -83,7 +85,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         eta: float | None = None,
-        latents: torch.Tensor | None = None,
+        latents: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_images: int = 1,
         output_type: str = "pil",
@@ -106,8 +108,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
           image, mask_image: of concat conditioning, see INPUTS: PIL images or uint8 [H, W] or [H, W, C] of the size
             `map_size`, one for all samples or a list of one for each. A mask may also be bool.
 
-        Raises:
-          ValueError: an unknown class, latents of another shape, or images that the model does not take.
+        Raises ValueError: an unknown class, latents of another shape, or images that the model does not take.
         """
         labels = self.class_numbers(class_labels, num_images)
         scale = self._or_config("guidance_scale", guidance_scale) if class_labels is not None else 1.0
@@ -129,7 +130,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         parameters = inspect.signature(scheduler.step).parameters
         options = {name: value for name, value in options.items() if name in parameters}
         for t in self.progress_bar(scheduler.timesteps):
-            output = self.predict(scheduler.scale_model_input(z, t), t, z_concat, cond, null_cond, scale)
+            unet_input = torch.cat([scheduler.scale_model_input(z, t), z_concat], dim=1)
+            output = self.predict(unet_input, t, cond, null_cond, scale)
             if scheduler.config.get("variance_type") not in ("learned", "learned_range"):
                 output = output[:, :c]  # without a learned variance
             z = scheduler.step(output, t, z, **options, return_dict=False)[0]
@@ -157,54 +159,45 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"class label {number!r} is no class of this model; it has {names}")
         return [int(number) for number in numbers]
 
-    def one_hot(self, labels: list[int]) -> torch.Tensor:
+    def one_hot(self, labels: list[int]) -> Tensor:
         """The UNet's encoder_hidden_states for class numbers: one-hot vectors [B, L, (K + 1) L]."""
         length, width = self.config.class_tokens, self.unet.config.encoder_hid_dim
         rows = torch.tensor(labels)[:, None] * length + torch.arange(length)
         return torch.nn.functional.one_hot(rows, width).to(self._execution_device, self.unet.dtype)
 
-    def init_noise_scale(self) -> float | torch.Tensor:
+    def init_noise_scale(self) -> float | Tensor:
         """The initial noise's scale: schedulers of k-diffusion hold z / alpha, with alpha^-2 = 1 + sigma^2."""
         return 1.0 if self.scheduler.init_noise_sigma == 1 else (1 + self.scheduler.sigmas[0] ** 2) ** 0.5
 
-    def predict(
-        self,
-        z: torch.Tensor,
-        t: torch.Tensor,
-        z_concat: torch.Tensor,
-        cond: torch.Tensor,
-        null_cond: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def predict(self, unet_input: Tensor, t: Tensor, cond: Tensor, null_cond: Tensor, scale: float) -> Tensor:
         """The UNet's output [B, C, h, w] with classifier-free guidance (Ho & Salimans 2022), but of a learned variance.
 
         Args:
-          z, z_concat: latents [B, c, h, w] and concat conditioning [B, map_channels, h, w].
+          unet_input: latents and concat conditioning [B, c + map_channels, h, w].
           t: scalar, a timestep.
           cond, null_cond: [B, L, (K + 1) L].
           scale: guidance scale.
         """
-        unet_input = torch.cat([z, z_concat], dim=1)
         first, last = (part * self.scheduler.config.num_train_timesteps for part in self.config.guidance_interval)
         if scale == 1 or not first <= t <= last:
             return self.unet(unet_input, t, cond).sample
         both = self.unet(torch.cat([unet_input, unet_input]), t, torch.cat([cond, null_cond])).sample
         conditional, unconditional = both.chunk(2)
-        c = z.shape[1]
+        c = unet_input.shape[1] - self.config.map_channels
         guided = unconditional[:, :c] + scale * (conditional[:, :c] - unconditional[:, :c])
         if self.config.guidance_rescale:
             ratio = conditional[:, :c].std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
             guided = guided * (1 + self.config.guidance_rescale * (ratio - 1))
         return torch.cat([guided, conditional[:, c:]], dim=1)
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         """Scaled latents [B, c, h, w] to images [B, C, H, W] in [0, 1]; a model of pixels has no decoder."""
         if self.vae is not None:
             shift, scale = self.latents_scaling()
             z = self.vae.decode((z / scale + shift).to(self.vae.dtype)).sample
         return (z / 2 + 0.5).clamp(0, 1)
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] in [-1, 1] to the mode of their scaled latents [B, c, h, w], float32."""
         if self.vae is None:
             return x
@@ -213,21 +206,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         shift, scale = self.latents_scaling()
         return (raw.float() - shift) * scale
 
-    def latents_scaling(self) -> tuple[torch.Tensor, ...]:
+    def latents_scaling(self) -> tuple[Tensor, ...]:
         """Shift and scale, each [1, c, 1, 1] float32."""
         return tuple(
             torch.tensor(values, dtype=torch.float32, device=self._execution_device).view(1, -1, 1, 1)
             for values in (self.config.latents_shift, self.config.latents_scale)
         )
 
-    def read_inputs(
-        self, image: ImageInput | None, mask_image: ImageInput | None, number: int
-    ) -> tuple[torch.Tensor, ...]:
-        """The conditioning images of `number` samples, uint8 [1 or number, C, H, W], and a mask as bool.
-
-        Raises:
-          ValueError: they are missing, or not what the model takes.
-        """
+    def read_inputs(self, image: ImageInput | None, mask_image: ImageInput | None, number: int) -> tuple[Tensor, ...]:
+        """The conditioning images of `number` samples, uint8 [1 or number, C, H, W], and a mask as bool; ValueError."""
         type, channels = self.config.map_kind, self.config.map_channels
         if type == "none":
             if image is not None or mask_image is not None:
@@ -235,18 +222,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return ()
         if image is None or (mask_image is None) == (type == "inpainting"):
             raise ValueError(INPUTS[type])
-        if type == "low_resolution":
-            return (self.read_images("image", image, channels, number),)
         if type == "inpainting":
             colours = self.unet.config.in_channels - channels if self.vae is None else self.vae.config.in_channels
             mask = self.read_images("mask_image", mask_image, 1, number) >= 128
             return self.read_images("image", image, colours, number), mask
-        segments = self.read_images("image", image, 0, number)
-        if segments.max() >= channels:
-            raise ValueError(f"image has a pixel of class {segments.max()}; the model has classes 0 to {channels - 1}")
-        return (segments,)
+        images = self.read_images("image", image, 0 if type == "segments" else channels, number)
+        if type == "segments" and images.max() >= channels:
+            raise ValueError(f"image has a pixel of class {images.max()}; the model has classes 0 to {channels - 1}")
+        return (images,)
 
-    def read_images(self, name: str, images: ImageInput, channels: int, number: int) -> torch.Tensor:
+    def read_images(self, name: str, images: ImageInput, channels: int, number: int) -> Tensor:
         """One image or `number` of them, with 1 or 3 channels, or 0 for segmentation maps: uint8 [B, C, H, W]."""
         several = isinstance(images, list | tuple) or np.ndim(images) == 4
         arrays = [as_array(image, channels) for image in (images if several else [images])]
@@ -258,7 +243,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; it must be uint8{list(shape)}")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self._execution_device)
 
-    def encode_concat(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    def encode_concat(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """The concat conditioning of the images of `read_inputs`: [B, map_channels, h, w] float32."""
         type, side = self.config.map_kind, self.unet.config.sample_size
         if type == "none":
@@ -268,21 +253,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             step = mask.shape[-1] // side
             z = self.encode((image / 127.5 - 1) * ~mask)
             small = mask[:, :, ::step, ::step].float()
-            number = max(len(small), len(z))
-            return torch.cat([part.expand(number, -1, -1, -1) for part in (small, z)], dim=1)
+            return torch.cat([part.expand(max(len(small), len(z)), -1, -1, -1) for part in (small, z)], dim=1)
+        resize = partial(torch.nn.functional.interpolate, size=(side, side), antialias=True)
         # With antialiasing torch's filters are those of jax.image.resize; its other bicubic has another coefficient.
         if type == "low_resolution":
-            return resized(inputs[0] / 127.5 - 1, side, "bicubic")
+            return resize(inputs[0] / 127.5 - 1, mode="bicubic")
         one_hot = torch.nn.functional.one_hot(inputs[0][:, 0].long(), self.config.map_channels)
-        return resized(one_hot.permute(0, 3, 1, 2).float(), side, "bilinear")
+        return resize(one_hot.permute(0, 3, 1, 2).float(), mode="bilinear")
 
     def _or_config(self, name: str, value: float | None) -> float:
         return self.config[name] if value is None else value
-
-
-def resized(x: torch.Tensor, side: int, mode: str) -> torch.Tensor:
-    """x [B, C, H, W] as [B, C, side, side]."""
-    return torch.nn.functional.interpolate(x, (side, side), mode=mode, antialias=True)
 
 
 def as_array(image: Image.Image | np.ndarray, channels: int) -> np.ndarray:

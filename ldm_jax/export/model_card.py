@@ -31,8 +31,7 @@ HEADER = """---
 library_name: diffusers
 tags: [latent-diffusion, ldm_jax]
 # license: say here under which licence you publish this
----
-"""
+---"""
 TRUST = "In diffusers (`pipeline.py` is code of this folder, so read it before you trust it"
 
 
@@ -61,82 +60,59 @@ def of_run(
     colour, size = "grey" if fields.channels == 1 else "colour", f"{fields.image_size}x{fields.image_size}"
     classes = f" of {len(names)} classes: {', '.join(names)}." if names else "; it is unconditional."
     conditional = f", with a class embedding of {embedding} numbers" if names else ""
-    inputs, arguments, flags = [], f"{[0, len(names) - 1]}" if names else "num_images=4", ""
-    if names:
-        flags = f" --label=0,{len(names) - 1}"
+    inputs, arguments = [], f"{[0, len(names) - 1]}" if names else "num_images=4"
+    flags = f" --label=0,{len(names) - 1}" if names else ""
     if concat:
         (height, width), channels = concat["map_size"], concat["map_channels"]
         words, images, image_flags = CONCAT[concat["map_kind"]]
-        inputs = [f"It is conditioned on {words.format(height=height, width=width, channels=channels)}.", ""]
+        inputs = [f"It is conditioned on {words.format(height=height, width=width, channels=channels)}."]
         arguments, flags = f"{arguments}, {images}", f"{flags} {image_flags}"
     sampler = f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}"
-    lines = [
-        HEADER,
+    return _card(
         f"# Latent diffusion on {fields.name}",
-        "",
         f"Samples {colour} images of {size} pixels{classes}",
-        "",
         f"A latent diffusion model (Rombach et al. 2022) trained with ldm_jax: a UNet of {counts['unet']:,} parameters"
         f" on {_first_stage(config, counts)}{conditional}. The parameters are exponential moving averages (EMA).",
-        "",
         "## Training",
-        "",
-        *_training(config, data, step),
-        "",
+        "\n".join(_training(config, data, step)),
         *_scores(evaluation),
         "## Sampling",
-        "",
         *inputs,
         f"{TRUST}), by default as in the run's config: {sampler}.",
-        "",
-        *_python(arguments, ["from PIL import Image"] if concat else []),
-        "",
-        *(f"- {note}" for note in notes),
-        *([""] if notes else []),
+        _python(arguments, "\nfrom PIL import Image" if concat else ""),
+        *(["\n".join(f"- {note}" for note in notes)] if notes else []),
         "In ldm_jax, or restored as a run folder:",
-        "",
-        "```",
-        f"python -m ldm_jax.sample --model=FOLDER --out=samples{flags}",
-        "python -m ldm_jax.convert --model=FOLDER --to=RUN",
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+        f"```\npython -m ldm_jax.sample --model=FOLDER --out=samples{flags}\n"
+        "python -m ldm_jax.convert --model=FOLDER --to=RUN\n```",
+    )
 
 
 def of_classes(names: Sequence[str], size: tuple[int, int]) -> str:
     """The README.md of a class-conditional model that ldm_jax did not train, of images of this (height, width)."""
     labels = [0, len(names) - 1]
-    lines = [
-        HEADER,
+    return _card(
         "# Class-conditional latent diffusion",
-        "",
         f"Samples images of {size[0]}x{size[1]} pixels of {len(names)} classes: a latent diffusion model (Rombach et"
         " al. 2022), written by ldm_jax.",
-        "",
         f"{TRUST}):",
-        "",
-        *_python(f"{labels}"),
-        "",
+        _python(f"{labels}"),
         "In ldm_jax:",
-        "",
-        "```",
-        f"python -m ldm_jax.sample --model=FOLDER --out=samples --label={labels[0]},{labels[1]}",
-        "```",
-    ]
-    return "\n".join(lines) + "\n"
+        f"```\npython -m ldm_jax.sample --model=FOLDER --out=samples --label={labels[0]},{labels[1]}\n```",
+    )
 
 
-def _python(arguments: str, imports: Sequence[str] = ()) -> list[str]:
-    """The lines of a call of the pipeline."""
-    return [
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        *imports,
-        "",
-        'pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)',
-        f"images = pipe({arguments}).images",
-        "```",
-    ]
+def _card(*paragraphs: str) -> str:
+    return "\n\n".join((HEADER, *paragraphs)) + "\n"
+
+
+def _python(arguments: str, imports: str = "") -> str:
+    """A call of the pipeline, in Markdown."""
+    return f"""```python
+from diffusers import DiffusionPipeline{imports}
+
+pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
+images = pipe({arguments}).images
+```"""
 
 
 def _first_stage(config: ConfigDict, counts: Mapping[str, int]) -> str:
@@ -173,5 +149,5 @@ def _scores(evaluation: Any) -> list[str]:
         for name, group in groups
         for card in cards(group)
     ]
-    header = ["## Scores", "", "| of | score | value | better | images | how |", "|---|---|---|---|---|---|"]
-    return [*header, *rows, ""] if rows else []
+    header = ["| of | score | value | better | images | how |", "|---|---|---|---|---|---|"]
+    return ["## Scores", "\n".join(header + rows)] if rows else []

@@ -35,9 +35,8 @@ def train_bpe(texts: Sequence[str], vocab_size: int, folder: Path, max_length: i
       folder: a new one; an incomplete one is overwritten. Its config is written last.
       max_length: number of ids of every prompt, begin and end included.
 
-    Raises:
-      InputError: a number is out of range, texts are not Unicode or without words, or the folder has a tokenizer
-        already or cannot be written.
+    Raises InputError: a number is out of range, texts are not Unicode or without words, or the folder has a tokenizer
+    already or cannot be written.
     """
     folder = Path(folder)
     _check(texts, vocab_size, max_length)

@@ -32,8 +32,7 @@ def split_table(
 ) -> tuple[dict[str, np.ndarray | Stored], np.ndarray]:
     """The inverse: the UNet's state dict without the linear map; the embedding's rows [(K + 1) L, D].
 
-    Raises:
-      InputError: `encoder_hid_proj` is missing or of another shape.
+    Raises InputError: `encoder_hid_proj` is missing or of another shape.
     """
     weight, bias = (np.asarray(state.get(f"{PROJECTION}.{name}", ())) for name in ("weight", "bias"))
     if (weight.shape, bias.shape) != ((width, rows), (width,)):

@@ -23,15 +23,8 @@ IMAGE_ARCHITECTURE, WHOLE = "CLIPVisionModelWithProjection", "CLIPModel"
 
 # The keys of config.json that define the network, and their types; the others are about training (dropout,
 # initialisation), generation, or the file (`dtype`).
-LAYERS = {
-    "hidden_size": int,
-    "intermediate_size": int,
-    "num_hidden_layers": int,
-    "num_attention_heads": int,
-    "hidden_act": str,
-    "layer_norm_eps": float,
-    "projection_dim": int,
-}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
+LAYERS = dict.fromkeys(_SIZES, int) | {"hidden_act": str, "layer_norm_eps": float}
 KEYS = {"vocab_size": int, "max_position_embeddings": int, "eos_token_id": int} | LAYERS
 IMAGE_KEYS = {"image_size": int, "patch_size": int, "num_channels": int} | LAYERS
 PROJECTION_DIM = 512  # the default of the three config classes; the other defaults are the modules'
@@ -45,11 +38,7 @@ StateDict = Mapping[str, np.ndarray | Stored]
 
 
 def text_encoder_from_config(config: Mapping[str, Any]) -> CLIPTextEncoder:
-    """The text encoder of a config.json; absent keys have the defaults of CLIPTextConfig.
-
-    Raises:
-      InputError: for another architecture or activation, or an invalid value.
-    """
+    """The text encoder of a config.json, with CLIPTextConfig's defaults; InputError if it is not supported."""
     _check_architecture(config, list(ARCHITECTURES), "text encoder")
     fields = {"projection_dim": PROJECTION_DIM} | {name: config[name] for name in KEYS if name in config}
     if not ARCHITECTURES[config["architectures"][0]]:
@@ -58,7 +47,7 @@ def text_encoder_from_config(config: Mapping[str, Any]) -> CLIPTextEncoder:
 
 
 def image_encoder_from_config(config: Mapping[str, Any]) -> CLIPImageEncoder:
-    """The image encoder of a config.json; absent keys have the defaults of CLIPVisionConfig; errors as above."""
+    """The image encoder of a config.json, with CLIPVisionConfig's defaults; errors as above."""
     _check_architecture(config, [IMAGE_ARCHITECTURE], "image encoder")
     return _module(CLIPImageEncoder, {k: config[k] for k in IMAGE_KEYS if k in config}, IMAGE_KEYS, "image encoder")
 
@@ -123,10 +112,7 @@ def config_from_clip(clip: CLIP) -> dict[str, Any]:
 
 
 def text_params_from_state_dict(state: StateDict, target: Params) -> dict[str, Any]:
-    """A text encoder's parameters from a state dict of transformers, with or without the prefix `text_model.`.
-
-    Args and errors are those of `params_from_state_dict`; its message names keys without the prefix.
-    """
+    """A text encoder's parameters from a state dict of transformers; args and errors as in `params_from_state_dict`."""
     return _remove_prefix(state, PREFIX, target)
 
 
@@ -137,13 +123,14 @@ def image_params_from_state_dict(state: StateDict, target: Params) -> dict[str, 
 
 def clip_params_from_state_dict(state: StateDict, target: Params) -> dict[str, Any]:
     """The parameters {"text", "image", "logit_scale"} of CLIP from a CLIPModel's state dict."""
-    image = {key: value for key, value in state.items() if key.startswith((IMAGE_PREFIX, IMAGE_PROJECTION))}
-    text = {key: value for key, value in state.items() if key not in image and key != LOGIT_SCALE}
-    scale = {key: value for key, value in state.items() if key == LOGIT_SCALE}
+    parts = {"text": {}, "image": {}, LOGIT_SCALE: {}}
+    for key, value in state.items():
+        is_image = key.startswith((IMAGE_PREFIX, IMAGE_PROJECTION))
+        parts["image" if is_image else LOGIT_SCALE if key == LOGIT_SCALE else "text"][key] = value
     return {
-        "text": text_params_from_state_dict(text, target["text"]),
-        "image": image_params_from_state_dict(image, target["image"]),
-    } | params_from_state_dict(scale, {LOGIT_SCALE: target[LOGIT_SCALE]})
+        "text": text_params_from_state_dict(parts["text"], target["text"]),
+        "image": image_params_from_state_dict(parts["image"], target["image"]),
+    } | params_from_state_dict(parts[LOGIT_SCALE], {LOGIT_SCALE: target[LOGIT_SCALE]})
 
 
 def _remove_prefix(state: StateDict, prefix: str, target: Params) -> dict[str, Any]:

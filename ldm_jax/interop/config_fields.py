@@ -173,9 +173,8 @@ def class_name(config: Mapping[str, Any], supported: Collection[str]) -> str:
 def read_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """All fields of the diffusers class `name`, defaults filled in, lists as tuples.
 
-    Raises:
-        InputError: for the first field whose value is not supported. A field that is not in the table is not, unless it
-            is null or false, which turns features off, or its name begins with "_".
+    Raises InputError for the first field whose value is not supported. A field that is not in the table is not, unless
+    it is null or false, which turns features off, or its name begins with "_".
     """
     table = TABLES[name]
     for field, value in config.items():

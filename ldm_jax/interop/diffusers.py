@@ -48,8 +48,7 @@ def params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Par
       A tree like `target` of NumPy arrays with the dtypes of `state`: views of its arrays where possible; `Stored`
       tensors are read into aligned memory.
 
-    Raises:
-      InputError: keys are missing, unexpected or of another shape; all of them are named.
+    Raises InputError: keys are missing, unexpected or of another shape; all of them are named.
     """
     state = {_OLD_NAME.sub(lambda match: _OLD_NAMES[match[0]], key): value for key, value in state.items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(target).items()}

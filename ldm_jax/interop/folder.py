@@ -26,8 +26,7 @@ SKIPPED = ("safety_checker", "feature_extractor")  # they check samples and are 
 def read_index(path: Path) -> dict[str, tuple[str, str]]:
     """The components in a pipeline's model_index.json: name -> (library, class), without absent ones and `SKIPPED`.
 
-    Raises:
-      InputError: there is no model_index.json, or it is damaged, or names no component.
+    Raises InputError: there is no model_index.json, or it is damaged, or names no component.
     """
     components = {
         name: tuple(entry)
@@ -72,8 +71,7 @@ def load_unet(
       dtype: of the computation; None: that of the input.
       params_dtype: of the parameters, float32 or bfloat16.
 
-    Raises:
-      InputError: a file is missing, damaged, or not supported.
+    Raises InputError: a file is missing, damaged, or not supported.
     """
     config = _read_object(folder, "config.json")
     with prefix_errors(folder):
@@ -122,9 +120,7 @@ def write_component(folder: Path, config: Mapping[str, Any], state: Mapping[str,
       config: of a diffusers class (see `modules`) if it has a `_class_name`, else of transformers.
       state: name -> array, see `state_dict_from_params`.
 
-    Raises:
-      InputError: the folder is a file, or holds other weights, which a reader might prefer.
-      OSError: a file cannot be written.
+    Raises InputError if the folder is a file, or holds other weights, which a reader might prefer.
     """
     folder, is_diffusers = Path(folder), "_class_name" in config
     name = f"{'diffusion_pytorch_model' if is_diffusers else 'model'}.safetensors"

@@ -28,9 +28,8 @@ def find(model: str, *, flag: str = "--model") -> Path:
     Returns:
       A path; a hub model has all required files there. What can be no hub id is returned unchanged.
 
-    Raises:
-      InputError: the repository does not exist, is private or gated, the hub cannot be reached, or the pipeline is not
-        supported.
+    Raises InputError: the repository does not exist, is private or gated, the hub cannot be reached, or the pipeline is
+    not supported.
     """
     if not is_hub_id(model):
         return Path(model)
@@ -47,8 +46,7 @@ def is_hub_id(model: str) -> bool:
 def needed_files(names: Collection[str], components: Components) -> list[str]:
     """The files of a pipeline's repository that are required to load it, as paths within it.
 
-    Raises:
-      InputError: a component lacks its config, its weights or its vocabulary.
+    Raises InputError: a component lacks its config, its weights or its vocabulary.
     """
     files = [folder.INDEX, *(name for name in (pipelines.RECIPE,) if name in names)]
     for component in ("unet", components.autoencoder, *components.encoders):

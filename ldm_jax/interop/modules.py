@@ -50,8 +50,7 @@ def unet_from_config(config: Mapping[str, Any], *, dtype: Dtype = None) -> UNet 
       config: the parsed JSON; absent fields have diffusers' defaults.
       dtype: of the computation.
 
-    Raises:
-      InputError: for another class, or the first field whose value is not supported.
+    Raises InputError for another class, or the first field whose value is not supported.
     """
     name = class_name(config, UNETS)
     fields = read_fields(config, name)
@@ -96,8 +95,7 @@ def autoencoder_from_config(
     Returns:
       The module; shift and scale, each [c] float32, c = channels of the latents: z = (raw - shift) * scale.
 
-    Raises:
-      InputError: for another class, or the first field whose value is not supported.
+    Raises InputError for another class, or the first field whose value is not supported.
     """
     name = class_name(config, AUTOENCODERS)
     fields = read_fields(config, name)
@@ -133,8 +131,8 @@ def config_from_autoencoder(
     Args:
       shift, scale: of the latents, each [c].
 
-    Raises:
-      InputError: for a VQModel whose latents have a shift or a scale per channel: diffusers' has one scaling_factor.
+    Raises InputError for a VQModel whose latents have a shift or a scale per channel: diffusers' has one
+    scaling_factor.
     """
     name = "AutoencoderKL" if isinstance(autoencoder, AutoencoderKL) else "VQModel"
     levels = len(autoencoder.block_out_channels)
@@ -159,8 +157,7 @@ def config_from_autoencoder(
 def abstract_params(module: nn.Module) -> Mapping[str, Any]:
     """The parameters' shapes of a UNet, an autoencoder or a CLIP text encoder: a tree of `jax.ShapeDtypeStruct`.
 
-    Raises:
-      InputError: if the module's fields do not fit each other.
+    Raises InputError if the module's fields do not fit each other.
     """
     named = {}
     if isinstance(module, UNet):

@@ -70,8 +70,7 @@ class Scheduler(NamedTuple):
     def table(self, steps: int, **more: Any) -> Table:
         """The solver table of `steps` steps; `more` adds to or overrides `options`.
 
-        Raises:
-          InputError: a combination that the solver does not support.
+        Raises InputError: a combination that the solver does not support.
         """
         try:
             return make_table(self.sampler, self.process, steps, prediction=self.prediction, **(self.options | more))
@@ -100,8 +99,7 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
       sampler: one of SOLVERS, for what `from_config` of its class makes of this config; None: the config's own class.
       pipeline: class of the model's pipeline; some override fields of their scheduler's config.
 
-    Raises:
-      InputError: unknown sampler, or a field whose value is not supported; the field is named.
+    Raises InputError: unknown sampler, or a field whose value is not supported; the field is named.
     """
     own = config.get("_class_name")
     if own not in READABLE:
@@ -224,8 +222,7 @@ def config_from_schedule(
       spacing, between, steps_offset, set_alpha_to_one, variance: as in `make_table`.
       clip: range of z0_hat, inf for latents.
 
-    Raises:
-      InputError: a value for which the sampler's class in diffusers has no field.
+    Raises InputError: a value for which the sampler's class in diffusers has no field.
     """
     even, has = spacing in TIMESTEP_SPACINGS, DEFAULTS[CLASS_OF[sampler]]
     config = {

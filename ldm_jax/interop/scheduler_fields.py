@@ -142,8 +142,7 @@ def fields_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
     Fields that the class lacks are included, with the values that describe its behaviour.
 
-    Raises:
-      InputError: a field that must be a number is not.
+    Raises InputError: a field is no number where one is required.
     """
     defaults = DEFAULTS[name]
     stated = {field: config[field] for field in defaults if field in config}

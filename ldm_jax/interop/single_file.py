@@ -69,8 +69,8 @@ def read(path: Path, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float3
       prediction: prediction target of the UNet, "eps" or "v", which few files state. "" is eps, but v for Stable
         Diffusion 2 unless it is an inpainting model or its training step is that of the base model.
 
-    Raises:
-      InputError: the file is damaged or of no supported family; or keys are missing, unexpected or of another shape.
+    Raises InputError: the file is damaged or of no supported family; or keys are missing, unexpected or of another
+    shape.
     """
     file = open_weights(path)
     with prefix_errors(path):

@@ -54,8 +54,7 @@ class Tokenizer:
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """The ids [N, max_length] of N prompts.
 
-        Raises:
-          InputError: a prompt is not Unicode text, as from a command line in another encoding.
+        Raises InputError: a prompt is not Unicode text, as from a command line in another encoding.
         """
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
@@ -78,8 +77,7 @@ class Tokenizer:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a folder such as Stable Diffusion's `tokenizer/`, with its own padding and maximum length.
 
-    Raises:
-      InputError: a file is missing or damaged, it is another type of tokenizer, or has no maximum length.
+    Raises InputError: a file is missing or damaged, it is another type of tokenizer, or has no maximum length.
     """
     folder = Path(folder)
     _check_files(folder)
@@ -97,8 +95,7 @@ def tokenizer_of_vocabulary(folder: Path, *, pad_token: str, max_length: int) ->
       pad_token: the token that fills up prompts; a special token, so that the same letters in a prompt differ from it.
       max_length: number of ids of every prompt.
 
-    Raises:
-      InputError: a file is missing or damaged, or the vocabulary lacks CLIP's special tokens or `pad_token`.
+    Raises InputError: a file is missing or damaged, or the vocabulary lacks CLIP's special tokens or `pad_token`.
     """
     folder = Path(folder)
     vocab, merges = _read_vocabulary(folder)

@@ -72,9 +72,8 @@ def read_state_dict(folder: Path, *, variant: str | None = None, dtype: DTypeLik
       variant: for instance "fp16"; None prefers full precision, then half.
       dtype: what floats are cast to; None keeps theirs.
 
-    Raises:
-      InputError: there are no such weights, a file is missing or damaged, or a pickle holds anything but tensors.
-        A damaged storage of a pickle raises it only when the tensor is read.
+    Raises InputError: there are no such weights, a file is missing or damaged, or a pickle holds anything but tensors.
+    A damaged storage of a pickle raises it only when the tensor is read.
     """
     path = _choose(Path(folder), variant)
     state = _read_shards(path, dtype) if path.suffix == ".json" else _read_file(path, dtype)
@@ -145,8 +144,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
 def open_weights(path: Path) -> WeightFile:
     """One file of weights: .safetensors, or a pickle of PyTorch (.bin, .ckpt, .pt, .pth).
 
-    Raises:
-      InputError: missing or damaged, or a pickle that holds anything but tensors; `view` raises it too.
+    Raises InputError: missing or damaged, or a pickle that holds anything but tensors; `view` raises it too.
     """
     path = Path(path)
     if not path.is_file():

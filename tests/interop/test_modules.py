@@ -17,7 +17,7 @@ from ldm_jax.interop.modules import (
     unet_from_config,
 )
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
-from ldm_jax.models.unet import UNet
+from ldm_jax.models.unet import Added, UNet
 from ldm_jax.models.unet2d import UNet2D
 
 CONDITION = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.6.0"}
@@ -368,7 +368,7 @@ def test_shapes_of_the_parameters(module):
     if isinstance(module, UNet):
         args += (np.zeros((2, 3, module.cross_attention_dim)),)
         named["class_labels"] = np.zeros(2, np.int32) if module.num_class_embeds else None
-        named["added"] = (np.zeros((2, 5)), np.zeros((2, 6))) if module.addition_embed_type else None
+        named["added"] = Added(np.zeros((2, 5)), np.zeros((2, 6))) if module.addition_embed_type else None
     expected = jax.eval_shape(module.init, jax.random.key(0), *args, **named)["params"]
     assert jax.tree.map(lambda leaf: leaf.shape, abstract_params(module)) == jax.tree.map(
         lambda leaf: leaf.shape, expected
