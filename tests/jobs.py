@@ -66,7 +66,7 @@ def environment(devices):
     }
 
 
-def finish(process, *, status=0, timeout=180):
+def finish(process, *, status=0, timeout=400):
     """What the process printed, once it has ended with `status`."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -78,7 +78,7 @@ def finish(process, *, status=0, timeout=180):
     return output
 
 
-def stop_when(process, condition, number=signal.SIGKILL, timeout=180):
+def stop_when(process, condition, number=signal.SIGKILL, timeout=400):
     """Sends the signal as soon as `condition()` holds; fails if the process ends before."""
     end = time.monotonic() + timeout
     while not condition():

@@ -64,7 +64,7 @@ def test_two_processes_do_as_one(trained_run, start_two, tmp_path):
     """Both write to one run folder, as hosts with a common disk do."""
     run = tmp_path / "run"
     processes = start_two(run, "--config.sampling.progress_every=0")  # the first alone would sample while training
-    outputs = [jobs.finish(process, timeout=400) for process in processes]
+    outputs = [jobs.finish(process) for process in processes]
     assert "Device: 4 x cpu" in outputs[0]
     assert "on 2 hosts" in outputs[0]
     assert "Done: " in outputs[0]
@@ -76,7 +76,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(start_two, 
     run = tmp_path / "run"
     processes = start_two(run, "--config.autoencoder.steps=1000000")
     jobs.stop_when(processes[1], lambda: (run / "autoencoder" / "4").exists(), signal.SIGTERM)
-    outputs = [jobs.finish(process, timeout=400) for process in processes]
+    outputs = [jobs.finish(process) for process in processes]
     steps = [re.search(r"Interrupted: stopped at step (\d+)", output)[1] for output in outputs]
     assert steps[0] == steps[1]
     assert (run / "autoencoder" / steps[0]).exists()
