@@ -1,5 +1,8 @@
 """scheduler_config.json of published models, as far as it bears on the samples."""
 
+from ldm_jax.diffusion.denoiser import clip_z0, threshold_z0
+from ldm_jax.diffusion.solvers import make_table
+
 _STABLE_DIFFUSION = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -62,3 +65,21 @@ PUBLISHED = {
         "num_train_timesteps": 1000,
     },
 }
+
+
+def table_of(scheduler, steps, **more):
+    """The solver table of a `Scheduler`."""
+    options = scheduler.options | more
+    return make_table(scheduler.sampler, scheduler.process, steps, prediction=scheduler.prediction, **options)
+
+
+def initial_noise_scale(scheduler, steps):
+    """The factor between unit noise and z_T."""
+    return float(table_of(scheduler, steps).sigma[0]) if scheduler.scaled_initial_noise else 1.0
+
+
+def clipped(scheduler, denoise):
+    """The denoiser with z0_hat clipped or thresholded according to a `Scheduler`."""
+    if scheduler.threshold is None:
+        return clip_z0(denoise, scheduler.clip_sample_range)
+    return threshold_z0(denoise, *scheduler.threshold)

@@ -19,13 +19,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, threshold_z0
 from ldm_jax.diffusion.prediction import coefficient_tables
 from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.schedules import make_process, process_of_betas
-from ldm_jax.diffusion.solvers import SOLVERS, make_table
+from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
-from ldm_jax.diffusion.tables import Table
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_fields import (
     ALGORITHM,
@@ -63,32 +61,12 @@ class Scheduler(NamedTuple):
     prediction: str  # eps | v | z0
     sampler: str  # one of SOLVERS
     options: dict[str, Any]  # arguments of `make_table`, without the number of steps
-    clip: float = np.inf  # z0_hat is clipped to [-clip, clip]; inf: no clipping
+    clip_sample_range: float = np.inf  # z0_hat is clipped to [-range, range]
     threshold: tuple[float, float] | None = None  # quantile and maximum of `threshold_z0`
-    starts_at_sigma: bool = False  # see `start`
-
-    def table(self, steps: int, **more: Any) -> Table:
-        """The solver table of `steps` steps; `more` adds to or overrides `options`.
-
-        Raises InputError: a combination that the solver does not support.
-        """
-        try:
-            return make_table(self.sampler, self.process, steps, prediction=self.prediction, **(self.options | more))
-        except ValueError as error:
-            raise InputError(f"sampling: {error}") from error
-
-    def start(self, table: Table) -> float:
-        """The initial noise's standard deviation: z_T = start * eps, unless an image is edited.
-
-        k-diffusion's samplers hold z / alpha and begin with noise times init_noise_sigma. With leading spacing that is
-        sqrt(sigma^2 + 1) in their sigma / alpha, so z_T = eps, as with all other samplers. With linspace and trailing
-        it is sigma, so z_T = sigma_T eps: q_sample of z0 = 0.
-        """
-        return float(table.sigma[0]) if self.starts_at_sigma else 1.0
-
-    def bounded(self, denoise: Denoiser) -> Denoiser:
-        """The denoiser with z0_hat clipped or thresholded according to the config."""
-        return clip_z0(denoise, self.clip) if self.threshold is None else threshold_z0(denoise, *self.threshold)
+    # k-diffusion's samplers hold z / alpha and begin with noise times init_noise_sigma. With leading spacing that is
+    # sqrt(sigma^2 + 1) in their sigma / alpha, so z_T = eps, as with all other samplers. With linspace and trailing it
+    # is sigma, so z_T = sigma_T eps: q_sample of z0 = 0.
+    scaled_initial_noise: bool = False
 
 
 def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None, *, pipeline: str = "") -> Scheduler:
@@ -137,9 +115,9 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
         prediction,
         sampler,
         _options(fields, sampler),
-        clip=float(fields["clip_sample_range"]) if clips and not thresholds else np.inf,
+        clip_sample_range=float(fields["clip_sample_range"]) if clips and not thresholds else np.inf,
         threshold=(fields["dynamic_thresholding_ratio"], fields["sample_max_value"]) if thresholds else None,
-        starts_at_sigma=sampler in _ON_SIGMA and fields["timestep_spacing"] != "leading",
+        scaled_initial_noise=sampler in _ON_SIGMA and fields["timestep_spacing"] != "leading",
     )
 
 
@@ -206,13 +184,13 @@ def config_from_schedule(
     steps_offset: int = 0,
     set_alpha_to_one: bool = True,
     variance: str = "fixed_small",
-    clip: float = np.inf,
+    clip_sample_range: float = np.inf,
 ) -> dict[str, Any]:
     """The scheduler_config.json with which diffusers samples as ldm_jax does; the inverse of `scheduler_from_config`.
 
     It also has fields that its class ignores, so that `from_config` of another class in diffusers keeps the schedule,
     the timesteps and the last step. A config cannot express eta and churn, nor unscaled initial noise (see
-    `Scheduler.start`), nor the differences above. Stable Diffusion's pipelines read a steps_offset of 0 as 1, which
+    `Scheduler`), nor the differences above. Stable Diffusion's pipelines read a steps_offset of 0 as 1, which
     matters with leading spacing. Some classes raise alpha_bar from 0.
 
     Args:
@@ -220,7 +198,7 @@ def config_from_schedule(
       prediction: eps, v or z0.
       sampler: one of SOLVERS, which determines the class.
       spacing, between, steps_offset, set_alpha_to_one, variance: as in `make_table`.
-      clip: range of z0_hat, inf for latents.
+      clip_sample_range: of z0_hat, inf for latents.
 
     Raises InputError: a value for which the sampler's class in diffusers has no field.
     """
@@ -238,8 +216,8 @@ def config_from_schedule(
         "steps_offset": steps_offset,
         "use_karras_sigmas": spacing == "karras",
         "use_exponential_sigmas": spacing == "exponential",
-        "clip_sample": bool(np.isfinite(clip)),
-        "clip_sample_range": float(clip) if np.isfinite(clip) else 1.0,
+        "clip_sample": bool(np.isfinite(clip_sample_range)),
+        "clip_sample_range": float(clip_sample_range) if np.isfinite(clip_sample_range) else 1.0,
         "set_alpha_to_one": set_alpha_to_one,
         "skip_prk_steps": True,
     }

@@ -14,7 +14,7 @@ from ldm_jax.pipeline.model import Solver
 
 
 def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, Solver | str]:
-    """Solver of each sampler: as `XScheduler.from_config(pipe.scheduler.config)` in diffusers, or why there is none.
+    """Solvers by sampler: as `XScheduler.from_config(pipe.scheduler.config)` in diffusers, or the reason for none.
 
     Raises InputError if the config's own scheduler is not supported.
     """
@@ -31,18 +31,18 @@ def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, 
 def _solver(scheduler: Scheduler) -> Solver:
     if scheduler.threshold is not None:
         raise InputError("the scheduler has thresholding, which is for pixels and not for latents")
-    return Solver(scheduler.process, scheduler.options, scheduler.clip, scheduler.starts_at_sigma)
+    return Solver(scheduler.process, scheduler.options, scheduler.clip_sample_range, scheduler.scaled_initial_noise)
 
 
 def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """The scheduler_config.json with which diffusers samples as `config.sampling` says, and notes on the differences.
+    """The scheduler_config.json with which diffusers samples as a run does, and notes on the differences.
 
     DDIM without noise is Euler's method, and that class of diffusers has the right timesteps whatever their spacing;
     its DDIM has for leading spacing (diffusers#9261). A sampler that no class of diffusers is falls back to DDIM.
     """
     diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.type == "none"
     same = ("beta_start", "beta_end", "zero_terminal_snr", "prediction")
-    schedule = {"name": diffusion.schedule, "T": diffusion.timesteps, "clip": 1.0 if pixels else np.inf}
+    schedule = {"name": diffusion.schedule, "T": diffusion.timesteps, "clip_sample_range": 1.0 if pixels else np.inf}
     schedule |= {name: diffusion[name] for name in same}
     notes = []
     if sampling.threshold and pixels:

@@ -20,7 +20,7 @@ from parity.fixed_network import (
     share_alpha_bar,
     solver,
 )
-from scheduler_configs import PUBLISHED
+from scheduler_configs import PUBLISHED, clipped, initial_noise_scale, table_of
 
 from ldm_jax.diffusion.denoiser import from_network
 from ldm_jax.diffusion.schedules import cosine_betas, make_process
@@ -52,8 +52,10 @@ def pipeline_start(theirs):
 
 
 def latents_of(ours, steps):
-    table = ours.table(steps)
-    return np.asarray(solver(ours.process, ours.prediction)(table, ours.clip, Z_T * ours.start(table)))
+    table = table_of(ours, steps)
+    return np.asarray(
+        solver(ours.process, ours.prediction)(table, ours.clip_sample_range, Z_T * initial_noise_scale(ours, steps))
+    )
 
 
 def latents_of_both(config, sampler, steps, same_noise):
@@ -61,7 +63,9 @@ def latents_of_both(config, sampler, steps, same_noise):
     theirs = own_scheduler(config) if sampler is None else their_scheduler(config, sampler)
     if ours.sampler in NOISY:
         same_noise(NOISY[ours.sampler], steps)
-    options = {"use_clipped_model_output": True} if ours.sampler == "ddim" and np.isfinite(ours.clip) else {}
+    options = (
+        {"use_clipped_model_output": True} if ours.sampler == "ddim" and np.isfinite(ours.clip_sample_range) else {}
+    )
     return latents_of(ours, steps), run_theirs(theirs, steps, start=pipeline_start, **options)
 
 
@@ -120,8 +124,8 @@ def test_dynamic_thresholding(sampler, same_noise):
     if sampler in NOISY:
         same_noise(NOISY[sampler], 8)
     denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), ours.prediction, ours.process)
-    bounded = ours.bounded(lambda z, level: denoise(z, level, None))
-    got, _ = jax.jit(lambda table: solve(bounded, Z_T, table, KEYS))(ours.table(8))
+    bounded = clipped(ours, lambda z, level: denoise(z, level, None))
+    got, _ = jax.jit(lambda table: solve(bounded, Z_T, table, KEYS))(table_of(ours, 8))
     assert_same(got, run_theirs(theirs, 8, start=pipeline_start))
 
 
@@ -141,7 +145,7 @@ def test_ddim_with_eta(same_noise):
     ours, theirs = (make(PUBLISHED["sd15"], "ddim") for make in (scheduler_from_config, their_scheduler))
     share_alpha_bar(theirs, ours.process)
     expected = run_theirs(theirs, 10, eta=0.7, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
-    got = solver(ours.process, ours.prediction)(ours.table(10, eta=0.7), ours.clip)
+    got = solver(ours.process, ours.prediction)(table_of(ours, 10, eta=0.7), ours.clip_sample_range)
     assert_same(np.asarray(got), expected)
 
 
@@ -194,7 +198,7 @@ def test_pipelines_that_change_their_schedulers_config(config, kind):
         (diffusers.LCMScheduler.from_config(pipeline.scheduler.config), read("lcm")),
     ]:
         assert theirs.config.steps_offset == ours.options["steps_offset"]
-        assert theirs.config.clip_sample == np.isfinite(ours.clip)
+        assert theirs.config.clip_sample == np.isfinite(ours.clip_sample_range)
 
 
 def test_cosine_is_theirs_to_a_rounding():
