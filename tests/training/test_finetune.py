@@ -20,9 +20,8 @@ from ldm_jax.data import from_config as data_from_config
 from ldm_jax.data.image_folder import prepare
 from ldm_jax.errors import InputError
 from ldm_jax.interop.lora import FILE
-from ldm_jax.pipeline.load import load, load_base
+from ldm_jax.pipeline.load import load, load_base, with_lora
 from ldm_jax.pipeline.model import fingerprint
-from ldm_jax.pipeline.overrides import with_lora
 from ldm_jax.pipeline.trainable import merge_trained, trainable_of
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.run_folder.log import read_metrics
@@ -251,7 +250,7 @@ REFUSED = {  # flags -> what the line must say
     "buckets beyond the size": (["--config.data.bucket_step=32"], "it must be a multiple of 2, no more than"),
     "no captions": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
     "no path": (["--config.data.path="], "needs config.data.path"),
-    "no images": (["--config.data.path=HOME/model/unet"], "has no picture with a caption"),
+    "no images": (["--config.data.path=HOME/model/unet"], "has no image with a caption"),
     "too many captions": (["--config.data.memory_limit_gb=1e-7"], "captions take"),
     "a negative rank": (["--config.lora.rank=-1"], "config.lora.rank is -1; it must be 0 or more"),
     "an alpha of nothing": (["--config.lora.rank=2", "--config.lora.alpha=0.0"], "config.lora.alpha is 0"),
