@@ -1,13 +1,12 @@
-"""Writes a model in another format.
+"""Converts a model to another format.
 
-    python -m ldm_jax.convert --model=runs/fashion_mnist --to=FOLDER    a run as a diffusers folder
-    python -m ldm_jax.convert --model=FOLDER --to=runs/again            such a folder as a run again
-    python -m ldm_jax.convert --model=FOLDER --to=OTHER                 any other diffusers folder anew: current names,
-                                                                        safetensors, [--dtype=bfloat16]
-    python -m ldm_jax.convert --model=FILE.ckpt --to=FOLDER             a single file, or a model of the hub, likewise
+    python -m ldm_jax.convert --model=runs/fashion_mnist --to=FOLDER    a run to a diffusers folder
+    python -m ldm_jax.convert --model=FOLDER --to=runs/again            an exported run back to a run folder
+    python -m ldm_jax.convert --model=FILE.ckpt --to=FOLDER             a single file, a hub model or a diffusers folder
+                                                                        to one in safetensors, [--dtype=bfloat16]
 
-A run becomes unet/, vae/, scheduler/, model_index.json, the pipeline.py that diffusers samples with, a model card and
-recipe.json, from which the run is made again to the bit. --to appears whole or not at all.
+A run becomes unet/, vae/, scheduler/, model_index.json, a pipeline.py for diffusers, a model card and recipe.json, from
+which the run is restored exactly. --to is written completely or not at all.
 """
 
 import sys
@@ -58,8 +57,7 @@ def _convert(values: flags.FlagValues, folder: Path) -> str:
     from ldm_jax.export.run_folder import write_run
     from ldm_jax.interop import hub
     from ldm_jax.pipeline.from_exported import read_record
-    from ldm_jax.pipeline.load import is_exported, load
-    from ldm_jax.pipeline.overrides import Overrides
+    from ldm_jax.pipeline.load import Overrides, is_exported, load
 
     path, dtype = hub.find(values.model), values.dtype or "float32"
     if is_exported(path):

@@ -57,8 +57,7 @@ def main(argv: list[str]) -> None:
 
     from ldm_jax.data.from_config import load_split
     from ldm_jax.evaluation import scoring
-    from ldm_jax.pipeline.load import has_data, load
-    from ldm_jax.pipeline.overrides import Overrides
+    from ldm_jax.pipeline.load import Overrides, has_data, load
     from ldm_jax.runtime.files import write_json
     from ldm_jax.sampling.from_flags import recipe_from_flags
     from ldm_jax.sampling.recipe_of_run import captions_of

@@ -74,8 +74,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
     command_line.start_devices(values)
 
-    from ldm_jax.pipeline.load import load
-    from ldm_jax.pipeline.overrides import Overrides, with_lora
+    from ldm_jax.pipeline.load import Overrides, load, with_lora
     from ldm_jax.sampling.sample_images import sample_images, save
 
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
@@ -92,33 +91,29 @@ def main(argv: list[str]) -> None:
 
 def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:
     """The recipe of the flags, or that of --from_recipe."""
-    from ldm_jax.sampling import from_flags, recipe, sample_images
     from ldm_jax.sampling.from_arguments import label_indices
+    from ldm_jax.sampling.from_flags import image_flags, recipe_from_flags, with_edit_flags
+    from ldm_jax.sampling.recipe import from_png
+    from ldm_jax.sampling.sample_images import check_inputs
 
     if values.from_recipe:
         of_model = ("model", "dtype", "lora", "lora_scale", "tokenizer", "prediction", "vae")
-        check_alone(values, "from_recipe", others=(*of_model, "out", "batch_size", "save_trajectory"))
-        loaded, recorded = recipe.from_png(Path(values.from_recipe), model, params)
-        sample_images.check_inputs(loaded, recorded, model, params, f"--from_recipe={values.from_recipe}")
-        return loaded
+        for name in values:
+            if values[name].present and name not in (*of_model, "from_recipe", "out", "batch_size", "save_trajectory"):
+                raise InputError(f"--from_recipe has the whole recipe; leave out --{name}")
+        recipe, recorded = from_png(Path(values.from_recipe), model, params)
+        check_inputs(recipe, recorded, model, params, f"--from_recipe={values.from_recipe}")
+        return recipe
     labels = label_indices("--label", values.label, model.class_names)
-    made = from_flags.with_edit_flags(from_flags.recipe_from_flags(model, values, labels), values, model)
-    if values.label is not None and made.concat.split:
-        raise InputError(
-            f"--label={','.join(values.label)}: without an image this model restores test images, which have their "
-            f"own classes; add {from_flags.image_flags(model)}"
-        )
+    recipe = with_edit_flags(recipe_from_flags(model, values, labels), values, model)
+    if values.label is not None and recipe.concat.split:
+        classes = f"which have their own classes; add {image_flags(model)}"
+        label = ",".join(values.label)
+        raise InputError(f"--label={label}: without an image this model restores test images, {classes}")
     if values.negative_label is not None:
         (negative,) = label_indices("--negative_label", [values.negative_label], model.class_names)
-        made = made._replace(guidance=made.guidance._replace(negative_label=negative))
-    return made
-
-
-def check_alone(values: flags.FlagValues, flag: str, *, others: tuple[str, ...]) -> None:
-    """Raises InputError if --`flag`, which has the whole recipe, comes with another flag than these `others`."""
-    for name in values:
-        if values[name].present and name not in (flag, *others):
-            raise InputError(f"--{flag} has the whole recipe; leave out --{name}")
+        recipe = recipe._replace(guidance=recipe.guidance._replace(negative_label=negative))
+    return recipe
 
 
 class _Callable(ModuleType):
@@ -127,15 +122,11 @@ class _Callable(ModuleType):
     def __call__(
         self, model: LatentDiffusion, params: Params, *, batch_size: int | None = None, **arguments: Any
     ) -> np.ndarray:
-        """Images uint8 [N, H, W, C] of a model.
+        """Samples uint8 [N, H, W, C] of a model and its parameters from `ldm_jax.load`.
 
-        Args:
-          model, params: from `ldm_jax.load`.
-          batch_size: images at a time, a multiple of the devices; None: the model's own.
-          arguments: of `sampling.from_arguments.recipe_from_arguments`: labels or prompts, num, seed, guidance ...
-
-        Raises:
-          InputError: an argument that the model does not take.
+        `batch_size` is a multiple of the devices, None the model's default; `arguments` are those of
+        `sampling.from_arguments.recipe_from_arguments`: labels or prompts, num, seed, guidance ... Raises InputError
+        for an argument that the model does not take.
         """
         from ldm_jax.sampling.from_arguments import recipe_from_arguments
         from ldm_jax.sampling.sample_images import sample_images

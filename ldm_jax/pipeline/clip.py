@@ -34,11 +34,7 @@ class TrainedCLIP(NamedTuple):
 
 
 def load_clip(path: Path, config: ConfigDict | None = None) -> TrainedCLIP:
-    """The CLIP of a run folder, whose config is `config` (None: that in the folder).
-
-    Raises:
-      InputError: there is none, or it does not fit its own config.
-    """
+    """The CLIP of a run folder; `config` None: the folder's. Raises InputError if there is none, or it does not fit."""
     if config is None:
         if not path.is_dir():
             raise InputError(f"{path} does not exist; it must be a run folder with a CLIP")

@@ -24,12 +24,7 @@ SAMPLES_OF_FILE = 256
 def prepare_base(config: ConfigDict, model: LatentDiffusion, path: Path) -> tuple[LatentDiffusion, ConfigDict]:
     """The model as a run trains it, and the run's config with the fields that the model determines.
 
-    Args:
-      config: of the run, with init_from.
-      model: loaded from `path`, that of `config.init_from`.
-
-    Raises:
-      InputError: the config does not fit the model.
+    `model` is loaded from `path`, that of `config.init_from`. Raises InputError if the config does not fit it.
     """
     _check(config, model)
     resolved, dtype = _resolved(config, model), jnp.dtype(config.dtype)

@@ -9,7 +9,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax.config.fields import SCHEDULE
-from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.errors import InputError
@@ -30,17 +29,12 @@ TEXT_PIPELINE = "StableDiffusionPipeline"  # the class of diffusers that samples
 def from_config(
     config: ConfigDict, class_names: tuple[str, ...], text: TextConditioning | None = None
 ) -> LatentDiffusion:
-    """The model of a config.
+    """The model of a valid config, conditioned on texts by `text` (of the run's CLIP), else on classes (() = none).
 
-    Args:
-      config: a valid one: see `config.rules.validate`.
-      class_names: of the data set; () of an unlabelled one.
-      text: the conditioning of a text-to-image model, from the run's own CLIP; None: on the classes.
-
-    Raises:
-      InputError: a text-to-image model with a solver that diffusers does not have.
+    Raises InputError for a text-to-image model whose solver diffusers does not have.
     """
-    process, first_stage, concat = build_process(config), build_first_stage(config), build_concat(config)
+    process = make_process(**_fields(config.diffusion, *SCHEDULE))
+    first_stage, concat = build_first_stage(config), build_concat(config)
     solvers = {name: Solver(process, {"spacing": config.sampling.spacing}) for name in SOLVERS}
     origin = Origin(class_names=class_names, config=config)
     if text:  # samples as its export does in diffusers
@@ -92,11 +86,6 @@ def init_params(model: LatentDiffusion, rng: jax.Array) -> Params:
     z = jnp.zeros((1, *model.latent_shape[:2], model.denoiser.in_channels))
     params["denoiser"] = model.denoiser.init(rng_denoiser, z, jnp.zeros((1,), jnp.int32), **cond)["params"]
     return params
-
-
-def build_process(config: ConfigDict) -> Process:
-    """The forward process of the config's noise schedule."""
-    return make_process(**_fields(config.diffusion, *SCHEDULE))
 
 
 def build_autoencoder(config: ConfigDict) -> AutoencoderKL | VQModel | None:

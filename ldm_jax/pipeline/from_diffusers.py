@@ -27,56 +27,42 @@ from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults
 from ldm_jax.pipeline.scheduler import solvers_of_scheduler
 
-MAX_NOISE_LEVEL = 350  # of an upscaler whose model_index.json does not say
-UPSCALER_SCALE = 0.08333  # of its latents; diffusers' pipeline takes it whatever the autoencoder's config says
-DEFAULTS = {  # field of SamplingDefaults -> argument of LatentDiffusionPipeline that states it
-    "steps": "num_inference_steps",
-    "guidance": "guidance_scale",
-    "guidance_interval": "guidance_interval",
-    "guidance_rescale": "guidance_rescale",
-    "eta": "eta",
-}
+MAX_NOISE_LEVEL = 350  # default of an upscaler
+UPSCALER_SCALE = 0.08333  # of its latents: diffusers' pipeline ignores the autoencoder's scaling_factor
+# Field of SamplingDefaults, or eta -> argument of LatentDiffusionPipeline, in its model_index.json.
+DEFAULTS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+DEFAULTS |= {name: name for name in ("guidance_interval", "guidance_rescale", "eta")}
 
 
 def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion, Params]:
     """The model of a diffusers folder and its parameters, NumPy arrays.
 
-    Args:
-      path: a folder with model_index.json.
-      dtype: of parameters and computation, float32 or bfloat16.
-
-    Raises:
-      InputError: something is missing, damaged or not supported; the message names it.
+    `dtype` is of parameters and computation, float32 or bfloat16. Raises InputError, which names the file, if something
+    is missing, damaged or not supported.
     """
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline, components = read_pipeline(path)
     for name in ("unet", *components.schedulers, components.autoencoder, *components.encoders):
         if name not in index:
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
-    dtypes, stated = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}, {}
+    dtypes, stated, scaling = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}, {}, None
     if pipeline == PIPELINE_CLASS:
         stated = _stated_defaults(path, settings) | {"class_names": _class_names(path, settings)}
         parts = _class_conditional(path, len(stated["class_names"]), settings["class_tokens"], **dtypes)
+        scaling = latents_scaling(path, parts[0].in_channels)
     else:
         parts = _unet_and_texts(path, pipeline, components, settings, **dtypes)
     denoiser, denoiser_params, conditioning, conditioning_params = parts
-    autoencoder, first_stage, shift, scale = folder.load_autoencoder(path / components.autoencoder, **dtypes)
-    if pipeline == PIPELINE_CLASS:
-        shift, scale = latents_scaling(path, denoiser.in_channels)
+    autoencoder, first_stage, *own_scaling = folder.load_autoencoder(path / components.autoencoder, **dtypes)
+    shift, scale = scaling or own_scaling
     if "low_res_scheduler" in components.schedulers:
         scale = np.full_like(scale, UPSCALER_SCALE)
     model = assemble(
-        path,
-        pipeline,
-        denoiser,
-        FirstStage(autoencoder, _sample_size(path / components.autoencoder)),
-        conditioning,
+        path, pipeline, denoiser, FirstStage(autoencoder, _sample_size(path / components.autoencoder)), conditioning,
         {name: folder.component_config(path, name) for name in components.schedulers},
-        channels=len(scale),
-        latent_size=_latent_size(path),
-        max_noise_level=settings.get("max_noise_level", MAX_NOISE_LEVEL),
-        **stated,
-    )
+        latent_shape=(*_latent_size(path), len(scale)),
+        max_noise_level=settings.get("max_noise_level", MAX_NOISE_LEVEL), **stated,
+    )  # fmt: skip
     params = {"denoiser": denoiser_params, "conditioning": conditioning_params, "first_stage": first_stage}
     return model, params | {"shift": shift, "scale": scale}
 
@@ -89,8 +75,7 @@ def assemble(
     conditioning: Conditioning,
     schedulers: dict[str, dict[str, Any]],
     *,
-    channels: int,
-    latent_size: tuple[int, int],
+    latent_shape: tuple[int, int, int],
     class_names: tuple[str, ...] = (),
     max_noise_level: Any = MAX_NOISE_LEVEL,
     eta: float = 0.0,
@@ -103,8 +88,7 @@ def assemble(
       pipeline: the class in diffusers that samples from it.
       denoiser, first_stage, conditioning: the networks.
       schedulers: component -> scheduler_config.json: "scheduler", and of the upscaler "low_res_scheduler".
-      channels: of the latents.
-      latent_size: (height, width) of the latents in training.
+      latent_shape: (h, w, c) in training.
       class_names: of a model conditioned on classes.
       max_noise_level: of the upscaler.
       eta: of the model's own sampler.
@@ -116,17 +100,16 @@ def assemble(
     scheduler = scheduler_from_config(schedulers["scheduler"], pipeline=pipeline)
     solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline)
     concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
-    _check_widths(path, pipeline, denoiser, conditioning, channels, concat)
-    factor, own = first_stage.downsampling, solvers[scheduler.sampler]
+    (h, w, channels), factor, own = latent_shape, first_stage.downsampling, solvers[scheduler.sampler]
     defaults = {"steps": PIPELINES[pipeline].steps, "guidance": PIPELINES[pipeline].guidance} | defaults
-    return LatentDiffusion(
+    model = LatentDiffusion(
         denoiser=denoiser,
         first_stage=first_stage,
         conditioning=conditioning,
         concat=concat,
         process=scheduler.process,
         prediction=scheduler.prediction,
-        image_shape=(latent_size[0] * factor, latent_size[1] * factor, first_stage.module.in_channels),
+        image_shape=(h * factor, w * factor, first_stage.module.in_channels),
         defaults=SamplingDefaults(
             sampler=scheduler.sampler,
             solvers=solvers | {scheduler.sampler: own._replace(options=own.options | {"eta": eta})},
@@ -137,6 +120,8 @@ def assemble(
             path, class_names=class_names, hashed=(scheduler.prediction,), pipeline=pipeline, schedulers=schedulers
         ),
     )
+    _check_widths(model, channels)
+    return model
 
 
 def _unet_and_texts(
@@ -169,7 +154,7 @@ def _class_names(path: Path, settings: dict[str, Any]) -> tuple[str, ...]:
 def _class_conditional(
     path: Path, num_classes: int, tokens: int, **dtypes: Any
 ) -> tuple[UNet, Params, Conditioning, Any]:
-    """As `_unet_and_texts`, of a UNet with the class embedding in it: see `interop.class_table`."""
+    """The UNet with its parameters, and the class embedding in it with its own: see `interop.class_table`."""
     rows = num_classes + 1
     unet, params, table = folder.load_class_conditional_unet(path / "unet", rows * tokens, **dtypes)
     embedder = ClassEmbedder(num_classes, unet.cross_attention_dim, tokens, dtype=dtypes["dtype"])
@@ -217,41 +202,29 @@ def _concat(
         process = scheduler_from_config(schedulers["low_res_scheduler"]).process
         levels = min(denoiser.num_class_embeds or 0, len(process))
         if not isinstance(max_noise_level, int) or not 0 <= max_noise_level < levels:
-            raise InputError(
-                f"--model={path}: max_noise_level is {max_noise_level}; the UNet's num_class_embeds and "
-                f"low_res_scheduler have {levels} levels, from 0"
-            )
+            have = f"the UNet's num_class_embeds and low_res_scheduler have {levels} levels, from 0"
+            raise InputError(f"--model={path}: max_noise_level is {max_noise_level}; {have}")
         noise = NoiseAugmentation(process, max_noise_level)
         return LowResolution(first_stage.downsampling, first_stage.module.in_channels, noise)
     return None if denoiser.in_channels == denoiser.out_channels else Inpainting(denoiser.out_channels)
 
 
-def _check_widths(
-    path: Path,
-    pipeline: str,
-    denoiser: nn.Module,
-    conditioning: Conditioning,
-    channels: int,
-    concat: ConcatConditioning | None,
-) -> None:
-    """Raises InputError unless the networks fit together."""
-    upscales, takes, makes = isinstance(concat, LowResolution), denoiser.in_channels, denoiser.out_channels
-    fit = (channels + concat.channels,) if upscales else (channels, 2 * channels + 1)
-    if takes not in fit or makes != channels:
-        raise InputError(
-            f"--model={path}: latents of {channels} channels do not go with a UNet of {takes} to {makes}; it must be "
-            f"{' or '.join(map(str, fit))} to {channels}"
-        )
-    if not isinstance(conditioning, TextConditioning):
+def _check_widths(model: LatentDiffusion, channels: int) -> None:
+    """Raises InputError unless the networks fit together and the latents' channels."""
+    denoiser, upscales, where = model.denoiser, isinstance(model.concat, LowResolution), f"--model={model.origin.path}"
+    fit = (channels + model.concat.channels,) if upscales else (channels, 2 * channels + 1)
+    if denoiser.in_channels not in fit or denoiser.out_channels != channels:
+        unet = f"a UNet of {denoiser.in_channels} to {denoiser.out_channels}"
+        right = f"it must be {' or '.join(map(str, fit))} to {channels}"
+        raise InputError(f"{where}: latents of {channels} channels do not go with {unet}; {right}")
+    if not isinstance(model.conditioning, TextConditioning):
         return
     if not upscales and denoiser.num_class_embeds is not None:
-        raise InputError(f"--model={path}: a {pipeline} has no classes, but its UNet has num_class_embeds")
-    width, context_dim = sum(encoder.hidden_size for encoder in conditioning.encoders), denoiser.cross_attention_dim
-    if width != context_dim:
-        raise InputError(
-            f"--model={path}: text features of {width} channels do not go with a UNet whose cross_attention_dim is "
-            f"{context_dim}"
-        )
+        raise InputError(f"{where}: a {model.origin.pipeline} has no classes, but its UNet has num_class_embeds")
+    width = sum(encoder.hidden_size for encoder in model.conditioning.encoders)
+    if width != denoiser.cross_attention_dim:
+        unet = f"a UNet whose cross_attention_dim is {denoiser.cross_attention_dim}"
+        raise InputError(f"{where}: text features of {width} channels do not go with {unet}")
 
 
 def _latent_size(path: Path) -> tuple[int, int]:

@@ -45,8 +45,7 @@ TYPES = {"config": dict, "data": dict, "step": int, "autoencoder_step": int, "me
 def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion, Params]:
     """The model of an exported folder; `dtype` is of the computation, None: of its config.
 
-    Raises:
-      InputError: something is missing or damaged, or does not fit the config in recipe.json.
+    Raises InputError if something is missing or damaged, or does not fit the config in recipe.json.
     """
     record = read_record(path)
     if dtype is not None:

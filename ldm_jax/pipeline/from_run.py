@@ -7,8 +7,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ldm_jax.config import io as config_io
-from ldm_jax.config.rules import text_conditioned, validate
+from ldm_jax.config.rules import text_conditioned
 from ldm_jax.errors import InputError
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.models.conditioning import TextConditioning
@@ -22,44 +21,21 @@ from ldm_jax.runtime.files import content_hash, read_json, write_json
 SCALE = "scale.json"  # of the latents, with the checkpoints of the autoencoder
 
 
-def read_config(path: Path, dtype: str | None = None) -> ConfigDict:
-    """The config of a run folder with a diffusion model, with another dtype unless None.
-
-    Raises:
-      InputError: there is none, it is not valid, or has no diffusion stage.
-    """
-    config = config_io.read_with_defaults(path / "config.json")
-    validate(config)
-    if "diffusion" not in config.stages:
-        raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
-    if dtype is not None:
-        with config.unlocked():
-            config.dtype = dtype
-    return config
-
-
 def from_run(
     path: Path, config: ConfigDict, base: tuple[LatentDiffusion, Params] | None = None, step: float = np.inf
 ) -> tuple[LatentDiffusion, Params]:
-    """The trained model of a run folder.
+    """The trained model of a run folder: its newest checkpoint of at most `step` steps.
 
-    Args:
-      path: of the folder.
-      config: from `read_config`.
-      base: the model that the run fine-tuned, from `load.load_base`; None: the run trained from scratch.
-      step: the newest checkpoint of at most so many steps.
-
-    Raises:
-      InputError: it is not trained yet, does not fit its own config, or was fine-tuned from another model.
+    `config` is that of the folder; `base`, of a run that fine-tunes, from `load.load_base`. Raises InputError if the
+    model is not trained yet, does not fit its own config, or was fine-tuned from another model.
     """
     about = read_json(path / "data.json", "class_names")
     flat, class_names = load_latest(path / "diffusion", step), tuple(about["class_names"])
     model, params = base or untrained(path, config, class_names)
     if base:
         if about.get("init_from_fingerprint") != model.origin.fingerprint:
-            raise InputError(
-                f"--model={path} was fine-tuned from another model than config.init_from={config.init_from} is"
-            )
+            other = f"config.init_from={config.init_from} is"
+            raise InputError(f"--model={path} was fine-tuned from another model than {other}")
         model = of_classes(model, class_names)
     trainable = trainable_of(config, model)
     trained = ema_params(flat, trained_shapes(trainable, params), path / "diffusion")
@@ -82,8 +58,7 @@ def untrained(path: Path, config: ConfigDict, class_names: tuple[str, ...]) -> t
 def on_paper(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[LatentDiffusion, Params]:
     """The model of a config before any stage, and the shapes of the parameters that diffusion trains.
 
-    Raises:
-      InputError: as `from_config`, or a network cannot be built.
+    Raises InputError as `from_config`, or if a network cannot be built.
     """
     text, params = None, {}
     if text_conditioned(config):

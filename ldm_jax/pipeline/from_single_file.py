@@ -1,15 +1,29 @@
 """A model from a single file in the layout of CompVis and Stability AI, .safetensors or a pickle of PyTorch's."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from ldm_jax.errors import InputError
 from ldm_jax.interop import single_file
+from ldm_jax.interop.tokenizer import Tokenizer, tokenizer_of_vocabulary
+from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.conditioning import ClassConditioning, NoConditioning, TextConditioning
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.pipeline.from_diffusers import assemble
 from ldm_jax.pipeline.model import LatentDiffusion, Params
-from ldm_jax.pipeline.overrides import NO_OVERRIDES, Overrides, find_tokenizers
+
+
+class Overrides(NamedTuple):
+    """What a user states about a model's files; "" = nothing."""
+
+    tokenizer: str = ""  # of a single file: a folder with the vocabulary
+    prediction: str = ""  # of a single file: eps or v
+    vae: str = ""  # a folder or a single file with an autoencoder in place of the model's own
+
+
+NO_OVERRIDES = Overrides()
 
 
 def from_single_file(
@@ -17,35 +31,52 @@ def from_single_file(
 ) -> tuple[LatentDiffusion, Params]:
     """The model of a single file and its parameters, NumPy arrays.
 
-    Args:
-      path: of the file.
-      dtype: of parameters and computation, float32 or bfloat16.
-      overrides: its tokenizer and its prediction target, which the file does not state.
-
-    Raises:
-      InputError: damaged, of no family that is supported, or without a tokenizer that it needs.
+    `dtype` is of parameters and computation, float32 or bfloat16. Raises InputError if the file is damaged or of no
+    family that is supported, or if there is no tokenizer for it.
     """
     dtypes = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     file = single_file.read(path, prediction=overrides.prediction, **dtypes)
     fields, (autoencoder, first_stage) = file.fields, file.autoencoder
     encoders = tuple(encoder for encoder, _ in file.text_encoders)
-    tokenizers = find_tokenizers(path, overrides.tokenizer, encoders, tuple(each.pad for each in fields.text_encoders))
+    tokenizers = _find_tokenizers(path, overrides.tokenizer, encoders, tuple(each.pad for each in fields.text_encoders))
     conditioning, conditioning_params = NoConditioning(), {}
     if file.class_embedder:
         conditioning, conditioning_params = ClassConditioning(file.class_embedder[0]), file.class_embedder[1]
     elif encoders:
         conditioning, conditioning_params = TextConditioning(encoders, tokenizers), [p for _, p in file.text_encoders]
     schedulers = {"scheduler": fields.scheduler, "low_res_scheduler": fields.low_res_scheduler}
+    size, class_names = fields.sample_size, tuple(map(str, range(conditioning.num_classes)))
     model = assemble(
-        path,
-        fields.pipeline,
-        file.unet[0],
-        FirstStage(autoencoder, fields.sample_size * autoencoder.downsampling),
-        conditioning,
+        path, fields.pipeline, file.unet[0], FirstStage(autoencoder, size * autoencoder.downsampling), conditioning,
         {name: config for name, config in schedulers.items() if config},
-        channels=len(file.scale),
-        latent_size=(fields.sample_size, fields.sample_size),
-        class_names=tuple(map(str, range(conditioning.num_classes))),
-    )
+        latent_shape=(size, size, len(file.scale)), class_names=class_names,
+    )  # fmt: skip
     params = {"denoiser": file.unet[1], "conditioning": conditioning_params, "first_stage": first_stage}
     return model, params | {"shift": file.shift, "scale": file.scale}
+
+
+def _find_tokenizers(
+    path: Path, tokenizer: str, encoders: tuple[CLIPTextEncoder, ...], pads: tuple[str, ...]
+) -> tuple[Tokenizer, ...]:
+    """The tokenizer of each text encoder, CLIP's: from --tokenizer, or the folder `tokenizer` next to the file."""
+    if not encoders:
+        if tokenizer:
+            raise InputError(f"--tokenizer={tokenizer} is for text-to-image models; {path} is none")
+        return ()
+    where = Path(tokenizer) if tokenizer else path.parent / "tokenizer"
+    if not where.is_dir():
+        if tokenizer:
+            raise InputError(f"--tokenizer={tokenizer} does not exist; it must have CLIP's vocab.json and merges.txt")
+        raise InputError(
+            f"{path} has no tokenizer in it, nor next to it; CLIP's vocab.json and merges.txt must be in a folder "
+            f"{where}, or, for sample, evaluate and convert, in any that --tokenizer=FOLDER names"
+        )
+    where = where / "tokenizer" if (where / "tokenizer").is_dir() else where
+    tokenizers = []
+    for encoder, pad in zip(encoders, pads):
+        each = tokenizer_of_vocabulary(where, pad_token=pad, max_length=encoder.max_position_embeddings)
+        if each.vocab_size != encoder.vocab_size:
+            sizes = f"{each.vocab_size} tokens; the text encoder of {path} has {encoder.vocab_size}"
+            raise InputError(f"{where}: the tokenizer has {sizes}")
+        tokenizers.append(each)
+    return tuple(tokenizers)

@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.config import io as config_io
+from ldm_jax.config.rules import validate
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder, hub, single_file
+from ldm_jax.interop.lora import add_lora, read_lora
 from ldm_jax.interop.pipelines import RECIPE
 from ldm_jax.pipeline.fine_tuning import prepare_base
 from ldm_jax.pipeline.from_diffusers import from_diffusers
 from ldm_jax.pipeline.from_exported import from_exported
-from ldm_jax.pipeline.from_run import from_run, read_config
-from ldm_jax.pipeline.from_single_file import from_single_file
+from ldm_jax.pipeline.from_run import from_run
+from ldm_jax.pipeline.from_single_file import NO_OVERRIDES, Overrides, from_single_file
 from ldm_jax.pipeline.model import LatentDiffusion, Params
-from ldm_jax.pipeline.overrides import NO_OVERRIDES, Overrides
 
 
 def load(
@@ -46,21 +48,24 @@ def load(
         for name, value in overrides._asdict().items():
             if value:
                 raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
-        return _load_run(path, dtype, step)
+        return from_exported(path, dtype) if is_exported(path) else _load_run(path, dtype, step)
     return with_autoencoder(model, params, Path(overrides.vae)) if overrides.vae else (model, params)
 
 
 def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusion, Params]:
-    """The model of a run folder, or of a diffusers folder exported from one."""
-    if is_exported(path):
-        return from_exported(path, dtype)
     if not path.is_dir():
         problem = "is a file of another type" if path.exists() else "does not exist"
         raise InputError(
             f"--model={path} {problem}; it must be a run folder, e.g. runs/fashion_mnist, a diffusers folder, or a "
             "model in one .safetensors or .ckpt"
         )
-    config = read_config(path, dtype)
+    config = config_io.read_with_defaults(path / "config.json")
+    validate(config)
+    if "diffusion" not in config.stages:
+        raise InputError(f"--model={path} has no diffusion model: its config.stages are {', '.join(config.stages)}")
+    if dtype is not None:
+        with config.unlocked():
+            config.dtype = dtype
     base, config = load_base(config, config.dtype) if config.init_from else (None, config)
     return from_run(path, config, base, step)
 
@@ -68,8 +73,7 @@ def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusi
 def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentDiffusion, Params], ConfigDict]:
     """The model of `config.init_from` with its parameters in `dtype`, and the config with the fields it determines.
 
-    Raises:
-      InputError: there is no such model, or the config does not fit it.
+    Raises InputError if there is no such model, or the config does not fit it.
     """
     path = hub.find(config.init_from, flag="config.init_from")
     if not (is_diffusers_folder(path) or is_single_file(path)):
@@ -88,10 +92,8 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
 def with_autoencoder(model: LatentDiffusion, params: Params, path: Path) -> tuple[LatentDiffusion, Params]:
     """The model with the autoencoder of a component's folder, a pipeline's folder or a single file.
 
-    A folder states the shift and scale of its latents, which must be the model's; a single file does not.
-
-    Raises:
-      InputError: damaged, or its latents are not those of the model.
+    A folder states the shift and scale of its latents, which must be the model's; a single file does not. Raises
+    InputError if it is damaged, or its latents are not those of the model.
     """
     dtypes = {"dtype": jnp.dtype(model.dtype), "params_dtype": jnp.dtype(model.dtype)}
     problem = f"--vae={path} has other latents than --model"
@@ -109,6 +111,11 @@ def with_autoencoder(model: LatentDiffusion, params: Params, path: Path) -> tupl
     if own != new:
         raise InputError(f"{problem}: class, {', '.join(fields)} {new}, not {own}")
     return replace(model, first_stage=replace(model.first_stage, module=module)), params | {"first_stage": first_stage}
+
+
+def with_lora(params: Params, path: Path, scale: float) -> Params:
+    """The parameters with a file's LoRA times `scale` added to the denoiser's; raises InputError if it does not fit."""
+    return params | {"denoiser": add_lora(params["denoiser"], read_lora(path), scale, where=f"--lora={path}")}
 
 
 def has_data(where: str) -> bool:

@@ -131,7 +131,7 @@ class LatentDiffusion:
 def apply_denoiser(
     model: LatentDiffusion, params: Params, z_t: jax.Array, t: jax.Array, cond: dict[str, Any], **options: Any
 ) -> Any:
-    """The output of the denoiser, [B, h, w, c] float32, or 2c with a learned variance: its one call in this package.
+    """The output of the denoiser, [B, h, w, c] float32, or 2c with a learned variance; called here only.
 
     Args:
       model, params: only params["denoiser"] is used.

@@ -63,7 +63,7 @@ Trainable = Parts | LoRA
 
 
 def trainable_of(config: ConfigDict, model: LatentDiffusion) -> Trainable:
-    """What a config trains: LoRA, or the denoiser with the class embedding or, if it says so, the text encoders."""
+    """The trainable parameters: LoRA, or the denoiser with the class embedding or, by config, the text encoders."""
     if config.lora.rank:
         return LoRA(config.lora.rank, config.lora.alpha)
     if isinstance(model.conditioning, TextConditioning):

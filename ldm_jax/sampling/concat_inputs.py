@@ -56,8 +56,7 @@ def check_segments(model: LatentDiffusion, dataset: Dataset) -> None:
 def from_file(model: LatentDiffusion, path: Path) -> ConcatImages:
     """The low-resolution image or the segmentation map of --concat_image.
 
-    Raises:
-      InputError: it cannot be read, or has classes that the model does not have.
+    Raises InputError if it cannot be read, or has classes that the model does not have.
     """
     (height, width, channels), crop, flag = model.image_shape, model.defaults.crop, "--concat_image"
     if isinstance(model.concat, LowResolution):

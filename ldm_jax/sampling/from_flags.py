@@ -23,16 +23,10 @@ def recipe_from_flags(
     labels: list[int],
     captions: tuple[list[str], list[int]] | None = None,
 ) -> Recipe:
-    """The recipe of `command_line.define_sampling_flags`.
+    """The recipe of `command_line.define_sampling_flags`, and of the classes `labels` in turn ([] = none).
 
-    Args:
-      model: the model.
-      values: the parsed flags.
-      labels: the classes, in turn; [] = none.
-      captions: prompts, and the index of each sample's, for a text-to-image model without --prompt.
-
-    Raises:
-      InputError: flags that do not fit the model, or each other.
+    `captions` are prompts, and the index of each sample's, for a text-to-image model without --prompt. Raises
+    InputError for flags that do not fit the model, or each other.
     """
     by_prompt = bool(values.prompt or values.prompt_file)
     if captions and not by_prompt:
@@ -58,8 +52,8 @@ def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
         try:
             timesteps = [int(word) for word in values.timesteps]
         except ValueError:
-            given = ",".join(values.timesteps)
-            raise InputError(f"--timesteps={given} must be whole numbers, e.g. 999,700,400") from None
+            words = ",".join(values.timesteps)
+            raise InputError(f"--timesteps={words} must be whole numbers, e.g. 999,700,400") from None
         solving = solving._replace(steps=len(timesteps), spacing=timesteps)
     names = ("spacing", "eta", "churn", "variance", "threshold")
     return solving._replace(**{name: _or(values[name].value, getattr(solving, name)) for name in names})
@@ -94,7 +88,7 @@ def _prompts(model: LatentDiffusion, values: FlagValues) -> list[str]:
             what = f"classes: {', '.join(model.class_names)}" if model.class_names else "nothing"
             raise InputError(f"--{flag} is for text-to-image models, or with --clip; this one is conditioned on {what}")
     if values.prompt and values.prompt_file:
-        raise InputError("--prompt and --prompt_file both give prompts; choose one")
+        raise InputError("--prompt and --prompt_file both set the prompts; choose one")
     if values.prompt_file:
         return _lines(Path(values.prompt_file))
     if texts and not values.prompt:
@@ -116,18 +110,13 @@ def _lines(path: Path) -> list[str]:
 
 
 def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) -> Recipe:
-    """The recipe with the flags of `command_line.define_editing_flags`.
-
-    Raises:
-      InputError: flags that exclude each other, or do not fit the model.
-    """
+    """The recipe with the flags of `command_line.define_editing_flags`; raises InputError for those that do not fit."""
     _check_pairs(recipe, values)
     has_concat_image = _has_concat_image(values, model)
     if model.concat and not has_concat_image and not recipe.concat.split:
-        how = "upscales; it needs a low-resolution --concat_image"
-        if isinstance(model.concat, Inpainting):
-            how = "inpaints; it needs an image and a mask of what to sample: --init_image --mask"
-        raise InputError(f"this model {how}")
+        inpaints = "inpaints; it needs an image and a mask of what to sample: --init_image --mask"
+        upscales = "upscales; it needs a low-resolution --concat_image"
+        raise InputError(f"this model {inpaints if isinstance(model.concat, Inpainting) else upscales}")
     if values.vae_tiling and model.first_stage.module is None:
         raise InputError("--vae_tiling is for latent diffusion; this model has no autoencoder")
     split = None if has_concat_image else recipe.concat.split
@@ -152,7 +141,7 @@ def _check_pairs(recipe: Recipe, values: FlagValues) -> None:
     if values.to_prompt is not None and recipe.labels != [0]:
         raise InputError("--to_prompt is for text-to-image models; this one is not conditioned on texts")
     if values.mask and values.outpaint:
-        raise InputError("--mask and --outpaint both say what to sample; choose one")
+        raise InputError("--mask and --outpaint both set the region to sample; choose one")
     if values.resample and not (values.mask or values.outpaint):
         raise InputError("--resample needs --mask or --outpaint")
     noises = [n for n in ("init_latents", "to_seed", "to_image", "invert") if values[n].value not in (None, False)]
@@ -203,15 +192,11 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
         if upscaler:
             raise InputError(f"--{flag}={side}: the images are {factor} times as large as --concat_image; leave it out")
         if split:
-            raise InputError(
-                f"--{flag}={side}: without an image this model restores test images, at their own size; add "
-                f"{image_flags(model)}"
-            )
+            add = f"at their own size; add {image_flags(model)}"
+            raise InputError(f"--{flag}={side}: without an image this model restores test images, {add}")
         if side % factor:
-            raise InputError(
-                f"--{flag}={side} must be a multiple of {factor}, as a latent of this autoencoder is "
-                f"{factor}x{factor} pixels; next to it is {max(side // factor, 1) * factor}"
-            )
+            nearest = max(side // factor, 1) * factor
+            raise InputError(f"--{flag}={side} must be a multiple of {factor}, the pixels of a latent, e.g. {nearest}")
         if isinstance(model.concat, LowResolution) and side % model.concat.factor:
             raise InputError(f"--{flag}={side} must be a multiple of {model.concat.factor}, the model's enlargement")
     if upscaler and values.concat_image:
@@ -222,12 +207,10 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
 
 def _noise_level(level: int | None, model: LatentDiffusion) -> int | None:
     noise = model.concat.noise if model.concat else None
-    if noise is None:
-        if level is not None:
-            raise InputError(f"--noise_level={level} is for upscalers of Stable Diffusion; this model is none")
-        return None
-    level = _or(level, NOISE_LEVEL)
-    if level > noise.max_noise_level:
+    if noise is None and level is not None:
+        raise InputError(f"--noise_level={level} is for upscalers of Stable Diffusion; this model is none")
+    level = None if noise is None else _or(level, NOISE_LEVEL)
+    if noise is not None and level > noise.max_noise_level:
         raise InputError(f"--noise_level={level} must be from 0 to {noise.max_noise_level} for this model")
     return level
 

@@ -73,16 +73,14 @@ def load_classifier(path: Path) -> TrainedClassifier:
 def classifier_for(path: Path, model: LatentDiffusion, params: Params) -> TrainedClassifier:
     """The classifier of a run folder, to guide a model.
 
-    Raises:
-      InputError: as `load_classifier`, or it has other classes, another noise schedule or other latents.
+    Raises InputError as `load_classifier`, and for other classes, another noise schedule or other latents.
     """
     classifier = load_classifier(path)
     other = classifier.model
     if other.class_names != model.class_names:
-        raise InputError(
-            f"--classifier={path} has {len(other.class_names)} classes ({', '.join(other.class_names)}); those of "
-            f"--model are {len(model.class_names)} ({', '.join(model.class_names)})"
-        )
+        own = f"{len(other.class_names)} classes ({', '.join(other.class_names)})"
+        needed = f"{len(model.class_names)} ({', '.join(model.class_names)})"
+        raise InputError(f"--classifier={path} has {own}; those of --model are {needed}")
     if other.process != model.process:
         schedules = f"{_schedule(other.process)} and {_schedule(model.process)}"
         raise InputError(f"--classifier={path} and --model have other noise schedules: {schedules}")

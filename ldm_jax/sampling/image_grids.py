@@ -30,13 +30,9 @@ def enlargement(side: int) -> int:
 def grid(
     images: np.ndarray, *, columns: int, row_labels: Sequence[str] | None = None, scale: int | None = None
 ) -> Image.Image:
-    """A grid of images, row by row, with a label before each row.
+    """A grid of images uint8 [N, H, W, 1 or 3], row by row, enlarged by `scale` (None: by `enlargement`).
 
-    Args:
-        images: uint8 [N, H, W, 1 or 3]; the last row may be short.
-        columns: images in a row.
-        row_labels: one text for each row; None: no labels.
-        scale: factor of enlargement; None: by `enlargement`.
+    `row_labels` has one text for each row, None for no labels; the last row may be short.
     """
     check_images(images, "the images of a grid")
     rows = -(-len(images) // columns)
@@ -62,13 +58,10 @@ def grid(
 def sample_grid(
     images: np.ndarray, labels: np.ndarray | None = None, class_names: Sequence[str] | None = None, *, side: int = 10
 ) -> Image.Image:
-    """The grid of samples: a labelled row for each class, or without labels, or hardly two images a class, the first.
+    """The grid of samples uint8 [N, H, W, 1 or 3]: a row for each class, at most `side` rows and columns.
 
-    Args:
-        images: uint8 [N, H, W, 1 or 3].
-        labels: int [N], -1 = none; None = no labels.
-        class_names: the text for each label; None: its index.
-        side: rows and columns at most. Of more classes, `side` evenly spaced ones are used.
+    `labels` int [N] may be -1 or None, for none, and `class_names` None, for indices. Of more classes than rows, evenly
+    spaced ones are used; without labels, or with hardly two images a class, the first images.
     """
     classes = [] if labels is None else [int(label) for label in np.unique(labels) if label >= 0]
     if not classes or (len(classes) > side and len(images) < 2 * len(classes)):
@@ -82,11 +75,7 @@ def sample_grid(
 
 
 def comparison(rows: Mapping[str, np.ndarray], *, columns: int = 10) -> Image.Image:
-    """The grid of groups of labelled rows, image k below image k: arrays uint8 [N, H, W, 1 or 3] by label.
-
-    Raises:
-        InputError: arrays of different shapes.
-    """
+    """The grid of rows of images uint8 [N, H, W, 1 or 3], image k below image k; raises InputError if shapes differ."""
     shape = next(iter(rows.values())).shape
     if any(images.shape != shape for images in rows.values()):
         shapes = " and ".join(str(list(images.shape)) for images in rows.values())

@@ -28,8 +28,7 @@ def open_image(path: Path, flag: str) -> Image.Image:
 def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str) -> np.ndarray:
     """The inpainting mask, bool [*size], True where the file is white (to be sampled); cropped as its image is.
 
-    Raises:
-      InputError: no image, of another size than the image to inpaint, or without a white part.
+    Raises InputError for another size than the image's, or if nothing is white.
     """
     mask, image = open_image(path, "--mask"), open_image(image_path, "--init_image")
     if mask.size != image.size:
@@ -44,17 +43,10 @@ def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str)
 
 
 def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The image and mask of outpainting as inpainting: the image shifted off one edge, and its new part.
+    """The image and mask of outpainting as inpainting: the image shifted so that its new part fits, and that part.
 
-    Args:
-      image: uint8 [H, W, C].
-      where: a side and a number of pixels, e.g. "right:8".
-
-    Returns:
-      uint8 [H, W, C], the new part repeating the edge, and bool [H, W], True in the new part.
-
-    Raises:
-      InputError: no such side, or not from 1 pixel to one less than the image has.
+    Of an image uint8 [H, W, C] and e.g. "right:8" (side and pixels): uint8 [H, W, C], where the new part repeats the
+    edge, and bool [H, W]. Raises InputError for another side, or not from 1 pixel to one less than the image has.
     """
     side, _, pixels = where.partition(":")
     axis, before = SIDES.get(side, (0, True))

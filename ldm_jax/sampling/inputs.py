@@ -10,27 +10,26 @@ import numpy as np
 from ldm_jax.data.from_config import load_split
 from ldm_jax.diffusion.random import initial_latents, low_resolution_noise, sample_keys
 from ldm_jax.models.conditioning import TextConditioning
-from ldm_jax.pipeline.clip import embed_texts
+from ldm_jax.pipeline.clip import TrainedCLIP, embed_texts
 from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.sampling import concat_inputs, image_inputs
 from ldm_jax.sampling.concat_inputs import ConcatImages
-from ldm_jax.sampling.guidance_models import GuidanceModels
 from ldm_jax.sampling.recipe import Recipe
 from ldm_jax.sampling.sampler import PerSample, SampleInputs, Sampler, Shared
 from ldm_jax.sampling.tables import inversion_table
 
 
 def sample_inputs(
-    model: LatentDiffusion, params: Any, recipe: Recipe, sampler: Sampler, concat_images: ConcatImages | None = None
+    model: LatentDiffusion,
+    params: Any,
+    recipe: Recipe,
+    sampler: Sampler,
+    concat_images: ConcatImages | None = None,
+    clip: TrainedCLIP | None = None,
 ) -> tuple[np.ndarray, SampleInputs]:
-    """The labels int32 [N] of a recipe's samples, and the sampler's inputs without CLIP guidance and editing.
+    """The labels int32 [N] of a recipe's samples, and the sampler's inputs without image editing.
 
-    Args:
-      model: the model.
-      params: its parameters, replicated.
-      recipe: of N samples.
-      sampler: encodes concat_images.
-      concat_images: of a model with concat conditioning.
+    `params` are replicated; `concat_images` are of a model with concat conditioning, `clip` of a sampler with one.
     """
     num, guidance, solver = recipe.num, recipe.guidance, model.defaults.solver(recipe.solving.sampler)
     index, shape = np.arange(num, dtype=np.int32), model.latent_shape
@@ -48,6 +47,11 @@ def sample_inputs(
     if guidance.classifier:
         scales = np.full(num, guidance.classifier_scale, np.float32)
         samples = samples._replace(label=labels, classifier_scale=scales)
+    if clip is not None:  # each sample to its own prompt, or to the prompts in turn
+        rows = labels if isinstance(model.conditioning, TextConditioning) else index % len(recipe.prompts)
+        embeds = embed_texts(clip, list(recipe.prompts), len(recipe.prompts) * jax.local_device_count())[rows]
+        scales = np.full(num, guidance.clip_guidance_scale, np.float32)
+        samples = samples._replace(text_embeds=embeds, clip_guidance_scale=scales)
     if recipe.edit.to_prompt is not None:  # all from the same noise
         samples = samples._replace(
             index=np.zeros_like(index),
@@ -97,18 +101,6 @@ def _concat_arrays(
     return {"concat": np.asarray(noised), **arguments}
 
 
-def with_clip(
-    recipe: Recipe, model: LatentDiffusion, guides: GuidanceModels, labels: np.ndarray, inputs: SampleInputs
-) -> SampleInputs:
-    """The inputs with CLIP guidance: text embeddings [N, D], of each sample's own prompt, or of the prompts in turn."""
-    if guides.clip is None:
-        return inputs
-    rows = labels if isinstance(model.conditioning, TextConditioning) else np.arange(recipe.num) % len(recipe.prompts)
-    embeds = embed_texts(guides.clip, list(recipe.prompts), len(recipe.prompts) * jax.local_device_count())[rows]
-    scales = np.full(recipe.num, recipe.guidance.clip_guidance_scale, np.float32)
-    return inputs._replace(samples=inputs.samples._replace(text_embeds=embeds, clip_guidance_scale=scales))
-
-
 def read_images(model: LatentDiffusion, recipe: Recipe) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The initial image and the mask, uint8 [H, W, C] and bool [H, W], or None."""
     edit, image, mask = recipe.edit, None, None
@@ -146,18 +138,18 @@ def with_edit(
 ) -> SampleInputs:
     """The inputs with image editing: initial noise [N, h, w, c], the initial image's latents and their mask."""
     edit, shape, weights = recipe.edit, model.latent_shape, np.linspace(0, 1, recipe.num)
+    z_T = None
     if edit.init_latents:
-        inputs = _with_noise(inputs, image_inputs.read_latents(Path(edit.init_latents), (recipe.num, *shape)))
+        z_T = image_inputs.read_latents(Path(edit.init_latents), (recipe.num, *shape))
     if edit.to_seed is not None:
         keys = [sample_keys(np.uint32(seed), np.zeros(1, int)) for seed in (recipe.seed, edit.to_seed)]
-        ends = [initial_latents(key, shape)[0] for key in keys]
-        inputs = _with_noise(inputs, image_inputs.slerp(*ends, weights))
-    if image is None:
-        return inputs
+        z_T = image_inputs.slerp(*(initial_latents(key, shape)[0] for key in keys), weights)
     if edit.invert or edit.to_image:
-        ends = _inverted(model, recipe, sampler, params, inputs, image)
-        inputs = _with_noise(inputs, image_inputs.slerp(*ends, weights))
-        return inputs._replace(scaled_initial_noise=False)
+        z_T = image_inputs.slerp(*_inverted(model, recipe, sampler, params, inputs, image), weights)
+        inputs = inputs._replace(scaled_initial_noise=False)
+    inputs = inputs._replace(samples=inputs.samples._replace(z_T=z_T))
+    if image is None or edit.invert or edit.to_image:
+        return inputs
     inpaints = model.concat is not None and mask is not None
     if inpaints and edit.strength == 1:  # concat conditioning has all known pixels
         return inputs
@@ -165,10 +157,6 @@ def with_edit(
     if mask is not None and not inpaints:
         shared = shared._replace(mask=image_inputs.latent_mask(mask, model.first_stage.downsampling))
     return inputs._replace(shared=shared, init_image=True)
-
-
-def _with_noise(inputs: SampleInputs, z_T: np.ndarray) -> SampleInputs:
-    return inputs._replace(samples=inputs.samples._replace(z_T=z_T))
 
 
 def _inverted(

@@ -82,14 +82,8 @@ NO_EDIT = Edit()
 SECTIONS = {"solving": Solving, "guidance": Guidance, "edit": Edit, "concat": ConcatInput}
 
 # Flat names of versions before 0.2 where they differ, and their sentinels for None where these are not "".
-FLAT = {
-    "guidance.scale": "guidance",
-    "guidance.interval": "guidance_interval",
-    "guidance.rescale": "guidance_rescale",
-    "guidance.clip_guidance_scale": "clip_scale",
-    "concat.image": "map",
-    "concat.split": "map_split",
-}
+FLAT = {"guidance.scale": "guidance", "guidance.interval": "guidance_interval", "guidance.rescale": "guidance_rescale",
+        "guidance.clip_guidance_scale": "clip_scale", "concat.image": "map", "concat.split": "map_split"}  # fmt: skip
 SENTINELS = {"negative_label": -1, "to_seed": -1, "noise_level": -1}
 
 
@@ -144,11 +138,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_png(path: Path, model: LatentDiffusion, params: Params) -> tuple[Recipe, dict[str, str]]:
-    """The recipe in a PNG, and the recorded hashes of its input files.
-
-    Raises:
-      InputError: the PNG has no recipe, or its recipe is for another model or dtype.
-    """
+    """The recipe in a PNG, and the recorded hashes of its input files; raises InputError for one of another model."""
     fields = read_recipe(path)
     recipe = from_json(fields, f"--from_recipe={path}")
     if fields.get("model") != fingerprint(model, params):

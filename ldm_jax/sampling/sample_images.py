@@ -22,7 +22,7 @@ from ldm_jax.runtime.parallel import replicate
 from ldm_jax.sampling import concat_inputs, image_grids, image_inputs
 from ldm_jax.sampling.concat_inputs import ConcatImages
 from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models
-from ldm_jax.sampling.inputs import concat_images_of, read_images, sample_inputs, with_clip, with_edit
+from ldm_jax.sampling.inputs import concat_images_of, read_images, sample_inputs, with_edit
 from ldm_jax.sampling.recipe import Recipe, from_json, to_json
 from ldm_jax.sampling.recipe_of_run import recipe_of_run
 from ldm_jax.sampling.sampler import smallest_batch
@@ -43,16 +43,10 @@ class Samples(NamedTuple):
 def sample_images(
     model: LatentDiffusion, params: Params, recipe: Recipe, *, batch_size: int, trajectory: bool = True
 ) -> Samples:
-    """Samples the images of a recipe, with a progress bar.
+    """Samples the images of a recipe, with a progress bar, and the trajectory of the first of them.
 
-    Args:
-      model, params: the model.
-      recipe: of the samples.
-      batch_size: images at a time, a multiple of the devices or more than `recipe.num`.
-      trajectory: whether to keep z0_hat of the first images while sampling.
-
-    Raises:
-      InputError: a solver or number of steps that the model does not take, or an input that is missing or does not fit.
+    `batch_size` is a multiple of the devices or more than `recipe.num`. Raises InputError for a solver or number of
+    steps that the model does not take, or an input that is missing or does not fit.
     """
     model = _at_recipe(model, recipe)
     table = make_table(model, recipe.solving, recipe.edit)
@@ -63,8 +57,7 @@ def sample_images(
     concat_images = concat_images_of(model, recipe, image, mask)
     sampler = guides.sampler(model, smallest_batch(recipe.num, batch_size, jax.local_device_count()))
     replicated = replicate(params | guides.params)
-    labels, inputs = sample_inputs(model, replicated, recipe, sampler, concat_images)
-    inputs = with_clip(recipe, model, guides, labels, inputs)
+    labels, inputs = sample_inputs(model, replicated, recipe, sampler, concat_images, guides.clip)
     inputs = with_edit(model, recipe, sampler, replicated, inputs, image, mask)
     batches = []
     with tqdm(total=recipe.num, unit="image", desc="    sampling", unit_scale=False) as bar:

@@ -72,7 +72,7 @@ class Sampler(NamedTuple):
     Attributes:
       latents: (params, inputs, table) -> iterator over batches, in order, of
         (z [b, h, w, c], z0_hat of the trajectory [b, SNAPSHOTS, h, w, c]).
-      decode: (params, z [b, h, w, c]) -> images uint8 [b, H, W, C].
+      decode: (params, z [N, h, w, c]) -> images uint8 [N, H, W, C].
       encode: (params, images uint8 [N, H, W, C]) -> z [N, h, w, c], the mode of the posterior.
       concat: (params, degraded images) -> [N, h, w, k]: `ConcatConditioning.encode` for any N.
     """
@@ -89,11 +89,8 @@ class Sampler(NamedTuple):
 
     def trajectory(self, params: Any, inputs: SampleInputs, table: Table) -> np.ndarray:
         """The trajectory of sampling: z0_hat as images, uint8 [SNAPSHOTS, N, H, W, C]."""
-        frames = [
-            np.stack([self.decode(params, z) for z in np.moveaxis(z0_hats, 1, 0)])
-            for _, z0_hats in self.latents(params, inputs, table)
-        ]
-        return np.concatenate(frames, axis=1)
+        batches = [np.moveaxis(z0_hats, 1, 0) for _, z0_hats in self.latents(params, inputs, table)]
+        return np.concatenate([np.stack([self.decode(params, z) for z in batch]) for batch in batches], axis=1)
 
 
 def guided_denoiser(
@@ -106,15 +103,8 @@ def guided_denoiser(
 ) -> Denoiser:
     """The denoiser of a model with all its guidance, for use inside a compiled call.
 
-    Args:
-      model: the model.
-      params: its parameters, with "classifier" and "clip" of the guidance models.
-      samples, shared: the arrays of a batch.
-      classifier: of noisy latents, with `samples.classifier_scale`.
-      clip: with `samples.clip_guidance_scale`.
-
-    Raises:
-      ValueError: a scale without its guidance model, or a guidance model without its scale.
+    `params` has "classifier" and "clip" of the guidance models, which go with `samples.classifier_scale` and
+    `samples.clip_guidance_scale`; raises ValueError if only one of the two is there.
     """
     for name, guide in (("classifier_scale", classifier), ("clip_guidance_scale", clip)):
         if (getattr(samples, name) is None) != (guide is None):
@@ -166,10 +156,7 @@ def make_sampler(
 ) -> Sampler:
     """The sampler of a model, for replicated parameters (see `runtime.parallel.replicate`); equal models share it.
 
-    Args:
-      model: the model.
-      batch_size: images at a time, a multiple of the local devices; another one compiles again.
-      classifier, clip: of the guidance: see `guided_denoiser`.
+    `batch_size` is a multiple of the local devices. `classifier` and `clip` guide: see `guided_denoiser`.
     """
     shape = model.latent_shape
 
@@ -185,11 +172,6 @@ def make_sampler(
         return z, jnp.moveaxis(trajectory.z0_hat, 0, 1)
 
     compiled_solve = parallel_map(solve_batch)
-    compiled_decode = parallel_map(lambda params, z: to_uint8(decode_latents(model, params, z)))
-    compiled_encode = parallel_map(lambda params, images: encode_images(model, params, images))
-    compiled_concat = parallel_map(
-        lambda params, inputs: model.concat.encode(model.first_stage, params, inputs, shape[:2])
-    )
     initial = jax.jit(lambda seed, index: initial_latents(sample_keys(seed, index), shape))
 
     def latents(params: Any, inputs: SampleInputs, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -207,15 +189,14 @@ def make_sampler(
             z, z0_hats = compiled_solve(params, batch, table, seed, inputs.shared)
             yield z[: n - start], z0_hats[: n - start]
 
-    def decode(params: Any, z: np.ndarray) -> np.ndarray:
-        padded = np.pad(z, [(0, batch_size - len(z)), (0, 0), (0, 0), (0, 0)])
-        return compiled_decode(params, padded)[: len(z)]
+    def in_batches(function: Callable) -> Callable:
+        return partial(map_in_batches, parallel_map(function), batch_size=batch_size)
 
     return Sampler(
         latents,
-        decode,
-        encode=lambda params, images: map_in_batches(compiled_encode, params, images, batch_size),
-        concat=lambda params, degraded: map_in_batches(compiled_concat, params, degraded, batch_size),
+        decode=in_batches(lambda params, z: to_uint8(decode_latents(model, params, z))),
+        encode=in_batches(lambda params, images: encode_images(model, params, images)),
+        concat=in_batches(lambda params, degraded: model.concat.encode(model.first_stage, params, degraded, shape[:2])),
     )
 
 

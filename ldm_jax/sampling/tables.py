@@ -11,8 +11,7 @@ from ldm_jax.sampling.recipe import NO_EDIT, Edit, Solving
 def make_table(model: LatentDiffusion, solving: Solving, edit: Edit = NO_EDIT) -> Table:
     """The table of a solver's steps on a model, with the strength and the resampling of an edit.
 
-    Raises:
-      InputError: a sampler that the model does not have, or a combination that the solver does not take.
+    Raises InputError for a sampler that the model does not have, or a combination that the solver does not take.
     """
     solver = model.defaults.solver(solving.sampler)
     if solving.variance == "learned" and not model.learned_variance:

@@ -301,7 +301,7 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "a damaged unet config": ("plain", cut_short("unet/config.json"), [], "unet/config.json"),
     "unknown blocks": ("plain", edit("unet/config.json", down_block_types=["A"]), [], "down_block_types"),
     "an unknown activation": ("plain", edit("unet/config.json", act_fn="mish"), [], "act_fn"),
-    "another width": ("plain", edit("unet/config.json", block_out_channels=[24]), [], "of the wrong shape"),
+    "another width": ("plain", edit("unet/config.json", block_out_channels=[24]), [], "size mismatch"),
     "no size": ("plain", edit("unet/config.json", sample_size=None), [], "sample_size is None; it must be"),
     "a size in words": ("plain", edit("unet/config.json", sample_size="large"), [], "sample_size is large; it must be"),
     "a size of three": ("plain", edit("unet/config.json", sample_size=[8, 8, 8]), [], "sample_size is [8, 8, 8]"),
@@ -320,7 +320,7 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "half the text encoder": ("plain", cut_short("text_encoder/model.safetensors"), [], "model.safetensors"),
     "texts of another width": (
         "plain", lambda f: diffusers_folder.write_text_encoder(f / "text_encoder", projection=None)
-        or edit("unet/config.json", cross_attention_dim=8)(f), [], "of the wrong shape"),
+        or edit("unet/config.json", cross_attention_dim=8)(f), [], "size mismatch"),
     "no vocabulary": ("plain", remove("tokenizer/vocab.json"), [], "vocabulary is missing"),
     "a damaged vocabulary": ("plain", cut_short("tokenizer/vocab.json"), [], "damaged"),
     "a text encoder of another type": (
@@ -345,7 +345,7 @@ REFUSED = {  # folder, what is done to the folder, flags -> what the line must s
     "an upscaler of more levels": (
         "upscaling", edit("model_index.json", max_noise_level=400), [MAP], "max_noise_level is 400"),
     "an upscaler without levels": (
-        "upscaling", edit("unet/config.json", num_class_embeds=300), [MAP], "of the wrong shape"),
+        "upscaling", edit("unet/config.json", num_class_embeds=300), [MAP], "size mismatch"),
     "an upscaler without its image": (
         "upscaling", edit("model_index.json", _class_name="StableDiffusionPipeline"), [], "UNet of 7 to 4"),
     "no upscaler at all": (

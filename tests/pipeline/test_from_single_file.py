@@ -19,9 +19,8 @@ from ldm_jax.evaluation.features import FeatureExtractor, PerceptualDistance
 from ldm_jax.interop import hub, ldm_families
 from ldm_jax.interop.weights import read_weights, write_safetensors
 from ldm_jax.pipeline import load as pipeline_load
-from ldm_jax.pipeline.load import load, load_base, with_autoencoder
+from ldm_jax.pipeline.load import Overrides, load, load_base, with_autoencoder
 from ldm_jax.pipeline.model import fingerprint
-from ldm_jax.pipeline.overrides import Overrides
 
 SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
 
