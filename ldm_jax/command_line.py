@@ -143,7 +143,7 @@ def define_editing_flags(values: flags.FlagValues) -> None:
 
 
 def define_file_flags(values: flags.FlagValues) -> None:
-    """The flags of what a pretrained model's files leave open (see `pipeline.overrides`); "" = the model's own."""
+    """The flags of what a pretrained model's files leave open (see `pipeline.load.Overrides`); "" = the model's own."""
     string, *_ = _definers(values)
     string("tokenizer", default="", help="single files: a folder with CLIP's vocabulary")
     flags.DEFINE_enum("prediction", "", ["", "eps", "v"], "single files: the prediction type", flag_values=values)
