@@ -83,7 +83,7 @@ def test_samples_are_independent_and_time_matters(random_params):
 def test_the_size_of_heads(size, heads, monkeypatch):
     """attention_head_dim is the size of a head, not their number."""
     seen, attend = set(), attention.attend
-    monkeypatch.setattr(attention, "attend", lambda q, k, v: seen.add(q.shape[2:]) or attend(q, k, v))
+    monkeypatch.setattr(attention, "attend", lambda q, *kv, **more: seen.add(q.shape[2:]) or attend(q, *kv, **more))
     abstract(UNet2D(**TINY | {"attention_head_dim": size}), *inputs())
     assert seen == {(heads, 8 // heads)}
 
