@@ -42,18 +42,15 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     """Writes a model as a diffusers folder.
 
     A class-conditional or unconditional model of a run becomes a LatentDiffusionPipeline, with its pipeline.py in the
-    folder; the pipelines of all others are diffusers' own.
-
-    Args:
-      model, params: the model.
-      to: a new folder.
-      dtype: of the weights, float32 or bfloat16.
+    folder; the pipelines of all others are diffusers' own. The folder `to` is new; `dtype` of the weights is float32 or
+    bfloat16.
     """
     custom, source = isinstance(model.conditioning, ClassConditioning), model.origin.path
     ignored, documents = {}, []
     pipeline = PIPELINE_CLASS if custom else model.origin.pipeline
-    if _is_text_run(model):  # its latents have a scale per channel
-        params = into_autoencoder(params)
+    config = model.origin.config
+    if isinstance(model.conditioning, TextConditioning) and config is not None and not config.init_from:
+        params = into_autoencoder(params)  # trained from scratch: its latents have a scale per channel
     if source is not None and (source / folder.INDEX).is_file():
         for name in ("unet", PIPELINES[pipeline].autoencoder):
             config = folder.component_config(source, name)
@@ -76,12 +73,6 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
         _write_documents(to, model, params, notes)
     for file in documents:
         shutil.copyfile(file, to / file.name)
-
-
-def _is_text_run(model: LatentDiffusion) -> bool:
-    """Whether this is a text-to-image model that a run trained from scratch."""
-    config = model.origin.config
-    return isinstance(model.conditioning, TextConditioning) and config is not None and not config.init_from
 
 
 def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, ignored: Mapping[str, Any]) -> Index:

@@ -30,10 +30,7 @@ def projection_weights(table: np.ndarray, width: int) -> dict[str, np.ndarray]:
 def split_table(
     state: Mapping[str, np.ndarray | Stored], rows: int, width: int
 ) -> tuple[dict[str, np.ndarray | Stored], np.ndarray]:
-    """The inverse: the UNet's state dict without the linear map; the embedding's rows [(K + 1) L, D].
-
-    Raises InputError: `encoder_hid_proj` is missing or of another shape.
-    """
+    """The UNet's state dict without the linear map; the embedding's rows [(K + 1) L, D]; InputError without such."""
     weight, bias = (np.asarray(state.get(f"{PROJECTION}.{name}", ())) for name in ("weight", "bias"))
     if (weight.shape, bias.shape) != ((width, rows), (width,)):
         raise InputError(f"the weights have no {PROJECTION} of shape {(width, rows)}, the class embedding")

@@ -67,8 +67,7 @@ def clip_from_config(config: Mapping[str, Any]) -> CLIP:
 
 
 def _check_architecture(config: Mapping[str, Any], supported: list[str], what: str) -> None:
-    got = config.get("architectures")
-    if got not in [[name] for name in supported]:
+    if (got := config.get("architectures")) not in [[name] for name in supported]:
         raise InputError(f"{what}: architectures must be one of {supported}; got {got!r}")
 
 

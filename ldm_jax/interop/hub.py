@@ -44,10 +44,7 @@ def is_hub_id(model: str) -> bool:
 
 
 def needed_files(names: Collection[str], components: Components) -> list[str]:
-    """The files of a pipeline's repository that are required to load it, as paths within it.
-
-    Raises InputError: a component lacks its config, its weights or its vocabulary.
-    """
+    """The paths of a pipeline's required files; InputError if a component lacks its config, weights or vocabulary."""
     files = [folder.INDEX, *(name for name in (pipelines.RECIPE,) if name in names)]
     for component in ("unet", components.autoencoder, *components.encoders):
         files += [f"{component}/config.json", *_weights(names, component)]
@@ -128,15 +125,16 @@ def _reason(error: Exception, name: str, revision: str | None) -> str:
     """Why a model cannot be downloaded."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.GatedRepoError):
-        page = f"https://huggingface.co/{name}"
-        return f"on the hub it is a gated repository: accept its terms on {page}, then run: hf auth login"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "the hub has no such repository, or it is private: then run: hf auth login"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"on the hub it has no revision {revision}"
-    if isinstance(error, errors.HFValidationError):
-        return "it is no valid hub id (organisation/name) either"
+    page = f"https://huggingface.co/{name}"
+    reasons = {  # a gated repository is also one that is not found
+        errors.GatedRepoError: f"the hub has it as a gated repository: accept its terms on {page}, then: hf auth login",
+        errors.RepositoryNotFoundError: "the hub has no such repository, or it is private: then run: hf auth login",
+        errors.RevisionNotFoundError: f"on the hub it has no revision {revision}",
+        errors.HFValidationError: "it is no valid hub id (organisation/name) either",
+    }
+    for error_class, reason in reasons.items():
+        if isinstance(error, error_class):
+            return reason
     first = (str(error).splitlines() or [""])[0].removeprefix("Got: ")
     reason = f"{type(error).__name__}: {first}" if isinstance(error, errors.HfHubHTTPError) else first
     return f"it is not in the hub's cache here, and the hub cannot be reached ({reason or type(error).__name__})"

@@ -50,8 +50,7 @@ def unet_config(
 
     Args:
       shapes: of its tensors, without "model.diffusion_model.".
-      heads: number of heads of every attention; None if `head_size` is fixed instead.
-      head_size: channels of a head.
+      heads, head_size: number of heads of every attention, or channels of a head.
       pooled: width of SDXL's pooled text features; unused for others.
       sample_size: height and width of the latents.
 
@@ -95,27 +94,21 @@ def unet_config(
 
 def _transformers(shapes: Shapes, levels: list[list[int]], attention: list[bool]) -> dict[str, Any]:
     """The fields of the transformers in a UNet2DConditionModel."""
-    middle, depths = "middle_block.1", []
+    middle, depths, crosses = "middle_block.1", [], []
     for blocks, attends in zip(levels, attention):
         counts = [count(shapes, f"input_blocks.{n}.1.transformer_blocks") for n in blocks]
         depths.append(_same("the depths of a level's transformers", counts) if attends else 1)
+        # Keys of the texts' width: a second cross-attention in place of self-attention. Where that is also the block's
+        # width, as on the coarsest level of the x4 upscaler, it counts as self-attention.
+        keys, queries = (f"input_blocks.{blocks[0]}.1.transformer_blocks.0.attn1.to_{x}.weight" for x in "kq")
+        crosses.append(attends and shapes[keys][1] != shapes[queries][1])
     depths[-1] = count(shapes, f"{middle}.transformer_blocks")
-    crosses = [attends and _crosses(shapes, blocks[0]) for blocks, attends in zip(levels, attention)]
     return {
         "transformer_layers_per_block": depths,
         "only_cross_attention": any(crosses) and crosses,
         "cross_attention_dim": shapes[f"{middle}.transformer_blocks.0.attn2.to_k.weight"][1],
         "use_linear_projection": len(shapes[f"{middle}.proj_in.weight"]) == 2,
     }
-
-
-def _crosses(shapes: Shapes, block: int) -> bool:
-    """Whether a block has a second cross-attention for self-attention: its keys then have the texts' width.
-
-    Where that is also the block's own width, as on the coarsest level of the x4 upscaler, it counts as self-attention.
-    """
-    attention = f"input_blocks.{block}.1.transformer_blocks.0.attn1"
-    return shapes[f"{attention}.to_k.weight"][1] != shapes[f"{attention}.to_q.weight"][1]
 
 
 def autoencoder_config(shapes: Shapes, *, scaling_factor: float, sample_size: int) -> dict[str, Any]:

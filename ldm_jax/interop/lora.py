@@ -108,7 +108,7 @@ def read_lora(path: Path) -> dict[str, Pair]:
 def add_lora(unet: Params, pairs: Mapping[str, Pair], scale: float, *, where: str) -> dict[str, Any]:
     """The UNet's parameters, NumPy arrays, with a file's LoRA added, times `scale`; dtypes are kept.
 
-    Raises InputError: the UNet lacks a layer, or has it in another shape; `where` names the file.
+    Raises InputError if the UNet lacks a layer, or has it in another shape; `where` names the file.
     """
     flat = dict(flatten_dict(unet))
     for layer, (down, up, own_scale) in pairs.items():

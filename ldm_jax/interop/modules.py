@@ -44,14 +44,7 @@ ADDITION = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
 
 
 def unet_from_config(config: Mapping[str, Any], *, dtype: Dtype = None) -> UNet | UNet2D:
-    """The UNet of a UNet2DConditionModel's or UNet2DModel's config.json.
-
-    Args:
-      config: the parsed JSON; absent fields have diffusers' defaults.
-      dtype: of the computation.
-
-    Raises InputError for another class, or the first field whose value is not supported.
-    """
+    """The UNet of a config.json, with diffusers' defaults; InputError for another class or an unsupported field."""
     name = class_name(config, UNETS)
     fields = read_fields(config, name)
     same = {field: fields[field] for field in SAME[name]}
@@ -63,8 +56,8 @@ def unet_from_config(config: Mapping[str, Any], *, dtype: Dtype = None) -> UNet 
         same |= {field: fields[field] for field in ADDITION}
     return UNet(
         **same,
-        layers_per_block=_one(fields["layers_per_block"]),
-        cross_attention_dim=_one(fields["cross_attention_dim"]),
+        # One number, or one for each level, all equal.
+        **{field: np.atleast_1d(fields[field])[0].item() for field in ("layers_per_block", "cross_attention_dim")},
         # A misnomer in diffusers, kept for old files: attention_head_dim is the NUMBER of heads.
         attention_heads=fields["num_attention_heads"] or fields["attention_head_dim"],
         dtype=dtype,
@@ -128,11 +121,7 @@ def config_from_autoencoder(
 ) -> dict[str, Any]:
     """The inverse of `autoencoder_from_config`: a config.json, with the images' height and width as its sample_size.
 
-    Args:
-      shift, scale: of the latents, each [c].
-
-    Raises InputError for a VQModel whose latents have a shift or a scale per channel: diffusers' has one
-    scaling_factor.
+    Shift and scale of the latents are [c] each. Raises InputError for a VQModel with a shift, or a scale per channel.
     """
     name = "AutoencoderKL" if isinstance(autoencoder, AutoencoderKL) else "VQModel"
     levels = len(autoencoder.block_out_channels)
@@ -155,10 +144,7 @@ def config_from_autoencoder(
 
 
 def abstract_params(module: nn.Module) -> Mapping[str, Any]:
-    """The parameters' shapes of a UNet, an autoencoder or a CLIP text encoder: a tree of `jax.ShapeDtypeStruct`.
-
-    Raises InputError if the module's fields do not fit each other.
-    """
+    """A network's parameters as a tree of `jax.ShapeDtypeStruct`; InputError if its fields do not fit each other."""
     named = {}
     if isinstance(module, UNet):
         inputs = _zeros(1, module.in_channels), np.zeros(1), np.zeros((1, 1, module.cross_attention_dim), np.float32)
@@ -181,11 +167,6 @@ def abstract_params(module: nn.Module) -> Mapping[str, Any]:
 def _zeros(size: int, channels: int) -> np.ndarray:
     """Zeros [1, size, size, channels]."""
     return np.zeros((1, size, size, channels), np.float32)
-
-
-def _one(value: int | tuple[int, ...]) -> int:
-    """The value of all levels, stated once or for each."""
-    return value if isinstance(value, int) else value[0]
 
 
 def _shortest(value: float | np.floating) -> float:

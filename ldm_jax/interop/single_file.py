@@ -93,16 +93,9 @@ def read(path: Path, *, dtype: Dtype = None, params_dtype: DTypeLike = np.float3
             parts["class embedding"] = _class_embedder(shapes, dtype)
         params = _read_params(file, shapes, parts, params_dtype)
     loaded = {name: (part.module, params[name]) for name, part in parts.items()}
-    return SingleFile(
-        family,
-        fields,
-        unet=loaded["unet"],
-        autoencoder=loaded[fields.autoencoder],
-        shift=shift,
-        scale=scale,
-        text_encoders=tuple(loaded[name] for name in encoders),
-        class_embedder=loaded.get("class embedding"),
-    )
+    text_encoders, class_embedder = tuple(loaded[name] for name in encoders), loaded.get("class embedding")
+    networks = loaded["unet"], loaded[fields.autoencoder]
+    return SingleFile(family, fields, *networks, shift, scale, text_encoders, class_embedder)
 
 
 def read_autoencoder(

@@ -52,10 +52,7 @@ class Tokenizer:
         self.end: int = tokenizer.eos_token_id
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
-        """The ids [N, max_length] of N prompts.
-
-        Raises InputError: a prompt is not Unicode text, as from a command line in another encoding.
-        """
+        """The ids [N, max_length] of N prompts; InputError for one that is not Unicode, from another encoding."""
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
                 raise InputError(f"the prompt {prompt!a} is not Unicode text; pass it in UTF-8")

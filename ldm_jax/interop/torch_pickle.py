@@ -24,17 +24,18 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.unpickle import WhitelistUnpickler, load_restricted
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,
-    "IntStorage": np.int32,
-    "ShortStorage": np.int16,
-    "CharStorage": np.int8,
-    "ByteStorage": np.uint8,
-    "BoolStorage": np.bool_,
+# Name in torch (storage) and in safetensors -> dtype.
+DTYPES = {
+    ("Double", "F64"): np.float64,
+    ("Float", "F32"): np.float32,
+    ("Half", "F16"): np.float16,
+    ("BFloat16", "BF16"): ml_dtypes.bfloat16,
+    ("Long", "I64"): np.int64,
+    ("Int", "I32"): np.int32,
+    ("Short", "I16"): np.int16,
+    ("Char", "I8"): np.int8,
+    ("Byte", "U8"): np.uint8,
+    ("Bool", "BOOL"): np.bool_,
 }
 
 
@@ -61,7 +62,7 @@ ALLOWED = {
     ("torch._utils", "_rebuild_tensor"): Tensor,
     ("torch._utils", "_rebuild_tensor_v2"): Tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-} | {("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()}
+} | {("torch", f"{name}Storage"): np.dtype(dtype) for (name, _), dtype in DTYPES.items()}
 
 
 # What the checkpoints of CompVis and pytorch_lightning hold besides weights: packages, and single names.
@@ -97,6 +98,10 @@ class Inert:
 class _TensorUnpickler(WhitelistUnpickler):
     """Reads storages by reference; ("storage", type, key, device, numel ...) -> (key, dtype, numel)."""
 
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, ALLOWED)
+        self.itemsizes: dict[str, int] = {}  # of each storage, in bytes
+
     def find_class(self, module: str, name: str) -> Any:
         """The whitelisted replacement, or `Inert`; `pickle.UnpicklingError` for any other name."""
         inert = module.split(".")[0] in INERT_PACKAGES or (module, name) in INERT_NAMES
@@ -106,20 +111,8 @@ class _TensorUnpickler(WhitelistUnpickler):
         kind, dtype, key, _, numel, *_ = reference
         if kind != "storage" or not isinstance(dtype, np.dtype):
             raise pickle.UnpicklingError(f"an unknown reference {kind!r}")
+        self.itemsizes[str(key)] = dtype.itemsize
         return str(key), dtype, int(numel)
-
-
-class _LegacyUnpickler(_TensorUnpickler):
-    """Remembers each storage's element size, which the storages behind the pickle lack."""
-
-    def __init__(self, file: IO[bytes], allowed: dict):
-        super().__init__(file, allowed)
-        self.itemsizes: dict[str, int] = {}
-
-    def persistent_load(self, reference: tuple) -> tuple[str, np.dtype, int]:
-        key, dtype, numel = super().persistent_load(reference)
-        self.itemsizes[key] = dtype.itemsize
-        return key, dtype, numel
 
 
 class PickledTensors:
@@ -167,7 +160,7 @@ def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytes]]:
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
             raise InputError(f"{path}: written on a big-endian machine, which is not supported")
         with archive.open(entry) as file:
-            tree = load_restricted(_TensorUnpickler(file, ALLOWED), path)
+            tree = load_restricted(_TensorUnpickler(file), path)
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         raise InputError(f"{path}: not readable as a PyTorch file: {error}") from error
 
@@ -183,11 +176,11 @@ def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytes]]:
 def _open_legacy(path: Path) -> tuple[Any, Callable[[str], bytes]]:
     """The same before PyTorch 1.6: magic, version, system, tree, keys, then the storages with their lengths."""
     with path.open("rb") as file:
-        magic, _, system = (load_restricted(_TensorUnpickler(file, ALLOWED), path) for _ in range(3))
+        magic, _, system = (load_restricted(_TensorUnpickler(file), path) for _ in range(3))
         if magic != LEGACY_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
             raise InputError(f"{path}: not a PyTorch file")
-        unpickler = _LegacyUnpickler(file, ALLOWED)
-        tree, keys = load_restricted(unpickler, path), load_restricted(_TensorUnpickler(file, ALLOWED), path)
+        unpickler = _TensorUnpickler(file)
+        tree, keys = load_restricted(unpickler, path), load_restricted(_TensorUnpickler(file), path)
         places = {}  # key of a storage -> its first byte, number of bytes
         for key in map(str, keys):
             head = file.read(8)

@@ -16,13 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.stored import Stored
-from ldm_jax.interop.torch_pickle import PickledTensors
+from ldm_jax.interop.torch_pickle import DTYPES, PickledTensors
 from ldm_jax.runtime.files import atomic, read_json
 
 # (name, suffix) of the files with weights, by preference.
@@ -34,21 +33,8 @@ FILES = (
 )
 VARIANTS = (None, "fp16", "bf16")  # by preference; None is full precision
 
-SAFETENSORS_TYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-_TYPE_NAMES = {np.dtype(dtype): name for name, dtype in SAFETENSORS_TYPES.items()}
-
-
+_TYPES = {name: np.dtype(dtype) for (_, name), dtype in DTYPES.items()}  # of safetensors
+_TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _Entry = tuple[np.dtype, tuple[int, ...], int, int]  # dtype, shape, first byte in the file, byte after the last
 
 
@@ -60,7 +46,7 @@ class WeightFile(NamedTuple):
     step: int | None = None  # training step, if the file states it
 
     def stored(self, name: str, dtype: DTypeLike) -> Stored:
-        """A lazy tensor; `dtype` as in `read_state_dict`."""
+        """A lazy tensor of its shape in `shapes`; `dtype` as in `read_state_dict`."""
         return Stored(partial(self.view, name), dtype)
 
 
@@ -187,9 +173,9 @@ def _safetensors_entries(path: Path) -> dict[str, _Entry]:
 
 
 def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
-    if value["dtype"] not in SAFETENSORS_TYPES:
-        raise InputError(f"a tensor of type {value['dtype']}; supported are {', '.join(SAFETENSORS_TYPES)}")
-    dtype, shape = np.dtype(SAFETENSORS_TYPES[value["dtype"]]), tuple(value["shape"])
+    if value["dtype"] not in _TYPES:
+        raise InputError(f"a tensor of type {value['dtype']}; supported are {', '.join(_TYPES)}")
+    dtype, shape = _TYPES[value["dtype"]], tuple(value["shape"])
     start, stop = value["data_offsets"]
     whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
     if not whole or stop - start != math.prod(shape) * dtype.itemsize:

@@ -186,7 +186,7 @@ FAILURES = {
     "gated": (
         errors.GatedRepoError,
         "org/none",
-        "gated repository: accept its terms on https://huggingface.co/org/none",
+        "has it as a gated repository: accept its terms on https://huggingface.co/org/none",
     ),
     "no such revision": (errors.RevisionNotFoundError, "org/none@v9", "on the hub it has no revision v9"),
     "no network": (errors.LocalEntryNotFoundError, "org/none", "the hub cannot be reached (it failed)"),
