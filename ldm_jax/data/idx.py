@@ -29,7 +29,7 @@ def gunzip(path: Path) -> bytes:
 
 
 def parse_idx(content: bytes, *, axes: int, where: Path) -> np.ndarray:
-    """The array, uint8 [N, ...] with `axes` axes, in the unzipped content of an IDX file, which `where` names in errors.
+    """The array, uint8 [N, ...] with `axes` axes, of the unzipped content of an IDX file, which errors call `where`.
 
     Raises InputError for another magic number, or more or fewer bytes than the header's sizes require.
     """

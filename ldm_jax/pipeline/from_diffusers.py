@@ -81,12 +81,9 @@ def assemble(
     eta: float = 0.0,
     **defaults: Any,
 ) -> LatentDiffusion:
-    """The model of a diffusers pipeline's components.
+    """The model of the components of a pipeline class in diffusers; `path` is that of their files.
 
     Args:
-      path: of their files, for error messages.
-      pipeline: the class in diffusers that samples from it.
-      denoiser, first_stage, conditioning: the networks.
       schedulers: component -> scheduler_config.json: "scheduler", and of the upscaler "low_res_scheduler".
       latent_shape: (h, w, c) in training.
       class_names: of a model conditioned on classes.

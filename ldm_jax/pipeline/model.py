@@ -75,24 +75,15 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentDiffusion:
-    """A latent diffusion model (Rombach 2022) without its parameters: static, equal and hashed by value.
+    """A latent diffusion model (Rombach 2022) without its parameters: static, equal and hashed by value."""
 
-    Attributes:
-      denoiser: a Flax module: apply({"params": p}, z_t or z_t with concatenated channels, t, **cond) -> prediction.
-      first_stage: the autoencoder; the identity for diffusion on pixels.
-      concat: conditioning by further input channels of the denoiser.
-      process: the forward process of the training.
-      prediction: a key of `prediction.PREDICTIONS`.
-      image_shape: (H, W, C).
-    """
-
-    denoiser: nn.Module
-    first_stage: FirstStage
+    denoiser: nn.Module  # apply({"params": p}, z_t and concatenated channels, t, **cond) -> prediction
+    first_stage: FirstStage  # the autoencoder; the identity for diffusion on pixels
     conditioning: Conditioning
-    concat: ConcatConditioning | None
-    process: Process
-    prediction: str
-    image_shape: tuple[int, int, int]
+    concat: ConcatConditioning | None  # conditioning by further input channels of the denoiser
+    process: Process  # the forward process of the training
+    prediction: str  # a key of `prediction.PREDICTIONS`
+    image_shape: tuple[int, int, int]  # (H, W, C)
     defaults: SamplingDefaults = field(compare=False)
     origin: Origin = field(default=Origin(), compare=False)
 
@@ -133,12 +124,9 @@ def apply_denoiser(
 ) -> Any:
     """The output of the denoiser, [B, h, w, c] float32, or 2c with a learned variance; called here only.
 
-    Args:
-      model, params: only params["denoiser"] is used.
-      z_t: [B, h, w, c] noised latents.
-      t: [B] timesteps, perhaps fractional.
-      cond: the denoiser's arguments from `model.conditioning.encode`, and "concat" [B, h, w, k] of `model.concat`.
-      options: of Flax' `apply`, such as capture_intermediates, which changes what is returned.
+    Of noised latents z_t [B, h, w, c] and timesteps t [B], perhaps fractional. `cond` has the denoiser's arguments of
+    `model.conditioning.encode`, and "concat" [B, h, w, k] of `model.concat`. `options` are those of Flax' `apply`, such
+    as capture_intermediates, with which it returns more.
     """
     arguments = {name: value for name, value in cond.items() if name != "concat"}
     unet_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t

@@ -33,8 +33,7 @@ def atomic(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block succeeds and is deleted otherwise.
 
-    Raises:
-      InputError: `path` is a file or a folder that is not empty, or cannot be created; the message names --`flag`.
+    Raises InputError: `path` is a file or a folder that is not empty, or cannot be created; the message names --`flag`.
     """
     final = path.resolve()
     if final.exists() and not final.is_dir():
