@@ -419,7 +419,7 @@ BOTH = {  # flags -> what the line must say
     "an unknown spacing of the steps": (["--model=MODEL", "--spacing=karas"], "did you mean karras?"),
     "lcm by another's steps": (["--model=MODEL", "--sampler=lcm", "--spacing=karras"], "timesteps of its own"),
     "timesteps that rise": (["--model=MODEL", "--timesteps=0,5,10"], "descending whole numbers"),
-    "timesteps beyond the last": (["--model=MODEL", "--timesteps=20,5,0"], "from 19 at most"),
+    "timesteps beyond the last": (["--model=MODEL", "--timesteps=20,5,0"], "whole numbers in 0..19"),
     "timesteps in words": (["--model=MODEL", "--timesteps=many"], "must be whole numbers, e.g."),
     "timesteps and steps": (["--model=MODEL", "--timesteps=9,0", "--steps=2"], "leave out --steps"),
     "a rescaling beyond 1": (["--model=MODEL", "--guidance_rescale=2"], "guidance_rescale"),

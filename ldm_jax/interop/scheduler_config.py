@@ -33,7 +33,7 @@ from ldm_jax.interop.scheduler_fields import (
     READABLE,
     SAMPLER_OF,
     SCHEDULES,
-    VARIANCES,
+    VARIANCE_TYPES,
     WITHOUT,
     check_fields,
     fields_of,
@@ -167,7 +167,7 @@ def _options(fields: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     to_one = sampler == "lcm" or (fields["set_alpha_to_one"] and fields["final_sigmas_type"] == "zero")
     options = {"spacing": spacing, "between": even, "steps_offset": fields["steps_offset"]}
     options["set_alpha_to_one"] = bool(to_one)
-    return options | ({"variance": VARIANCES[fields["variance_type"]]} if sampler == "ddpm" else {})
+    return options | ({"variance": VARIANCE_TYPES[fields["variance_type"]]} if sampler == "ddpm" else {})
 
 
 def config_from_schedule(
@@ -224,7 +224,7 @@ def config_from_schedule(
     if "final_sigmas_type" in has:
         config["final_sigmas_type"] = "zero" if set_alpha_to_one else "sigma_min"
     if sampler == "ddpm":
-        config["variance_type"] = _key(VARIANCES, variance)
+        config["variance_type"] = _key(VARIANCE_TYPES, variance)
     if sampler in ALGORITHM:
         config["algorithm_type"] = ALGORITHM[sampler]
     lacking = {field for field in WITHOUT if config.get(field, WITHOUT[field]) != WITHOUT[field]} - set(has)

@@ -11,7 +11,7 @@ from ldm_jax.errors import InputError
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "z0"}
 # diffusers takes the root of fixed_small_log once, so that it is fixed_small; so is None, of the other classes.
-VARIANCES = {
+VARIANCE_TYPES = {
     "fixed_small": "fixed_small",
     "fixed_large": "fixed_large",
     "learned_range": "learned",
@@ -120,7 +120,7 @@ _SUPPORTED = {
     "timestep_scaling": (10.0,),
 }
 _SUPPORTED_IN: dict[str, dict[str, tuple]] = {
-    "DDPMScheduler": {"variance_type": tuple(VARIANCES)},
+    "DDPMScheduler": {"variance_type": tuple(VARIANCE_TYPES)},
     # At sigma_min its result is z / alpha, off in scale by the remaining noise.
     "EulerDiscreteScheduler": {"final_sigmas_type": ("zero",)},
     "DPMSolverMultistepScheduler": {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis")},
