@@ -471,7 +471,7 @@ SAMPLE = {
         ["--init_image=PICTURE", "--mask=WHITE", "--resample=99", "--sampler=ddpm", "--steps=20"],
         "a table holds 40 network calls",
     ),
-    "a height that does not halve": (["--height=9"], "--height=9 must be a multiple of 2, as a latent"),
+    "a height that does not halve": (["--height=9"], "--height=9 must be a multiple of 2, the pixels of a latent"),
     "outpainting of nothing": (["--outpaint=up:2"], "--outpaint needs --init_image"),
     "outpainting and a mask": (["--init_image=PICTURE", "--mask=WHITE", "--outpaint=up:2"], "choose one"),
     "outpainting to nowhere": (["--init_image=PICTURE", "--outpaint=top:2"], "must be left, right, up, down"),
