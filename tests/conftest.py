@@ -121,3 +121,14 @@ def text_run(tiny_data, tmp_path_factory):
     import jobs
 
     return made_once("text", tmp_path_factory, lambda workdir: jobs.train_here(tiny_data, workdir, *jobs.TEXTS))
+
+
+@pytest.fixture(scope="session")
+def one_device_run(tiny_data, tmp_path_factory):
+    """That of a small job in a process of its own, of one device: of four, a process rounds in another way."""
+    import jobs
+
+    def train_alone(workdir):
+        return 0 if "Done: " in jobs.finish(jobs.start(tiny_data, workdir)) else 1
+
+    return made_once("one_device", tmp_path_factory, train_alone)

@@ -20,7 +20,7 @@ def steps_logged(workdir, stage):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(trained_run, tiny_data, tmp_path):
+def test_sigterm_saves_and_the_same_command_goes_on(one_device_run, tiny_data, tmp_path):
     run = tmp_path / "run"
     # The log only gets its first line once a step is done; it is then in the middle of the stage.
     process = jobs.start(tiny_data, run)
@@ -33,9 +33,9 @@ def test_sigterm_saves_and_the_same_command_goes_on(trained_run, tiny_data, tmp_
     assert not (run / "samples.npz").exists()
 
     assert "Done: " in jobs.finish(jobs.start(tiny_data, run))
-    jobs.assert_same_training(run, trained_run)
-    assert jobs.losses(run) == jobs.losses(trained_run)
-    for name, array in jobs.samples(trained_run).items():
+    jobs.assert_same_training(run, one_device_run)
+    assert jobs.losses(run) == jobs.losses(one_device_run)
+    for name, array in jobs.samples(one_device_run).items():
         assert (jobs.samples(run)[name] == array).all()
 
 
@@ -60,7 +60,7 @@ def test_resume_across_the_start_of_the_adversary(tiny_data, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_at_any_moment(trained_run, tiny_data, tmp_path):
+def test_kill_at_any_moment(one_device_run, tiny_data, tmp_path):
     """SIGKILL in the middle of a save of either stage, and while the latents are written."""
     run = tmp_path / "run"
     often = ("--config.checkpoint_every=1", "--config.sampling.num=0")
@@ -73,7 +73,7 @@ def test_kill_at_any_moment(trained_run, tiny_data, tmp_path):
         jobs.stop_when(process, moment, signal.SIGKILL)
         jobs.finish(process, status=-signal.SIGKILL)
     jobs.finish(jobs.start(tiny_data, run, *often))
-    jobs.assert_same_training(run, trained_run)
+    jobs.assert_same_training(run, one_device_run)
     assert not list(run.rglob("*.orbax-checkpoint-tmp*"))
     assert steps_logged(run, "diffusion").count(8) == 1
 

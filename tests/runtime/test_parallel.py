@@ -25,20 +25,20 @@ def assert_same_samples(run, other):
     assert np.abs(a["images"].astype(int) - b["images"]).mean() < 4
 
 
-def test_four_devices_do_as_one(trained_run, tiny_data, tmp_path):
+def test_four_devices_do_as_one(one_device_run, tiny_data, tmp_path):
     run = tmp_path / "run"
     assert "Device: 4 x cpu" in jobs.finish(jobs.start(tiny_data, run, devices=4))
-    assert_same_losses(run, trained_run)
-    assert_same_samples(run, trained_run)
+    assert_same_losses(run, one_device_run)
+    assert_same_samples(run, one_device_run)
 
 
-def test_a_run_goes_on_with_another_number_of_devices(trained_run, tiny_data, tmp_path):
+def test_a_run_goes_on_with_another_number_of_devices(one_device_run, tiny_data, tmp_path):
     """Four devices take over from one at half of stage 2."""
-    run = shutil.copytree(trained_run, tmp_path / "run")
+    run = shutil.copytree(one_device_run, tmp_path / "run")
     shutil.rmtree(run / "diffusion" / "8")
     jobs.finish(jobs.start(tiny_data, run, "--config.sampling.num=0", devices=4))
-    assert_same_losses(run, trained_run)
-    jobs.assert_same_training(run, trained_run, rtol=2e-2, atol=5e-3)
+    assert_same_losses(run, one_device_run)
+    jobs.assert_same_training(run, one_device_run, rtol=2e-2, atol=5e-3)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def start_two(tiny_data):
         process.kill()
 
 
-def test_two_processes_do_as_one(trained_run, start_two, tmp_path):
+def test_two_processes_do_as_one(one_device_run, start_two, tmp_path):
     """Both write to one run folder, as hosts with a common disk do."""
     run = tmp_path / "run"
     processes = start_two(run, "--config.sampling.progress_every=0")  # the first alone would sample while training
@@ -68,8 +68,8 @@ def test_two_processes_do_as_one(trained_run, start_two, tmp_path):
     assert "Device: 4 x cpu" in outputs[0]
     assert "on 2 hosts" in outputs[0]
     assert "Done: " in outputs[0]
-    assert_same_losses(run, trained_run)
-    assert_same_samples(run, trained_run)
+    assert_same_losses(run, one_device_run)
+    assert_same_samples(run, one_device_run)
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(start_two, tmp_path):
