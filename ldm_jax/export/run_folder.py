@@ -12,13 +12,7 @@ from ldm_jax.runtime.files import write_json
 
 
 def write_run(model: LatentDiffusion, params: Params, to: Path, record: Record) -> None:
-    """Writes a model as a new run folder, for sampling and evaluation; training cannot continue.
-
-    Args:
-      model, params: the model.
-      to: a new folder.
-      record: the run's config, data and steps.
-    """
+    """Writes a model as a new run folder `to`, with the run's record; it can be sampled, but not trained further."""
     config = record.config
     write_json(to / "config.json", config.to_dict())
     write_json(to / "data.json", record.data)

@@ -19,7 +19,7 @@ from ldm_jax.models.clip_vision import CLIP, INITIAL_TEMPERATURE, CLIPImageEncod
 
 # Class in transformers -> whether it projects the pooled features.
 ARCHITECTURES = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}
-IMAGE_ARCHITECTURE, WHOLE = "CLIPVisionModelWithProjection", "CLIPModel"
+IMAGE_ARCHITECTURE, CLIP_ARCHITECTURE = "CLIPVisionModelWithProjection", "CLIPModel"
 
 # The keys of config.json that define the network, and their types; the others are about training (dropout,
 # initialisation), generation, or the file (`dtype`).
@@ -54,7 +54,7 @@ def image_encoder_from_config(config: Mapping[str, Any]) -> CLIPImageEncoder:
 
 def clip_from_config(config: Mapping[str, Any]) -> CLIP:
     """Both encoders of a CLIPModel's config.json, whose projection_dim applies to both; errors as above."""
-    _check_architecture(config, [WHOLE], "CLIP")
+    _check_architecture(config, [CLIP_ARCHITECTURE], "CLIP")
     encoders = [config.get(f"{name}_config", {}) for name in ("text", "vision")]
     if not all(isinstance(encoder, Mapping) for encoder in encoders):
         raise InputError("CLIP: text_config and vision_config must be objects with the encoders' fields")
@@ -102,7 +102,7 @@ def config_from_clip(clip: CLIP) -> dict[str, Any]:
     """The inverse of `clip_from_config`: a config.json for transformers."""
     configs = {"text": config_from_text_encoder(clip.text), "vision": config_from_image_encoder(clip.image)}
     return {
-        "architectures": [WHOLE],
+        "architectures": [CLIP_ARCHITECTURE],
         "model_type": "clip",
         "projection_dim": clip.image.projection_dim,
         "logit_scale_init_value": round(-float(np.log(INITIAL_TEMPERATURE)), 4),

@@ -184,12 +184,12 @@ def read_fields(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {field: _read(name, field, filled[field]) for field in table}
 
 
-def _read(name: str, field: str, given: Any) -> Any:
+def _read(name: str, field: str, stated: Any) -> Any:
     default, type = TABLES[name][field]
-    value = tuple(given) if isinstance(given, list) else given
+    value = tuple(stated) if isinstance(stated, list) else stated
     if value is None and default is False:  # as in diffusers
         value = False
     if value == default if type is FIXED else type.supports(value):
         return value
     words = json.dumps(default) if type is FIXED else type.words
-    raise InputError(f"{name}: {field}={json.dumps(given)} is not supported; supported is {words}")
+    raise InputError(f"{name}: {field}={json.dumps(stated)} is not supported; supported is {words}")

@@ -83,12 +83,12 @@ def read_lora(path: Path) -> dict[str, Pair]:
     state, adapter = read_weights(path), _adapter_config(path)
     down, up, alpha = {}, {}, {}
     for key, value in state.items():
-        name = _OLD.sub(lambda found: f".{found[1].replace('to_out', 'to_out.0')}.lora.", key)
-        if found := _ALPHA.fullmatch(name):
-            alpha[found["layer"]] = float(value.reshape(()))
-        elif found := _KEY.fullmatch(name):
-            side = down if (found["name"] or found["letter"]) in ("down", "A") else up
-            side[found["layer"]] = value.astype(np.float32)
+        name = _OLD.sub(lambda match: f".{match[1].replace('to_out', 'to_out.0')}.lora.", key)
+        if match := _ALPHA.fullmatch(name):
+            alpha[match["layer"]] = float(value.reshape(()))
+        elif match := _KEY.fullmatch(name):
+            side = down if (match["name"] or match["letter"]) in ("down", "A") else up
+            side[match["layer"]] = value.astype(np.float32)
         else:
             raise InputError(
                 f"--lora={path} has {key}; supported are files of diffusers with LoRA of the UNet alone "

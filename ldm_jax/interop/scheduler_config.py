@@ -148,7 +148,7 @@ def _process(fields: Mapping[str, Any], sampler: str) -> Process:
         else:
             beta = np.asarray(betas, np.float64)
             if beta.shape != (T,) or not ((beta > 0) & (beta < 1)).all():
-                raise ValueError(f"trained_betas must be {T} numbers between 0 and 1, as num_train_timesteps says")
+                raise ValueError(f"trained_betas must be {T} numbers between 0 and 1, as num_train_timesteps is")
             process = process_of_betas(beta, zero_terminal_snr=zero_snr)
     except ValueError as error:
         raise InputError(f"{CLASS_OF[sampler]}: {error}") from error

@@ -149,7 +149,8 @@ def fields_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for field, value in stated.items():
         types = {int: (int,), float: (int, float)}.get(type(defaults[field]))
         if types and (not isinstance(value, types) or isinstance(value, bool)):
-            raise InputError(f"{name}: {field} must be {'whole' if types == (int,) else 'a number'}, got {value!r}")
+            words = "an integer" if types == (int,) else "a number"
+            raise InputError(f"{name}: {field} must be {words}, got {value!r}")
     return WITHOUT | defaults | stated
 
 

@@ -211,7 +211,7 @@ def _read_params(
 ) -> dict[str, dict[str, Any]]:
     """The parameters of each component; raises InputError unless the file has these tensors and no others."""
     required = {s.name: f"{part} {name}" for part, c in parts.items() for name, s in c.sources.items()}
-    missing = [f"{name} ({ours})" for name, ours in required.items() if name not in shapes]
+    missing = [f"{name} ({part})" for name, part in required.items() if name not in shapes]
     unused = sum((component.unused for component in parts.values()), ())
     unexpected = [name for name in shapes if name not in required and not name.startswith(unused)]
     if wrong := mismatch({"missing keys": missing, "unexpected keys": unexpected}):

@@ -108,9 +108,9 @@ class _TensorUnpickler(WhitelistUnpickler):
         return Inert if inert else super().find_class(module, name)
 
     def persistent_load(self, reference: tuple) -> tuple[str, np.dtype, int]:
-        kind, dtype, key, _, numel, *_ = reference
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise pickle.UnpicklingError(f"an unknown reference {kind!r}")
+        tag, dtype, key, _, numel, *_ = reference
+        if tag != "storage" or not isinstance(dtype, np.dtype):
+            raise pickle.UnpicklingError(f"an unknown reference {tag!r}")
         self.itemsizes[str(key)] = dtype.itemsize
         return str(key), dtype, int(numel)
 
@@ -126,8 +126,8 @@ class PickledTensors:
     def __init__(self, path: Path):
         """Raises InputError: a damaged or foreign file, or one whose pickle uses more than tensors need."""
         self._path = Path(path)
-        whole, self._read_storage = (_open_zip if zipfile.is_zipfile(path) else _open_legacy)(self._path)
-        tree = whole.get("state_dict", whole) if isinstance(whole, dict) else whole
+        content, self._read_storage = (_open_zip if zipfile.is_zipfile(path) else _open_legacy)(self._path)
+        tree = content.get("state_dict", content) if isinstance(content, dict) else content
         if not isinstance(tree, dict) or not any(isinstance(value, Tensor) for value in tree.values()):
             raise InputError(f"{path}: holds no dict of tensors (state_dict)")
         for name, value in tree.items():
@@ -135,7 +135,7 @@ class PickledTensors:
                 raise InputError(f"{path}: {name!r} in its state_dict is an object of the training code, not a tensor")
         self._tensors = {str(name): value for name, value in tree.items() if isinstance(value, Tensor)}
         self.shapes = {name: tensor.size for name, tensor in self._tensors.items()}
-        step = whole.get("global_step")
+        step = content.get("global_step")
         self.step = step if isinstance(step, int) else None
         self._last = ("", np.empty(0))  # tensors that share a storage mostly follow each other
 

@@ -177,8 +177,8 @@ def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
         raise InputError(f"a tensor of type {value['dtype']}; supported are {', '.join(_TYPES)}")
     dtype, shape = _TYPES[value["dtype"]], tuple(value["shape"])
     start, stop = value["data_offsets"]
-    whole = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
-    if not whole or stop - start != math.prod(shape) * dtype.itemsize:
+    valid = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop))
+    if not valid or stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError("shape and data_offsets do not agree")
     return dtype, shape, origin + start, origin + stop
 

@@ -222,7 +222,7 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
         (PUBLISHED["sd15"] | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'.*squaredcos_cap_v2"),
         (PUBLISHED["sd15"] | {"beta_start": 0.5}, "beta_start"),
         (PUBLISHED["sd15"] | {"beta_start": "0.5"}, "beta_start must be a number, got '0.5'"),
-        (PUBLISHED["sd15"] | {"steps_offset": True}, "steps_offset must be whole, got True"),
+        (PUBLISHED["sd15"] | {"steps_offset": True}, "steps_offset must be an integer, got True"),
         (PUBLISHED["sd15"] | {"num_train_timesteps": 0}, "T >= 1"),
         (PUBLISHED["sd15"] | {"timestep_spacing": "logarithmic"}, "timestep_spacing = 'logarithmic'.*'trailing'"),
         (DPM | {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'.*'v_prediction'"),
