@@ -5,7 +5,7 @@
 # make count       the lines of the package and of its core, its longest function and file
 # make parity      the tests against PyTorch and diffusers, in a virtual environment of their own
 # make emoji       text to image from nothing: the same set-up, the emoji, then configs/emoji.py: runs/emoji
-# make experiments what experiments/ has found out, and its tables made anew
+# make experiments the results of experiments/, and its tables written again
 # make data        Fashion-MNIST from its Debian package, where apt is at hand
 # make emoji-data  the emoji's font and names from their Debian packages, likewise
 # make clean       removes the virtual environments and the caches; data/ and runs/ stay

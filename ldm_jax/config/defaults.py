@@ -17,7 +17,16 @@ def get_config() -> ConfigDict:
     # only data, lora, sampling and the training fields of diffusion are used.
     config.init_from = ""
     config.dtype = "float32"  # of the networks' activations: float32 | bfloat16; parameters are float32
+    config.log_every = 50  # steps between log lines
+    config.checkpoint_every = 1_000  # steps between checkpoints
+    config.keep_checkpoints = 2
+    for section in (_data, _autoencoder, _clip, _diffusion, _concat, _unet, _classifier, _lora, _sampling, _evaluation):
+        section(config)
+    return config.lock()
 
+
+def _data(config: ConfigDict) -> None:
+    """The data set and its splits."""
     data = config.data = ConfigDict()
     # fashion_mnist | emoji (with captions; splits train, validation) | folder (images with captions in data.path) |
     # any TFDS data set prepared as ArrayRecord in data.dir.
@@ -42,6 +51,9 @@ def get_config() -> ConfigDict:
     data.flip = False  # random horizontal flips
     data.memory_limit_gb = 4.0  # data sets larger than this (as uint8) are streamed from disk, not kept on the device
 
+
+def _autoencoder(config: ConfigDict) -> None:
+    """The first stage."""
     autoencoder = config.autoencoder = ConfigDict()
     autoencoder.type = "kl"  # kl | vq | none (diffusion on pixels)
     autoencoder.checkpoint = ""  # a run folder whose autoencoder is reused; "" = train one
@@ -68,7 +80,10 @@ def get_config() -> ConfigDict:
     discriminator.learning_rate = 2e-4
     _training(autoencoder, steps=100_000, batch_size=128, learning_rate=4e-4)
 
-    clip = config.clip = ConfigDict()  # CLIP (Radford 2021); its text encoder conditions the UNet
+
+def _clip(config: ConfigDict) -> None:
+    """CLIP (Radford 2021); its text encoder conditions the UNet."""
+    clip = config.clip = ConfigDict()
     clip.checkpoint = ""  # a run folder whose CLIP is reused; "" = train one
     clip.tokenizer = ""  # a folder with CLIP's vocabulary; "" = train a BPE tokenizer on the training captions
     clip.vocab_size = 2_048  # of the trained tokenizer, at most
@@ -86,6 +101,9 @@ def get_config() -> ConfigDict:
     clip.validation_examples = 2_000  # test images for the validation loss
     _training(clip, steps=10_000, batch_size=128, learning_rate=1e-3)
 
+
+def _diffusion(config: ConfigDict) -> None:
+    """The diffusion model: noise schedule, prediction type, loss."""
     diffusion = config.diffusion = ConfigDict()
     diffusion.timesteps = 1000  # T
     diffusion.schedule = "linear"  # linear | scaled_linear | cosine
@@ -102,11 +120,17 @@ def get_config() -> ConfigDict:
     diffusion.validation_examples = 2_000  # test images for the validation loss
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
 
-    concat = config.concat = ConfigDict()  # conditioning by concatenation to the latents
+
+def _concat(config: ConfigDict) -> None:
+    """Conditioning by concatenation to the latents."""
+    concat = config.concat = ConfigDict()
     concat.type = "none"  # none | low_resolution (super-resolution) | inpainting | segments (semantic synthesis)
     concat.factor = 4  # low_resolution only: the upscaling factor
     concat.num_segments = 2  # segments only: number of classes of the segmentation maps
 
+
+def _unet(config: ConfigDict) -> None:
+    """The denoiser."""
     unet = config.unet = ConfigDict()
     unet.block_out_channels = (64, 128)
     unet.attention = (True, True)  # per resolution: with transformer blocks?
@@ -117,7 +141,10 @@ def get_config() -> ConfigDict:
     unet.context_dim = 128  # width of the conditioning tokens tau(y)
     unet.context_tokens = 1  # learned tokens per class
 
-    classifier = config.classifier = ConfigDict()  # of noisy latents, with the noise schedule of diffusion
+
+def _classifier(config: ConfigDict) -> None:
+    """A classifier of noisy latents, with the noise schedule of diffusion."""
+    classifier = config.classifier = ConfigDict()
     classifier.block_out_channels = (64, 128)
     classifier.attention = (False, True)  # per resolution: with self-attention?
     classifier.layers_per_block = 1
@@ -125,10 +152,16 @@ def get_config() -> ConfigDict:
     classifier.norm_num_groups = 16
     _training(classifier, steps=100_000, batch_size=128, learning_rate=3e-4)
 
-    lora = config.lora = ConfigDict()  # init_from only: LoRA of the UNet's attention (Hu 2021)
+
+def _lora(config: ConfigDict) -> None:
+    """init_from only: LoRA of the UNet's attention (Hu 2021)."""
+    lora = config.lora = ConfigDict()
     lora.rank = 0  # 0 = no LoRA: the whole UNet is trained
     lora.alpha = 8.0  # the update B A is multiplied by alpha / rank
 
+
+def _sampling(config: ConfigDict) -> None:
+    """The sampler, during training and at the end of a run."""
     sampling = config.sampling = ConfigDict()
     sampling.num = 10_000  # samples at the end of the run, the same number of each class
     # See diffusion/solvers.py: ddpm | ddim | plms | euler | euler_a | heun | edm | dpmpp_2m | dpmpp_2m_sde |
@@ -149,6 +182,9 @@ def get_config() -> ConfigDict:
     sampling.batch_size = 512
     sampling.progress_every = 2_000  # steps between validations and sample grids during training; 0 = none
 
+
+def _evaluation(config: ConfigDict) -> None:
+    """The scores at the end of a run."""
     evaluation = config.evaluation = ConfigDict()
     evaluation.num_reference = 10_000  # test images that the samples are compared with; at most all of the split
     evaluation.vlb_examples = 1_000  # test images for the VLB in bits/dim; 0 = not computed
@@ -156,11 +192,6 @@ def get_config() -> ConfigDict:
     evaluation.resize = 32  # pixels that images are resized to for VGG16
     evaluation.batch_size = 256
     evaluation.inception_weights = ""  # FID Inception's weights (.pth or .safetensors); "" = FID is not computed
-
-    config.log_every = 50  # steps between log lines
-    config.checkpoint_every = 1_000  # steps between checkpoints
-    config.keep_checkpoints = 2
-    return config.lock()
 
 
 def _training(stage: ConfigDict, *, steps: int, batch_size: int, learning_rate: float) -> None:
