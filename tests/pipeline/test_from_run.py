@@ -61,8 +61,11 @@ def test_a_vocabulary_is_copied_to_the_run(run, left, tmp_path):
     np.testing.assert_array_equal(clip_data.make_tokenizer(config, folder, None)(texts).ids, known(texts).ids)
 
 
-def test_samples_are_those_of_their_prompts(run, tmp_path):
-    """In the order of the prompts, and one alone as among others; hardly trained, the UNet attends but little."""
+def test_samples_are_those_of_their_prompts(run, four_devices, tmp_path):
+    """In the order of the prompts, and one alone as among others: on four devices one sample each, to the bit.
+
+    Hardly trained, the UNet attends but little: hence the guidance.
+    """
 
     def sampled(name, *flags):
         out = tmp_path / name
