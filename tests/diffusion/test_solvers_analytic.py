@@ -269,6 +269,7 @@ def test_resampling_alone_changes_nothing():
     assert faults(sampler("eps")(twice, MIXTURE), MIXTURE) == []
 
 
+@pytest.mark.slow
 def test_resampling_harmonizes_the_samples_with_the_known_region():
     """Pairs (x, y) from a Gaussian of correlation 0.9, x known: y must come from N(0.9 x, 0.19)."""
     covariance = jnp.array([[1.0, 0.9], [0.9, 1.0]])

@@ -85,6 +85,7 @@ def test_a_large_model_has_no_trajectory_unless_it_is_asked_for(folder_of, sampl
         assert (tmp_path / name / "denoising.gif").exists() == written
 
 
+@pytest.mark.slow
 def test_a_recipe_makes_the_samples_again(folder_of, sampled, tmp_path):
     flags = ["--prompt=low", "--negative_prompt=lower", "--num=4", "--sampler=euler", "--dtype=bfloat16"]
     first = sampled(folder_of("plain"), "first", *flags)

@@ -151,6 +151,7 @@ def test_a_change_of_sampling_samples_again_without_training(run_copy, trained_r
     assert jobs.samples(run_copy)["images"].shape == (12, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_damaged_samples_are_sampled_again(run_copy, trained_run, tiny_data):
     cut(run_copy / "samples.npz")
     (run_copy / "report.html").unlink()

@@ -95,6 +95,7 @@ def test_a_low_resolution_image_from_a_file(sampled, run_of, tmp_path):
     np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], images)
 
 
+@pytest.mark.slow
 def test_inpainting_keeps_the_known_part_to_the_bit(sampled, run_of, tmp_path):
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255

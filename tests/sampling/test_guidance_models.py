@@ -130,6 +130,7 @@ def test_interpolation_leads_from_one_prompt_to_another(text_run, sampled):
     np.testing.assert_array_equal(sampled_again(text_run, file), path)
 
 
+@pytest.mark.slow
 def test_a_classifier_guides_a_diffusers_folder_of_the_same_latents(trained_run, classifier_run, sampled, tmp_path):
     """Of the classes, latents and noise schedule that it was trained on, and of no others."""
     folder, guided = tmp_path / "folder", [f"--classifier={classifier_run}", "--classifier_scale=5", "--num=4"]

@@ -97,6 +97,7 @@ def test_a_recipe_makes_the_samples_again(run, files):
     assert read_recipe(files / "again" / "samples.png") == read_recipe(recipe)
 
 
+@pytest.mark.slow
 def test_a_flat_recipe_makes_the_same_samples(run, files):
     flags = ["--sampler=ddpm", "--steps=7", "--seed=3", "--guidance=3", "--guidance_interval=0.1,0.9",
              "--variance=fixed_large", f"--init_image={files}/a.png", "--label=1", "--num=3"]  # fmt: skip

@@ -64,6 +64,7 @@ def test_a_guidance_interval(sampled, tmp_path):
     assert read_recipe(tmp_path / "out" / "samples.png")["guidance"]["interval"] == [0.2, 0.6]
 
 
+@pytest.mark.slow
 def test_images_of_another_size_and_in_tiles(sampled, tmp_path):
     """A run's networks are convolutional; tiles of the size that its autoencoder was trained on."""
     whole, tiles = (
@@ -85,6 +86,7 @@ def test_pixels_are_bounded_by_clipping_or_by_a_quantile(tmp_path, sampled):
     assert (images[0] != images[1]).any()
 
 
+@pytest.mark.slow
 def test_a_run_without_classes(tmp_path, sampled, capsys):
     plain = random_runs.random_run(tmp_path / "plain", {"data.label_key": "none"}, class_names=())
     assert (sampled("out", model=plain)["labels"] == -1).all()

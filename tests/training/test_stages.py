@@ -484,7 +484,7 @@ def test_the_average_follows_the_parameters_after_the_update():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), after.ema_params, expected)
 
 
-@pytest.mark.parametrize("which", ["autoencoder", "diffusion", "classifier"])
+@pytest.mark.parametrize("which", ["autoencoder", "diffusion", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_freezes_the_state(which):
     if which == "diffusion":
         stage, state, step = compiled("diffusion", **SMALL | DIFFUSIONS["min-SNR"])

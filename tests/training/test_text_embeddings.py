@@ -86,6 +86,7 @@ def test_several_captions_of_a_class_are_rows_of_the_table(text_model, config, t
     np.testing.assert_array_equal(frozen["captions"], [[0, 1], [0, 0]])
 
 
+@pytest.mark.slow
 def test_text_encoders_that_are_trained_too_take_the_captions_in_the_step(text_model, config, tmp_path):
     """The same conditions and loss as with the embeddings, of which a gradient goes into the encoders."""
     (model, params), results = text_model, []
