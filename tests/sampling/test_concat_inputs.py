@@ -39,7 +39,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def run_of(tiny_data, trained_run, tmp_path_factory):
-    """The run folder of a small job of a kind, made once."""
+    """run_of(type): the run folder of a small job, made once."""
     made = {}
 
     def make(kind):
@@ -48,6 +48,26 @@ def run_of(tiny_data, trained_run, tmp_path_factory):
             few = (jobs.NO_ATTENTION, "--config.diffusion.steps=2", f"--config.autoencoder.checkpoint={trained_run}")
             assert jobs.train_here(tiny_data, made[kind], *few, *KINDS[kind]) == 0
         return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def model_of(tiny_data, tmp_path_factory):
+    """model_of(type): the run folder of such a model at random, made once."""
+    made = {}
+    small = {"unet.block_out_channels": (8,), "unet.attention": (False,), "data.dir": str(tiny_data)}
+    of_type = {
+        "low_resolution": {"concat.factor": 2, "autoencoder.type": "none"},
+        "inpainting": {"autoencoder.mid_block_attention": False},
+        "segments": {"concat.num_segments": 3, "data.segments_key": "areas", "autoencoder.type": "none"},
+    }
+
+    def make(name):
+        if name not in made:
+            changes = small | of_type[name] | {"concat.type": name}
+            made[name] = random_runs.random_run(tmp_path_factory.mktemp(name) / "run", changes)
+        return made[name]
 
     return make
 
@@ -81,8 +101,8 @@ def sampled(tmp_path):
     return run
 
 
-def test_a_low_resolution_image_from_a_file(sampled, run_of, tmp_path):
-    run = run_of("low_resolution")
+def test_a_low_resolution_image_from_a_file(sampled, model_of, tmp_path):
+    run = model_of("low_resolution")
     small = np.random.default_rng(0).integers(0, 255, (4, 4), np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
     images = sampled(run, "one", f"--concat_image={tmp_path}/small.png")
@@ -95,24 +115,23 @@ def test_a_low_resolution_image_from_a_file(sampled, run_of, tmp_path):
     np.testing.assert_array_equal(jobs.samples(tmp_path / "again")["images"], images)
 
 
-@pytest.mark.slow
-def test_inpainting_keeps_the_known_part_to_the_bit(sampled, run_of, tmp_path):
+def test_inpainting_keeps_the_known_part_to_the_bit(sampled, model_of, tmp_path):
     mask = np.zeros((8, 8), np.uint8)
     mask[:, 4:] = 255
     for name, picture in (("a", IMAGES[0, ..., 0]), ("mask", mask)):
         Image.fromarray(picture).save(tmp_path / f"{name}.png")
     files = [f"--init_image={tmp_path}/a.png", f"--mask={tmp_path}/mask.png"]
     for name, more in (("whole", []), ("from a noised image", ["--strength=0.5"])):
-        images = sampled(run_of("inpainting"), name, *files, *more)
+        images = sampled(model_of("inpainting"), name, *files, *more)
         np.testing.assert_array_equal(images[:, :, :4], np.broadcast_to(IMAGES[0, :, :4], (4, 8, 4, 1)))
         assert (images[0] != images[1]).any()
 
 
-def test_a_segmentation_map_from_a_file(sampled, run_of, tmp_path):
+def test_a_segmentation_map_from_a_file(sampled, model_of, tmp_path):
     areas = Image.fromarray(tiny.areas(IMAGES[0])[..., 0])
     areas.putpalette([0, 0, 0, 90, 0, 0, 0, 200, 0])  # what the colours are does not matter
     areas.save(tmp_path / "areas.png")
-    assert sampled(run_of("segments"), "out", f"--concat_image={tmp_path}/areas.png").shape == (4, 8, 8, 1)
+    assert sampled(model_of("segments"), "out", f"--concat_image={tmp_path}/areas.png").shape == (4, 8, 8, 1)
 
 
 REFUSED = {
@@ -131,22 +150,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_sample_refuses(case, sampled, run_of, trained_run, tmp_path, capsys):
+def test_sample_refuses(case, sampled, model_of, trained_run, tmp_path, capsys):
     kind, flags, expected = REFUSED[case]
     Image.new("L", (8, 8), 200).save(tmp_path / "small.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")
     (tmp_path / "text.png").write_text("no picture")
-    run = run_of(kind) if kind else trained_run
+    run = model_of(kind) if kind else trained_run
     capsys.readouterr()
     sampled(run, "out", *(flag.replace("FILES", str(tmp_path)) for flag in flags), status=2)
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_low_resolution_image_is_enlarged_to_any_size(sampled, run_of, tmp_path):
+def test_a_low_resolution_image_is_enlarged_to_any_size(sampled, model_of, tmp_path):
     Image.new("L", (6, 4), 90).save(tmp_path / "small.png")
     flags = [f"--concat_image={tmp_path}/small.png", "--height=12", "--width=20"]
-    assert sampled(run_of("low_resolution"), "wide", *flags).shape == (4, 12, 20, 1)
+    assert sampled(model_of("low_resolution"), "wide", *flags).shape == (4, 12, 20, 1)
 
 
 @pytest.mark.slow
