@@ -52,11 +52,12 @@ def main(argv: list[str]) -> None:
     if values.num < 4:
         raise InputError(f"--num={values.num} images are too few to score; it must be 4 or more")
     out = Path(values.out or Path(values.model) / "evaluation")
-    run_folder_layout.check_folder("out", out)
+    run_folder_layout.check_output(out)
     command_line.start_devices(values)
 
     from ldm_jax.data.from_config import load_split
     from ldm_jax.evaluation import scoring
+    from ldm_jax.pipeline.data_record import check_unchanged, data_record
     from ldm_jax.pipeline.load import Overrides, has_data, load
     from ldm_jax.runtime.files import write_json
     from ldm_jax.sampling.from_flags import recipe_from_flags
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> None:
     model, params = load(values.model, values.dtype, overrides)
     config = _config(values, model, with_config, no_data)
     train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    if not with_config:
+        check_unchanged(model.origin.data, data_record(train_set, test_set), f"--model={values.model}")
     by_caption = text_conditioned(config) and not with_config
     captions = captions_of(test_set, values.num) if by_caption else None
     recipe = recipe_from_flags(model, values, list(range(len(model.class_names))), captions)

@@ -19,13 +19,14 @@ from ldm_jax.errors import InputError
 from ldm_jax.evaluation import scoring
 from ldm_jax.evaluation.report import write_report
 from ldm_jax.pipeline.clip import clip_of
+from ldm_jax.pipeline.data_record import check_unchanged, data_record
 from ldm_jax.pipeline.fine_tuning import check_data
 from ldm_jax.pipeline.from_run import of_classes, on_paper
 from ldm_jax.pipeline.load import load_base
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
 from ldm_jax.run_folder.log import Log
-from ldm_jax.runtime.files import write_json
+from ldm_jax.runtime.files import read_json, write_json
 from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
 from ldm_jax.runtime.parallel import wait_for_hosts
 from ldm_jax.runtime.xla import CompileClock
@@ -38,6 +39,8 @@ from ldm_jax.training import clip_data, stages
 from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_clip_stage
 from ldm_jax.training.run import Run
 from ldm_jax.training.text_embeddings import check_memory
+
+DATA = "data.json"  # in the run folder: its data sets, device and command
 
 
 def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
@@ -64,6 +67,9 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if base:
         base = of_classes(base[0], train_set.class_names), base[1]
     model, params = base or on_paper(config, train_set.class_names)
+    data = data_record(train_set, test_set, model.origin.fingerprint)
+    if (workdir / DATA).exists():
+        check_unchanged(read_json(workdir / DATA), data, f"--workdir={workdir}")
     _check(config, model, params, train_set)
     if dry_run:
         return
@@ -74,7 +80,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if primary:
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", recorded.to_dict())
-        write_json(workdir / "data.json", _data_record(train_set, test_set, model, command))
+        write_json(workdir / DATA, data | {"device": describe_device(), "command": command})
     log = Log(workdir, write=primary)
     try:
         with InterruptWatch() as watch:
@@ -169,20 +175,6 @@ def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, 
     if "diffusion" in config.stages:
         shapes["diffusion"] = trained_shapes(trainable_of(config, model), params)
     return {name: shapes[name] for name in STAGES if name in shapes}
-
-
-def _data_record(train_set: Dataset, test_set: Dataset, model: LatentDiffusion, command: str) -> dict[str, Any]:
-    """The content of data.json."""
-    fingerprint = model.origin.fingerprint
-    return {
-        "class_names": train_set.class_names,
-        "train": len(train_set),
-        "test": len(test_set),
-        "train_fingerprint": train_set.fingerprint,
-        "test_fingerprint": test_set.fingerprint,
-        "device": describe_device(),
-        "command": command,
-    } | ({"init_from_fingerprint": fingerprint} if fingerprint else {})
 
 
 def describe_device() -> str:

@@ -84,8 +84,10 @@ def areas(image: np.ndarray) -> np.ndarray:
     return (image // 86).astype(np.uint8)
 
 
-def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
-    """Prepares the data set "tiny" as TFDS ArrayRecord below `data_dir`."""
+def prepare(
+    data_dir: Path, *, train: int = 64, test: int = 16, seed: int = 0, shift: int = 0, class_names=CLASS_NAMES
+) -> None:
+    """Prepares the data set "tiny" as TFDS ArrayRecord below `data_dir`; `shift` is of the labels."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -95,7 +97,7 @@ def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
             features = tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
-                    "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+                    "label": tfds.features.ClassLabel(names=class_names),
                     "areas": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
                     "captions": tfds.features.Sequence(tfds.features.Text()),
                 }
@@ -103,11 +105,12 @@ def prepare(data_dir: Path, *, train: int = 64, test: int = 16) -> None:
             return tfds.core.DatasetInfo(builder=self, features=features)
 
         def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(train, 0), "test": self._generate_examples(test, 1)}
+            return {"train": self._generate_examples(train, seed), "test": self._generate_examples(test, seed + 1)}
 
         def _generate_examples(self, n, seed):
             for i, (image, label) in enumerate(zip(*pictures(n, seed))):
                 said = [CLASS_NAMES[label], f"a {CLASS_NAMES[label]} picture"]
+                label = (label + shift) % len(class_names)
                 yield i, {"image": image, "label": label, "areas": areas(image), "captions": said}
 
     Tiny.name = "tiny"

@@ -57,7 +57,7 @@ def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion
     if autoencoder is not None:
         state = read_state_dict(path / "vae", dtype=np.float32)
         params["first_stage"] = params_from_state_dict(state, abstract_params(autoencoder))
-    return replace(model, origin=model.origin._replace(path=path, step=record.step)), params
+    return replace(model, origin=model.origin._replace(path=path, step=record.step, data=record.data)), params
 
 
 def read_record(path: Path) -> Record:

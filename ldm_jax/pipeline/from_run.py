@@ -12,6 +12,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.clip import clip_of, load_clip, text_conditioning
+from ldm_jax.pipeline.data_record import INIT_FROM
 from ldm_jax.pipeline.from_config import from_config, identity_scale, init_params
 from ldm_jax.pipeline.model import LatentDiffusion, Params, stored
 from ldm_jax.pipeline.trainable import merge_trained, trainable_of, trained_shapes
@@ -33,13 +34,13 @@ def from_run(
     flat, class_names = load_latest(path / "diffusion", step), tuple(about["class_names"])
     model, params = base or untrained(path, config, class_names)
     if base:
-        if about.get("init_from_fingerprint") != model.origin.fingerprint:
+        if about.get(INIT_FROM) != model.origin.fingerprint:
             other = f"config.init_from={config.init_from} is"
             raise InputError(f"--model={path} was fine-tuned from another model than {other}")
         model = of_classes(model, class_names)
     trainable = trainable_of(config, model)
     trained = ema_params(flat, trained_shapes(trainable, params), path / "diffusion")
-    origin = model.origin._replace(path=path, step=int(flat["step"]))
+    origin = model.origin._replace(path=path, step=int(flat["step"]), data=about)
     return replace(model, origin=origin), merge_trained(trainable, params, trained)
 
 

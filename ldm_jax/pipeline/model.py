@@ -67,6 +67,7 @@ class Origin(NamedTuple):
     class_names: tuple[str, ...] = ()  # () without classes
     other_class_names: tuple[str, ...] = ()  # of the further classes of a fine-tuned model, without data
     config: ConfigDict | None = None  # of the run that trained it
+    data: Mapping[str, Any] = MappingProxyType({})  # the run's data.json
     fingerprint: str = ""  # of the weights' files: equal means the same parameters
     hashed: tuple[str, ...] = ()  # part of the fingerprint in recipes, with the parameters
     pipeline: str = ""  # the class of diffusers that samples from such a model

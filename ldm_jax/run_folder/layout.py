@@ -9,6 +9,7 @@ pytorch_lora_weights.safetensors                 LoRA fine-tuning only: the LoRA
 """
 
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from ml_collections import ConfigDict
 
@@ -21,6 +22,19 @@ def check_folder(flag: str, path: Path) -> None:
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise InputError(f"--{flag}={path}: {place} is a file; it must be a folder or not exist yet")
+
+
+def check_output(path: Path) -> None:
+    """Raises InputError if `path`, the value of --out, is a run folder, below a file, or cannot be written to."""
+    check_folder("out", path)
+    if (path / "config.json").exists() and (path / "data.json").exists():
+        raise InputError(f"--out={path} is a run folder, with samples of its own; choose another, e.g. {path / 'more'}")
+    above = next(place for place in (path, *path.absolute().parents) if place.exists())
+    try:
+        with TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise InputError(f"--out={path} cannot be written to: {above}: {error.strerror}") from error
 
 
 def check(workdir: Path, config: ConfigDict) -> None:
