@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import job
 # Most tests compile for longer than they compute.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flags()}".strip()
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for the hub
+
 import jax
 
 gc.set_threshold(OBJECTS_PER_COLLECTION)

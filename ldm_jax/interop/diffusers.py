@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -48,9 +49,9 @@ def params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Par
       A tree like `target` of NumPy arrays with the dtypes of `state`: views of its arrays where possible; `Stored`
       tensors are read into aligned memory.
 
-    Raises InputError: keys are missing, unexpected or of another shape; all of them are named.
+    Raises InputError: keys are missing, unexpected or of another shape, all of which are named; a tensor is not finite.
     """
-    state = {_OLD_NAME.sub(lambda match: _OLD_NAMES[match[0]], key): value for key, value in state.items()}
+    state = {new_name(key): value for key, value in state.items()}
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten_dict(target).items()}
     keys = {path: _torch_name(path) for path in shapes}
     flat, misshapen = {}, []
@@ -59,10 +60,25 @@ def params_from_state_dict(state: Mapping[str, np.ndarray | Stored], target: Par
             flat[path] = _from_torch(path, state[key], shapes[path])
             if flat[path].shape != shapes[path]:
                 misshapen.append(f"{key} {state[key].shape} for {shapes[path]}")
+            check_finite(key, flat[path])
     missing, unexpected = set(keys.values()) - set(state), set(state) - set(keys.values())
     if wrong := mismatch({"missing keys": missing, "unexpected keys": unexpected, "size mismatch": misshapen}):
         raise InputError(f"the state_dict does not fit this model: {wrong}")
     return unflatten_dict(flat)
+
+
+def new_name(key: str) -> str:
+    """The name in diffusers of a tensor that may have one of before version 0.16."""
+    return _OLD_NAME.sub(lambda match: _OLD_NAMES[match[0]], key)
+
+
+def check_finite(name: str, tensor: np.ndarray) -> None:
+    """Raises InputError, with its name, for a tensor of floats [...] with nan or inf."""
+    if jnp.issubdtype(tensor.dtype, jnp.floating):
+        with np.errstate(all="ignore"):
+            total = tensor.sum(dtype=np.float32)  # not finite if one is not, and faster than looking at each
+        if not np.isfinite(total) and not np.isfinite(tensor.astype(np.float32)).all():
+            raise InputError(f"{name} has values that are not finite (nan or inf): the file is damaged")
 
 
 def mismatch(names: Mapping[str, Collection[str]]) -> str:

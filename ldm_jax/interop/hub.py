@@ -6,7 +6,7 @@ besides full safetensors, no safety checker, no weights of other frameworks.
 
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 
 from ldm_jax.errors import InputError
@@ -35,6 +35,44 @@ def find(model: str, *, flag: str = "--model") -> Path:
         return Path(model)
     named = ID.fullmatch(model).groupdict()
     return _cached(**named) or _download(f"{flag}={model}", **named)
+
+
+def find_vae(vae: str) -> Path:
+    """As `find`, of an autoencoder for --vae, which a repository is (stabilityai/sd-vae-ft-mse) or has in vae/."""
+    if not is_hub_id(vae):
+        return Path(vae)
+    named, prefixes = ID.fullmatch(vae).groupdict(), ("", "vae/")
+
+    def files(names: Collection[str]) -> list[str]:
+        for prefix in prefixes:
+            component = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+            best = best_weights({name for name in component if "/" not in name})
+            if best and "config.json" in component and (prefix or folder.INDEX not in names):
+                return [f"{prefix}config.json", f"{prefix}{best}"]
+        raise InputError("has no autoencoder, with a config.json and weights, in it or in vae/")
+
+    patterns = [f"{prefix}{pattern}" for prefix in prefixes for pattern in ("config.json", "diffusion_pytorch_model*")]
+    cached = _snapshot(patterns=[*patterns, folder.INDEX], **named)
+    try:
+        if cached and files({file.relative_to(cached).as_posix() for file in cached.rglob("*")}):
+            return cached
+    except InputError:  # the rest is yet to be downloaded
+        pass
+    return _download(f"--vae={vae}", **named, files=files)
+
+
+CLIP = "openai/clip-vit-large-patch14"  # whose vocabulary all text encoders of Stable Diffusion have
+
+
+def find_vocabulary() -> Path | None:
+    """The folder of CLIP's vocab.json and merges.txt in the hub's cache, or downloaded; None if the hub is offline."""
+    cached = _snapshot(CLIP, None, patterns=list(tokenizer.LAYOUTS[0]))
+    if cached and all((cached / name).is_file() for name in tokenizer.LAYOUTS[0]):
+        return cached
+    try:
+        return _download(CLIP, CLIP, None, files=lambda names: list(tokenizer.LAYOUTS[0]))
+    except InputError:
+        return None
 
 
 def is_hub_id(model: str) -> bool:
@@ -81,12 +119,8 @@ def _weights(names: Collection[str], component: str) -> list[str]:
 
 def _cached(name: str, revision: str | None) -> Path | None:
     """The snapshot in this machine's cache, without the network; None unless all required files are there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        path = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=[folder.INDEX]))
-    except (HFValidationError, LocalEntryNotFoundError):
+    path = _snapshot(name, revision, [folder.INDEX])
+    if path is None:
         return None
     files = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
     if folder.INDEX not in files:
@@ -99,8 +133,34 @@ def _cached(name: str, revision: str | None) -> Path | None:
     return path
 
 
-def _download(argument: str, name: str, revision: str | None) -> Path:
-    """The snapshot, downloaded with a progress bar; `argument` is the flag or field with its value, for errors."""
+def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path | None:
+    """The folder of a repository in this machine's cache, perhaps without all files of these patterns; or None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
+def _pipeline_files(name: str, revision: str | None, names: Collection[str]) -> list[str]:
+    from huggingface_hub import snapshot_download
+
+    if folder.INDEX not in names:
+        raise InputError(f"there is no {folder.INDEX}, so it is no pipeline of diffusers")
+    index = snapshot_download(name, revision=revision, allow_patterns=[folder.INDEX])
+    return needed_files(names, read_pipeline(Path(index))[1])
+
+
+def _download(
+    argument: str, name: str, revision: str | None, files: Callable[[Collection[str]], list[str]] | None = None
+) -> Path:
+    """The snapshot, downloaded with a progress bar.
+
+    `argument` is the flag or field with its value, for errors; `files` chooses the required ones from the names in the
+    repository, None: those of a pipeline.
+    """
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -109,12 +169,9 @@ def _download(argument: str, name: str, revision: str | None) -> Path:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would log each of its five attempts
     try:
         names = list_repo_files(name, revision=revision)
-        if folder.INDEX not in names:
-            raise InputError(f"there is no {folder.INDEX}, so it is no pipeline of diffusers")
-        index = snapshot_download(name, revision=revision, allow_patterns=[folder.INDEX])
-        files = needed_files(names, read_pipeline(Path(index))[1])
-        print(f"Downloading {name} from the hub: {len(files)} files, unless cached", flush=True)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+        chosen = files(names) if files else _pipeline_files(name, revision, names)
+        print(f"Downloading {name} from the hub: {len(chosen)} files, unless cached", flush=True)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
     except InputError as error:
         raise InputError(f"{argument}, on the hub: {error}") from error
     except (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, network_error) as error:

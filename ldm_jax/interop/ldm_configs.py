@@ -11,6 +11,7 @@ from ldm_jax.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor, without its component's prefix -> shape
 
+OPEN_CLIP_LAYERS = 24  # of Stable Diffusion 2's text encoder, in the file of which the last is not used
 HEAD_SIZE = 64  # of all published CLIP text encoders
 TIME_IDS = 6  # SDXL's size conditioning: original size, crop and target size
 
@@ -124,7 +125,7 @@ def autoencoder_config(shapes: Shapes, *, scaling_factor: float, sample_size: in
         "layers_per_block": _same("the numbers of ResNet blocks of the encoder's levels", blocks),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "mid_block_add_attention": "encoder.mid.attn_1.norm.weight" in shapes,
         "scaling_factor": scaling_factor,
     }
     if "quantize.embedding.weight" in shapes:
@@ -146,11 +147,13 @@ def open_clip_config(shapes: Shapes, *, last: bool) -> dict[str, Any]:
     Args:
       shapes: without the component's prefix.
       last: whether it includes the last layer and the projection. Stable Diffusion 2 attends to the second-to-last
-        layer after the final norm, so that diffusers leaves these out (SDXL includes them, and skips the layer itself).
+        layer after the final norm, so that diffusers leaves these out (SDXL includes them, and skips the layer itself);
+        files written by diffusers' users lack them.
     """
     embeddings = shapes["token_embedding.weight"], shapes["positional_embedding"]
     inner = shapes["transformer.resblocks.0.mlp.c_fc.weight"][0]
-    layers = count(shapes, "transformer.resblocks") - (not last)
+    layers = count(shapes, "transformer.resblocks")
+    layers -= not last and ("text_projection" in shapes or layers == OPEN_CLIP_LAYERS)
     config = _text_config(*embeddings, inner, layers) | {"hidden_act": "gelu"}
     if last:
         config["architectures"] = ["CLIPTextModelWithProjection"]

@@ -34,6 +34,7 @@ IGNORED = re.compile(
             r"(first_stage_model\.)?loss\..*",  # the autoencoder's discriminator and perceptual loss
             r".*\.position_ids|.*\.attn_mask",  # 0, 1, 2 ...; a triangle of -inf
             r"(.*\.)?logit_scale",  # the temperature of CLIP's contrastive loss
+            r"v_pred|ztsnr",  # markers: see `V_MARKER`
         )
     )
 )
@@ -105,6 +106,7 @@ FAMILIES = {
 
 # There are two of Stable Diffusion 2 with equal shapes: `base` of 512 pixels predicts eps; the other, of 768, v.
 V_MODEL = {"sample_size": 96, "scheduler": _DDIM}
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"  # empty tensors: predicts v; trained with zero terminal SNR
 STEP_OF_BASE = 875_000  # the training step of 512-base-ema.ckpt, by which diffusers detects it
 
 # Other files that may be taken for a model: part of a tensor's name -> what they are.
@@ -112,6 +114,8 @@ _OTHERS = {
     "lora": "is a LoRA, which changes a model; it is no model by itself: --lora=FILE with --model=MODEL",
     "control_model.": "is a ControlNet, which is not supported",
     "conditioner.embedders.0.model.": "is the refiner of Stable Diffusion XL, which is not supported",
+    "edm_": "is of the EDM noise schedule (Playground 2.5, CosXL), which is not supported",
+    "scaled_fp8": "has scaled fp8 weights, which are not supported; take one in fp16, bf16 or plain fp8",
     "down_blocks.": "is a component of a diffusers folder; --model must be that folder, with model_index.json",
 }
 

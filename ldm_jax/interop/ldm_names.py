@@ -126,8 +126,13 @@ _AUTOENCODER = (
 )
 
 
-def autoencoder_source(name: str, levels: int) -> Source:
-    """The source of a tensor of an AutoencoderKL or VQModel; attention may be stored as 1x1 convolutions."""
+def autoencoder_source(name: str, levels: int, linear: bool = False) -> Source:
+    """The source of a tensor of an AutoencoderKL or VQModel; attention may be stored as 1x1 convolutions.
+
+    With `linear`, attention has the names of diffusers, to_q and so on, as in newer files.
+    """
+    if linear:
+        name = re.sub(r"\.mid_block\.attentions\.0\.(to_)", r".mid.attn_1.\1", name)
     for pattern, replacement in _AUTOENCODER:
         name = re.sub(pattern, replacement, name)
     return Source(re.sub(r"\.up\.(\d+)", lambda level: f".up.{levels - 1 - int(level[1])}", name))
@@ -146,10 +151,13 @@ _OPEN_CLIP = (
 _IN_PROJECTION = re.compile(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
-def open_clip_source(name: str) -> Source:
-    """The source of a text encoder's tensor in OpenCLIP's layout; `name` without the prefix "text_model."."""
+def open_clip_source(name: str, linear: bool = False) -> Source:
+    """The source of a text encoder's tensor in OpenCLIP's layout; `name` without the prefix "text_model.".
+
+    With `linear`, the projection is a linear layer, text_projection.weight, which is not transposed.
+    """
     if name == "text_projection.weight":
-        return Source("text_projection", np.transpose)
+        return Source(name) if linear else Source("text_projection", np.transpose)
     fused = _IN_PROJECTION.fullmatch(name)
     if fused:
         source = f"transformer.resblocks.{fused[1]}.attn.in_proj_{fused[3]}"

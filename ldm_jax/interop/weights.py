@@ -14,8 +14,10 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -34,6 +36,7 @@ FILES = (
 VARIANTS = (None, "fp16", "bf16")  # by preference; None is full precision
 
 _TYPES = {name: np.dtype(dtype) for (_, name), dtype in DTYPES.items()}  # of safetensors
+_TYPES |= {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _Entry = tuple[np.dtype, tuple[int, ...], int, int]  # dtype, shape, first byte in the file, byte after the last
 
@@ -44,6 +47,7 @@ class WeightFile(NamedTuple):
     shapes: dict[str, tuple[int, ...]]  # by name
     view: Callable[[str], np.ndarray]  # the tensor of that name as the file has it, not to be kept
     step: int | None = None  # training step, if the file states it
+    metadata: Mapping[str, str] = MappingProxyType({})  # of a .safetensors
 
     def stored(self, name: str, dtype: DTypeLike) -> Stored:
         """A lazy tensor of its shape in `shapes`; `dtype` as in `read_state_dict`."""
@@ -138,7 +142,7 @@ def open_weights(path: Path) -> WeightFile:
     if path.suffix != ".safetensors":
         file = PickledTensors(path)
         return WeightFile(file.shapes, file.view, file.step)
-    entries = _safetensors_entries(path)
+    entries, metadata = _safetensors_entries(path)
 
     def view(name: str) -> np.ndarray:
         """A memory map of its part of the file alone, so that the memory is free again once it was used."""
@@ -147,11 +151,14 @@ def open_weights(path: Path) -> WeightFile:
             return np.empty(shape, dtype)
         return np.memmap(path, np.uint8, "r", start, stop - start).view(np.ndarray).view(dtype).reshape(shape)
 
-    return WeightFile({name: shape for name, (_, shape, *_) in entries.items()}, view)
+    return WeightFile({name: shape for name, (_, shape, *_) in entries.items()}, view, metadata=metadata)
 
 
-def _safetensors_entries(path: Path) -> dict[str, _Entry]:
-    """The checked header of a safetensors file: 8 bytes with the length of a JSON object, the object, then the data."""
+def _safetensors_entries(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:
+    """The checked header of a safetensors file, and its metadata.
+
+    The file is 8 bytes with the length of a JSON object, the object, then the data.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -160,7 +167,7 @@ def _safetensors_entries(path: Path) -> dict[str, _Entry]:
         text = file.read(length)
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
         entries = {name: _entry(value, 8 + length) for name, value in header.items()}
     except InputError as error:
         raise InputError(f"{path} holds {error}") from error
@@ -169,7 +176,7 @@ def _safetensors_entries(path: Path) -> dict[str, _Entry]:
     for name, (*_, stop) in entries.items():
         if stop > size:
             raise InputError(f"{path} is damaged: it ends within {name}")
-    return entries
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def _entry(value: Mapping[str, Any], origin: int) -> _Entry:

@@ -4,15 +4,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from flax import linen as nn
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import single_file
+from ldm_jax.interop import hub, single_file
 from ldm_jax.interop.tokenizer import Tokenizer, tokenizer_of_vocabulary
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.conditioning import ClassConditioning, NoConditioning, TextConditioning
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.pipeline.from_diffusers import assemble
 from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.pipeline.vae import check_scaling, load_vae
 
 
 class Overrides(NamedTuple):
@@ -36,7 +38,7 @@ def from_single_file(
     """
     dtypes = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}
     file = single_file.read(path, prediction=overrides.prediction, **dtypes)
-    fields, (autoencoder, first_stage) = file.fields, file.autoencoder
+    fields, (autoencoder, first_stage) = file.fields, _autoencoder(path, file, dtype, overrides.vae)
     encoders = tuple(encoder for encoder, _ in file.text_encoders)
     tokenizers = _find_tokenizers(path, overrides.tokenizer, encoders, tuple(each.pad for each in fields.text_encoders))
     conditioning, conditioning_params = NoConditioning(), {}
@@ -55,10 +57,21 @@ def from_single_file(
     return model, params | {"shift": file.shift, "scale": file.scale}
 
 
+def _autoencoder(path: Path, file: single_file.SingleFile, dtype: str, vae: str) -> tuple[nn.Module, Params]:
+    """The autoencoder of a single file, or that of --vae if it has none."""
+    if file.autoencoder:
+        return file.autoencoder
+    if not vae:
+        raise InputError(f"{path} has no autoencoder (VAE) in it; add --vae=PATH, a file, a folder or a hub id")
+    autoencoder = load_vae(vae, dtype)
+    check_scaling(autoencoder, file.shift, file.scale, vae)
+    return autoencoder.module, autoencoder.params
+
+
 def _find_tokenizers(
     path: Path, tokenizer: str, encoders: tuple[CLIPTextEncoder, ...], pads: tuple[str, ...]
 ) -> tuple[Tokenizer, ...]:
-    """The tokenizer of each text encoder, CLIP's: from --tokenizer, or the folder `tokenizer` next to the file."""
+    """The tokenizer of each text encoder, CLIP's: from --tokenizer, a folder `tokenizer` by the file, or the hub."""
     if not encoders:
         if tokenizer:
             raise InputError(f"--tokenizer={tokenizer} is for text-to-image models; {path} is none")
@@ -67,10 +80,14 @@ def _find_tokenizers(
     if not where.is_dir():
         if tokenizer:
             raise InputError(f"--tokenizer={tokenizer} does not exist; it must have CLIP's vocab.json and merges.txt")
-        raise InputError(
-            f"{path} has no tokenizer in it, nor next to it; CLIP's vocab.json and merges.txt must be in a folder "
-            f"{where}, or, for sample, evaluate and convert, in any that --tokenizer=FOLDER names"
-        )
+        found = hub.find_vocabulary()
+        if not found:
+            raise InputError(
+                f"{path} has no tokenizer in it, nor next to it, nor can {hub.CLIP} be had from the hub; CLIP's "
+                f"vocab.json and merges.txt must be in a folder {where}, or, for sample, evaluate and convert, in any "
+                "that --tokenizer=FOLDER names"
+            )
+        where = found
     where = where / "tokenizer" if (where / "tokenizer").is_dir() else where
     tokenizers = []
     for encoder, pad in zip(encoders, pads):

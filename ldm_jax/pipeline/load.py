@@ -1,9 +1,7 @@
 """Loads a model from any path: the one place that tells formats apart."""
 
-from dataclasses import replace
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -19,6 +17,7 @@ from ldm_jax.pipeline.from_exported import from_exported
 from ldm_jax.pipeline.from_run import from_run
 from ldm_jax.pipeline.from_single_file import NO_OVERRIDES, Overrides, from_single_file
 from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.pipeline.vae import with_autoencoder
 
 
 def load(
@@ -49,7 +48,7 @@ def load(
             if value:
                 raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
         return from_exported(path, dtype) if is_exported(path) else _load_run(path, dtype, step)
-    return with_autoencoder(model, params, Path(overrides.vae)) if overrides.vae else (model, params)
+    return with_autoencoder(model, params, overrides.vae) if overrides.vae else (model, params)
 
 
 def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusion, Params]:
@@ -87,30 +86,6 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
         raise InputError(f"config.init_from={path}: {error}") from error
     model, config = prepare_base(config, model, path)
     return (model, params), config
-
-
-def with_autoencoder(model: LatentDiffusion, params: Params, path: Path) -> tuple[LatentDiffusion, Params]:
-    """The model with the autoencoder of a component's folder, a pipeline's folder or a single file.
-
-    A folder states the shift and scale of its latents, which must be the model's; a single file does not. Raises
-    InputError if it is damaged, or its latents are not those of the model.
-    """
-    dtypes = {"dtype": jnp.dtype(model.dtype), "params_dtype": jnp.dtype(model.dtype)}
-    problem = f"--vae={path} has other latents than --model"
-    if path.is_file():
-        module, first_stage = single_file.read_autoencoder(path, **dtypes)
-    else:
-        where = path / "vae" if (path / "vae").is_dir() else path
-        module, first_stage, *scaling = folder.load_autoencoder(where, **dtypes)
-        for name, value in zip(("shift", "scale"), scaling):
-            if not np.array_equal(value, params[name]):
-                values = f"{value.tolist()}, those of --model {params[name].tolist()}"
-                raise InputError(f"{problem}: their {name} is {values}")
-    fields = ("latent_channels", "in_channels", "downsampling")
-    own, new = ([type(m).__name__, *(getattr(m, name) for name in fields)] for m in (model.first_stage.module, module))
-    if own != new:
-        raise InputError(f"{problem}: class, {', '.join(fields)} {new}, not {own}")
-    return replace(model, first_stage=replace(model.first_stage, module=module)), params | {"first_stage": first_stage}
 
 
 def with_lora(params: Params, path: Path, scale: float) -> Params:

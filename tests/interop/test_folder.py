@@ -305,7 +305,7 @@ ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
         ({"a": ENTRY | {"data_offsets": [0]}}, "its header cannot be read"),
         ({"a": ENTRY | {"data_offsets": [4, 28]}}, "it ends within a"),
         ({"a": ENTRY | {"shape": [2**62, 2**62], "data_offsets": [0, 2**126]}}, "it ends within a"),
-        ({"a": ENTRY | {"dtype": "F8_E4M3"}}, "holds a tensor of type F8_E4M3; supported are F64, F32"),
+        ({"a": ENTRY | {"dtype": "F4"}}, "holds a tensor of type F4; supported are F64, F32"),
         ({}, "has no tensors"),
         ({"__metadata__": {"format": "pt"}}, "has no tensors"),
     ],
