@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ldm_jax.data.images import decode, on_white
+from ldm_jax.data.images import decode, on_background
 from ldm_jax.data.prepare import in_one_line
 from ldm_jax.errors import InputError
 
@@ -66,7 +66,8 @@ def render(font: EmojiFont, points: tuple[int, ...]) -> Image.Image | None:
             f"those of Noto Color Emoji are {BITMAP[0]} x {BITMAP[1]}"
         )
     left = (BITMAP[0] - SIZE) // 2
-    return on_white(image.convert("RGBA").crop((left, 0, left + SIZE, SIZE))).convert("RGB")
+    cropped = image.convert("RGBA").crop((left, 0, left + SIZE, SIZE))
+    return on_background(cropped, "white").convert("RGB")
 
 
 def _ligatures(substitutions: Any) -> dict[tuple[str, ...], str]:

@@ -9,6 +9,7 @@ from ldm_jax.errors import InputError
 
 MODES = {1: "L", 3: "RGB"}
 CROPS = ("center", "none")
+FULL_SCALES = (1, 255, 4095, 65535)  # the largest value of floats, and of 8, 12 and 16 bits
 DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors for damaged files
 
 
@@ -16,7 +17,12 @@ def decode(content: bytes) -> Image.Image:
     """The image in an image file's bytes, upright by its EXIF orientation; InputError if damaged or not an image."""
     try:
         image = Image.open(io.BytesIO(content))
+        args = image.tile[0].args if image.tile else ""
+        raw_mode = str(args[0] if isinstance(args, tuple) and args else args)
         image.load()
+        brightest = max(band.getextrema()[1] for band in image.split())
+        if raw_mode.endswith((";16B", ";16L", ";16N")) and len(image.getbands()) > 1 and 0 < brightest < 16:
+            raise InputError("12-bit colours in a file of 16 bits, of which Pillow reads the first 8: convert it")
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise InputError(f"not an image in any format that Pillow reads ({len(content)} bytes)") from None
@@ -35,13 +41,34 @@ def shape_of(content: bytes) -> tuple[int, int]:
     return sides if on_its_side else sides[::-1]
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 or 32 bits, or of floats, in 8 bits; any other image as it is.
+
+    The full scale, white, is 255, 4095 or 65535, of floats also 1: the least that no value exceeds. The one
+    transparent value of a PNG becomes an alpha channel. Raises InputError for values outside these scales.
+    """
+    if image.mode[0] not in "IF":
+        return image
+    values = np.asarray(image, np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > FULL_SCALES[-1]:
+        raise InputError(f"grey values from {values.min():g} to {values.max():g}; they must be from 0 to 65535")
+    scales = FULL_SCALES[image.mode[0] == "I" :]
+    full = next(scale for scale in scales if values.max() <= scale)
+    grey = Image.fromarray(np.round(values * (255 / full)).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if not isinstance(transparent, int):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))))
+
+
 def fit(image: Image.Image | np.ndarray, *, size: int | tuple[int, int] | None, channels: int, crop: str) -> np.ndarray:
     """An image cropped, resized and converted to a number of channels.
 
     Args:
         image: from `decode`, or uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4].
         size: of the result: one number for both sides, or (height, width); None keeps the image's.
-        channels: 1 (ITU-R 601 luma) or 3. Transparent images are laid on white first.
+        channels: 1 (ITU-R 601 luma) or 3. Transparent images are laid on white first, those of more than 8 bits are
+            scaled by `eight_bits`.
         crop: "center" keeps the largest central part of the result's aspect ratio, "none" the whole image, whose
             aspect ratio may change. Either is then resized by Pillow's bicubic filter, with antialiasing.
 
@@ -55,9 +82,7 @@ def fit(image: Image.Image | np.ndarray, *, size: int | tuple[int, int] | None, 
         if image.shape[2] == channels and shape in (None, image.shape[:2]):
             return image
         image = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    image = on_white(image).convert(MODES[channels])
+    image = on_background(eight_bits(image), "white").convert(MODES[channels])
     if shape is not None:
         image = image.resize(shape[::-1], Image.Resampling.BICUBIC, box=_box(image.size, crop, shape))
     return np.asarray(image).reshape(image.height, image.width, channels)
@@ -79,12 +104,19 @@ def fit_segments(image: Image.Image | np.ndarray, *, size: int | tuple[int, int]
     return np.asarray(image, np.uint8)[..., None]
 
 
-def on_white(image: Image.Image) -> Image.Image:
-    """A transparent image on a white background; any other image as it is."""
+def on_background(image: Image.Image, colour: str) -> Image.Image:
+    """A transparent image on a background of one colour; any other image as it is."""
     if not image.has_transparency_data:
         return image
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = with_alpha(image)
+    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    """A transparent image as RGBA."""
+    if image.mode == "La":  # of premultiplied grey, which Pillow converts to nothing else
+        image = image.convert("LA")
+    return image.convert("RGBA")
 
 
 def _box(size: tuple[int, int], crop: str, shape: tuple[int, int]) -> tuple[int, int, int, int]:

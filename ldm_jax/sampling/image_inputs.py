@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm_jax.data.images import decode, fit
+from ldm_jax.data.images import decode, eight_bits, fit, on_background, with_alpha
 from ldm_jax.errors import InputError
 
+SAME = 8  # levels of 255 by which two files of one image differ at most
 SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis; before the image?
 
 
@@ -28,7 +29,8 @@ def open_image(path: Path, flag: str) -> Image.Image:
 def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str) -> np.ndarray:
     """The inpainting mask, bool [*size], True where the file is white (to be sampled); cropped as its image is.
 
-    Raises InputError for another size than the image's, or if nothing is white.
+    What is transparent is kept; but if the file is the image itself with a part erased, that part is sampled. Raises
+    InputError for another size than the image's, or if nothing is white.
     """
     mask, image = open_image(path, "--mask"), open_image(image_path, "--init_image")
     if mask.size != image.size:
@@ -36,10 +38,38 @@ def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str)
             f"--mask={path} is {mask.width}x{mask.height}; it must be {image.width}x{image.height} like "
             f"--init_image={image_path}"
         )
+    mask = eight_bits(mask)
+    mask = _erased_part(mask, image) or on_background(mask, "black")
     white = fit(mask, size=size, channels=1, crop=crop)[..., 0] >= 128
     if not white.any():
         raise InputError(f"--mask={path} has no white part; white is what is sampled")
     return white
+
+
+def _erased_part(mask: Image.Image, image: Image.Image) -> Image.Image | None:
+    """White where `mask` is transparent, if its opaque part is that of the image and not black and white; else None."""
+    if not mask.has_transparency_data:
+        return None
+    colours, alpha = np.split(np.asarray(with_alpha(mask), int), [3], axis=-1)
+    opaque = alpha[..., 0] == 255
+    colours, original = colours[opaque], np.asarray(on_background(eight_bits(image), "white").convert("RGB"))[opaque]
+    if not opaque.any() or np.isin(colours, (0, 255)).all() or np.abs(colours - original).max() > SAME:
+        return None
+    return Image.fromarray((255 - alpha[..., 0]).astype(np.uint8))
+
+
+def size_like(image: tuple[int, int], model: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """(height, width) of samples that start from an image, multiples of `multiple`, from the image's and the model's.
+
+    An image of the model's proportions is resized to its size. Any other keeps its own size, as in diffusers, unless it
+    has less than a quarter or more than four times the model's pixels: then it is resized to about as many.
+    """
+    ratio = model[0] * model[1] / (image[0] * image[1])
+    at_model = tuple(max(round(side * ratio**0.5 / multiple), 1) * multiple for side in image)
+    if at_model == tuple(model):
+        return at_model
+    own = tuple(side // multiple * multiple for side in image)
+    return own if 1 / 4 <= ratio <= 4 and min(own) else at_model
 
 
 def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:

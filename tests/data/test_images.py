@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -150,3 +152,41 @@ def test_truncated_pictures_are_refused(format_):
         with pytest.raises(InputError, match=r"not an? (readable )?image") as error:
             decode(damaged)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("full", "kind"), [(4095, np.uint16), (255, np.uint16), (65535, np.int32), (4095, np.int32),
+                                            (1, np.float32), (255, np.float32), (65535, np.float32)])  # fmt: skip
+def test_grey_of_more_than_8_bits_is_scaled_by_the_least_full_scale(full, kind):
+    ramp = (np.linspace(0, 1, 6)[None] * full).astype(kind)
+    ramp[0, -1] = full
+    content = encoded(Image.fromarray(ramp), "tiff")
+    expected = np.round(ramp.astype(float) * 255 / full).ravel()
+    found = fit(decode(content), size=None, channels=1, crop="none").ravel()
+    np.testing.assert_array_equal(found, expected)
+    assert found.max() == 255
+
+
+@pytest.mark.parametrize("values", [[-1.0, 3.0], [0.0, 70_000.0], [np.nan, 1.0]])
+def test_grey_outside_all_scales_is_refused(values):
+    image = decode(encoded(Image.fromarray(np.array([values], np.float32)), "tiff"))
+    with pytest.raises(InputError, match="they must be from 0 to 65535"):
+        fit(image, size=None, channels=1, crop="none")
+
+
+def png_16(values):
+    """A PNG of 16-bit colours, uint16 [H, W, 3], which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_12_bit_colours_in_16_bits_are_refused_not_black():
+    ramp = np.linspace(0, 65535, 8).astype(np.uint16)[None, :, None].repeat(3, 2)
+    np.testing.assert_array_equal(np.asarray(decode(png_16(ramp)))[0, :, 0], ramp[0, :, 0] >> 8)
+    with pytest.raises(InputError, match="12-bit colours in a file of 16 bits"):
+        decode(png_16(ramp >> 4))

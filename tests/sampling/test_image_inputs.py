@@ -153,3 +153,74 @@ def test_interpolations_of_seeds_and_images_end_where_they_should(sampled, files
     between = sampled("between", f"--init_image={files}/a.png", f"--to_image={files}/b.png", label)
     np.testing.assert_array_equal(between[0], sampled("a", f"--init_image={files}/a.png", "--invert", label)[0])
     np.testing.assert_array_equal(between[-1], sampled("b", f"--init_image={files}/b.png", "--invert", label)[0])
+
+
+def half_white(mode):
+    """A mask whose upper half is white and whose lower half is transparent black, in a mode with transparency."""
+    alpha = np.zeros((8, 8), np.uint8)
+    alpha[:4] = 255
+    la = Image.merge("LA", (Image.fromarray(alpha), Image.fromarray(alpha)))
+    if mode == "P":
+        image = Image.fromarray(alpha // 255)
+        image.putpalette([0, 0, 0, 255, 255, 255])
+        return image, {"transparency": 0}
+    if mode == "hidden white":  # the colour below the transparent part
+        return Image.merge("LA", (Image.new("L", (8, 8), 255), Image.fromarray(alpha))), {}
+    if mode in ("L", "I;16"):
+        image = Image.fromarray(alpha if mode == "L" else alpha.astype(np.uint16) * 257)
+        return image, {"transparency": 0}
+    return la.convert(mode), {}
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "I;16", "hidden white"])
+def test_what_a_mask_has_transparent_is_kept(mode, files):
+    image, options = half_white(mode)
+    image.save(files / "layer.png", **options)
+    mask = image_inputs.read_mask(files / "layer.png", files / "a.png", size=(8, 8), crop="center")
+    np.testing.assert_array_equal(mask, np.repeat([[True], [False]], 4, axis=0).repeat(8, axis=1))
+
+
+def test_the_image_with_a_part_erased_is_a_mask(files):
+    """As other programs take it: that part is sampled."""
+    image = Image.open(files / "a.png").convert("RGBA")
+    alpha = np.full((8, 8), 255, np.uint8)
+    alpha[:, 5:] = 0
+    image.putalpha(Image.fromarray(alpha))
+    image.save(files / "erased.png")
+    mask = image_inputs.read_mask(files / "erased.png", files / "a.png", size=(8, 8), crop="center")
+    np.testing.assert_array_equal(mask, alpha == 0)
+
+
+def test_masks_of_16_bits(files):
+    half = np.zeros((8, 8), np.uint16)
+    half[:4] = 65535
+    Image.fromarray(half).save(files / "deep.png")
+    mask = image_inputs.read_mask(files / "deep.png", files / "a.png", size=(8, 8), crop="center")
+    np.testing.assert_array_equal(mask, half > 0)
+
+
+@pytest.mark.parametrize(
+    ("image", "model", "multiple", "expected"),
+    [
+        ((512, 512), (512, 512), 8, (512, 512)),
+        ((1024, 1024), (512, 512), 8, (512, 512)),  # of the model's proportions
+        ((513, 512), (512, 512), 8, (512, 512)),
+        ((683, 1024), (512, 512), 8, (680, 1024)),  # as diffusers does
+        ((384, 512), (512, 512), 8, (384, 512)),
+        ((3000, 4000), (512, 512), 8, (440, 592)),  # as many pixels as the model's
+        ((40, 60), (512, 512), 8, (416, 624)),
+        ((800, 1200), (28, 28), 4, (24, 36)),
+        ((2, 3000), (28, 28), 4, (4, 1084)),
+    ],
+)
+def test_the_size_of_samples_that_start_from_an_image(image, model, multiple, expected):
+    assert image_inputs.size_like(image, model, multiple) == expected
+
+
+def test_an_image_of_another_proportion_keeps_it(sampled, files, tmp_path, capsys):
+    wide = np.tile(np.linspace(0, 250, 13).astype(np.uint8), (9, 1))
+    Image.fromarray(wide).save(files / "wide.png")
+    assert sampled("wide", f"--init_image={files}/wide.png").shape == (8, 8, 12, 1)
+    assert "--init_image is 13x9: the samples are 12x8; --width and --height choose another" in capsys.readouterr().out
+    assert read_recipe(tmp_path / "wide" / "samples.png")["size"] == [8, 12]
+    assert sampled("square", f"--init_image={files}/wide.png", "--height=8", "--width=8").shape == (8, 8, 8, 1)
