@@ -1,5 +1,6 @@
 """The command line: flags shared by several commands, parsing with config fields, exit statuses, the device line."""
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -81,9 +82,24 @@ def wants_help(argv: list[str], usage: str, flag_values: flags.FlagValues) -> bo
     return True
 
 
+class Number(flags.FloatParser):
+    """A flag of one finite number."""
+
+    def convert(self, argument: float | int | str) -> float:
+        """The number; raises ValueError for nan and inf."""
+        number = super().convert(argument)
+        if not math.isfinite(number):
+            raise ValueError("it must be a finite number")
+        return number
+
+
+def _define_number(name: str, *, help: str, flag_values: flags.FlagValues, default: float | None, **bounds) -> None:
+    flags.DEFINE(Number(**bounds), name, default, help, flag_values)
+
+
 def _definers(values: flags.FlagValues) -> tuple[Callable, Callable, Callable, Callable]:
     """Functions that define a text, an integer, a number and a boolean flag in `values`; the default is None."""
-    types = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_boolean
+    types = flags.DEFINE_string, flags.DEFINE_integer, _define_number, flags.DEFINE_boolean
     return tuple(partial(define, default=None, flag_values=values) for define in types)
 
 

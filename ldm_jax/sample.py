@@ -6,7 +6,7 @@
     ... --prompt=TEXT [--prompt=TEXT] [--negative_prompt=TEXT]   text-to-image models; --prompt_file=FILE: one per line
     ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main] [--dtype=bfloat16]   from the hub or its cache
     ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v] [--vae=PATH]  a single file
-    ... --lora=FILE [--lora_scale=1]                    a LoRA file of diffusers, merged into the UNet
+    ... --lora=FILE [--lora_scale=1] [--lora=FILE ...]  LoRA files, merged into the weights
     ... --height=512 --width=768 [--vae_tiling]         another image size
     ... --init_image=FILE --strength=0.6                image to image: the larger the strength, the less of it is kept
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is sampled
@@ -52,8 +52,10 @@ def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
-    flags.DEFINE_string("lora", None, "a file of diffusers with LoRA of the UNet, added to it", flag_values=values)
-    flags.DEFINE_float("lora_scale", None, "how strongly; default 1", flag_values=values)
+    lora = "a LoRA file, added to the model's weights; repeat the flag for more"
+    flags.DEFINE_multi_string("lora", None, lora, flag_values=values)
+    scale = "how strongly a LoRA is added, default 1; repeat the flag, once for each --lora"
+    flags.DEFINE_multi(command_line.Number(), flags.ArgumentSerializer(), "lora_scale", None, scale, values)
     command_line.define_sampling_flags(values, num=64)
     command_line.define_editing_flags(values)
     command_line.define_file_flags(values)
@@ -69,9 +71,8 @@ def main(argv: list[str]) -> None:
     command_line.parse(values, argv)
     command_line.require(values, "model", "out")
     out = Path(values.out)
-    run_folder_layout.check_folder("out", out)
-    if values.lora_scale is not None and not values.lora:
-        raise InputError("--lora_scale needs --lora, a file with LoRA of the UNet")
+    run_folder_layout.check_output(out)
+    loras = _loras(values)
     command_line.start_devices(values)
 
     from ldm_jax.pipeline.load import Overrides, load, with_lora
@@ -79,14 +80,22 @@ def main(argv: list[str]) -> None:
 
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
     model, params = load(values.model, values.dtype, overrides)
-    if values.lora:
-        params = with_lora(params, Path(values.lora), 1.0 if values.lora_scale is None else values.lora_scale)
+    for path, scale in loras:
+        params = with_lora(params, path, scale)
     recipe = _recipe(values, model, params)
     flag = values["save_trajectory"]
     trajectory = bool(flag.value) if flag.present else max(recipe.size) <= SMALL
     batch_size = values.batch_size or model.defaults.batch_size
     save(out, sample_images(model, params, recipe, batch_size=batch_size, trajectory=trajectory))
     print(f"{recipe.num} {'image' if recipe.num == 1 else 'images'}: {out / 'samples.png'}")
+
+
+def _loras(values: flags.FlagValues) -> list[tuple[Path, float]]:
+    """The files of --lora with their scales."""
+    files, scales = values.lora or [], values.lora_scale or [1.0] * len(values.lora or [])
+    if len(scales) != len(files):
+        raise InputError(f"there are {len(scales)} --lora_scale for {len(files)} --lora; each needs its own, in turn")
+    return [(Path(file), scale) for file, scale in zip(files, scales)]
 
 
 def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:

@@ -1,6 +1,7 @@
 """The allowed values of each config field by itself: choices and ranges; `rules` checks how fields go together."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,6 +79,10 @@ def check_fields(fields: Mapping[str, Any]) -> None:
     for name in ("stages", "init_from", "sampling.prompts", "sampling.guidance_interval", *_CHOICES, *_RANGES):
         if name not in fields:
             raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
+    for name, value in fields.items():
+        numbers = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise InputError(f"config.{name} is {value}; it must be finite")
     for name, choices in _CHOICES.items():
         check_choice(f"config.{name}", fields[name], choices)
     for name, (low, high) in _RANGES.items():

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from ldm_jax.errors import InputError
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
-from ldm_jax.sampling.recipe import Recipe, default_recipe, solving_defaults
+from ldm_jax.sampling.recipe import Recipe, default_recipe, solving_defaults, with_guidance
 
 
 def recipe_from_arguments(
@@ -47,11 +49,14 @@ def recipe_from_arguments(
     recipe = default_recipe(model, num or len(labels) or 1, seed, labels, prompts)
     own = recipe.guidance
     scale = own.scale if guidance is None else guidance
-    return recipe._replace(
+    if not (np.isfinite(scale) and scale >= 0):
+        raise InputError(f"guidance is {scale}; it must be a finite number, 0 or more")
+    recipe = recipe._replace(
         size=list(size or recipe.size),
         solving=solving_defaults(model, sampler or recipe.solving.sampler, steps),
         guidance=own._replace(scale=scale, negative_prompt=negative_prompt),
     )
+    return with_guidance(model, recipe)
 
 
 def label_indices(name: str, labels: Sequence[int | str] | None, class_names: tuple[str, ...]) -> list[int]:

@@ -1,5 +1,6 @@
 """The recipe of command-line flags, with the model's sampling defaults for those left out."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from ldm_jax.models.concat_conditioning import Inpainting, LowResolution
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.sampling import image_inputs
-from ldm_jax.sampling.recipe import ConcatInput, Edit, Guidance, Recipe, Solving, default_recipe, solving_defaults
+from ldm_jax.sampling.recipe import (
+    ConcatInput,
+    Edit,
+    Guidance,
+    Recipe,
+    Solving,
+    default_recipe,
+    solving_defaults,
+    with_guidance,
+)
 
 INTERPOLATED = 8  # default of --num with --to_prompt
 NOISE_LEVEL = 20  # default of an upscaler's --noise_level
@@ -39,7 +49,8 @@ def recipe_from_flags(
         raise InputError(f"--batch_size={values.batch_size} does not divide over {jax.local_device_count()} devices")
     num = len(prompts) if by_prompt and not values["num"].present else values.num
     recipe = default_recipe(model, num, values.seed, labels, prompts)
-    return recipe._replace(solving=_solving(model, values), guidance=_guidance(recipe.guidance, model, values, prompts))
+    guidance = _guidance(recipe.guidance, model, values, prompts)
+    return with_guidance(model, recipe._replace(solving=_solving(model, values), guidance=guidance))
 
 
 def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
@@ -185,7 +196,7 @@ def image_flags(model: LatentDiffusion) -> str:
 
 
 def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str | None) -> list[int]:
-    """Height and width: those of the flags, of an upscaler's image enlarged, or of the model."""
+    """Height and width: those of the flags, of an upscaler's image enlarged, for an image input, or of the model."""
     sides = {flag: values[flag].value for flag in ("height", "width") if values[flag].value is not None}
     factor, upscaler = model.first_stage.downsampling, model.concat is not None and model.concat.noise is not None
     for flag, side in sides.items():
@@ -202,7 +213,22 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
     if upscaler and values.concat_image:
         small = image_inputs.open_image(Path(values.concat_image), "--concat_image")
         return [factor * small.height, factor * small.width]
+    if not sides and (values.init_image or values.concat_image) and model.defaults.crop == "center":
+        return _size_of_image(recipe, values, model)
     return [sides.get(flag, side) for flag, side in zip(("height", "width"), recipe.size)]
+
+
+def _size_of_image(recipe: Recipe, values: FlagValues, model: LatentDiffusion) -> list[int]:
+    """Height and width for an initial image, or one of concat conditioning (see `image_inputs.size_like`)."""
+    flag = "concat_image" if values.concat_image else "init_image"
+    image = image_inputs.open_image(Path(values[flag].value), f"--{flag}")
+    enlarged = model.concat.factor if isinstance(model.concat, LowResolution) else 1
+    multiple = math.lcm(model.first_stage.downsampling, enlarged)
+    height, width = image_inputs.size_like((enlarged * image.height, enlarged * image.width), recipe.size, multiple)
+    if [height, width] != recipe.size:
+        choose = "--width and --height choose another size"
+        print(f"--{flag} is {image.width}x{image.height}: the samples are {width}x{height}; {choose}")
+    return [height, width]
 
 
 def _noise_level(level: int | None, model: LatentDiffusion) -> int | None:

@@ -3,11 +3,13 @@
 Recipes of versions before 0.2 are flat, with sentinels for None.
 """
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ldm_jax.errors import InputError
+from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.sampling.image_grids import read_recipe
 
@@ -104,6 +106,21 @@ def solving_defaults(model: LatentDiffusion, sampler: str, steps: int | None = N
     steps = model.defaults.steps if steps is None else steps
     own = {name: options[name] for name in fields if name in options}
     return Solving(sampler, steps, threshold=model.defaults.threshold, **own)
+
+
+def with_guidance(model: LatentDiffusion, recipe: Recipe) -> Recipe:
+    """The recipe with the scale of classifier-free guidance as diffusers has it; prints a warning if it changes.
+
+    Of a text-to-image model a scale of at most 1 means no guidance: the cards of distilled models say 0. The
+    unconditional model is that of the empty prompt, or the base of classifier and CLIP guidance.
+    """
+    guidance = recipe.guidance
+    texts = isinstance(model.conditioning, TextConditioning) and any(recipe.prompts)
+    if not texts or guidance.scale >= 1 or guidance.classifier or guidance.clip:
+        return recipe
+    what = 'as in diffusers, no guidance; --prompt="" samples without a condition'
+    print(f"warning: a guidance scale of {guidance.scale:g} means, {what}", file=sys.stderr)
+    return recipe._replace(guidance=guidance._replace(scale=1.0))
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:

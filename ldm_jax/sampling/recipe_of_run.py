@@ -7,7 +7,7 @@ from ldm_jax.data.datasets import Dataset
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.sampling.from_flags import NOISE_LEVEL
-from ldm_jax.sampling.recipe import Recipe, default_recipe
+from ldm_jax.sampling.recipe import Recipe, default_recipe, with_guidance
 
 FEW = 8  # captions of a fine-tuned model's samples, unless its config has prompts
 SEARCHED = 64  # images searched for as many distinct captions
@@ -27,7 +27,8 @@ def recipe_of_run(model: LatentDiffusion, dataset: Dataset) -> Recipe:
     if isinstance(model.conditioning, TextConditioning) and (own_clip or not prompts):
         prompts, labels = captions_of(dataset, num if own_clip or model.concat else 0)
     recipe = default_recipe(model, num, config.seed, labels, prompts)
-    return recipe._replace(concat=recipe.concat._replace(noise_level=NOISE_LEVEL if upscaler else None))
+    recipe = recipe._replace(concat=recipe.concat._replace(noise_level=NOISE_LEVEL if upscaler else None))
+    return with_guidance(model, recipe)
 
 
 def captions_of(dataset: Dataset, num_images: int) -> tuple[list[str], list[int]]:

@@ -1,6 +1,7 @@
 """Images of a recipe, and the files that they are written to."""
 
 import hashlib
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from ldm_jax.config import io as config_io
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.errors import InputError
+from ldm_jax.diffusion.tables import Table
+from ldm_jax.errors import InputError, RunError
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.runtime.files import atomic, content_hash
@@ -25,7 +27,7 @@ from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models
 from ldm_jax.sampling.inputs import concat_images_of, read_images, sample_inputs, with_edit
 from ldm_jax.sampling.recipe import Recipe, from_json, to_json
 from ldm_jax.sampling.recipe_of_run import recipe_of_run
-from ldm_jax.sampling.sampler import smallest_batch
+from ldm_jax.sampling.sampler import SampleInputs, Sampler, smallest_batch
 from ldm_jax.sampling.tables import make_table
 
 
@@ -46,7 +48,7 @@ def sample_images(
     """Samples the images of a recipe, with a progress bar, and the trajectory of the first of them.
 
     `batch_size` is a multiple of the devices or more than `recipe.num`. Raises InputError for a solver or number of
-    steps that the model does not take, or an input that is missing or does not fit.
+    steps that the model does not take, or an input that is missing or does not fit; RunError if no sample is finite.
     """
     model = _at_recipe(model, recipe)
     table = make_table(model, recipe.solving, recipe.edit)
@@ -59,12 +61,10 @@ def sample_images(
     replicated = replicate(params | guides.params)
     labels, inputs = sample_inputs(model, replicated, recipe, sampler, concat_images, guides.clip)
     inputs = with_edit(model, recipe, sampler, replicated, inputs, image, mask)
-    batches = []
-    with tqdm(total=recipe.num, unit="image", desc="    sampling", unit_scale=False) as bar:
-        for images in sampler.images(replicated, inputs, table):
-            batches.append(images if mask is None else np.where(mask[..., None], images, image))
-            bar.update(len(images))
-    images = concat_inputs.paste_known(concat_images, np.concatenate(batches))
+    images = _sampled(sampler, replicated, inputs, table)
+    images = concat_inputs.paste_known(
+        concat_images, images if mask is None else np.where(mask[..., None], images, image)
+    )
     if recipe.edit.outpaint:
         images, concat_images = image_inputs.outpainted(whole, images, recipe.edit.outpaint), None
     few = min(recipe.num, 2 * max(len(recipe.labels), 8))
@@ -72,6 +72,28 @@ def sample_images(
     about = {"model": fingerprint(model, params), "step": model.origin.step, "inputs": input_hashes(recipe, guides)}
     grid = sample_grid(model, recipe, images, labels, concat_images)
     return Samples(images, labels, frames, about | to_json(recipe), concat_images, grid)
+
+
+def _sampled(sampler: Sampler, params: Params, inputs: SampleInputs, table: Table) -> np.ndarray:
+    """The images, with a progress bar, uint8 [N, H, W, C]; prints a warning if some are black or not finite.
+
+    Raises RunError if none is finite.
+    """
+    batches, finite, num = [], [], len(inputs.samples.index)
+    with tqdm(total=num, unit="image", desc="    sampling", unit_scale=False) as bar:
+        for z, _ in sampler.latents(params, inputs, table):
+            batches.append(sampler.decode(params, z))
+            finite.append(np.isfinite(z).all(axis=(1, 2, 3)))
+            bar.update(len(z))
+    images, finite = np.concatenate(batches), np.concatenate(finite)
+    advice = "try --dtype=float32, another --sampler, more --steps or less --guidance"
+    if not finite.any():
+        raise RunError(f"no sample is finite, nothing was written; {advice}")
+    bad = np.flatnonzero(~finite | ~images.any(axis=(1, 2, 3)))  # an autoencoder may overflow too, to black
+    if len(bad):
+        problem = f"{len(bad)} of {num} samples are black or not finite, the first is sample {bad[0]}"
+        print(f"warning: {problem}; {advice}", file=sys.stderr)
+    return images
 
 
 def _at_recipe(model: LatentDiffusion, recipe: Recipe) -> LatentDiffusion:

@@ -1,13 +1,21 @@
 """The command that samples from a run: its files, its flags, and images of another size."""
 
+from dataclasses import replace
+
 import jobs
 import numpy as np
 import pytest
 import random_runs
+from absl.flags import FloatParser
 
-from ldm_jax import command_line, sample
+from ldm_jax import command_line, evaluate, sample
 from ldm_jax.diffusion.random import initial_latents, sample_keys
+from ldm_jax.errors import RunError
+from ldm_jax.models.conditioning import NoConditioning, TextConditioning
+from ldm_jax.pipeline.load import load
 from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.sampling.recipe import default_recipe, with_guidance
+from ldm_jax.sampling.sample_images import sample_images
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,13 @@ REFUSED = {  # flags -> what the line must say
     "a strength alone": (["--strength=0.5"], "--strength needs --init_image"),
     "a jump alone": (["--resample_jump=2"], "--resample_jump needs --resample"),
     "resampling without a mask": (["--resample=2"], "--resample needs --mask or --outpaint"),
-    "a lora scale alone": (["--lora_scale=2"], "--lora_scale needs --lora"),
+    "a lora scale alone": (["--lora_scale=2"], "there are 1 --lora_scale for 0 --lora"),
+    "fewer lora scales than files": (["--lora=a", "--lora=b", "--lora_scale=2"], "1 --lora_scale for 2 --lora"),
+    "a lora scale that is not finite": (["--lora=a", "--lora_scale=nan"], "it must be a finite number"),
+    "guidance that is not finite": (["--guidance=nan"], "flag --guidance=nan: it must be a finite number"),
+    "endless guidance": (["--guidance=inf"], "flag --guidance=inf: it must be a finite number"),
+    "churn that is not finite": (["--sampler=edm", "--churn=inf"], "--churn=inf: it must be a finite number"),
+    "eta that is not finite": (["--eta=nan"], "--eta=nan: it must be a finite number"),
     "a prompt": (["--prompt=low"], "--prompt is for text-to-image models, or with --clip; this one is conditioned on"),
 }
 
@@ -126,3 +140,74 @@ def test_sample_refuses(case, run, tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line
     assert not (tmp_path / "out").exists()
+
+
+def test_every_number_flag_must_be_finite():
+    """The kind of the cases above: also of flags that are added later."""
+    values = sample.define_flags()
+    numbers = [name for name in values if isinstance(getattr(values[name], "parser", None), FloatParser)]
+    assert {"guidance", "lora_scale", "strength", "classifier_scale"} <= set(numbers)
+    assert all(isinstance(values[name].parser, command_line.Number) for name in numbers)
+
+
+def test_a_run_folder_is_no_output(run, tmp_path, capsys):
+    """`sample` would overwrite the samples of the run; so would `evaluate`."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for command in (sample.main, evaluate.main):
+        assert command_line.run(command, ["command", f"--model={run}", f"--out={run}", "--num=4"]) == 2
+        assert "is a run folder, with samples of its own; choose another, e.g." in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_an_output_that_cannot_be_written(run, capsys):
+    """Before anything is loaded."""
+    assert command_line.run(sample.main, ["sample", "--model=nowhere", "--out=/proc/out"]) == 2
+    assert "--out=/proc/out cannot be written to: /proc" in capsys.readouterr().err
+
+
+def with_bias(params, part, value):
+    """The parameters with the bias of one output channel of the last convolution changed."""
+    bias = params[part]["conv_out"]["bias"] if part == "denoiser" else params[part]["decoder"]["conv_out"]["bias"]
+    bias = np.full_like(bias, value)
+    if part == "denoiser":
+        return params | {part: params[part] | {"conv_out": params[part]["conv_out"] | {"bias": bias}}}
+    decoder = params[part]["decoder"] | {"conv_out": params[part]["decoder"]["conv_out"] | {"bias": bias}}
+    return params | {part: params[part] | {"decoder": decoder}}
+
+
+def test_black_samples_are_not_written_without_a_word(run, capsys):
+    model, params = load(run)
+    recipe = default_recipe(model, 4, 0, [0], [])
+    sample_images(model, params, recipe, batch_size=4, trajectory=False)
+    assert "warning" not in capsys.readouterr().err
+    for value in (-1e4, np.nan):
+        black = sample_images(model, with_bias(params, "first_stage", value), recipe, batch_size=4, trajectory=False)
+        assert not black.images.any()
+        assert "4 of 4 samples are black or not finite, the first is sample 0" in capsys.readouterr().err
+
+
+def test_samples_none_of_which_is_finite_are_an_error(run):
+    model, params = load(run)
+    recipe = default_recipe(model, 4, 0, [0], [])
+    with pytest.raises(RunError, match="no sample is finite, nothing was written; try --dtype=float32"):
+        sample_images(model, with_bias(params, "denoiser", np.nan), recipe, batch_size=4, trajectory=False)
+
+
+def test_no_guidance_of_texts(capsys):
+    """At most 1 is none, as in diffusers; the empty prompt and other guidance keep the unconditional model."""
+    text, plain = (replace(random_runs.random_model()[0], conditioning=c) for c in (TEXTS, NoConditioning()))
+    recipe = default_recipe(plain, 2, 0, [0, 1], ["a cat", ""])
+
+    def scale(model, recipe, **guidance):
+        return with_guidance(model, recipe._replace(guidance=recipe.guidance._replace(**guidance))).guidance.scale
+
+    assert [scale(text, recipe, scale=s) for s in (0.0, 0.5, 1.0, 1.5, 7.5)] == [1.0, 1.0, 1.0, 1.5, 7.5]
+    assert capsys.readouterr().err.count("warning: a guidance scale of ") == 2
+    assert scale(text, recipe._replace(prompts=["", ""]), scale=0.0) == 0.0
+    assert scale(text, recipe, scale=0.0, clip="runs/clip") == 0.0
+    assert scale(text, recipe, scale=0.0, classifier="runs/classifier") == 0.0
+    assert scale(plain, recipe, scale=0.0) == 0.0
+    assert capsys.readouterr().err == ""
+
+
+TEXTS = TextConditioning((), (), False)
