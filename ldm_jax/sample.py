@@ -75,13 +75,14 @@ def main(argv: list[str]) -> None:
     loras = _loras(values)
     command_line.start_devices(values)
 
-    from ldm_jax.pipeline.load import Overrides, load, with_lora
+    from ldm_jax.pipeline.load import Overrides, load
+    from ldm_jax.pipeline.lora import with_lora
     from ldm_jax.sampling.sample_images import sample_images, save
 
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
     model, params = load(values.model, values.dtype, overrides)
     for path, scale in loras:
-        params = with_lora(params, path, scale)
+        params = with_lora(model, params, path, scale)
     recipe = _recipe(values, model, params)
     flag = values["save_trajectory"]
     trajectory = bool(flag.value) if flag.present else max(recipe.size) <= SMALL

@@ -69,10 +69,6 @@ def _validate_fine_tuning(config: ConfigDict) -> None:
     if config.diffusion.variance == "learned":
         raise _wrong(config, "diffusion.variance", "with config.init_from it must be fixed")
     _validate_prompts(config)
-    if config.lora.rank and config.diffusion.train_text_encoder:
-        raise _wrong(
-            config, "diffusion.train_text_encoder", "with config.lora.rank, LoRA of the UNet, it must be False"
-        )
     if config.lora.rank and not config.lora.alpha:
         raise _wrong(config, "lora.alpha", "it must be above 0, as it scales the LoRA update")
 

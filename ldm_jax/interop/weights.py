@@ -139,7 +139,7 @@ def open_weights(path: Path) -> WeightFile:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file of weights {path}")
-    if path.suffix != ".safetensors":
+    if _is_pickle(path):
         file = PickledTensors(path)
         return WeightFile(file.shapes, file.view, file.step)
     entries, metadata = _safetensors_entries(path)
@@ -152,6 +152,25 @@ def open_weights(path: Path) -> WeightFile:
         return np.memmap(path, np.uint8, "r", start, stop - start).view(np.ndarray).view(dtype).reshape(shape)
 
     return WeightFile({name: shape for name, (_, shape, *_) in entries.items()}, view, metadata=metadata)
+
+
+# The first bytes of files that are taken for weights -> what they are.
+_OTHERS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the weights themselves: git lfs pull, or download it again",
+    b"<": "is a web page, not weights: the download failed",
+}
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file is a pickle of PyTorch, by its content, whatever its name; raises InputError if it is neither."""
+    with path.open("rb") as file:
+        start = file.read(24)
+    for beginning, what in _OTHERS.items():
+        if start.lstrip().startswith(beginning):
+            raise InputError(f"{path} {what}")
+    if start[8:9] == b"{":  # the header of safetensors, after its length
+        return False
+    return path.suffix != ".safetensors" or start.startswith((b"PK\x03\x04", b"\x80\x02"))
 
 
 def _safetensors_entries(path: Path) -> tuple[dict[str, _Entry], dict[str, str]]:

@@ -9,7 +9,6 @@ from ldm_jax.config import io as config_io
 from ldm_jax.config.rules import validate
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder, hub, single_file
-from ldm_jax.interop.lora import add_lora, read_lora
 from ldm_jax.interop.pipelines import RECIPE
 from ldm_jax.pipeline.fine_tuning import prepare_base
 from ldm_jax.pipeline.from_diffusers import from_diffusers
@@ -86,11 +85,6 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
         raise InputError(f"config.init_from={path}: {error}") from error
     model, config = prepare_base(config, model, path)
     return (model, params), config
-
-
-def with_lora(params: Params, path: Path, scale: float) -> Params:
-    """The parameters with a file's LoRA times `scale` added to the denoiser's; raises InputError if it does not fit."""
-    return params | {"denoiser": add_lora(params["denoiser"], read_lora(path), scale, where=f"--lora={path}")}
 
 
 def has_data(where: str) -> bool:

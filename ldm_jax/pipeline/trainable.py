@@ -14,6 +14,8 @@ from ldm_jax.interop import lora
 from ldm_jax.models.conditioning import NoConditioning, TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 
+TEXT_KEY = 2**32 - 1  # folded into the key of the text encoders' LoRA; the denoiser's layers have indices from 0
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -29,6 +31,10 @@ class Parts:
         """The model's parameters with the trained parts."""
         return params | trained
 
+    def trains(self, name: str) -> bool:
+        """Whether a part of the model changes."""
+        return name in self.names
+
     def frozen(self, params: Params) -> Params:
         """The model's parameters that are not trained."""
         return {name: tree for name, tree in params.items() if name not in self.names}
@@ -36,10 +42,11 @@ class Parts:
 
 @dataclass(frozen=True)
 class LoRA:
-    """Training of low-rank updates of the denoiser's attention: W + alpha / rank B A (Hu 2021, section 4.1)."""
+    """Training of low-rank updates of attention: W + alpha / rank B A (Hu 2021, section 4.1)."""
 
     rank: int
     alpha: float
+    text: bool = False  # of the text encoders too, not of the denoiser alone
 
     @property
     def scale(self) -> float:
@@ -47,12 +54,25 @@ class LoRA:
         return self.alpha / self.rank
 
     def init(self, rng: jax.Array, params: Params) -> Params:
-        """{"lora": A at random and B = 0}."""
-        return {"lora": lora.init_lora(rng, params["denoiser"], self.rank)}
+        """{"lora": A at random and B = 0}, and of text encoders "lora_text"."""
+        trained = {"lora": lora.init_lora(rng, params["denoiser"], self.rank)}
+        if self.text:
+            keys = jax.random.split(jax.random.fold_in(rng, TEXT_KEY), len(params["conditioning"]))
+            encoders = zip(keys, params["conditioning"])
+            trained["lora_text"] = [lora.init_lora(key, encoder, self.rank) for key, encoder in encoders]
+        return trained
 
     def merge(self, params: Params, trained: Params) -> Params:
-        """The model's parameters with the update added to the denoiser's."""
-        return params | {"denoiser": lora.merge(params["denoiser"], trained["lora"], self.scale)}
+        """The model's parameters with the updates added."""
+        merged = {"denoiser": lora.merge(params["denoiser"], trained["lora"], self.scale)}
+        if self.text:
+            encoders = zip(params["conditioning"], trained["lora_text"])
+            merged["conditioning"] = [lora.merge(encoder, update, self.scale) for encoder, update in encoders]
+        return params | merged
+
+    def trains(self, name: str) -> bool:
+        """Whether a part of the model changes."""
+        return name == "denoiser" or (self.text and name == "conditioning")
 
     def frozen(self, params: Params) -> Params:
         """All of the model's parameters."""
@@ -63,11 +83,12 @@ Trainable = Parts | LoRA
 
 
 def trainable_of(config: ConfigDict, model: LatentDiffusion) -> Trainable:
-    """The trainable parameters: LoRA, or the denoiser with the class embedding or, by config, the text encoders."""
+    """The trainable parameters: the denoiser's with the class embedding or, by config, the text encoders', or LoRA."""
+    texts = isinstance(model.conditioning, TextConditioning) and config.diffusion.train_text_encoder
     if config.lora.rank:
-        return LoRA(config.lora.rank, config.lora.alpha)
+        return LoRA(config.lora.rank, config.lora.alpha, texts)
     if isinstance(model.conditioning, TextConditioning):
-        return Parts(("denoiser", "conditioning") if config.diffusion.train_text_encoder else ("denoiser",))
+        return Parts(("denoiser", "conditioning") if texts else ("denoiser",))
     return Parts(("denoiser",) if isinstance(model.conditioning, NoConditioning) else ("denoiser", "conditioning"))
 
 

@@ -145,7 +145,8 @@ def train_diffusion(run: Run) -> None:
         init_from=model.origin.fingerprint,
     )
     if isinstance(trainable, LoRA) and jax.process_index() == 0:
-        lora.save_lora(run.workdir / lora.FILE, state.ema_params["lora"], trainable.scale)
+        trained = state.ema_params
+        lora.save_lora(run.workdir / lora.FILE, trained["lora"], trainable.scale, trained.get("lora_text", ()))
 
 
 def train_classifier(run: Run) -> None:

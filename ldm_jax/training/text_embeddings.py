@@ -56,7 +56,7 @@ def freeze(
     if truncated:
         print(f"     {truncated} of the {len(texts)} captions are longer than the text encoder's context "
               "and are truncated", flush=True)  # fmt: skip
-    if "conditioning" in frozen:
+    if not trainable.trains("conditioning"):
         table = embed(model, frozen["conditioning"], table, config, cache)
         frozen = {name: tree for name, tree in frozen.items() if name != "conditioning"}
         model = replace(model, conditioning=EncodedConditioning())

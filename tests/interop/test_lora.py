@@ -5,10 +5,15 @@ import json
 import jax
 import numpy as np
 import pytest
+from random_runs import random_model
 from safetensors.numpy import load_file, save_file
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop.lora import add_lora, init_lora, merge, read_lora, save_lora
+from ldm_jax.interop.lora import init_lora, merge, save_lora
+from ldm_jax.interop.lora_files import add_lora, layer_names, read_lora
+from ldm_jax.interop.modules import abstract_params
+from ldm_jax.models.unet import UNet
+from ldm_jax.pipeline.lora import with_lora
 
 RNG = np.random.default_rng(0)
 LAYER = "down_blocks.0.attn1.to_out.0"
@@ -34,7 +39,9 @@ def path(tmp_path):
 
 
 def added(path, scale=1.0):
-    return add_lora(UNET, read_lora(path), scale, where="--lora=it")
+    names = layer_names(UNET)
+    pairs = {names[layer]: pair for (component, layer), pair in read_lora(path).items() if component in ("unet", "")}
+    return add_lora(UNET, pairs, scale, where="--lora=it")
 
 
 def test_what_is_written_is_read(path):
@@ -64,6 +71,27 @@ LAYOUTS = {  # keys of a file with DOWN and UP -> what they are multiplied by
     ),
     "with peft's config": (
         {f"unet.{LAYER}.lora_A.weight": DOWN, f"unet.{LAYER}.lora_B.weight": UP}, {"unet.lora_alpha": 8}, 4,
+    ),
+    "rank-stabilized": (
+        {f"unet.{LAYER}.lora_A.weight": DOWN, f"unet.{LAYER}.lora_B.weight": UP},
+        {"unet.lora_alpha": 8, "unet.use_rslora": True}, 8 / 2**0.5,
+    ),
+    "with an alpha by layer": (
+        {f"unet.{LAYER}.lora_A.weight": DOWN, f"unet.{LAYER}.lora_B.weight": UP},
+        {"unet.lora_alpha": 8, "unet.alpha_pattern": {"to_q": 2, "attn1.to_out.0": 4}}, 2,
+    ),
+    "a PEFT adapter": (
+        {f"base_model.model.{LAYER}.lora_A.weight": DOWN, f"base_model.model.{LAYER}.lora_B.default.weight": UP},
+        {}, 1,
+    ),
+    "kohya's": (
+        {"lora_unet_down_blocks_0_attn1_to_out_0.lora_down.weight": DOWN,
+         "lora_unet_down_blocks_0_attn1_to_out_0.lora_up.weight": UP,
+         "lora_unet_down_blocks_0_attn1_to_out_0.alpha": np.array(6, np.float32)}, {}, 3,
+    ),
+    "kohya's, as a convolution of one pixel": (
+        {"lora_unet_down_blocks_0_attn1_to_out_0.lora_down.weight": DOWN[..., None, None],
+         "lora_unet_down_blocks_0_attn1_to_out_0.lora_up.weight": UP[..., None, None]}, {}, 1,
     ),
 }  # fmt: skip
 
@@ -107,22 +135,78 @@ def key(name, *shape):
 
 PAIR = LAYOUTS["diffusers"][0]
 REFUSED = {
-    "a text encoder's": (PAIR | {"text_encoder.x.lora.down.weight": DOWN}, {}, "has text_encoder.x"),
-    "kohya's": ({"lora_unet_down_blocks_0.lora_down.weight": DOWN}, {}, "not those of kohya or ComfyUI"),
+    "keys of no LoRA": (
+        PAIR | {"a.weight": DOWN, "b": UP}, {},
+        r"is no LoRA of a UNet or text encoder: unknown keys \(2\): a.weight, b"),
+    "whole weights": ({"lora_unet_x.diff": UP}, {}, "has whole weights of LyCORIS"),
+    "no keys": ({}, {}, "is no LoRA of a UNet or text encoder"),
     "half a pair": (
-        key(f"{LAYER}.lora.down", 2, 6), {}, "is damaged: down_blocks.0.attn1.to_out.0 lacks its down or up weight"),
-    "an unknown layer": (
-        key("mid.lora.down", 2, 6) | key("mid.lora.up", 6, 2), {}, "is for another model: this UNet has no layer mid"),
+        key(f"{LAYER}.lora.down", 2, 6), {},
+        r"is damaged: layers without their down or up weight \(1\): unet down_blocks.0.attn1.to_out.0"),
+    "an alpha alone": (
+        PAIR | {"unet.x.alpha": np.array(1.0, np.float32)}, {}, "layers without their down or up weight"),
     "another width": (
         key(f"{LAYER}.lora.down", 2, 7) | key(f"{LAYER}.lora.up", 6, 2), {},
         r"\[6, 2\] x \[2, 7\] in it, but \[6, 6\]"),
+    "nan": ({name: value * np.nan for name, value in PAIR.items()}, {}, "has values that are not finite"),
+    "DoRA by its tensor": (PAIR | {f"unet.{LAYER}.dora_scale": UP}, {}, r"has DoRA \(.*dora_scale\), which is not"),
+    "LoHa": ({"lora_unet_x.hada_w1_a": UP}, {}, r"has LoHa of LyCORIS \(lora_unet_x.hada_w1_a\)"),
+    "LoKr": ({"lora_unet_x.lokr_w1": UP}, {}, "has LoKr of LyCORIS"),
     "ranks that do not agree": (
         key(f"{LAYER}.lora.down", 3, 6) | key(f"{LAYER}.lora.up", 6, 2), {}, "is for another model"),
     "a convolution for a linear layer": (
-        key(f"{LAYER}.lora.down", 2, 6, 1, 1) | key(f"{LAYER}.lora.up", 6, 2, 1, 1), {}, "is for another model"),
+        key(f"{LAYER}.lora.down", 2, 6, 3, 3) | key(f"{LAYER}.lora.up", 6, 2, 1, 1), {}, "is for another model"),
     "DoRA": (PAIR, {"unet.use_dora": True}, "has use_dora, which is not supported"),
     "a config that is a list": (PAIR, [1], "lora_adapter_metadata cannot be read"),
 }  # fmt: skip
+
+
+def test_a_convolution_in_three_factors(path):
+    """As LyCORIS writes it: W[o, i, h, w] = sum_rs up[o, r] mid[r, s, h, w] down[s, i]."""
+    down, mid, up = array(2, 4, 1, 1), array(2, 2, 3, 3), array(6, 2, 1, 1)
+    names = {"lora_down": down, "lora_mid": mid, "lora_up": up}
+    save(path, {f"lora_unet_conv_in.{name}.weight": value for name, value in names.items()}, {})
+    delta = np.einsum("or,rshw,si->hwio", up[:, :, 0, 0], mid, down[:, :, 0, 0])
+    np.testing.assert_allclose(added(path)["conv_in"]["kernel"], UNET["conv_in"]["kernel"] + delta, atol=1e-5)
+
+
+def test_the_config_of_an_adapter_next_to_it(tmp_path):
+    save(tmp_path / "adapter_model.safetensors", LAYOUTS["a PEFT adapter"][0], {})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 8, "peft_type": "LORA"}))
+    ((place, pair),) = read_lora(tmp_path / "adapter_model.safetensors").items()
+    assert (place, pair.scale) == (("", LAYER), 4.0)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    with pytest.raises(InputError, match="has use_dora, which is not supported"):
+        read_lora(tmp_path / "adapter_model.safetensors")
+
+
+def test_layers_under_the_names_of_stability_ai():
+    """Of a UNet of SDXL's layout, as kohya names them."""
+    unet = UNet(block_out_channels=(32, 32), layers_per_block=2, attention_heads=(1, 1), cross_attention_dim=8,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), transformer_layers_per_block=(1, 1),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))  # fmt: skip
+    names = layer_names(abstract_params(unet), unet)
+    block = "transformer_blocks.0.attn1.to_k"
+    for alias, name in {
+        f"input_blocks_4_1_{block.replace('.', '_')}": f"down_blocks.1.attentions.0.{block}",
+        "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+        "time_embed_0": "time_embedding.linear_1",
+    }.items():
+        assert names[alias] == names[name] == names[name.replace(".", "_")]
+
+
+def test_layers_that_a_model_lacks_are_listed(path):
+    """Of another model, or a text encoder's of a model without one."""
+    model, params = random_model()
+    state = key("mid.lora.down", 2, 6) | key("mid.lora.up", 6, 2)
+    state |= {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": DOWN,
+              "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": UP}  # fmt: skip
+    save(path, state, {})
+    expected = r"is for another model: layers that --model lacks \(2\): text_encoder encoder_layers_0_mlp_fc1, unet mid"
+    with pytest.raises(InputError, match=expected):
+        with_lora(model, params, path, 1.0)
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -137,7 +221,7 @@ def test_refused(case, path):
 def test_files_that_are_none(path):
     with pytest.raises(InputError, match=r"lora.safetensors does not exist"):
         read_lora(path)
-    with pytest.raises(InputError, match=r"must be a .safetensors file"):
+    with pytest.raises(InputError, match=r"not readable as a file of weights"):
         read_lora(_written(path.with_suffix(".bin"), b"x"))
     save(path, PAIR, {})
     with pytest.raises(InputError, match=r"is damaged"):

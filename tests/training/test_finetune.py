@@ -20,7 +20,8 @@ from ldm_jax.data import from_config as data_from_config
 from ldm_jax.data.image_folder import prepare
 from ldm_jax.errors import InputError
 from ldm_jax.interop.lora import FILE
-from ldm_jax.pipeline.load import load, load_base, with_lora
+from ldm_jax.pipeline.load import load, load_base
+from ldm_jax.pipeline.lora import with_lora
 from ldm_jax.pipeline.model import fingerprint
 from ldm_jax.pipeline.trainable import merge_trained, trainable_of
 from ldm_jax.run_folder.checkpoint import load_latest
@@ -209,15 +210,32 @@ def test_only_the_lora_is_trained_and_kept(lora_run):
 
 
 def test_the_lora_file_is_what_the_run_has_trained(home, lora_run):
-    (_, params), (_, trained) = load(home / "model"), load(lora_run)
-    by_file = with_lora(params, lora_run / FILE, 1.0)
+    (model, params), (_, trained) = load(home / "model"), load(lora_run)
+    by_file = with_lora(model, params, lora_run / FILE, 1.0)
     assert any((a != b).any() for a, b in zip(leaves(params), leaves(trained)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_file, trained)
 
 
+def test_lora_of_the_text_encoder_too(home):
+    """Trained, resumed, and as the file that diffusers reads."""
+    changes = [*LORA, "--config.diffusion.train_text_encoder=True"]
+    assert fine_tune(home, "lora_text", *changes) == 0
+    flat = load_latest(home / "lora_text" / "diffusion")
+    assert {name.split("/")[1] for name in flat if name.startswith(("params", "ema"))} == {"lora", "lora_text"}
+    (model, params), (_, trained) = load(home / "model"), load(home / "lora_text")
+    assert any((a != b).any() for a, b in zip(leaves(params["conditioning"]), leaves(trained["conditioning"])))
+    by_file = with_lora(model, params, home / "lora_text" / FILE, 1.0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_file, trained)
+    again = shutil.copytree(home / "lora_text", home / "lora_text_again")
+    shutil.rmtree(again / "diffusion" / "4")
+    (again / "evaluation.json").unlink()
+    assert fine_tune(home, "lora_text_again", *changes) == 0
+    jobs.assert_same_training(again, home / "lora_text", stages=("diffusion",))
+
+
 def test_a_lora_is_added_as_strongly_as_asked(home, lora_run):
-    (_, params), file = load(home / "model"), lora_run / FILE
-    plain, half, whole = (with_lora(params, file, scale)["denoiser"] for scale in (0.0, 0.5, 1.0))
+    (model, params), file = load(home / "model"), lora_run / FILE
+    plain, half, whole = (with_lora(model, params, file, scale)["denoiser"] for scale in (0.0, 0.5, 1.0))
     jax.tree.map(np.testing.assert_array_equal, plain, params["denoiser"])
     assert any((a != b).any() for a, b in zip(leaves(plain), leaves(whole)))
     jax.tree.map(lambda *p: np.testing.assert_allclose((p[0] + p[2]) / 2, p[1], atol=1e-6), plain, half, whole)
@@ -225,7 +243,7 @@ def test_a_lora_is_added_as_strongly_as_asked(home, lora_run):
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [(["--lora=gone.safetensors"], "does not exist"), (["--lora_scale=2"], "--lora_scale needs --lora")],
+    [(["--lora=gone.safetensors"], "does not exist"), (["--lora_scale=2"], "1 --lora_scale for 0 --lora")],
 )
 def test_sample_refuses(flags, expected, home, tmp_path, capsys):
     command = ["sample", f"--model={home / 'model'}", f"--out={tmp_path / 'out'}", "--prompt=low", *flags]
