@@ -166,6 +166,22 @@ def define_file_flags(values: flags.FlagValues) -> None:
     string("vae", default="", help="the folder or file of an autoencoder that replaces the model's")
 
 
+def define_lora_flags(values: flags.FlagValues, name: str = "lora") -> None:
+    """The flags of LoRA files, of which there may be several."""
+    flags.DEFINE_multi_string(name, None, "a LoRA file, added to the weights; repeat it for more", flag_values=values)
+    scale = f"how strongly a LoRA is added, default 1; repeat the flag, once for each --{name}"
+    flags.DEFINE_multi(Number(), flags.ArgumentSerializer(), "lora_scale", None, scale, values)
+
+
+def lora_files(values: flags.FlagValues, name: str = "lora") -> list[tuple[Path, float]]:
+    """The LoRA files of the flags with their scales; raises InputError unless there is a scale for each, or none."""
+    files = values[name].value or []
+    scales = values.lora_scale or [1.0] * len(files)
+    if len(scales) != len(files):
+        raise InputError(f"there are {len(scales)} --lora_scale for {len(files)} --{name}; each needs its own, in turn")
+    return [(Path(file), scale) for file, scale in zip(files, scales)]
+
+
 def define_device_flags(values: flags.FlagValues) -> None:
     """The flags of runs on several hosts."""
     string, integer, _, boolean = _definers(values)

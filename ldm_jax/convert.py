@@ -1,31 +1,46 @@
 """Converts a model to another format.
 
-    python -m ldm_jax.convert --model=runs/fashion_mnist --to=FOLDER    a run to a diffusers folder
-    python -m ldm_jax.convert --model=FOLDER --to=runs/again            an exported run back to a run folder
-    python -m ldm_jax.convert --model=FILE.ckpt --to=FOLDER             a single file, a hub model or a diffusers folder
-                                                                        to one in safetensors, [--dtype=bfloat16]
+    python -m ldm_jax.convert --model=runs/fashion_mnist --to=FOLDER      a run to a diffusers folder
+    python -m ldm_jax.convert --model=FOLDER --to=runs/again              an exported run back to a run folder
+    python -m ldm_jax.convert --model=FILE.ckpt --to=FOLDER               a single file, hub model or diffusers folder
+                                                                          to a folder [--dtype=float16|bfloat16]
+    python -m ldm_jax.convert --model=FOLDER --to=FILE.safetensors        Stable Diffusion to a single file
+    python -m ldm_jax.convert --model=runs/lora --lora_names=kohya --to=FILE.safetensors  LoRA of a run, or a file of
+                                                                          diffusers' names, in kohya's
+    ... --merge_lora=FILE [--lora_scale=1]                                with LoRA added to the weights
 
 A run becomes unet/, vae/, scheduler/, model_index.json, a pipeline.py for diffusers, a model card and recipe.json, from
 which the run is restored exactly. --to is written completely or not at all.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from ldm_jax import command_line
 from ldm_jax.config.fields import DTYPES, check_choice
 from ldm_jax.errors import InputError
-from ldm_jax.runtime.files import new_folder
+from ldm_jax.runtime.files import new_file, new_folder
+
+if TYPE_CHECKING:
+    from ldm_jax.pipeline.model import LatentDiffusion, Params
+
+WEIGHTS = (*DTYPES, "float16")
 
 
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed."""
     values = flags.FlagValues()
     flags.DEFINE_string("model", None, command_line.MODEL, flag_values=values)
-    flags.DEFINE_string("to", None, "the new folder to write to", flag_values=values)
-    flags.DEFINE_string("dtype", None, f"of the weights: {' or '.join(DTYPES)}; default float32", flag_values=values)
+    flags.DEFINE_string("to", None, "the new folder, or .safetensors, to write to", flag_values=values)
+    flags.DEFINE_string("dtype", None, f"of the weights: {', '.join(WEIGHTS)}; default float32", flag_values=values)
+    names = "writes LoRA alone, by these names"
+    flags.DEFINE_enum("lora_names", None, ["diffusers", "kohya"], names, flag_values=values)
+    command_line.define_lora_flags(values, "merge_lora")
     command_line.define_file_flags(values)
     return values
 
@@ -40,14 +55,57 @@ def main(argv: list[str]) -> None:
         if not values[name].value:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
     if values.dtype is not None:
-        check_choice("--dtype", values.dtype, DTYPES)
-    to = Path(values.to)
-    with new_folder(to, flag="to") as folder:
-        what = _convert(values, folder)
+        check_choice("--dtype", values.dtype, WEIGHTS)
+    to, loras = Path(values.to), command_line.lora_files(values, "merge_lora")
+    if to.suffix == ".safetensors":
+        with new_file(to, flag="to") as file:
+            what = _convert_lora(values, file) if values.lora_names else _convert_to_file(values, loras, file)
+    elif values.lora_names:
+        raise InputError(f"--lora_names is for LoRA files; --to={to} must end in .safetensors")
+    else:
+        with new_folder(to, flag="to") as folder:
+            what = _convert(values, loras, folder)
     print(f"{what}: {to}")
 
 
-def _convert(values: flags.FlagValues, folder: Path) -> str:
+def _load(values: flags.FlagValues, loras: list[tuple[Path, float]]) -> tuple[LatentDiffusion, Params]:
+    """The model with the LoRA merged, in bfloat16 if the weights are to be, else float32."""
+    from ldm_jax.interop import hub
+    from ldm_jax.pipeline.load import Overrides, load
+    from ldm_jax.pipeline.lora import with_lora
+
+    overrides = Overrides(values.tokenizer, values.prediction, values.vae)
+    model, params = load(hub.find(values.model), "bfloat16" if values.dtype == "bfloat16" else "float32", overrides)
+    for file, scale in loras:
+        params = with_lora(model, params, file, scale)
+    return model, params
+
+
+def _convert_to_file(values: flags.FlagValues, loras: list[tuple[Path, float]], file: Path) -> str:
+    """Writes the model to a single file; returns its format, in words."""
+    from ldm_jax.runtime.xla import configure
+
+    configure()
+
+    from ldm_jax.export.single_file import write_single_file
+
+    dtype = values.dtype or "float32"
+    for note in write_single_file(*_load(values, loras), file, dtype=dtype):
+        print(f"note: {note}")
+    return f"Single file in {dtype}"
+
+
+def _convert_lora(values: flags.FlagValues, file: Path) -> str:
+    """Writes the LoRA of a run or a file; returns its format, in words."""
+    from ldm_jax.interop.lora import FILE
+    from ldm_jax.interop.lora_files import read_lora, write_lora
+
+    source = Path(values.model)
+    write_lora(file, read_lora(source / FILE if source.is_dir() else source, flag="model"), names=values.lora_names)
+    return f"LoRA in the names of {values.lora_names}"
+
+
+def _convert(values: flags.FlagValues, loras: list[tuple[Path, float]], folder: Path) -> str:
     """Writes the model to `folder`; returns its format, in words."""
     from ldm_jax.runtime.xla import configure
 
@@ -57,15 +115,17 @@ def _convert(values: flags.FlagValues, folder: Path) -> str:
     from ldm_jax.export.run_folder import write_run
     from ldm_jax.interop import hub
     from ldm_jax.pipeline.from_exported import read_record
-    from ldm_jax.pipeline.load import Overrides, is_exported, load
+    from ldm_jax.pipeline.load import is_exported, load
 
     path, dtype = hub.find(values.model), values.dtype or "float32"
     if is_exported(path):
+        if loras:
+            raise InputError("--merge_lora is for diffusers models; --model is an exported run, which is restored")
         if dtype != "float32":
             raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
         write_run(*load(path), folder, read_record(path))
         return "Run folder"
-    model, params = load(path, dtype, Overrides(values.tokenizer, values.prediction, values.vae))
+    model, params = _load(values, loras)
     write_diffusers(model, params, folder, dtype=dtype)
     return f"{model.origin.pipeline or 'Diffusers folder'} in {dtype}"
 

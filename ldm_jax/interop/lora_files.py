@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ldm_jax.errors import InputError
 from ldm_jax.interop import ldm_names
 from ldm_jax.interop.diffusers import Params, check_finite, mismatch, names_of
-from ldm_jax.interop.weights import open_weights, read_weights
+from ldm_jax.interop.weights import open_weights, read_weights, write_safetensors
 from ldm_jax.models.unet import UNet
 from ldm_jax.runtime.files import read_json_object
 
@@ -82,33 +82,34 @@ class Pair(NamedTuple):
 Pairs = dict[tuple[str, str], Pair]  # (component, layer as the file names it) -> its LoRA
 
 
-def read_lora(path: Path) -> Pairs:
-    """The LoRA in a file, of diffusers, PEFT or kohya.
+def read_lora(path: Path, *, flag: str = "lora") -> Pairs:
+    """The LoRA in a file, of diffusers, PEFT or kohya; `flag` is named in errors.
 
     Raises InputError: the file is missing or damaged, or has anything but LoRA, all of which is named.
     """
+    where = f"--{flag}={path}"
     if not path.is_file():
-        raise InputError(f"--lora={path} does not exist; it must be a file such as pytorch_lora_weights.safetensors")
+        raise InputError(f"{where} does not exist; it must be a file such as pytorch_lora_weights.safetensors")
     parts: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     unknown = []
     for key, value in read_weights(path).items():
         for part, what in OTHERS.items():
             if re.search(part, key):
-                raise InputError(f"--lora={path} has {what} ({key}), which is not supported")
-        check_finite(f"--lora={path}: {key}", value)
+                raise InputError(f"{where} has {what} ({key}), which is not supported")
+        check_finite(f"{where}: {key}", value)
         place, side = _parse(key)
         if place is None:
             unknown.append(key)
         else:
             parts.setdefault(place, {})[side] = value.astype(np.float32)
     if unknown or not parts:
-        raise InputError(f"--lora={path} is no LoRA of a UNet or text encoder: {mismatch({'unknown keys': unknown})}")
+        raise InputError(f"{where} is no LoRA of a UNet or text encoder: {mismatch({'unknown keys': unknown})}")
     half = [
         f"{component} {layer}".strip() for (component, layer), part in parts.items() if not {"down", "up"} <= {*part}
     ]
     if half:
-        raise InputError(f"--lora={path} is damaged: {mismatch({'layers without their down or up weight': half})}")
-    config = _adapter_config(path)
+        raise InputError(f"{where} is damaged: {mismatch({'layers without their down or up weight': half})}")
+    config = _adapter_config(path, where)
     return {
         place: Pair(part["down"], part["up"], _scale(place, part, config), part.get("mid"))
         for place, part in parts.items()
@@ -143,7 +144,7 @@ def _scale(place: tuple[str, str], part: Mapping[str, np.ndarray], config: Mappi
     return alpha / (rank**0.5 if own.get("use_rslora") else rank)
 
 
-def _adapter_config(path: Path) -> dict[str, dict[str, Any]]:
+def _adapter_config(path: Path, where: str) -> dict[str, dict[str, Any]]:
     """Component -> PEFT's config of its LoRA, in the file's metadata or in adapter_config.json next to it."""
     text, configs = open_weights(path).metadata.get("lora_adapter_metadata", "{}"), {}
     try:
@@ -151,14 +152,37 @@ def _adapter_config(path: Path) -> dict[str, dict[str, Any]]:
             component, _, field = name.partition(".")
             configs.setdefault(component, {})[field] = value
     except (ValueError, AttributeError) as error:
-        raise InputError(f"--lora={path} is damaged: its lora_adapter_metadata cannot be read") from error
+        raise InputError(f"{where} is damaged: its lora_adapter_metadata cannot be read") from error
     if path.stem == "adapter_model" and (path.parent / "adapter_config.json").is_file():
         configs[""] = read_json_object(path.parent / "adapter_config.json")
     for config in configs.values():
         for name in ("use_dora", "lora_bias"):
             if config.get(name):
-                raise InputError(f"--lora={path} has {name}, which is not supported")
+                raise InputError(f"{where} has {name}, which is not supported")
     return configs
+
+
+def write_lora(path: Path, pairs: Pairs, *, names: str) -> None:
+    """Writes LoRA in the names of "diffusers" or "kohya", which has scales as alphas.
+
+    Raises InputError for layers whose names are kohya's, of which diffusers' cannot be told.
+    """
+    state, several = {}, any(component == TEXT_ENCODERS[1] for component, _ in pairs)
+    kohya = {UNET: "lora_unet_", "": "lora_unet_", TEXT_ENCODERS[0]: "lora_te1_" if several else "lora_te_"}
+    kohya[TEXT_ENCODERS[1]] = "lora_te2_"
+    for (component, layer), pair in pairs.items():
+        text = TEXT_MODEL[0] * (component in TEXT_ENCODERS)
+        if names == "kohya":
+            name = kohya[component] + (text + layer).replace(".", "_")
+            state |= {f"{name}.lora_down.weight": pair.down, f"{name}.lora_up.weight": pair.up}
+            state[f"{name}.alpha"] = np.array(pair.scale * len(pair.down), np.float32)
+            state |= {} if pair.mid is None else {f"{name}.lora_mid.weight": pair.mid}
+        elif "." not in layer or pair.mid is not None:
+            raise InputError(f"{component} {layer} has kohya's name, of which that of diffusers cannot be told")
+        else:
+            name = f"{component or UNET}.{text}{layer}.{'lora_linear_layer' if text else 'lora'}"
+            state |= {f"{name}.down.weight": pair.down, f"{name}.up.weight": pair.up * np.float32(pair.scale)}
+    write_safetensors(path, state)
 
 
 def layer_names(params: Params, unet: UNet | None = None) -> dict[str, tuple[str, ...]]:

@@ -209,13 +209,13 @@ def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
     return dtype, shape, origin + start, origin + stop
 
 
-def write_safetensors(path: Path, state: Mapping[str, np.ndarray]) -> None:
-    """Writes a state dict for PyTorch to read, atomically; arrays may be views with any order of axes.
+def write_safetensors(path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a state dict for PyTorch to read, atomically; arrays [...] may be views with any order of axes.
 
     The safetensors library writes an array's memory whatever its strides, so that every kernel would have to be copied
     in memory before the first is written.
     """
-    header, place = {"__metadata__": {"format": "pt"}}, 0
+    header, place = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     state = {name: np.asarray(state[name]) for name in sorted(state, key=lambda name: (-state[name].itemsize, name))}
     for name, value in state.items():
         span = [place, place := place + value.nbytes]

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,24 @@ def new_folder(path: Path, *, flag: str) -> Iterator[Path]:
         temporary.rename(final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path, *, flag: str) -> Iterator[Path]:
+    """Yields a temporary path that becomes the file `path` when the block succeeds and is deleted otherwise.
+
+    Raises InputError: `path` exists, or cannot be written; the message names --`flag`.
+    """
+    if path.exists():
+        raise InputError(f"--{flag}={path} exists; choose a new file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--{flag}={path}: no file can be made in {path.parent}: {error.strerror}") from error
+    with atomic(path) as temporary:
+        yield temporary
 
 
 def write_json(path: Path, value: Any) -> None:

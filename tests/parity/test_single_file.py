@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe, ldm_fi
 import ldm_files
 from bpe import LOW_LOWER, make_vocab, write_tokenizer
 
-from ldm_jax import command_line, sample
+from ldm_jax import command_line, convert, sample
 from ldm_jax.interop import single_file
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.ldm_configs import autoencoder_config, clip_config, open_clip_config, unet_config
@@ -324,3 +324,26 @@ def test_samples_of_a_file_are_those_of_its_folder(tmp_path, random_weights, mon
     assert images["folder"].std() > 10
     np.testing.assert_array_equal(images["folder"], images["model.safetensors"])
     assert len({fingerprint(*load(tmp_path / name)) for name in images}) == 1
+
+
+PIPELINES = {
+    "Stable Diffusion 1": diffusers.StableDiffusionPipeline,
+    "Stable Diffusion 2": diffusers.StableDiffusionPipeline,
+    "Stable Diffusion XL": diffusers.StableDiffusionXLPipeline,
+}
+
+
+@pytest.mark.parametrize("family", PIPELINES)
+def test_what_convert_writes_opens_in_diffusers(family, tmp_path):
+    made, folder, file = (tmp_path / name for name in ("made", "folder", "model.safetensors"))
+    ldm_files.write_folder(made, family)
+    for to in (folder, file):
+        assert command_line.run(convert.main, ["convert", f"--model={made}", f"--to={to}"]) == 0
+    pipeline = PIPELINES[family]
+    theirs = pipeline.from_single_file(file, config=str(folder), local_files_only=True)
+    expected = pipeline.from_pretrained(folder)
+    for name in ("unet", "vae", "text_encoder"):  # diffusers tells XL's two encoders apart by their widths: here equal
+        ours, same = (getattr(pipe, name).state_dict() for pipe in (theirs, expected))
+        assert ours.keys() == same.keys()
+        for key, value in same.items():
+            torch.testing.assert_close(ours[key], value, rtol=0, atol=0, msg=f"{name} {key}")
