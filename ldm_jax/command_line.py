@@ -20,6 +20,10 @@ from ldm_jax.errors import InputError, RunError
 
 MODEL = "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
 SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
+OUT_OF_MEMORY = (
+    "lower the batch size (config.autoencoder.batch_size, config.diffusion.batch_size ...; --batch_size of sample) or "
+    "the size of images (config.data.image_size; --height and --width, or --vae_tiling)"
+)
 SHARE = {"lower_bound": 0.0, "upper_bound": 1.0}
 
 
@@ -155,6 +159,7 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     integer("noise_level", help="upscalers: noise level of --concat_image; default 20", lower_bound=0)
     string("negative_label", help="the negative class of classifier-free guidance")
     boolean("save_trajectory", default=True, help="write denoising.gif, z0_hat at each step")
+    boolean("save_each", help="write each image to images/; default: of text-to-image models")
     string("from_recipe", help="a samples.png, whose samples are made again")
 
 
@@ -220,6 +225,9 @@ def _unknown_field(argv: list[str], file: str | None, error: Exception) -> str:
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Runs `command(argv)`; returns the exit status: 0, 1 (run failed), 2 (wrong input) or 130 (Ctrl-C)."""
     argv = list(sys.argv if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of file names that are not Unicode
     try:
         command(argv)
         return 0
@@ -229,6 +237,10 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
         status, message = 1, str(error)
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        status, message = 1, f"out of memory: {OUT_OF_MEMORY}"
     except OSError as error:  # e.g. a full disk
         status, message = 1, f"{error.filename}: {error.strerror or error}" if error.filename else str(error)
     name = Path(argv[0]).stem or "ldm_jax"
@@ -245,7 +257,7 @@ def start_devices(flag_values: flags.FlagValues) -> None:
 
     if flag_values.coordinator:
         host, _, port = flag_values.coordinator.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal():
             raise InputError(
                 f"--coordinator={flag_values.coordinator} is wrong; it must be host:port, e.g. 10.0.0.1:1234"
             )

@@ -5,12 +5,14 @@ Each stage writes its result to the run folder and skips what is there already, 
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from ldm_jax.config import io as config_io
 from ldm_jax.config import rules as config_rules
 from ldm_jax.config.fields import STAGES
 from ldm_jax.data.datasets import Dataset
@@ -25,6 +27,7 @@ from ldm_jax.pipeline.from_run import of_classes, on_paper
 from ldm_jax.pipeline.load import load_base
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
+from ldm_jax.run_folder.lock import locked
 from ldm_jax.run_folder.log import Log
 from ldm_jax.runtime.files import read_json, write_json
 from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
@@ -41,6 +44,7 @@ from ldm_jax.training.run import Run
 from ldm_jax.training.text_embeddings import check_memory
 
 DATA = "data.json"  # in the run folder: its data sets, device and command
+EARLIER = "earlier"  # in it: steps and learning rates before they were changed
 
 
 def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
@@ -73,30 +77,55 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     _check(config, model, params, train_set)
     if dry_run:
         return
-    if workdir.exists() and scoring.is_done(workdir, recorded):
+    earlier, continues = _earlier_training(workdir, config)
+    if workdir.exists() and scoring.is_done(workdir, recorded) and not continues:
         print(f"All is done: {workdir / 'report.html'}")
         return
     primary = jax.process_index() == 0
     if primary:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", recorded.to_dict())
-        write_json(workdir / DATA, data | {"device": describe_device(), "command": command})
-    log = Log(workdir, write=primary)
-    try:
-        with InterruptWatch() as watch:
-            job = Run(config, workdir, train_set, test_set, log, watch, base)
-            clock = CompileClock()
-            for name, stage in _stages(job, primary):
-                _run_timed(job, clock, name, stage)
-    except Interrupted as interrupted:
-        print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
-        return
-    finally:
-        log.close()
-    if primary:
-        write_report(workdir)
-        print(f"Done: {workdir / 'report.html'}")
+    with locked(workdir) if primary else nullcontext():
+        if primary:
+            write_json(workdir / "config.json", recorded.to_dict())
+            about = {"device": describe_device(), "command": command, EARLIER: earlier}
+            write_json(workdir / DATA, data | about)
+        log = Log(workdir, write=primary)
+        try:
+            with InterruptWatch() as watch:
+                before = tuple(_with_fields(config, fields) for fields in earlier)
+                job = Run(config, workdir, train_set, test_set, log, watch, base, before)
+                clock = CompileClock()
+                for name, stage in _stages(job, primary):
+                    _run_timed(job, clock, name, stage)
+        except Interrupted as interrupted:
+            print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
+            return
+        finally:
+            log.close()
+        if primary:
+            write_report(workdir)
+            print(f"Done: {workdir / 'report.html'}")
     wait_for_hosts("done")  # a host that exits early makes the others fail
+
+
+def _earlier_training(workdir: Path, config: ConfigDict) -> tuple[list[dict[str, Any]], bool]:
+    """The steps and learning rates that a run had before, latest last, and whether the config changes them now."""
+    now = _training_fields(config)
+    if not (workdir / "config.json").exists():
+        return [], False
+    last = _training_fields(config_io.from_json(workdir / "config.json"))
+    recorded = read_json(workdir / DATA).get(EARLIER, []) if (workdir / DATA).exists() else []
+    return [fields for fields in (*recorded, last) if fields != now], last != now
+
+
+def _training_fields(config: ConfigDict) -> dict[str, Any]:
+    return {name: value for name, value in config_io.flatten(config).items() if config_io.is_continued(name)}
+
+
+def _with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
+    changed = config.copy_and_resolve_references().unlock()
+    changed.update_from_flattened_dict(fields)
+    return changed.lock()
 
 
 def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None]]]:

@@ -21,9 +21,9 @@
     ... --clip=RUN --prompt=TEXT [--clip_guidance_scale=1]  CLIP guidance
     ... --from_recipe=samples.png                       the same samples again
 
-Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png and, of small images or with
---save_trajectory, denoising.gif to --out. The default of every flag is the model's own. Sample k depends on the seed, k
-and its condition alone.
+Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png, of small images or with
+--save_trajectory denoising.gif, and of text-to-image models or with --save_each one PNG a sample, to --out. The default
+of every flag is the model's own. Sample k depends on the seed, k and its condition alone.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
     loras = command_line.lora_files(values)
     command_line.start_devices(values)
 
+    from ldm_jax.models.conditioning import TextConditioning
     from ldm_jax.pipeline.load import Overrides, load
     from ldm_jax.pipeline.lora import with_lora
     from ldm_jax.sampling.sample_images import sample_images, save
@@ -84,7 +85,8 @@ def main(argv: list[str]) -> None:
     flag = values["save_trajectory"]
     trajectory = bool(flag.value) if flag.present else max(recipe.size) <= SMALL
     batch_size = values.batch_size or model.defaults.batch_size
-    save(out, sample_images(model, params, recipe, batch_size=batch_size, trajectory=trajectory))
+    each = isinstance(model.conditioning, TextConditioning) if values.save_each is None else values.save_each
+    save(out, sample_images(model, params, recipe, batch_size=batch_size, trajectory=trajectory), each=each)
     print(f"{recipe.num} {'image' if recipe.num == 1 else 'images'}: {out / 'samples.png'}")
 
 
@@ -97,8 +99,9 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
 
     if values.from_recipe:
         of_model = ("model", "dtype", "lora", "lora_scale", "tokenizer", "prediction", "vae")
+        free = (*of_model, "from_recipe", "out", "batch_size", "save_trajectory", "save_each")
         for name in values:
-            if values[name].present and name not in (*of_model, "from_recipe", "out", "batch_size", "save_trajectory"):
+            if values[name].present and name not in free:
                 raise InputError(f"--from_recipe has the whole recipe; leave out --{name}")
         recipe, recorded = from_png(Path(values.from_recipe), model, params)
         check_inputs(recipe, recorded, model, params, f"--from_recipe={values.from_recipe}")

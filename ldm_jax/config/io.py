@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldm_jax.config import defaults
+from ldm_jax.config.fields import STAGES
 from ldm_jax.config.renamed import FIRST_NAMES, rename_saved
 from ldm_jax.errors import InputError
 
@@ -17,6 +18,9 @@ REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "ev
 # Fields and sections that may change between two calls of the same run.
 FREE = ("log_every", "checkpoint_every", "keep_checkpoints", "data.dir", "data.memory_limit_gb",
         "sampling", "evaluation")  # fmt: skip
+
+# Fields of a stage that may change, too, until a later stage is trained: training goes on from the last checkpoint.
+CONTINUED = ("steps", "learning_rate")
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
@@ -87,14 +91,20 @@ def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """The fields, except those in FREE, in which two configs differ, as 'name: old -> new'."""
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
+    """The fields, except those in FREE, in which two configs differ: name -> 'name: old -> new'."""
     before, after = flatten(old), flatten(new)
-    return [
-        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+    return {
+        name: f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted(before.keys() | after)
         if before.get(name) != after.get(name) and not name.startswith(FREE)
-    ]
+    }
+
+
+def is_continued(name: str) -> bool:
+    """Whether a field, by its full name, is one of those of training that may change (see `CONTINUED`)."""
+    stage, _, field = name.partition(".")
+    return stage in STAGES and field in CONTINUED
 
 
 def _tuples(value: Any) -> Any:

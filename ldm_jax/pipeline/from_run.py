@@ -1,5 +1,6 @@
 """A model from a run folder: its config, and the EMA parameters of its checkpoints."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,10 @@ def from_run(
         model = of_classes(model, class_names)
     trainable = trainable_of(config, model)
     trained = ema_params(flat, trained_shapes(trainable, params), path / "diffusion")
-    origin = model.origin._replace(path=path, step=int(flat["step"]), data=about)
+    done, steps = int(flat["step"]), config.diffusion.steps
+    if done < min(steps, step):
+        print(f"note: --model={path} is trained for {done:,} of {steps:,} steps so far", file=sys.stderr)
+    origin = model.origin._replace(path=path, step=done, data=about)
     return replace(model, origin=origin), merge_trained(trainable, params, trained)
 
 

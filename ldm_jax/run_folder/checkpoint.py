@@ -7,6 +7,7 @@ detects later damage, which Orbax alone would not, nor fall back to an older che
 
 import logging
 import zlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,12 @@ def unflatten(flat: dict[str, np.ndarray], like: Any, *, where: str) -> Any:
 class Checkpoints:
     """The newest `keep` checkpoints of a run's stage, in one folder. A context manager: saves are asynchronous."""
 
-    def __init__(self, folder: Path, *, keep: int, identity: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int, identity: dict[str, str], earlier: Collection[dict[str, str]] = ()
+    ) -> None:
+        """`earlier` are identities before a change of the fields that may change (see `config.io.CONTINUED`)."""
         self.folder = folder.absolute()
-        self._identity = identity
+        self._identity, self._earlier = identity, tuple(earlier)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -107,7 +111,7 @@ class Checkpoints:
         for step in steps:
             path = self.folder / str(step)
             try:
-                return unflatten(_read(self.folder, step, self._identity), like, where=str(path))
+                return unflatten(_read(self.folder, step, (self._identity, *self._earlier)), like, where=str(path))
             except _DamagedError as error:
                 print(f"Checkpoint {path} is damaged ({error}); going back to the one before.")
                 if jax.process_index() == 0:
@@ -123,10 +127,10 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
 
     Raises InputError if there is none. The folder is not changed.
     """
-    steps = (int(p.name) for p in folder.glob("*") if p.name.isdigit())
+    steps = (int(p.name) for p in folder.glob("*") if p.name.isdecimal())
     for step in sorted((step for step in steps if step <= up_to), reverse=True):
         try:
-            return _read(folder.absolute(), step, {})
+            return _read(folder.absolute(), step, ())
         except _DamagedError as error:
             print(f"Checkpoint {folder / str(step)} is damaged ({error}); using the one before.")
     raise InputError(f"there is no readable checkpoint in {folder}; has the run got that far?")
@@ -158,7 +162,7 @@ class _DamagedError(Exception):
     pass
 
 
-def _read(folder: Path, step: int, identity: dict[str, str]) -> dict[str, np.ndarray]:
+def _read(folder: Path, step: int, identities: Sequence[dict[str, str]]) -> dict[str, np.ndarray]:
     # Reads on this host alone: Orbax would wait for all hosts, but only the primary one samples and evaluates.
     host = jax.process_index()
     hosts = {"primary_host": host, "active_processes": {host}, "barrier_sync_key_prefix": f"read_{host}"}
@@ -176,11 +180,9 @@ def _read(folder: Path, step: int, identity: dict[str, str]) -> dict[str, np.nda
     wrong = [name for name, crc in expected.items() if name not in flat or zlib.crc32(flat[name]) != crc]
     if wrong:
         raise _DamagedError(f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}")
-    for key, value in identity.items():
-        if note.get(key) != value:
-            raise InputError(
-                f"{folder / str(step)} belongs to another run: its {key} is {note.get(key)!r}, not {value!r}"
-            )
+    if identities and not any(all(note.get(key) == value for key, value in one.items()) for one in identities):
+        key, value = next((key, value) for key, value in identities[0].items() if note.get(key) != value)
+        raise InputError(f"{folder / str(step)} belongs to another run: its {key} is {note.get(key)!r}, not {value!r}")
     return flat
 
 

@@ -5,6 +5,7 @@ metrics.jsonl     one line per measurement       progress/       sample grids fr
 events.out.*      TensorBoard events             samples.npz, samples.png, denoising.gif
 autoencoder/      stage 1: checkpoints, scale    evaluation.json, bits_per_dim.json, report.html
 diffusion/        stage 2: checkpoints           classifier/, clip/   checkpoints of these stages
+data.json         the data sets, device, command .lock               held by the process that trains the run
 pytorch_lora_weights.safetensors                 LoRA fine-tuning only: the LoRA in diffusers' format
 """
 
@@ -15,6 +16,9 @@ from ml_collections import ConfigDict
 
 from ldm_jax.config import io as config_io
 from ldm_jax.errors import InputError
+
+DEPENDENT = {"autoencoder": ("diffusion", "classifier"), "clip": ("diffusion",)}  # stage -> those built on it
+LOCK = ".lock"  # see `run_folder.lock`
 
 
 def check_folder(flag: str, path: Path) -> None:
@@ -49,11 +53,34 @@ def check(workdir: Path, config: ConfigDict) -> None:
                 "`evaluate` can read it, but `train` cannot resume it: choose another --workdir"
             )
         differences = config_io.differences(saved, config)
-        if differences:
-            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        changed = [text for name, text in differences.items() if not config_io.is_continued(name)]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise InputError(
-                f"--workdir={workdir} belongs to another config ({'; '.join(differences[:3])}{more}); "
+                f"--workdir={workdir} belongs to another config ({'; '.join(changed[:3])}{more}); "
                 "choose another --workdir, or remove that one"
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+        for name in differences:
+            _check_continued(workdir, config, *name.split("."))
+    elif workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
         raise InputError(f"--workdir={workdir} is not empty and has no config.json; choose a new or an empty folder")
+
+
+def _check_continued(workdir: Path, config: ConfigDict, stage: str, field: str) -> None:
+    """Raises InputError if a field of a stage's training may no longer change, or steps are fewer than were made."""
+    for later in DEPENDENT.get(stage, ()):
+        if later in config.stages and checkpoint_steps(workdir / later):
+            raise InputError(
+                f"--workdir={workdir}: config.{stage}.{field} cannot change once {later} is trained, which depends on "
+                "it; choose another --workdir"
+            )
+    made = max(checkpoint_steps(workdir / stage), default=0)
+    if field == "steps" and config[stage].steps < made:
+        raise InputError(
+            f"--workdir={workdir}: config.{stage}.steps is {config[stage].steps}; {made} are made, it must be no less"
+        )
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a stage's folder."""
+    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]

@@ -40,6 +40,7 @@ class Log:
             file.write(json.dumps(line | {name: float(value) for name, value in values.items()}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(f"{stage}/{name}", value, step)
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes the TensorBoard events."""

@@ -81,7 +81,7 @@ def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarr
     side, _, pixels = where.partition(":")
     axis, before = SIDES.get(side, (0, True))
     size = image.shape[axis]
-    if side not in SIDES or not pixels.isdigit() or not 0 < int(pixels) < size:
+    if side not in SIDES or not pixels.isdecimal() or not 0 < int(pixels) < size:
         raise InputError(f"--outpaint={where} must be {', '.join(SIDES)}, and 1 to {size - 1} pixels, e.g. right:8")
     padding = [(0, 0)] * 3
     padding[axis] = (int(pixels), 0) if before else (0, int(pixels))

@@ -1,5 +1,6 @@
 """The inputs of a sampler from a recipe: arrays of conditions, images, masks and initial noise."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ldm_jax.sampling.concat_inputs import ConcatImages
 from ldm_jax.sampling.recipe import Recipe
 from ldm_jax.sampling.sampler import PerSample, SampleInputs, Sampler, Shared
 from ldm_jax.sampling.tables import inversion_table
+
+WEIGHTED = re.compile(r"\([^()]*:\d+(\.\d+)?\)|<lora:[^<>]*>")  # in the prompts of other programs
 
 
 def sample_inputs(
@@ -77,6 +80,11 @@ def _condition_table(model: LatentDiffusion, recipe: Recipe) -> Any:
         return model.conditioning.table()
     prompts = [*recipe.prompts, *([] if recipe.edit.to_prompt is None else [recipe.edit.to_prompt])]
     table, truncated = model.conditioning.table(prompts, recipe.guidance.negative_prompt, tuple(recipe.size))
+    if weighted := next(filter(None, map(WEIGHTED.search, prompts)), None):
+        note = (
+            f"{weighted[0]} is part of the text, as in diffusers: prompts have no weights here, and --lora adds a LoRA"
+        )
+        print(f"note: {note}", file=sys.stderr)
     if truncated:
         warning = f"{truncated} of the prompts are longer than the text encoder's context; their ends are left out"
         print(f"warning: {warning}", file=sys.stderr)

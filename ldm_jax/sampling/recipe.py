@@ -3,10 +3,12 @@
 Recipes of versions before 0.2 are flat, with sentinels for None.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from ldm_jax.errors import InputError
 from ldm_jax.models.conditioning import TextConditioning
@@ -139,7 +141,21 @@ def _read(section: type, fields: Mapping[str, Any], where: str) -> Any:
     missing = [name for name in section._fields if name not in fields and name not in section._field_defaults]
     if missing:
         raise InputError(f"{where} is of another version: its recipe lacks {', '.join(missing)}")
+    for name, annotation in get_type_hints(section).items():
+        if name in fields and not _is_of(fields[name], annotation):
+            raise InputError(f"{where} has a damaged recipe: its {name} is {fields[name]!r}")
     return section(**{name: fields[name] for name in section._fields if name in fields})
+
+
+def _is_of(value: Any, annotation: Any) -> bool:
+    """Whether a value of JSON is of a field's type; numbers must be finite."""
+    if isinstance(annotation, UnionType):
+        return any(_is_of(value, each) for each in get_args(annotation))
+    if get_origin(annotation) is list:
+        return isinstance(value, list) and all(_is_of(item, get_args(annotation)[0]) for item in value)
+    if annotation is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is annotation
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

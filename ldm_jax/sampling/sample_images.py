@@ -1,6 +1,7 @@
 """Images of a recipe, and the files that they are written to."""
 
 import hashlib
+import re
 import sys
 import zlib
 from dataclasses import replace
@@ -30,6 +31,8 @@ from ldm_jax.sampling.recipe_of_run import recipe_of_run
 from ldm_jax.sampling.sampler import SampleInputs, Sampler, smallest_batch
 from ldm_jax.sampling.tables import make_table
 
+IMAGES = "images"  # the folder of single images
+
 
 class Samples(NamedTuple):
     """The samples of a recipe."""
@@ -40,6 +43,7 @@ class Samples(NamedTuple):
     recipe: dict[str, Any]  # as JSON, with hashes of the model and the input files
     concat_images: ConcatImages | None  # inputs of concat conditioning
     grid: Image.Image  # of the first images
+    condition_names: tuple[str, ...]  # class names or prompts, by label
 
 
 def sample_images(
@@ -71,7 +75,8 @@ def sample_images(
     frames = sampler.trajectory(replicated, inputs.first(few), table) if trajectory else None
     about = {"model": fingerprint(model, params), "step": model.origin.step, "inputs": input_hashes(recipe, guides)}
     grid = sample_grid(model, recipe, images, labels, concat_images)
-    return Samples(images, labels, frames, about | to_json(recipe), concat_images, grid)
+    names = model.class_names or tuple(recipe.prompts)
+    return Samples(images, labels, frames, about | to_json(recipe), concat_images, grid, names)
 
 
 def _sampled(sampler: Sampler, params: Params, inputs: SampleInputs, table: Table) -> np.ndarray:
@@ -122,14 +127,31 @@ def check_inputs(recipe: Recipe, recorded: dict[str, str], model: LatentDiffusio
             raise InputError(f"{where} was sampled from another {file} than the one that is there now")
 
 
-def save(folder: Path, samples: Samples) -> None:
-    """Writes samples.npz, samples.png (with the recipe in it) and, of a trajectory, denoising.gif to `folder`."""
+def save(folder: Path, samples: Samples, *, each: bool = False) -> None:
+    """Writes samples.npz, samples.png (with the recipe in it) and, of a trajectory, denoising.gif to `folder`.
+
+    With `each` also images/INDEX_seedSEED_CONDITION.png, replacing those of earlier samples.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "samples.npz") as temporary:
         np.savez_compressed(temporary, images=samples.images, labels=samples.labels)
     image_grids.save_png(samples.grid, folder / "samples.png", samples.recipe)
     if samples.trajectory is not None:
         image_grids.save_denoising_gif(samples.trajectory, folder / "denoising.gif")
+    if each:
+        _save_each(folder / IMAGES, samples)
+
+
+def _save_each(folder: Path, samples: Samples) -> None:
+    """Writes each image as a PNG with the recipe in it."""
+    seed, names = samples.recipe["seed"], samples.condition_names
+    for old in folder.glob("*_seed*.png"):
+        old.unlink()
+    for index, (image, label) in enumerate(zip(samples.images, samples.labels)):
+        condition = re.sub(r"\W+", "-", names[label]).strip("-")[:40] if label >= 0 and names else ""
+        name = "_".join(filter(None, (f"{index:05d}", f"seed{seed}", condition)))
+        mode = image[..., 0] if image.shape[-1] == 1 else image
+        image_grids.save_png(Image.fromarray(mode), folder / f"{name}.png", samples.recipe | {"index": index})
 
 
 def sample_grid(

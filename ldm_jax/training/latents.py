@@ -51,11 +51,22 @@ def cached_latents(
     other = config.autoencoder.checkpoint
     for run in (Path(other), workdir) if other else (workdir,):
         paths = {name: run / "latents" / f"{key}.{name}.npy" for name in names}
-        if is_cached := all(path.exists() for path in paths.values()):
-            break
-    if not is_cached:
-        _encode(first_stage, params, dataset, flip, config.evaluation.batch_size, paths)
-    return Latents({name: np.load(path, mmap_mode="r") for name, path in paths.items()})
+        if cached := _read(paths, len(dataset)):
+            return cached
+    _encode(first_stage, params, dataset, flip, config.evaluation.batch_size, paths)
+    return _read(paths, len(dataset))
+
+
+def _read(paths: dict[str, Path], num: int) -> Latents | None:
+    """The latents in these files, or None if there are none, or damaged ones."""
+    if not all(path.exists() for path in paths.values()):
+        return None
+    try:
+        arrays = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+    except (ValueError, EOFError, OSError) as error:
+        print(f"     cached latents are damaged and encoded anew ({error})", flush=True)
+        return None
+    return Latents(arrays) if all(len(array) == num for array in arrays.values()) else None
 
 
 def _encode(

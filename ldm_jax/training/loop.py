@@ -169,7 +169,8 @@ def _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints) -
     first = first_nonfinite(stage.trace(state, frozen, batch, np.uint32(seed)))
     raise RunError(
         f"stage {name!r}: the loss or its gradient is not finite at step {step} (seed {seed}); the first tensor "
-        f"that is not: {first or 'none, when computed again'}. The state before it is saved; try a lower learning rate"
+        f"that is not: {first or 'none, when computed again'}. The state before it is saved; the same command with a "
+        f"lower --config.{name}.learning_rate goes on from there"
     )
 
 

@@ -32,6 +32,7 @@ class Run(NamedTuple):
     log: Log
     watch: InterruptWatch
     base: tuple[LatentDiffusion, Params] | None  # the model of config.init_from
+    earlier: tuple[ConfigDict, ...] = ()  # of the same run, before a change of steps or learning rate
 
     @property
     def sampling_set(self) -> Dataset:

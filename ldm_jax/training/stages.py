@@ -199,9 +199,11 @@ def _train(
             run.log(name, step, **validate(state.ema_params, frozen, config.seed))
         preview(step, state)
 
-    recorded = identity(config, name) | ({"init_from": init_from} if init_from else {})
+    pretrained = {"init_from": init_from} if init_from else {}
+    recorded, *earlier = (identity(each, name) | pretrained for each in (config, *run.earlier))
     options |= {field: config[field] for field in ("seed", "log_every", "checkpoint_every")}
     options |= {"steps": steps, "feed": feed, "frozen": frozen, "after_step": after_step}
-    with Checkpoints(run.workdir / name, keep=config.keep_checkpoints, identity=recorded) as checkpoints:
+    folder, keep = run.workdir / name, config.keep_checkpoints
+    with Checkpoints(folder, keep=keep, identity=recorded, earlier=earlier) as checkpoints:
         state = initial_state(stage.init, config.seed, *initial)
         return train(name, stage, state, checkpoints=checkpoints, log=run.log, watch=run.watch, **options)

@@ -1,9 +1,11 @@
 """The text embeddings of a data set's captions, computed once and cached unless the text encoders are trained too."""
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax
 import numpy as np
@@ -92,10 +94,23 @@ def embed(model: LatentDiffusion, params: Any, table: Any, config: ConfigDict, c
     encode, float32 = model.conditioning.encode, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.float32)
     like = jax.tree.map(float32, jax.eval_shape(encode, params, table))
     path = cache / f"{content_hash({'params': params, 'texts': table}, config.dtype)}.texts.npz"
-    if not path.exists():
+    cached = _read(path, like)
+    if cached is None:
         encoded = map_in_batches(parallel_map(encode), replicate(params), table, config.evaluation.batch_size)
         flat = {name: values.astype(np.float32) for name, values in flatten(encoded).items()}
         with atomic(path) as temporary:
             np.savez(temporary, **flat)
-    with np.load(path) as arrays:
-        return unflatten(dict(arrays), like, where=str(path))
+        cached = _read(path, like)
+    return cached
+
+
+def _read(path: Path, like: Any) -> Any | None:
+    """The cached text embeddings in the structure of `like`; None if there are none, or damaged ones."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as arrays:
+            return unflatten(dict(arrays), like, where=str(path))
+    except (ValueError, EOFError, OSError, BadZipFile, zlib.error, InputError) as error:
+        print(f"     cached text embeddings are damaged and computed anew ({error})", flush=True)
+        return None

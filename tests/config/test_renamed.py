@@ -73,7 +73,7 @@ def test_a_saved_config_keeps_its_identity(tmp_path):
     }
     expected = hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:16]
     assert io.identity(config, ("autoencoder", "concat")) == expected
-    assert io.differences(config, io.from_fields(fields)) == []
+    assert io.differences(config, io.from_fields(fields)) == {}
 
 
 @pytest.mark.parametrize(("old", "new"), FLAGS.items())
