@@ -10,13 +10,14 @@ data set. The files are stored as they are: size, crop and channels are set in t
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from ldm_jax.data.caption_files import caption_files
 from ldm_jax.data.catalog import BUILDERS, NAME
 from ldm_jax.data.folder_builder import VERSION, describe, folder_builder
-from ldm_jax.data.image_files import EXTENSIONS, Splits, by_type, list_files, readable, show, split_folders
+from ldm_jax.data.image_files import EXTENSIONS, SPLITS, Splits, by_type, list_files, readable, show, split_folders
 from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.data.skipped import LEFT_OUT, Skipped, report
 from ldm_jax.errors import InputError, RunError
@@ -60,18 +61,30 @@ def find_images(source: Path) -> Found:
     within = {path for path, _ in images}
     left_out += [("images outside the folders of splits", show(path)) for path in files.images if path not in within]
     notes = [note] if note else []
+    if nested := _only_folder(files.images, source):
+        notes.append(
+            f"all images are in folders of {show(nested)}: if those are the classes, that is the folder to give"
+        )
     if captions:
         notes.append(f"{show(next(iter(captions)))}: captions, which are not used here; with them: "
                      f"--config.data.name=folder --config.data.path={show(source)}")  # fmt: skip
     return Found(_with_class_names(splits), left_out, notes)
 
 
+def _only_folder(images: list[Path], source: Path) -> Path | None:
+    """The one folder in `source` if all images are in folders of it, as in unpacked archives; else None."""
+    parts = [path.relative_to(source).parts for path in images]
+    one = len({part[0] for part in parts}) == 1 and min(map(len, parts)) > 2
+    return source / parts[0][0] if one and parts[0][0].lower() not in SPLITS else None
+
+
 def _with_class_names(splits: Splits) -> Splits:
     """The images with the names of their classes in one line; InputError if two folders' names are then the same."""
     folders = {label for images in splits.values() for _, label in images if label is not None}
     names = {folder: show(folder).strip() for folder in folders}
+    counts = Counter(names.values())
     for folder, name in names.items():
-        if not name or list(names.values()).count(name) > 1:
+        if not name or counts[name] > 1:
             raise InputError(f"{name or folder!r} is no name of a class, or of two: rename the folder {folder!a}")
     return {split: [(path, names.get(label)) for path, label in images] for split, images in splits.items()}
 

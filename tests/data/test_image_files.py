@@ -106,6 +106,16 @@ def test_a_class_named_as_a_split(source, tmp_path, capsys):
     ]
 
 
+def test_a_folder_around_the_class_folders_is_named(source):
+    for folder in ("cat", "dog"):
+        draw(source / "archive" / folder / "0.png")
+    assert classes(source) == {"archive": 2}
+    assert find_images(source).notes == [
+        f"all images are in folders of {source / 'archive'}: if those are the classes, that is the folder to give"
+    ]
+    assert find_images(source / "archive").notes == []
+
+
 def test_files_beside_the_splits_are_left_out(source):
     for name in ("train/a/0.png", "test/a/0.png", "cover.png"):
         draw(source / name)

@@ -5,6 +5,7 @@ import unicodedata
 import numpy as np
 import pytest
 
+from ldm_jax import command_line, sample
 from ldm_jax.errors import InputError
 from ldm_jax.sampling.from_arguments import label_indices
 
@@ -66,6 +67,13 @@ def test_refused(labels, message):
     with pytest.raises(InputError) as error:
         label_indices("--label", labels, NAMES)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("flag", ["--label=cats, small", '--label="cats, small"', "--label=cats,small"])
+def test_the_flag_of_a_name_with_a_comma(flag):
+    values = sample.define_flags()
+    command_line.parse(values, ["sample", flag])
+    assert label_indices("--label", values.label, NAMES) == [3]
 
 
 def test_equal_names_are_chosen_by_number():
