@@ -5,7 +5,7 @@ import pytest
 from jobs import flags
 from PIL import Image
 
-from ldm_jax import command_line, train
+from ldm_jax import command_line, evaluate, train
 from ldm_jax.config import defaults
 from ldm_jax.evaluation.scoring import scores_left_out
 from ldm_jax.runtime.files import read_json
@@ -79,6 +79,8 @@ def test_two_images(tmp_path, capsys):
     assert output.index("1 training images and 1 test images: too few for scores") < output.index("autoencoder took")
     cards = read_json(folder / "evaluation.json")
     assert cards["samples"] == cards["autoencoder"] == {} and cards["model"]
+    assert command_line.run(evaluate.main, ["evaluate", f"--model={folder}", "--num=4"]) == 2
+    assert "1 training images and 1 test images: too few for scores" in capsys.readouterr().err
 
 
 @pytest.mark.slow
