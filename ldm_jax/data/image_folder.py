@@ -22,6 +22,7 @@ from ldm_jax.data.prepare import build, one_at_a_time
 from ldm_jax.data.skipped import LEFT_OUT, Skipped, report
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.runtime.files import atomic
+from ldm_jax.runtime.terminal import print_any_text
 
 DAMAGED = "damaged.txt"  # in the folder of the data set: the images for which it was not prepared
 NAMED = 3  # damaged images in an error, at most
@@ -132,6 +133,7 @@ def main() -> int:
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="the folder of data sets (default: data)")
     parser.add_argument("--skip_damaged", action="store_true", help="leave out images that cannot be read")
     flags = parser.parse_args()
+    print_any_text()
     try:
         folder = prepare(flags.source, flags.name, flags.data_dir, skip_damaged=flags.skip_damaged)
     except (InputError, RunError) as error:

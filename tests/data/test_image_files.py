@@ -1,6 +1,8 @@
 """The files of a folder as people have them: links, hidden files, formats, names, splits."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -187,6 +189,21 @@ def test_names_of_classes_that_are_not_utf8_or_of_two_lines(source, tmp_path):
     prepare(source, "names", tmp_path / "data")
     names = load_dataset("names", "train", data_dir=tmp_path / "data").class_names
     assert names == (r"caf\xe9", r"two\nlines", "猫")
+
+
+def test_names_that_the_terminal_cannot_print(source, tmp_path):
+    draw(source / "猫" / "0.png")
+    command = [
+        "-m",
+        "ldm_jax.data.image_folder",
+        f"--source={source}",
+        "--name=cats",
+        f"--data_dir={tmp_path / 'data'}",
+    ]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    run = subprocess.run([sys.executable, *command], env=environment, capture_output=True, check=False)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout.splitlines()[0] == rb"train: 1 image in 1 class: \u732b (1)"
 
 
 @pytest.mark.parametrize("names", [("cat", "cat "), (" ", "cat")])
