@@ -17,6 +17,7 @@ from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import InputError, RunError
+from ldm_jax.runtime.terminal import print_any_text
 
 MODEL = "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
 SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
@@ -225,9 +226,7 @@ def _unknown_field(argv: list[str], file: str | None, error: Exception) -> str:
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Runs `command(argv)`; returns the exit status: 0, 1 (run failed), 2 (wrong input) or 130 (Ctrl-C)."""
     argv = list(sys.argv if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # of file names that are not Unicode
+    print_any_text()
     try:
         command(argv)
         return 0

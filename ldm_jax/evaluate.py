@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
     if not with_config:
         check_unchanged(model.origin.data, data_record(train_set, test_set), f"--model={values.model}")
+    if few := scoring.scores_left_out(values.num, config, train_set, test_set):
+        raise InputError(few.removesuffix("; they are left out"))
     by_caption = text_conditioned(config) and not with_config
     captions = captions_of(test_set, values.num) if by_caption else None
     recipe = recipe_from_flags(model, values, list(range(len(model.class_names))), captions)

@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     data = data_record(train_set, test_set, model.origin.fingerprint)
     if (workdir / DATA).exists():
         check_unchanged(read_json(workdir / DATA), data, f"--workdir={workdir}")
-    _check(config, model, params, train_set)
+    _check(config, model, params, train_set, test_set)
     if dry_run:
         return
     earlier, continues = _earlier_training(workdir, config)
@@ -160,7 +160,7 @@ def _run_timed(job: Run, clock: CompileClock, name: str, stage: Callable[[Run], 
         print(f"{name:>12} took {seconds:.0f} s, {clock.seconds - compiling:.0f} s of it compiling", flush=True)
 
 
-def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset) -> None:
+def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset, test_set: Dataset) -> None:
     """Raises InputError, before anything is compiled, if a model is missing or does not fit the data; prints sizes."""
     check_segments(model, train_set)
     if config.init_from:
@@ -173,6 +173,9 @@ def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set
         clip_data.check(config)
         scoring.zero_shot_classes(config)
     print_sizes(config, model, params, train_set.num_classes)
+    scored = "diffusion" in config.stages and not config.init_from and config.sampling.num
+    if scored and (line := scoring.scores_left_out(config.sampling.num, config, train_set, test_set)):
+        print(line, flush=True)
 
 
 def print_sizes(config: ConfigDict, model: LatentDiffusion, params: Params, num_classes: int) -> None:

@@ -51,7 +51,7 @@ SMALL = 64  # side in pixels up to which denoising.gif is written by default: ea
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
-    flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
+    flags.DEFINE_list("label", None, "classes, by name or number, taken in turn; default: all", flag_values=values)
     command_line.define_lora_flags(values)
     command_line.define_sampling_flags(values, num=64)
     command_line.define_editing_flags(values)

@@ -28,10 +28,11 @@ def get_config() -> ConfigDict:
 def _data(config: ConfigDict) -> None:
     """The data set and its splits."""
     data = config.data = ConfigDict()
-    # fashion_mnist | emoji (with captions; splits train, validation) | folder (images with captions in data.path) |
-    # any TFDS data set prepared as ArrayRecord in data.dir.
+    # fashion_mnist | emoji (with captions; splits train, validation) | images (those in data.path, in folders of
+    # classes or not; splits train, test) | folder (images with captions in data.path) | any TFDS data set prepared as
+    # ArrayRecord in data.dir.
     data.name = "fashion_mnist"
-    data.path = ""  # the source files of folder, fashion_mnist or emoji
+    data.path = ""  # the source files of images, folder, fashion_mnist or emoji
     data.dir = "data"  # the folder of the prepared data sets
     data.train_split = "train"
     data.test_split = "test"  # for the validation loss and the evaluation

@@ -48,13 +48,13 @@ class Dataset:
 
 
 def load_dataset(name: str, split: str, *, memory_limit: int = 2**31, **options: Any) -> Dataset:
-    """A split of "fashion_mnist", "emoji" or "folder", prepared here at the first call, or of a prepared TFDS data set.
+    """A split of one of `catalog.BUILDERS`, prepared here at the first call, or of a prepared TFDS data set.
 
     Args:
         name: see `catalog.find`.
         split: "train", "test", "train[:1000]", ... as in TFDS.
         memory_limit: bytes of pixels above which the examples stay on the disk.
-        options: `data_dir`, the folder of prepared data sets; `manual_dir`, the folder of source files of the three
+        options: `data_dir`, the folder of prepared data sets; `manual_dir`, the folder of source files of the
             data sets prepared here (default: where they are installed or downloaded); and those of `Records`.
 
     Raises:

@@ -14,7 +14,14 @@ from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import clip_scores
-from ldm_jax.evaluation.cards import Card, Cards, evaluate_images, evaluate_reconstructions, reference_fields
+from ldm_jax.evaluation.cards import (
+    NEIGHBOURS,
+    Card,
+    Cards,
+    evaluate_images,
+    evaluate_reconstructions,
+    reference_fields,
+)
 from ldm_jax.evaluation.features import inception_features, lpips_distance, vgg16_features
 from ldm_jax.evaluation.likelihood import make_vlb, vlb_card
 from ldm_jax.interop.inception_weights import load_inception
@@ -40,6 +47,19 @@ def check_weights(path: str | None, name: str) -> None:
         raise InputError(f"{name}={path} does not exist; it must be a file with the FID Inception's weights")
     if path:
         load_inception(Path(path))
+
+
+def scores_left_out(num_samples: int, config: ConfigDict, train_set: Dataset, test_set: Dataset) -> str:
+    """Which scores are left out as there are too few images, in one line; "" if none are."""
+    num_reference = min(config.evaluation.num_reference, len(test_set))
+    counts = {"samples": num_samples, "training images": len(train_set), "test images": num_reference}
+    few = " and ".join(f"{count} {name}" for name, count in counts.items() if count <= NEIGHBOURS)
+    scores = "Fréchet and kernel distance, precision and recall" + (
+        " and those of decoding" if num_reference < 2 else ""
+    )
+    return (
+        f"{few}: too few for scores ({scores}), which need {NEIGHBOURS + 1} of each; they are left out" if few else ""
+    )
 
 
 def at_size_of(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
@@ -156,7 +176,7 @@ def score(
 
     With Inception weights in the config, FID, KID, precision and recall on its features are among them. Of samples that
     restore degraded images (`concat_images`), "restored" has their distances from the originals, "baseline" those of
-    interpolation.
+    interpolation. Without enough images for a score it is left out, see `scores_left_out`.
     """
     fields, cache = config.evaluation, cache_folder() / "features"
     reference = test_set[np.arange(min(fields.num_reference, len(test_set)))]["x"]
@@ -165,6 +185,7 @@ def score(
     if fields.inception_weights:
         extractors.append(inception_features(Path(fields.inception_weights), batch_size=fields.batch_size))
     reconstructions = reconstruct(model, params, reference, fields.batch_size)
+    enough = min(map(len, (images, reference, train))) > NEIGHBOURS
     resize = 16 if reference.shape[1] < 16 else None  # VGG16's smallest input
     lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
     plain = None if concat_images is None else baseline(model, concat_images)
@@ -172,11 +193,12 @@ def score(
     for extractor in extractors:
         options = {"extractor": extractor, "cache": cache}
         real = {"reference_split": test_set.split, "train": train, "reconstructions": reconstructions}
-        cards["samples"] |= evaluate_images(images, reference, **real, seed=config.seed, **options)
+        if enough:
+            cards["samples"] |= evaluate_images(images, reference, **real, seed=config.seed, **options)
         options |= {"lpips": lpips, "split": test_set.split}
-        if reconstructions is not None:
+        if reconstructions is not None and len(reference) > 1:
             cards["autoencoder"] |= evaluate_reconstructions(reference, reconstructions, **options)
-        if plain is not None and concat_images.originals is not None:
+        if plain is not None and concat_images.originals is not None and len(images) > 1:
             for group, restored in (("restored", images), ("baseline", plain)):
                 restored_cards = evaluate_reconstructions(concat_images.originals, restored, **options)
                 cards[group] = cards.get(group, {}) | restored_cards

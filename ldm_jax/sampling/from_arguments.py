@@ -1,5 +1,6 @@
 """The recipe of Python arguments, with the model's sampling defaults for those left out."""
 
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,19 +61,52 @@ def recipe_from_arguments(
 
 
 def label_indices(name: str, labels: Sequence[int | str] | None, class_names: tuple[str, ...]) -> list[int]:
-    """The indices of classes by index or name; of None, all. Raises InputError, which names the flag or argument."""
+    """The indices of classes by index or name; of None, all.
+
+    A text is a name before it is an index, if a class is called "1": exactly as it is written, else in any case and
+    Unicode normalization. Texts in turn, such as those of a flag split at its commas, may be one name with commas.
+    Raises InputError, which names the flag or argument, for an unknown class and for a name of several.
+    """
     if labels is None:
         return list(range(len(class_names)))
-    words = [str(label).strip() for label in labels or [""]]
+    words = [
+        label if isinstance(label, int | np.integer) else str(label).strip()
+        for label in (labels if len(labels) else [""])
+    ]
     if not class_names:
-        raise InputError(f"{name}={','.join(words)}: the model has no classes")
-    names, indices = [each.lower() for each in class_names], []
-    for word in words:
-        if word.lower() in names:
-            indices.append(names.index(word.lower()))
-        elif word.isdigit() and int(word) < len(names):
-            indices.append(int(word))
-        else:
+        raise InputError(f"{name}={','.join(map(str, words))}: the model has no classes")
+    by_name: dict[str, list[int]] = {}
+    for index, each in enumerate(class_names):
+        for spelling in {f"={each}", _any_case(each)}:
+            by_name.setdefault(spelling, []).append(index)
+    longest, indices = 1 + max(each.count(",") for each in class_names), []
+    while words:
+        for length in range(min(longest, len(words)), 0, -1):
+            if found := _classes(words[:length], by_name, len(class_names)):
+                break
+        given = f"{name}={','.join(map(str, words[:length]))}"
+        if not found:
             known = ", ".join(f"{i} {each}" for i, each in enumerate(class_names))
-            raise InputError(f"{name}={word} is no class; the model has {known}")
+            raise InputError(f"{given} is no class; the model has {known}")
+        if len(found) > 1:
+            several = ", ".join(f"{i} {class_names[i]}" for i in found)
+            raise InputError(f"{given} is the name of several classes; choose by the exact name or number: {several}")
+        indices += found
+        words = words[length:]
     return indices
+
+
+def _classes(words: list[int | str], by_name: dict[str, list[int]], num: int) -> list[int]:
+    """The indices of the classes that one word, or several with commas between them, may mean."""
+    word = ",".join(map(str, words))
+    if not any(isinstance(each, int | np.integer) for each in words):
+        for spelling in (f"={word}", _any_case(word)):
+            if spelling in by_name:
+                return by_name[spelling]
+    return [int(word)] if word.isdecimal() and int(word) < num else []
+
+
+def _any_case(name: str) -> str:
+    """A name without the differences of case, Unicode normalization and spaces after commas."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+    return ",".join(part.strip() for part in folded.split(","))

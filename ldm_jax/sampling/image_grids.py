@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from ldm_jax.errors import InputError
 from ldm_jax.runtime.files import atomic
+from ldm_jax.sampling.grid_text import draw_text, layout, length
 
 CELL = 84  # pixels: the side that small images are enlarged to, about
 GAP = 2  # pixels between images
+LABEL_IMAGES = 4  # widest label, in images, but
+LABEL_EMS = (10, 20)  # at least and at most this many times the font's size: about 20 and 40 characters
 PAPER, INK = 255, 64  # grey levels of the background and the text
 RECIPE = "recipe"  # key of the PNG text chunk
 FRAME_MS, LAST_FRAME_MS = 90, 2500  # of denoising.gif
@@ -32,7 +35,8 @@ def grid(
 ) -> Image.Image:
     """A grid of images uint8 [N, H, W, 1 or 3], row by row, enlarged by `scale` (None: by `enlargement`).
 
-    `row_labels` has one text for each row, None for no labels; the last row may be short.
+    `row_labels` has one text for each row, None for no labels; the last row may be short. Texts wider than 4 images or
+    about 40 characters are cut.
     """
     check_images(images, "the images of a grid")
     rows = -(-len(images) // columns)
@@ -41,13 +45,15 @@ def grid(
         raise InputError(f"a grid of {len(images)} images in {columns} columns has {rows} rows, {given}")
     scale = enlargement(max(images.shape[1:3])) if scale is None else scale
     height, width = images.shape[1] * scale, images.shape[2] * scale
-    font = ImageFont.load_default(size=max(12, min(20, height // 5)))
-    margin = 0 if row_labels is None else 2 * GAP + 12 + round(max(font.getlength(text) for text in row_labels))
+    size = max(12, min(20, height // 5))
+    widest = size * min(LABEL_EMS[1], max(LABEL_EMS[0], LABEL_IMAGES * (width + GAP) / size))
+    texts = [layout(text, size, widest) for text in row_labels or ()]
+    margin = 0 if row_labels is None else 2 * GAP + 12 + round(max(map(length, texts)))
     mode, paper, ink = ("L", PAPER, INK) if images.shape[-1] == 1 else ("RGB", (PAPER,) * 3, (INK,) * 3)
     canvas = Image.new(mode, (margin + columns * (width + GAP) + GAP, rows * (height + GAP) + GAP), paper)
     draw = ImageDraw.Draw(canvas)
-    for row, text in enumerate(row_labels or ()):
-        draw.text((margin - 12, GAP + row * (height + GAP) + height // 2), text, fill=ink, font=font, anchor="rm")
+    for row, text in enumerate(texts):
+        draw_text(draw, margin - 12, GAP + row * (height + GAP) + height // 2, text, ink)
     for i, image in enumerate(images[..., 0] if mode == "L" else images):
         row, column = divmod(i, columns)
         enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)

@@ -86,6 +86,7 @@ def test_what_is_skipped_is_printed_once_in_each_run_one_line_for_each_reason(so
             "Skipped: 1 with a .txt file that is not UTF-8 text",
             "Skipped: 1 named in a metadata.jsonl but not there",
             "Skipped: 1 that cannot be read",
+            f"Skipped: all are listed in {next(source.parent.glob('data/folder_*/left_out.txt'))}",
         ]
         assert lines[0].endswith("b.png") and "f.png: not an image" in lines[3]
 
@@ -121,8 +122,8 @@ REFUSED = {
     "metadata that is no JSON": (metadata(b'{"file_name": "a.png"'), r"metadata.jsonl, line 1 is damaged"),
     "a later line": (metadata(b'{"file_name": "a.png", "text": "x"}\n}'), r"metadata.jsonl, line 2 is damaged"),
     "no text in it": (metadata(b'{"file_name": "a.png"}'), r"line 1 must have a file_name and a text"),
-    "a text that is a number": (metadata(b'{"file_name": "a.png", "text": 3}'), r"must have a file_name and a text"),
-    "a list": (metadata(b"[]"), r"must have a file_name and a text"),
+    "a text that is a number": (metadata(b'{"file_name": "a.png", "text": 3}'), r"1 with a caption in .* no text"),
+    "a list": (metadata(b"[]"), r"is a JSON array; each line must have a file_name and a text"),
     "bytes": (metadata(b"\xff\xff"), r"metadata.jsonl is damaged: it is not UTF-8"),
 }  # fmt: skip
 

@@ -71,7 +71,10 @@ def test_impossible_names(source, tmp_path, name):
 
 
 def test_nothing_there(source, tmp_path):
-    with pytest.raises(InputError, match=r"photos has no images \(.bmp"):
+    with pytest.raises(InputError, match=r"photos is no folder"):
+        find_images(source)
+    source.mkdir()
+    with pytest.raises(InputError, match=r"photos has no images \(.*.bmp"):
         find_images(source)
 
 
