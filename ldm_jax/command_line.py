@@ -179,6 +179,12 @@ def define_lora_flags(values: flags.FlagValues, name: str = "lora") -> None:
     flags.DEFINE_multi(Number(), flags.ArgumentSerializer(), "lora_scale", None, scale, values)
 
 
+def define_embedding_flag(values: flags.FlagValues) -> None:
+    """The flag of textual inversion files, of which there may be several."""
+    text = "a textual inversion file, whose token prompts may contain; repeat the flag for more"
+    flags.DEFINE_multi_string("embedding", None, text, flag_values=values)
+
+
 def lora_files(values: flags.FlagValues, name: str = "lora") -> list[tuple[Path, float]]:
     """The LoRA files of the flags with their scales; raises InputError unless there is a scale for each, or none."""
     files = values[name].value or []

@@ -7,6 +7,7 @@
     ... --model=stabilityai/stable-diffusion-xl-base-1.0[@main] [--dtype=bfloat16]   from the hub or its cache
     ... --model=FILE.safetensors [--tokenizer=FOLDER] [--prediction=v] [--vae=PATH]  a single file
     ... --lora=FILE [--lora_scale=1] [--lora=FILE ...]  LoRA files, merged into the weights
+    ... --embedding=FILE --prompt="a photo of <token>"  textual inversion files
     ... --height=512 --width=768 [--vae_tiling]         another image size
     ... --init_image=FILE --strength=0.6                image to image: the larger the strength, the less of it is kept
     ... --init_image=FILE --mask=FILE [--resample=10]   inpainting: the mask's white part is sampled
@@ -53,6 +54,7 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_list("label", None, "classes, by name or number, taken in turn; default: all", flag_values=values)
     command_line.define_lora_flags(values)
+    command_line.define_embedding_flag(values)
     command_line.define_sampling_flags(values, num=64)
     command_line.define_editing_flags(values)
     command_line.define_file_flags(values)
@@ -75,10 +77,14 @@ def main(argv: list[str]) -> None:
     from ldm_jax.models.conditioning import TextConditioning
     from ldm_jax.pipeline.load import Overrides, load
     from ldm_jax.pipeline.lora import with_lora
+    from ldm_jax.pipeline.textual_inversion import with_embedding
     from ldm_jax.sampling.sample_images import sample_images, save
 
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
     model, params = load(values.model, values.dtype, overrides)
+    for path in values.embedding or ():
+        model, params, token = with_embedding(model, params, Path(path))
+        print(f"Embedding: {token} in prompts stands for {path}")
     for path, scale in loras:
         params = with_lora(model, params, path, scale)
     recipe = _recipe(values, model, params)
@@ -98,7 +104,7 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
     from ldm_jax.sampling.sample_images import check_inputs
 
     if values.from_recipe:
-        of_model = ("model", "dtype", "lora", "lora_scale", "tokenizer", "prediction", "vae")
+        of_model = ("model", "dtype", "lora", "lora_scale", "embedding", "tokenizer", "prediction", "vae")
         free = (*of_model, "from_recipe", "out", "batch_size", "save_trajectory", "save_each")
         for name in values:
             if values[name].present and name not in free:

@@ -252,7 +252,10 @@ def replace_by_file(path):
 WORKDIRS = {
     "a file": (replace_by_file, "is a file"),
     "below a file": (lambda run: replace_by_file(run.parent), "is a file"),
-    "of another config": (lambda run: set_config(run, "diffusion", "steps", 9), "diffusion.steps: 9 -> 8"),
+    "of another config": (
+        lambda run: set_config(run, "diffusion", "ema_decay", 0.5),
+        "diffusion.ema_decay: 0.5 -> 0.999",
+    ),
     "of an older version": (lambda run: set_config(run, "diffusion", "nonsense", 9), "diffusion.nonsense: 9 -> None"),
     "without a config": (lambda run: (run / "config.json").unlink(), "has no config.json"),
     "with half a config": (lambda run: truncate(run / "config.json"), "config.json is damaged"),

@@ -4,6 +4,7 @@ transformers' CLIPTokenizer does the work, so that ids are those of the model's 
 It takes a second to import, so that waits until a folder is loaded; it does not need torch.
 """
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class Tokenizer:
     def __init__(self, tokenizer: Any, folder: Path, config: Mapping[str, Any] | None = None):
         """`config` replaces the config of the folder."""
         self._tokenizer, self._folder, self._config = tokenizer, folder, config
+        self._expanded: dict[str, str] = {}  # added token -> all of its tokens
         self.max_length: int = tokenizer.model_max_length
         self.vocab_size: int = len(tokenizer)
         self.end: int = tokenizer.eos_token_id
@@ -56,10 +58,27 @@ class Tokenizer:
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
                 raise InputError(f"the prompt {prompt!a} is not Unicode text; pass it in UTF-8")
+        for token, expanded in self._expanded.items():
+            prompts = [prompt.replace(token, expanded) for prompt in prompts]
         # Overflowing tokens come back in further rows, each with the number of its prompt.
         rows = self._tokenizer(list(prompts), padding="max_length", truncation=True, return_overflowing_tokens=True)
         _, first, count = np.unique(rows["overflow_to_sample_mapping"], return_index=True, return_counts=True)
         return Tokens(np.array(rows["input_ids"], np.int32)[first], count > 1)
+
+    def with_token(self, token: str, vectors: int) -> "Tokenizer":
+        """The tokenizer with a new token of so many ids, the next ones; in prompts it stands for all of them.
+
+        Raises ValueError for a token that the vocabulary has.
+        """
+        names = [token, *(f"{token}_{i}" for i in range(1, vectors))]
+        if known := [name for name in names if name in self._tokenizer.get_vocab()]:
+            raise ValueError(f"the vocabulary has a token {known[0]!r} already")
+        new = copy.copy(self)
+        new._tokenizer = copy.deepcopy(self._tokenizer)
+        new._tokenizer.add_tokens(names)
+        new._expanded = {**self._expanded, token: " ".join(names)}
+        new.vocab_size = len(new._tokenizer)
+        return new
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's files to a new folder, its config last."""

@@ -128,6 +128,8 @@ class PickledTensors:
         self._path = Path(path)
         content, self._read_storage = (_open_zip if zipfile.is_zipfile(path) else _open_legacy)(self._path)
         tree = content.get("state_dict", content) if isinstance(content, dict) else content
+        if isinstance(tree, dict) and isinstance(tree.get("string_to_param"), dict):  # of textual inversion
+            tree = tree["string_to_param"]
         if not isinstance(tree, dict) or not any(isinstance(value, Tensor) for value in tree.values()):
             raise InputError(f"{path}: holds no dict of tensors (state_dict)")
         for name, value in tree.items():
