@@ -66,7 +66,7 @@ def require(values: flags.FlagValues, *names: str) -> None:
         if not values[name].value:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
     for name, choices in (("sampler", SOLVERS), ("spacing", SPACINGS), ("variance", VARIANCES), ("dtype", DTYPES)):
-        if values[name].value is not None:
+        if name in values and values[name].value is not None:
             check_choice(f"--{name}", values[name].value, choices)
 
 
@@ -166,6 +166,22 @@ def define_file_flags(values: flags.FlagValues) -> None:
     string("vae", default="", help="the folder or file of an autoencoder that replaces the model's")
 
 
+def define_lora_flags(values: flags.FlagValues) -> None:
+    """The flags of LoRA files: see `loras`."""
+    lora = "a LoRA file, added to the model's weights; repeat the flag for more"
+    flags.DEFINE_multi_string("lora", None, lora, flag_values=values)
+    scale = "how strongly a LoRA is added, default 1; repeat the flag, once for each --lora"
+    flags.DEFINE_multi(Number(), flags.ArgumentSerializer(), "lora_scale", None, scale, values)
+
+
+def loras(values: flags.FlagValues) -> list[tuple[Path, float]]:
+    """The files of --lora with their scales; raises InputError if their numbers differ."""
+    files, scales = values.lora or [], values.lora_scale or [1.0] * len(values.lora or [])
+    if len(scales) != len(files):
+        raise InputError(f"there are {len(scales)} --lora_scale for {len(files)} --lora; each needs its own, in turn")
+    return [(Path(file), scale) for file, scale in zip(files, scales)]
+
+
 def define_device_flags(values: flags.FlagValues) -> None:
     """The flags of runs on several hosts."""
     string, integer, _, boolean = _definers(values)
@@ -220,14 +236,14 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     return status
 
 
-def start_devices(flag_values: flags.FlagValues) -> None:
-    """Configures and imports JAX, connects to the other hosts, and prints the device line."""
+def start_devices(flag_values: flags.FlagValues | None = None) -> None:
+    """Configures and imports JAX, connects to the other hosts (None: there are none), and prints the device line."""
     from ldm_jax.runtime.xla import configure
 
     configure()
     import jax
 
-    if flag_values.coordinator:
+    if flag_values is not None and flag_values.coordinator:
         host, _, port = flag_values.coordinator.rpartition(":")
         if not host or not port.isdigit():
             raise InputError(
@@ -237,7 +253,7 @@ def start_devices(flag_values: flags.FlagValues) -> None:
         if not 0 <= index < num:
             raise InputError(f"--process_id is {index}; with --num_processes={num} it must be from 0 to {num - 1}")
         jax.distributed.initialize(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
-    elif flag_values.distributed:
+    elif flag_values is not None and flag_values.distributed:
         jax.distributed.initialize()
     devices = jax.devices()
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""

@@ -52,10 +52,7 @@ def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
     flags.DEFINE_list("label", None, "classes, by number or name, taken in turn; default: all", flag_values=values)
-    lora = "a LoRA file, added to the model's weights; repeat the flag for more"
-    flags.DEFINE_multi_string("lora", None, lora, flag_values=values)
-    scale = "how strongly a LoRA is added, default 1; repeat the flag, once for each --lora"
-    flags.DEFINE_multi(command_line.Number(), flags.ArgumentSerializer(), "lora_scale", None, scale, values)
+    command_line.define_lora_flags(values)
     command_line.define_sampling_flags(values, num=64)
     command_line.define_editing_flags(values)
     command_line.define_file_flags(values)
@@ -72,7 +69,7 @@ def main(argv: list[str]) -> None:
     command_line.require(values, "model", "out")
     out = Path(values.out)
     run_folder_layout.check_output(out)
-    loras = _loras(values)
+    loras = command_line.loras(values)
     command_line.start_devices(values)
 
     from ldm_jax.pipeline.load import Overrides, load, with_lora
@@ -88,14 +85,6 @@ def main(argv: list[str]) -> None:
     batch_size = values.batch_size or model.defaults.batch_size
     save(out, sample_images(model, params, recipe, batch_size=batch_size, trajectory=trajectory))
     print(f"{recipe.num} {'image' if recipe.num == 1 else 'images'}: {out / 'samples.png'}")
-
-
-def _loras(values: flags.FlagValues) -> list[tuple[Path, float]]:
-    """The files of --lora with their scales."""
-    files, scales = values.lora or [], values.lora_scale or [1.0] * len(values.lora or [])
-    if len(scales) != len(files):
-        raise InputError(f"there are {len(scales)} --lora_scale for {len(files)} --lora; each needs its own, in turn")
-    return [(Path(file), scale) for file, scale in zip(files, scales)]
 
 
 def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:

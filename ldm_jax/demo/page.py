@@ -1,0 +1,178 @@
+"""The page, in gradio: its fields, its results, and what its buttons do."""
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from ldm_jax.demo import fields
+from ldm_jax.demo.background import Stopped, reports
+from ldm_jax.demo.form import Form, save_edit
+from ldm_jax.demo.loaded_model import LoadedModel, Preview
+from ldm_jax.demo.results import Result, Results, captions_of, enlarged
+from ldm_jax.errors import InputError, RunError
+
+STARTING = "Starting. The first images of a size take longer: the sampler is compiled."
+UNKNOWN = "Something went wrong; the server's log has the details. Other settings may work."
+MEMORY = "There is not enough memory for this; try fewer or smaller images."
+
+
+class Outputs(NamedTuple):
+    """What a run shows; the components, or their new values."""
+
+    gallery: Any
+    status: Any
+    recipe: Any
+    files: Any
+    result: Any  # the name of the result, in the browser's storage
+
+
+class Stops:
+    """The visitors' runs, by session, so that each can stop its own."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, threading.Event] = {}
+
+    def new(self, session: str | None) -> threading.Event:
+        """The event that stops the next run of a session."""
+        self._events[session or ""] = event = threading.Event()
+        return event
+
+    def stop(self, request: gr.Request) -> None:
+        """Stops the run of the session of a request, if there is one."""
+        event = self._events.pop(request.session_hash or "", None)
+        if event is not None:
+            event.set()
+
+
+def make_page(loaded: LoadedModel, results: Results, name: str) -> gr.Blocks:
+    """The page of a model; `name` is how it is called there."""
+    stops = Stops()
+    with gr.Blocks(title=f"ldm_jax: {name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.Markdown(f"# ldm_jax\n{fields.describe(loaded.model, name)}", elem_id="heading")
+        with gr.Row():
+            with gr.Column(scale=4, min_width=340):
+                inputs = fields.make_fields(loaded)
+                with gr.Row():
+                    sample = gr.Button("Sample", variant="primary", elem_id="sample", scale=3)
+                    stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
+                editor, lora = fields.make_uploads(loaded, inputs)
+            with gr.Column(scale=5, min_width=340):
+                outputs = _make_outputs()
+        names = tuple(inputs)
+        components = [inputs[each] for each in names]
+        storage = gr.BrowserState(None, storage_key="ldm_jax")
+        remembered = [*components, outputs.result]
+        gr.on([each.change for each in remembered], None, remembered, storage, js=_remember(names))
+
+        def run(request: gr.Request, *values: Any) -> Iterator[Outputs]:
+            yield from _run(loaded, results, stops.new(request.session_hash), names, *values)
+
+        gr.on(
+            [sample.click, *(inputs[each].submit for each in ("prompt", "negative_prompt") if each in inputs)],
+            run, [*components, editor, lora], [*outputs],
+            concurrency_limit=1, concurrency_id="model", trigger_mode="once", show_progress="minimal",
+            show_progress_on=outputs.status, api_name=False,
+        )  # fmt: skip
+        stop.click(stops.stop, queue=False, api_name=False)
+        page.load(partial(_restore, results, names), storage, [*components, *outputs], api_name=False)
+        page.unload(stops.stop)
+    return page.queue(default_concurrency_limit=1, max_size=64, api_open=False)
+
+
+def _make_outputs() -> Outputs:
+    gallery = gr.Gallery(
+        label="Samples", elem_id="gallery", columns=4, height="auto", object_fit="contain", format="png",
+        buttons=["download", "fullscreen"], interactive=False,
+    )  # fmt: skip
+    status = gr.Markdown("", elem_id="status")
+    with gr.Accordion("Recipe: all that these samples depend on", open=False, elem_id="recipe_box"):
+        recipe = gr.JSON(label="Recipe", elem_id="recipe", show_label=False, max_height=420)
+    files = gr.File(label="Download", elem_id="files", file_count="multiple", interactive=False, visible=False)
+    return Outputs(gallery, status, recipe, files, gr.Textbox(visible=False, elem_id="result"))
+
+
+def _remember(names: tuple[str, ...]) -> str:
+    """JavaScript: the values of the fields and the result's name as one object."""
+    keys = [*names, "result"]
+    return f"(...values) => [Object.fromEntries({keys!r}.map((key, i) => [key, values[i]]))]"
+
+
+def _restore(results: Results, names: tuple[str, ...], stored: Any) -> list[Any]:
+    """The values of the page as the browser remembers them: of a page that is loaded again."""
+    stored = stored if isinstance(stored, dict) else {}
+    values = [gr.update(value=stored[name]) if stored.get(name) is not None else gr.skip() for name in names]
+    result = results.read(stored.get("result"))
+    return values + ([gr.skip()] * len(Outputs._fields) if result is None else [*_shown(result, stored["result"])])
+
+
+def _shown(result: Result, name: str) -> Outputs:
+    gallery = gr.update(value=result.images, columns=_columns(len(result.images)))
+    return Outputs(gallery, result.summary, result.recipe, gr.update(value=result.files, visible=True), name)
+
+
+def _columns(num: int) -> int:
+    return 1 if num == 1 else 2 if num <= 4 else 3 if num <= 9 else 4
+
+
+def _run(
+    loaded: LoadedModel, results: Results, stop: threading.Event, names: tuple[str, ...], *values: Any
+) -> Iterator[Outputs]:
+    """Samples, with previews; raises gr.Error with one line in words."""
+    *values, edit, lora = values
+    skip, started = gr.skip(), time.monotonic()
+    yield Outputs(skip, STARTING, skip, skip, skip)
+    folder = results.new()
+    try:
+        uploads = save_edit(folder, edit["background"], edit["layers"] or []) if edit else {}
+        form = Form(**dict(zip(names, values)), **uploads, lora=lora or None)
+        for kind, value in reports(partial(loaded.sample, form), stop):
+            if kind == "report":
+                yield Outputs(_gallery(value), f"Sampling: {value.fraction:.0%}", skip, skip, skip)
+            else:
+                num, seconds = len(value.images), time.monotonic() - started
+                summary = f"{num} {'image' if num == 1 else 'images'} in {seconds:.1f} s"
+                result = results.save(folder, value, captions_of(loaded.model, value), summary)
+                yield _shown(result, folder.name)
+    except Stopped:
+        yield Outputs(skip, "Stopped.", skip, skip, skip)
+    except Exception as error:
+        message = _in_words(error)
+        yield Outputs(skip, f"**{message}**", skip, skip, skip)
+        raise gr.Error(message, duration=None, print_exception=False) from error
+
+
+def _gallery(preview: Preview) -> dict[str, Any]:
+    images = [enlarged(image) for image in preview.images]
+    return gr.update(value=images, columns=_columns(len(images)))
+
+
+def _in_words(error: Exception) -> str:
+    """One line about an error for the page; the log of the server has the traceback of one that is no input's."""
+    if isinstance(error, InputError | RunError):
+        message = " ".join(str(error).split())
+        return message[:1].upper() + message[1:] + "."
+    traceback.print_exception(error, file=sys.stderr)
+    return MEMORY if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError) else UNKNOWN
+
+
+def serve(page: gr.Blocks, *, host: str, port: int, password: str | None) -> None:
+    """Serves the page until Ctrl-C; with a password, to the user "ldm_jax" alone."""
+    local = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # no fonts from elsewhere
+    theme = gr.themes.Default(font=local, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
+    _, url, _ = page.launch(
+        server_name=host, server_port=port, auth=("ldm_jax", password) if password else None, theme=theme,
+        css_paths=Path(__file__).with_name("page.css"), footer_links=[], share=False, quiet=True, inbrowser=False,
+        prevent_thread_lock=True, max_file_size="4gb", ssr_mode=False, enable_monitoring=False, pwa=False,
+    )  # fmt: skip
+    print(f"The page: {url}  (Ctrl-C ends it)", flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
