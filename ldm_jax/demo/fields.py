@@ -26,7 +26,12 @@ def make_fields(loaded: LoadedModel) -> dict[str, Any]:
     controls, defaults = controls_of(model), model.defaults
     if controls.texts:
         fields["prompt"] = gr.Textbox(
-            label="Prompt", placeholder="a photo of a cat", info="One a line.", lines=2, max_lines=6, elem_id="prompt"
+            label="Prompt",
+            placeholder="a photo of a cat",
+            info="For several, one on each line.",
+            lines=2,
+            max_lines=6,
+            elem_id="prompt",
         )
         fields["negative_prompt"] = gr.Textbox(
             label="Negative prompt", placeholder="what the samples should not show", lines=1, elem_id="negative_prompt"
@@ -73,14 +78,17 @@ def make_fields(loaded: LoadedModel) -> dict[str, Any]:
 def make_uploads(loaded: LoadedModel, fields: dict[str, Any]) -> tuple[gr.ImageEditor, gr.File]:
     """The editor of an image, and the LoRA file; adds their numbers to the form's fields."""
     controls = controls_of(loaded.model)
+    side = min(loaded.model.image_shape[:2])
+    size = "auto" if side >= 256 else max(1, side // 14)  # of the brush: gradio's own covers small images whole
     title = "An image to use" if controls.needs_image else "Start from an image"
     with gr.Accordion(title, open=controls.needs_image, elem_id="image_box"):
         paint = "Upload an image. Paint over a part of it to sample that part alone (inpainting)."
         gr.Markdown(paint if controls.paint else "Upload the image that the model works from.")
         editor = gr.ImageEditor(
             type="pil", image_mode="RGBA", label="Image", show_label=False, elem_id="editor",
-            sources=["upload", "clipboard"], transforms=(), layers=False, format="png", height=340, canvas_size=(512, 512),
-            brush=gr.Brush(colors=["#ff3b6b"], color_mode="fixed", default_size="auto") if controls.paint else False,
+            sources=["upload", "clipboard"], transforms=(), layers=False, format="png", height=340,
+            canvas_size=(512, 512),
+            brush=gr.Brush(colors=["#ff3b6b"], color_mode="fixed", default_size=size) if controls.paint else False,
             eraser=None if controls.paint else False, buttons=[],
         )  # fmt: skip
         if controls.strength:

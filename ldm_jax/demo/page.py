@@ -15,9 +15,11 @@ from ldm_jax.demo import fields
 from ldm_jax.demo.background import Stopped, reports
 from ldm_jax.demo.form import Form, save_edit
 from ldm_jax.demo.loaded_model import LoadedModel, Preview
-from ldm_jax.demo.results import Result, Results, captions_of, enlarged
+from ldm_jax.demo.results import Result, Results, captions_of, enlarged, recipe_text
 from ldm_jax.errors import InputError, RunError
 
+SHOW_SAMPLES = "() => document.querySelector('#gallery').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
+READY = "Samples appear here."
 STARTING = "Starting. The first images of a size take longer: the sampler is compiled."
 UNKNOWN = "Something went wrong; the server's log has the details. Other settings may work."
 MEMORY = "There is not enough memory for this; try fewer or smaller images."
@@ -29,7 +31,8 @@ class Outputs(NamedTuple):
     gallery: Any
     status: Any
     recipe: Any
-    files: Any
+    grid: Any
+    edit_files: Any
     result: Any  # the name of the result, in the browser's storage
 
 
@@ -57,13 +60,13 @@ def make_page(loaded: LoadedModel, results: Results, name: str) -> gr.Blocks:
     with gr.Blocks(title=f"ldm_jax: {name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# ldm_jax\n{fields.describe(loaded.model, name)}", elem_id="heading")
         with gr.Row():
-            with gr.Column(scale=4, min_width=340):
+            with gr.Column(scale=4, min_width=320):
                 inputs = fields.make_fields(loaded)
-                with gr.Row():
+                editor, lora = fields.make_uploads(loaded, inputs)
+                with gr.Row(elem_id="buttons"):
                     sample = gr.Button("Sample", variant="primary", elem_id="sample", scale=3)
                     stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-                editor, lora = fields.make_uploads(loaded, inputs)
-            with gr.Column(scale=5, min_width=340):
+            with gr.Column(scale=8, min_width=320):
                 outputs = _make_outputs()
         names = tuple(inputs)
         components = [inputs[each] for each in names]
@@ -80,6 +83,7 @@ def make_page(loaded: LoadedModel, results: Results, name: str) -> gr.Blocks:
             concurrency_limit=1, concurrency_id="model", trigger_mode="once", show_progress="minimal",
             show_progress_on=outputs.status, api_name=False,
         )  # fmt: skip
+        sample.click(None, js=SHOW_SAMPLES)
         stop.click(stops.stop, queue=False, api_name=False)
         page.load(partial(_restore, results, names), storage, [*components, *outputs], api_name=False)
         page.unload(stops.stop)
@@ -87,15 +91,25 @@ def make_page(loaded: LoadedModel, results: Results, name: str) -> gr.Blocks:
 
 
 def _make_outputs() -> Outputs:
-    gallery = gr.Gallery(
-        label="Samples", elem_id="gallery", columns=4, height="auto", object_fit="contain", format="png",
-        buttons=["download", "fullscreen"], interactive=False,
-    )  # fmt: skip
-    status = gr.Markdown("", elem_id="status")
-    with gr.Accordion("Recipe: all that these samples depend on", open=False, elem_id="recipe_box"):
-        recipe = gr.JSON(label="Recipe", elem_id="recipe", show_label=False, max_height=420)
-    files = gr.File(label="Download", elem_id="files", file_count="multiple", interactive=False, visible=False)
-    return Outputs(gallery, status, recipe, files, gr.Textbox(visible=False, elem_id="result"))
+    with gr.Row():
+        with gr.Column(scale=5, min_width=300):
+            gallery = gr.Gallery(
+                label="Samples", elem_id="gallery", columns=2, height="auto", object_fit="contain", format="png",
+                buttons=["download", "fullscreen"], interactive=False,
+            )  # fmt: skip
+            with gr.Row(equal_height=True):
+                status = gr.Markdown(READY, elem_id="status")
+                grid = gr.DownloadButton("Download samples.png", size="sm", elem_id="grid", interactive=False, scale=0)
+            edit_files = gr.File(
+                label="The image and the mask that the recipe names", elem_id="edit_files", file_count="multiple",
+                interactive=False, visible=False,
+            )  # fmt: skip
+        with gr.Column(scale=3, min_width=260):
+            recipe = gr.Code(
+                label="Recipe", elem_id="recipe", language="json", interactive=False, show_line_numbers=False,
+                wrap_lines=True, lines=10, max_lines=36,
+            )  # fmt: skip
+    return Outputs(gallery, status, recipe, grid, edit_files, gr.Textbox(visible=False, elem_id="result"))
 
 
 def _remember(names: tuple[str, ...]) -> str:
@@ -114,7 +128,9 @@ def _restore(results: Results, names: tuple[str, ...], stored: Any) -> list[Any]
 
 def _shown(result: Result, name: str) -> Outputs:
     gallery = gr.update(value=result.images, columns=_columns(len(result.images)))
-    return Outputs(gallery, result.summary, result.recipe, gr.update(value=result.files, visible=True), name)
+    grid = gr.update(value=result.grid, interactive=True)
+    edit_files = gr.update(value=result.edit_files, visible=bool(result.edit_files))
+    return Outputs(gallery, result.summary, recipe_text(result.recipe), grid, edit_files, name)
 
 
 def _columns(num: int) -> int:
@@ -127,24 +143,24 @@ def _run(
     """Samples, with previews; raises gr.Error with one line in words."""
     *values, edit, lora = values
     skip, started = gr.skip(), time.monotonic()
-    yield Outputs(skip, STARTING, skip, skip, skip)
+    yield Outputs(skip, STARTING, skip, skip, skip, skip)
     folder = results.new()
     try:
         uploads = save_edit(folder, edit["background"], edit["layers"] or []) if edit else {}
         form = Form(**dict(zip(names, values)), **uploads, lora=lora or None)
         for kind, value in reports(partial(loaded.sample, form), stop):
             if kind == "report":
-                yield Outputs(_gallery(value), f"Sampling: {value.fraction:.0%}", skip, skip, skip)
+                yield Outputs(_gallery(value), f"Sampling: {value.fraction:.0%}", skip, skip, skip, skip)
             else:
                 num, seconds = len(value.images), time.monotonic() - started
                 summary = f"{num} {'image' if num == 1 else 'images'} in {seconds:.1f} s"
                 result = results.save(folder, value, captions_of(loaded.model, value), summary)
                 yield _shown(result, folder.name)
     except Stopped:
-        yield Outputs(skip, "Stopped.", skip, skip, skip)
+        yield Outputs(skip, "Stopped.", skip, skip, skip, skip)
     except Exception as error:
         message = _in_words(error)
-        yield Outputs(skip, f"**{message}**", skip, skip, skip)
+        yield Outputs(skip, f"**{message}**", skip, skip, skip, skip)
         raise gr.Error(message, duration=None, print_exception=False) from error
 
 

@@ -1,9 +1,10 @@
 """Results of the page on the server's disk: a folder each, the oldest removed; a reloaded page finds its own again."""
 
+import json
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ class Result(NamedTuple):
     """The files of a run on the page."""
 
     images: list[tuple[str, str]]  # file of each sample, enlarged if small, and its caption
-    files: list[str]  # samples.png, with the recipe in it, and an edit's image and mask
+    grid: str  # samples.png, with the recipe in it
+    edit_files: list[str]  # the image and the mask of an edit
     recipe: dict[str, Any]
     summary: str
 
@@ -59,8 +61,8 @@ class Results:
             return None
         about = read_json(folder / "result.json", "captions", "recipe", "summary")
         images = [(str(folder / f"sample_{i}.png"), caption) for i, caption in enumerate(about["captions"])]
-        names = [name for name in ("samples.png", "init_image.png", "mask.png") if (folder / name).is_file()]
-        return Result(images, [str(folder / name) for name in names], about["recipe"], about["summary"])
+        edit_files = [str(folder / name) for name in ("init_image.png", "mask.png") if (folder / name).is_file()]
+        return Result(images, str(folder / "samples.png"), edit_files, about["recipe"], about["summary"])
 
 
 def enlarged(image: np.ndarray) -> Image.Image:
@@ -76,3 +78,14 @@ def captions_of(model: LatentDiffusion, samples: Samples) -> list[str]:
     texts = isinstance(model.conditioning, TextConditioning)
     names = samples.recipe["prompts"] if texts else model.class_names
     return [names[k] if 0 <= k < len(names) else f"sample {i}" for i, k in enumerate(samples.labels)]
+
+
+def recipe_text(fields: Mapping[str, Any], indent: str = "") -> str:
+    """A recipe as JSON with a line for each field, lists in one line."""
+    inner, lines = f"{indent}  ", []
+    for name, value in fields.items():
+        text = (
+            recipe_text(value, inner) if isinstance(value, Mapping) and value else json.dumps(value, ensure_ascii=False)
+        )
+        lines.append(f"{inner}{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
