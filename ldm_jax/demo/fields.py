@@ -44,9 +44,7 @@ def make_fields(loaded: LoadedModel) -> dict[str, Any]:
         num = min(1 if controls.texts else IMAGES, bounds.num)
         fields["num"] = gr.Slider(1, bounds.num, value=num, step=1, label="Images", elem_id="num")
     with gr.Row(equal_height=True):
-        fields["seed"] = gr.Number(
-            value=0, precision=0, minimum=0, maximum=2**32 - 1, label="Seed", elem_id="seed", scale=3
-        )
+        fields["seed"] = gr.Number(value=0, label="Seed", elem_id="seed", scale=3)
         dice = gr.Button("Random", size="sm", elem_id="random", scale=1, min_width=80)
         dice.click(lambda: random.randrange(2**32), None, fields["seed"], queue=False, api_name=False)
     with gr.Row():

@@ -173,6 +173,8 @@ def _image(controls: Controls, form: Form) -> dict[str, str | float]:
                 f"this model needs an image{', and paint on the part to sample' if controls.paint else ''}"
             )
         return {}
+    if controls.needs_image and controls.paint and not form.mask:
+        raise InputError("this model needs paint on the part of the image to sample")
     chosen = {controls.image: form.image}
     if controls.paint and form.mask:
         chosen["mask"] = form.mask

@@ -80,7 +80,7 @@ def make_page(loaded: LoadedModel, results: Results, name: str) -> gr.Blocks:
         gr.on(
             [sample.click, *(inputs[each].submit for each in ("prompt", "negative_prompt") if each in inputs)],
             run, [*components, editor, lora], [*outputs],
-            concurrency_limit=1, concurrency_id="model", trigger_mode="once", show_progress="minimal",
+            concurrency_limit=1, concurrency_id="model", trigger_mode="once", show_progress="full",
             show_progress_on=outputs.status, api_name=False,
         )  # fmt: skip
         sample.click(None, js=SHOW_SAMPLES)
@@ -150,7 +150,7 @@ def _run(
         form = Form(**dict(zip(names, values)), **uploads, lora=lora or None)
         for kind, value in reports(partial(loaded.sample, form), stop):
             if kind == "report":
-                yield Outputs(_gallery(value), f"Sampling: {value.fraction:.0%}", skip, skip, skip, skip)
+                yield _previewed(value)
             else:
                 num, seconds = len(value.images), time.monotonic() - started
                 summary = f"{num} {'image' if num == 1 else 'images'} in {seconds:.1f} s"
@@ -161,19 +161,22 @@ def _run(
     except Exception as error:
         message = _in_words(error)
         yield Outputs(skip, f"**{message}**", skip, skip, skip, skip)
-        raise gr.Error(message, duration=None, print_exception=False) from error
+        raise gr.Error(message, duration=10, print_exception=False) from error
 
 
-def _gallery(preview: Preview) -> dict[str, Any]:
+def _previewed(preview: Preview) -> Outputs:
+    """A preview, without the recipe and the files of the samples before."""
     images = [enlarged(image) for image in preview.images]
-    return gr.update(value=images, columns=_columns(len(images)))
+    gallery, off = gr.update(value=images, columns=_columns(len(images))), gr.update(interactive=False)
+    return Outputs(gallery, f"Sampling: {preview.fraction:.0%}", "", off, gr.update(visible=False), gr.skip())
 
 
 def _in_words(error: Exception) -> str:
     """One line about an error for the page; the log of the server has the traceback of one that is no input's."""
     if isinstance(error, InputError | RunError):
         message = " ".join(str(error).split())
-        return message[:1].upper() + message[1:] + "."
+        word = message.split(" ")[0]
+        return f"{word.capitalize() if word.isalpha() and word.islower() else word}{message[len(word) :]}."
     traceback.print_exception(error, file=sys.stderr)
     return MEMORY if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError) else UNKNOWN
 

@@ -16,7 +16,7 @@ from ldm_jax import command_line
 from ldm_jax.demo import __main__ as demo
 from ldm_jax.demo.background import Stopped, reports
 from ldm_jax.demo.form import ALL_CLASSES, Bounds, Form, bounds_of, controls_of, lora_of, recipe_of, save_edit
-from ldm_jax.demo.loaded_model import LoadedModel
+from ldm_jax.demo.loaded_model import LoadedModel, _batch_size
 from ldm_jax.demo.previews import fit_linear, linear_decode
 from ldm_jax.demo.results import KEPT, Results, captions_of, recipe_text
 from ldm_jax.errors import InputError
@@ -173,6 +173,13 @@ def test_no_slider_but_those_of_number_and_size_compiles_anything(loaded):
     for changes in ({"seed": 9}, {"steps": 7}, {"guidance": 0.5}, {"sampler": "unipc"}, {"label": "dark"}):
         loaded.sample(FORM._replace(**changes), lambda _: None)
     assert clock.count == 0
+
+
+@pytest.mark.parametrize(
+    ("num", "most", "expected"), [(1, 64, 1), (3, 64, 2), (4, 1, 1), (5, 64, 2), (9, 64, 4), (16, 64, 16), (16, 4, 4)]
+)
+def test_few_batch_sizes_are_compiled_and_hardly_padded(num, most, expected):
+    assert _batch_size(num, most) == expected
 
 
 def test_a_lora_is_added_once_and_named_in_the_recipe(texts, tmp_path):
