@@ -11,6 +11,7 @@ its recipe, as those of ldm_jax.sample do.
 """
 
 import os
+import socket
 import sys
 import tempfile
 from importlib.util import find_spec
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> None:
     loras = command_line.loras(values)
     if find_spec("gradio") is None:
         raise InputError('the page needs gradio: pip install "ldm_jax[demo]", or pip install gradio')
+    _check_address(values.host, values.port)
     command_line.start_devices()
 
     from ldm_jax.demo.form import bounds_of
@@ -72,6 +74,15 @@ def main(argv: list[str]) -> None:
         results.mkdir()
         page = make_page(loaded, Results(results), Path(values.model).name)
         serve(page, host=values.host, port=values.port, password=values.password)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises InputError unless the address can be listened on: before the model is loaded, which takes a while."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise InputError(f"--host={host} --port={port} cannot be listened on: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

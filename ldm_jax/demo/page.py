@@ -1,5 +1,6 @@
 """The page, in gradio: its fields, its results, and what its buttons do."""
 
+import signal
 import sys
 import threading
 import time
@@ -182,7 +183,8 @@ def _in_words(error: Exception) -> str:
 
 
 def serve(page: gr.Blocks, *, host: str, port: int, password: str | None) -> None:
-    """Serves the page until Ctrl-C; with a password, to the user "ldm_jax" alone."""
+    """Serves the page until Ctrl-C or SIGTERM; with a password, to the user "ldm_jax" alone."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the uploads are removed
     local = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # no fonts from elsewhere
     theme = gr.themes.Default(font=local, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"])
     _, url, _ = page.launch(

@@ -1,6 +1,7 @@
 """The page's logic without gradio: from the form's values to samples, previews and files."""
 
 import json
+import socket
 import threading
 from importlib import util
 from pathlib import Path
@@ -253,6 +254,14 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         'demo: the page needs gradio: pip install "ldm_jax[demo]", or pip install gradio\n'
     )
+
+
+def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "find_spec", lambda name: name)
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        port = used.getsockname()[1]
+        assert command_line.run(demo.main, ["demo", "--model=anything", f"--port={port}"]) == 2
+    assert f"--port={port} cannot be listened on: Address already in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
