@@ -157,8 +157,11 @@ def test_an_image_is_edited_and_inpainted_by_brush(classes, visit, tmp_path):
     Image.fromarray(image).save(tmp_path / "photo.png")
     page = visit(classes)
     page.click("#image_box button")
+    page.wait_for_selector("#editor >> text=Upload an image", timeout=MS)
+    page.wait_for_timeout(2000)  # until the canvas takes images
     page.set_input_files("#editor input[type=file]", tmp_path / "photo.png")
-    page.wait_for_timeout(2000)
+    page.wait_for_selector("#editor button[aria-label='Brush Size']", timeout=MS)
+    page.wait_for_timeout(1000)
     number(page, "strength", 0.5)
     sample(page, 4)
     recipe = recipe_of(page, tmp_path)["edit"]
