@@ -71,7 +71,7 @@ def require(values: flags.FlagValues, *names: str) -> None:
         if not values[name].value:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
     for name, choices in (("sampler", SOLVERS), ("spacing", SPACINGS), ("variance", VARIANCES), ("dtype", DTYPES)):
-        if values[name].value is not None:
+        if name in values and values[name].value is not None:
             check_choice(f"--{name}", values[name].value, choices)
 
 
@@ -253,14 +253,14 @@ def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> 
     return status
 
 
-def start_devices(flag_values: flags.FlagValues) -> None:
-    """Configures and imports JAX, connects to the other hosts, and prints the device line."""
+def start_devices(flag_values: flags.FlagValues | None = None) -> None:
+    """Configures and imports JAX, connects to the other hosts (None: there are none), and prints the device line."""
     from ldm_jax.runtime.xla import configure
 
     configure()
     import jax
 
-    if flag_values.coordinator:
+    if flag_values is not None and flag_values.coordinator:
         host, _, port = flag_values.coordinator.rpartition(":")
         if not host or not port.isdecimal():
             raise InputError(
@@ -270,7 +270,7 @@ def start_devices(flag_values: flags.FlagValues) -> None:
         if not 0 <= index < num:
             raise InputError(f"--process_id is {index}; with --num_processes={num} it must be from 0 to {num - 1}")
         jax.distributed.initialize(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
-    elif flag_values.distributed:
+    elif flag_values is not None and flag_values.distributed:
         jax.distributed.initialize()
     devices = jax.devices()
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""

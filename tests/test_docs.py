@@ -13,11 +13,12 @@ import pytest
 from ldm_jax import command_line, convert, evaluate, sample, train
 from ldm_jax.config import rules
 from ldm_jax.data.fashion_mnist import CLASS_NAMES
+from ldm_jax.demo import __main__ as demo
 from tests.random_runs import random_run
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
-COMMANDS = {"sample": sample, "evaluate": evaluate, "convert": convert, "train": train}
+COMMANDS = {"sample": sample, "evaluate": evaluate, "convert": convert, "train": train, "demo": demo}
 
 
 def blocks(page, language):

@@ -18,7 +18,7 @@ LAYERS = [
     ("training",),
     ("evaluation",),
     ("export", "job"),
-    ("train", "sample", "evaluate", "convert"),
+    ("train", "sample", "evaluate", "convert", "demo"),
 ]
 FLOOR = {part: number for number, parts in enumerate(LAYERS) for part in parts}
 

@@ -21,6 +21,15 @@ class Trajectory(NamedTuple):
     z0_hat: Array  # [S, B, ...] predicted in the row
 
 
+class State(NamedTuple):
+    """The state of a sampling run between two rows of its table."""
+
+    z: Array  # [B, ...] after the last row
+    old_z: Array  # [HISTORY, B, ...] when the network was called in earlier rows, the last one first
+    old_z0: Array  # [HISTORY, B, ...] z0_hat of those rows
+    kept: Trajectory
+
+
 def solve(
     denoise: Denoiser,
     z_T: Array,
@@ -43,8 +52,35 @@ def solve(
         with new keys [B].
       snapshots: S, how many states of the trajectory to keep; static.
     """
+    state = initial_state(z_T, snapshots)
+    state = solve_rows(denoise, state, table, keys, 0, table.rows, project=project)
+    return state.z, state.kept
+
+
+def initial_state(z_T: Array, snapshots: int = 0) -> State:
+    """The state before the first row, from initial latents z_T [B, ...]; `snapshots` as in `solve`."""
     z_T = z_T.astype(jnp.float32)
+    empty = jnp.zeros((snapshots, *z_T.shape))
+    old = jnp.zeros((HISTORY, *z_T.shape))
+    return State(z_T, old, old, Trajectory(empty, empty))
+
+
+def solve_rows(
+    denoise: Denoiser,
+    state: State,
+    table: Table,
+    keys: Array,
+    start: Array | int,
+    stop: Array | int,
+    *,
+    project: Callable[[Array, NoiseLevel, Array], Array] | None = None,
+) -> State:
+    """Runs the rows `start` to `stop - 1`, scalars, of a solver's table: in parts as in one, for previews between them.
+
+    The other arguments are those of `solve`, with keys [B].
+    """
     table = jax.tree.map(lambda c: jnp.asarray(c, c.dtype if c.dtype == np.int32 else jnp.float32), table)
+    snapshots = len(state.kept.z_t)
     keep_at = (jnp.arange(1, snapshots + 1) * table.rows + snapshots - 1) // max(snapshots, 1) - 1  # [S] row numbers
 
     def body(i, state):
@@ -66,9 +102,6 @@ def solve(
             z = project(z, reached, fold(fold(keys, Stream.PROJECT), i))
         here = (keep_at == i).reshape(snapshots, *[1] * z.ndim)
         kept = Trajectory(jnp.where(here, z, kept.z_t), jnp.where(here, z0_hat, kept.z0_hat))
-        return z, all_z[:-1], all_z0[:-1], kept
+        return State(z, all_z[:-1], all_z0[:-1], kept)
 
-    empty = jnp.zeros((snapshots, *z_T.shape))
-    old = jnp.zeros((HISTORY, *z_T.shape))
-    z, *_, kept = jax.lax.fori_loop(0, table.rows, body, (z_T, old, old, Trajectory(empty, empty)))
-    return z, kept
+    return jax.lax.fori_loop(start, stop, body, state)

@@ -4,6 +4,7 @@ import hashlib
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models
 from ldm_jax.sampling.inputs import concat_images_of, read_images, sample_inputs, with_edit
 from ldm_jax.sampling.recipe import Recipe, from_json, to_json
 from ldm_jax.sampling.recipe_of_run import recipe_of_run
-from ldm_jax.sampling.sampler import SampleInputs, Sampler, smallest_batch
+from ldm_jax.sampling.sampler import Progress, SampleInputs, Sampler, smallest_batch
 from ldm_jax.sampling.tables import make_table
 
 IMAGES = "images"  # the folder of single images
@@ -47,12 +48,21 @@ class Samples(NamedTuple):
 
 
 def sample_images(
-    model: LatentDiffusion, params: Params, recipe: Recipe, *, batch_size: int, trajectory: bool = True
+    model: LatentDiffusion,
+    params: Params,
+    recipe: Recipe,
+    *,
+    batch_size: int,
+    trajectory: bool = True,
+    watch: Callable[[Progress], None] | None = None,
+    model_hash: str | None = None,
 ) -> Samples:
     """Samples the images of a recipe, with a progress bar, and the trajectory of the first of them.
 
-    `batch_size` is a multiple of the devices or more than `recipe.num`. Raises InputError for a solver or number of
-    steps that the model does not take, or an input that is missing or does not fit; RunError if no sample is finite.
+    `batch_size` is a multiple of the devices or more than `recipe.num`. `watch` is called with the progress of each
+    batch; `model_hash` is the model's fingerprint where it is known already, as it takes a while. Raises InputError for
+    a solver or number of steps that the model does not take, or an input that is missing or does not fit; RunError if
+    no sample is finite.
     """
     model = _at_recipe(model, recipe)
     table = make_table(model, recipe.solving, recipe.edit)
@@ -65,7 +75,7 @@ def sample_images(
     replicated = replicate(params | guides.params)
     labels, inputs = sample_inputs(model, replicated, recipe, sampler, concat_images, guides.clip)
     inputs = with_edit(model, recipe, sampler, replicated, inputs, image, mask)
-    images = _sampled(sampler, replicated, inputs, table)
+    images = _sampled(sampler, replicated, inputs, table, watch)
     images = concat_inputs.paste_known(
         concat_images, images if mask is None else np.where(mask[..., None], images, image)
     )
@@ -73,20 +83,28 @@ def sample_images(
         images, concat_images = image_inputs.outpainted(whole, images, recipe.edit.outpaint), None
     few = min(recipe.num, 2 * max(len(recipe.labels), 8))
     frames = sampler.trajectory(replicated, inputs.first(few), table) if trajectory else None
-    about = {"model": fingerprint(model, params), "step": model.origin.step, "inputs": input_hashes(recipe, guides)}
+    of_model = model_hash or fingerprint(model, params)
+    about = {"model": of_model, "step": model.origin.step, "inputs": input_hashes(recipe, guides)}
     grid = sample_grid(model, recipe, images, labels, concat_images)
     names = model.class_names or tuple(recipe.prompts)
     return Samples(images, labels, frames, about | to_json(recipe), concat_images, grid, names)
 
 
-def _sampled(sampler: Sampler, params: Params, inputs: SampleInputs, table: Table) -> np.ndarray:
+def _sampled(
+    sampler: Sampler,
+    params: Params,
+    inputs: SampleInputs,
+    table: Table,
+    watch: Callable[[Progress], None] | None = None,
+) -> np.ndarray:
     """The images, with a progress bar, uint8 [N, H, W, C]; prints a warning if some are black or not finite.
 
     Raises RunError if none is finite.
     """
     batches, finite, num = [], [], len(inputs.samples.index)
     with tqdm(total=num, unit="image", desc="    sampling", unit_scale=False) as bar:
-        for z, _ in sampler.latents(params, inputs, table):
+        latents = (z for z, _ in sampler.latents(params, inputs, table))
+        for z in sampler.watched_latents(params, inputs, table, watch) if watch else latents:
             batches.append(sampler.decode(params, z))
             finite.append(np.isfinite(z).all(axis=(1, 2, 3)))
             bar.update(len(z))

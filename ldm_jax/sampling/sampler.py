@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +13,8 @@ import numpy as np
 from ldm_jax.diffusion import guidance
 from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, from_network, paste_known, threshold_z0
 from ldm_jax.diffusion.random import initial_latents, sample_keys
-from ldm_jax.diffusion.solve import solve
-from ldm_jax.diffusion.tables import Table
+from ldm_jax.diffusion.solve import State, initial_state, solve, solve_rows
+from ldm_jax.diffusion.tables import HISTORY, Table
 from ldm_jax.models.classifier import NoisyClassifier
 from ldm_jax.models.clip_vision import CLIP
 from ldm_jax.models.conditioning import interpolate
@@ -22,6 +23,7 @@ from ldm_jax.pipeline.model import LatentDiffusion, Params, apply_denoiser, deco
 from ldm_jax.runtime.parallel import map_in_batches, parallel_map
 
 SNAPSHOTS = 24  # of the trajectory: the frames of denoising.gif
+PREVIEWS = 12  # of each batch, for `watch`
 
 
 class PerSample(NamedTuple):
@@ -66,18 +68,29 @@ class SampleInputs(NamedTuple):
         return self._replace(samples=jax.tree.map(lambda rows: rows[:num], self.samples))
 
 
+class Progress(NamedTuple):
+    """The progress of sampling, for previews."""
+
+    z0_hat: np.ndarray  # [b, h, w, c] clean latents that the last network call predicts, of this batch
+    first: int  # number of samples before this batch
+    fraction: float  # of this batch's rows
+
+
 class Sampler(NamedTuple):
     """A compiled sampler of `batch_size` images at a time; solver, steps, guidance and seed are arguments.
 
     Attributes:
       latents: (params, inputs, table) -> iterator over batches, in order, of
         (z [b, h, w, c], z0_hat of the trajectory [b, SNAPSHOTS, h, w, c]).
+      watched_latents: (params, inputs, table, watch) -> iterator over the same batches z [b, h, w, c]; `watch` is
+        called with `Progress` PREVIEWS times a batch, and may stop the run by an exception.
       decode: (params, z [N, h, w, c]) -> images uint8 [N, H, W, C].
       encode: (params, images uint8 [N, H, W, C]) -> z [N, h, w, c], the mode of the posterior.
       concat: (params, degraded images) -> [N, h, w, k]: `ConcatConditioning.encode` for any N.
     """
 
     latents: Callable[[Any, SampleInputs, Table], Iterator[tuple[np.ndarray, np.ndarray]]]
+    watched_latents: Callable[[Any, SampleInputs, Table, Callable[[Progress], None]], Iterator[np.ndarray]]
     decode: Callable[[Any, np.ndarray], np.ndarray]
     encode: Callable[[Any, np.ndarray], np.ndarray]
     concat: Callable[[Any, dict[str, np.ndarray]], np.ndarray]
@@ -160,21 +173,26 @@ def make_sampler(
     """
     shape = model.latent_shape
 
+    def problem(params: Any, samples: PerSample, seed: jax.Array, shared: Shared) -> tuple[Denoiser, jax.Array, dict]:
+        denoise = guided_denoiser(model, params, samples, shared, classifier, clip)
+        return denoise, sample_keys(seed, samples.index), {"project": paste_known(shared.z0, shared.mask)}
+
     def solve_batch(params: Any, samples: PerSample, table: Table, seed: jax.Array, shared: Shared) -> tuple:
-        z, trajectory = solve(
-            guided_denoiser(model, params, samples, shared, classifier, clip),
-            samples.z_T,
-            table,
-            sample_keys(seed, samples.index),
-            project=paste_known(shared.z0, shared.mask),
-            snapshots=SNAPSHOTS,
-        )
+        denoise, keys, project = problem(params, samples, seed, shared)
+        z, trajectory = solve(denoise, samples.z_T, table, keys, **project, snapshots=SNAPSHOTS)
         return z, jnp.moveaxis(trajectory.z0_hat, 0, 1)
 
-    compiled_solve = parallel_map(solve_batch)
+    def solve_part(params: Any, batch: tuple, table: Table, seed: jax.Array, shared: Shared, rows: jax.Array) -> tuple:
+        samples, z, *old = batch  # old: the state's old_z and old_z0 as [B, HISTORY, ...]
+        denoise, keys, project = problem(params, samples, seed, shared)
+        state = State(z, *(jnp.moveaxis(each, 1, 0) for each in old), initial_state(z).kept)
+        state = solve_rows(denoise, state, table, keys, rows[0], rows[1], **project)
+        return state.z, *(jnp.moveaxis(each, 0, 1) for each in (state.old_z, state.old_z0))
+
+    compiled_solve, compiled_part = parallel_map(solve_batch), parallel_map(solve_part)
     initial = jax.jit(lambda seed, index: initial_latents(sample_keys(seed, index), shape))
 
-    def latents(params: Any, inputs: SampleInputs, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(inputs: SampleInputs, table: Table) -> Iterator[tuple[int, PerSample]]:
         samples, seed = inputs.samples, np.uint32(inputs.seed)
         n = len(samples.index)
         for start in range(0, n, batch_size):
@@ -185,15 +203,34 @@ def make_sampler(
                 z_T = table.alpha[0] * inputs.shared.z0 + table.sigma[0] * z_T
             elif inputs.scaled_initial_noise:
                 z_T = float(table.sigma[0]) * z_T
-            batch = batch._replace(z_T=np.asarray(z_T, np.float32))
-            z, z0_hats = compiled_solve(params, batch, table, seed, inputs.shared)
-            yield z[: n - start], z0_hats[: n - start]
+            yield start, batch._replace(z_T=np.asarray(z_T, np.float32))
+
+    def latents(params: Any, inputs: SampleInputs, table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start, batch in batches(inputs, table):
+            z, z0_hats = compiled_solve(params, batch, table, np.uint32(inputs.seed), inputs.shared)
+            n = len(inputs.samples.index) - start
+            yield z[:n], z0_hats[:n]
+
+    def watched_latents(
+        params: Any, inputs: SampleInputs, table: Table, watch: Callable[[Progress], None]
+    ) -> Iterator[np.ndarray]:
+        for start, batch in batches(inputs, table):
+            n, z = len(inputs.samples.index) - start, batch.z_T
+            old = np.zeros((2, len(z), HISTORY, *shape), np.float32)
+            state = (z, *old)
+            ends = np.unique(np.linspace(0, int(table.rows), PREVIEWS + 1).round().astype(np.int32))
+            for rows in pairwise(ends):
+                part = (table, np.uint32(inputs.seed), inputs.shared, np.array(rows))
+                state = compiled_part(params, (batch, *state), *part)
+                watch(Progress(state[2][:n, 0], start, float(rows[1] / table.rows)))
+            yield state[0][:n]
 
     def in_batches(function: Callable) -> Callable:
         return partial(map_in_batches, parallel_map(function), batch_size=batch_size)
 
     return Sampler(
         latents,
+        watched_latents,
         decode=in_batches(lambda params, z: to_uint8(decode_latents(model, params, z))),
         encode=in_batches(lambda params, images: encode_images(model, params, images)),
         concat=in_batches(lambda params, degraded: model.concat.encode(model.first_stage, params, degraded, shape[:2])),

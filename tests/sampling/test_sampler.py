@@ -11,7 +11,7 @@ from ldm_jax.runtime.parallel import replicate
 from ldm_jax.runtime.xla import CompileClock
 from ldm_jax.sampling.inputs import sample_inputs
 from ldm_jax.sampling.recipe import Guidance, Recipe, solving_defaults
-from ldm_jax.sampling.sampler import SNAPSHOTS, make_sampler, smallest_batch
+from ldm_jax.sampling.sampler import PREVIEWS, SNAPSHOTS, make_sampler, smallest_batch
 from ldm_jax.sampling.tables import make_table
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
@@ -174,3 +174,26 @@ def test_decoding_and_encoding_take_any_number(model):
 @pytest.mark.parametrize(("num", "batch_size", "devices", "expected"), [(8, 64, 1, 8), (9, 64, 4, 12), (99, 64, 4, 64)])
 def test_smallest_batch(num, batch_size, devices, expected):
     assert smallest_batch(num, batch_size, devices) == expected
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "unipc"])
+def test_sampling_with_previews_is_the_same(model, sampler):
+    """A solver with noise and one with a history, in parts that a watcher sees: z0_hat of the last is the sample."""
+    inputs, seen = model.inputs(11), []
+    table = model.table(sampler, steps=15)
+    watched = [*model.sampler(8).watched_latents(model.params, inputs, table, seen.append)]
+    plain = [z for z, _ in model.sampler(8).latents(model.params, inputs, table)]
+    np.testing.assert_allclose(np.concatenate(watched), np.concatenate(plain), **CLOSE)
+    assert [len(z) for z in watched] == [8, 3] and {progress.first for progress in seen} == {0, 8}
+    assert len(seen) == 2 * PREVIEWS and seen[-1].fraction == 1
+    assert seen[-1].z0_hat.shape == watched[-1].shape
+
+
+def test_previews_compile_once(model):
+    """Whatever the solver, number of steps, guidance and seed; and no more than once before the first."""
+    ignore = [].append
+    [*model.sampler(8).watched_latents(model.params, model.inputs(), model.table("ddpm", 5), ignore)]
+    inputs, clock = model.inputs(scale=3.0, seed=9), CompileClock()
+    for sampler, steps in (("ddim", 3), ("heun", 4), ("unipc", 20)):
+        [*model.sampler(8).watched_latents(model.params, inputs, model.table(sampler, steps), ignore)]
+    assert clock.count == 0
