@@ -36,12 +36,16 @@ from ldm_jax.interop.scheduler_fields import (
     VARIANCE_TYPES,
     WITHOUT,
     check_fields,
+    check_process_fields,
     fields_of,
 )
 
 # The alpha_bar that these use for 0, so that sigma / alpha is finite.
 _FLOOR = 2.0**-24
-_FLOORED = ("euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+_FLOORED = (
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+)
 
 # k-diffusion's samplers.
 _ON_SIGMA = ("euler", "euler_a", "heun", "edm")
@@ -79,11 +83,9 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
 
     Raises InputError: unknown sampler, or a field whose value is not supported; the field is named.
     """
-    own = config.get("_class_name")
-    if own not in READABLE:
-        raise InputError(f"the scheduler's class {own!r} is not supported; supported: {', '.join(READABLE)}")
+    own = _class_name(config)
     if sampler is None and own not in SAMPLER_OF:
-        raise InputError(f"the scheduler {own} is not supported; choose another with --sampler: {', '.join(SOLVERS)}")
+        raise InputError(f"the scheduler {own} is not supported")
     if sampler is not None and sampler not in CLASS_OF:
         raise InputError(f"sampler must be one of {', '.join(SOLVERS)}, got {sampler!r}")
 
@@ -103,12 +105,8 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
         if sampler == "dpmpp_2m" and fields["algorithm_type"] == ALGORITHM["dpmpp_2m_sde"]:
             sampler = "dpmpp_2m_sde"
 
-    process, prediction = _process(fields, sampler), PREDICTION_TYPES[fields["prediction_type"]]
+    process, prediction = _process_and_prediction(name, fields)
     _check_range(config, name, fields, process)
-    try:
-        coefficient_tables(prediction, process)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
     clips, thresholds = fields["clip_sample"], fields["thresholding"]
     return Scheduler(
         process,
@@ -119,6 +117,34 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
         threshold=(fields["dynamic_thresholding_ratio"], fields["sample_max_value"]) if thresholds else None,
         scaled_initial_noise=sampler in _ON_SIGMA and fields["timestep_spacing"] != "leading",
     )
+
+
+def process_from_config(config: Mapping[str, Any]) -> tuple[Process, str]:
+    """The process of a model's training and its prediction, whether or not the config's own sampler is supported.
+
+    Raises InputError: a class whose noise levels do not come from betas, or a field of the process is not supported.
+    """
+    name = _class_name(config)
+    fields = fields_of(config, name)
+    check_process_fields(name, fields)
+    return _process_and_prediction(name, fields)
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The config's own class; raises InputError if it is not one whose noise levels come from betas."""
+    name = config.get("_class_name")
+    if name not in READABLE:
+        raise InputError(f"the scheduler's class {name!r} is not supported; supported: {', '.join(READABLE)}")
+    return name
+
+
+def _process_and_prediction(name: str, fields: Mapping[str, Any]) -> tuple[Process, str]:
+    process, prediction = _process(name, fields), PREDICTION_TYPES[fields["prediction_type"]]
+    try:
+        coefficient_tables(prediction, process)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+    return process, prediction
 
 
 def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any], process: Process) -> None:
@@ -139,20 +165,20 @@ def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any]
             )
 
 
-def _process(fields: Mapping[str, Any], sampler: str) -> Process:
+def _process(name: str, fields: Mapping[str, Any]) -> Process:
     T, zero_snr, betas = fields["num_train_timesteps"], fields["rescale_betas_zero_snr"], fields["trained_betas"]
     try:
         if betas is None:
-            name, start, end = SCHEDULES[fields["beta_schedule"]], fields["beta_start"], fields["beta_end"]
-            process = make_process(name, T, beta_start=start, beta_end=end, zero_terminal_snr=zero_snr)
+            schedule, start, end = SCHEDULES[fields["beta_schedule"]], fields["beta_start"], fields["beta_end"]
+            process = make_process(schedule, T, beta_start=start, beta_end=end, zero_terminal_snr=zero_snr)
         else:
             beta = np.asarray(betas, np.float64)
             if beta.shape != (T,) or not ((beta > 0) & (beta < 1)).all():
                 raise ValueError(f"trained_betas must be {T} numbers between 0 and 1, as num_train_timesteps is")
             process = process_of_betas(beta, zero_terminal_snr=zero_snr)
     except ValueError as error:
-        raise InputError(f"{CLASS_OF[sampler]}: {error}") from error
-    if zero_snr and sampler in _FLOORED:
+        raise InputError(f"{name}: {error}") from error
+    if zero_snr and name in _FLOORED:
         ends = np.sqrt(_FLOOR), np.sqrt(1 - _FLOOR)
         return Process(*(np.append(table[:-1], end) for table, end in zip((process.alpha, process.sigma), ends)))
     return process

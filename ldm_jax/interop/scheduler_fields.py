@@ -36,13 +36,6 @@ CLASS_OF = {
 SAMPLER_OF = {name: sampler for sampler, name in reversed(CLASS_OF.items())}
 ALGORITHM = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++", "dpmpp_2s": "dpmsolver++"}
 
-# Also classes without a sampler here: their configs define the schedule likewise, and a sampler has to be chosen.
-READABLE = (
-    *SAMPLER_OF,
-    *("LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
-    *("DPMSolverSDEScheduler", "TCDScheduler"),
-)
-
 _COMMON = {
     "num_train_timesteps": 1000,
     "beta_start": 0.0001,
@@ -92,6 +85,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# Of classes without a sampler here, the defaults of the fields that define the process: a sampler has to be chosen.
+PROCESS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LMSDiscreteScheduler": _COMMON,
+    "KDPM2DiscreteScheduler": {**_COMMON, **_SD_BETAS},
+    "KDPM2AncestralDiscreteScheduler": {**_COMMON, **_SD_BETAS},
+    "DEISMultistepScheduler": {**_COMMON, "use_flow_sigmas": False},
+    "DPMSolverSDEScheduler": {**_COMMON, **_SD_BETAS},
+    "SASolverScheduler": {**_COMMON, "use_flow_sigmas": False},
+    "TCDScheduler": {**_COMMON, **_ZERO_SNR, **_SD_BETAS, "beta_schedule": "scaled_linear"},
+    "DDIMParallelScheduler": {**_COMMON, **_ZERO_SNR},
+    "DDPMParallelScheduler": {**_COMMON, **_ZERO_SNR},
+}
+READABLE = (*DEFAULTS, *PROCESS_DEFAULTS)
+
 # The behaviour of a class without the field.
 WITHOUT = {
     **_ZERO_SNR, **_THRESHOLD, **_SIGMAS, **_LINSPACE,
@@ -119,6 +126,8 @@ _SUPPORTED = {
     "original_inference_steps": (50,),
     "timestep_scaling": (10.0,),
 }
+# Of these fields other values mean another process, or another conditioning on the noise level, with any sampler.
+_PROCESS_FIELDS = ("beta_schedule", "prediction_type", "use_flow_sigmas", "timestep_type")
 _SUPPORTED_IN: dict[str, dict[str, tuple]] = {
     "DDPMScheduler": {"variance_type": tuple(VARIANCE_TYPES)},
     # At sigma_min its result is z / alpha, off in scale by the remaining noise.
@@ -140,11 +149,12 @@ _SUPPORTED_AT_SIGMA_MIN: dict[str, dict[str, tuple]] = {
 def fields_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The fields of the scheduler class `name`, made from a config that may be another class's.
 
-    Fields that the class lacks are included, with the values that describe its behaviour.
+    Fields that the class lacks are included, with the values that describe its behaviour. Of a class without a sampler
+    they are those of the process.
 
     Raises InputError: a field is no number where one is required.
     """
-    defaults = DEFAULTS[name]
+    defaults = DEFAULTS[name] if name in DEFAULTS else PROCESS_DEFAULTS[name]
     stated = {field: config[field] for field in defaults if field in config}
     for field, value in stated.items():
         types = {int: (int,), float: (int, float)}.get(type(defaults[field]))
@@ -159,9 +169,18 @@ def check_fields(name: str, fields: Mapping[str, Any]) -> None:
     supported = _SUPPORTED | _SUPPORTED_IN.get(name, {})
     if fields["final_sigmas_type"] == "sigma_min":
         supported = supported | _SUPPORTED_AT_SIGMA_MIN.get(name, {})
+    _check_values(name, fields, supported)
+    if fields["use_karras_sigmas"] and fields["use_exponential_sigmas"]:
+        raise InputError(f"{name}: use_karras_sigmas and use_exponential_sigmas cannot both be true")
+
+
+def check_process_fields(name: str, fields: Mapping[str, Any]) -> None:
+    """Raises InputError for values of a process, or a conditioning on the noise level, that is not supported here."""
+    _check_values(name, fields, {field: _SUPPORTED[field] for field in _PROCESS_FIELDS})
+
+
+def _check_values(name: str, fields: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
     for field, values in supported.items():
         if field in fields and fields[field] not in values:
             words = ", ".join(repr(value) for value in values if value is not None or len(values) == 1)
             raise InputError(f"{name}: {field} = {fields[field]!r} is not supported; supported: {words}")
-    if fields["use_karras_sigmas"] and fields["use_exponential_sigmas"]:
-        raise InputError(f"{name}: use_karras_sigmas and use_exponential_sigmas cannot both be true")

@@ -217,7 +217,7 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
         ({}, "class None is not supported"),
         ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' is not supported"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
-        ({"_class_name": "LMSDiscreteScheduler"}, "choose another with --sampler"),
+        ({"_class_name": "DPMSolverSDEScheduler"}, "the scheduler DPMSolverSDEScheduler is not supported"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
         (PUBLISHED["sd15"] | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'.*squaredcos_cap_v2"),
         (PUBLISHED["sd15"] | {"beta_start": 0.5}, "beta_start"),
