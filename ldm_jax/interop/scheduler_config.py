@@ -10,8 +10,10 @@ The samplers here deliberately differ where diffusers is wrong or inconsistent:
 - Its PNDM adds up v predictions that were made at different z as if at one; `plms` adds up the eps they imply.
 - Its DDPM with variance fixed_large adds noise after the last step too, unless that is at timestep 0.
 - Its DDIM clips z0_hat but not eps, unless called with use_clipped_model_output=True; `ddim` clips both.
-- Its DPM-Solver and UniPC truncate the timesteps of exponential sigmas; here they are rounded. With Karras sigmas on a
-  cosine schedule they truncate too, or fail, as the first timesteps coincide.
+- Its DPM-Solver, DEIS and UniPC truncate the timesteps of exponential and beta sigmas; here they are rounded. With
+  Karras sigmas on a cosine schedule they truncate too, or fail, as the first timesteps coincide.
+- Its KDPM2 rounds the timesteps of Karras sigmas, and no others.
+- Its DPM-Solver of third order with noise, which is not supported here, has a wrong sign in its last term.
 """
 
 from collections.abc import Mapping
@@ -26,9 +28,10 @@ from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_fields import (
-    ALGORITHM,
     CLASS_OF,
     DEFAULTS,
+    FIELDS_OF_SAMPLER,
+    FIXED,
     PREDICTION_TYPES,
     READABLE,
     SAMPLER_OF,
@@ -48,7 +51,7 @@ _FLOORED = (
 )
 
 # k-diffusion's samplers.
-_ON_SIGMA = ("euler", "euler_a", "heun", "edm")
+_ON_SIGMA = ("euler", "euler_a", "heun", "edm", "lms", "kdpm2", "kdpm2_a")
 
 # The fields that pipelines override in their scheduler's config.
 _FORCED = {
@@ -97,14 +100,9 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
         if field in config or (sampler is None and field in DEFAULTS[name])
     }
     fields = fields_of({**config, **forced}, name)
-    if sampler in ALGORITHM:
-        fields["algorithm_type"] = ALGORITHM[sampler]
+    fields |= FIELDS_OF_SAMPLER.get(sampler, {}) | FIXED.get(name, {})
     check_fields(name, fields)
-    if sampler is None:
-        sampler = SAMPLER_OF[name]
-        if sampler == "dpmpp_2m" and fields["algorithm_type"] == ALGORITHM["dpmpp_2m_sde"]:
-            sampler = "dpmpp_2m_sde"
-
+    sampler = sampler or _sampler_of(name, fields)
     process, prediction = _process_and_prediction(name, fields)
     _check_range(config, name, fields, process)
     clips, thresholds = fields["clip_sample"], fields["thresholding"]
@@ -117,6 +115,14 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
         threshold=(fields["dynamic_thresholding_ratio"], fields["sample_max_value"]) if thresholds else None,
         scaled_initial_noise=sampler in _ON_SIGMA and fields["timestep_spacing"] != "leading",
     )
+
+
+def _sampler_of(name: str, fields: Mapping[str, Any]) -> str:
+    """The sampler that a class is with these fields, which are supported."""
+    if name != "DPMSolverMultistepScheduler":
+        return SAMPLER_OF[name]
+    noisy = fields["algorithm_type"] == "sde-dpmsolver++"
+    return "dpmpp_3m" if fields["solver_order"] == 3 else "dpmpp_2m_sde" if noisy else "dpmpp_2m"
 
 
 def process_from_config(config: Mapping[str, Any]) -> tuple[Process, str]:
@@ -150,9 +156,9 @@ def _process_and_prediction(name: str, fields: Mapping[str, Any]) -> tuple[Proce
 def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any], process: Process) -> None:
     """Raises InputError for a range of noise levels other than the schedule's.
 
-    diffusers reads sigma_min and sigma_max from the config of any class that supports Karras or exponential sigmas.
+    diffusers reads sigma_min and sigma_max from the config of any class that supports Karras or other sigmas.
     """
-    if fields["use_karras_sigmas"] or fields["use_exponential_sigmas"]:
+    if fields["use_karras_sigmas"] or fields["use_exponential_sigmas"] or fields["use_beta_sigmas"]:
         for field in ("sigma_min", "sigma_max"):
             if config.get(field) is not None:
                 raise InputError(f"{name}: {field} = {config[field]!r} is not supported; supported: None")
@@ -187,10 +193,13 @@ def _process(name: str, fields: Mapping[str, Any]) -> Process:
 def _options(fields: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     """Arguments of `make_table`."""
     even = spacing = fields["timestep_spacing"]
-    if fields["use_karras_sigmas"] or fields["use_exponential_sigmas"]:
-        spacing = "karras" if fields["use_karras_sigmas"] else "exponential"
-    # lcm ends on clean data even where set_alpha_to_one is false: diffusers' never reads that.
-    to_one = sampler == "lcm" or (fields["set_alpha_to_one"] and fields["final_sigmas_type"] == "zero")
+    if fields["use_karras_sigmas"]:
+        spacing = "karras"
+    elif fields["use_lu_lambdas"] or fields["use_exponential_sigmas"]:  # even in lambda = -log(sigma / alpha)
+        spacing = "exponential"
+    elif fields["use_beta_sigmas"]:
+        spacing = "beta"
+    to_one = fields["set_alpha_to_one"] and fields["final_sigmas_type"] == "zero"
     options = {"spacing": spacing, "between": even, "steps_offset": fields["steps_offset"]}
     options["set_alpha_to_one"] = bool(to_one)
     return options | ({"variance": VARIANCE_TYPES[fields["variance_type"]]} if sampler == "ddpm" else {})
@@ -242,6 +251,7 @@ def config_from_schedule(
         "steps_offset": steps_offset,
         "use_karras_sigmas": spacing == "karras",
         "use_exponential_sigmas": spacing == "exponential",
+        "use_beta_sigmas": spacing == "beta",
         "clip_sample": bool(np.isfinite(clip_sample_range)),
         "clip_sample_range": float(clip_sample_range) if np.isfinite(clip_sample_range) else 1.0,
         "set_alpha_to_one": set_alpha_to_one,
@@ -251,11 +261,14 @@ def config_from_schedule(
         config["final_sigmas_type"] = "zero" if set_alpha_to_one else "sigma_min"
     if sampler == "ddpm":
         config["variance_type"] = _key(VARIANCE_TYPES, variance)
-    if sampler in ALGORITHM:
-        config["algorithm_type"] = ALGORITHM[sampler]
+    if "use_lu_lambdas" in has:  # the same noise levels, with timesteps that are rounded as here
+        config["use_lu_lambdas"] = spacing == "exponential"
+    config |= FIELDS_OF_SAMPLER.get(sampler, {})
     lacking = {field for field in WITHOUT if config.get(field, WITHOUT[field]) != WITHOUT[field]} - set(has)
     if "final_sigmas_type" in has:
         lacking -= {"set_alpha_to_one"}
+    fixed = FIXED.get(config["_class_name"], {})
+    lacking = (lacking - set(fixed)) | {field for field in fixed if config.get(field, fixed[field]) != fixed[field]}
     if lacking:
         fields = ", ".join(f"{field} = {config[field]!r}" for field in sorted(lacking))
         raise InputError(f"diffusers' {CLASS_OF[sampler]} does not support {fields}; export it with the sampler ddim")
