@@ -132,7 +132,7 @@ def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
     string("spacing", help=f"of the timesteps: {', '.join(SPACINGS)}")
     flags.DEFINE_list("timesteps", None, "the timesteps themselves, decreasing, e.g. 999,500,0", flag_values=values)
     number("churn", help="edm: S_churn (Karras 2022); 0 = deterministic", lower_bound=0.0)
-    number("eta", help="ddim: 0 deterministic ... 1 ancestral", **SHARE)
+    number("eta", help="ddim: 0 deterministic ... 1 ancestral; tcd: gamma", **SHARE)
     string("variance", help=f"ddpm: {', '.join(VARIANCES)}")
     integer("seed", default=0, help="of the noise; sample k depends on (seed, k, condition) alone", **SEEDS)
     integer("batch_size", help="samples per batch", lower_bound=1)

@@ -52,7 +52,7 @@ def error(table: Table) -> float:
 
 
 def measure() -> dict[str, dict[str, list]]:
-    """{spacing: {solver: [[calls, error], ...]}}; without lcm, which needs a consistency model."""
+    """{spacing: {solver: [[calls, error], ...]}}; without lcm and tcd, which need consistency models."""
     process = make_process("scaled_linear", 1000)
     return {
         spacing: {
@@ -61,7 +61,7 @@ def measure() -> dict[str, dict[str, list]]:
                 for table in (make_table(solver, process, n, spacing=spacing, **OPTIONS.get(solver, {})) for n in STEPS)
             ]
             for solver in SOLVERS
-            if solver != "lcm"
+            if solver not in ("lcm", "tcd")
         }
         for spacing in SPACINGS
     }

@@ -165,12 +165,13 @@ def _sampling(config: ConfigDict) -> None:
     """The sampler, during training and at the end of a run."""
     sampling = config.sampling = ConfigDict()
     sampling.num = 10_000  # samples at the end of the run, the same number of each class
-    # See diffusion/solvers.py: ddpm | ddim | plms | euler | euler_a | heun | edm | dpmpp_2m | dpmpp_2m_sde |
-    # dpmpp_2s | unipc | lcm; own (init_from only) = the scheduler of the pretrained model.
+    # See diffusion/solvers.py: ddpm | ddim | plms | euler | euler_a | heun | lms | kdpm2 | kdpm2_a | edm | dpmpp_2m |
+    # dpmpp_2m_sde | dpmpp_3m | dpmpp_2s | deis | unipc | lcm | tcd; own (init_from only) = the scheduler of the
+    # pretrained model.
     sampling.sampler = "ddim"
     sampling.steps = 50
-    sampling.spacing = "trailing"  # of the timesteps: leading | trailing | linspace | karras | exponential
-    sampling.eta = 0.0  # ddim only: 0 deterministic, 1 ancestral
+    sampling.spacing = "trailing"  # of the timesteps: leading | trailing | linspace | karras | exponential | beta
+    sampling.eta = 0.0  # ddim: 0 deterministic, 1 ancestral; tcd: gamma
     sampling.variance = "fixed_small"  # ddpm only: fixed_small (beta_tilde) | fixed_large (beta) | learned
     sampling.churn = 0.0  # edm only: S_churn (Karras 2022); 0 = deterministic, the same as heun
     sampling.guidance = 1.5  # classifier-free guidance scale; 1 = no guidance

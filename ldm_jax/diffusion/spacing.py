@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.stats
 
 from ldm_jax.diffusion.process import Point, Process
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")  # even in time
-SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential")
+SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "beta")
 
 
 def noise_levels(
@@ -23,18 +24,19 @@ def noise_levels(
 
     Args:
       spacing: `leading`, `trailing` or `linspace`, even in time (see `timesteps`); `karras` (Karras 2022, eq. 5, with
-        rho = 7) or `exponential`, even in a power or the logarithm of sigma / alpha; or timesteps, descending.
+        rho = 7) or `exponential`, even in a power or the logarithm of sigma / alpha (and so in the lambda of Lu 2022);
+        `beta`, quantiles of Beta(0.6, 0.6) in sigma / alpha (Lee 2024); or timesteps, descending.
       process: the forward process, of T timesteps.
       steps: how many; at most T.
-      grid: `integer`: timesteps of the process, and for `karras` and `exponential` the nearest ones as the network's t.
+      grid: `integer`: timesteps of the process, and for spacings uneven in time the nearest ones as the network's t.
         `endpoint`: the same, but of `leading` and `linspace` the end point counts as one and is left out.
-        `continuous`: `linspace`, `karras` and `exponential` lie between the timesteps: sigma / alpha is linear in t
-        for `linspace`, its logarithm for the others. `lcm`: every T // 50th timestep, thinned (Luo 2023).
+        `continuous`: `linspace` and spacings uneven in time lie between the timesteps: sigma / alpha is linear in t for
+        `linspace`, its logarithm for the others. `lcm`: every T // 50th timestep, thinned (Luo 2023).
       steps_offset: see `timesteps`.
-      between: the even spacing whose first and last points `karras` and `exponential` span on a continuous grid.
+      between: the even spacing whose first and last points the uneven ones span on a continuous grid.
 
     Raises:
-      ValueError: unknown spacing, steps or timesteps out of range, or `karras` or `exponential` where alpha = 0.
+      ValueError: unknown spacing, steps or timesteps out of range, or a spacing uneven in time where alpha = 0.
     """
     T = len(process)
     if not isinstance(spacing, str):
@@ -43,7 +45,7 @@ def noise_levels(
         raise ValueError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
     if spacing not in TIMESTEP_SPACINGS:
         if grid == "lcm":
-            raise ValueError(f"lcm has timesteps of its own; {spacing} spacing is for the other samplers")
+            raise ValueError(f"lcm and tcd have timesteps of their own; {spacing} spacing is for the other samplers")
         return _even_in_ratio(spacing, process, steps, grid, steps_offset, between)
     if grid == "continuous" and spacing == "linspace":
         _check_steps(steps, T)
@@ -79,7 +81,7 @@ def _listed(t: Sequence[int], process: Process, steps: int) -> list[Point]:
 def _even_in_ratio(
     spacing: str, process: Process, steps: int, grid: str, steps_offset: int, between: str
 ) -> list[Point]:
-    """`karras` and `exponential`; see `noise_levels`."""
+    """`karras`, `exponential` and `beta`; see `noise_levels`."""
     _check_steps(steps, len(process))
     if process.alpha[-1] <= 0:
         raise ValueError(f"{spacing} spacing needs a schedule that ends above alpha = 0 (zero terminal SNR)")
@@ -89,8 +91,11 @@ def _even_in_ratio(
         first, last = ends[0], ends[-1]
     if spacing == "karras":
         ratio = np.linspace(first.ratio ** (1 / 7), last.ratio ** (1 / 7), steps) ** 7
-    else:
+    elif spacing == "exponential":
         ratio = np.exp(np.linspace(np.log(first.ratio), np.log(last.ratio), steps))
+    else:
+        quantiles = scipy.stats.beta.ppf(1 - np.linspace(0, 1, steps), 0.6, 0.6)
+        ratio = last.ratio + quantiles * (first.ratio - last.ratio)
     points = [process.between(t, r) for t, r in zip(process.time_of(ratio), ratio)]
     return points if grid == "continuous" else [point._replace(t=float(np.round(point.t))) for point in points]
 
@@ -99,7 +104,7 @@ def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:
     """`steps` of the `distilled` timesteps that latent consistency models are distilled on (Luo 2023)."""
     distilled = min(distilled, T)
     if not 1 <= steps <= distilled:
-        raise ValueError(f"lcm needs steps in 1..{distilled}, got {steps}")
+        raise ValueError(f"lcm and tcd need steps in 1..{distilled}, got {steps}")
     t = np.arange(distilled, 0, -1) * (T // distilled) - 1
     return t[np.floor(np.linspace(0, distilled, steps, endpoint=False)).astype(int)]
 

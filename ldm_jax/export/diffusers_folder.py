@@ -22,7 +22,7 @@ from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmen
 from ldm_jax.models.conditioning import ClassConditioning, TextConditioning
 from ldm_jax.pipeline.from_diffusers import DEFAULTS
 from ldm_jax.pipeline.from_run import load_scale
-from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.pipeline.model import LatentDiffusion, Params, Solver
 from ldm_jax.pipeline.scheduler import scheduler_of_run
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.runtime.files import read_json, write_json
@@ -136,7 +136,8 @@ def _settings(model: LatentDiffusion, params: Params) -> dict[str, Any]:
     """The arguments of LatentDiffusionPipeline without the components."""
     defaults, embedder = model.defaults, model.conditioning.embedder
     names = (*model.class_names, *model.origin.other_class_names)
-    own = defaults.solver(defaults.sampler).options
+    solver = defaults.solvers[defaults.sampler]
+    own = solver.options if isinstance(solver, Solver) else {}
     stated = {argument: defaults._asdict().get(field, own.get(field, 0.0)) for field, argument in DEFAULTS.items()}
     return {
         "id2label": {str(label): name for label, name in enumerate(names)},

@@ -10,8 +10,10 @@ The samplers here deliberately differ where diffusers is wrong or inconsistent:
 - Its PNDM adds up v predictions that were made at different z as if at one; `plms` adds up the eps they imply.
 - Its DDPM with variance fixed_large adds noise after the last step too, unless that is at timestep 0.
 - Its DDIM clips z0_hat but not eps, unless called with use_clipped_model_output=True; `ddim` clips both.
-- Its DPM-Solver and UniPC truncate the timesteps of exponential sigmas; here they are rounded. With Karras sigmas on a
-  cosine schedule they truncate too, or fail, as the first timesteps coincide.
+- Its DPM-Solver, DEIS and UniPC truncate the timesteps of exponential and beta sigmas; here they are rounded. With
+  Karras sigmas on a cosine schedule they truncate too, or fail, as the first timesteps coincide.
+- Its KDPM2 rounds the timesteps of Karras sigmas, and no others.
+- Its DPM-Solver of third order with noise, which is not supported here, has a wrong sign in its last term.
 """
 
 from collections.abc import Mapping
@@ -26,9 +28,10 @@ from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_fields import (
-    ALGORITHM,
     CLASS_OF,
     DEFAULTS,
+    FIELDS_OF_SAMPLER,
+    FIXED,
     PREDICTION_TYPES,
     READABLE,
     SAMPLER_OF,
@@ -36,15 +39,19 @@ from ldm_jax.interop.scheduler_fields import (
     VARIANCE_TYPES,
     WITHOUT,
     check_fields,
+    check_process_fields,
     fields_of,
 )
 
 # The alpha_bar that these use for 0, so that sigma / alpha is finite.
 _FLOOR = 2.0**-24
-_FLOORED = ("euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+_FLOORED = (
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+)
 
 # k-diffusion's samplers.
-_ON_SIGMA = ("euler", "euler_a", "heun", "edm")
+_ON_SIGMA = ("euler", "euler_a", "heun", "edm", "lms", "kdpm2", "kdpm2_a")
 
 # The fields that pipelines override in their scheduler's config.
 _FORCED = {
@@ -79,11 +86,9 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
 
     Raises InputError: unknown sampler, or a field whose value is not supported; the field is named.
     """
-    own = config.get("_class_name")
-    if own not in READABLE:
-        raise InputError(f"the scheduler's class {own!r} is not supported; supported: {', '.join(READABLE)}")
+    own = _class_name(config)
     if sampler is None and own not in SAMPLER_OF:
-        raise InputError(f"the scheduler {own} is not supported; choose another with --sampler: {', '.join(SOLVERS)}")
+        raise InputError(f"the scheduler {own} is not supported")
     if sampler is not None and sampler not in CLASS_OF:
         raise InputError(f"sampler must be one of {', '.join(SOLVERS)}, got {sampler!r}")
 
@@ -95,20 +100,11 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
         if field in config or (sampler is None and field in DEFAULTS[name])
     }
     fields = fields_of({**config, **forced}, name)
-    if sampler in ALGORITHM:
-        fields["algorithm_type"] = ALGORITHM[sampler]
+    fields |= FIELDS_OF_SAMPLER.get(sampler, {}) | FIXED.get(name, {})
     check_fields(name, fields)
-    if sampler is None:
-        sampler = SAMPLER_OF[name]
-        if sampler == "dpmpp_2m" and fields["algorithm_type"] == ALGORITHM["dpmpp_2m_sde"]:
-            sampler = "dpmpp_2m_sde"
-
-    process, prediction = _process(fields, sampler), PREDICTION_TYPES[fields["prediction_type"]]
+    sampler = sampler or _sampler_of(name, fields)
+    process, prediction = _process_and_prediction(name, fields)
     _check_range(config, name, fields, process)
-    try:
-        coefficient_tables(prediction, process)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
     clips, thresholds = fields["clip_sample"], fields["thresholding"]
     return Scheduler(
         process,
@@ -121,12 +117,48 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
     )
 
 
+def _sampler_of(name: str, fields: Mapping[str, Any]) -> str:
+    """The sampler that a class is with these fields, which are supported."""
+    if name != "DPMSolverMultistepScheduler":
+        return SAMPLER_OF[name]
+    noisy = fields["algorithm_type"] == "sde-dpmsolver++"
+    return "dpmpp_3m" if fields["solver_order"] == 3 else "dpmpp_2m_sde" if noisy else "dpmpp_2m"
+
+
+def process_from_config(config: Mapping[str, Any]) -> tuple[Process, str]:
+    """The process of a model's training and its prediction, whether or not the config's own sampler is supported.
+
+    Raises InputError: a class whose noise levels do not come from betas, or a field of the process is not supported.
+    """
+    name = _class_name(config)
+    fields = fields_of(config, name)
+    check_process_fields(name, fields)
+    return _process_and_prediction(name, fields)
+
+
+def _class_name(config: Mapping[str, Any]) -> str:
+    """The config's own class; raises InputError if it is not one whose noise levels come from betas."""
+    name = config.get("_class_name")
+    if name not in READABLE:
+        raise InputError(f"the scheduler's class {name!r} is not supported; supported: {', '.join(READABLE)}")
+    return name
+
+
+def _process_and_prediction(name: str, fields: Mapping[str, Any]) -> tuple[Process, str]:
+    process, prediction = _process(name, fields), PREDICTION_TYPES[fields["prediction_type"]]
+    try:
+        coefficient_tables(prediction, process)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+    return process, prediction
+
+
 def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any], process: Process) -> None:
     """Raises InputError for a range of noise levels other than the schedule's.
 
-    diffusers reads sigma_min and sigma_max from the config of any class that supports Karras or exponential sigmas.
+    diffusers reads sigma_min and sigma_max from the config of any class that supports Karras or other sigmas.
     """
-    if fields["use_karras_sigmas"] or fields["use_exponential_sigmas"]:
+    if fields["use_karras_sigmas"] or fields["use_exponential_sigmas"] or fields["use_beta_sigmas"]:
         for field in ("sigma_min", "sigma_max"):
             if config.get(field) is not None:
                 raise InputError(f"{name}: {field} = {config[field]!r} is not supported; supported: None")
@@ -139,20 +171,20 @@ def _check_range(config: Mapping[str, Any], name: str, fields: Mapping[str, Any]
             )
 
 
-def _process(fields: Mapping[str, Any], sampler: str) -> Process:
+def _process(name: str, fields: Mapping[str, Any]) -> Process:
     T, zero_snr, betas = fields["num_train_timesteps"], fields["rescale_betas_zero_snr"], fields["trained_betas"]
     try:
         if betas is None:
-            name, start, end = SCHEDULES[fields["beta_schedule"]], fields["beta_start"], fields["beta_end"]
-            process = make_process(name, T, beta_start=start, beta_end=end, zero_terminal_snr=zero_snr)
+            schedule, start, end = SCHEDULES[fields["beta_schedule"]], fields["beta_start"], fields["beta_end"]
+            process = make_process(schedule, T, beta_start=start, beta_end=end, zero_terminal_snr=zero_snr)
         else:
             beta = np.asarray(betas, np.float64)
             if beta.shape != (T,) or not ((beta > 0) & (beta < 1)).all():
                 raise ValueError(f"trained_betas must be {T} numbers between 0 and 1, as num_train_timesteps is")
             process = process_of_betas(beta, zero_terminal_snr=zero_snr)
     except ValueError as error:
-        raise InputError(f"{CLASS_OF[sampler]}: {error}") from error
-    if zero_snr and sampler in _FLOORED:
+        raise InputError(f"{name}: {error}") from error
+    if zero_snr and name in _FLOORED:
         ends = np.sqrt(_FLOOR), np.sqrt(1 - _FLOOR)
         return Process(*(np.append(table[:-1], end) for table, end in zip((process.alpha, process.sigma), ends)))
     return process
@@ -161,10 +193,13 @@ def _process(fields: Mapping[str, Any], sampler: str) -> Process:
 def _options(fields: Mapping[str, Any], sampler: str) -> dict[str, Any]:
     """Arguments of `make_table`."""
     even = spacing = fields["timestep_spacing"]
-    if fields["use_karras_sigmas"] or fields["use_exponential_sigmas"]:
-        spacing = "karras" if fields["use_karras_sigmas"] else "exponential"
-    # lcm ends on clean data even where set_alpha_to_one is false: diffusers' never reads that.
-    to_one = sampler == "lcm" or (fields["set_alpha_to_one"] and fields["final_sigmas_type"] == "zero")
+    if fields["use_karras_sigmas"]:
+        spacing = "karras"
+    elif fields["use_lu_lambdas"] or fields["use_exponential_sigmas"]:  # even in lambda = -log(sigma / alpha)
+        spacing = "exponential"
+    elif fields["use_beta_sigmas"]:
+        spacing = "beta"
+    to_one = fields["set_alpha_to_one"] and fields["final_sigmas_type"] == "zero"
     options = {"spacing": spacing, "between": even, "steps_offset": fields["steps_offset"]}
     options["set_alpha_to_one"] = bool(to_one)
     return options | ({"variance": VARIANCE_TYPES[fields["variance_type"]]} if sampler == "ddpm" else {})
@@ -216,6 +251,7 @@ def config_from_schedule(
         "steps_offset": steps_offset,
         "use_karras_sigmas": spacing == "karras",
         "use_exponential_sigmas": spacing == "exponential",
+        "use_beta_sigmas": spacing == "beta",
         "clip_sample": bool(np.isfinite(clip_sample_range)),
         "clip_sample_range": float(clip_sample_range) if np.isfinite(clip_sample_range) else 1.0,
         "set_alpha_to_one": set_alpha_to_one,
@@ -225,11 +261,14 @@ def config_from_schedule(
         config["final_sigmas_type"] = "zero" if set_alpha_to_one else "sigma_min"
     if sampler == "ddpm":
         config["variance_type"] = _key(VARIANCE_TYPES, variance)
-    if sampler in ALGORITHM:
-        config["algorithm_type"] = ALGORITHM[sampler]
+    if "use_lu_lambdas" in has:  # the same noise levels, with timesteps that are rounded as here
+        config["use_lu_lambdas"] = spacing == "exponential"
+    config |= FIELDS_OF_SAMPLER.get(sampler, {})
     lacking = {field for field in WITHOUT if config.get(field, WITHOUT[field]) != WITHOUT[field]} - set(has)
     if "final_sigmas_type" in has:
         lacking -= {"set_alpha_to_one"}
+    fixed = FIXED.get(config["_class_name"], {})
+    lacking = (lacking - set(fixed)) | {field for field in fixed if config.get(field, fixed[field]) != fixed[field]}
     if lacking:
         fields = ", ".join(f"{field} = {config[field]!r}" for field in sorted(lacking))
         raise InputError(f"diffusers' {CLASS_OF[sampler]} does not support {fields}; export it with the sampler ddim")

@@ -27,21 +27,33 @@ CLASS_OF = {
     "euler_a": "EulerAncestralDiscreteScheduler",
     "heun": "HeunDiscreteScheduler",
     "edm": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2_a": "KDPM2AncestralDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
     "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "dpmpp_3m": "DPMSolverMultistepScheduler",
     "dpmpp_2s": "DPMSolverSinglestepScheduler",
+    "deis": "DEISMultistepScheduler",
     "unipc": "UniPCMultistepScheduler",
     "lcm": "LCMScheduler",
+    "tcd": "TCDScheduler",
 }
 SAMPLER_OF = {name: sampler for sampler, name in reversed(CLASS_OF.items())}
-ALGORITHM = {"dpmpp_2m": "dpmsolver++", "dpmpp_2m_sde": "sde-dpmsolver++", "dpmpp_2s": "dpmsolver++"}
-
-# Also classes without a sampler here: their configs define the schedule likewise, and a sampler has to be chosen.
-READABLE = (
-    *SAMPLER_OF,
-    *("LMSDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler"),
-    *("DPMSolverSDEScheduler", "TCDScheduler"),
-)
+# The fields that say which of a class's samplers it is: stated, whatever the config has of another class.
+FIELDS_OF_SAMPLER: dict[str, dict[str, Any]] = {
+    "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "solver_order": 2},
+    "dpmpp_3m": {"algorithm_type": "dpmsolver++", "solver_order": 3},
+    "dpmpp_2s": {"algorithm_type": "dpmsolver++", "solver_order": 2},
+    "deis": {"algorithm_type": "deis", "solver_order": 2},
+}
+# What a class does whatever these fields say.
+FIXED: dict[str, dict[str, Any]] = {
+    "LCMScheduler": {"set_alpha_to_one": True},
+    "TCDScheduler": {"set_alpha_to_one": False, "clip_sample": False, "thresholding": False},
+    "DEISMultistepScheduler": {"set_alpha_to_one": False},
+}
 
 _COMMON = {
     "num_train_timesteps": 1000,
@@ -63,6 +75,7 @@ _SOLVER = {
     "use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential",
     "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True, "final_sigmas_type": "zero",
 }  # fmt: skip
+_DEIS = {field: value for field, value in _SOLVER.items() if field != "final_sigmas_type"}
 _DPM_SOLVER = {**_SOLVER, "algorithm_type": "dpmsolver++", "lambda_min_clipped": -np.inf, "variance_type": None}
 
 # The defaults of all fields by class.
@@ -76,11 +89,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "EulerAncestralDiscreteScheduler": {**_COMMON, **_LINSPACE, **_ZERO_SNR},
     "HeunDiscreteScheduler": {**_COMMON, **_LINSPACE, **_SIGMAS, **_CLIP, **_SD_BETAS, "clip_sample": False},
+    "LMSDiscreteScheduler": {**_COMMON, **_LINSPACE, **_SIGMAS},
+    "KDPM2DiscreteScheduler": {**_COMMON, **_LINSPACE, **_SIGMAS, **_SD_BETAS},
+    "KDPM2AncestralDiscreteScheduler": {**_COMMON, **_LINSPACE, **_SIGMAS, **_SD_BETAS},
     "DPMSolverMultistepScheduler": {
         **_COMMON, **_LINSPACE, **_ZERO_SNR, **_THRESHOLD, **_SIGMAS, **_DPM_SOLVER,
         "euler_at_final": False, "use_lu_lambdas": False,
     },
     "DPMSolverSinglestepScheduler": {**_COMMON, **_THRESHOLD, **_SIGMAS, **_DPM_SOLVER, "lower_order_final": False},
+    "DEISMultistepScheduler": {
+        **_COMMON, **_LINSPACE, **_THRESHOLD, **_SIGMAS, **_DEIS, "algorithm_type": "deis", "solver_type": "logrho"
+    },
     "UniPCMultistepScheduler": {
         **_COMMON, **_LINSPACE, **_ZERO_SNR, **_THRESHOLD, **_SIGMAS, **_SIGMA_RANGE, **_SOLVER,
         "solver_type": "bh2", "predict_x0": True, "disable_corrector": [], "solver_p": None, "shift_terminal": None,
@@ -90,12 +109,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": True,
         "original_inference_steps": 50, "timestep_scaling": 10.0,
     },
+    "TCDScheduler": {
+        **_COMMON, **_LEADING, **_ZERO_SNR, **_CLIP, **_THRESHOLD, **_SD_BETAS,
+        "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": True,
+        "original_inference_steps": 50, "timestep_scaling": 10.0,
+    },
 }  # fmt: skip
+
+# Of classes without a sampler here, the defaults of the fields that define the process: a sampler has to be chosen.
+PROCESS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DPMSolverSDEScheduler": {**_COMMON, **_SD_BETAS},
+    "SASolverScheduler": {**_COMMON, "use_flow_sigmas": False},
+    "DDIMParallelScheduler": {**_COMMON, **_ZERO_SNR},
+    "DDPMParallelScheduler": {**_COMMON, **_ZERO_SNR},
+}
+READABLE = (*DEFAULTS, *PROCESS_DEFAULTS)
 
 # The behaviour of a class without the field.
 WITHOUT = {
     **_ZERO_SNR, **_THRESHOLD, **_SIGMAS, **_LINSPACE,
     "clip_sample": False, "clip_sample_range": 1.0, "set_alpha_to_one": True, "final_sigmas_type": "zero",
+    "use_lu_lambdas": False,
 }  # fmt: skip
 
 # The supported values of these fields, and where that depends on the class.
@@ -106,10 +140,8 @@ _SUPPORTED = {
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "use_beta_sigmas": (False, None),
     "use_flow_sigmas": (False, None),
     "use_dynamic_shifting": (False, None),
-    "use_lu_lambdas": (False, None),
     "skip_prk_steps": (True,),
     "solver_order": (2,),
     "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # the last three mean midpoint in diffusers' DPM-Solver
@@ -119,11 +151,17 @@ _SUPPORTED = {
     "original_inference_steps": (50,),
     "timestep_scaling": (10.0,),
 }
+# Of these fields other values mean another process, or another conditioning on the noise level, with any sampler.
+_PROCESS_FIELDS = ("beta_schedule", "prediction_type", "use_flow_sigmas", "timestep_type")
 _SUPPORTED_IN: dict[str, dict[str, tuple]] = {
     "DDPMScheduler": {"variance_type": tuple(VARIANCE_TYPES)},
     # At sigma_min its result is z / alpha, off in scale by the remaining noise.
     "EulerDiscreteScheduler": {"final_sigmas_type": ("zero",)},
-    "DPMSolverMultistepScheduler": {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis")},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
+        "solver_order": (2, 3),
+    },
+    "DEISMultistepScheduler": {"algorithm_type": ("deis", "dpmsolver", "dpmsolver++"), "lower_order_final": (True,)},
     "DPMSolverSinglestepScheduler": {"algorithm_type": ("dpmsolver++", "deis")},
     "UniPCMultistepScheduler": {
         "solver_type": ("bh2", "midpoint", "heun", "logrho"),  # the last three mean bh2 in diffusers' UniPC
@@ -140,11 +178,12 @@ _SUPPORTED_AT_SIGMA_MIN: dict[str, dict[str, tuple]] = {
 def fields_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The fields of the scheduler class `name`, made from a config that may be another class's.
 
-    Fields that the class lacks are included, with the values that describe its behaviour.
+    Fields that the class lacks are included, with the values that describe its behaviour. Of a class without a sampler
+    they are those of the process.
 
     Raises InputError: a field is no number where one is required.
     """
-    defaults = DEFAULTS[name]
+    defaults = DEFAULTS[name] if name in DEFAULTS else PROCESS_DEFAULTS[name]
     stated = {field: config[field] for field in defaults if field in config}
     for field, value in stated.items():
         types = {int: (int,), float: (int, float)}.get(type(defaults[field]))
@@ -159,9 +198,25 @@ def check_fields(name: str, fields: Mapping[str, Any]) -> None:
     supported = _SUPPORTED | _SUPPORTED_IN.get(name, {})
     if fields["final_sigmas_type"] == "sigma_min":
         supported = supported | _SUPPORTED_AT_SIGMA_MIN.get(name, {})
+    if name == "DPMSolverMultistepScheduler" and fields["solver_order"] == 3:
+        supported = supported | {"lower_order_final": (True,)}
+        if fields["algorithm_type"] == "sde-dpmsolver++":  # its last term has a wrong sign in diffusers
+            raise InputError(
+                f"{name}: solver_order = 3 with noise, algorithm_type = 'sde-dpmsolver++', is not supported"
+            )
+    _check_values(name, fields, supported)
+    uneven = [field for field in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if fields[field]]
+    if len(uneven) > 1:
+        raise InputError(f"{name}: {' and '.join(uneven)} cannot both be true")
+
+
+def check_process_fields(name: str, fields: Mapping[str, Any]) -> None:
+    """Raises InputError for values of a process, or a conditioning on the noise level, that is not supported here."""
+    _check_values(name, fields, {field: _SUPPORTED[field] for field in _PROCESS_FIELDS})
+
+
+def _check_values(name: str, fields: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:
     for field, values in supported.items():
         if field in fields and fields[field] not in values:
             words = ", ".join(repr(value) for value in values if value is not None or len(values) == 1)
             raise InputError(f"{name}: {field} = {fields[field]!r} is not supported; supported: {words}")
-    if fields["use_karras_sigmas"] and fields["use_exponential_sigmas"]:
-        raise InputError(f"{name}: use_karras_sigmas and use_exponential_sigmas cannot both be true")

@@ -41,7 +41,7 @@ def from_config(
         scheduler, notes = scheduler_of_run(config)
         if notes:
             raise InputError(f"config.sampling: a text-to-image model must sample as diffusers does. {notes[0]}")
-        solvers, hashed = solvers_of_scheduler(scheduler, TEXT_PIPELINE), (config.diffusion.prediction,)
+        (_, solvers), hashed = solvers_of_scheduler(scheduler, TEXT_PIPELINE), (config.diffusion.prediction,)
         origin = Origin(config=config, pipeline=TEXT_PIPELINE, schedulers={"scheduler": scheduler}, hashed=hashed)
     latent_channels = config.data.channels if first_stage.module is None else config.autoencoder.latent_channels
     embedder = ClassEmbedder(len(class_names), config.unet.context_dim, config.unet.context_tokens)

@@ -16,7 +16,7 @@ from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, Components, read_pipeline
-from ldm_jax.interop.scheduler_config import scheduler_from_config
+from ldm_jax.interop.scheduler_config import process_from_config
 from ldm_jax.interop.tokenizer import load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.models.clip import CLIPTextEncoder
@@ -24,7 +24,7 @@ from ldm_jax.models.concat_conditioning import ConcatConditioning, Inpainting, L
 from ldm_jax.models.conditioning import ClassConditioning, ClassEmbedder, Conditioning, NoConditioning, TextConditioning
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.models.unet import UNet
-from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults
+from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults, Solver
 from ldm_jax.pipeline.scheduler import solvers_of_scheduler
 
 MAX_NOISE_LEVEL = 350  # default of an upscaler
@@ -92,30 +92,25 @@ def assemble(
       defaults: fields of SamplingDefaults that differ from those of the pipeline.
 
     Raises:
-      InputError: a scheduler that is not supported, or components that do not fit together.
+      InputError: a scheduler whose process is not supported, or components that do not fit together.
     """
-    scheduler = scheduler_from_config(schedulers["scheduler"], pipeline=pipeline)
-    solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline)
+    process, prediction = process_from_config(schedulers["scheduler"])
+    sampler, solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline)
+    if isinstance(own := solvers[sampler], Solver):
+        solvers[sampler] = own._replace(options={**own.options, "eta": eta})
     concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
-    (h, w, channels), factor, own = latent_shape, first_stage.downsampling, solvers[scheduler.sampler]
+    (h, w, channels), factor = latent_shape, first_stage.downsampling
     defaults = {"steps": PIPELINES[pipeline].steps, "guidance": PIPELINES[pipeline].guidance} | defaults
     model = LatentDiffusion(
         denoiser=denoiser,
         first_stage=first_stage,
         conditioning=conditioning,
         concat=concat,
-        process=scheduler.process,
-        prediction=scheduler.prediction,
+        process=process,
+        prediction=prediction,
         image_shape=(h * factor, w * factor, first_stage.module.in_channels),
-        defaults=SamplingDefaults(
-            sampler=scheduler.sampler,
-            solvers=solvers | {scheduler.sampler: own._replace(options=own.options | {"eta": eta})},
-            batch_size=jax.local_device_count(),
-            **defaults,
-        ),
-        origin=Origin(
-            path, class_names=class_names, hashed=(scheduler.prediction,), pipeline=pipeline, schedulers=schedulers
-        ),
+        defaults=SamplingDefaults(sampler=sampler, solvers=solvers, batch_size=jax.local_device_count(), **defaults),
+        origin=Origin(path, class_names=class_names, hashed=(prediction,), pipeline=pipeline, schedulers=schedulers),
     )
     _check_widths(model, channels)
     return model
@@ -196,7 +191,7 @@ def _concat(
 ) -> ConcatConditioning | None:
     """The denoiser's concat conditioning: an upscaler's if it has a second scheduler, else by its channels."""
     if "low_res_scheduler" in schedulers:
-        process = scheduler_from_config(schedulers["low_res_scheduler"]).process
+        process, _ = process_from_config(schedulers["low_res_scheduler"])
         levels = min(denoiser.num_class_embeds or 0, len(process))
         if not isinstance(max_noise_level, int) or not 0 <= max_noise_level < levels:
             have = f"the UNet's num_class_embeds and low_res_scheduler have {levels} levels, from 0"

@@ -40,7 +40,7 @@ class Solver(NamedTuple):
 class SamplingDefaults(NamedTuple):
     """The sampling defaults of a model."""
 
-    sampler: str
+    sampler: str  # a key of `solvers`
     steps: int
     solvers: Mapping[str, Solver | str]  # by sampler; or why the model does not have it
     guidance: float

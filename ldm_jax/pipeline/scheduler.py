@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.config.fields import OWN
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.errors import InputError
@@ -13,10 +14,11 @@ from ldm_jax.interop.scheduler_config import Scheduler, config_from_schedule, sc
 from ldm_jax.pipeline.model import Solver
 
 
-def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, Solver | str]:
-    """Solvers by sampler: as `XScheduler.from_config(pipe.scheduler.config)` in diffusers, or the reason for none.
+def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> tuple[str, dict[str, Solver | str]]:
+    """The config's own sampler, and solvers by sampler.
 
-    Raises InputError if the config's own scheduler is not supported.
+    A solver is what `XScheduler.from_config(pipe.scheduler.config)` is in diffusers, or the reason why it is not
+    supported. If that of the config's own class is not, the own sampler is OWN, with the reason.
     """
     solvers: dict[str, Solver | str] = {}
     for sampler in SOLVERS:
@@ -24,8 +26,12 @@ def solvers_of_scheduler(config: Mapping[str, Any], pipeline: str) -> dict[str, 
             solvers[sampler] = _solver(scheduler_from_config(config, sampler, pipeline=pipeline))
         except InputError as error:
             solvers[sampler] = str(error)
-    own = scheduler_from_config(config, pipeline=pipeline)
-    return solvers | {own.sampler: _solver(own)}
+    try:
+        own = scheduler_from_config(config, pipeline=pipeline)
+        return own.sampler, solvers | {own.sampler: _solver(own)}
+    except InputError as error:
+        supported = ", ".join(sampler for sampler, solver in solvers.items() if isinstance(solver, Solver))
+        return OWN, solvers | {OWN: f"{error}; choose another with --sampler: {supported}"}
 
 
 def _solver(scheduler: Scheduler) -> Solver:

@@ -47,14 +47,14 @@ def recipe_from_arguments(
         needs = "prompts, which are missing" if texts else "labels; prompts are for text-to-image models"
         raise InputError(f"the model takes {needs}")
     labels = list(range(len(prompts))) if texts else label_indices("labels", labels, model.class_names)
-    recipe = default_recipe(model, num or len(labels) or 1, seed, labels, prompts)
+    recipe = default_recipe(model, num or len(labels) or 1, seed, labels, prompts, sampler)
     own = recipe.guidance
     scale = own.scale if guidance is None else guidance
     if not (np.isfinite(scale) and scale >= 0):
         raise InputError(f"guidance is {scale}; it must be a finite number, 0 or more")
     recipe = recipe._replace(
         size=list(size or recipe.size),
-        solving=solving_defaults(model, sampler or recipe.solving.sampler, steps),
+        solving=solving_defaults(model, recipe.solving.sampler, steps),
         guidance=own._replace(scale=scale, negative_prompt=negative_prompt),
     )
     return with_guidance(model, recipe)

@@ -48,7 +48,7 @@ def recipe_from_flags(
     if values.batch_size and values.batch_size % jax.local_device_count():
         raise InputError(f"--batch_size={values.batch_size} does not divide over {jax.local_device_count()} devices")
     num = len(prompts) if by_prompt and not values["num"].present else values.num
-    recipe = default_recipe(model, num, values.seed, labels, prompts)
+    recipe = default_recipe(model, num, values.seed, labels, prompts, values.sampler)
     guidance = _guidance(recipe.guidance, model, values, prompts)
     return with_guidance(model, recipe._replace(solving=_solving(model, values), guidance=guidance))
 

@@ -91,12 +91,14 @@ FLAT = {"guidance.scale": "guidance", "guidance.interval": "guidance_interval", 
 SENTINELS = {"negative_label": -1, "to_seed": -1, "noise_level": -1}
 
 
-def default_recipe(model: LatentDiffusion, num: int, seed: int, labels: list[int], prompts: list[str]) -> Recipe:
-    """The recipe of a model's own sampling defaults."""
+def default_recipe(
+    model: LatentDiffusion, num: int, seed: int, labels: list[int], prompts: list[str], sampler: str | None = None
+) -> Recipe:
+    """The recipe of a model's own sampling defaults, or those of another sampler; raises InputError for one without."""
     defaults = model.defaults
     return Recipe(
         num, seed, labels, prompts, list(model.image_shape[:2]), model.dtype,
-        solving=solving_defaults(model, defaults.sampler),
+        solving=solving_defaults(model, sampler or defaults.sampler),
         guidance=Guidance(defaults.guidance, list(defaults.guidance_interval), defaults.guidance_rescale),
         concat=ConcatInput(split=defaults.concat_split),
     )  # fmt: skip

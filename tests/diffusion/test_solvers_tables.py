@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.integrate import quad
 
 from ldm_jax.diffusion.denoiser import Estimate
 from ldm_jax.diffusion.forward import NoiseLevel
@@ -171,6 +172,88 @@ def test_zero_terminal_snr_multistep_is_the_limit(prediction, steps):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def k_diffusion_lms(alpha_bar, t):
+    """k-diffusion's sample_lms of order 4, whose coefficients are integrals by quadrature, on x = z / alpha."""
+    sigmas = np.append(np.sqrt((1 - alpha_bar[t]) / alpha_bar[t]), 0)
+    x, ds = np.asarray(Z_T, np.float64) / np.sqrt(alpha_bar[t[0]]), []
+    for i in range(len(t)):
+        ds.insert(0, (x - denoise(x * np.sqrt(alpha_bar[t[i]]), NoiseLevel(t[i], None, None), np)) / sigmas[i])
+        order = min(i + 1, 4)
+
+        def basis(tau, j, i=i, order=order):
+            others = [k for k in range(order) if k != j]
+            return np.prod([(tau - sigmas[i - k]) / (sigmas[i - j] - sigmas[i - k]) for k in others])
+
+        x = x + sum(quad(basis, sigmas[i], sigmas[i + 1], args=(j,))[0] * ds[j] for j in range(order))
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_lms_is_k_diffusions(spacing, steps):
+    got, _ = run(Z_T, make_table("lms", PROCESS, steps, spacing=spacing), KEYS)
+    expected = k_diffusion_lms(alpha_bar(PROCESS), timesteps(spacing, T, steps))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def zhang_2022(alpha_bar, t, end):
+    """tAB-DEIS of order 2, eq. 15 by quadrature over rho of the line through the last eps in log(rho)."""
+    z, old = np.asarray(Z_T, np.float64), None
+    levels = [*alpha_bar[t], end]
+    for i in range(len(t)):
+        rho, rho_next = (np.sqrt(1 / level - 1) for level in levels[i : i + 2])
+        z0 = denoise(z, NoiseLevel(t[i], None, None), np)
+        eps = (z - np.sqrt(levels[i]) * z0) / np.sqrt(1 - levels[i])
+        change = (rho_next - rho) * eps
+        if i > 0 and not (i == len(t) - 1 and (len(t) < 15 or end == 1)):
+            rho_old, eps_old = old
+            line = lambda x, a=rho, b=rho_old: np.log(x / b) / np.log(a / b)  # noqa: E731
+            weight = quad(line, rho, rho_next)[0]
+            change = weight * eps + (rho_next - rho - weight) * eps_old
+        z, old = np.sqrt(levels[i + 1]) * (z / np.sqrt(levels[i]) + change), (rho, eps)
+    return z
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+def test_deis_is_zhang_2022(spacing, steps, to_one):
+    table = make_table("deis", PROCESS, steps, spacing=spacing, set_alpha_to_one=to_one)
+    t = timesteps(spacing, T, steps) if spacing == "trailing" else timesteps(spacing, T, steps + 1)[:-1]
+    expected = zhang_2022(alpha_bar(PROCESS), t, ENDS[to_one](PROCESS))
+    np.testing.assert_allclose(run(Z_T, table, KEYS)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def zheng_2024(alpha_bar, t, end, gamma):
+    """Algorithm 4 of trajectory consistency models: DDIM to s = (1 - gamma) t', then noise up to t'."""
+    z = np.asarray(Z_T, np.float64)
+    for i in range(len(t)):
+        now, after = alpha_bar[t[i]], alpha_bar[t[i + 1]] if i < len(t) - 1 else end
+        s = alpha_bar[int((1 - gamma) * t[i + 1])] if i < len(t) - 1 else end
+        z0 = denoise(z, NoiseLevel(t[i], None, None), np)
+        z_s = np.sqrt(s) * z0 + np.sqrt(1 - s) * (z - np.sqrt(now) * z0) / np.sqrt(1 - now)
+        z = np.sqrt(after / s) * z_s + np.sqrt(1 - after / s) * row_noise(i)
+    return z
+
+
+@pytest.mark.parametrize("to_one", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_tcd_is_zheng_2024(gamma, steps, to_one):
+    table = make_table("tcd", PROCESS, steps, eta=gamma, set_alpha_to_one=to_one)
+    t = make_table("lcm", PROCESS, steps).t[:steps].astype(int)
+    expected = zheng_2024(alpha_bar(PROCESS), t, ENDS[to_one](PROCESS), gamma)
+    np.testing.assert_allclose(run(Z_T, table, KEYS)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["lms", "kdpm2", "kdpm2_a", "dpmpp_3m", "deis", "tcd"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 15])
+def test_tables_from_zero_terminal_snr_are_finite(solver, steps):
+    table = make_table(solver, ZERO_SNR, steps, prediction="v", spacing="trailing")
+    assert all(np.isfinite(column).all() for column in table)
+    assert table.alpha[0] == 0 and np.isfinite(run(Z_T, table, KEYS)[0]).all()
+
+
 HAND = Process.variance_preserving([0.81, 0.36])
 
 
@@ -222,7 +305,8 @@ def test_ddim_with_eta_1_is_ddpm(spacing, steps):
 def test_tables_are_float64_of_one_shape(solver):
     for steps in (1, 17, T - 1):
         table = make_table(solver, PROCESS, steps)
-        calls = {"heun": 2 * steps - 1, "edm": 2 * steps - 1, "plms": steps + (steps > 1)}.get(solver, steps)
+        calls = {"plms": steps + (steps > 1)} | dict.fromkeys(("heun", "edm", "kdpm2", "kdpm2_a"), 2 * steps - 1)
+        calls = calls.get(solver, steps)
         assert table.rows == calls and table.rows.shape == () and table.rows.dtype == np.int32
         assert table.weights.shape == (2 * T, 2 * HISTORY + 3)
         for values in table[:-1]:
@@ -234,9 +318,9 @@ def test_a_constant_denoiser_is_reached_exactly():
     """Whatever the solver, if z0_hat is always c then the last row lands on c: coefficients are consistent."""
     constant = jax.jit(partial(solve, lambda z_t, level: jnp.full_like(z_t, 0.7)))
     for solver in SOLVERS:
-        for spacing in TIMESTEP_SPACINGS if solver == "lcm" else SPACINGS:
+        for spacing in TIMESTEP_SPACINGS if solver in ("lcm", "tcd") else SPACINGS:
             z, _ = constant(Z_T, make_table(solver, PROCESS, 9, spacing=spacing), KEYS)
-            np.testing.assert_allclose(z, 0.7, rtol=1e-3 if solver == "lcm" else 1e-5)  # lcm keeps c_skip of z
+            np.testing.assert_allclose(z, 0.7, rtol=1e-3 if solver == "lcm" else 2e-5)  # lcm keeps c_skip of z
 
 
 @pytest.mark.parametrize(
@@ -244,13 +328,13 @@ def test_a_constant_denoiser_is_reached_exactly():
     [
         (
             {"solver": "dpm"},
-            "solver must be one of ddpm, ddim, plms, euler, euler_a, heun, edm, dpmpp_2m, dpmpp_2m_sde, dpmpp_2s, ",
+            "solver must be one of ddpm, ddim, plms, euler, euler_a, heun, lms, kdpm2, kdpm2_a, edm, dpmpp_2m, ",
         ),
         (
             {"solver": "lcm", "spacing": "karras"},
-            "lcm has timesteps of its own; karras spacing is for the",
+            "lcm and tcd have timesteps of their own; karras spacing is for the",
         ),
-        ({"solver": "lcm", "steps": 41, "spacing": "trailing"}, "lcm needs steps in 1..40, got 41"),
+        ({"solver": "lcm", "steps": 41, "spacing": "trailing"}, "lcm and tcd need steps in 1..40, got 41"),
         ({"spacing": (30, 20, 10)}, "3 timesteps are listed for 5 steps"),
         ({"spacing": (40, 20, 10, 5, 0)}, "timesteps must be descending whole numbers in 0..39, got"),
         ({"spacing": (20, 30, 10, 5, 0)}, "timesteps must be descending whole numbers"),
@@ -273,12 +357,15 @@ def test_a_constant_denoiser_is_reached_exactly():
         ({"solver": "ddim", "eta": 1.5}, "eta must lie in [0, 1], got 1.5"),
         ({"solver": "ddim", "eta": -0.5}, "eta must lie in [0, 1], got -0.5"),
         ({"solver": "ddim", "eta": float("nan")}, "eta must lie in [0, 1], got nan"),
-        ({"eta": 0.5}, "eta is for ddim only, got eta = 0.5 with solver 'ddpm'"),
+        ({"eta": 0.5}, "eta is for ddim and tcd only, got eta = 0.5 with solver 'ddpm'"),
         ({"steps": 0}, "steps must lie in 1..40 for a schedule of 40 timesteps, got 0"),
         ({"steps": 41}, "steps must lie in 1..40 for a schedule of 40 timesteps, got 41"),
         ({"solver": "dpmpp_2m", "steps": 40}, "leading spacing needs steps in 1..39 with this solver, got 40"),
         ({"solver": "dpmpp_2m", "steps": 0}, "leading spacing needs steps in 1..39 with this solver, got 0"),
-        ({"spacing": "even"}, "spacing must be one of leading, trailing, linspace, karras, exponential, got 'even'"),
+        (
+            {"spacing": "even"},
+            "spacing must be one of leading, trailing, linspace, karras, exponential, beta, got 'even'",
+        ),
         ({"steps": 40, "steps_offset": 1}, "steps_offset must lie in 0..0"),
         ({"prediction": "x0"}, "prediction must be one of eps, v, z0, flow, got 'x0'"),
         (

@@ -123,7 +123,10 @@ def test_algorithm_type_and_sampler():
     assert scheduler_from_config(old, "dpmpp_2m_sde").sampler == "dpmpp_2m_sde"
 
 
-@pytest.mark.parametrize("field, spacing", [("use_karras_sigmas", "karras"), ("use_exponential_sigmas", "exponential")])
+@pytest.mark.parametrize(
+    "field, spacing",
+    [("use_karras_sigmas", "karras"), ("use_exponential_sigmas", "exponential"), ("use_beta_sigmas", "beta")],
+)
 def test_uneven_sigmas(field, spacing):
     config = PUBLISHED["sdxl"] | {field: True}
     assert scheduler_from_config(config).options == PLAIN | {"spacing": spacing, "steps_offset": 1}
@@ -131,6 +134,35 @@ def test_uneven_sigmas(field, spacing):
     assert scheduler_from_config(config, "ddim").options["spacing"] == "leading"  # has no such field
     with pytest.raises(InputError, match=r"sigma_max = 80\.0 is not supported"):
         scheduler_from_config(config | {"sigma_max": 80.0})
+
+
+def test_lu_lambdas_are_exponential_sigmas_of_one_class():
+    config = DPM | {"use_lu_lambdas": True}
+    for sampler in ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m"):
+        assert scheduler_from_config(config, sampler).options["spacing"] == "exponential"
+    assert scheduler_from_config(config, "unipc").options["spacing"] == "linspace"  # has no such field
+    assert scheduler_from_config(config | {"use_karras_sigmas": True}).options["spacing"] == "karras"
+    exported = config_from_schedule("linear", **OURS, sampler="dpmpp_2m", spacing="exponential")
+    assert exported["use_lu_lambdas"] and exported["use_exponential_sigmas"]
+    assert scheduler_from_config(exported, "unipc").options["spacing"] == "exponential"
+
+
+def test_orders_of_dpm_solver():
+    assert scheduler_from_config(DPM | {"solver_order": 3}).sampler == "dpmpp_3m"
+    assert scheduler_from_config(DPM | {"solver_order": 3}, "dpmpp_2m").sampler == "dpmpp_2m"
+    assert scheduler_from_config(DPM, "dpmpp_3m").sampler == "dpmpp_3m"
+    config = config_from_schedule("linear", **OURS, sampler="dpmpp_3m")
+    assert (config["solver_order"], config["algorithm_type"]) == (3, "dpmsolver++")
+
+
+def test_what_a_class_does_whatever_its_fields_say():
+    """TCD never clips, and like DEIS it ends at timestep 0; LCM ends on clean data."""
+    stated = PUBLISHED["sd15"] | {"clip_sample": True, "set_alpha_to_one": True, "thresholding": True}
+    for sampler in ("tcd", "deis"):
+        assert not scheduler_from_config(stated | {"thresholding": False}, sampler).options["set_alpha_to_one"]
+    tcd = scheduler_from_config(stated, "tcd")
+    assert tcd.clip_sample_range == np.inf and tcd.threshold is None
+    assert scheduler_from_config(PUBLISHED["sd15"], "lcm").options["set_alpha_to_one"]
 
 
 def test_the_end():
@@ -208,6 +240,7 @@ def test_bounds():
 
 
 DPM, UNIPC = {"_class_name": "DPMSolverMultistepScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
+DEIS = {"_class_name": "DEISMultistepScheduler"}
 EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMSolverSinglestepScheduler"}
 
 
@@ -217,7 +250,7 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
         ({}, "class None is not supported"),
         ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' is not supported"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
-        ({"_class_name": "LMSDiscreteScheduler"}, "choose another with --sampler"),
+        ({"_class_name": "DPMSolverSDEScheduler"}, "the scheduler DPMSolverSDEScheduler is not supported"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
         (PUBLISHED["sd15"] | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'.*squaredcos_cap_v2"),
         (PUBLISHED["sd15"] | {"beta_start": 0.5}, "beta_start"),
@@ -226,14 +259,18 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
         (PUBLISHED["sd15"] | {"num_train_timesteps": 0}, "T >= 1"),
         (PUBLISHED["sd15"] | {"timestep_spacing": "logarithmic"}, "timestep_spacing = 'logarithmic'.*'trailing'"),
         (DPM | {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'.*'v_prediction'"),
-        (DPM | {"solver_order": 3}, "DPMSolverMultistepScheduler: solver_order = 3 is not supported; supported: 2"),
+        (DPM | {"solver_order": 1}, "DPMSolverMultistepScheduler: solver_order = 1 is not supported; supported: 2, 3"),
+        (DPM | {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}, "3 with noise.*'sde-dpmsolver\\+\\+'"),
+        (DPM | {"solver_order": 3, "lower_order_final": False}, "lower_order_final = False"),
+        (DEIS | {"solver_order": 3}, "DEISMultistepScheduler: solver_order = 3 is not supported; supported: 2"),
+        (DEIS | {"lower_order_final": False}, "lower_order_final = False"),
+        ({"_class_name": "TCDScheduler", "original_inference_steps": 100}, "original_inference_steps = 100"),
         (DPM | {"algorithm_type": "dpmsolver"}, "algorithm_type = 'dpmsolver'"),
         (DPM | {"solver_type": "heun"}, "solver_type = 'heun'"),
         (DPM | {"use_flow_sigmas": True}, "use_flow_sigmas = True is not supported; supported: False"),
         (DPM | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
-        (DPM | {"use_lu_lambdas": True}, "use_lu_lambdas = True"),
-        (DPM | {"use_beta_sigmas": True}, "use_beta_sigmas = True"),
         (DPM | {"use_karras_sigmas": True, "use_exponential_sigmas": True}, "cannot both be true"),
+        (DPM | {"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas cannot"),
         (DPM | {"lambda_min_clipped": -5.0}, "lambda_min_clipped = -5.0.*-5.059 and below"),
         (DPM | {"final_sigmas_type": "sigma_min", "euler_at_final": True}, "euler_at_final = True"),
         (DPM | {"final_sigmas_type": "sigma_min", "lower_order_final": False}, "lower_order_final = False"),
@@ -272,7 +309,7 @@ def test_another_sampler_may_be_named_for_a_class_that_none_here_is():
 def test_tables_that_cannot_be_made():
     with pytest.raises(ValueError, match=r"steps must lie in 1\.\.1000"):
         table_of(scheduler_from_config(PUBLISHED["sd15"]), 1001)
-    with pytest.raises(ValueError, match="eta is for ddim only"):
+    with pytest.raises(ValueError, match="eta is for ddim and tcd only"):
         table_of(scheduler_from_config(PUBLISHED["sd15"]), 5, eta=1.0)
     assert table_of(scheduler_from_config(PUBLISHED["sd15"], "ddim"), 5, eta=1.0).weights[0, -1] > 0
 
@@ -286,16 +323,16 @@ def test_export_and_back(name, sampler):
     process = make_process(name, 1000)
     for spacing in SPACINGS:
         try:
-            expected = make_table(sampler, process, 12, prediction="v", spacing=spacing)
-            scheduler = scheduler_from_config(config_from_schedule(name, **OURS, sampler=sampler, spacing=spacing))
+            options = {"sampler": sampler, "spacing": spacing, "set_alpha_to_one": sampler not in ("deis", "tcd")}
+            config = config_from_schedule(name, **OURS, **options)
+            expected = make_table(options.pop("sampler"), process, 12, prediction="v", **options)
         except (InputError, ValueError):
-            assert (sampler, spacing) in {
-                *((sampler, "karras") for sampler in ("ddpm", "ddim", "plms", "euler_a", "lcm")),
-                *((sampler, "exponential") for sampler in ("ddpm", "ddim", "plms", "euler_a", "lcm")),
-                ("dpmpp_2s", "leading"),
-                ("dpmpp_2s", "trailing"),
-            }
+            uneven, without = SPACINGS[3:], ("ddpm", "ddim", "plms", "euler_a", "lcm", "tcd")
+            assert (sampler in without and spacing in uneven) or (
+                (sampler, spacing) in {("dpmpp_2s", "leading"), ("dpmpp_2s", "trailing")}
+            )
             continue
+        scheduler = scheduler_from_config(config)
         assert scheduler.sampler == ("heun" if sampler == "edm" else sampler)
         assert scheduler.prediction == "v"
         assert scheduler.process == process
@@ -327,6 +364,10 @@ def test_export_of_other_options():
         ({"sampler": "euler", "set_alpha_to_one": False}, "final_sigmas_type = 'sigma_min' is not supported"),
         ({"sampler": "dpmpp_2s", "spacing": "trailing"}, "does not support timestep_spacing = 'trailing'"),
         ({"sampler": "euler_a", "spacing": "karras"}, "does not support use_karras_sigmas = True"),
+        ({"sampler": "ddim", "spacing": "beta"}, "does not support use_beta_sigmas = True"),
+        ({"sampler": "deis"}, "DEISMultistepScheduler does not support set_alpha_to_one = True"),
+        ({"sampler": "tcd"}, "TCDScheduler does not support set_alpha_to_one = True"),
+        ({"sampler": "lcm", "set_alpha_to_one": False}, "LCMScheduler does not support set_alpha_to_one = False"),
         ({"prediction": "flow"}, "have no 'flow'; they have eps, v, z0"),
         ({"name": "rectified_flow"}, "have no 'rectified_flow'; they have linear, scaled_linear, cosine"),
     ],

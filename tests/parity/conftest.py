@@ -39,12 +39,12 @@ def transplant(random_weights):
 
 @pytest.fixture
 def same_noise(monkeypatch):
-    """A function (module, calls) that gives a scheduler our noise, call after call."""
+    """A function (module, rows) that gives a scheduler our noise, of rows 0, 1, ... or of a range of them."""
     import torch
     from parity.fixed_network import row_noise
 
     def patch(module, calls):
-        rows = iter(range(calls))
+        rows = iter(range(calls) if isinstance(calls, int) else calls)
         name = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
         monkeypatch.setattr(name, lambda *_, **__: torch.from_numpy(row_noise(next(rows))))
 

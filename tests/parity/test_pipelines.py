@@ -59,6 +59,8 @@ OTHERS = {
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
     "euler": diffusers.EulerDiscreteScheduler,  # whose noise begins scaled
+    "lms": diffusers.LMSDiscreteScheduler,
+    "deis": diffusers.DEISMultistepScheduler,
 }
 
 

@@ -27,14 +27,21 @@ from ldm_jax.diffusion.schedules import cosine_betas, make_process
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
-from ldm_jax.interop.scheduler_fields import ALGORITHM, CLASS_OF, DEFAULTS, fields_of
+from ldm_jax.interop.scheduler_fields import CLASS_OF, DEFAULTS, FIELDS_OF_SAMPLER, fields_of
 
 NOISY = {
     "ddpm": "ddpm",
     "euler_a": "euler_ancestral_discrete",
     "dpmpp_2m_sde": "dpmsolver_multistep",
+    "kdpm2_a": "k_dpm_2_ancestral_discrete",
     "lcm": "lcm",
+    "tcd": "tcd",
 }
+
+
+def noisy_rows(sampler, steps):
+    """The rows after which theirs asks for noise: of kdpm2_a every second one."""
+    return range(1, 2 * steps, 2) if sampler == "kdpm2_a" else range(steps)
 
 
 def own_scheduler(config):
@@ -43,8 +50,8 @@ def own_scheduler(config):
 
 def their_scheduler(config, sampler):
     """As a user of diffusers takes another scheduler for a model's own."""
-    algorithm = {"algorithm_type": ALGORITHM[sampler]} if sampler in ALGORITHM else {}
-    return getattr(diffusers, CLASS_OF[sampler]).from_config(own_scheduler(config).config, **algorithm)
+    stated = FIELDS_OF_SAMPLER.get(sampler, {})
+    return getattr(diffusers, CLASS_OF[sampler]).from_config(own_scheduler(config).config, **stated)
 
 
 def pipeline_start(theirs):
@@ -62,10 +69,10 @@ def latents_of_both(config, sampler, steps, same_noise):
     ours = scheduler_from_config(config, sampler)
     theirs = own_scheduler(config) if sampler is None else their_scheduler(config, sampler)
     if ours.sampler in NOISY:
-        same_noise(NOISY[ours.sampler], steps)
-    options = (
-        {"use_clipped_model_output": True} if ours.sampler == "ddim" and np.isfinite(ours.clip_sample_range) else {}
-    )
+        same_noise(NOISY[ours.sampler], noisy_rows(ours.sampler, steps))
+    options = {"eta": 0.0} if ours.sampler == "tcd" else {}  # as in the pipelines
+    if ours.sampler == "ddim" and np.isfinite(ours.clip_sample_range):
+        options = {"use_clipped_model_output": True}
     return latents_of(ours, steps), run_theirs(theirs, steps, start=pipeline_start, **options)
 
 
@@ -81,11 +88,15 @@ def latents_of_both(config, sampler, steps, same_noise):
     ],
 )
 def test_published_models(model, sampler, steps, same_noise):
-    assert_same(*latents_of_both(PUBLISHED[model], sampler, steps, same_noise))
+    assert_same(*latents_of_both(PUBLISHED[model], sampler, steps, same_noise), sampler)
 
 
 @pytest.mark.parametrize("steps", [1, 12])
-@pytest.mark.parametrize("sampler", ["euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["euler", "euler_a", "heun", "lms", "kdpm2", "kdpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "deis",
+     "unipc"],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "change",
     [
@@ -95,7 +106,57 @@ def test_published_models(model, sampler, steps, same_noise):
     ],
 )
 def test_spacings_and_the_noise_they_start_from(change, sampler, steps, same_noise):
+    if sampler in ("kdpm2", "kdpm2_a") and "use_karras_sigmas" in change:
+        pytest.skip("theirs rounds the timesteps of Karras sigmas")
+    if sampler == "deis" and "use_karras_sigmas" in change and steps == 1:
+        pytest.skip("theirs ends where it began")
     assert_same(*latents_of_both(PUBLISHED["sdxl"] | change, sampler, steps, same_noise))
+
+
+def with_rounded_timesteps(theirs):
+    """Theirs, whose DPM-Solver and others truncate the timesteps of exponential and beta sigmas; rounded as here."""
+    to_t = theirs._sigma_to_t
+    theirs._sigma_to_t = lambda *arguments: np.round(to_t(*arguments))
+    return theirs
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@pytest.mark.parametrize("field", ["use_beta_sigmas", "use_exponential_sigmas", "use_lu_lambdas"])
+@pytest.mark.parametrize(
+    "sampler",
+    ["euler", "heun", "lms", "kdpm2", "kdpm2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_2s", "deis", "unipc"],
+)
+def test_uneven_spacings(sampler, field, steps, same_noise):
+    config = PUBLISHED["sdxl"] | {"_class_name": "DPMSolverMultistepScheduler", field: True}
+    ours, theirs = scheduler_from_config(config, sampler), their_scheduler(config, sampler)
+    lu = field == "use_lu_lambdas" and sampler.startswith("dpmpp_") and sampler != "dpmpp_2s"
+    if field != "use_lu_lambdas" or lu:
+        assert ours.options["spacing"] == ("beta" if field == "use_beta_sigmas" else "exponential")
+    on_timesteps = sampler in ("deis", "unipc") or sampler.startswith("dpmpp_")
+    if on_timesteps and not lu and field != "use_lu_lambdas":
+        theirs = with_rounded_timesteps(theirs)
+    if ours.sampler in NOISY:
+        same_noise(NOISY[ours.sampler], noisy_rows(ours.sampler, steps))
+    assert_same(latents_of(ours, steps), run_theirs(theirs, steps, start=pipeline_start), sampler)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 14, 15, 16])
+@pytest.mark.parametrize("config", [{"solver_order": 3}, {"solver_order": 3, "final_sigmas_type": "sigma_min"}])
+def test_own_scheduler_of_third_order(config, steps, same_noise):
+    config = PUBLISHED["sdxl"] | {"_class_name": "DPMSolverMultistepScheduler"} | config
+    assert scheduler_from_config(config).sampler == "dpmpp_3m"
+    assert_same(*latents_of_both(config, None, steps, same_noise))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 14, 15, 16])
+@pytest.mark.parametrize(
+    "name",
+    ["LMSDiscreteScheduler", "DEISMultistepScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+     "TCDScheduler"],
+)  # fmt: skip
+def test_own_schedulers_with_their_own_defaults(name, steps, same_noise):
+    sampler = {"KDPM2AncestralDiscreteScheduler": "kdpm2_a"}.get(name, "")
+    assert_same(*latents_of_both({"_class_name": name}, None, steps, same_noise), sampler)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc"])
@@ -139,6 +200,17 @@ def test_plms_of_v_is_theirs_of_the_eps_that_v_means(model):
         return ours.process.alpha[int(t)] * network(z, t, xp) + ours.process.sigma[int(t)] * z
 
     assert_same(latents_of(ours, 10), run_theirs(theirs, 10, network=eps))
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("model", ["sd15", "sd21_v"])
+def test_tcd_with_eta(model, eta, same_noise):
+    ours, theirs = (make(PUBLISHED[model], "tcd") for make in (scheduler_from_config, their_scheduler))
+    share_alpha_bar(theirs, ours.process)
+    same_noise("tcd", 8)
+    expected = run_theirs(theirs, 8, eta=eta)
+    got = solver(ours.process, ours.prediction)(table_of(ours, 8, eta=eta), ours.clip_sample_range)
+    assert_same(np.asarray(got), expected)
 
 
 def test_ddim_with_eta(same_noise):
@@ -206,9 +278,12 @@ def test_cosine_is_theirs_to_a_rounding():
     np.testing.assert_array_max_ulp(cosine_betas(1000).astype(np.float32), theirs, maxulp=1)
 
 
+AT_T_0 = ("deis", "tcd")  # theirs end there, and never on clean data
 EXPORTS = [
     *((sampler, "leading", "scaled_linear", "v") for sampler in SOLVERS if sampler not in ("dpmpp_2s", "plms")),
     *((sampler, "leading", "cosine", "eps") for sampler in SOLVERS if sampler != "dpmpp_2s"),
+    *((sampler, "exponential", "linear", "eps") for sampler in ("dpmpp_2m", "dpmpp_3m", "lms")),
+    *((sampler, "beta", "linear", "eps") for sampler in ("euler", "heun", "lms", "kdpm2")),
     *((sampler, "trailing", "linear", "eps") for sampler in ("ddpm", "ddim", "euler", "dpmpp_2m", "unipc")),
     *((sampler, "karras", "linear", "eps") for sampler in ("euler", "heun", "dpmpp_2m", "dpmpp_2s", "unipc")),
     ("euler", "exponential", "linear", "eps"),
@@ -220,15 +295,18 @@ EXPORTS = [
 def test_exported_configs_in_diffusers(sampler, spacing, schedule, prediction, tmp_path, same_noise):
     betas = {"beta_start": 0.00085, "beta_end": 0.012}
     config = config_from_schedule(
-        schedule, 1000, **betas, zero_terminal_snr=False, prediction=prediction, sampler=sampler, spacing=spacing
-    )
+        schedule, 1000, **betas, zero_terminal_snr=False, prediction=prediction, sampler=sampler, spacing=spacing,
+        set_alpha_to_one=sampler not in AT_T_0,
+    )  # fmt: skip
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
     ours = make_process(schedule, 1000, **betas)
     share_alpha_bar(theirs, ours)
     if sampler in NOISY:
-        same_noise(NOISY[sampler], 10)
-    assert_same(run_ours(ours, prediction, solver=sampler, steps=10, spacing=spacing), run_theirs(theirs, 10))
+        same_noise(NOISY[sampler], noisy_rows(sampler, 10))
+    options = {"eta": 0.0} if sampler == "tcd" else {}
+    got = run_ours(ours, prediction, solver=sampler, steps=10, spacing=spacing, set_alpha_to_one=sampler not in AT_T_0)
+    assert_same(got, run_theirs(theirs, 10, **options))
 
 
 @pytest.mark.parametrize("prediction", ["v", "z0"])
