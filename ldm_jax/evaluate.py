@@ -6,6 +6,8 @@
     ... --model=FOLDER|FILE|org/name --config=FILE --out=FOLDER [--prompt=TEXT ...]   evaluates a diffusers model
                                by data.* and evaluation.* of the config (--config.FIELD=VALUE)
 
+    ... --images=FOLDER|FILE.npz --config=FILE --out=FOLDER   scores images made elsewhere on the data set of the config
+
 Samples --num images and writes evaluation.json, with a card for each score, and bits_per_dim.json, the terms of the
 variational bound in bits per dimension. Default --out: evaluation/ in the run folder.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed. None = as in the model's config."""
     values = flags.FlagValues()
+    images = "in place of --model: a folder of images, or an .npz with `images` uint8 [N, H, W, C]"
+    flags.DEFINE_string("images", None, images, flag_values=values)
     flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
     command_line.define_sampling_flags(values, num=10_000)
     command_line.define_file_flags(values)
@@ -46,7 +50,9 @@ def main(argv: list[str]) -> None:
         return
     with_config = any(argument.split("=")[0].split(".")[0] == "--config" for argument in argv[1:])
     command_line.parse(values, argv, config=with_config)
-    command_line.require(values, "model", *(["out"] if with_config else []))
+    command_line.require(values, *(["images"] if values.images else ["model"]), *(["out"] if with_config else []))
+    if values.images and (values.model or not with_config):
+        raise InputError("--images needs --config=FILE, whose data set it is scored on, and no --model")
     if with_config:
         validate(values.config)
     if values.num < 4:
@@ -54,6 +60,9 @@ def main(argv: list[str]) -> None:
     out = Path(values.out or Path(values.model) / "evaluation")
     run_folder_layout.check_output(out)
     command_line.start_devices(values)
+    if values.images:
+        _score_generated(values, out)
+        return
 
     from ldm_jax.data.from_config import load_split
     from ldm_jax.evaluation import scoring
@@ -87,10 +96,36 @@ def main(argv: list[str]) -> None:
         cards["prompts"] = scoring.score_captions(Path(values.model), config, samples.images, prompts, test_set)
     cards["model"] = scoring.score_likelihood(model, params, config, test_set, out)
     write_json(out / "evaluation.json", {"recipe": samples.recipe} | cards)
+    _print(cards, out)
+
+
+def _print(cards: dict[str, Any], out: Path) -> None:
+    """Prints the value of each card, and where they are."""
     for group in ("samples", "prompts", "restored", "baseline", "autoencoder", "model"):
         for name, card in cards.get(group, {}).items():
             print(f"{group:>12} {name:>18} {card['value']:.4g}")
     print(f"Cards: {out / 'evaluation.json'}")
+
+
+def _score_generated(values: flags.FlagValues, out: Path) -> None:
+    """Scores the images of --images on the data set of --config."""
+    from ldm_jax.data.from_config import load_split
+    from ldm_jax.evaluation import scoring
+    from ldm_jax.evaluation.generated import read_generated
+    from ldm_jax.runtime.files import write_json
+
+    config = values.config.copy_and_resolve_references().unlock()
+    if values.inception_weights:
+        config.evaluation.inception_weights = values.inception_weights
+    scoring.check_weights(config.evaluation.inception_weights, "--inception_weights")
+    images = read_generated(Path(values.images), size=config.data.image_size, channels=config.data.channels)
+    train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    if few := scoring.scores_left_out(len(images), config, train_set, test_set):
+        raise InputError(few.removesuffix("; they are left out"))
+    cards = {"samples": scoring.score_images(config.lock(), images, train_set, test_set)}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", {"images": str(values.images), "num": len(images)} | cards)
+    _print(cards, out)
 
 
 def _config(values: flags.FlagValues, model: LatentDiffusion, with_config: bool, no_data: str) -> ConfigDict:

@@ -6,6 +6,7 @@ reconstructions, which the samples of a latent model can hardly surpass.
 """
 
 import hashlib
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,11 @@ def evaluate_images(
             raise InputError(f"scores need at least {NEIGHBOURS + 1} {name} images, got {len(array)}")
     common = {"n": len(images)} | reference_fields(reference_split, reference)
     reference_features = _features(extractor, reference, cache)
-    values = _feature_scores(extractor(images), reference_features, seed)
+    features = extractor(images)
+    if min(len(images), len(reference)) <= features.shape[1]:
+        counts = f"{len(images)} samples and {len(reference)} real images for {features.shape[1]} features"
+        print(f"warning: {counts}: a covariance is singular, and the Fréchet distance too large", file=sys.stderr)
+    values = _feature_scores(features, reference_features, seed)
     floor, autoencoder = {}, {}
     if train is not None:
         chosen = np.sort(np.random.default_rng(seed).choice(len(train), min(len(images), len(train)), replace=False))

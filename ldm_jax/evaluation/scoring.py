@@ -22,7 +22,7 @@ from ldm_jax.evaluation.cards import (
     evaluate_reconstructions,
     reference_fields,
 )
-from ldm_jax.evaluation.features import inception_features, lpips_distance, vgg16_features
+from ldm_jax.evaluation.features import FeatureExtractor, inception_features, lpips_distance, vgg16_features
 from ldm_jax.evaluation.likelihood import make_vlb, vlb_card
 from ldm_jax.interop.inception_weights import load_inception
 from ldm_jax.models.conditioning import TextConditioning
@@ -179,18 +179,14 @@ def score(
     interpolation. Without enough images for a score it is left out, see `scores_left_out`.
     """
     fields, cache = config.evaluation, cache_folder() / "features"
-    reference = test_set[np.arange(min(fields.num_reference, len(test_set)))]["x"]
-    train = train_set[np.arange(min(len(train_set), 6 * len(images)))]["x"]
-    extractors = [vgg16_features(resize=fields.resize, batch_size=fields.batch_size)]
-    if fields.inception_weights:
-        extractors.append(inception_features(Path(fields.inception_weights), batch_size=fields.batch_size))
+    reference, train = _real_images(config, len(images), train_set, test_set)
     reconstructions = reconstruct(model, params, reference, fields.batch_size)
     enough = min(map(len, (images, reference, train))) > NEIGHBOURS
     resize = 16 if reference.shape[1] < 16 else None  # VGG16's smallest input
     lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
     plain = None if concat_images is None else baseline(model, concat_images)
     cards: dict[str, Cards] = {"samples": {}, "autoencoder": {}}
-    for extractor in extractors:
+    for extractor in _extractors(config):
         options = {"extractor": extractor, "cache": cache}
         real = {"reference_split": test_set.split, "train": train, "reconstructions": reconstructions}
         if enough:
@@ -203,6 +199,31 @@ def score(
                 restored_cards = evaluate_reconstructions(concat_images.originals, restored, **options)
                 cards[group] = cards.get(group, {}) | restored_cards
     return cards
+
+
+def score_images(config: ConfigDict, images: np.ndarray, train_set: Dataset, test_set: Dataset) -> Cards:
+    """The cards of generated images uint8 [N, H, W, C] alone, made by any program; see `evaluation.cards`."""
+    reference, train = _real_images(config, len(images), train_set, test_set)
+    cards: Cards = {}
+    for extractor in _extractors(config):
+        options = {"extractor": extractor, "cache": cache_folder() / "features", "seed": config.seed}
+        cards |= evaluate_images(images, reference, reference_split=test_set.split, train=train, **options)
+    return cards
+
+
+def _real_images(config: ConfigDict, num: int, train_set: Dataset, test_set: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """The test images to compare with, and training images for the floor of `num` samples."""
+    reference = test_set[np.arange(min(config.evaluation.num_reference, len(test_set)))]["x"]
+    return reference, train_set[np.arange(min(len(train_set), 6 * num))]["x"]
+
+
+def _extractors(config: ConfigDict) -> list[FeatureExtractor]:
+    """The feature spaces of the scores: VGG16's and, with its weights, Inception's."""
+    fields = config.evaluation
+    extractors = [vgg16_features(resize=fields.resize, batch_size=fields.batch_size)]
+    if fields.inception_weights:
+        extractors.append(inception_features(Path(fields.inception_weights), batch_size=fields.batch_size))
+    return extractors
 
 
 def reconstruct(model: LatentDiffusion, params: Params, images: np.ndarray, batch_size: int) -> np.ndarray | None:

@@ -282,10 +282,10 @@ def edit(path, **fields):
 
 FLAGS = {  # flags -> what the line must say
     "no model": (["--to=TO"], "--model is missing"),
-    "nowhere to go": (["--model=RUN"], "--to is missing; it must be the new folder"),
+    "nowhere to go": (["--model=RUN"], "--to is missing; it must be the new folder, or .safetensors"),
     "an empty model": (["--model=", "--to=TO"], "--model is missing"),
     "an unknown flag": (["--model=RUN", "--too=TO"], "did you mean to?"),
-    "an unknown type": (["--model=RUN", "--to=TO", "--dtype=float16"], "--dtype"),
+    "an unknown type": (["--model=RUN", "--to=TO", "--dtype=float8"], "--dtype"),
     "a stray word": (["--model=RUN", "--to=TO", "now"], "'now' is no flag"),
     "a model that is not there": (["--model=nowhere", "--to=TO"], "nowhere does not exist"),
     "a model that is a file": (["--model=README.md", "--to=TO"], "is a file"),
