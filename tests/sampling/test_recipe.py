@@ -157,3 +157,20 @@ def test_the_variance_is_that_of_the_config_or_of_the_flag(flags, variance):
     values = sample.define_flags()
     command_line.parse(values, ["sample", *flags])
     assert from_flags.recipe_from_flags(model, values, []).solving.variance == variance
+
+
+WRONG = {  # a field of a recipe -> a value of another type
+    "num": "8", "seed": None, "labels": 3, "prompts": [1], "size": ["8", 8], "vae_tiling": "yes",
+    "solving.steps": 2.5, "solving.spacing": [1, "2"], "solving.eta": float("nan"), "guidance.scale": True,
+    "guidance.interval": "0,1", "edit.invert": 1, "edit.to_seed": "3", "concat.noise_level": 1.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_recipes_with_wrong_types_are_refused(field):
+    recipe = to_json(RECIPE)
+    assert to_json(from_json(recipe, "it")) == recipe
+    section, _, name = field.rpartition(".")
+    (recipe[section] if section else recipe)[name] = WRONG[field]
+    with pytest.raises(InputError, match=rf"it has a damaged recipe: its {name} is "):
+        from_json(recipe, "it")

@@ -1,12 +1,16 @@
 """The command that samples from a run: its files, its flags, and images of another size."""
 
+import json
+import shutil
 from dataclasses import replace
 
+import jax
 import jobs
 import numpy as np
 import pytest
 import random_runs
 from absl.flags import FloatParser
+from PIL import Image
 
 from ldm_jax import command_line, evaluate, sample
 from ldm_jax.diffusion.random import initial_latents, sample_keys
@@ -14,6 +18,7 @@ from ldm_jax.errors import RunError
 from ldm_jax.models.conditioning import NoConditioning, TextConditioning
 from ldm_jax.pipeline.load import load
 from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.sampling.inputs import WEIGHTED
 from ldm_jax.sampling.recipe import default_recipe, with_guidance
 from ldm_jax.sampling.sample_images import sample_images
 
@@ -211,3 +216,47 @@ def test_no_guidance_of_texts(capsys):
 
 
 TEXTS = TextConditioning((), (), False)
+
+
+def test_single_images(run, sampled, tmp_path):
+    """Names carry index, seed and condition; those of earlier samples are replaced."""
+    arrays = sampled("out", "--save_each", "--label=dark,bright", "--seed=5", "--num=3")
+    folder = tmp_path / "out" / "images"
+    names = ["00000_seed5_dark.png", "00001_seed5_bright.png", "00002_seed5_dark.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name, image in zip(names, arrays["images"]):
+        np.testing.assert_array_equal(np.asarray(Image.open(folder / name)), image[..., 0])
+        assert read_recipe(folder / name)["seed"] == 5
+    sampled("out", "--save_each", "--num=1")
+    assert [path.name for path in folder.iterdir()] == ["00000_seed0_horizontal.png"]
+    sampled("plain")
+    assert not (tmp_path / "plain" / "images").exists()
+
+
+def test_a_run_that_is_not_finished_says_so(run, sampled, tmp_path, capsys):
+    half = shutil.copytree(run, tmp_path / "half")
+    fields = json.loads((half / "config.json").read_text())
+    fields["diffusion"]["steps"] = 4_000
+    (half / "config.json").write_text(json.dumps(fields))
+    sampled("whole")
+    assert "is trained for" not in capsys.readouterr().err
+    sampled("out", model=half)
+    assert f"note: --model={half} is trained for 8 of 4,000 steps so far" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", ["a (red:1.3) cat", "<lora:style:0.8> a cat"])
+def test_weights_in_prompts_are_said_to_be_text(prompt):
+    assert WEIGHTED.search(prompt) and not WEIGHTED.search("a (red) cat at 3:1, (small)")
+
+
+def test_out_of_memory_is_one_line(capsys):
+    for error in (MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")):
+
+        def fails(argv, error=error):
+            raise error
+
+        assert command_line.run(fails, ["sample"]) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith("sample: out of memory: lower the batch size (config.autoencoder.batch_size")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        command_line.run(lambda argv: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: other")), ["sample"])
