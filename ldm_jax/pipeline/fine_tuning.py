@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.config.fields import SCHEDULE
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
-from ldm_jax.models.concat_conditioning import Inpainting, LowResolution
+from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmentation
 from ldm_jax.models.conditioning import NoConditioning, TextConditioning
 from ldm_jax.pipeline.from_config import sampling_defaults
 from ldm_jax.pipeline.model import LatentDiffusion, Params
@@ -19,26 +20,28 @@ from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
 
 SAMPLED_BYTES = 1 << 16  # of each sample, for the fingerprint
 SAMPLES_OF_FILE = 256
+CONCAT_TYPES = {Inpainting: "inpainting", LowResolution: "low_resolution"}
 
 
-def prepare_base(config: ConfigDict, model: LatentDiffusion, path: Path) -> tuple[LatentDiffusion, ConfigDict]:
+def prepare_base(config: ConfigDict, model: LatentDiffusion, of_weights: str) -> tuple[LatentDiffusion, ConfigDict]:
     """The model as a run trains it, and the run's config with the fields that the model determines.
 
-    `model` is loaded from `path`, that of `config.init_from`. Raises InputError if the config does not fit it.
+    `model` is that of `config.init_from`, `of_weights` a fingerprint of its weights. Raises InputError if the config
+    does not fit it.
     """
     _check(config, model)
     resolved, dtype = _resolved(config, model), jnp.dtype(config.dtype)
-    conditioning, size = model.conditioning, config.data.image_size
+    conditioning, size, module = model.conditioning, config.data.image_size, model.first_stage.module
     if isinstance(conditioning, TextConditioning):
         encoders = tuple(encoder.clone(dtype=dtype) for encoder in conditioning.encoders)
         conditioning = replace(conditioning, encoders=encoders)
     model = replace(
         model.at_size((size, size)),
         denoiser=model.denoiser.clone(dtype=dtype),
-        first_stage=replace(model.first_stage, module=model.first_stage.module.clone(dtype=dtype)),
+        first_stage=replace(model.first_stage, module=module and module.clone(dtype=dtype)),
         conditioning=conditioning,
         defaults=sampling_defaults(resolved, model.defaults.solvers),
-        origin=model.origin._replace(config=resolved, fingerprint=weights_fingerprint(path)),
+        origin=model.origin._replace(config=resolved, fingerprint=of_weights),
     )
     return model, resolved
 
@@ -71,6 +74,11 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"config.data.image_size is {data.image_size}; {where} needs a multiple of {factor}")
     if texts and data.caption_key == "none":
         raise InputError(f"{where} is a text-to-image model; config.data.caption_key must name the captions' feature")
+    if model.learned_variance:
+        raise InputError(f"{where} predicts the variance, which is not fine-tuned; train it with more steps instead")
+    if isinstance(model.concat, Segmentation) or (texts and model.origin.config is not None):
+        what = "is a text-to-image run" if texts else "is conditioned on segmentation maps"
+        raise InputError(f"{where} {what}, from which no other run starts; train it with more steps instead")
     if config.sampling.prompts and not texts:
         raise InputError(f"config.sampling.prompts is {config.sampling.prompts}; {where} is not conditioned on texts")
     if not data.bucket_step:
@@ -88,14 +96,17 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
 
 def _resolved(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
     """The config with the fields that the model determines, as it is recorded and hashed with checkpoints."""
-    module, concat = model.first_stage.module, model.concat
+    module, concat, of_run = model.first_stage.module, model.concat, model.origin.config
     resolved = config.copy_and_resolve_references().unlock()
-    resolved.autoencoder.type = "kl" if model.first_stage.stochastic else "vq"
-    resolved.autoencoder.block_out_channels = tuple(module.block_out_channels)
-    resolved.autoencoder.latent_channels = model.latent_shape[-1]
-    resolved.concat.type = {Inpainting: "inpainting", LowResolution: "low_resolution"}.get(type(concat), "none")
+    resolved.autoencoder.type = "none" if module is None else "kl" if model.first_stage.stochastic else "vq"
+    if module is not None:
+        resolved.autoencoder.block_out_channels = tuple(module.block_out_channels)
+        resolved.autoencoder.latent_channels = model.latent_shape[-1]
+    resolved.concat.type = CONCAT_TYPES.get(type(concat), "none")
     if isinstance(concat, LowResolution):
         resolved.concat.factor = concat.factor
+    if of_run is not None:  # the noise schedule of a run, which its export states
+        resolved.diffusion.update({name: of_run.diffusion[name] for name in SCHEDULE})
     resolved.diffusion.timesteps, resolved.diffusion.prediction = len(model.process), model.prediction
     if not isinstance(model.conditioning, TextConditioning):
         resolved.data.caption_key = "none"

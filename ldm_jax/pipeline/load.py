@@ -10,12 +10,12 @@ from ldm_jax.config.rules import validate
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder, hub, single_file
 from ldm_jax.interop.pipelines import RECIPE
-from ldm_jax.pipeline.fine_tuning import prepare_base
+from ldm_jax.pipeline.fine_tuning import prepare_base, weights_fingerprint
 from ldm_jax.pipeline.from_diffusers import from_diffusers
 from ldm_jax.pipeline.from_exported import from_exported
 from ldm_jax.pipeline.from_run import from_run
 from ldm_jax.pipeline.from_single_file import NO_OVERRIDES, Overrides, from_single_file
-from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.pipeline.vae import with_autoencoder
 
 
@@ -74,16 +74,17 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
     Raises InputError if there is no such model, or the config does not fit it.
     """
     path = hub.find(config.init_from, flag="config.init_from")
-    if not (is_diffusers_folder(path) or is_single_file(path)):
+    if not (is_diffusers_folder(path) or is_single_file(path) or is_run(path)):
         raise InputError(
-            f"config.init_from={path} must be a diffusers folder, with a model_index.json, or a model in one "
-            ".safetensors or .ckpt; it is neither"
+            f"config.init_from={path} must be a diffusers folder, with a model_index.json, a model in one .safetensors "
+            "or .ckpt, or a run folder; it is none of them"
         )
     try:
         model, params = load(path, dtype)
     except InputError as error:
         raise InputError(f"config.init_from={path}: {error}") from error
-    model, config = prepare_base(config, model, path)
+    of_weights = fingerprint(model, params) if is_run(path) else weights_fingerprint(path)
+    model, config = prepare_base(config, model, of_weights)
     return (model, params), config
 
 
@@ -96,6 +97,11 @@ def has_data(where: str) -> bool:
 def is_diffusers_folder(path: Path) -> bool:
     """Whether this is a diffusers folder that was not exported from a run."""
     return (path / folder.INDEX).is_file() and not is_exported(path)
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run folder."""
+    return (path / "config.json").is_file() and (path / "data.json").is_file()
 
 
 def is_exported(path: Path) -> bool:

@@ -42,7 +42,7 @@ def class_model(tmp_path_factory):
     loaded, params = load(file)
 
     def make(rank=0):
-        model, config = prepare_base(config_of(file, rank), loaded, file)
+        model, config = prepare_base(config_of(file, rank), loaded, "")
         return model, params, config
 
     return make

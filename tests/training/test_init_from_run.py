@@ -1,0 +1,87 @@
+"""Runs that start from another run of ours: config.init_from=RUN."""
+
+import jax
+import jobs
+import numpy as np
+import pytest
+import random_runs
+import tiny
+from finetuning import leaves
+
+from ldm_jax import command_line, convert, sample, train
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import fingerprint
+from ldm_jax.runtime.files import read_json
+
+
+def flags(base, data, workdir, *changes):
+    fields = ["data.name=tiny", f"data.dir={data}", "data.image_size=8", "data.channels=1", "data.train_split=train"]
+    fields += [
+        "diffusion.steps=4",
+        "diffusion.batch_size=8",
+        "diffusion.learning_rate=1e-3",
+        "diffusion.warmup_steps=0",
+    ]
+    fields += ["diffusion.validation_examples=8", "evaluation.batch_size=8", "sampling.num=4", "sampling.steps=2"]
+    fields += ["sampling.batch_size=8", "sampling.progress_every=0", "log_every=1", f"init_from={base}", *changes]
+    return ["train", "--config=configs/finetune.py", f"--workdir={workdir}", *(f"--config.{f}" for f in fields)]
+
+
+BASES = {  # changes of tests/tiny.py -> those of the run that starts from it
+    "latents": ({}, ()),
+    "pixels": ({"autoencoder.type": "none"}, ()),
+    "a VQ autoencoder": ({"autoencoder.type": "vq"}, ()),
+    "super-resolution": ({"concat.type": "low_resolution", "concat.factor": 2}, ()),
+    "inpainting": ({"concat.type": "inpainting"}, ()),
+    "another schedule": ({"diffusion.schedule": "cosine", "diffusion.prediction": "v"}, ()),
+    "LoRA": ({"unet.block_out_channels": (8,), "unet.attention": (True,)}, ("lora.rank=2",)),
+}
+
+
+@pytest.mark.parametrize("case", [case if case in ("latents", "LoRA") else pytest.param(case, marks=pytest.mark.slow)
+                                  for case in BASES])  # fmt: skip
+def test_a_run_starts_from_another(case, tiny_data, tmp_path):
+    changes, more = BASES[case]
+    base, run = random_runs.random_run(tmp_path / "base", changes), tmp_path / "run"
+    assert command_line.run(train.main, flags(base, tiny_data, run, *more)) == 0
+    (old, before), (new, after) = load(base), load(run)
+    assert (new.prediction, new.process, new.image_shape) == (old.prediction, old.process, old.image_shape)
+    assert new.origin.step == 4 and new.class_names == tiny.CLASS_NAMES
+    assert read_json(run / "data.json")["init_from_fingerprint"] == fingerprint(old, before)
+    same = {name: all(map(np.array_equal, leaves(before[name]), leaves(after[name]))) for name in after}
+    assert not same["denoiser"] and same["first_stage"] and same["scale"]
+    assert np.abs(jax.tree.leaves(before["denoiser"])[0] - jax.tree.leaves(after["denoiser"])[0]).max() < 0.1
+    out = tmp_path / "out"
+    assert command_line.run(sample.main, ["sample", f"--model={run}", f"--out={out}", "--num=4"]) == 0
+    np.testing.assert_array_equal(jobs.samples(out)["images"], jobs.samples(run)["images"])
+    if not changes.get("concat.type"):
+        assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={tmp_path / 'folder'}"]) == 0
+        exported, _ = load(tmp_path / "folder")
+        assert exported.class_names == tiny.CLASS_NAMES and exported.process == old.process
+
+
+REFUSED = {
+    "a learned variance": ({"diffusion.variance": "learned"}, (), "predicts the variance, which is not fine-tuned"),
+    "segmentation maps": (
+        {"concat.type": "segments", "data.segments_key": "areas", "concat.num_segments": 3}, (),
+        "is conditioned on segmentation maps"),
+    "other channels": ({}, ("data.channels=3",), "config.data.channels is 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_run_starts_from(case, tiny_data, tmp_path, capsys):
+    changes, more, words = REFUSED[case]
+    base = random_runs.random_run(tmp_path / "base", changes)
+    assert command_line.run(train.main, flags(base, tiny_data, tmp_path / "run", *more)) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_changed_is_refused(tiny_data, tmp_path, capsys):
+    base, run = random_runs.random_run(tmp_path / "base"), tmp_path / "run"
+    assert command_line.run(train.main, flags(base, tiny_data, run)) == 0
+    base.rename(tmp_path / "old")
+    random_runs.random_run(base, contrast=2.0)
+    assert command_line.run(train.main, flags(base, tiny_data, run)) == 2
+    assert "was fine-tuned from another model than config.init_from" in capsys.readouterr().err
