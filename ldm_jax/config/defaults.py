@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
     # The models to train, in this order: autoencoder | clip (text and image encoder; with diffusion: text-to-image) |
     # diffusion | classifier (of noisy latents, for classifier guidance).
     config.stages = ("autoencoder", "diffusion")
-    # Fine-tuning: a diffusers folder or hub id. Its networks, noise schedule and prediction type replace those below;
-    # only data, lora, sampling and the training fields of diffusion are used.
+    # Fine-tuning: a diffusers folder, hub id, single file or run folder. Its networks, noise schedule and prediction
+    # type replace those below; only data, lora, sampling and the training fields of diffusion are used.
     config.init_from = ""
     config.dtype = "float32"  # of the networks' activations: float32 | bfloat16; parameters are float32
     config.log_every = 50  # steps between log lines

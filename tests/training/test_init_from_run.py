@@ -54,7 +54,7 @@ def test_a_run_starts_from_another(case, tiny_data, tmp_path):
     out = tmp_path / "out"
     assert command_line.run(sample.main, ["sample", f"--model={run}", f"--out={out}", "--num=4"]) == 0
     np.testing.assert_array_equal(jobs.samples(out)["images"], jobs.samples(run)["images"])
-    if not changes.get("concat.type"):
+    if case not in ("pixels", "super-resolution", "inpainting"):  # which only diffusers can read from such a folder
         assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={tmp_path / 'folder'}"]) == 0
         exported, _ = load(tmp_path / "folder")
         assert exported.class_names == tiny.CLASS_NAMES and exported.process == old.process
