@@ -2,11 +2,11 @@
 
     python -m ldm_jax.train --config=configs/finetune.py [--config.init_from=MODEL] --config.data.path=DIR
 
-MODEL is a diffusers folder, a single file, a hub id or a run folder, by default Stable Diffusion 1.5. DIR has images and their captions, in a
-metadata.jsonl or a .txt file for each image (see `ldm_jax/data/captioned_folder.py`). `--config.lora.rank=8` trains
-only LoRA of the UNet's attention and writes `pytorch_lora_weights.safetensors` for diffusers. Images are held out by
-`--config.data.train_split=train[:90%] --config.data.test_split=train[90%:]`. The prompts of the samples are
-`config.sampling.prompts`, by default the first few held-out captions. Then:
+MODEL is a diffusers folder, a single file, a hub id or a run folder, by default Stable Diffusion 1.5. DIR has images
+and their captions, in a metadata.jsonl or a .txt file for each image (see `ldm_jax/data/captioned_folder.py`).
+`--config.lora.rank=8` trains only LoRA of attention and writes `pytorch_lora_weights.safetensors` for diffusers. Images
+are held out by `--config.data.train_split=train[:90%] --config.data.test_split=train[90%:]`. The prompts of the samples
+are `config.sampling.prompts`, by default the first few held-out captions. Then:
 
     python -m ldm_jax.sample --model=runs/finetune --prompt=TEXT --out=samples
     python -m ldm_jax.convert --model=runs/finetune --to=FOLDER        the fine-tuned pipeline, for diffusers
