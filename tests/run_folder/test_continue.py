@@ -21,6 +21,7 @@ def run(trained_run, tmp_path):
     return shutil.copytree(trained_run, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_more_steps_end_as_a_run_of_so_many(tiny_data, tmp_path, capsys):
     """With a constant learning rate; of a decaying one, the decay is that of the new number of steps."""
     run, constant = tmp_path / "run", "--config.diffusion.decay=constant"
@@ -39,6 +40,7 @@ def test_more_steps_end_as_a_run_of_so_many(tiny_data, tmp_path, capsys):
     assert "All is done" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_learning_rate_goes_on_from_the_checkpoint(run, trained_run, tiny_data, tmp_path):
     """Twice, and interrupted in between: the checkpoints of the run before are read each time."""
     changes = [MORE, "--config.diffusion.learning_rate=1e-4"]
@@ -74,6 +76,7 @@ def test_train_refuses(case, run, tiny_data, capsys):
     assert contents(run) == before
 
 
+@pytest.mark.slow
 def test_an_autoencoder_alone_goes_on(tiny_data, tmp_path):
     alone = ("--config.stages=('autoencoder',)", "--config.autoencoder.steps=4")
     assert jobs.train_here(tiny_data, tmp_path / "run", *alone) == 0
@@ -94,6 +97,7 @@ def test_checkpoints_of_an_earlier_identity(tmp_path):
         checkpoints.restore(state)
 
 
+@pytest.mark.slow
 def test_one_process_trains_a_run_at_a_time(run, tiny_data, capsys):
     """The holder is named; the lock of a process that ended is free."""
     (run / "report.html").unlink()
@@ -114,7 +118,10 @@ def test_a_lock_alone_is_no_run(tiny_data, tmp_path):
     assert jobs.train_here(tiny_data, tmp_path / "run", "--config.stages=('autoencoder',)", "--dry_run=true") == 0
 
 
-@pytest.mark.parametrize("damage", ["cut", "of another number", "no array"])
+SLOW = (pytest.param(damage, marks=pytest.mark.slow) for damage in ("of another number", "no array"))
+
+
+@pytest.mark.parametrize("damage", ["cut", *SLOW])
 def test_damaged_cached_latents_are_encoded_anew(damage, run, trained_run, tiny_data):
     shutil.rmtree(run / "diffusion")
     (run / "report.html").unlink()

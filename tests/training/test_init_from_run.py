@@ -38,7 +38,7 @@ BASES = {  # changes of tests/tiny.py -> those of the run that starts from it
 }
 
 
-@pytest.mark.parametrize("case", [case if case in ("latents", "LoRA") else pytest.param(case, marks=pytest.mark.slow)
+@pytest.mark.parametrize("case", [case if case == "LoRA" else pytest.param(case, marks=pytest.mark.slow)
                                   for case in BASES])  # fmt: skip
 def test_a_run_starts_from_another(case, tiny_data, tmp_path):
     changes, more = BASES[case]
