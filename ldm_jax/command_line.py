@@ -141,7 +141,7 @@ def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
 def define_editing_flags(values: flags.FlagValues) -> None:
     """The flags of initial images, masks, interpolations and concat conditioning."""
     string, integer, number, boolean = _definers(values)
-    integer("height", help="of the samples in pixels, for diffusers models; default: the model's", lower_bound=1)
+    integer("height", help="of the samples in pixels; default: the model's, or as --init_image has it", lower_bound=1)
     integer("width", help="as --height", lower_bound=1)
     boolean("vae_tiling", default=False, help="encode and decode large images in tiles, to save memory")
     string("to_prompt", help="interpolate from the one --prompt to this prompt")
