@@ -165,11 +165,11 @@ def _is_pickle(path: Path) -> bool:
     """Whether a file is a pickle of PyTorch, by its content, whatever its name; raises InputError if it is neither."""
     with path.open("rb") as file:
         start = file.read(24)
+    if start[8:9] == b"{":  # the header of safetensors, after its length
+        return False
     for beginning, what in _OTHERS.items():
         if start.lstrip().startswith(beginning):
             raise InputError(f"{path} {what}")
-    if start[8:9] == b"{":  # the header of safetensors, after its length
-        return False
     return path.suffix != ".safetensors" or start.startswith((b"PK\x03\x04", b"\x80\x02"))
 
 

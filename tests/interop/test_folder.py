@@ -511,3 +511,39 @@ def test_no_config(tmp_path):
             load(tmp_path / "unet")
         with pytest.raises(InputError, match=r"there is no .*config\.json"):
             load(tmp_path)
+
+
+@pytest.mark.parametrize("first", [b"<", b"\x80\x02", b"PK\x03"])
+def test_a_header_whose_length_looks_like_another_file(first, tmp_path):
+    """The first bytes of safetensors are a number, whatever they spell."""
+    length = int.from_bytes(first, "little")
+    length += 256 ** len(first) * (length < 200)  # enough for the header
+    header = json.dumps({"a": ENTRY}).encode().ljust(length)
+    path = tmp_path / f"{NAME}.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    assert path.read_bytes().startswith(first)
+    np.testing.assert_array_equal(arrays_of(tmp_path)["a"], np.zeros((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "is a Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "is a web page, not weights"),
+        (b"\n<html>login</html>", "is a web page, not weights"),
+    ],
+)
+def test_downloads_that_are_no_weights(content, words, tmp_path):
+    for name in (f"{NAME}.safetensors", f"{NAME}.bin"):
+        (tmp_path / name).write_bytes(content)
+        assert words in refusal(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_names_do_not_matter_but_the_content(tmp_path):
+    """A pickle under the name of safetensors, and the other way round."""
+    write_header(tmp_path / f"{NAME}.safetensors", {"a": ENTRY})
+    content = (tmp_path / f"{NAME}.safetensors").read_bytes()
+    (tmp_path / f"{NAME}.bin").write_bytes(content)
+    (tmp_path / f"{NAME}.safetensors").unlink()
+    np.testing.assert_array_equal(arrays_of(tmp_path)["a"], np.zeros((2, 3)))
