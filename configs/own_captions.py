@@ -6,7 +6,7 @@
 FOLDER has images with a .txt file each, or a metadata.jsonl or metadata.csv: see `ldm_jax/data/caption_files.py`. A
 tenth of the images is held out; with folders "train" and "test" add "--config.data.train_split=train" and
 "--config.data.test_split=test". Autoencoder, CLIP and UNet are those of `own_pictures` and of `emoji`, for some hundred
-or thousand images of a few kinds; photographs of everything need a pretrained model: `configs/finetune.py`.
+or thousand similar images; photographs of everything need a pretrained model: `configs/finetune.py`.
 """
 
 from ml_collections import ConfigDict

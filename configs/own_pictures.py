@@ -4,10 +4,10 @@
 
 FOLDER has images, or a folder of images for each class, or so in folders "train" and "test": see
 `ldm_jax/data/own_images.py`. The run is class-conditional if there are classes. 64x64 RGB images -> 16x16x4 latents ->
-a UNet of 4 million parameters. At the speed of its first steps the run takes about 1.5 hours on two busy cores.
+a UNet of 4 million parameters. Progress lines give the time that is left.
 
 The steps are for some hundred images; for thousands increase them: --config.autoencoder.steps=10000
---config.diffusion.steps=20000. --config.data.image_size=32 takes a quarter of the time, --config.data.flip=True doubles
+--config.diffusion.steps=20000. --config.data.image_size=32 is faster, --config.data.flip=True doubles
 images that have no left and right, --config.data.crop=none keeps the edges.
 """
 

@@ -81,6 +81,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if workdir.exists() and scoring.is_done(workdir, recorded) and not continues:
         print(f"All is done: {workdir / 'report.html'}")
         return
+    wait_for_hosts("checked")  # all of them have read the folder that the primary one now writes to
     primary = jax.process_index() == 0
     if primary:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ DAMAGED = "damaged.txt"  # in the folder of the data set: the images for which i
 NAMED = 3  # damaged images in an error, at most
 
 
-class Found(NamedTuple):
+class FolderImages(NamedTuple):
     """The images of a folder."""
 
     splits: Splits  # each image with its class; None: no classes
@@ -36,7 +36,7 @@ class Found(NamedTuple):
     notes: list[str]  # on what the folder could have been taken for
 
 
-def find_images(source: Path) -> Found:
+def find_images(source: Path) -> FolderImages:
     """The images of a folder with their classes, sorted by path.
 
     Raises InputError if `source` has no images, or some with a class and some without.
@@ -69,7 +69,7 @@ def find_images(source: Path) -> Found:
     if captions:
         notes.append(f"{show(next(iter(captions)))}: captions, which are not used here; with them: "
                      f"--config.data.name=folder --config.data.path={show(source)}")  # fmt: skip
-    return Found(_with_class_names(splits), left_out, notes)
+    return FolderImages(_with_class_names(splits), left_out, notes)
 
 
 def _only_folder(images: list[Path], source: Path) -> Path | None:
@@ -93,24 +93,24 @@ def _with_class_names(splits: Splits) -> Splits:
 def prepare(source: Path, name: str, data_dir: Path, *, skip_damaged: bool = False) -> Path:
     """Prepares the images in `source` as the data set `name` under `data_dir`; returns its folder.
 
-    Prints the images found and what is left out. Raises InputError if there are none, or for damaged ones, which
+    Prints the numbers of images and what is left out. Raises InputError if there are none, or for damaged ones, which
     `skip_damaged` leaves out.
     """
     parts = NAME.fullmatch(name)
     if not parts or parts["config"] or parts["version"] or name in BUILDERS:
         raise InputError(f"--name={name}: letters, digits and underscores, and none of {', '.join(BUILDERS)}")
-    folder, found = data_dir / name, find_images(source)
+    folder, images = data_dir / name, find_images(source)
     with one_at_a_time(folder):
         if (folder / VERSION).is_dir():
             raise InputError(f"{folder / VERSION} is there already: delete it to prepare it anew")
-        splits, damaged = readable(found.splits)
+        splits, damaged = readable(images.splits)
         if damaged and not (skip_damaged and splits):
             raise InputError(_damaged(damaged, folder / DAMAGED, any_left=bool(splits)))
-        for line in [*describe(splits), *found.notes]:
+        for line in [*describe(splits), *images.notes]:
             print(line, flush=True)
         prepared = build(folder_builder(name, data_dir, splits, "label"))
         (folder / DAMAGED).unlink(missing_ok=True)
-        report([*found.left_out, *damaged], folder / LEFT_OUT)
+        report([*images.left_out, *damaged], folder / LEFT_OUT)
     return prepared
 
 

@@ -23,11 +23,11 @@ SCORED = 4  # test images that the scores of samples need
 def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
     """The folder of the data set prepared from the images of `manual_dir`, below `data_dir`; one for each content.
 
-    Prints the images found and what is left out. Raises InputError with less than two images that can be read, RunError
+    Prints the numbers of images and what is left out. Raises InputError with less than two readable images, RunError
     if it cannot be written.
     """
     source = check_path("images", manual_dir, "images")
-    found = find_images(source)
+    images = find_images(source)
 
     def check(splits: Splits, skipped: Skipped) -> None:
         if len(splits.get("train", ())) < (1 if any(splits.get(name) for name in HELD_OUT) else 2):
@@ -37,11 +37,11 @@ def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
                 f"train on and one to test{left_out}"
             )
 
-    check(found.splits, found.left_out)
-    for line in [*describe(found.splits), *found.notes]:
+    check(images.splits, images.left_out)
+    for line in [*describe(images.splits), *images.notes]:
         say_once(line)
     return prepare_content(
-        data_dir, "images", found.splits, found.left_out, target="label", check=check, arrange=with_test_split
+        data_dir, "images", images.splits, images.left_out, target="label", check=check, arrange=with_test_split
     )
 
 

@@ -33,13 +33,13 @@ def reports(work: Callable[[Callable[[Any], None]], Any], stop: threading.Event)
     thread.start()
     try:
         while True:
-            kind, value = news.get()
-            while kind == "report" and not news.empty():
-                kind, value = news.get()
-            if kind == "error":
+            event, value = news.get()
+            while event == "report" and not news.empty():
+                event, value = news.get()
+            if event == "error":
                 raise value
-            yield kind, value
-            if kind == "done":
+            yield event, value
+            if event == "done":
                 return
     finally:
         stop.set()

@@ -189,17 +189,15 @@ def lora_of(form: Form) -> tuple[str, float] | None:
     return (form.lora, scale) if form.lora and scale else None
 
 
-def _number(name: str, value: float | None, low: float, high: float, kind: str = "number") -> float:
+def _number(name: str, value: float | None, low: float, high: float, number_type: str = "number") -> float:
     """The value as a number within bounds; raises InputError, which names the field."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not low <= number <= high or (kind != "number" and number != int(number)):
-        given = "empty" if value in (None, "") else value
-        raise InputError(
-            f"{name} is {given}; it must be a {kind} from {low:g} to {high if kind != 'number' else f'{high:g}'}"
-        )
+    if not low <= number <= high or (number_type != "number" and number != int(number)):
+        text, most = "empty" if value in (None, "") else value, f"{high:g}" if number_type == "number" else high
+        raise InputError(f"{name} is {text}; it must be a {number_type} from {low:g} to {most}")
     return number
 
 

@@ -149,8 +149,8 @@ def _run(
     try:
         uploads = save_edit(folder, edit["background"], edit["layers"] or []) if edit else {}
         form = Form(**dict(zip(names, values)), **uploads, lora=lora or None)
-        for kind, value in reports(partial(loaded.sample, form), stop):
-            if kind == "report":
+        for event, value in reports(partial(loaded.sample, form), stop):
+            if event == "report":
                 yield _previewed(value)
             else:
                 num, seconds = len(value.images), time.monotonic() - started

@@ -18,7 +18,7 @@ from ldm_jax.sampling.image_grids import save_png
 from ldm_jax.sampling.sample_images import Samples
 
 KEPT = 200  # results
-SHOWN = 256  # pixels: images with smaller sides are enlarged by whole factors to about this
+DISPLAY_SIZE = 256  # pixels: images with smaller sides are enlarged by whole factors to about this
 
 
 class Result(NamedTuple):
@@ -67,7 +67,7 @@ class Results:
 
 def enlarged(image: np.ndarray) -> Image.Image:
     """An image uint8 [H, W, 1 or 3] for the page, with whole pixels."""
-    scale = max(1, round(SHOWN / max(image.shape[:2])))
+    scale = max(1, round(DISPLAY_SIZE / max(image.shape[:2])))
     return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).resize(
         (scale * image.shape[1], scale * image.shape[0]), Image.Resampling.NEAREST
     )

@@ -165,7 +165,7 @@ def _adapter_config(path: Path, where: str) -> dict[str, dict[str, Any]]:
 def write_lora(path: Path, pairs: Pairs, *, names: str) -> None:
     """Writes LoRA in the names of "diffusers" or "kohya", which has scales as alphas.
 
-    Raises InputError for layers whose names are kohya's, of which diffusers' cannot be told.
+    Raises InputError for layers with kohya's names, from which diffusers' do not follow.
     """
     state, several = {}, any(component == TEXT_ENCODERS[1] for component, _ in pairs)
     kohya = {UNET: "lora_unet_", "": "lora_unet_", TEXT_ENCODERS[0]: "lora_te1_" if several else "lora_te_"}
@@ -178,7 +178,7 @@ def write_lora(path: Path, pairs: Pairs, *, names: str) -> None:
             state[f"{name}.alpha"] = np.array(pair.scale * len(pair.down), np.float32)
             state |= {} if pair.mid is None else {f"{name}.lora_mid.weight": pair.mid}
         elif "." not in layer or pair.mid is not None:
-            raise InputError(f"{component} {layer} has kohya's name, of which that of diffusers cannot be told")
+            raise InputError(f"{component} {layer} has kohya's name, from which diffusers' does not follow")
         else:
             name = f"{component or UNET}.{text}{layer}.{'lora_linear_layer' if text else 'lora'}"
             state |= {f"{name}.down.weight": pair.down, f"{name}.up.weight": pair.up * np.float32(pair.scale)}

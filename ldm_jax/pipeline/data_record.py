@@ -38,8 +38,8 @@ def check_unchanged(recorded: Mapping[str, Any], now: Mapping[str, Any], where: 
         what = f"{where}: its {'training' if name == 'train' else 'test'} split has changed: "
         if old != new:
             raise InputError(f"{what}it had {old:,} images, and has {new:,} now{undo}")
-        key, kind = f"{name}_fingerprint", f"{name}_in_memory"
-        if recorded.get(kind, now[kind]) == now[kind] and recorded.get(key, now[key]) != now[key]:
+        key, place = f"{name}_fingerprint", f"{name}_in_memory"
+        if recorded.get(place, now[place]) == now[place] and recorded.get(key, now[key]) != now[key]:
             raise InputError(f"{what}as many images as before, but their pixels, labels or order differ{undo}")
 
 

@@ -82,16 +82,18 @@ def label_indices(name: str, labels: Sequence[int | str] | None, class_names: tu
     longest, indices = 1 + max(each.count(",") for each in class_names), []
     while words:
         for length in range(min(longest, len(words)), 0, -1):
-            if found := _classes(words[:length], by_name, len(class_names)):
+            if matches := _classes(words[:length], by_name, len(class_names)):
                 break
-        given = f"{name}={','.join(map(str, words[:length]))}"
-        if not found:
+        argument = f"{name}={','.join(map(str, words[:length]))}"
+        if not matches:
             known = ", ".join(f"{i} {each}" for i, each in enumerate(class_names))
-            raise InputError(f"{given} is no class; the model has {known}")
-        if len(found) > 1:
-            several = ", ".join(f"{i} {class_names[i]}" for i in found)
-            raise InputError(f"{given} is the name of several classes; choose by the exact name or number: {several}")
-        indices += found
+            raise InputError(f"{argument} is no class; the model has {known}")
+        if len(matches) > 1:
+            several = ", ".join(f"{i} {class_names[i]}" for i in matches)
+            raise InputError(
+                f"{argument} is the name of several classes; choose by the exact name or number: {several}"
+            )
+        indices += matches
         words = words[length:]
     return indices
 

@@ -98,8 +98,8 @@ def _files() -> tuple[str, ...]:
     )
     system = sorted(found, key=lambda path: (_style(path.stem), not path.stem.startswith("Noto"), path.name))
     matplotlib = importlib.util.find_spec("matplotlib")
-    ours = Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf" if matplotlib else None
-    return tuple(str(path) for path in [ours, *system] if path and path.is_file())
+    bundled = Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf" if matplotlib else None
+    return tuple(str(path) for path in [bundled, *system] if path and path.is_file())
 
 
 def _style(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Captions as people write them: metadata in several forms and encodings, and files beside the images."""
+"""Captions as people write them: metadata in several forms and encodings, and text files with the images' names."""
 
 import json
 import os

@@ -19,18 +19,18 @@ IMAGES, _ = tiny.pictures(12, seed=5)
 
 @pytest.fixture
 def made(tmp_path):
-    """The same images as a folder, as an .npz of ours, and as one of guided-diffusion's."""
+    """The same images as a folder, as an .npz of `sample`, and as one of guided-diffusion."""
     (tmp_path / "folder" / "below").mkdir(parents=True)
     for i, image in enumerate(IMAGES):
         Image.fromarray(image[..., 0]).save(tmp_path / "folder" / ("below" if i > 9 else ".") / f"x{i:02d}.png")
     (tmp_path / "folder" / ".hidden.png").write_bytes(b"")
     (tmp_path / "folder" / "notes.txt").write_text("none")
-    np.savez(tmp_path / "ours.npz", images=IMAGES, labels=np.zeros(12, np.int32))
-    np.savez(tmp_path / "theirs.npz", IMAGES)
+    np.savez(tmp_path / "samples.npz", images=IMAGES, labels=np.zeros(12, np.int32))
+    np.savez(tmp_path / "guided_diffusion.npz", IMAGES)
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["folder", "ours.npz", "theirs.npz"])
+@pytest.mark.parametrize("name", ["folder", "samples.npz", "guided_diffusion.npz"])
 def test_what_is_read(name, made):
     found = read_generated(made / name, size=8, channels=1)
     assert sorted(map(bytes, found)) == sorted(map(bytes, IMAGES))

@@ -158,7 +158,7 @@ def test_merged_lora_and_kohyas_names(model_of, tmp_path, capsys):
     assert run(folder, tmp_path / "merged", f"--merge_lora={files['kohya']}", "--lora_scale=0.5") == 0
     tensors_equal(load(tmp_path / "merged")[1], by_name["kohya"])
     assert run(files["kohya"], files["again"], "--lora_names=diffusers") == 2
-    assert "has kohya's name, of which that of diffusers cannot be told" in capsys.readouterr().err
+    assert "has kohya's name, from which diffusers' does not follow" in capsys.readouterr().err
     assert run(folder, tmp_path / "other", "--lora_names=kohya") == 2
     assert "must end in .safetensors" in capsys.readouterr().err
 

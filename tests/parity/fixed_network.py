@@ -55,7 +55,7 @@ def unit_start(theirs):
     return 1.0
 
 
-def run_theirs(theirs, steps, start=unit_start, network=network, **step_options):
+def run_reference(theirs, steps, start=unit_start, network=network, **step_options):
     """Their latents in float64. A step option may be a function of the step's number; `start` is one of theirs."""
     theirs.set_timesteps(steps)
     z = torch.from_numpy(Z_T) * start(theirs)

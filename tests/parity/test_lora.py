@@ -94,7 +94,7 @@ def test_the_images_of_diffusers(name, dialect, build, tmp_path):  # noqa: F811
     z_T = np.random.default_rng(1).standard_normal((2, SIZE, SIZE, 4)).astype(np.float32)
     np.save(tmp_path / "z.npy", z_T)
 
-    def ours(*more):
+    def sampled(*more):
         flags = [f"--prompt={prompt}" for prompt in PROMPTS] + ["--steps=4", "--num=2", *more]
         flags += [f"--init_latents={tmp_path / 'z.npy'}", f"--model={folder}", f"--out={tmp_path / 'out'}"]
         assert command_line.run(sample.main, ["sample", *flags]) == 0
@@ -103,14 +103,14 @@ def test_the_images_of_diffusers(name, dialect, build, tmp_path):  # noqa: F811
 
     latents = torch.from_numpy(z_T.transpose(0, 3, 1, 2).copy())
     pipe.load_lora_weights(tmp_path, weight_name=path.name)
-    theirs = pipe(PROMPTS, num_inference_steps=4, latents=latents, output_type="np").images
-    theirs = (theirs * 255).round().astype(int)
-    assert np.abs(ours(f"--lora={path}") - theirs).max() <= 1
-    plain = ours()
-    assert np.abs(plain - theirs).mean() > 3
-    twice = ours(f"--lora={path}", "--lora_scale=0.25", f"--lora={path}", "--lora_scale=0.75")
-    assert np.abs(twice - theirs).max() <= 1
-    nothing = ours(f"--lora={path}", "--lora_scale=1.5", f"--lora={path}", "--lora_scale=-1.5")
+    reference = pipe(PROMPTS, num_inference_steps=4, latents=latents, output_type="np").images
+    reference = (reference * 255).round().astype(int)
+    assert np.abs(sampled(f"--lora={path}") - reference).max() <= 1
+    plain = sampled()
+    assert np.abs(plain - reference).mean() > 3
+    twice = sampled(f"--lora={path}", "--lora_scale=0.25", f"--lora={path}", "--lora_scale=0.75")
+    assert np.abs(twice - reference).max() <= 1
+    nothing = sampled(f"--lora={path}", "--lora_scale=1.5", f"--lora={path}", "--lora_scale=-1.5")
     assert np.abs(nothing - plain).max() <= 1
 
 

@@ -1,4 +1,4 @@
-"""Scheduler configs against diffusers: the same latents from the same noise, theirs read by diffusers, ours by us."""
+"""Scheduler configs read here and by diffusers: the same latents from the same noise."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from parity.fixed_network import (
     network,
     row_noise,
     run_ours,
-    run_theirs,
+    run_reference,
     share_alpha_bar,
     solver,
 )
@@ -40,7 +40,7 @@ NOISY = {
 
 
 def noisy_rows(sampler, steps):
-    """The rows after which theirs asks for noise: of kdpm2_a every second one."""
+    """The rows after which diffusers' adds noise: of kdpm2_a every second one."""
     return range(1, 2 * steps, 2) if sampler == "kdpm2_a" else range(steps)
 
 
@@ -48,14 +48,14 @@ def own_scheduler(config):
     return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
-def their_scheduler(config, sampler):
+def reference_scheduler(config, sampler):
     """As a user of diffusers takes another scheduler for a model's own."""
     stated = FIELDS_OF_SAMPLER.get(sampler, {})
     return getattr(diffusers, CLASS_OF[sampler]).from_config(own_scheduler(config).config, **stated)
 
 
-def pipeline_start(theirs):
-    return theirs.init_noise_sigma
+def pipeline_start(reference):
+    return reference.init_noise_sigma
 
 
 def latents_of(ours, steps):
@@ -67,13 +67,13 @@ def latents_of(ours, steps):
 
 def latents_of_both(config, sampler, steps, same_noise):
     ours = scheduler_from_config(config, sampler)
-    theirs = own_scheduler(config) if sampler is None else their_scheduler(config, sampler)
+    reference = own_scheduler(config) if sampler is None else reference_scheduler(config, sampler)
     if ours.sampler in NOISY:
         same_noise(NOISY[ours.sampler], noisy_rows(ours.sampler, steps))
     options = {"eta": 0.0} if ours.sampler == "tcd" else {}  # as in the pipelines
     if ours.sampler == "ddim" and np.isfinite(ours.clip_sample_range):
         options = {"use_clipped_model_output": True}
-    return latents_of(ours, steps), run_theirs(theirs, steps, start=pipeline_start, **options)
+    return latents_of(ours, steps), run_reference(reference, steps, start=pipeline_start, **options)
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -83,7 +83,7 @@ def latents_of_both(config, sampler, steps, same_noise):
         (model, sampler)
         for model, config in PUBLISHED.items()
         for sampler in (None, *SOLVERS)
-        # PNDM is run with skip_prk_steps only, and with v theirs errs.
+        # PNDM is run with skip_prk_steps only, and with v reference errs.
         if sampler != "plms" or ("skip_prk_steps" in config and config.get("prediction_type") != "v_prediction")
     ],
 )
@@ -107,17 +107,17 @@ def test_published_models(model, sampler, steps, same_noise):
 )
 def test_spacings_and_the_noise_they_start_from(change, sampler, steps, same_noise):
     if sampler in ("kdpm2", "kdpm2_a") and "use_karras_sigmas" in change:
-        pytest.skip("theirs rounds the timesteps of Karras sigmas")
+        pytest.skip("diffusers rounds the timesteps of Karras sigmas in this class")
     if sampler == "deis" and "use_karras_sigmas" in change and steps == 1:
-        pytest.skip("theirs ends where it began")
+        pytest.skip("diffusers' only step ends where it began")
     assert_same(*latents_of_both(PUBLISHED["sdxl"] | change, sampler, steps, same_noise))
 
 
-def with_rounded_timesteps(theirs):
-    """Theirs, whose DPM-Solver and others truncate the timesteps of exponential and beta sigmas; rounded as here."""
-    to_t = theirs._sigma_to_t
-    theirs._sigma_to_t = lambda *arguments: np.round(to_t(*arguments))
-    return theirs
+def with_rounded_timesteps(reference):
+    """A scheduler of diffusers that rounds the timesteps of exponential and beta sigmas, which many there truncate."""
+    to_t = reference._sigma_to_t
+    reference._sigma_to_t = lambda *arguments: np.round(to_t(*arguments))
+    return reference
 
 
 @pytest.mark.parametrize("steps", [5, 20])
@@ -128,16 +128,16 @@ def with_rounded_timesteps(theirs):
 )
 def test_uneven_spacings(sampler, field, steps, same_noise):
     config = PUBLISHED["sdxl"] | {"_class_name": "DPMSolverMultistepScheduler", field: True}
-    ours, theirs = scheduler_from_config(config, sampler), their_scheduler(config, sampler)
+    ours, reference = scheduler_from_config(config, sampler), reference_scheduler(config, sampler)
     lu = field == "use_lu_lambdas" and sampler.startswith("dpmpp_") and sampler != "dpmpp_2s"
     if field != "use_lu_lambdas" or lu:
         assert ours.options["spacing"] == ("beta" if field == "use_beta_sigmas" else "exponential")
     on_timesteps = sampler in ("deis", "unipc") or sampler.startswith("dpmpp_")
     if on_timesteps and not lu and field != "use_lu_lambdas":
-        theirs = with_rounded_timesteps(theirs)
+        reference = with_rounded_timesteps(reference)
     if ours.sampler in NOISY:
         same_noise(NOISY[ours.sampler], noisy_rows(ours.sampler, steps))
-    assert_same(latents_of(ours, steps), run_theirs(theirs, steps, start=pipeline_start), sampler)
+    assert_same(latents_of(ours, steps), run_reference(reference, steps, start=pipeline_start), sampler)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 14, 15, 16])
@@ -180,43 +180,43 @@ def test_zero_terminal_snr(sampler, same_noise):
 def test_dynamic_thresholding(sampler, same_noise):
     thresholds = {"thresholding": True, "dynamic_thresholding_ratio": 0.8, "sample_max_value": 1.5}
     config = PUBLISHED["ldm_celebahq"] | thresholds
-    ours, theirs = scheduler_from_config(config, sampler), their_scheduler(config, sampler)
-    share_alpha_bar(theirs, ours.process)
+    ours, reference = scheduler_from_config(config, sampler), reference_scheduler(config, sampler)
+    share_alpha_bar(reference, ours.process)
     if sampler in NOISY:
         same_noise(NOISY[sampler], 8)
     denoise = from_network(lambda z, t, _: network(z, t.reshape(-1, 1, 1, 1)), ours.prediction, ours.process)
     bounded = clipped(ours, lambda z, level: denoise(z, level, None))
     got, _ = jax.jit(lambda table: solve(bounded, Z_T, table, KEYS))(table_of(ours, 8))
-    assert_same(got, run_theirs(theirs, 8, start=pipeline_start))
+    assert_same(got, run_reference(reference, 8, start=pipeline_start))
 
 
 @pytest.mark.parametrize("model", ["sd21_v", "x4_upscaler"])
 def test_plms_of_v_is_theirs_of_the_eps_that_v_means(model):
     ours = scheduler_from_config(PUBLISHED[model], "plms")
-    theirs = diffusers.PNDMScheduler.from_config(own_scheduler(PUBLISHED[model]).config, prediction_type="epsilon")
-    share_alpha_bar(theirs, ours.process)
+    reference = diffusers.PNDMScheduler.from_config(own_scheduler(PUBLISHED[model]).config, prediction_type="epsilon")
+    share_alpha_bar(reference, ours.process)
 
     def eps(z, t, xp):
         return ours.process.alpha[int(t)] * network(z, t, xp) + ours.process.sigma[int(t)] * z
 
-    assert_same(latents_of(ours, 10), run_theirs(theirs, 10, network=eps))
+    assert_same(latents_of(ours, 10), run_reference(reference, 10, network=eps))
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("model", ["sd15", "sd21_v"])
 def test_tcd_with_eta(model, eta, same_noise):
-    ours, theirs = (make(PUBLISHED[model], "tcd") for make in (scheduler_from_config, their_scheduler))
-    share_alpha_bar(theirs, ours.process)
+    ours, reference = (make(PUBLISHED[model], "tcd") for make in (scheduler_from_config, reference_scheduler))
+    share_alpha_bar(reference, ours.process)
     same_noise("tcd", 8)
-    expected = run_theirs(theirs, 8, eta=eta)
+    expected = run_reference(reference, 8, eta=eta)
     got = solver(ours.process, ours.prediction)(table_of(ours, 8, eta=eta), ours.clip_sample_range)
     assert_same(np.asarray(got), expected)
 
 
 def test_ddim_with_eta(same_noise):
-    ours, theirs = (make(PUBLISHED["sd15"], "ddim") for make in (scheduler_from_config, their_scheduler))
-    share_alpha_bar(theirs, ours.process)
-    expected = run_theirs(theirs, 10, eta=0.7, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
+    ours, reference = (make(PUBLISHED["sd15"], "ddim") for make in (scheduler_from_config, reference_scheduler))
+    share_alpha_bar(reference, ours.process)
+    expected = run_reference(reference, 10, eta=0.7, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
     got = solver(ours.process, ours.prediction)(table_of(ours, 10, eta=0.7), ours.clip_sample_range)
     assert_same(np.asarray(got), expected)
 
@@ -247,9 +247,9 @@ ODD = {
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_fields_that_carry_over(name):
     for config in (PUBLISHED | ODD).values():
-        theirs = getattr(diffusers, name).from_config(own_scheduler(config).config).config
+        reference = getattr(diffusers, name).from_config(own_scheduler(config).config).config
         ours = fields_of(config, name)
-        assert {field: theirs[field] for field in DEFAULTS[name]} == {field: ours[field] for field in DEFAULTS[name]}
+        assert {field: reference[field] for field in DEFAULTS[name]} == {field: ours[field] for field in DEFAULTS[name]}
 
 
 @pytest.mark.parametrize(
@@ -264,21 +264,21 @@ def test_pipelines_that_change_their_schedulers_config(config, kind):
         **dict.fromkeys(parts), scheduler=own_scheduler(config), requires_safety_checker=False
     )
     read = partial(scheduler_from_config, config, pipeline=kind)
-    for theirs, ours in [
+    for reference, ours in [
         (pipeline.scheduler, read()),
         (diffusers.DDIMScheduler.from_config(pipeline.scheduler.config), read("ddim")),
         (diffusers.LCMScheduler.from_config(pipeline.scheduler.config), read("lcm")),
     ]:
-        assert theirs.config.steps_offset == ours.options["steps_offset"]
-        assert theirs.config.clip_sample == np.isfinite(ours.clip_sample_range)
+        assert reference.config.steps_offset == ours.options["steps_offset"]
+        assert reference.config.clip_sample == np.isfinite(ours.clip_sample_range)
 
 
 def test_cosine_is_theirs_to_a_rounding():
-    theirs = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2").betas.numpy()
-    np.testing.assert_array_max_ulp(cosine_betas(1000).astype(np.float32), theirs, maxulp=1)
+    reference = diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2").betas.numpy()
+    np.testing.assert_array_max_ulp(cosine_betas(1000).astype(np.float32), reference, maxulp=1)
 
 
-AT_T_0 = ("deis", "tcd")  # theirs end there, and never on clean data
+AT_T_0 = ("deis", "tcd")  # diffusers' end there, and never on clean data
 EXPORTS = [
     *((sampler, "leading", "scaled_linear", "v") for sampler in SOLVERS if sampler not in ("dpmpp_2s", "plms")),
     *((sampler, "leading", "cosine", "eps") for sampler in SOLVERS if sampler != "dpmpp_2s"),
@@ -299,14 +299,14 @@ def test_exported_configs_in_diffusers(sampler, spacing, schedule, prediction, t
         set_alpha_to_one=sampler not in AT_T_0,
     )  # fmt: skip
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
-    theirs = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
+    reference = getattr(diffusers, config["_class_name"]).from_pretrained(tmp_path)
     ours = make_process(schedule, 1000, **betas)
-    share_alpha_bar(theirs, ours)
+    share_alpha_bar(reference, ours)
     if sampler in NOISY:
         same_noise(NOISY[sampler], noisy_rows(sampler, 10))
     options = {"eta": 0.0} if sampler == "tcd" else {}
     got = run_ours(ours, prediction, solver=sampler, steps=10, spacing=spacing, set_alpha_to_one=sampler not in AT_T_0)
-    assert_same(got, run_theirs(theirs, 10, **options))
+    assert_same(got, run_reference(reference, 10, **options))
 
 
 @pytest.mark.parametrize("prediction", ["v", "z0"])
@@ -314,6 +314,6 @@ def test_exported_zero_terminal_snr_in_diffusers(prediction, tmp_path):
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "zero_terminal_snr": True}
     config = config_from_schedule("linear", 1000, **betas, prediction=prediction, spacing="trailing")
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
-    theirs, ours = diffusers.DDIMScheduler.from_pretrained(tmp_path), make_process("linear", 1000, **betas)
-    share_alpha_bar(theirs, ours)
-    assert_same(run_ours(ours, prediction, solver="ddim", steps=10, spacing="trailing"), run_theirs(theirs, 10))
+    reference, ours = diffusers.DDIMScheduler.from_pretrained(tmp_path), make_process("linear", 1000, **betas)
+    share_alpha_bar(reference, ours)
+    assert_same(run_ours(ours, prediction, solver="ddim", steps=10, spacing="trailing"), run_reference(reference, 10))

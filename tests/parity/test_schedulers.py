@@ -18,7 +18,7 @@ from parity.fixed_network import (
     network,
     row_noise,
     run_ours,
-    run_theirs,
+    run_reference,
     share_alpha_bar,
     solver,
     variance_output,
@@ -36,7 +36,7 @@ THEIR_PREDICTION = {"eps": "epsilon", "v": "v_prediction", "z0": "sample"}
 
 
 def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", offset=0, prediction="eps", **options):
-    """Theirs, with our table of alpha_bar, and the process that it is of."""
+    """diffusers' scheduler, with the table of alpha_bar of a process, and that process."""
     options = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -49,27 +49,27 @@ def scheduler(kind, schedule, *, zero_terminal_snr=False, spacing="leading", off
     } | options
     known = inspect.signature(kind).parameters
     assert all(name in known or value in (False, "leading", 0) for name, value in options.items())
-    theirs = kind(**{name: value for name, value in options.items() if name in known})
+    reference = kind(**{name: value for name, value in options.items() if name in known})
     ours = make_process(schedule, 1000, zero_terminal_snr=zero_terminal_snr)
     betas = forward_step(*neighbours(ours))[1]
-    np.testing.assert_allclose(theirs.betas.numpy(), betas, rtol=0, atol=1e-5)  # theirs are 1 - ratio in float32
-    share_alpha_bar(theirs, ours)
-    return theirs, ours
+    np.testing.assert_allclose(reference.betas.numpy(), betas, rtol=0, atol=1e-5)  # they are 1 - ratio in float32
+    share_alpha_bar(reference, ours)
+    return reference, ours
 
 
 @pytest.mark.parametrize("spacing, offset", [("leading", 0), ("leading", 1), ("trailing", 0), ("linspace", 0)])
 def test_timesteps_for_every_number_of_steps(spacing, offset):
-    theirs, _ = scheduler(diffusers.DDIMScheduler, "linear", spacing=spacing, offset=offset)
+    reference, _ = scheduler(diffusers.DDIMScheduler, "linear", spacing=spacing, offset=offset)
     multistep, _ = scheduler(diffusers.DPMSolverMultistepScheduler, "linear", spacing=spacing, offset=offset)
     process = make_process("linear", 1000)
     for steps in range(1, 1000):
-        theirs.set_timesteps(steps)
+        reference.set_timesteps(steps)
         multistep.set_timesteps(steps)
-        if multistep.timesteps[0] >= 1000 or theirs.timesteps[0] >= 1000:
+        if multistep.timesteps[0] >= 1000 or reference.timesteps[0] >= 1000:
             assert steps == 999  # the offset leads out of range there, and is refused here
             continue
-        # A float rounding gives their trailing a timestep too many, -1, for some numbers of steps.
-        expected, expected_multistep = theirs.timesteps.numpy()[:steps], multistep.timesteps.numpy()[:steps]
+        # A float rounding gives diffusers' trailing a timestep too many, -1, for some numbers of steps.
+        expected, expected_multistep = reference.timesteps.numpy()[:steps], multistep.timesteps.numpy()[:steps]
         np.testing.assert_array_equal(timesteps(spacing, 1000, steps, offset), expected, err_msg=str(steps))
         table = make_table("dpmpp_2m", process, steps, spacing=spacing, steps_offset=offset)
         np.testing.assert_array_equal(table.t[:steps], expected_multistep, err_msg=str(steps))
@@ -90,13 +90,13 @@ def test_schedules(schedule, zero_terminal_snr):
 def test_ddpm(schedule, spacing, steps, prediction, variance, same_noise):
     """Spacings that do not divide T are right in diffusers' DDPM, which looks up the next timestep."""
     same_noise("ddpm", steps)
-    theirs, ours = scheduler(
+    reference, ours = scheduler(
         diffusers.DDPMScheduler, schedule, spacing=spacing, prediction=prediction, variance_type=variance
     )
-    expected = run_theirs(theirs, steps)
+    expected = run_reference(reference, steps)
     if spacing == "trailing" and variance == "fixed_large":
         # Its last timestep is not 0, so diffusers adds noise of variance beta to the finished sample; Ho 2020 does not.
-        expected = expected - ours.sigma[theirs.timesteps[-1]] * row_noise(steps - 1)
+        expected = expected - ours.sigma[reference.timesteps[-1]] * row_noise(steps - 1)
     got = run_ours(ours, prediction, solver="ddpm", steps=steps, spacing=spacing, variance=variance)
     assert_same(got, expected)
 
@@ -104,16 +104,16 @@ def test_ddpm(schedule, spacing, steps, prediction, variance, same_noise):
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 @pytest.mark.parametrize("schedule, spacing, steps", [("linear", "leading", 10), ("cosine", "linspace", 20)])
 def test_ddpm_with_a_learned_variance(schedule, spacing, steps, prediction, same_noise):
-    """Spacings that end at timestep 0, where theirs adds no noise. Theirs has the channels at axis 1."""
+    """Spacings that end at timestep 0, where diffusers adds no noise. It has the channels at axis 1."""
     same_noise("ddpm", steps)
-    theirs, ours = scheduler(
+    reference, ours = scheduler(
         diffusers.DDPMScheduler, schedule, spacing=spacing, prediction=prediction, variance_type="learned_range"
     )
-    theirs.set_timesteps(steps)
+    reference.set_timesteps(steps)
     z = torch.from_numpy(Z_T)
-    for t in theirs.timesteps:
+    for t in reference.timesteps:
         outputs = [f(z.numpy(), float(t), np) for f in (network, variance_output)]
-        z = theirs.step(torch.from_numpy(np.concatenate(outputs, axis=1)), t, z).prev_sample.double()
+        z = reference.step(torch.from_numpy(np.concatenate(outputs, axis=1)), t, z).prev_sample.double()
     table = make_table("ddpm", ours, steps, prediction=prediction, spacing=spacing, variance="learned")
     wide = lambda z, t, _: jnp.concatenate([f(z, t.reshape(-1, 1, 1, 1)) for f in (network, variance_output)], -1)  # noqa: E731
     denoise = from_network(wide, prediction, ours)
@@ -128,12 +128,12 @@ def test_ddpm_with_a_learned_variance(schedule, spacing, steps, prediction, same
     [
         ("scaled_linear", "leading", 5, 1, False),  # Stable Diffusion's
         ("linear", "leading", 30, 0, True),
-        ("cosine", "trailing", 10, 0, True),  # where T is a multiple of steps, theirs is right
+        ("cosine", "trailing", 10, 0, True),  # where T is a multiple of steps, diffusers is right
         ("scaled_linear", "trailing", 1, 0, False),
     ],
 )
 def test_ddim(schedule, spacing, steps, offset, to_one, prediction, eta):
-    theirs, ours = scheduler(
+    reference, ours = scheduler(
         diffusers.DDIMScheduler,
         schedule,
         spacing=spacing,
@@ -141,7 +141,7 @@ def test_ddim(schedule, spacing, steps, offset, to_one, prediction, eta):
         prediction=prediction,
         set_alpha_to_one=to_one,
     )
-    expected = run_theirs(theirs, steps, eta=eta, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
+    expected = run_reference(reference, steps, eta=eta, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
     got = run_ours(
         ours,
         prediction,
@@ -161,25 +161,25 @@ def test_ddim(schedule, spacing, steps, offset, to_one, prediction, eta):
 def test_ddim_with_eta_1_is_their_ddpm_where_their_ddim_is_wrong(spacing, steps, prediction, same_noise):
     """diffusers' DDIM takes t - T // steps for the previous timestep (diffusers#9261); at eta = 1 its DDPM judges."""
     same_noise("ddpm", steps)
-    theirs, ours = scheduler(diffusers.DDPMScheduler, "linear", spacing=spacing, prediction=prediction)
-    expected = run_theirs(theirs, steps)
+    reference, ours = scheduler(diffusers.DDPMScheduler, "linear", spacing=spacing, prediction=prediction)
+    expected = run_reference(reference, steps)
     assert_same(run_ours(ours, prediction, solver="ddim", steps=steps, eta=1.0, spacing=spacing), expected)
 
 
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_ddim_clips_as_theirs_with_clipped_model_output(prediction):
-    theirs, ours = scheduler(diffusers.DDIMScheduler, "linear", prediction=prediction, clip_sample=True)
-    expected = run_theirs(theirs, 10, use_clipped_model_output=True)
+    reference, ours = scheduler(diffusers.DDIMScheduler, "linear", prediction=prediction, clip_sample=True)
+    expected = run_reference(reference, 10, use_clipped_model_output=True)
     assert_same(run_ours(ours, prediction, clip_range=1.0, solver="ddim", steps=10), expected)
 
 
 @pytest.mark.parametrize("prediction", ["v", "z0"])
 def test_ddim_at_zero_terminal_snr(prediction):
-    theirs, ours = scheduler(
+    reference, ours = scheduler(
         diffusers.DDIMScheduler, "scaled_linear", zero_terminal_snr=True, spacing="trailing", prediction=prediction
     )
-    assert theirs.alphas_cumprod[-1] == 0
-    assert_same(run_ours(ours, prediction, solver="ddim", steps=8, spacing="trailing"), run_theirs(theirs, 8))
+    assert reference.alphas_cumprod[-1] == 0
+    assert_same(run_ours(ours, prediction, solver="ddim", steps=8, spacing="trailing"), run_reference(reference, 8))
 
 
 @pytest.mark.parametrize("to_one", [True, False])
@@ -195,7 +195,7 @@ def test_ddim_at_zero_terminal_snr(prediction):
     ],
 )
 def test_dpmpp_2m(schedule, spacing, steps, offset, prediction, to_one):
-    theirs, ours = scheduler(
+    reference, ours = scheduler(
         diffusers.DPMSolverMultistepScheduler,
         schedule,
         spacing=spacing,
@@ -212,13 +212,13 @@ def test_dpmpp_2m(schedule, spacing, steps, offset, prediction, to_one):
         steps_offset=offset,
         set_alpha_to_one=to_one,
     )
-    assert_same(got, run_theirs(theirs, steps))
+    assert_same(got, run_reference(reference, steps))
 
 
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_dpmpp_2m_at_zero_terminal_snr_with_their_floor(prediction):
-    """diffusers lifts alpha_bar[T - 1] from 0 to 2^-24 in this solver. We take the limit; their floor is a schedule."""
-    theirs, ours = scheduler(
+    """diffusers lifts alpha_bar[T - 1] from 0 to 2^-24 in this solver. We take the limit; its floor is a schedule."""
+    reference, ours = scheduler(
         diffusers.DPMSolverMultistepScheduler,
         "scaled_linear",
         zero_terminal_snr=True,
@@ -226,8 +226,10 @@ def test_dpmpp_2m_at_zero_terminal_snr_with_their_floor(prediction):
         prediction=prediction,
     )
     floored = Process.variance_preserving(np.maximum(ours.alpha**2, 2**-24))
-    theirs.alphas_cumprod = torch.from_numpy(floored.alpha**2)
-    assert_same(run_ours(floored, prediction, solver="dpmpp_2m", steps=10, spacing="trailing"), run_theirs(theirs, 10))
+    reference.alphas_cumprod = torch.from_numpy(floored.alpha**2)
+    assert_same(
+        run_ours(floored, prediction, solver="dpmpp_2m", steps=10, spacing="trailing"), run_reference(reference, 10)
+    )
 
 
 SCHEDULES = list(THEIR_SCHEDULE)
@@ -251,22 +253,22 @@ PLACES = [("leading", 1, 10), ("trailing", 0, 7), ("linspace", 0, 20)]
         for prediction in ("eps", "v")
         for schedule in SCHEDULES
         for place in PLACES
-        # Theirs hold z / alpha in float32, 20,000 at the end of a cosine schedule: with v that costs them digits.
+        # diffusers' hold z / alpha in float32, 20,000 at the end of a cosine schedule: with v that costs them digits.
         if (prediction, schedule) != ("v", "cosine") or place[0] == "leading"
     ],
 )
 @pytest.mark.parametrize("solver", CONTINUOUS)
 def test_k_diffusion(solver, prediction, schedule, spacing, offset, steps, same_noise):
     if solver == "kdpm2_a" and schedule == "cosine" and spacing != "leading":
-        pytest.skip("theirs has sigma_down in float32, which is rounding alone where sigma' / sigma is small")
+        pytest.skip("diffusers' sigma_down is float32: rounding alone where sigma' / sigma is small")
     same_noise("euler_ancestral_discrete", steps)
     same_noise("k_dpm_2_ancestral_discrete", range(1, 2 * steps, 2))  # after every second call
-    theirs, ours = scheduler(CONTINUOUS[solver], schedule, spacing=spacing, offset=offset, prediction=prediction)
+    reference, ours = scheduler(CONTINUOUS[solver], schedule, spacing=spacing, offset=offset, prediction=prediction)
     got = run_ours(ours, prediction, solver=solver, steps=steps, spacing=spacing, steps_offset=offset)
-    assert_same(got, run_theirs(theirs, steps), solver)
+    assert_same(got, run_reference(reference, steps), solver)
     if solver not in ("euler", "euler_a"):
-        calls = make_table(solver, ours, steps, spacing=spacing, steps_offset=offset).t[: len(theirs.timesteps)]
-        np.testing.assert_allclose(calls, theirs.timesteps.numpy(), atol=1e-3)
+        calls = make_table(solver, ours, steps, spacing=spacing, steps_offset=offset).t[: len(reference.timesteps)]
+        np.testing.assert_allclose(calls, reference.timesteps.numpy(), atol=1e-3)
 
 
 SIGMAS = {
@@ -283,12 +285,12 @@ SIGMAS = {
 @pytest.mark.parametrize("solver", ["euler", "heun", "lms", "kdpm2"])
 def test_k_diffusion_with_sigmas(solver, prediction, schedule, spacing, between, offset):
     if (solver, spacing) == ("kdpm2", "karras"):
-        pytest.skip("theirs rounds the timesteps")
-    theirs, ours = scheduler(
+        pytest.skip("diffusers rounds the timesteps of Karras sigmas in this class")
+    reference, ours = scheduler(
         CONTINUOUS[solver], schedule, spacing=between, offset=offset, prediction=prediction, **SIGMAS[spacing]
     )
     got = run_ours(ours, prediction, solver=solver, steps=12, spacing=spacing, between=between, steps_offset=offset)
-    assert_same(got, run_theirs(theirs, 12))
+    assert_same(got, run_reference(reference, 12))
 
 
 ENDPOINT = {
@@ -303,7 +305,7 @@ ENDPOINT = {
 def assert_endpoint(solver, prediction, schedule, steps, same_noise, *, spacing, between="leading", **rest):
     same_noise("dpmsolver_multistep", steps)
     kind, options = ENDPOINT[solver]
-    theirs, ours = scheduler(kind, schedule, spacing=between, prediction=prediction, **options, **rest)
+    reference, ours = scheduler(kind, schedule, spacing=between, prediction=prediction, **options, **rest)
     got = run_ours(
         ours,
         prediction,
@@ -313,7 +315,7 @@ def assert_endpoint(solver, prediction, schedule, steps, same_noise, *, spacing,
         steps_offset=rest.get("offset", 0),
         set_alpha_to_one=rest.get("final_sigmas_type", "zero") == "zero",
     )
-    assert_same(got, run_theirs(theirs, steps), solver)
+    assert_same(got, run_reference(reference, steps), solver)
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
@@ -356,8 +358,10 @@ def test_endpoint_solvers_with_karras_sigmas(solver, prediction, schedule, steps
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
 def test_dpmpp_2m_with_lu_lambdas_is_exponential(schedule, steps):
     """Even in lambda is even in log(sigma / alpha)."""
-    theirs, ours = scheduler(diffusers.DPMSolverMultistepScheduler, schedule, use_lu_lambdas=True)
-    assert_same(run_ours(ours, "eps", solver="dpmpp_2m", steps=steps, spacing="exponential"), run_theirs(theirs, steps))
+    reference, ours = scheduler(diffusers.DPMSolverMultistepScheduler, schedule, use_lu_lambdas=True)
+    assert_same(
+        run_ours(ours, "eps", solver="dpmpp_2m", steps=steps, spacing="exponential"), run_reference(reference, steps)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 20])
@@ -365,11 +369,11 @@ def test_dpmpp_2m_with_lu_lambdas_is_exponential(schedule, steps):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_deis(prediction, schedule, spacing, offset, steps):
-    """Theirs ends at timestep 0; with Karras sigmas its last step stands still there."""
+    """diffusers' ends at timestep 0; with Karras sigmas its last step stands still there."""
     if spacing == "karras" and (steps == 1 or schedule == "cosine"):
-        pytest.skip("theirs stands still, or its first timesteps coincide")
+        pytest.skip("diffusers' only step ends where it began, or its first timesteps coincide")
     even = {} if spacing == "karras" else {"spacing": spacing}
-    theirs, ours = scheduler(
+    reference, ours = scheduler(
         diffusers.DEISMultistepScheduler,
         schedule,
         prediction=prediction,
@@ -379,14 +383,14 @@ def test_deis(prediction, schedule, spacing, offset, steps):
     )
     options = {"solver": "deis", "steps": steps, "spacing": spacing, "steps_offset": offset, "set_alpha_to_one": False}
     table = make_table(process=ours, **options)
-    use_exact_sigmas(theirs, table)
-    assert_same(run_ours(ours, prediction, **options), run_theirs(theirs, steps))
-    np.testing.assert_array_equal(table.t[:steps], theirs.timesteps.numpy())
+    use_exact_sigmas(reference, table)
+    assert_same(run_ours(ours, prediction, **options), run_reference(reference, steps))
+    np.testing.assert_array_equal(table.t[:steps], reference.timesteps.numpy())
 
 
-def use_exact_sigmas(theirs, table):
-    """Gives theirs the table's sigma / alpha in float64: its own, in float32, lose digits where alpha is small."""
-    set_timesteps, rows = theirs.set_timesteps, int(table.rows)
+def use_exact_sigmas(reference, table):
+    """Gives a scheduler the table's sigma / alpha in float64: its own, in float32, lose digits where alpha is small."""
+    set_timesteps, rows = reference.set_timesteps, int(table.rows)
 
     def with_exact_sigmas(steps):
         set_timesteps(steps)
@@ -394,22 +398,22 @@ def use_exact_sigmas(theirs, table):
             *table.sigma[:rows] / table.alpha[:rows],
             table.reached_sigma[rows - 1] / table.reached_alpha[rows - 1],
         ]
-        np.testing.assert_allclose(theirs.sigmas.numpy(), exact, rtol=1e-5)
-        theirs.sigmas = torch.tensor(exact, dtype=torch.float64)
+        np.testing.assert_allclose(reference.sigmas.numpy(), exact, rtol=1e-5)
+        reference.sigmas = torch.tensor(exact, dtype=torch.float64)
 
-    theirs.set_timesteps = with_exact_sigmas
+    reference.set_timesteps = with_exact_sigmas
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 50])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("to_one, offset", [(True, 0), (False, 1)])
 def test_plms(schedule, steps, to_one, offset):
-    """eps only: of a v or z0 theirs mixes the outputs at several z as if they were at one."""
-    theirs, ours = scheduler(
+    """eps only: of a v or z0 reference mixes the outputs at several z as if they were at one."""
+    reference, ours = scheduler(
         diffusers.PNDMScheduler, schedule, offset=offset, skip_prk_steps=True, set_alpha_to_one=to_one
     )
     got = run_ours(ours, "eps", solver="plms", steps=steps, steps_offset=offset, set_alpha_to_one=to_one)
-    assert_same(got, run_theirs(theirs, steps))
+    assert_same(got, run_reference(reference, steps))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
@@ -417,8 +421,8 @@ def test_plms(schedule, steps, to_one, offset):
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_lcm(prediction, schedule, steps, same_noise):
     same_noise("lcm", steps)
-    theirs, ours = scheduler(diffusers.LCMScheduler, schedule, prediction=prediction)
-    assert_same(run_ours(ours, prediction, solver="lcm", steps=steps), run_theirs(theirs, steps))
+    reference, ours = scheduler(diffusers.LCMScheduler, schedule, prediction=prediction)
+    assert_same(run_ours(ours, prediction, solver="lcm", steps=steps), run_reference(reference, steps))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -427,17 +431,17 @@ def test_lcm(prediction, schedule, steps, same_noise):
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_tcd(prediction, schedule, steps, eta, same_noise):
     same_noise("tcd", steps)
-    theirs, ours = scheduler(diffusers.TCDScheduler, schedule, prediction=prediction)
+    reference, ours = scheduler(diffusers.TCDScheduler, schedule, prediction=prediction)
     options = {"solver": "tcd", "steps": steps, "eta": eta, "set_alpha_to_one": False}
-    assert_same(run_ours(ours, prediction, **options), run_theirs(theirs, steps, eta=eta))
-    np.testing.assert_array_equal(make_table(process=ours, **options).t[:steps], theirs.timesteps.numpy())
+    assert_same(run_ours(ours, prediction, **options), run_reference(reference, steps, eta=eta))
+    np.testing.assert_array_equal(make_table(process=ours, **options).t[:steps], reference.timesteps.numpy())
 
 
 @pytest.mark.parametrize("spacing, offset, steps", [("leading", 0, 10), ("leading", 1, 20), ("trailing", 0, 8)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_ddim_inversion(prediction, schedule, spacing, offset, steps):
-    theirs, ours = scheduler(
+    reference, ours = scheduler(
         diffusers.DDIMInverseScheduler,
         schedule,
         spacing=spacing,
@@ -445,7 +449,7 @@ def test_ddim_inversion(prediction, schedule, spacing, offset, steps):
         prediction=prediction,
         set_alpha_to_one=False,
     )
-    theirs.initial_alpha_cumprod = theirs.alphas_cumprod[0]
+    reference.initial_alpha_cumprod = reference.alphas_cumprod[0]
     table = make_inversion_table(ours, steps, spacing=spacing, steps_offset=offset)
     got = np.asarray(solver(ours, prediction)(table, np.inf))
-    assert_same(got, run_theirs(theirs, steps))
+    assert_same(got, run_reference(reference, steps))

@@ -66,7 +66,7 @@ def check(pipe, folder, path, tmp_path):
     flags += [f"--init_latents={tmp_path / 'z.npy'}", f"--model={folder}", f"--out={tmp_path / 'out'}"]
     assert command_line.run(sample.main, ["sample", *flags]) == 0
     with np.load(tmp_path / "out" / "samples.npz") as arrays:
-        ours = arrays["images"].astype(int)
+        sampled = arrays["images"].astype(int)
     latents = torch.from_numpy(z_T.transpose(0, 3, 1, 2).copy())
-    theirs = pipe(PROMPTS, num_inference_steps=4, latents=latents, output_type="np").images
-    assert np.abs(ours - (theirs * 255).round().astype(int)).max() <= 1
+    reference = pipe(PROMPTS, num_inference_steps=4, latents=latents, output_type="np").images
+    assert np.abs(sampled - (reference * 255).round().astype(int)).max() <= 1
