@@ -14,13 +14,15 @@ def get_config() -> ConfigDict:
     # diffusion | classifier (of noisy latents, for classifier guidance).
     config.stages = ("autoencoder", "diffusion")
     # Fine-tuning: a diffusers folder, hub id, single file or run folder. Its networks, noise schedule and prediction
-    # type replace those below; only data, lora, sampling and the training fields of diffusion are used.
+    # type replace those below; only data, lora, textual_inversion, sampling and the training fields of diffusion are
+    # used.
     config.init_from = ""
     config.dtype = "float32"  # of the networks' activations: float32 | bfloat16; parameters are float32
     config.log_every = 50  # steps between log lines
     config.checkpoint_every = 1_000  # steps between checkpoints
     config.keep_checkpoints = 2
-    for section in (_data, _autoencoder, _clip, _diffusion, _concat, _unet, _classifier, _lora, _sampling, _evaluation):
+    networks = (_data, _autoencoder, _clip, _diffusion, _concat, _unet, _classifier)
+    for section in (*networks, _lora, _textual_inversion, _sampling, _evaluation):
         section(config)
     return config.lock()
 
@@ -29,10 +31,10 @@ def _data(config: ConfigDict) -> None:
     """The data set and its splits."""
     data = config.data = ConfigDict()
     # fashion_mnist | emoji (with captions; splits train, validation) | images (those in data.path, in folders of
-    # classes or not; splits train, test) | folder (images with captions in data.path) | any TFDS data set prepared as
-    # ArrayRecord in data.dir.
+    # classes or not; splits train, test) | folder (images with captions in data.path) | concept (images in data.path,
+    # with captions or not, for textual inversion) | any TFDS data set prepared as ArrayRecord in data.dir.
     data.name = "fashion_mnist"
-    data.path = ""  # the source files of images, folder, fashion_mnist or emoji
+    data.path = ""  # the source files of images, folder, concept, fashion_mnist or emoji
     data.dir = "data"  # the folder of the prepared data sets
     data.train_split = "train"
     data.test_split = "test"  # for the validation loss and the evaluation
@@ -159,6 +161,17 @@ def _lora(config: ConfigDict) -> None:
     lora = config.lora = ConfigDict()
     lora.rank = 0  # 0 = no LoRA: the whole UNet is trained
     lora.alpha = 8.0  # the update B A is multiplied by alpha / rank
+
+
+def _textual_inversion(config: ConfigDict) -> None:
+    """init_from only: textual inversion (Gal 2022), the training of a new token's vectors and of nothing else."""
+    inversion = config.textual_inversion = ConfigDict()
+    inversion.token = ""  # the new token of the text encoders, e.g. "<my-thing>"; "" = no textual inversion
+    inversion.init_word = "object"  # the word, one token of the vocabulary, whose vector is the initial one
+    inversion.vectors = 1  # of the token, in each text encoder
+    # object | style: the prompts of images without captions, e.g. "a photo of a <my-thing>"; of images with captions,
+    # these must contain the token.
+    inversion.learnable_property = "object"
 
 
 def _sampling(config: ConfigDict) -> None:

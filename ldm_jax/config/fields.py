@@ -30,6 +30,7 @@ _CHOICES = {
     "diffusion.weighting": tuple(WEIGHTINGS),
     "diffusion.variance": ("fixed", "learned"),
     "concat.type": ("none", "low_resolution", "inpainting", "segments"),
+    "textual_inversion.learnable_property": ("object", "style"),
     "sampling.sampler": (*SOLVERS, OWN),
     "sampling.spacing": SPACINGS,
     "sampling.variance": VARIANCES,
@@ -48,8 +49,8 @@ _FIELDS_IN_RANGE = {
         clip.image_layers clip.image_heads clip.validation_examples diffusion.validation_examples
         unet.layers_per_block unet.attention_heads unet.transformer_layers unet.norm_num_groups unet.context_dim
         unet.context_tokens classifier.layers_per_block classifier.attention_heads classifier.norm_num_groups
-        sampling.steps sampling.batch_size evaluation.batch_size log_every checkpoint_every keep_checkpoints
-        *.steps *.batch_size""",
+        textual_inversion.vectors sampling.steps sampling.batch_size evaluation.batch_size log_every checkpoint_every
+        keep_checkpoints *.steps *.batch_size""",
     (2, None): "autoencoder.codebook_size diffusion.timesteps concat.factor evaluation.num_reference",
     (4, None): "data.image_size",
     (16, None): "evaluation.resize",

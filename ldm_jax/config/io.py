@@ -8,12 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldm_jax.config import defaults
+from ldm_jax.config.added import is_as_before, is_config, with_added
 from ldm_jax.config.fields import STAGES
 from ldm_jax.config.renamed import FIRST_NAMES, rename_saved
 from ldm_jax.errors import InputError
-
-# The sections that every config of ldm_jax has had since the first version.
-REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")
 
 # Fields and sections that may change between two calls of the same run.
 FREE = ("log_every", "checkpoint_every", "keep_checkpoints", "data.dir", "data.memory_limit_gb",
@@ -51,8 +49,8 @@ def from_json(path: Path) -> ConfigDict:
 
 
 def from_fields(fields: dict[str, Any]) -> ConfigDict:
-    """The locked config of parsed JSON: renamed fields by today's names, lists as tuples."""
-    return ConfigDict(_tuples(rename_saved(fields))).lock()
+    """The locked config of parsed JSON: renamed fields by today's names, `added` ones as before, lists as tuples."""
+    return ConfigDict(_tuples(with_added(rename_saved(fields)))).lock()
 
 
 def read_with_defaults(path: Path) -> ConfigDict:
@@ -61,11 +59,11 @@ def read_with_defaults(path: Path) -> ConfigDict:
 
 
 def with_defaults(config: ConfigDict, where: str) -> ConfigDict:
-    """The config of an older version, read from `where`, with the defaults of the fields added since; prints these.
+    """The config of a version before 0.2, read from `where`, with the defaults of the fields it lacks; prints these.
 
-    A default is always the behaviour of the versions without the field. What is no config of ldm_jax is not changed.
+    Fields added later are there already (see `added`). What is no config of ldm_jax is not changed.
     """
-    if not all(isinstance(config.get(name), ConfigDict) for name in REQUIRED_SECTIONS):
+    if not is_config(config.to_dict()):
         return config
     default, fields = defaults.get_config(), flatten(config)
     missing = sorted(flatten(default).keys() - fields.keys())
@@ -84,10 +82,13 @@ def _merge(default: dict, fields: dict) -> dict:
 
 
 def identity(config: ConfigDict, sections: tuple[str, ...]) -> str:
-    """A hash of the fields below `sections`, e.g. ("seed", "data", "autoencoder"), by their first names."""
+    """A hash of the fields below `sections`, e.g. ("seed", "data", "autoencoder"), by their first names.
+
+    A field of `added.ADDED` counts only with another value than that of configs without it.
+    """
     free = tuple(name for name in FREE if name not in sections)
     fields = {n: value for n, value in flatten(config).items() if n.startswith(sections) and not n.startswith(free)}
-    fields = {FIRST_NAMES.get(name, name): value for name, value in fields.items()}
+    fields = {FIRST_NAMES.get(n, n): value for n, value in fields.items() if not is_as_before(n, value)}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -71,11 +71,26 @@ def _validate_fine_tuning(config: ConfigDict) -> None:
     _validate_prompts(config)
     if config.lora.rank and not config.lora.alpha:
         raise _wrong(config, "lora.alpha", "it must be above 0, as it scales the LoRA update")
+    if config.textual_inversion.token:
+        _validate_textual_inversion(config)
+    elif config.data.name == "concept":
+        raise _wrong(config, "textual_inversion.token", "with config.data.name = 'concept' it must be a new word")
+
+
+def _validate_textual_inversion(config: ConfigDict) -> None:
+    inversion = config.textual_inversion
+    for name in ("token", "init_word"):
+        if inversion[name].split() != [inversion[name]]:
+            raise _wrong(config, f"textual_inversion.{name}", "it must be one word, without spaces")
+    for name in ("lora.rank", "diffusion.train_text_encoder"):
+        if flatten(config)[name]:
+            rule = "with config.textual_inversion.token, whose vectors alone are trained, it must be"
+            raise _wrong(config, name, f"{rule} {0 if name == 'lora.rank' else False}")
 
 
 def _validate_from_scratch(config: ConfigDict) -> None:
     """A run without `init_from`: fields that need it, or that need or exclude the stage 'clip'."""
-    for name in ("lora.rank", "data.bucket_step"):
+    for name in ("lora.rank", "data.bucket_step", "textual_inversion.token"):
         if flatten(config)[name]:
             raise _wrong(config, name, "that needs config.init_from, a diffusers model")
     if config.sampling.sampler == OWN:

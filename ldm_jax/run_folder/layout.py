@@ -7,6 +7,7 @@ autoencoder/      stage 1: checkpoints, scale    evaluation.json, bits_per_dim.j
 diffusion/        stage 2: checkpoints           classifier/, clip/   checkpoints of these stages
 data.json         the data sets, device, command .lock               held by the process that trains the run
 pytorch_lora_weights.safetensors                 LoRA fine-tuning only: the LoRA in diffusers' format
+learned_embeds.safetensors                       textual inversion only: the new token's vectors, likewise
 """
 
 from pathlib import Path
@@ -49,7 +50,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
         missing = sorted(config_io.flatten(config).keys() - config_io.flatten(saved).keys())
         if missing:
             raise InputError(
-                f"--workdir={workdir} was started by an older version, without config.{missing[0]}; `sample` and "
+                f"--workdir={workdir} was started by a version before 0.2, without config.{missing[0]}; `sample` and "
                 "`evaluate` can read it, but `train` cannot resume it: choose another --workdir"
             )
         differences = config_io.differences(saved, config)

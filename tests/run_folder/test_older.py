@@ -1,4 +1,7 @@
-"""Run folders from before some fields of the config: read with the defaults of those fields, not resumed."""
+"""Run folders from before some fields of the config: those added since version 0.2 make no difference.
+
+Of versions before they are read with the defaults, but not resumed.
+"""
 
 import json
 import shutil
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import io as config_io
+from ldm_jax.config.added import ADDED, REQUIRED_SECTIONS
 from ldm_jax.pipeline.load import load
 
 SINCE = ("init_from", "lora.rank", "lora.alpha", "sampling.prompts", "diffusion.snr_gamma", "classifier.steps")
@@ -55,15 +59,55 @@ def test_an_older_run_is_not_resumed(older_run, tiny_data, capsys):
     before = (older_run / "config.json").read_text()
     assert jobs.train_here(tiny_data, older_run) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "was started by an older version, without config.classifier.steps" in line
+    assert "was started by a version before 0.2, without config.classifier.steps" in line
     assert (older_run / "config.json").read_text() == before
 
 
-SECTIONS = {name: {} for name in config_io.REQUIRED_SECTIONS}
-NO_CONFIGS = [{"seed": 1}, SECTIONS | {"data": 3}, SECTIONS | {"lora": None}]
+SECTIONS = {name: {} for name in REQUIRED_SECTIONS}
+NO_CONFIGS = [{"seed": 1}, SECTIONS | {"data": 3}, SECTIONS | {"lora": None}, SECTIONS | {"textual_inversion": None}]
 
 
 @pytest.mark.parametrize("fields", NO_CONFIGS)
 def test_what_is_no_config_stays_as_it_is(fields):
     config = config_io.from_fields(fields)
+    assert fields.items() <= config.to_dict().items()
     assert config_io.with_defaults(config, "there").to_dict() == config.to_dict()
+
+
+@pytest.fixture
+def run_of_0_2(trained_run, tmp_path):
+    """The run folder of a version without the fields added since, half trained."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    fields = without(json.loads((run / "config.json").read_text()), ADDED)
+    for section in {name.split(".")[0] for name in ADDED} & {name for name, field in fields.items() if field == {}}:
+        del fields[section]
+    (run / "config.json").write_text(json.dumps(fields))
+    shutil.rmtree(run / "diffusion" / "8")
+    (run / "evaluation.json").unlink()
+    return run
+
+
+def test_a_run_without_the_added_fields_is_resumed_exactly(run_of_0_2, trained_run, tiny_data, capsys):
+    """Its checkpoints and cached latents are its own still; at the end it is a run of today."""
+    made = {path.name: path.stat().st_mtime_ns for path in (run_of_0_2 / "latents").iterdir()}
+    assert jobs.train_here(tiny_data, run_of_0_2) == 0
+    jobs.assert_same_training(run_of_0_2, trained_run)
+    assert jobs.losses(run_of_0_2) == jobs.losses(trained_run)
+    assert {path.name: path.stat().st_mtime_ns for path in (run_of_0_2 / "latents").iterdir()} == made
+    assert "older version" not in capsys.readouterr().out
+    assert (run_of_0_2 / "config.json").read_text() == (trained_run / "config.json").read_text()
+
+
+def test_a_finished_run_without_the_added_fields_is_done(run_of_0_2, trained_run, tiny_data, capsys):
+    for name in ("evaluation.json", "diffusion/8"):
+        (shutil.copytree if name.endswith("8") else shutil.copy)(trained_run / name, run_of_0_2 / name)
+    assert jobs.train_here(tiny_data, run_of_0_2) == 0
+    assert "All is done" in capsys.readouterr().out
+
+
+def test_a_run_without_an_added_field_is_not_resumed_with_another_value(run_of_0_2, tiny_data, capsys):
+    before = (run_of_0_2 / "config.json").read_text()
+    assert jobs.train_here(tiny_data, run_of_0_2, "--config.textual_inversion.vectors=2") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "belongs to another config (textual_inversion.vectors: 1 -> 2)" in line
+    assert (run_of_0_2 / "config.json").read_text() == before

@@ -1,0 +1,41 @@
+"""Config fields added since version 0.2, each with the value that a config without it stands for.
+
+Such a value is the behaviour of the versions without the field. It never changes, whatever becomes of the default in
+`defaults`: a saved config that lacks the field means it (see `with_added`), and hashes leave out fields that have it
+(see `io.identity`), so that older runs go on and their caches and checkpoints stay valid.
+"""
+
+from typing import Any
+
+# SECTION.FIELD -> its value; a field that is renamed is renamed here, too.
+ADDED: dict[str, Any] = {
+    "textual_inversion.token": "",
+    "textual_inversion.init_word": "object",
+    "textual_inversion.vectors": 1,
+    "textual_inversion.learnable_property": "object",
+}
+
+# The sections that every config of ldm_jax has had since the first version.
+REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")
+
+
+def is_config(fields: dict[str, Any]) -> bool:
+    """Whether nested fields are those of a config of ldm_jax, of any version."""
+    return all(isinstance(fields.get(name), dict) for name in REQUIRED_SECTIONS)
+
+
+def with_added(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a saved config with those of ADDED that it lacks; what is no config is not changed."""
+    if not is_config(fields):
+        return fields
+    fields = dict(fields)
+    for name, value in ADDED.items():
+        section, _, field = name.partition(".")
+        if isinstance(fields.get(section, {}), dict):
+            fields[section] = {field: value} | fields.get(section, {})
+    return fields
+
+
+def is_as_before(name: str, value: Any) -> bool:
+    """Whether a field of ADDED, by its full name, has the value that configs without it stand for."""
+    return name in ADDED and value == ADDED[name]
