@@ -16,25 +16,32 @@ from ldm_jax.data.skipped import Skipped, summarize
 from ldm_jax.errors import InputError
 
 
-def prepare(data_dir: Path, manual_dir: Path | None) -> Path:
+def prepare(
+    data_dir: Path, manual_dir: Path | None, *, name: str = "folder", without_captions: bool = False
+) -> Path:
     """The folder of the data set prepared from the images of `manual_dir`, below `data_dir`; one for each content.
+
+    Args:
+        data_dir, manual_dir: see above.
+        name: of the data set, before a hash of its content.
+        without_captions: images without a caption have an empty one, and are not left out.
 
     Raises InputError without images with captions or for damaged metadata, RunError if it cannot be written.
     """
-    source = check_path("folder", manual_dir, "images and captions")
-    splits, skipped, note = _find_images(source)
+    source = check_path(name, manual_dir, "images" if without_captions else "images and captions")
+    splits, skipped, note = _find_images(source, without_captions)
 
     def check(splits: Splits, skipped: Skipped) -> None:
-        _check_any(source, splits, skipped)
+        _check_any(source, splits, skipped, without_captions)
 
     check(splits, skipped)
     if note:
         say_once(note)
-    return prepare_content(data_dir, "folder", splits, skipped, target="caption", check=check)
+    return prepare_content(data_dir, name, splits, skipped, target="caption", check=check)
 
 
-def _find_images(source: Path) -> tuple[Splits, Skipped, str]:
-    """The images with captions, what is left out, and the note of `split_folders`."""
+def _find_images(source: Path, without_captions: bool) -> tuple[Splits, Skipped, str]:
+    """The images with captions, or all, what is left out, and the note of `split_folders`."""
     files = list_files(source)
     captions, (folders, note) = read_captions(files), split_folders(source, files.images)
     splits: Splits = {}
@@ -45,6 +52,8 @@ def _find_images(source: Path) -> tuple[Splits, Skipped, str]:
             skipped.append(("images outside the folders of splits", show(path)))
         elif caption := captions.of.get(path):
             splits.setdefault(split, []).append((path, caption))
+        elif without_captions and path not in captions.why:
+            splits.setdefault(split, []).append((path, ""))
         else:
             skipped.append((captions.why.get(path, "without a caption"), show(path)))
     skipped += captions.skipped
@@ -53,11 +62,12 @@ def _find_images(source: Path) -> tuple[Splits, Skipped, str]:
     return splits, skipped, note
 
 
-def _check_any(source: Path, splits: Splits, skipped: Skipped) -> None:
-    if not splits:
-        left_out = f"left out are {'; '.join(summarize(skipped))}"
-        why = left_out if skipped else "it needs images, and a metadata.jsonl, metadata.csv or .txt"
-        raise InputError(
-            f"config.data.path={show(source)} has no image with a caption: {why}; for images without captions, see "
-            "python -m ldm_jax.data.image_folder --help"
-        )
+def _check_any(source: Path, splits: Splits, skipped: Skipped, without_captions: bool) -> None:
+    if splits:
+        return
+    where, left_out = f"config.data.path={show(source)}", f"left out are {'; '.join(summarize(skipped))}"
+    if without_captions:
+        raise InputError(f"{where} has no image that can be read{f': {left_out}' if skipped else ''}")
+    why = left_out if skipped else "it needs images, and a metadata.jsonl, metadata.csv or .txt"
+    more = "for images without captions, see python -m ldm_jax.data.image_folder --help"
+    raise InputError(f"{where} has no image with a caption: {why}; {more}")

@@ -13,6 +13,7 @@ BUILDERS = {
     "fashion_mnist": "ldm_jax.data.fashion_mnist",
     "emoji": "ldm_jax.data.emoji",
     "folder": "ldm_jax.data.captioned_folder",
+    "concept": "ldm_jax.data.concept_folder",
     "images": "ldm_jax.data.own_images",
 }
 

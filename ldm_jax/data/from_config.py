@@ -5,13 +5,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ldm_jax.data.datasets import Dataset, load_buckets, load_dataset
+from ldm_jax.data.prompt_templates import with_prompts
 
 FIELDS = ("image_size", "channels", "crop", "image_key", "label_key", "segments_key", "caption_key", "group_key")
 
 
 def load_split(config: ConfigDict, split: str) -> Dataset:
-    """One split of the config's data set; see `load_dataset` for the errors."""
-    return load_dataset(config.data.name, split, **_options(config.data))
+    """One split of the config's data set, in textual inversion with prompts; see `load_dataset` for the errors."""
+    dataset, inversion = load_dataset(config.data.name, split, **_options(config.data)), config.textual_inversion
+    if not inversion.token or config.data.caption_key == "none":
+        return dataset
+    return with_prompts(dataset, inversion.token, inversion.learnable_property)
 
 
 def load_train_buckets(config: ConfigDict) -> list[Dataset]:

@@ -63,6 +63,9 @@ def _family(model: LatentDiffusion) -> str:
     conditioning = model.conditioning
     if not isinstance(conditioning, TextConditioning) or model.prediction not in ("eps", "v"):
         raise InputError(f"single files are of {SD1}, 2 and XL; this is a {model.origin.pipeline or 'model of a run'}")
+    if added := conditioning.tokenizers[0].added:
+        other = "choose a folder, or convert the model that the token was trained for"
+        raise InputError(f"a single file has no tokens beyond CLIP's vocabulary, and this one has {added[0]}; {other}")
     if model.concat and model.concat.noise is not None:
         raise InputError("single files of the x4 upscaler are not written; choose a folder")
     if len(conditioning.encoders) == 2:

@@ -6,6 +6,9 @@
 | AUTOMATIC1111, .pt   | `string_to_param` / `*` [n, D]             | the file's name    |
 | .safetensors of UIs  | `emb_params` [n, D]                        | the file's name    |
 | of SDXL              | `clip_l` [n, 768] and `clip_g` [n, 1280]   | the file's name    |
+
+`write_embedding` writes the first and, of SDXL, the last, with the token in the file's metadata, where it is looked for
+before the file's name.
 """
 
 from pathlib import Path
@@ -15,9 +18,11 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.diffusers import check_finite
-from ldm_jax.interop.weights import read_weights
+from ldm_jax.interop.weights import open_weights, read_weights, write_safetensors
 
+FILE = "learned_embeds.safetensors"  # its name in diffusers
 UNNAMED = ("emb_params", "*")
+TOKEN = "token"  # of the metadata
 OF_SDXL = ("clip_l", "clip_g")  # in the order of the text encoders
 
 
@@ -33,12 +38,12 @@ def read_embedding(path: Path) -> Embedding:
     where = f"--embedding={path}"
     if not path.is_file():
         raise InputError(f"{where} does not exist; it must be a textual inversion file, such as learned_embeds.bin")
-    tensors = read_weights(path)
+    tensors, name = read_weights(path), open_weights(path).metadata.get(TOKEN, path.stem)
     if set(tensors) == set(OF_SDXL):
-        token, found = path.stem, [tensors[name] for name in OF_SDXL]
+        token, found = name, [tensors[each] for each in OF_SDXL]
     elif len(tensors) == 1:
-        ((name, tensor),) = tensors.items()
-        token, found = path.stem if name in UNNAMED else name, [tensor]
+        ((key, tensor),) = tensors.items()
+        token, found = name if key in UNNAMED else key, [tensor]
     else:
         known = "one tensor, or clip_l and clip_g"
         raise InputError(f"{where} has {', '.join(sorted(tensors)[:4])}; a textual inversion file has {known}")
@@ -49,3 +54,10 @@ def read_embedding(path: Path) -> Embedding:
             shapes = " and ".join(str(list(each.shape)) for each in vectors)
             raise InputError(f"{where}: vectors are [n, D], as many for each text encoder; these are {shapes}")
     return Embedding(token, vectors)
+
+
+def write_embedding(path: Path, embedding: Embedding) -> None:
+    """Writes an embedding of one text encoder or of SDXL's two to a .safetensors, which diffusers and others read."""
+    token, vectors = embedding
+    names = (token,) if len(vectors) == 1 else OF_SDXL
+    write_safetensors(path, dict(zip(names, vectors, strict=True)), {TOKEN: token})

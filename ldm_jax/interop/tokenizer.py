@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,27 +44,40 @@ class Tokenizer:
       max_length: the number of ids of every prompt.
       vocab_size: all ids are less; the text encoder must have as many.
       end: the id of the end token.
+      added: the tokens beyond the vocabulary's files, as of textual inversion. One of n vectors is n of them, TOKEN,
+        TOKEN_1, ... (diffusers' names), and in prompts TOKEN stands for all.
     """
 
     def __init__(self, tokenizer: Any, folder: Path, config: Mapping[str, Any] | None = None):
         """`config` replaces the config of the folder."""
         self._tokenizer, self._folder, self._config = tokenizer, folder, config
-        self._expanded: dict[str, str] = {}  # added token -> all of its tokens
         self.max_length: int = tokenizer.model_max_length
         self.vocab_size: int = len(tokenizer)
         self.end: int = tokenizer.eos_token_id
+        ids = tokenizer.added_tokens_encoder
+        self.added: tuple[str, ...] = tuple(token for token, i in ids.items() if i >= tokenizer.vocab_size)
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """The ids [N, max_length] of N prompts; InputError for one that is not Unicode, from another encoding."""
         for prompt in prompts:
             if any("\ud800" <= character <= "\udfff" for character in prompt):
                 raise InputError(f"the prompt {prompt!a} is not Unicode text; pass it in UTF-8")
-        for token, expanded in self._expanded.items():
-            prompts = [prompt.replace(token, expanded) for prompt in prompts]
+        for token in self.added:
+            if len(names := self._names(token)) > 1:
+                prompts = [prompt.replace(token, " ".join(names)) for prompt in prompts]
         # Overflowing tokens come back in further rows, each with the number of its prompt.
         rows = self._tokenizer(list(prompts), padding="max_length", truncation=True, return_overflowing_tokens=True)
-        _, first, count = np.unique(rows["overflow_to_sample_mapping"], return_index=True, return_counts=True)
-        return Tokens(np.array(rows["input_ids"], np.int32)[first], count > 1)
+        _, first, counts = np.unique(rows["overflow_to_sample_mapping"], return_index=True, return_counts=True)
+        return Tokens(np.array(rows["input_ids"], np.int32)[first], counts > 1)
+
+    def _names(self, token: str) -> list[str]:
+        """All added tokens of an added one: itself, TOKEN_1, ..."""
+        further = takewhile(self.added.__contains__, (f"{token}_{i}" for i in count(1)))
+        return [token, *further]
+
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of a text alone, without begin, end and padding."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def with_token(self, token: str, vectors: int) -> "Tokenizer":
         """The tokenizer with a new token of so many ids, the next ones; in prompts it stands for all of them.
@@ -73,12 +87,9 @@ class Tokenizer:
         names = [token, *(f"{token}_{i}" for i in range(1, vectors))]
         if known := [name for name in names if name in self._tokenizer.get_vocab()]:
             raise ValueError(f"the vocabulary has a token {known[0]!r} already")
-        new = copy.copy(self)
-        new._tokenizer = copy.deepcopy(self._tokenizer)
-        new._tokenizer.add_tokens(names)
-        new._expanded = {**self._expanded, token: " ".join(names)}
-        new.vocab_size = len(new._tokenizer)
-        return new
+        tokenizer = copy.deepcopy(self._tokenizer)
+        tokenizer.add_tokens(names)
+        return Tokenizer(tokenizer, self._folder, self._config)
 
     def save(self, folder: Path) -> None:
         """Writes the tokenizer's files to a new folder, its config last."""
@@ -88,6 +99,20 @@ class Tokenizer:
                 shutil.copyfile(self._folder / name, folder / name)
         if self._config:
             write_json(folder / CONFIG, {"tokenizer_class": CLASSES[0], **self._config})
+        if self.added:
+            self._save_added(folder)
+
+    def _save_added(self, folder: Path) -> None:
+        """Writes the added tokens to each of a folder's files that may list them: readers differ in which they read."""
+        decoder = {str(i): token for i, token in self._tokenizer.added_tokens_decoder.items()}
+        fields = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        stated = {i: {field: getattr(token, field) for field in fields} for i, token in decoder.items()}
+        write_json(
+            folder / OTHER_FILES[1], {token: self._tokenizer.added_tokens_encoder[token] for token in self.added}
+        )
+        if (folder / LAYOUTS[1][0]).exists():
+            self._tokenizer.backend_tokenizer.save(str(folder / LAYOUTS[1][0]))
+        write_json(folder / CONFIG, read_json_object(folder / CONFIG) | {"added_tokens_decoder": stated})
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

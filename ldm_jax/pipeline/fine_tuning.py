@@ -76,8 +76,9 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{where} is a text-to-image model; config.data.caption_key must name the captions' feature")
     if model.learned_variance:
         raise InputError(f"{where} predicts the variance, which is not fine-tuned; train it with more steps instead")
-    if isinstance(model.concat, Segmentation) or (texts and model.origin.config is not None):
-        what = "is a text-to-image run" if texts else "is conditioned on segmentation maps"
+    own_texts = texts and model.origin.config is not None and not config.textual_inversion.token
+    if isinstance(model.concat, Segmentation) or own_texts:
+        what = "is a text-to-image run" if own_texts else "is conditioned on segmentation maps"
         raise InputError(f"{where} {what}, from which no other run starts; train it with more steps instead")
     if config.sampling.prompts and not texts:
         raise InputError(f"config.sampling.prompts is {config.sampling.prompts}; {where} is not conditioned on texts")
@@ -121,8 +122,12 @@ def _resolved(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
 
 
 def check_data(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset) -> None:
-    """Raises InputError if the model cannot be trained on the data set's classes, or has no layer for LoRA."""
+    """Raises InputError if the model cannot be trained on the data set's classes or captions, or has no LoRA layer."""
     where, num_classes = f"config.init_from={config.init_from}", model.conditioning.num_classes
+    token = config.textual_inversion.token
+    if without := [caption for captions in train_set.captions for caption in captions if token not in caption]:
+        what = f"{len(without):,} captions of {train_set.name} lack it, e.g. {without[0]!r}"
+        raise InputError(f"config.textual_inversion.token is {token!r}; {what}; each must contain it, or be left out")
     if not jax.tree.leaves(trained_shapes(trainable_of(config, model), params)):
         raise InputError(f"config.lora.rank is {config.lora.rank}; {where} has no attention that LoRA could be of")
     if num_classes and not train_set.num_classes:

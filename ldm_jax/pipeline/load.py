@@ -16,6 +16,7 @@ from ldm_jax.pipeline.from_exported import from_exported
 from ldm_jax.pipeline.from_run import from_run
 from ldm_jax.pipeline.from_single_file import NO_OVERRIDES, Overrides, from_single_file
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
+from ldm_jax.pipeline.textual_inversion import with_initial_token
 from ldm_jax.pipeline.vae import with_autoencoder
 
 
@@ -71,6 +72,8 @@ def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusi
 def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentDiffusion, Params], ConfigDict]:
     """The model of `config.init_from` with its parameters in `dtype`, and the config with the fields it determines.
 
+    In textual inversion the model has the new token.
+
     Raises InputError if there is no such model, or the config does not fit it.
     """
     path = hub.find(config.init_from, flag="config.init_from")
@@ -85,6 +88,8 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
         raise InputError(f"config.init_from={path}: {error}") from error
     of_weights = fingerprint(model, params) if is_run(path) else weights_fingerprint(path)
     model, config = prepare_base(config, model, of_weights)
+    if config.textual_inversion.token:
+        model, params = with_initial_token(model, params, config)
     return (model, params), config
 
 

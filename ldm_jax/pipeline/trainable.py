@@ -1,4 +1,4 @@
-"""Trainable parameters of a model: whole parts of it, or LoRA of its denoiser.
+"""Trainable parameters of a model: whole parts of it, LoRA of its denoiser, or the vectors of a new token.
 
 `init` makes them from the model's parameters, which training starts from; `merge` puts trained ones back.
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -79,11 +80,53 @@ class LoRA:
         return params
 
 
-Trainable = Parts | LoRA
+@dataclass(frozen=True)
+class TokenVectors:
+    """Training of a new token's vectors, the last rows of the text encoders' embedding tables (Gal 2022, eq. 2)."""
+
+    num: int  # of vectors, in each text encoder
+
+    def init(self, rng: jax.Array, params: Params) -> Params:
+        """{"token": the last `num` rows of each table, [num, D]}."""
+        return {"token": [jnp.asarray(token_table(tree)[-self.num :], jnp.float32) for tree in params["conditioning"]]}
+
+    def merge(self, params: Params, trained: Params) -> Params:
+        """The model's parameters with these rows."""
+        trees = []
+        for tree, vectors in zip(params["conditioning"], trained["token"]):
+            table = token_table(tree)
+            trees.append(with_token_table(tree, jnp.concatenate([table[: -self.num], vectors.astype(table.dtype)])))
+        return params | {"conditioning": trees}
+
+    def trains(self, name: str) -> bool:
+        """Whether a part of the model changes."""
+        return name == "conditioning"
+
+    def frozen(self, params: Params) -> Params:
+        """All of the model's parameters."""
+        return params
+
+
+Trainable = Parts | LoRA | TokenVectors
+
+
+def token_table(encoder: Params) -> Any:
+    """The embedding table [V, D] of the tokens in a text encoder's parameters."""
+    return encoder["embeddings"]["token_embedding"]["embedding"]
+
+
+def with_token_table(encoder: Params, table: Any) -> Params:
+    """A text encoder's parameters with another embedding table [V, D]."""
+    return encoder | {"embeddings": encoder["embeddings"] | {"token_embedding": {"embedding": table}}}
 
 
 def trainable_of(config: ConfigDict, model: LatentDiffusion) -> Trainable:
-    """The trainable parameters: the denoiser's with the class embedding or, by config, the text encoders', or LoRA."""
+    """The trainable parameters: the denoiser's with the class embedding or, by config, the text encoders'; or LoRA.
+
+    In textual inversion those of the new token, which `model` has already.
+    """
+    if config.textual_inversion.token:
+        return TokenVectors(config.textual_inversion.vectors)
     texts = isinstance(model.conditioning, TextConditioning) and config.diffusion.train_text_encoder
     if config.lora.rank:
         return LoRA(config.lora.rank, config.lora.alpha, texts)

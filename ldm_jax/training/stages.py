@@ -9,13 +9,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import lora
+from ldm_jax.interop import lora, textual_inversion
 from ldm_jax.interop.lpips_weights import load_lpips
+from ldm_jax.interop.textual_inversion import Embedding
 from ldm_jax.pipeline.clip import FOLDER, TOKENIZER, clip_of
 from ldm_jax.pipeline.from_config import build_first_stage, from_config
 from ldm_jax.pipeline.from_run import load_autoencoder_params, load_first_stage, load_scale, save_scale
 from ldm_jax.pipeline.model import LatentDiffusion, Params
-from ldm_jax.pipeline.trainable import LoRA, merge_trained, trainable_of
+from ldm_jax.pipeline.trainable import LoRA, TokenVectors, merge_trained, trainable_of
 from ldm_jax.run_folder.checkpoint import Checkpoints, flatten, identity, unflatten
 from ldm_jax.runtime.parallel import parallel_map, wait_for_hosts
 from ldm_jax.sampling import image_grids
@@ -126,7 +127,7 @@ def train_clip(run: Run) -> None:
 
 
 def train_diffusion(run: Run) -> None:
-    """Trains stage 2; writes diffusion/, sample grids in progress/ and, with LoRA, a file for diffusers."""
+    """Trains stage 2; writes diffusion/, sample grids in progress/ and, of LoRA or a token, a file for diffusers."""
     config, (model, params) = run.config, initial_model(run)
     trainable = trainable_of(config, model)
     trained_model, frozen = text_embeddings.freeze(
@@ -144,9 +145,12 @@ def train_diffusion(run: Run) -> None:
         preview=lambda step, state: save_grid(step, merge_trained(trainable, params, state.ema_params)),
         init_from=model.origin.fingerprint,
     )
+    trained, token = state.ema_params, config.textual_inversion.token
     if isinstance(trainable, LoRA) and jax.process_index() == 0:
-        trained = state.ema_params
         lora.save_lora(run.workdir / lora.FILE, trained["lora"], trainable.scale, trained.get("lora_text", ()))
+    if isinstance(trainable, TokenVectors) and jax.process_index() == 0:
+        vectors = tuple(map(np.asarray, trained["token"]))
+        textual_inversion.write_embedding(run.workdir / textual_inversion.FILE, Embedding(token, vectors))
 
 
 def train_classifier(run: Run) -> None:

@@ -49,7 +49,7 @@ def test_find(data, tmp_path, name, folder):
         ("flower", "data set 'flower' is not prepared in .*data or .*tfds; did you mean flowers?"),
         ("fashion-mnist", "'fashion-mnist' is no data set's name"),
         ("fashion_mnits", "did you mean fashion_mnist?"),
-        ("zzz", "there is: birds/small, cars/front, cars/rear, elsewhere, emoji, fashion_mnist, flowers"),
+        ("zzz", "there is: birds/small, cars/front, cars/rear, concept, elsewhere, emoji, fashion_mnist, flowers"),
         ("zzz", "tfds build zzz --file_format=array_record --data_dir=.*data; .* -m ldm_jax.data.image_folder"),
         ("flowers:3.0.0", "'flowers:3.0.0' is not prepared"),
         ("flowers/red", "'flowers/red' is not prepared"),
@@ -66,7 +66,7 @@ def test_not_found(data, name, message):
 
 def test_no_data_folder_at_all(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
-    with pytest.raises(InputError, match="there is: emoji, fashion_mnist"):
+    with pytest.raises(InputError, match="there is: concept, emoji, fashion_mnist"):
         find("zzz", tmp_path / "data")
 
 
