@@ -1,6 +1,7 @@
 """The default config: every field that a config can have, each with its meaning. Config files override some of them.
 
-`--config.FIELD=VALUE` sets a field on the command line; `--print_config` prints the result.
+`--config.FIELD=VALUE` sets a field on the command line; `--print_config` prints the result. What a config without a
+field means that was added here since version 0.2 is in `added`.
 """
 
 from ml_collections import ConfigDict

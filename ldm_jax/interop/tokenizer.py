@@ -54,8 +54,8 @@ class Tokenizer:
         self.max_length: int = tokenizer.model_max_length
         self.vocab_size: int = len(tokenizer)
         self.end: int = tokenizer.eos_token_id
-        ids = tokenizer.added_tokens_encoder
-        self.added: tuple[str, ...] = tuple(token for token, i in ids.items() if i >= tokenizer.vocab_size)
+        added = tokenizer.added_tokens_decoder.items()
+        self.added = tuple(t.content for i, t in added if i >= tokenizer.vocab_size and not t.special)
 
     def __call__(self, prompts: Sequence[str]) -> Tokens:
         """The ids [N, max_length] of N prompts; InputError for one that is not Unicode, from another encoding."""

@@ -6,6 +6,7 @@ from PIL import Image
 
 from ldm_jax.data.captioned_folder import prepare
 from ldm_jax.data.datasets import load_dataset
+from ldm_jax.data.prompt_templates import TEMPLATES, with_prompts
 from ldm_jax.data.skipped import print_once
 from ldm_jax.errors import InputError
 
@@ -159,3 +160,31 @@ def test_captions_of_any_data_set(make_set, tmp_path):
     make_set("silent", {"image": features["image"]}, {"train": [{"image": examples[0]["image"]}]})
     with pytest.raises(InputError, match="has no caption, only image"):
         load_dataset("silent", "train", data_dir=tmp_path / "data", caption_key="auto")
+
+
+def test_images_of_one_concept_need_no_captions(source):
+    """Those without have an empty one; what is damaged is left out."""
+    draw(source / "a.png", 10)
+    draw(source / "b.png", 20, "a <toy>")
+    draw(source / "c.png", 30)
+    draw(source / "d.png", 40)
+    (source / "d.txt").write_bytes(b"\xff\xfe\xff")
+    options = {"data_dir": source.parent / "data", "manual_dir": source, "image_size": 4, "caption_key": "auto"}
+    dataset = load_dataset("concept", "train", **options)
+    assert captions_by_pixel(dataset) == {10: "", 20: "a <toy>", 30: ""}
+    prompted = with_prompts(dataset, "<toy>", "style")
+    assert captions_by_pixel(prompted)[10] == TEMPLATES["style"][0].format("<toy>")
+    assert set(prompted.captions) == {("a <toy>",), tuple(t.format("<toy>") for t in TEMPLATES["style"])}
+
+
+def test_a_concept_needs_images(source):
+    source.mkdir()
+    (source / "notes.doc").touch()
+    options = {"data_dir": source.parent / "data", "manual_dir": source}
+    with pytest.raises(InputError, match="has no image that can be read: left out are 1 .doc files"):
+        load_dataset("concept", "train", **options)
+    (source / "notes.doc").unlink()
+    with pytest.raises(InputError, match="has no image that can be read$"):
+        load_dataset("concept", "train", **options)
+    with pytest.raises(InputError, match="needs config.data.path: the folder of your images$"):
+        load_dataset("concept", "train", data_dir=source.parent / "data")

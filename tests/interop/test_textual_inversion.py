@@ -7,7 +7,7 @@ import random_runs
 from safetensors.numpy import save_file
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop.textual_inversion import read_embedding
+from ldm_jax.interop.textual_inversion import Embedding, read_embedding, write_embedding
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.textual_inversion import with_embedding
 
@@ -35,6 +35,16 @@ def test_layouts(layout, tmp_path):
     assert (found.token, [len(vectors) for vectors in found.vectors]) == (token, counts)
     for vectors in found.vectors:
         np.testing.assert_array_equal(vectors, VECTORS[: len(vectors)])
+
+
+@pytest.mark.parametrize("vectors", [(VECTORS,), (VECTORS[:1],), (VECTORS, VECTORS[:, :5].copy())])
+def test_what_is_written_is_read(vectors, tmp_path):
+    """The token too, of SDXL by the metadata."""
+    write_embedding(tmp_path / "learned_embeds.safetensors", Embedding("<toy>", vectors))
+    found = read_embedding(tmp_path / "learned_embeds.safetensors")
+    assert found.token == "<toy>"
+    for one, other in zip(found.vectors, vectors, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 REFUSED = {

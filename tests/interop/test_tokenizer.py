@@ -1,5 +1,6 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,41 @@ def test_a_folder_that_transformers_5_writes(tmp_path):
     prompts = ["low lower", "!?", ""]
     old, new = (load_tokenizer(tmp_path / name)(prompts) for name in ("old", "new"))
     assert np.array_equal(old.ids, new.ids)
+
+
+def of_layout(folder, layout):
+    """A tokenizer from the files of a layout."""
+    write_tokenizer(folder / "old", pad_token="!")
+    if layout == "vocabulary alone":
+        return tokenizer_of_vocabulary(folder / "old", pad_token="!", max_length=8)
+    if layout != "vocab.json":
+        load_tokenizer(folder / "old")._tokenizer.save_pretrained(folder / "new")
+    if layout == "both":
+        shutil.copyfile(folder / "new" / "tokenizer.json", folder / "old" / "tokenizer.json")
+    return load_tokenizer(folder / ("new" if layout == "tokenizer.json" else "old"))
+
+
+@pytest.mark.parametrize("layout", ["vocab.json", "tokenizer.json", "both", "vocabulary alone"])
+def test_added_tokens_are_saved_in_every_layout(layout, tmp_path):
+    """A prompt's token stands for all of its vectors again, saved a second time too; transformers has the same ids."""
+    from transformers import CLIPTokenizer
+
+    plain = of_layout(tmp_path, layout)
+    tokenizer = plain.with_token("<X>", 3).with_token("<y>", 1)
+    assert plain.added == () and tokenizer.added == ("<X>", "<X>_1", "<X>_2", "<y>")
+    tokenizer.save(tmp_path / "once")
+    load_tokenizer(tmp_path / "once").save(tmp_path / "twice")
+    size, prompts = plain.vocab_size, ["low <X>", "<y> <X> low", "low"]
+    ids = tokenizer(prompts).ids
+    assert [i for i in ids[1].tolist() if i >= size] == [size + 3, size, size + 1, size + 2]
+    np.testing.assert_array_equal(ids[2], plain(["low"]).ids[0])
+    for name in ("once", "twice"):
+        again = load_tokenizer(tmp_path / name)
+        assert (again.added, again.vocab_size, again.max_length) == (tokenizer.added, size + 4, 8)
+        np.testing.assert_array_equal(again(prompts).ids, ids)
+        expanded = [prompt.replace("<X>", "<X> <X>_1 <X>_2") for prompt in prompts]
+        theirs = CLIPTokenizer.from_pretrained(tmp_path / name)(expanded, padding="max_length", truncation=True)
+        assert theirs["input_ids"] == ids.tolist()
 
 
 def test_nothing_is_imported_or_printed_before_or_while_loading(tmp_path):
