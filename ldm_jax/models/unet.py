@@ -72,7 +72,7 @@ class BaseUNet(nn.Module):
         check_groups(widths, self.norm_num_groups)
         self._check_attention()
 
-    def _attends(self, i: int) -> bool:
+    def attends(self, i: int) -> bool:
         """Whether any block of level i has attention; the middle block belongs to the last level."""
         last = len(self.block_out_channels) - 1
         down, up = self.down_blocks[self.down_block_types[i]], self.up_blocks[self.up_block_types[last - i]]
@@ -147,7 +147,7 @@ class UNet(BaseUNet):
         fields = ("attention_heads", "transformer_layers_per_block", "only_cross_attention")
         heads_per_level, *_ = map(self._per_level, fields)
         for i, (width, heads) in enumerate(zip(self.block_out_channels, heads_per_level)):
-            if self._attends(i) and (heads < 1 or width % heads):
+            if self.attends(i) and (heads < 1 or width % heads):
                 raise ValueError(f"attention_heads of a level must divide its width; level {i} has {heads} for {width}")
         sizes = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         if self.addition_embed_type not in (None, "text_time"):
@@ -221,7 +221,7 @@ class UNet(BaseUNet):
         self._check_z(z_t)
         expected = f"context must be [{z_t.shape[0]}, L, {self.cross_attention_dim}]"
         if context is None:
-            if any(self._attends(i) for i in range(len(self.block_out_channels))):
+            if any(self.attends(i) for i in range(len(self.block_out_channels))):
                 raise ValueError(f"{expected}; got None, but this UNet has cross-attention")
         elif context.ndim != 3 or context.shape[::2] != (z_t.shape[0], self.cross_attention_dim):
             raise ValueError(f"{expected}; got {context.shape}")

@@ -89,7 +89,7 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{step}; it must be a multiple of {factor}, no more than {size}")
     if data.group_key != "none":
         raise InputError(f"{step}; with it config.data.group_key must be 'none'; it is {data.group_key!r}")
-    if model.concat or (texts and len(model.conditioning.encoders) > 1):
+    if model.concat or (texts and model.conditioning.time_ids):
         why = "has concat conditioning" if model.concat else "is conditioned on the size of each image"
         raise InputError(f"{step}; it must be 0 for {where}, which {why}")
 
