@@ -99,12 +99,20 @@ FAMILIES = {
     "Stable Diffusion 1": Family("StableDiffusionPipeline", _PNDM, (_CLIP,), heads=8, inpainting=_SD1_INPAINTING),
     SD2: Family("StableDiffusionPipeline", _PNDM, (_OPEN_CLIP,), head_size=64, inpainting=_SD2_INPAINTING),
     "Stable Diffusion XL": Family(
-        "StableDiffusionXLPipeline", _EULER, (_XL_CLIP, _XL_OPEN_CLIP), inpainting=_XL_INPAINTING, **_XL_SIZES,
+        "StableDiffusionXLPipeline",
+        _EULER,
+        (_XL_CLIP, _XL_OPEN_CLIP),
+        inpainting=_XL_INPAINTING,
+        **_XL_SIZES,
         time_ids="target_size",
     ),
     REFINER: Family(
-        "StableDiffusionXLImg2ImgPipeline", _EULER, (_REFINER_OPEN_CLIP,), **_XL_SIZES,
-        time_ids="aesthetic_score", force_zeros_for_empty_prompt=False,
+        "StableDiffusionXLImg2ImgPipeline",
+        _EULER,
+        (_REFINER_OPEN_CLIP,),
+        **_XL_SIZES,
+        time_ids="aesthetic_score",
+        force_zeros_for_empty_prompt=False,
     ),
     UPSCALER: Family(
         "StableDiffusionUpscalePipeline", _V_SCHEDULER, (_OPEN_CLIP,), low_res_scheduler=_LOW_RES, **_UPSCALER_SIZES
@@ -123,7 +131,6 @@ _OTHERS = {
     "lora": "is a LoRA, which changes a model; it is no model by itself: --lora=FILE with --model=MODEL",
     "control_model.": "is a ControlNet, which is not supported",
     "edm_": "is of the EDM noise schedule (Playground 2.5, CosXL), which is not supported",
-    "scaled_fp8": "has scaled fp8 weights, which are not supported; take one in fp16, bf16 or plain fp8",
     "down_blocks.": "is a component of a diffusers folder; --model must be that folder, with model_index.json",
 }
 
