@@ -235,7 +235,9 @@ def _check_widths(model: LatentDiffusion, channels: int) -> None:
     added = (encoders[-1].projection_dim or 0) + TIME_IDS[time_ids] * denoiser.addition_time_embed_dim
     if added != denoiser.projection_class_embeddings_input_dim:
         unet = f"the UNet's projection_class_embeddings_input_dim is {denoiser.projection_class_embeddings_input_dim}"
-        numbers = f"{encoders[-1].projection_dim} of the pooled text and {TIME_IDS[time_ids]} time ids, up to {time_ids}"
+        numbers = (
+            f"{encoders[-1].projection_dim} of the pooled text and {TIME_IDS[time_ids]} time ids, up to {time_ids}"
+        )
         raise InputError(f"{where}: {unet}; with {numbers}, it must be {added} (see requires_aesthetics_score)")
 
 
