@@ -64,8 +64,8 @@ def write_text_encoder(folder, projection=None):
     write_component(folder, config, state_dict_from_text_params(random_params(shapes, 1)))
 
 
-def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=False, refiner=False):
-    """model_index.json and all that it names; returns the folder. A refiner is one of SDXL."""
+def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=False, refiner=False, lcm=False):
+    """model_index.json and all that it names; returns the folder. A refiner is SDXL's; lcm a consistency model."""
     xl = xl or refiner
     added = {
         "addition_embed_type": "text_time",
@@ -75,6 +75,7 @@ def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=Fals
     unet = UNet(
         in_channels=9 if inpainting else 7 if upscaling else 4,
         num_class_embeds=400 if upscaling else None,
+        time_cond_proj_dim=6 if lcm else None,
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",),
@@ -92,6 +93,10 @@ def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=Fals
         write_text_encoder(folder / name, projection=12 if name.endswith("2") else None)
         write_tokenizer(folder / name.replace("text_encoder", "tokenizer"), LOW_LOWER, length=LENGTH)
     kind = "StableDiffusion" + ("XL" if xl else "") + ("Inpaint" if inpainting else "Img2Img" if refiner else "")
+    if lcm:
+        write_index(folder, "LatentConsistencyModelPipeline", ["unet", "vae", *names])
+        write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | {"_class_name": "LCMScheduler"})
+        return folder
     if upscaling:
         write_json(folder / "low_res_scheduler" / "scheduler_config.json", SCHEDULER | {"_class_name": "DDPMScheduler"})
         return write_index(folder, f"{kind}UpscalePipeline", ["unet", "vae", *names, "low_res_scheduler"])

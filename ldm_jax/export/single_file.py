@@ -81,6 +81,8 @@ def _family(model: LatentDiffusion) -> str:
     if model.concat and model.concat.noise is not None:
         raise InputError("single files of the x4 upscaler are not written; choose a folder")
     by_time_ids = {FAMILIES[family].time_ids: family for family in (XL, REFINER)}
+    if model.guidance_dim is not None:
+        raise InputError("single files of latent consistency models are not written; choose a folder")
     if conditioning.time_ids:
         return by_time_ids[conditioning.time_ids]
     return SD1 if conditioning.encoders[0].hidden_act == "quick_gelu" else SD2

@@ -26,6 +26,7 @@ PIPELINES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
+    "LatentConsistencyModelPipeline": SD._replace(guidance=8.5, steps=4),
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL._replace(guidance=7.5),

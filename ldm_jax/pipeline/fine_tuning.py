@@ -76,6 +76,8 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{where} is a text-to-image model; config.data.caption_key must name the captions' feature")
     if model.learned_variance:
         raise InputError(f"{where} predicts the variance, which is not fine-tuned; train it with more steps instead")
+    if model.guidance_dim is not None:
+        raise InputError(f"{where} is a latent consistency model, distilled from another, which is what to fine-tune")
     if isinstance(model.concat, Segmentation) or (texts and model.origin.config is not None):
         what = "is a text-to-image run" if texts else "is conditioned on segmentation maps"
         raise InputError(f"{where} {what}, from which no other run starts; train it with more steps instead")

@@ -217,6 +217,7 @@ FOLDERS = {
     "plain": lambda folder: diffusers_folder.write_stable_diffusion(folder),
     "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),
     "refiner": lambda folder: diffusers_folder.write_stable_diffusion(folder, refiner=True),
+    "consistency model": lambda folder: diffusers_folder.write_stable_diffusion(folder, lcm=True),
     "upscaler": lambda folder: diffusers_folder.write_stable_diffusion(folder, upscaling=True),
     "unconditional": diffusers_folder.write_unconditional,
 }
