@@ -158,6 +158,8 @@ def define_editing_flags(values: flags.FlagValues) -> None:
     concat = "the image of concat conditioning: low resolution, or a segmentation map (pixels = class indices)"
     string("concat_image", help=concat)
     integer("noise_level", help="upscalers: noise level of --concat_image; default 20", lower_bound=0)
+    string("refiner", help="a model that goes on from the latents of --model: SDXL's refiner")
+    number("refiner_start", help="with --refiner: the fraction of the process it starts at; default 0.8", **SHARE)
     string("negative_label", help="the negative class of classifier-free guidance")
     boolean("save_trajectory", default=True, help="write denoising.gif, z0_hat at each step")
     boolean("save_each", help="write each image to images/; default: of text-to-image models")

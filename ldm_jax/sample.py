@@ -20,6 +20,7 @@
     ... --concat_image=FILE [--noise_level=20]          the low-resolution image or segmentation map of such a model
     ... --classifier=RUN --classifier_scale=2           classifier guidance
     ... --clip=RUN --prompt=TEXT [--clip_guidance_scale=1]  CLIP guidance
+    ... --refiner=MODEL [--refiner_start=0.8]           SDXL's refiner goes on from the latents of the base
     ... --from_recipe=samples.png                       the same samples again
 
 Writes samples.npz (`images` uint8 [N, H, W, C], `labels` int32 [N]), samples.png, of small images or with

@@ -64,21 +64,23 @@ def write_text_encoder(folder, projection=None):
     write_component(folder, config, state_dict_from_text_params(random_params(shapes, 1)))
 
 
-def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=False):
-    """model_index.json and all that it names; returns the folder."""
+def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=False, refiner=False, lcm=False):
+    """model_index.json and all that it names; returns the folder. A refiner is SDXL's; lcm a consistency model."""
+    xl = xl or refiner
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 12 + 6 * 4,
+        "projection_class_embeddings_input_dim": 12 + (5 if refiner else 6) * 4,
     }
     unet = UNet(
         in_channels=9 if inpainting else 7 if upscaling else 4,
         num_class_embeds=400 if upscaling else None,
+        time_cond_proj_dim=6 if lcm else None,
         down_block_types=("CrossAttnDownBlock2D",),
         mid_block_type=None,
         up_block_types=("CrossAttnUpBlock2D",),
         attention_heads=2,
-        cross_attention_dim=WIDTH * (2 if xl else 1),
+        cross_attention_dim=WIDTH * (2 if xl and not refiner else 1),
         **BLOCKS,
         **(added if xl else {}),
     )
@@ -86,15 +88,20 @@ def write_stable_diffusion(folder, *, xl=False, inpainting=False, upscaling=Fals
     vae = AutoencoderKL(**BLOCKS | HALVING | ({"block_out_channels": (8, 8, 8)} if upscaling else {}))
     scale = np.full(4, 0.18215, np.float32)
     write_module(folder / "vae", vae, config_from_autoencoder(vae, np.zeros(4, np.float32), scale, 2 * SIZE))
-    names = ["text_encoder", "text_encoder_2"] if xl else ["text_encoder"]
+    names = ["text_encoder", "text_encoder_2"][refiner : 2 if xl else 1]
     for name in names:
         write_text_encoder(folder / name, projection=12 if name.endswith("2") else None)
         write_tokenizer(folder / name.replace("text_encoder", "tokenizer"), LOW_LOWER, length=LENGTH)
-    kind = "StableDiffusion" + ("XL" if xl else "") + ("Inpaint" if inpainting else "")
+    kind = "StableDiffusion" + ("XL" if xl else "") + ("Inpaint" if inpainting else "Img2Img" if refiner else "")
+    if lcm:
+        write_index(folder, "LatentConsistencyModelPipeline", ["unet", "vae", *names])
+        write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | {"_class_name": "LCMScheduler"})
+        return folder
     if upscaling:
         write_json(folder / "low_res_scheduler" / "scheduler_config.json", SCHEDULER | {"_class_name": "DDPMScheduler"})
         return write_index(folder, f"{kind}UpscalePipeline", ["unet", "vae", *names, "low_res_scheduler"])
-    return write_index(folder, f"{kind}Pipeline", ["unet", "vae", *names])
+    absent = {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
+    return write_index(folder, f"{kind}Pipeline", ["unet", "vae", *names], **(absent if refiner else {}))
 
 
 def write_unconditional(folder):
@@ -113,9 +120,9 @@ def write_unconditional(folder):
     return write_index(folder, "LDMPipeline", ["unet", "vqvae"])
 
 
-def write_index(folder, kind, names):
+def write_index(folder, kind, names, **more):
     (folder / "scheduler").mkdir(parents=True)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     components = {name: ["diffusers", "Whatever"] for name in [*names, "scheduler"]}
-    write_json(folder / "model_index.json", {"_class_name": kind, "safety_checker": [None, None], **components})
+    write_json(folder / "model_index.json", {"_class_name": kind, "safety_checker": [None, None], **components, **more})
     return folder

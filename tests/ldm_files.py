@@ -190,6 +190,18 @@ UNETS = {
         "addition_time_embed_dim": 4,
         "projection_class_embeddings_input_dim": POOLED + 6 * 4,
     },
+    "SDXL refiner": {  # attention at the middle levels
+        "attention_heads": (1, 1, 1),
+        "block_out_channels": (64, 64, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 2),
+        "cross_attention_dim": 64,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": POOLED + 5 * 4,
+    },
     "class-conditional LDM": {
         "attention_heads": 1,
         "cross_attention_dim": 16,
@@ -252,6 +264,7 @@ def text_encoders(family):
         "Stable Diffusion 2": (open_clip,),
         "x4 upscaler": (open_clip,),
         "Stable Diffusion XL": (clip, open_clip.clone(projection_dim=POOLED)),
+        "SDXL refiner": (open_clip.clone(projection_dim=POOLED),),
     }.get(family, ())
 
 
@@ -264,7 +277,7 @@ def states_of(family):
         for seed, (name, module) in enumerate(modules.items())
     }
     for i, encoder in enumerate(text_encoders(family)):
-        name = "text_encoder" if i == 0 else f"text_encoder_{i + 1}"
+        name = "text_encoder_2" if i or family == "SDXL refiner" else "text_encoder"
         shapes = jax.eval_shape(encoder.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
         modules[name] = encoder
         states[name] = state_dict_from_text_params(diffusers_folder.random_params(shapes, 2 + i))
@@ -332,7 +345,9 @@ def write_folder(folder, family, *, size=64):
     if fields.low_res_scheduler:
         write_json(folder / "low_res_scheduler" / "scheduler_config.json", dict(fields.low_res_scheduler))
         names.append("low_res_scheduler")
-    diffusers_folder.write_index(folder, fields.pipeline, ["unet", fields.autoencoder, *names])
+    more = {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True, "text_encoder": [None, None]}
+    more = more if family == "SDXL refiner" else {}
+    diffusers_folder.write_index(folder, fields.pipeline, ["unet", fields.autoencoder, *names], **more)
     write_json(folder / "scheduler" / "scheduler_config.json", dict(fields.scheduler))
     return folder
 

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -22,6 +23,7 @@ class Stream(IntEnum):
     DEGRADE = 7  # the images of concat conditioning at sampling
     CLIP = 8
     CLIP_VALIDATION = 9
+    REFINER = 10  # the noise of a refiner behind the base
     SAMPLES = 2**32 - 1  # then the sample's index
     # Folded into a sample's key, as are the rows of its solver table.
     INITIAL_LATENTS = 2**32 - 2
@@ -42,6 +44,11 @@ def sample_keys(seed: Array | int, index: Array) -> Array:
     """The keys of samples `index` [B] with this seed: a key array [B]."""
     samples = jax.random.fold_in(jax.random.key(seed), Stream.SAMPLES)
     return jax.vmap(jax.random.fold_in, (None, 0))(samples, jnp.asarray(index, jnp.uint32))
+
+
+def refiner_seed(seed: int) -> int:
+    """The seed of a refiner's noise, independent of the base's with `seed`; both in [0, 2^32)."""
+    return int(jax.random.bits(jax.random.fold_in(jax.random.key(np.uint32(seed)), Stream.REFINER)))
 
 
 def initial_latents(keys: Array, shape: tuple[int, ...]) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ldm_jax.diffusion import multistep, onestep
 from ldm_jax.diffusion.prediction import coefficient_tables
-from ldm_jax.diffusion.process import CLEAN, VARIANCES, Process
+from ldm_jax.diffusion.process import CLEAN, VARIANCES, Point, Process
 from ldm_jax.diffusion.spacing import noise_levels
 from ldm_jax.diffusion.tables import Row, Table, tabulate
 
@@ -27,6 +27,8 @@ def make_table(
     steps_offset: int = 0,
     set_alpha_to_one: bool = True,
     strength: float = 1.0,
+    denoising_start: float = 0.0,
+    denoising_end: float = 1.0,
 ) -> Table:
     """The coefficient table of a solver on a forward process.
 
@@ -45,6 +47,9 @@ def make_table(
         `final_sigmas_type` "zero" and "sigma_min" in diffusers' DPM-Solver).
       strength: the fraction of the steps that is run, in (0, 1], rounded down as in diffusers; below 1 the first row
         is at a noise level in the middle, for a noised image.
+      denoising_start, denoising_end: the part of the process that is run, fractions of T counted from noise, as in
+        diffusers: steps at t >= (1 - denoising_end) T and t < (1 - denoising_start) T. A sampler that ends at 0.8 is in
+        the state in which one that starts at 0.8 begins, though without its history.
 
     Raises:
       ValueError: unknown option, one out of range or of another solver, or a prediction that does not fit the process.
@@ -66,9 +71,22 @@ def make_table(
     options = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}, "edm": {"churn": churn, "process": process}}
     options |= {"tcd": {"eta": eta, "process": process}, "kdpm2": {"process": process}, "kdpm2_a": {"process": process}}
     points = noise_levels(spacing, process, steps, grid=grid, steps_offset=steps_offset, between=between)
+    points = points[first_step(steps, strength) :]
+    start, stop = (_count_above(points, process, fraction) for fraction in (denoising_start, denoising_end))
+    if start >= stop:
+        none = f"of {len(points)} steps none is between denoising_start {denoising_start} and denoising_end"
+        raise ValueError(f"{none} {denoising_end}; take more steps")
     last = CLEAN if set_alpha_to_one else process.point(0)
-    points = [*points[first_step(steps, strength) :], last]
-    return tabulate(rows(points, **options.get(solver, {})), len(process))
+    table_rows = list(rows([*points[start:], last], **options.get(solver, {})))
+    if stop < len(points):  # up to the last row that leads to the first level beyond
+        reached = [row.reached == points[stop] for row in table_rows]
+        table_rows = table_rows[: len(reached) - reached[::-1].index(True)]
+    return tabulate(table_rows, len(process))
+
+
+def _count_above(points: Sequence[Point], process: Process, fraction: float) -> int:
+    """The number of noise levels, descending, in a fraction of the process from noise; rounded as in diffusers."""
+    return sum(point.t >= round((1 - fraction) * len(process)) for point in points)
 
 
 def make_inversion_table(process: Process, steps: int, *, spacing: str = "leading", steps_offset: int = 0) -> Table:

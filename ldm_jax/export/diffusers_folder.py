@@ -59,7 +59,7 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
         documents = sorted(file for pattern in DOCUMENTS for file in source.glob(pattern) if file.is_file())
     index = _write_unet(to, model, params, dtype, ignored.get("unet", {}))
     index |= _write_autoencoder(to, model, params, dtype, pipeline, ignored)
-    index |= _write_text_encoders(to, model, params, dtype, pipeline)
+    index |= _write_text_encoders(to, model, params, dtype)
     schedulers, notes = model.origin.schedulers, []
     if not schedulers:
         scheduler, notes = scheduler_of_run(model.origin.config)
@@ -68,7 +68,7 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
         write_json(to / name / "scheduler_config.json", dict(config))
         index[name] = ["diffusers", config["_class_name"]]
     header = {"_class_name": ["pipeline", PIPELINE_CLASS] if custom else pipeline, "_diffusers_version": VERSION}
-    write_json(to / folder.INDEX, header | index | (_settings(model, params) if custom else _missing(model, pipeline)))
+    write_json(to / folder.INDEX, header | index | (_settings(model, params) if custom else _missing(model)))
     if custom:
         shutil.copyfile(PIPELINE, to / "pipeline.py")
         _write_documents(to, model, params, notes)
@@ -105,13 +105,13 @@ def _write_autoencoder(
     return {name: ["diffusers", config["_class_name"]]}
 
 
-def _write_text_encoders(to: Path, model: LatentDiffusion, params: Params, dtype: str, pipeline: str) -> Index:
+def _write_text_encoders(to: Path, model: LatentDiffusion, params: Params, dtype: str) -> Index:
     """Writes the text encoders with their tokenizers; returns their entries in the index."""
     conditioning, index = model.conditioning, {}
     if not isinstance(conditioning, TextConditioning):
         return index
     parts = conditioning.encoders, conditioning.tokenizers, params["conditioning"]
-    for name, encoder, tokenizer, tree in zip(PIPELINES[pipeline].encoders, *parts, strict=True):
+    for name, encoder, tokenizer, tree in zip(conditioning.components, *parts, strict=True):
         state = _cast(state_dict_from_text_params(tree), dtype)
         tokenizer_name = name.replace("text_encoder", "tokenizer")
         config = config_from_text_encoder(encoder) | {"dtype": str(next(iter(state.values())).dtype)}
@@ -121,16 +121,20 @@ def _write_text_encoders(to: Path, model: LatentDiffusion, params: Params, dtype
     return index
 
 
-def _missing(model: LatentDiffusion, pipeline: str) -> dict[str, Any]:
+def _missing(model: LatentDiffusion) -> dict[str, Any]:
     """The index's entries of absent components, and the pipeline's options."""
-    encoders, skipped = PIPELINES[pipeline].encoders, {name: [None, None] for name in folder.SKIPPED}
+    conditioning, skipped = model.conditioning, {name: [None, None] for name in folder.SKIPPED}
     if isinstance(model.concat, LowResolution):
         return {"max_noise_level": model.concat.noise.max_noise_level} | skipped | {"watermarker": [None, None]}
-    if len(encoders) == 1:
+    if not isinstance(conditioning, TextConditioning):
+        return {}
+    if not conditioning.time_ids:
         return skipped | {"requires_safety_checker": False}
-    if encoders:
-        return {"force_zeros_for_empty_prompt": model.conditioning.force_zeros_for_empty_prompt}
-    return {}
+    options = {"force_zeros_for_empty_prompt": conditioning.force_zeros_for_empty_prompt}
+    if "text_encoder" not in conditioning.components:
+        options |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    score = conditioning.time_ids == "aesthetic_score"
+    return options | ({"requires_aesthetics_score": True} if score else {})
 
 
 def _settings(model: LatentDiffusion, params: Params) -> dict[str, Any]:

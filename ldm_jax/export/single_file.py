@@ -15,16 +15,31 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import ldm_names, single_file
 from ldm_jax.interop.clip_weights import PREFIX, PROJECTIONS
 from ldm_jax.interop.diffusers import check_finite, state_dict_from_params
-from ldm_jax.interop.ldm_families import FAMILIES, FIRST_STAGE, UNET, V_MARKER, ZERO_SNR_MARKER, Family, TextEncoder
+from ldm_jax.interop.ldm_families import (
+    FAMILIES,
+    FIRST_STAGE,
+    REFINER,
+    UNET,
+    V_MARKER,
+    ZERO_SNR_MARKER,
+    Family,
+    TextEncoder,
+)
 from ldm_jax.interop.ldm_names import Source
 from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.conditioning import TextConditioning
+from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.runtime.files import prefix_errors
 
 SD1, SD2, XL = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL"
-ARCHITECTURES = {SD1: "stable-diffusion-v1", SD2: "stable-diffusion-v2", XL: "stable-diffusion-xl-v1-base"}
+ARCHITECTURES = {
+    SD1: "stable-diffusion-v1",
+    SD2: "stable-diffusion-v2",
+    XL: "stable-diffusion-xl-v1-base",
+    REFINER: "stable-diffusion-xl-v1-refiner",
+}
 CLIP_VOCABULARY = 49_408
 
 
@@ -68,8 +83,11 @@ def _family(model: LatentDiffusion) -> str:
         raise InputError(f"a single file has no tokens beyond CLIP's vocabulary, and this one has {added[0]}; {other}")
     if model.concat and model.concat.noise is not None:
         raise InputError("single files of the x4 upscaler are not written; choose a folder")
-    if len(conditioning.encoders) == 2:
-        return XL
+    by_time_ids = {FAMILIES[family].time_ids: family for family in (XL, REFINER)}
+    if model.guidance_dim is not None:
+        raise InputError("single files of latent consistency models are not written; choose a folder")
+    if conditioning.time_ids:
+        return by_time_ids[conditioning.time_ids]
     return SD1 if conditioning.encoders[0].hidden_act == "quick_gelu" else SD2
 
 
@@ -135,7 +153,7 @@ def _check_read(model: LatentDiffusion, params: Params, path: Path, family: str)
     }  # fmt: skip
     for name, (read, written) in pairs.items():
         fields = [field for field in written.__dataclass_fields__ if field not in ("parent", "name", "eos_token_id")]
-        different = [field for field in fields if not _equal(getattr(read, field), getattr(written, field))]
+        different = [field for field in fields if not _equal(*(_value(module, field) for module in (read, written)))]
         if different:
             own = f"{different[0]} = {getattr(written, different[0])!r}, not {getattr(read, different[0])!r}"
             raise InputError(f"its {name} is not that of {family}: {own}; choose a folder")
@@ -143,6 +161,14 @@ def _check_read(model: LatentDiffusion, params: Params, path: Path, family: str)
         if not np.array_equal(value, params[name]):
             own = f"{name} of {np.asarray(params[name]).tolist()}, not {value.tolist()}"
             raise InputError(f"a single file does not state the scaling of latents, and these have a {own}")
+
+
+def _value(module: Any, field: str) -> Any:
+    """The value of a module's field, of the transformers of a UNet for each level that has them."""
+    if field != "transformer_layers_per_block" or not isinstance(module, UNet):
+        return getattr(module, field)
+    depths, n = module.transformer_layers_per_block, len(module.block_out_channels)
+    return tuple(d for i, d in enumerate((depths,) * n if isinstance(depths, int) else depths) if module.attends(i))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -13,7 +13,6 @@ Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor, without its componen
 
 OPEN_CLIP_LAYERS = 24  # of Stable Diffusion 2's text encoder, in the file of which the last is not used
 HEAD_SIZE = 64  # of all published CLIP text encoders
-TIME_IDS = 6  # SDXL's size conditioning: original size, crop and target size
 
 
 def count(shapes: Shapes, prefix: str) -> int:
@@ -45,14 +44,15 @@ def attention_levels(shapes: Shapes) -> list[bool]:
 
 
 def unet_config(
-    shapes: Shapes, *, heads: int | None, head_size: int | None, pooled: int, sample_size: int
+    shapes: Shapes, *, heads: int | None, head_size: int | None, pooled: int, time_ids: int, sample_size: int
 ) -> dict[str, Any]:
     """The config.json of a UNet.
 
     Args:
       shapes: of its tensors, without "model.diffusion_model.".
       heads, head_size: number of heads of every attention, or channels of a head.
-      pooled: width of SDXL's pooled text features; unused for others.
+      pooled: width of SDXL's pooled text features; unused for others, as is the next.
+      time_ids: number of the time ids beside it.
       sample_size: height and width of the latents.
 
     Raises InputError for blocks that do not make a UNet of diffusers, KeyError if a required tensor is missing.
@@ -87,7 +87,7 @@ def unet_config(
         width = shapes["label_emb.0.0.weight"][1]
         config |= {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": (width - pooled) // TIME_IDS,
+            "addition_time_embed_dim": (width - pooled) // time_ids,
             "projection_class_embeddings_input_dim": width,
         }
     return config | _transformers(shapes, levels, attention)

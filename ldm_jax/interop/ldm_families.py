@@ -8,6 +8,7 @@ those of the diffusers folders of the same models.
 | Stable Diffusion 1    | CLIP under transformers' names    | v1-inference.yaml, v1-inpainting-inference.yaml|
 | Stable Diffusion 2    | one OpenCLIP                      | v2-inference[-v].yaml, v2-inpainting-...yaml   |
 | Stable Diffusion XL   | CLIP and OpenCLIP                 | sd_xl_base.yaml                                |
+| SDXL refiner          | OpenCLIP, first of its embedders  | sd_xl_refiner.yaml                             |
 | x4 upscaler           | an embedding of noise levels      | x4-upscaling.yaml                              |
 | class-conditional LDM | an embedding of classes           | cin256-v2.yaml                                 |
 | unconditional LDM     | no conditioning, plain attention  | celebahq-, ffhq-, lsun_bedrooms-ldm-vq-4.yaml  |
@@ -62,6 +63,8 @@ class Family(NamedTuple):
     sample_size: int = 64  # height and width of the latents
     inpainting: tuple[str, Mapping[str, Any]] | None = None  # pipeline and scheduler if the UNet has 9 input channels
     low_res_scheduler: Mapping[str, Any] | None = None  # noise augmentation of the x4 upscaler's low-resolution image
+    time_ids: str | None = None  # and force_zeros_for_empty_prompt: of SDXL's TextConditioning
+    force_zeros_for_empty_prompt: bool = True
 
 
 def _betas(start: float, end: float) -> dict[str, Any]:
@@ -78,12 +81,13 @@ _EULER = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"
 _LDM = {"_class_name": "DDIMScheduler", **_betas(0.0015, 0.0195), "clip_sample": False}
 _UPSCALER = _betas(0.0001, 0.02)
 
-SD2, UPSCALER = "Stable Diffusion 2", "x4 upscaler"
+SD2, UPSCALER, REFINER = "Stable Diffusion 2", "x4 upscaler", "SDXL refiner"
 _END, _BANG = "<|endoftext|>", "!"
 _CLIP = TextEncoder("cond_stage_model.transformer.", open_clip=False, last=True, pad=_END)
 _OPEN_CLIP = TextEncoder("cond_stage_model.model.", open_clip=True, last=False, pad=_BANG)
 _XL_CLIP = TextEncoder("conditioner.embedders.0.transformer.", open_clip=False, last=True, pad=_END)
 _XL_OPEN_CLIP = TextEncoder("conditioner.embedders.1.model.", open_clip=True, last=True, pad=_BANG)
+_REFINER_OPEN_CLIP = _XL_OPEN_CLIP._replace(prefix="conditioner.embedders.0.model.")
 _SD1_INPAINTING = "StableDiffusionInpaintPipeline", _DDIM
 _SD2_INPAINTING = "StableDiffusionInpaintPipeline", _PNDM
 _XL_INPAINTING = "StableDiffusionXLInpaintPipeline", _EULER
@@ -95,7 +99,20 @@ FAMILIES = {
     "Stable Diffusion 1": Family("StableDiffusionPipeline", _PNDM, (_CLIP,), heads=8, inpainting=_SD1_INPAINTING),
     SD2: Family("StableDiffusionPipeline", _PNDM, (_OPEN_CLIP,), head_size=64, inpainting=_SD2_INPAINTING),
     "Stable Diffusion XL": Family(
-        "StableDiffusionXLPipeline", _EULER, (_XL_CLIP, _XL_OPEN_CLIP), inpainting=_XL_INPAINTING, **_XL_SIZES
+        "StableDiffusionXLPipeline",
+        _EULER,
+        (_XL_CLIP, _XL_OPEN_CLIP),
+        inpainting=_XL_INPAINTING,
+        **_XL_SIZES,
+        time_ids="target_size",
+    ),
+    REFINER: Family(
+        "StableDiffusionXLImg2ImgPipeline",
+        _EULER,
+        (_REFINER_OPEN_CLIP,),
+        **_XL_SIZES,
+        time_ids="aesthetic_score",
+        force_zeros_for_empty_prompt=False,
     ),
     UPSCALER: Family(
         "StableDiffusionUpscalePipeline", _V_SCHEDULER, (_OPEN_CLIP,), low_res_scheduler=_LOW_RES, **_UPSCALER_SIZES
@@ -113,9 +130,7 @@ STEP_OF_BASE = 875_000  # the training step of 512-base-ema.ckpt, by which diffu
 _OTHERS = {
     "lora": "is a LoRA, which changes a model; it is no model by itself: --lora=FILE with --model=MODEL",
     "control_model.": "is a ControlNet, which is not supported",
-    "conditioner.embedders.0.model.": "is the refiner of Stable Diffusion XL, which is not supported",
     "edm_": "is of the EDM noise schedule (Playground 2.5, CosXL), which is not supported",
-    "scaled_fp8": "has scaled fp8 weights, which are not supported; take one in fp16, bf16 or plain fp8",
     "down_blocks.": "is a component of a diffusers folder; --model must be that folder, with model_index.json",
 }
 

@@ -32,7 +32,7 @@ _AUTOENCODERS = (
 SAME = {
     "UNet2DConditionModel": (
         *_UNETS, "transformer_layers_per_block", "only_cross_attention", "use_linear_projection", "num_class_embeds",
-        "addition_embed_type",
+        "addition_embed_type", "time_cond_proj_dim",
     ),
     "UNet2DModel": (*_UNETS, "layers_per_block", "attention_head_dim", "add_attention"),
     "AutoencoderKL": (*_AUTOENCODERS, "use_quant_conv", "use_post_quant_conv"),
@@ -149,6 +149,8 @@ def abstract_params(module: nn.Module) -> Mapping[str, Any]:
     if isinstance(module, UNet):
         inputs = _zeros(1, module.in_channels), np.zeros(1), np.zeros((1, 1, module.cross_attention_dim), np.float32)
         named["class_labels"] = None if module.num_class_embeds is None else np.zeros(1, np.int32)
+        if module.time_cond_proj_dim is not None:
+            named["timestep_cond"] = np.zeros((1, module.time_cond_proj_dim), np.float32)
         if module.addition_embed_type is not None:  # any split of the sum will do
             width = module.projection_class_embeddings_input_dim or 0
             named["added"] = Added(np.zeros((1, width)), np.zeros((1, 0)))

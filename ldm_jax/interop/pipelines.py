@@ -26,6 +26,7 @@ PIPELINES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
+    "LatentConsistencyModelPipeline": SD._replace(guidance=8.5, steps=4),
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL._replace(guidance=7.5),
@@ -38,10 +39,15 @@ PIPELINES = {
 
 
 def read_pipeline(path: Path) -> tuple[str, Components]:
-    """The pipeline class of a diffusers folder, and its components; raises InputError if it is not supported."""
+    """The pipeline class of a diffusers folder, and its components; raises InputError if it is not supported.
+
+    Of SDXL's pipelines the first text encoder may be absent: its refiner has none.
+    """
     pipeline = folder.read_settings(path).get("_class_name")
     if pipeline == ["pipeline", PIPELINE_CLASS]:  # a custom pipeline, in the file pipeline.py
         pipeline = PIPELINE_CLASS
     if not isinstance(pipeline, str) or pipeline not in PIPELINES:
         raise InputError(f"{path} is a {pipeline}; supported are {', '.join(PIPELINES)}")
-    return pipeline, PIPELINES[pipeline]
+    components = PIPELINES[pipeline]
+    present = tuple(name for name in components.encoders if name in folder.read_index(path))
+    return pipeline, components._replace(encoders=present) if present == XL.encoders[1:] else components

@@ -30,6 +30,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_fields import (
     CLASS_OF,
     DEFAULTS,
+    EDM,
     FIELDS_OF_SAMPLER,
     FIXED,
     PREDICTION_TYPES,
@@ -139,6 +140,11 @@ def process_from_config(config: Mapping[str, Any]) -> tuple[Process, str]:
 def _class_name(config: Mapping[str, Any]) -> str:
     """The config's own class; raises InputError if it is not one whose noise levels come from betas."""
     name = config.get("_class_name")
+    if name in EDM:
+        network = "whose network is preconditioned by sigma_data and conditioned on log(sigma) / 4, not on timesteps"
+        raise InputError(
+            f"the scheduler {name} is for EDM models (Karras 2022), {network}: no sampler here is for them"
+        )
     if name not in READABLE:
         raise InputError(f"the scheduler's class {name!r} is not supported; supported: {', '.join(READABLE)}")
     return name

@@ -124,6 +124,7 @@ PROCESS_DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMParallelScheduler": {**_COMMON, **_ZERO_SNR},
 }
 READABLE = (*DEFAULTS, *PROCESS_DEFAULTS)
+EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")  # of another preconditioning, whatever the sampler
 
 # The behaviour of a class without the field.
 WITHOUT = {

@@ -28,7 +28,7 @@ from ldm_jax.interop.modules import abstract_params, autoencoder_from_config, un
 from ldm_jax.interop.weights import WeightFile, open_weights
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.clip import CLIPTextEncoder
-from ldm_jax.models.conditioning import ClassEmbedder
+from ldm_jax.models.conditioning import TIME_IDS, ClassEmbedder
 from ldm_jax.models.layers import Dtype
 from ldm_jax.models.unet import UNet
 from ldm_jax.models.unet2d import UNet2D
@@ -203,6 +203,7 @@ def _check_betas(file: WeightFile, fields: Family) -> None:
 
 def _unet(shapes: Shapes, fields: Family, pooled: int, dtype: Dtype) -> _Component:
     sizes = {"heads": fields.heads, "head_size": fields.head_size, "sample_size": fields.sample_size}
+    sizes["time_ids"] = TIME_IDS.get(fields.time_ids, 0)
     with _below(shapes, UNET) as own:
         config = ldm_configs.unet_config(own, pooled=pooled, **sizes)
         attention, width_of = ldm_configs.attention_levels(own), lambda name: own.get(name, (0,))[0] // 3

@@ -11,6 +11,7 @@ An index names the shard of each tensor.
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,35 @@ def open_weights(path: Path) -> WeightFile:
             return np.empty(shape, dtype)
         return np.memmap(path, np.uint8, "r", start, stop - start).view(np.ndarray).view(dtype).reshape(shape)
 
-    return WeightFile({name: shape for name, (_, shape, *_) in entries.items()}, view, metadata=metadata)
+    return _unscaled(WeightFile({name: shape for name, (_, shape, *_) in entries.items()}, view, metadata=metadata))
+
+
+# In files of ComfyUI: a marker of the scaled dtype, beside weights with a scale each (one number, or one a row).
+SCALED_MARKER = "scaled_fp8"
+_SCALE = re.compile(r"(.*\.)(?:scale_weight|weight_scale)")
+_UNUSED_SCALES = re.compile(r".*\.(scale_input|input_scale)")  # of activations, for matrix products in fp8
+
+
+def _unscaled(file: WeightFile) -> WeightFile:
+    """The file with fp8 weights times their scales, float32, and without these; others are returned as they are."""
+    scale_of = {f"{m[1]}weight": name for name in file.shapes if (m := _SCALE.fullmatch(name))}
+    scale_of = {name: scale for name, scale in scale_of.items() if name in file.shapes}
+    if not scale_of:
+        return file._replace(shapes={name: shape for name, shape in file.shapes.items() if name != SCALED_MARKER})
+
+    def view(name: str) -> np.ndarray:
+        tensor = file.view(name)
+        if name not in scale_of:
+            return tensor
+        scale = file.view(scale_of[name]).astype(np.float32)
+        if scale.size not in (1, len(tensor)):
+            shapes = f"shape {list(scale.shape)}, of a weight of {list(tensor.shape)}"
+            raise InputError(f"{scale_of[name]} has {shapes}; it must be one number, or one a row")
+        return tensor.astype(np.float32) * scale.reshape(-1, *[1] * (tensor.ndim - 1))
+
+    dropped = {SCALED_MARKER, *scale_of.values()}
+    kept = {n: s for n, s in file.shapes.items() if n not in dropped and not _UNUSED_SCALES.fullmatch(n)}
+    return file._replace(shapes=kept, view=view)
 
 
 # The first bytes of files that are taken for weights -> what they are.

@@ -65,20 +65,34 @@ class ClassConditioning:
         return self.embedder.init(rng, jnp.zeros((1,), jnp.int32))["params"]
 
 
+# The numbers that SDXL adds to the time embedding beside the pooled text (Podell 2023, section 2.2), by the name of the
+# last: the original size and the crop, 2 each, then the target size, 2, or of the refiner an aesthetic score.
+TIME_IDS = {"target_size": 6, "aesthetic_score": 5}
+AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # diffusers' defaults
+
+
 @dataclass(frozen=True)
 class TextConditioning:
     """Conditioning on prompts by one or two CLIP text encoders, whose parameters are a list.
 
-    With one, the context is its last layer (Rombach 2022, section 4.3.1); with two, it is the concatenated penultimate
-    layers, and the pooled text of the second is added, with the sizes (Podell 2023, section 2.1 and 2.2). With two and
-    `force_zeros_for_empty_prompt`, an absent negative prompt is zeros, not the encoded empty text.
+    Without `time_ids` the context is the encoder's last layer (Rombach 2022, section 4.3.1); with them, of SDXL and its
+    refiner, it is the concatenated penultimate layers, and the pooled text of the last encoder is added, with the time
+    ids (Podell 2023). Then with `force_zeros_for_empty_prompt`, an absent negative prompt is zeros, not the encoded
+    empty text.
     """
 
     encoders: tuple[CLIPTextEncoder, ...]
     tokenizers: tuple[Callable[[Sequence[str]], Any], ...] = field(compare=False)  # texts -> interop.tokenizer.Tokens
     force_zeros_for_empty_prompt: bool = True
+    time_ids: str | None = None  # a key of TIME_IDS
 
     num_classes = 0
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The names of the text encoders in diffusers: SDXL's refiner has the second one alone."""
+        names = ("text_encoder", "text_encoder_2")
+        return names[-len(self.encoders) :] if self.time_ids else names[:1]
 
     def table(
         self, prompts: Sequence[str], negative_prompt: str | None, image_size: tuple[int, int]
@@ -92,20 +106,28 @@ class TextConditioning:
         n = len(prompts) + 1
         zeros = np.zeros(n, bool)
         zeros[-1] = negative_prompt is None and self.force_zeros_for_empty_prompt
-        sizes = np.tile(np.float32([*image_size, 0, 0, *image_size]), (n, 1))  # original, crop from top left, target
         truncated = np.any([each.truncated for each in tokens], axis=0)
-        return {"ids": [each.ids for each in tokens], "zeros": zeros, "sizes": sizes}, int(truncated.sum())
+        table = {"ids": [each.ids for each in tokens], "zeros": zeros, "time_ids": self._time_ids(n, image_size)}
+        return table, int(truncated.sum())
+
+    def _time_ids(self, n: int, image_size: tuple[int, int]) -> np.ndarray:
+        """float32 [n, 6], or [n, 5] with aesthetic scores, the negative one in the last row."""
+        if self.time_ids != "aesthetic_score":
+            return np.tile(np.float32([*image_size, 0, 0, *image_size]), (n, 1))
+        time_ids = np.tile(np.float32([*image_size, 0, 0, AESTHETIC_SCORE]), (n, 1))
+        time_ids[-1, -1] = NEGATIVE_AESTHETIC_SCORE
+        return time_ids
 
     def encode(self, params: Any, rows: Any) -> dict[str, Any]:
-        """Rows of the table -> {"context" [B, L, D]}, with two encoders also "added"."""
+        """Rows of the table -> {"context" [B, L, D]}, with time ids also "added"."""
         features = [encoder.apply({"params": p}, ids) for encoder, p, ids in zip(self.encoders, params, rows["ids"])]
-        if len(features) == 1:
+        if self.time_ids is None:
             return {"context": features[0].last}
         context = jnp.concatenate([each.penultimate for each in features], axis=-1)
         context, pooled = (
             jnp.where(rows["zeros"].reshape(-1, *[1] * (a.ndim - 1)), 0, a) for a in (context, features[-1].pooled)
         )
-        return {"context": context, "added": Added(pooled, rows["sizes"])}
+        return {"context": context, "added": Added(pooled, rows["time_ids"])}
 
 
 @dataclass(frozen=True)

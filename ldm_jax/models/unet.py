@@ -32,6 +32,15 @@ class Added(NamedTuple):
     time_ids: Array  # [B, N] numbers embedded like times: original size, crop and target size of the image, N = 6
 
 
+def guidance_embedding(scale: Array, dim: int) -> Array:
+    """The embedding of guidance scales [B] -> [B, dim], as in latent consistency models (Luo 2023, section 4.2).
+
+    Scales are those of Rombach 2022, where 1 is no guidance; the paper's omega is scale - 1, and its sinusoids those of
+    1000 omega.
+    """
+    return timestep_embedding(1000.0 * (scale - 1), dim, flip_sin_to_cos=False, freq_shift=1.0)
+
+
 class BaseUNet(nn.Module):
     """A UNet but for its attention and time embedding: fields, their checks, blocks and skips.
 
@@ -72,7 +81,7 @@ class BaseUNet(nn.Module):
         check_groups(widths, self.norm_num_groups)
         self._check_attention()
 
-    def _attends(self, i: int) -> bool:
+    def attends(self, i: int) -> bool:
         """Whether any block of level i has attention; the middle block belongs to the last level."""
         last = len(self.block_out_channels) - 1
         down, up = self.down_blocks[self.down_block_types[i]], self.up_blocks[self.up_block_types[last - i]]
@@ -117,10 +126,10 @@ class BaseUNet(nn.Module):
         if z_t.ndim != 4 or z_t.shape[-1] != self.in_channels:
             raise ValueError(f"z_t must be [B, h, w, {self.in_channels}]; got {z_t.shape}")
 
-    def _time_embedding(self, t: Array) -> Array:
-        """t [B] -> [B, 4 block_out_channels[0]]."""
+    def _time_embedding(self, t: Array, cond: Array | None = None) -> Array:
+        """t [B], and a condition [B, k] that is added to its sinusoids -> [B, 4 block_out_channels[0]]."""
         width = self.block_out_channels[0]
-        return TimestepEmbedding(4 * width, dtype=self.dtype, name="time_embedding")(self._sinusoids(t, width))
+        return TimestepEmbedding(4 * width, dtype=self.dtype, name="time_embedding")(self._sinusoids(t, width), cond)
 
     def _sinusoids(self, t: Array, dim: int) -> Array:
         return timestep_embedding(t, dim, flip_sin_to_cos=self.flip_sin_to_cos, freq_shift=self.freq_shift)
@@ -142,12 +151,13 @@ class UNet(BaseUNet):
     addition_embed_type: str | None = None  # "text_time": an embedding of `added` is added to it too (SDXL)
     addition_time_embed_dim: int | None = None  # then the number of sinusoids of each time id; SDXL 256
     projection_class_embeddings_input_dim: int | None = None  # then P + N times that, SDXL 1280 + 6 * 256 = 2816
+    time_cond_proj_dim: int | None = None  # of `timestep_cond`, an embedding of the guidance scale (Meng 2023)
 
     def _check_attention(self) -> None:
         fields = ("attention_heads", "transformer_layers_per_block", "only_cross_attention")
         heads_per_level, *_ = map(self._per_level, fields)
         for i, (width, heads) in enumerate(zip(self.block_out_channels, heads_per_level)):
-            if self._attends(i) and (heads < 1 or width % heads):
+            if self.attends(i) and (heads < 1 or width % heads):
                 raise ValueError(f"attention_heads of a level must divide its width; level {i} has {heads} for {width}")
         sizes = (self.addition_time_embed_dim, self.projection_class_embeddings_input_dim)
         if self.addition_embed_type not in (None, "text_time"):
@@ -194,6 +204,7 @@ class UNet(BaseUNet):
         *,
         class_labels: Array | None = None,
         added: Added | None = None,
+        timestep_cond: Array | None = None,
         deterministic: bool = True,
     ) -> Array:
         """The prediction, [B, h, w, out_channels] float32; ValueError for shapes that don't fit the fields.
@@ -204,10 +215,12 @@ class UNet(BaseUNet):
           context: [B, L, cross_attention_dim]; may be None if no block attends.
           class_labels: [B] integers if `num_class_embeds` is set, else None.
           added: the pooled text and the time ids if `addition_embed_type` is set, else None.
+          timestep_cond: [B, time_cond_proj_dim] if that is set, else None: see `guidance_embedding`.
           deterministic: False switches dropout on.
         """
-        self._check_inputs(z_t, context, class_labels, added)
-        temb, width = self._time_embedding(jnp.broadcast_to(t, z_t.shape[:1])), 4 * self.block_out_channels[0]
+        self._check_inputs(z_t, context, class_labels, added, timestep_cond)
+        width = 4 * self.block_out_channels[0]
+        temb = self._time_embedding(jnp.broadcast_to(t, z_t.shape[:1]), timestep_cond)
         if class_labels is not None:
             embed = nn.Embed(self.num_class_embeds, width, dtype=self.dtype, name="class_embedding")
             temb = temb + embed(class_labels)
@@ -217,15 +230,26 @@ class UNet(BaseUNet):
             temb = temb + TimestepEmbedding(width, dtype=self.dtype, name="add_embedding")(both)
         return self._trunk(z_t, temb, context, deterministic)
 
-    def _check_inputs(self, z_t: Array, context: Array | None, class_labels: Array | None, added: Added | None) -> None:
+    def _check_inputs(
+        self,
+        z_t: Array,
+        context: Array | None,
+        class_labels: Array | None,
+        added: Added | None,
+        timestep_cond: Array | None,
+    ) -> None:
         self._check_z(z_t)
         expected = f"context must be [{z_t.shape[0]}, L, {self.cross_attention_dim}]"
         if context is None:
-            if any(self._attends(i) for i in range(len(self.block_out_channels))):
+            if any(self.attends(i) for i in range(len(self.block_out_channels))):
                 raise ValueError(f"{expected}; got None, but this UNet has cross-attention")
         elif context.ndim != 3 or context.shape[::2] != (z_t.shape[0], self.cross_attention_dim):
             raise ValueError(f"{expected}; got {context.shape}")
-        pairs = (("class_labels", class_labels, "num_class_embeds"), ("added", added, "addition_embed_type"))
+        pairs = (
+            ("class_labels", class_labels, "num_class_embeds"),
+            ("added", added, "addition_embed_type"),
+            ("timestep_cond", timestep_cond, "time_cond_proj_dim"),
+        )
         for name, value, field in pairs:
             if (value is None) != (getattr(self, field) is None):
                 got = f"{field}={getattr(self, field)!r} and {name} {'None' if value is None else 'not None'}"

@@ -42,7 +42,7 @@ class UNet2D(BaseUNet):
     def _check_attention(self) -> None:
         size = self.attention_head_dim
         for i, width in enumerate(self.block_out_channels):
-            if self._attends(i) and size is not None and (size < 1 or width % size):
+            if self.attends(i) and size is not None and (size < 1 or width % size):
                 raise ValueError(f"attention_head_dim must divide the width of a level; level {i}: {size} for {width}")
 
     def _mid_attends(self) -> bool:

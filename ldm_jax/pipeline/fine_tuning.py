@@ -76,6 +76,8 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{where} is a text-to-image model; config.data.caption_key must name the captions' feature")
     if model.learned_variance:
         raise InputError(f"{where} predicts the variance, which is not fine-tuned; train it with more steps instead")
+    if model.guidance_dim is not None:
+        raise InputError(f"{where} is a latent consistency model, distilled from another, which is what to fine-tune")
     own_texts = texts and model.origin.config is not None and not config.textual_inversion.token
     if isinstance(model.concat, Segmentation) or own_texts:
         what = "is a text-to-image run" if own_texts else "is conditioned on segmentation maps"
@@ -90,7 +92,7 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{step}; it must be a multiple of {factor}, no more than {size}")
     if data.group_key != "none":
         raise InputError(f"{step}; with it config.data.group_key must be 'none'; it is {data.group_key!r}")
-    if model.concat or (texts and len(model.conditioning.encoders) > 1):
+    if model.concat or (texts and model.conditioning.time_ids):
         why = "has concat conditioning" if model.concat else "is conditioned on the size of each image"
         raise InputError(f"{step}; it must be 0 for {where}, which {why}")
 

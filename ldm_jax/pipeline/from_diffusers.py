@@ -1,6 +1,7 @@
 """A model from a diffusers folder.
 
-Stable Diffusion 1, 2, XL, their inpainting models, the x4 upscaler, and latent diffusion on classes or unconditional.
+Stable Diffusion 1, 2, XL, their inpainting models, SDXL's refiner, the x4 upscaler, and latent diffusion on classes or
+unconditional.
 """
 
 from pathlib import Path
@@ -21,7 +22,14 @@ from ldm_jax.interop.tokenizer import load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.concat_conditioning import ConcatConditioning, Inpainting, LowResolution, NoiseAugmentation
-from ldm_jax.models.conditioning import ClassConditioning, ClassEmbedder, Conditioning, NoConditioning, TextConditioning
+from ldm_jax.models.conditioning import (
+    TIME_IDS,
+    ClassConditioning,
+    ClassEmbedder,
+    Conditioning,
+    NoConditioning,
+    TextConditioning,
+)
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults, Solver
@@ -128,7 +136,10 @@ def _unet_and_texts(
     encoders, text_params = zip(*(load_text_encoder(path / name, dtypes["dtype"]) for name in components.encoders))
     tokenizers = [load_tokenizer(path / name.replace("text_encoder", "tokenizer")) for name in components.encoders]
     force_zeros = bool(settings.get("force_zeros_for_empty_prompt", True))
-    return unet, params, TextConditioning(encoders, tuple(tokenizers), force_zeros), list(text_params)
+    time_ids = None
+    if unet.addition_embed_type == "text_time":
+        time_ids = "aesthetic_score" if settings.get("requires_aesthetics_score") else "target_size"
+    return unet, params, TextConditioning(encoders, tuple(tokenizers), force_zeros, time_ids), list(text_params)
 
 
 def _class_names(path: Path, settings: dict[str, Any]) -> tuple[str, ...]:
@@ -213,10 +224,21 @@ def _check_widths(model: LatentDiffusion, channels: int) -> None:
         return
     if not upscales and denoiser.num_class_embeds is not None:
         raise InputError(f"{where}: a {model.origin.pipeline} has no classes, but its UNet has num_class_embeds")
-    width = sum(encoder.hidden_size for encoder in model.conditioning.encoders)
-    if width != denoiser.cross_attention_dim:
+    encoders, time_ids = model.conditioning.encoders, model.conditioning.time_ids
+    width = sum(encoder.hidden_size for encoder in encoders)
+    if width != denoiser.cross_attention_dim or (len(encoders) > 1 and time_ids is None):
         unet = f"a UNet whose cross_attention_dim is {denoiser.cross_attention_dim}"
-        raise InputError(f"{where}: text features of {width} channels do not go with {unet}")
+        unet += "" if time_ids else " and addition_embed_type null"
+        raise InputError(f"{where}: {len(encoders)} text encoders of {width} channels do not go with {unet}")
+    if time_ids is None:
+        return
+    added = (encoders[-1].projection_dim or 0) + TIME_IDS[time_ids] * denoiser.addition_time_embed_dim
+    if added != denoiser.projection_class_embeddings_input_dim:
+        unet = f"the UNet's projection_class_embeddings_input_dim is {denoiser.projection_class_embeddings_input_dim}"
+        numbers = (
+            f"{encoders[-1].projection_dim} of the pooled text and {TIME_IDS[time_ids]} time ids, up to {time_ids}"
+        )
+        raise InputError(f"{where}: {unet}; with {numbers}, it must be {added} (see requires_aesthetics_score)")
 
 
 def _latent_size(path: Path) -> tuple[int, int]:

@@ -45,7 +45,8 @@ def from_single_file(
     if file.class_embedder:
         conditioning, conditioning_params = ClassConditioning(file.class_embedder[0]), file.class_embedder[1]
     elif encoders:
-        conditioning, conditioning_params = TextConditioning(encoders, tokenizers), [p for _, p in file.text_encoders]
+        conditioning = TextConditioning(encoders, tokenizers, fields.force_zeros_for_empty_prompt, fields.time_ids)
+        conditioning_params = [params for _, params in file.text_encoders]
     schedulers = {"scheduler": fields.scheduler, "low_res_scheduler": fields.low_res_scheduler}
     size, class_names = fields.sample_size, tuple(map(str, range(conditioning.num_classes)))
     model = assemble(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.diffusers import mismatch
-from ldm_jax.interop.lora_files import TEXT_ENCODERS, UNET, Pair, add_lora, layer_names, read_lora
+from ldm_jax.interop.lora_files import UNET, Pair, add_lora, layer_names, read_lora
 from ldm_jax.models import unet
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Params
@@ -14,7 +14,7 @@ def with_lora(model: LatentDiffusion, params: Params, path: Path, scale: float) 
     """The parameters with a file's LoRA times `scale` added; raises InputError for a layer that the model lacks."""
     where, trees = f"--lora={path}", {UNET: params["denoiser"]}
     if isinstance(model.conditioning, TextConditioning):
-        trees |= dict(zip(TEXT_ENCODERS, params["conditioning"]))
+        trees |= dict(zip(model.conditioning.components, params["conditioning"]))
     module = model.denoiser if isinstance(model.denoiser, unet.UNet) else None
     names = {name: layer_names(tree, module if name == UNET else None) for name, tree in trees.items()}
     found: dict[str, dict[tuple[str, ...], Pair]] = {name: {} for name in trees}

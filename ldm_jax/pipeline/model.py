@@ -22,6 +22,7 @@ from ldm_jax.models.concat_conditioning import ConcatConditioning
 from ldm_jax.models.conditioning import Conditioning
 from ldm_jax.models.first_stage import FirstStage, from_latents, to_latents
 from ldm_jax.models.pixels import to_pixels
+from ldm_jax.models.unet import UNet, guidance_embedding
 from ldm_jax.run_folder.checkpoint import STORED_NAMES
 from ldm_jax.runtime.files import content_hash
 
@@ -101,6 +102,11 @@ class LatentDiffusion:
         return self.denoiser.out_channels == 2 * self.latent_shape[-1]
 
     @property
+    def guidance_dim(self) -> int | None:
+        """The width of the embedded guidance scale with which the denoiser is conditioned, None if it is not."""
+        return self.denoiser.time_cond_proj_dim if isinstance(self.denoiser, UNet) else None
+
+    @property
     def num_bins(self) -> int | None:
         """The number of values of each z0 in pixel space, 256; latents are continuous: None."""
         return 256 if self.first_stage.module is None else None
@@ -126,10 +132,14 @@ def apply_denoiser(
     """The output of the denoiser, [B, h, w, c] float32, or 2c with a learned variance; called here only.
 
     Of noised latents z_t [B, h, w, c] and timesteps t [B], perhaps fractional. `cond` has the denoiser's arguments of
-    `model.conditioning.encode`, and "concat" [B, h, w, k] of `model.concat`. `options` are those of Flax' `apply`, such
-    as capture_intermediates, with which it returns more.
+    `model.conditioning.encode`, "concat" [B, h, w, k] of `model.concat`, and "guidance" [B] of a model with
+    `guidance_dim`, by default 1, no guidance. `options` are those of Flax' `apply`, such as capture_intermediates, with
+    which it returns more.
     """
-    arguments = {name: value for name, value in cond.items() if name != "concat"}
+    arguments = {name: value for name, value in cond.items() if name not in ("concat", "guidance")}
+    if model.guidance_dim is not None:
+        scale = cond.get("guidance", jnp.ones(len(z_t)))
+        arguments["timestep_cond"] = guidance_embedding(scale, model.guidance_dim)
     unet_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
     return model.denoiser.apply({"params": params["denoiser"]}, unet_input, t, **arguments, **options)
 

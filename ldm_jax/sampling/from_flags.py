@@ -1,6 +1,7 @@
 """The recipe of command-line flags, with the model's sampling defaults for those left out."""
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ldm_jax.sampling.recipe import (
 
 INTERPOLATED = 8  # default of --num with --to_prompt
 NOISE_LEVEL = 20  # default of an upscaler's --noise_level
+REFINER_START = 0.8  # default of --refiner_start: SDXL's refiner is trained on the last fifth of the process
 
 
 def recipe_from_flags(
@@ -128,6 +130,10 @@ def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) 
         inpaints = "inpaints; it needs an image and a mask of what to sample: --init_image --mask"
         upscales = "upscales; it needs a low-resolution --concat_image"
         raise InputError(f"this model {inpaints if isinstance(model.concat, Inpainting) else upscales}")
+    is_refiner = isinstance(model.conditioning, TextConditioning) and model.conditioning.time_ids == "aesthetic_score"
+    if is_refiner and not (values.init_image or values.init_latents):
+        advice = "add --init_image, or name it by --refiner with SDXL's base as --model"
+        print(f"warning: --model is SDXL's refiner, trained on low noise levels alone; {advice}", file=sys.stderr)
     if values.vae_tiling and model.first_stage.module is None:
         raise InputError("--vae_tiling is for latent diffusion; this model has no autoencoder")
     split = None if has_concat_image else recipe.concat.split
@@ -138,13 +144,15 @@ def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) 
         edit=_edit(values),
         concat=ConcatInput(values.concat_image or None, split, _noise_level(values.noise_level, model)),
         vae_tiling=bool(values.vae_tiling),
+        refiner=values.refiner or None,
+        refiner_start=_or(values.refiner_start, REFINER_START) if values.refiner else 1.0,
     )
 
 
 def _check_pairs(recipe: Recipe, values: FlagValues) -> None:
     """Raises InputError for edit flags that need another one, or exclude each other."""
     needs = dict.fromkeys(("strength", "mask", "invert", "to_image", "outpaint"), "init_image")
-    for flag, other in (needs | {"resample_jump": "resample"}).items():
+    for flag, other in (needs | {"resample_jump": "resample", "refiner_start": "refiner"}).items():
         if values[flag].value and not values[other].value:
             raise InputError(f"--{flag} needs --{other}")
     if values.to_prompt is not None and len(recipe.prompts) != 1:

@@ -80,6 +80,8 @@ class Recipe(NamedTuple):
     edit: Edit = Edit()
     concat: ConcatInput = ConcatInput()
     vae_tiling: bool = False
+    refiner: str | None = None  # the model that goes on from the latents of the first
+    refiner_start: float = 1.0  # at this fraction of the process, from noise
 
 
 NO_EDIT = Edit()
@@ -116,9 +118,15 @@ def with_guidance(model: LatentDiffusion, recipe: Recipe) -> Recipe:
     """The recipe with the scale of classifier-free guidance as diffusers has it; prints a warning if it changes.
 
     Of a text-to-image model a scale of at most 1 means no guidance: the cards of distilled models say 0. The
-    unconditional model is that of the empty prompt, or the base of classifier and CLIP guidance.
+    unconditional model is that of the empty prompt, or the base of classifier and CLIP guidance. Raises InputError for
+    options of classifier-free guidance on a model whose input the scale is.
     """
     guidance = recipe.guidance
+    if model.guidance_dim is not None:
+        own = {"negative_prompt": None, "rescale": 0.0, "interval": [0.0, 1.0]}
+        for name in (name for name, value in own.items() if getattr(guidance, name) != value):
+            why = "the guidance scale is an input of this model, which is called once a step"
+            raise InputError(f"the guidance option {name} is for classifier-free guidance; {why}")
     texts = isinstance(model.conditioning, TextConditioning) and any(recipe.prompts)
     if not texts or guidance.scale >= 1 or guidance.classifier or guidance.clip:
         return recipe

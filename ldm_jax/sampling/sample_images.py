@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from ldm_jax.config import io as config_io
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.diffusion.tables import Table
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
@@ -29,7 +28,8 @@ from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models
 from ldm_jax.sampling.inputs import concat_images_of, read_images, sample_inputs, with_edit
 from ldm_jax.sampling.recipe import Recipe, from_json, to_json
 from ldm_jax.sampling.recipe_of_run import recipe_of_run
-from ldm_jax.sampling.sampler import Progress, SampleInputs, Sampler, smallest_batch
+from ldm_jax.sampling.refiner import Stage, load_refiner, refine
+from ldm_jax.sampling.sampler import Progress, smallest_batch
 from ldm_jax.sampling.tables import make_table
 
 IMAGES = "images"  # the folder of single images
@@ -64,43 +64,43 @@ def sample_images(
     a solver or number of steps that the model does not take, or an input that is missing or does not fit; RunError if
     no sample is finite.
     """
+    refiner = load_refiner(recipe, model, params)
     model = _at_recipe(model, recipe)
-    table = make_table(model, recipe.solving, recipe.edit)
+    table = make_table(model, recipe.solving, recipe.edit, denoising_end=recipe.refiner_start)
     image, mask = read_images(model, recipe)
     guides, whole = guidance_models(recipe, model, params), image
     if recipe.edit.outpaint:
         image, mask = image_inputs.outpaint_window(image, recipe.edit.outpaint)
     concat_images = concat_images_of(model, recipe, image, mask)
-    sampler = guides.sampler(model, smallest_batch(recipe.num, batch_size, jax.local_device_count()))
+    batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
+    sampler = guides.sampler(model, batch_size)
     replicated = replicate(params | guides.params)
     labels, inputs = sample_inputs(model, replicated, recipe, sampler, concat_images, guides.clip)
     inputs = with_edit(model, recipe, sampler, replicated, inputs, image, mask)
-    images = _sampled(sampler, replicated, inputs, table, watch)
+    stages = [Stage(sampler, replicated, inputs, table)]
+    if refiner:
+        stages.append(refine(_at_recipe(refiner[0], recipe), refiner[1], recipe, stages[0], batch_size))
+    images = _sampled(stages[-1], watch)
     images = concat_inputs.paste_known(
         concat_images, images if mask is None else np.where(mask[..., None], images, image)
     )
     if recipe.edit.outpaint:
         images, concat_images = image_inputs.outpainted(whole, images, recipe.edit.outpaint), None
     few = min(recipe.num, 2 * max(len(recipe.labels), 8))
-    frames = sampler.trajectory(replicated, inputs.first(few), table) if trajectory else None
+    frames = np.concatenate([stage.trajectory(few) for stage in stages]) if trajectory else None
     of_model = model_hash or fingerprint(model, params)
-    about = {"model": of_model, "step": model.origin.step, "inputs": input_hashes(recipe, guides)}
+    about = {"model": of_model, "step": model.origin.step, "inputs": input_hashes(recipe, guides, refiner)}
     grid = sample_grid(model, recipe, images, labels, concat_images)
     names = model.class_names or tuple(recipe.prompts)
     return Samples(images, labels, frames, about | to_json(recipe), concat_images, grid, names)
 
 
-def _sampled(
-    sampler: Sampler,
-    params: Params,
-    inputs: SampleInputs,
-    table: Table,
-    watch: Callable[[Progress], None] | None = None,
-) -> np.ndarray:
-    """The images, with a progress bar, uint8 [N, H, W, C]; prints a warning if some are black or not finite.
+def _sampled(stage: Stage, watch: Callable[[Progress], None] | None = None) -> np.ndarray:
+    """The images of the last stage, with a progress bar, uint8 [N, H, W, C].
 
-    Raises RunError if none is finite.
+    Prints a warning if some are black or not finite; raises RunError if none is finite.
     """
+    sampler, params, inputs, table = stage
     batches, finite, num = [], [], len(inputs.samples.index)
     with tqdm(total=num, unit="image", desc="    sampling", unit_scale=False) as bar:
         latents = (z for z, _ in sampler.latents(params, inputs, table))
@@ -130,17 +130,21 @@ def _at_recipe(model: LatentDiffusion, recipe: Recipe) -> LatentDiffusion:
         raise InputError(f"--vae_tiling: tiles are of the autoencoder's sample_size, but {error}") from error
 
 
-def input_hashes(recipe: Recipe, guides: GuidanceModels) -> dict[str, str]:
-    """Hashes of the existing input files of a recipe, and of its guidance models' parameters, by path."""
+def input_hashes(
+    recipe: Recipe, guides: GuidanceModels, refiner: tuple[LatentDiffusion, Params] | None = None
+) -> dict[str, str]:
+    """Hashes of the existing input files of a recipe, and of its other models' parameters, by path."""
     edit = recipe.edit
     files = (edit.init_image, edit.mask, edit.to_image, edit.init_latents, recipe.concat.image)
     hashes = {f: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files if f and Path(f).is_file()}
-    return hashes | {getattr(recipe.guidance, name): content_hash(params) for name, params in guides.params.items()}
+    hashes |= {getattr(recipe.guidance, name): content_hash(params) for name, params in guides.params.items()}
+    return hashes | ({recipe.refiner: fingerprint(*refiner)} if refiner else {})
 
 
 def check_inputs(recipe: Recipe, recorded: dict[str, str], model: LatentDiffusion, params: Params, where: str) -> None:
     """Raises InputError, which names `where`, if an input of a recipe has changed since it was recorded."""
-    for file, digest in input_hashes(recipe, guidance_models(recipe, model, params)).items():
+    models = guidance_models(recipe, model, params), load_refiner(recipe, model, params)
+    for file, digest in input_hashes(recipe, *models).items():
         if recorded.get(file) != digest:
             raise InputError(f"{where} was sampled from another {file} than the one that is there now")
 

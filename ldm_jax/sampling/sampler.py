@@ -127,11 +127,14 @@ def guided_denoiser(
     if samples.interpolate_to is not None:
         other = encode(params["conditioning"], samples.interpolate_to)
         cond = interpolate(cond, other, samples.interpolate_weight)
+    scale = samples.guidance
+    if model.guidance_dim is not None:  # an input of the denoiser, which is called once
+        concat, scale = concat | {"guidance": scale}, jnp.ones_like(scale)
     denoise = guidance.classifier_free(
         from_network(partial(apply_denoiser, model, params), model.prediction, model.process),
         cond | concat,
         encode(params["conditioning"], shared.null_cond) | concat,
-        samples.guidance,
+        scale,
         interval=interval,
         rescale=shared.rescale,
         prediction=model.prediction,

@@ -8,8 +8,17 @@ from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.sampling.recipe import NO_EDIT, Edit, Solving
 
 
-def make_table(model: LatentDiffusion, solving: Solving, edit: Edit = NO_EDIT) -> Table:
+def make_table(
+    model: LatentDiffusion,
+    solving: Solving,
+    edit: Edit = NO_EDIT,
+    *,
+    denoising_start: float = 0.0,
+    denoising_end: float = 1.0,
+) -> Table:
     """The table of a solver's steps on a model, with the strength and the resampling of an edit.
+
+    The part of the process from `denoising_start` to `denoising_end` is run: see `solvers.make_table`.
 
     Raises InputError for a sampler that the model does not have, or a combination that the solver does not take.
     """
@@ -21,7 +30,8 @@ def make_table(model: LatentDiffusion, solving: Solving, edit: Edit = NO_EDIT) -
         )
     own = {name: getattr(solving, name) for name in ("eta", "churn", "variance")}
     own["spacing"] = solving.spacing if isinstance(solving.spacing, str) else tuple(solving.spacing)
-    options = {"prediction": model.prediction, "strength": edit.strength, **solver.options, **own}
+    part = {"denoising_start": denoising_start, "denoising_end": denoising_end}
+    options = {"prediction": model.prediction, "strength": edit.strength, **part, **solver.options, **own}
     try:
         table = solvers.make_table(solving.sampler, solver.process, solving.steps, **options)
         return table if edit.resample == 1 else with_resampling(table, edit.resample, edit.resample_jump)

@@ -31,6 +31,31 @@ def denoise(z_t, level, xp=jnp):
     return xp.sin(2 * z_t + 0.3 * level.t) + 0.5 * z_t
 
 
+@pytest.mark.parametrize("steps", [8, 9])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_table_in_two_parts(solver, steps):
+    """The first part ends at the noise level at which the second begins, and both have all steps."""
+    process = make_process("scaled_linear", 1000, beta_start=0.00085, beta_end=0.012)
+    whole = make_table(solver, process, steps)
+    first, second = (make_table(solver, process, steps, **{f"denoising_{end}": 0.6}) for end in ("end", "start"))
+    a, b = int(first.rows), int(second.rows)
+    assert (first.reached_alpha[a - 1], first.reached_sigma[a - 1]) == (second.alpha[0], second.sigma[0])
+    assert first.t[0] == whole.t[0] and (first.t[: a - 1] >= second.t[0]).all() and second.t[0] < 400
+    np.testing.assert_array_equal(first.weights[:a], whole.weights[:a])
+    history = np.delete(whole.weights, [0, HISTORY + 1, 2 * HISTORY + 2], axis=1)
+    if not history[a].any():  # a row that begins anew
+        np.testing.assert_array_equal(second.t[:b], whole.t[a : a + b])
+    if solver in ("ddpm", "ddim", "euler", "euler_a", "heun", "kdpm2", "kdpm2_a", "edm", "lcm", "tcd"):
+        np.testing.assert_array_equal(second.weights[:b], whole.weights[a : a + b])
+
+
+@pytest.mark.parametrize("part", [{"denoising_end": 0.05}, {"denoising_start": 0.995}, {"denoising_end": 0.0}])
+def test_a_part_without_steps_is_refused(part):
+    process = make_process("scaled_linear", 1000, beta_start=0.00085, beta_end=0.012)
+    with pytest.raises(ValueError, match="of 4 steps none is between denoising_start"):
+        make_table("ddim", process, 4, steps_offset=20, **part)
+
+
 def var_frac(z_t, level, xp=jnp):
     """Of a learned variance: beyond 0 and 1 too, and different for each entry and t."""
     return 0.75 * xp.cos(2 * z_t + 0.2 * level.t) + 0.5

@@ -216,6 +216,8 @@ def test_the_scheduler_of_a_run(case):
 FOLDERS = {
     "plain": lambda folder: diffusers_folder.write_stable_diffusion(folder),
     "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),
+    "refiner": lambda folder: diffusers_folder.write_stable_diffusion(folder, refiner=True),
+    "consistency model": lambda folder: diffusers_folder.write_stable_diffusion(folder, lcm=True),
     "upscaler": lambda folder: diffusers_folder.write_stable_diffusion(folder, upscaling=True),
     "unconditional": diffusers_folder.write_unconditional,
 }
@@ -240,6 +242,9 @@ def test_a_diffusers_folder_anew_is_the_same_to_the_bit(kind, tmp_path):
     assert components.items() >= {name: ["diffusers", value] for name, value in expected.items()}.items()
     if kind == "xl":
         assert components["text_encoder_2"] == ["transformers", "CLIPTextModelWithProjection"]
+    if kind == "refiner":
+        assert components["text_encoder"] == components["tokenizer"] == [None, None]
+        assert index["requires_aesthetics_score"] is True and not (new / "text_encoder").exists()
     if kind == "plain":
         assert components["safety_checker"] == [None, None] and index["requires_safety_checker"] is False
 

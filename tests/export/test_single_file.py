@@ -20,7 +20,7 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.lora import with_lora
 from ldm_jax.pipeline.model import fingerprint
 
-SD1, SD2, XL, _, UPSCALER, PLAIN = ldm_files.UNETS
+SD1, SD2, XL, REFINER, _, UPSCALER, PLAIN = ldm_files.UNETS
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,30 @@ def tensors_equal(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("family", [SD1, SD2, XL])
+@pytest.mark.parametrize("family", [SD1, SD2, XL, REFINER])
 def test_what_is_written_is_read(family, model_of, tmp_path):
     model, params, folder = model_of(family)
     file = tmp_path / "model.safetensors"
     (note,) = write_single_file(model, params, file)
     assert "its vocabulary of 518 tokens is not CLIP's" in note or "is not CLIP's" in note
-    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    (tmp_path / "tokenizer").symlink_to(folder / model.conditioning.components[0].replace("text_encoder", "tokenizer"))
     again, params_again = load(file)
     tensors_equal(params_again, params)
     assert (again.prediction, again.process) == (model.prediction, model.process)
     assert again.denoiser == model.denoiser or again.denoiser.dtype != model.denoiser.dtype
     with safe_open(file, "np") as opened:
         assert opened.metadata()["modelspec.prediction_type"] == {"eps": "epsilon", "v": "v"}[model.prediction]
+
+
+def test_depths_of_transformers_where_there_are_none(model_of, tmp_path):
+    """The refiner's config.json states one depth for all levels, of which the outer have no attention."""
+    model, params, _ = model_of(REFINER)
+    assert model.denoiser.transformer_layers_per_block == (1, 2, 2)
+    same = replace(model, denoiser=model.denoiser.clone(transformer_layers_per_block=2))
+    write_single_file(same, params, tmp_path / "model.safetensors")
+    other = replace(model, denoiser=model.denoiser.clone(transformer_layers_per_block=(1, 1, 2)))
+    with pytest.raises(InputError, match=r"transformer_layers_per_block = \(1, 1, 2\), not \(1, 2, 2\)"):
+        write_single_file(other, params, tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])

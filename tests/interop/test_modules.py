@@ -191,6 +191,7 @@ CHANGES = {
         "use_linear_projection": True,
         "addition_embed_type": "text_time",
         "num_class_embeds": 1000,
+        "time_cond_proj_dim": 256,
     },
     "UNet2DModel": {
         "in_channels": 1,
@@ -351,6 +352,7 @@ ADDITION = {
 MODULES = {
     "addition": UNet(**ONE_LEVEL, **ADDITION),
     "labels": UNet(**ONE_LEVEL, num_class_embeds=5),
+    "guidance": UNet(**ONE_LEVEL, time_cond_proj_dim=6),
     "context": UNet(**ONE_LEVEL | {"down_block_types": ("CrossAttnDownBlock2D",)}, attention_heads=2),
     "no context": UNet2D(**ONE_LEVEL),
     "KL": AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1),
@@ -369,6 +371,7 @@ def test_shapes_of_the_parameters(module):
         args += (np.zeros((2, 3, module.cross_attention_dim)),)
         named["class_labels"] = np.zeros(2, np.int32) if module.num_class_embeds else None
         named["added"] = Added(np.zeros((2, 5)), np.zeros((2, 6))) if module.addition_embed_type else None
+        named["timestep_cond"] = np.zeros((2, 6)) if module.time_cond_proj_dim else None
     expected = jax.eval_shape(module.init, jax.random.key(0), *args, **named)["params"]
     assert jax.tree.map(lambda leaf: leaf.shape, abstract_params(module)) == jax.tree.map(
         lambda leaf: leaf.shape, expected

@@ -248,7 +248,7 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
     "config, named",
     [
         ({}, "class None is not supported"),
-        ({"_class_name": "EDMEulerScheduler"}, "'EDMEulerScheduler' is not supported"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler is for EDM models"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
         ({"_class_name": "DPMSolverSDEScheduler"}, "the scheduler DPMSolverSDEScheduler is not supported"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),

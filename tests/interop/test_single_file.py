@@ -16,7 +16,7 @@ from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.models.attention import SelfAttention2D
 
 FAMILIES = [*ldm_files.UNETS]
-SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = FAMILIES
+SD1, SD2, XL, REFINER, CLASSES, UPSCALER, PLAIN = FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,8 @@ def test_a_file_is_the_model_that_it_was_made_of(family, made, write):
     if family == SD2:  # the default
         assert _scheduler_and_size(found) == ("DDIMScheduler", "v_prediction", 96)
     assert len(found.text_encoders) == len(modules) - 2
-    for name, (encoder, params) in zip(("text_encoder", "text_encoder_2"), found.text_encoders):
+    names = [name for name in modules if name.startswith("text_encoder")]
+    for name, (encoder, params) in zip(names, found.text_encoders, strict=True):
         assert encoder == modules[name]
         assert_equal(state_dict_from_text_params(params), states[name])
     assert (found.class_embedder is not None) == (family == CLASSES)
@@ -218,7 +219,6 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
         "is a LoRA, which changes a model; it is no model by itself: --lora=FILE with"),
     "a part of a folder": (SD1, lambda t: {"down_blocks.0.a": np.zeros(1, np.float32)}, "must be that folder"),
     "a ControlNet": (SD1, having(control_model__zero_convs=(1,)), "is a ControlNet"),
-    "the refiner": (XL, having(conditioner__embedders__0__model__ln_final__weight=(1,)), "is the refiner"),
     "EMA weights alone": (
         SD1, only("model_ema.", "first_stage_model.", "cond_stage"), "has EMA weights (model_ema.) alone"),
     "an autoencoder": (
@@ -230,7 +230,6 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
     "one tensor missing": (
         SD1, without(f"{UNET}out.0.bias"), f"missing keys (1): {UNET}out.0.bias (unet conv_norm_out.bias)"),
     "EDM": (XL, having(edm_mean=(1, 4, 1, 1)), "is of the EDM noise schedule"),
-    "scaled fp8": (SD1, having(scaled_fp8=(0,)), "has scaled fp8 weights"),
     "another shape": (
         CLASSES, having(model__diffusion_model__time_embed__0__bias=(7,)),
         "unet: the state_dict does not fit this model: size mismatch (1): time_embedding.linear_1.bias"),
@@ -388,6 +387,41 @@ def test_fp8(dtype, made, write):
     found = single_file.read(write(eighths), params_dtype=ml_dtypes.bfloat16)
     expected = {k: v.astype(dtype).astype(ml_dtypes.bfloat16) for k, v in made(SD1)[1]["unet"].items()}
     assert_equal(state_dict_from_params(found.unet[1]), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+def test_scaled_fp8(suffix, rows, dtype, made, write):
+    """ComfyUI's: weight times scale, one number for a tensor or one for each row; biases and others as they are."""
+    tensors, expected = {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}, {}
+    for name, value in made(SD1)[2].items():
+        tensors[name] = expected[name] = value
+        if not (name.startswith(UNET) and name.endswith(".weight") and value.ndim > 1):
+            continue
+        axes = tuple(range(1, value.ndim)) if rows else None
+        scale = (np.abs(value).max(axes) / 448).astype(np.float32)
+        spread = scale.reshape(-1, *[1] * (value.ndim - 1))
+        tensors[name] = (value / spread).astype(ml_dtypes.float8_e4m3fn)
+        expected[name] = tensors[name].astype(np.float32) * spread
+        tensors[f"{name.removesuffix('weight')}{suffix}"] = scale.reshape(-1, 1) if rows else scale
+        tensors[f"{name.removesuffix('weight')}scale_input"] = np.float32(3)
+    found = single_file.read(write(tensors), params_dtype=dtype)
+    plain = single_file.read(write(expected), params_dtype=dtype)
+    assert_equal(state_dict_from_params(found.unet[1]), state_dict_from_params(plain.unet[1]))
+    theirs = made(SD1)[1]["unet"]
+    for name, value in state_dict_from_params(found.unet[1]).items():  # 3 bits of mantissa
+        bound = 0.07 * np.abs(theirs[name]).max() + 1e-6
+        assert np.abs(np.float32(value) - theirs[name]).max() <= bound, name
+
+
+def test_a_scale_of_another_shape(made, write):
+    name = f"{UNET}out.2."
+    scale = {f"{name}scale_weight": np.ones(3, np.float32), "scaled_fp8": np.zeros(0, ml_dtypes.float8_e4m3fn)}
+    with pytest.raises(
+        InputError, match=r"scale_weight has shape \[3\], of a weight of \[4, .*one number, or one a row"
+    ):
+        single_file.read(write(dict(made(SD1)[2]) | scale))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

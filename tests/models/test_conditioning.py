@@ -76,7 +76,8 @@ def texts(tmp_path_factory):
         encoders = tuple(
             CLIPTextEncoder(
                 vocab_size=len(make_vocab(LOW_LOWER)), hidden_size=8, intermediate_size=16, num_hidden_layers=2,
-                num_attention_heads=2, max_position_embeddings=8, eos_token_id=2, projection_dim=6 if k else None,
+                num_attention_heads=2, max_position_embeddings=8, eos_token_id=2,
+                projection_dim=6 if k == n - 1 and "time_ids" in fields else None,
             )
             for k in range(n)
         )  # fmt: skip
@@ -100,7 +101,8 @@ def test_the_context_of_one_text_encoder_is_its_last_layer(texts):
 @pytest.mark.parametrize("zeros", [True, False])
 def test_two_text_encoders_are_concatenated_and_conditioned_on_the_size(zeros, texts):
     """Podell 2023, section 2; an absent negative prompt is zeros, or the empty text, as the model has it."""
-    conditioning, params = texts(2, force_zeros_for_empty_prompt=zeros)
+    conditioning, params = texts(2, force_zeros_for_empty_prompt=zeros, time_ids="target_size")
+    assert conditioning.components == ("text_encoder", "text_encoder_2")
     table, _ = conditioning.table(["low"], None, (16, 24))
     cond = conditioning.encode(params, table)
     np.testing.assert_array_equal(cond["added"].time_ids, [[16, 24, 0, 0, 16, 24]] * 2)
@@ -109,6 +111,18 @@ def test_two_text_encoders_are_concatenated_and_conditioned_on_the_size(zeros, t
         assert np.asarray(array[0]).any() and np.asarray(array[1]).any() != zeros
     empty, _ = conditioning.table(["low"], "", (16, 24))
     assert np.asarray(conditioning.encode(params, empty)["context"][1]).any()
+
+
+def test_the_refiner_has_the_second_text_encoder_alone_and_is_conditioned_on_aesthetic_scores(texts):
+    """Podell 2023, section 2.5; the negative score goes with the null condition alone."""
+    conditioning, params = texts(1, force_zeros_for_empty_prompt=False, time_ids="aesthetic_score")
+    assert conditioning.components == ("text_encoder_2",)
+    table, _ = conditioning.table(["low", "wool"], None, (16, 24))
+    cond = conditioning.encode(params, table)
+    np.testing.assert_array_equal(cond["added"].time_ids, [[16, 24, 0, 0, 6]] * 2 + [[16, 24, 0, 0, 2.5]])
+    features = conditioning.encoders[0].apply({"params": params[0]}, table["ids"][0])
+    np.testing.assert_array_equal(cond["context"], features.penultimate)
+    np.testing.assert_array_equal(cond["added"].pooled, features.pooled)
 
 
 def test_rows_that_are_encoded_already_are_the_arguments(texts):

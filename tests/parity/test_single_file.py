@@ -25,6 +25,7 @@ from ldm_jax.interop.ldm_configs import autoencoder_config, clip_config, open_cl
 from ldm_jax.interop.ldm_families import FAMILIES, UNET
 from ldm_jax.interop.modules import autoencoder_from_config, unet_from_config
 from ldm_jax.interop.weights import write_safetensors
+from ldm_jax.models.conditioning import TIME_IDS
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import fingerprint
 
@@ -56,6 +57,15 @@ XL = SD2 | {
     "projection_class_embeddings_input_dim": POOLED + 6 * 8,
     "sample_size": 128,
 }
+REFINER = XL | {
+    "block_out_channels": (64, 128, 128, 128),
+    "attention_head_dim": (1, 2, 2, 2),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 2, 2),  # of the first level, which has none, a file says nothing
+    "cross_attention_dim": 128,
+    "projection_class_embeddings_input_dim": POOLED + 5 * 8,
+}
 UPSCALER = SD1 | {
     "in_channels": 7,
     "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
@@ -81,6 +91,7 @@ MODELS = {  # family, its UNet
     "SD2 inpainting": ("Stable Diffusion 2", SD2 | {"in_channels": 9, "sample_size": 64}),
     "SDXL": ("Stable Diffusion XL", XL),
     "SDXL inpainting": ("Stable Diffusion XL", XL | {"in_channels": 9}),
+    "SDXL refiner": ("SDXL refiner", REFINER),
     "x4 upscaler": ("x4 upscaler", UPSCALER),
 }
 
@@ -105,6 +116,8 @@ def build(name, random_weights):
     parts = {"unet": diffusers.UNet2DConditionModel(**config), "vae": diffusers.AutoencoderKL(**VAE)}
     if family in ("Stable Diffusion 2", "x4 upscaler"):
         parts["text_encoder"] = text_encoder(128, 2, "gelu")
+    elif family == "SDXL refiner":  # the second of SDXL's, and here the first
+        parts["text_encoder"] = text_encoder(128, 3, "gelu", projection=POOLED)
     else:
         parts["text_encoder"] = text_encoder(64, 2, "quick_gelu")
     if family == "Stable Diffusion XL":
@@ -204,6 +217,19 @@ FULL = {  # the published configurations: UNet; text encoders; diffusers' name o
         [(768, 12, "quick_gelu", None), (1280, 32, "gelu", 1280)],
         "xl_base",
     ),
+    "SDXL refiner": (
+        REFINER
+        | {
+            "block_out_channels": (384, 768, 1536, 1536),
+            "attention_head_dim": (6, 12, 24, 24),
+            "transformer_layers_per_block": (1, 4, 4, 4),
+            "cross_attention_dim": 1280,
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2560,
+        },
+        [(1280, 32, "gelu", 1280)],
+        "xl_refiner",
+    ),
     "x4 upscaler": (
         UPSCALER | {"block_out_channels": (256, 512, 512, 1024), "cross_attention_dim": 1024},
         [(1024, 23, "gelu", None)],
@@ -236,7 +262,7 @@ def test_full_configurations_are_inferred_from_the_shapes(family):
     fields = FAMILIES[family]
     file = ldm_files.unet_to_ldm(shapes_of(model), len(model.config.block_out_channels), 2)
     file |= ldm_files.autoencoder_to_ldm(shapes_of(vae), 4)
-    heads = {"heads": fields.heads, "head_size": fields.head_size}
+    heads = {"heads": fields.heads, "head_size": fields.head_size, "time_ids": TIME_IDS.get(fields.time_ids, 0)}
     config = unet_config(below(file, UNET), **heads, pooled=texts[-1][3] or 0, sample_size=fields.sample_size)
     assert unet_from_config(config) == unet_from_config(_spread(model.config))
     config = autoencoder_config(below(file, "first_stage_model."), scaling_factor=0.18215, sample_size=512)

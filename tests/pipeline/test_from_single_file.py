@@ -23,7 +23,7 @@ from ldm_jax.pipeline.load import Overrides, load, load_base
 from ldm_jax.pipeline.model import fingerprint
 from ldm_jax.pipeline.vae import with_autoencoder
 
-SD1, SD2, XL, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
+SD1, SD2, XL, REFINER, CLASSES, UPSCALER, PLAIN = ldm_files.UNETS
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def run(model, out, *flags):
     return command_line.run(sample.main, ["sample", f"--model={model}", f"--out={out}", "--steps=2", *flags])
 
 
-@pytest.mark.parametrize("family", [XL, UPSCALER])
+@pytest.mark.parametrize("family", [XL, REFINER, UPSCALER])
 def test_a_file_is_the_same_model_as_its_folder(family, file_of, tmp_path):
     """The same modules, parameters, tokenizers and scheduler, and so the same samples."""
     file, folder = load(file_of(family)), load(ldm_files.write_folder(tmp_path / "folder", family, size=8))
@@ -73,7 +73,7 @@ def assert_same_model(one, other):
         np.testing.assert_array_equal(tokenizer(["low! lower"]).ids, same(["low! lower"]).ids)
 
 
-@pytest.mark.parametrize("family", [SD2, XL, UPSCALER, CLASSES])
+@pytest.mark.parametrize("family", [SD2, XL, REFINER, UPSCALER, CLASSES])
 def test_a_file_becomes_a_folder(family, file_of, tmp_path):
     """The same model to the bit, whose tokenizers pad as they should: with ! in SD 2 and in SDXL's second."""
     file, folder = file_of(family), tmp_path / "folder"

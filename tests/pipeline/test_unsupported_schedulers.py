@@ -88,7 +88,11 @@ def test_a_field_that_carries_over_is_refused_for_that_sampler_by_name(folder_of
 @pytest.mark.parametrize(
     "config, reason",
     [
-        ({"_class_name": "EDMEulerScheduler"}, "the scheduler's class 'EDMEulerScheduler' is not supported"),
+        (
+            {"_class_name": "EDMEulerScheduler"},
+            "the scheduler EDMEulerScheduler is for EDM models (Karras 2022), whose",
+        ),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_data": 0.5}, "conditioned on log(sigma) / 4, not on"),
         (SDE | {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas = True"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type = 'continuous'"),

@@ -100,7 +100,7 @@ def test_text_encoders_that_are_trained_too_take_the_captions_in_the_step(text_m
         state = stage.init(jax.random.key(0), params)
         seen = jax.jit(stage.trace)(state, frozen, batch, np.uint32(0))
         results.append({name: seen[name] for name in ("context", "loss")} | {"of": seen["gradient"]["denoiser"]})
-    assert trained_model == model and sorted(frozen["table"]) == ["ids", "sizes", "zeros"]
+    assert trained_model == model and sorted(frozen["table"]) == ["ids", "time_ids", "zeros"]
     assert sorted(state.params) == ["conditioning", "denoiser"] and "conditioning" not in frozen
     assert len(caption_files(tmp_path)) == 1  # of the embeddings alone
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *results)
