@@ -1,6 +1,7 @@
 """The default config: every field that a config can have, each with its meaning. Config files override some of them.
 
-`--config.FIELD=VALUE` sets a field on the command line; `--print_config` prints the result.
+`--config.FIELD=VALUE` sets a field on the command line; `--print_config` prints the result. A config file may leave a
+field open (`placeholder(int)`, null): it then follows from the training images, see `ldm_jax/data/from_images.py`.
 """
 
 from ml_collections import ConfigDict
