@@ -49,8 +49,8 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     ignored, documents = {}, []
     pipeline = PIPELINE_CLASS if custom else model.origin.pipeline
     config = model.origin.config
-    if isinstance(model.conditioning, TextConditioning) and config is not None and not config.init_from:
-        params = into_autoencoder(params)  # trained from scratch: its latents have a scale per channel
+    if isinstance(model.conditioning, TextConditioning) and np.ptp([params["shift"], params["scale"]], axis=1).any():
+        params = into_autoencoder(params)  # of a text encoder of ours: its latents have a scale per channel
     if source is not None and (source / folder.INDEX).is_file():
         for name in ("unet", PIPELINES[pipeline].autoencoder):
             config = folder.component_config(source, name)
