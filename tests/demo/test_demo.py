@@ -183,17 +183,16 @@ def test_few_batch_sizes_are_compiled_and_hardly_padded(num, most, expected):
     assert _batch_size(num, most) == expected
 
 
-def test_warnings_come_with_the_samples(texts, tmp_path):
+def test_warnings_come_with_the_samples(texts):
     """In the words of the page, and of its own run alone."""
     loaded = LoadedModel(*texts, Bounds(32, 4))
-    Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
-    form = FORM._replace(prompt="low (red:1.2)", num=1, guidance=0.5, image=str(tmp_path / "wide.png"), strength=0.5,
-                         height=16, width=16)  # fmt: skip
-    _, (guidance, cropped, weights) = loaded.sample(form, lambda _: None)
+    form = FORM._replace(prompt="low (red:1.2)", num=1, guidance=0.5)
+    _, (guidance, weights, truncated) = loaded.sample(form, lambda _: None)
     assert guidance.startswith("warning: a guidance scale of 0.5 means, as in diffusers, no guidance")
-    assert cropped == ("note: Image is 40x20: only its central 20x20 is used, as the samples are 16x16")
+    assert "--" not in guidance
     assert weights.startswith("note: (red:1.2) is part of the text")
-    assert loaded.sample(form._replace(prompt="low", guidance=2.0, image=""), lambda _: None)[1] == []
+    assert truncated.startswith("warning: 1 of the prompts are longer than the text encoder's context")
+    assert loaded.sample(form._replace(prompt="low", guidance=2.0), lambda _: None)[1] == []
 
 
 @pytest.mark.parametrize(("warning", "shown"), [
