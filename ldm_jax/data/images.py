@@ -121,7 +121,10 @@ def with_alpha(image: Image.Image) -> Image.Image:
 
 
 def is_grey(image: Image.Image | np.ndarray) -> bool:
-    """Whether an image, of `fit`, has no colour: in each pixel red, green and blue differ by at most TINT levels."""
+    """Whether an image has no colour: the red, green and blue of each pixel differ by at most TINT levels.
+
+    `image` is from `decode`, or uint8 [H, W], [H, W, 1] or [H, W, 3], as of `fit`.
+    """
     if isinstance(image, Image.Image) and image.mode in ("1", "L", "LA", "La"):
         return True
     colours = fit(image, size=None, channels=3, crop="none").astype(np.int16)

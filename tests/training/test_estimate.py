@@ -6,9 +6,12 @@ import jax
 import jobs
 import pytest
 
+from ldm_jax import command_line, train
+from ldm_jax.data.from_config import load_split
 from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.parallel import parallel_step
 from ldm_jax.training import estimate
+from ldm_jax.training.run import Run
 
 KINDS = {  # changes -> stages whose steps are measured
     "latents": ((), ("autoencoder", "diffusion")),
@@ -33,11 +36,19 @@ def compilations(workdir):
 def test_the_stages_are_measured(kind, tiny_data, tmp_path, capsys, monkeypatch):
     changes, measured = KINDS[kind]
     monkeypatch.setattr(estimate, "FEW", 1)
-    assert jobs.train_here(tiny_data, tmp_path / "run", *changes) == 0
-    line = re.search(r"^Training takes about .*$", capsys.readouterr().out, re.MULTILINE)[0]
+    values = train.define_flags()
+    command_line.parse(values, ["train", *jobs.flags(tiny_data, tmp_path / "run", *changes)], config=True)
+    config = values.config
+    splits = (load_split(config, split) for split in ("train", "test"))
+    run = Run(config, tmp_path / "run", *splits, log=None, watch=None, base=None)
+    estimate.print_estimate(run)
+    line = capsys.readouterr().out
+    assert line.startswith("Training takes about ")
     assert re.findall(r"(\w+) \d+ s[,)]", line) == list(measured)
-    assert jobs.train_here(tiny_data, tmp_path / "run", *changes) == 0
-    assert "Training takes" not in capsys.readouterr().out
+    for stage in measured:
+        (tmp_path / "run" / stage / "8").mkdir(parents=True)
+    estimate.print_estimate(run)  # of a trained run
+    assert "(" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
