@@ -39,6 +39,7 @@ from ldm_jax.sampling.recipe import solving_defaults
 from ldm_jax.sampling.sample_images import sample_run
 from ldm_jax.sampling.tables import make_table
 from ldm_jax.training import clip_data, stages
+from ldm_jax.training.estimate import print_estimate
 from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_clip_stage
 from ldm_jax.training.run import Run
 from ldm_jax.training.text_embeddings import check_memory
@@ -96,6 +97,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
                 before = tuple(_with_fields(config, fields) for fields in earlier)
                 job = Run(config, workdir, train_set, test_set, log, watch, base, before)
                 clock = CompileClock()
+                print_estimate(job)
                 for name, stage in _stages(job, primary):
                     _run_timed(job, clock, name, stage)
         except Interrupted as interrupted:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ldm_jax import command_line
 from ldm_jax.config import io as config_io
 from ldm_jax.config import rules as config_rules
+from ldm_jax.config.io import open_fields
 from ldm_jax.config.renamed import rename_fields
 from ldm_jax.run_folder import layout as run_folder_layout
 
@@ -37,19 +38,31 @@ def main(argv: list[str]) -> None:
     if command_line.wants_help(argv, __doc__, values):
         return
     command_line.parse(values, argv, config=True)
-    config = values.config
-    config_rules.validate(config)
+    config, workdir = values.config, Path(values.workdir or Path("runs") / Path(values["config"].config_filename).stem)
     if values.print_config:
+        if not open_fields(config):
+            config_rules.validate(config)
         print(config_io.to_json(config), end="")
         return
-    workdir = Path(values.workdir or Path("runs") / Path(values["config"].config_filename).stem)
-    run_folder_layout.check(workdir, config)
+    config = _checked(config, workdir)
     command_line.start_devices(values)
 
     from ldm_jax import job  # it imports JAX, which takes seconds: after the checks that do not need it
 
     command = shlex.join(["python", "-m", "ldm_jax.train", *argv[1:]])
     job.run(config, workdir, command=command, dry_run=values.dry_run)
+
+
+def _checked(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """The config with its open fields resolved; raises InputError if it is wrong, or `workdir` has another run."""
+    run_folder_layout.check_folder("workdir", workdir)
+    if open_fields(config):
+        from ldm_jax.data.from_images import resolve  # it imports TensorFlow Datasets, which takes a second
+
+        config = resolve(config, workdir)
+    config_rules.validate(config)
+    run_folder_layout.check(workdir, config)
+    return config
 
 
 class _Callable(ModuleType):
@@ -67,8 +80,7 @@ class _Callable(ModuleType):
           RunError: a loss that is not finite, a full disk.
         """
         rename_fields(config)
-        config_rules.validate(config)
-        run_folder_layout.check(Path(workdir), config)
+        config = _checked(config, Path(workdir))
 
         from ldm_jax import job
 

@@ -84,10 +84,32 @@ def test_two_images(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_fields_of_the_images_are_recorded_and_kept(tmp_path, capsys):
+    """With the number of samples, the channels and the widths of the latents left open."""
+    draw(tmp_path / "photos", 12)
+    folder = run("own_pictures", tmp_path)
+    config = read_json(folder / "config.json")
+    assert config["data"]["channels"] == 3 and config["autoencoder"]["latent_channels"] == 8
+    assert config["autoencoder"]["loss"]["adversarial_start"] == 1
+    capsys.readouterr()
+    run("own_pictures", tmp_path)
+    output = capsys.readouterr().out
+    assert f"As in {folder / 'config.json'}: data.channels=3, " in output and "All is done" in output
+
+
+@pytest.mark.slow
+def test_captioned_images_in_folders_of_splits(tmp_path, capsys):
+    draw(tmp_path / "photos" / "train", 12, captions=True)
+    draw(tmp_path / "photos" / "test", 5, captions=True)
+    run("own_captions", tmp_path, *CLIP)
+    assert "Data: folder, 12 images to train on, 5 to test, 5 captions\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_images_with_captions(tmp_path, capsys):
     draw(tmp_path / "photos", 30, captions=True)
     folder = run("own_captions", tmp_path, *CLIP)
-    assert "Data: folder, 27 images to train on, 3 to test, 5 captions\n" in capsys.readouterr().out
+    assert "Data: folder, 26 images to train on, 4 to test, 5 captions\n" in capsys.readouterr().out
     assert (folder / "prompts" / "training.png").exists()
     assert {"prompts", "clip"} <= read_json(folder / "evaluation.json").keys()
 

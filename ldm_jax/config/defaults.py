@@ -1,7 +1,8 @@
 """The default config: every field that a config can have, each with its meaning. Config files override some of them.
 
 `--config.FIELD=VALUE` sets a field on the command line; `--print_config` prints the result. What a config without a
-field means that was added here since version 0.2 is in `added`.
+field means that was added here since version 0.2 is in `added`. A config file may leave a field open
+(`placeholder(int)`, null): it then follows from the training images, see `ldm_jax/data/from_images.py`.
 """
 
 from ml_collections import ConfigDict

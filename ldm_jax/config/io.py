@@ -102,6 +102,11 @@ def differences(old: ConfigDict, new: ConfigDict) -> dict[str, str]:
     }
 
 
+def open_fields(config: ConfigDict) -> list[str]:
+    """The fields that are None: they follow from the training images (see `data.from_images`)."""
+    return [name for name, value in flatten(config).items() if value is None]
+
+
 def is_continued(name: str) -> bool:
     """Whether a field, by its full name, is one of those of training that may change (see `CONTINUED`)."""
     stage, _, field = name.partition(".")

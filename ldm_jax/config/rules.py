@@ -67,7 +67,7 @@ def _validate_fine_tuning(config: ConfigDict) -> None:
     if config.stages != ("diffusion",):
         raise _wrong(config, "stages", "with config.init_from it must be ('diffusion',)")
     if config.diffusion.variance == "learned":
-        raise _wrong(config, "diffusion.variance", "with config.init_from it must be fixed")
+        raise _wrong(config, "diffusion.variance", "with config.init_from it must be fixed: the model has its own")
     _validate_prompts(config)
     if config.lora.rank and not config.lora.alpha:
         raise _wrong(config, "lora.alpha", "it must be above 0, as it scales the LoRA update")

@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 from ldm_jax.data.datasets import Dataset, load_buckets, load_dataset
 from ldm_jax.data.prompt_templates import with_prompts
 
-FIELDS = ("image_size", "channels", "crop", "image_key", "label_key", "segments_key", "caption_key", "group_key")
+KEYS = ("image_key", "label_key", "segments_key", "caption_key", "group_key")
+FIELDS = ("image_size", "channels", "crop", *KEYS)
 
 
 def load_split(config: ConfigDict, split: str) -> Dataset:

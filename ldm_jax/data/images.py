@@ -10,6 +10,7 @@ from ldm_jax.errors import InputError
 MODES = {1: "L", 3: "RGB"}
 CROPS = ("center", "none")
 FULL_SCALES = (1, 255, 4095, 65535)  # the largest value of floats, and of 8, 12 and 16 bits
+TINT = 8  # levels of 255 by which the colours of a grey image may differ, as after JPEG
 DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # Pillow's errors for damaged files
 
 
@@ -117,6 +118,17 @@ def with_alpha(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # of premultiplied grey, which Pillow converts to nothing else
         image = image.convert("LA")
     return image.convert("RGBA")
+
+
+def is_grey(image: Image.Image | np.ndarray) -> bool:
+    """Whether an image has no colour: the red, green and blue of each pixel differ by at most TINT levels.
+
+    `image` is from `decode`, or uint8 [H, W], [H, W, 1] or [H, W, 3], as of `fit`.
+    """
+    if isinstance(image, Image.Image) and image.mode in ("1", "L", "LA", "La"):
+        return True
+    colours = fit(image, size=None, channels=3, crop="none").astype(np.int16)
+    return bool((colours.max(axis=-1) - colours.min(axis=-1)).max() <= TINT)
 
 
 def _box(size: tuple[int, int], crop: str, shape: tuple[int, int]) -> tuple[int, int, int, int]:

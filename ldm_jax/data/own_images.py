@@ -53,7 +53,7 @@ def with_test_split(splits: Splits) -> Splits:
     if held_out := [name for name in HELD_OUT if name in splits]:
         return {"test" if split == held_out[0] else split: images for split, images in splits.items()}
     images = splits["train"]
-    num = max(1, min(max(SCORED, len(images) // 10), len(images) // 4))
+    num = num_held_out(len(images))
     left, chosen = Counter(label for _, label in images), set()
     for path, label in sorted(images, key=lambda image: hashlib.sha256(show(image[0].name).encode()).digest()):
         if len(chosen) < num and left[label] > 1:
@@ -65,3 +65,8 @@ def with_test_split(splits: Splits) -> Splits:
     return splits | {
         split: [image for image in images if (image[0] in chosen) == held] for split, held in parts.items()
     }
+
+
+def num_held_out(num: int) -> int:
+    """The number of test images of `num` images without a test split; 0 of a single one."""
+    return min(max(1, min(max(SCORED, num // 10), num // 4)), num - 1)

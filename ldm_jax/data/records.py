@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from ldm_jax.data.captions import has_captions, read_captions
-from ldm_jax.data.images import CROPS, MODES, decode, fit, fit_segments, shape_of
+from ldm_jax.data.images import CROPS, MODES, decode, fit, fit_segments, is_grey, shape_of
 from ldm_jax.data.prepare import in_one_line
 from ldm_jax.errors import InputError
 
@@ -129,6 +129,18 @@ class Records:
             image = self._features.deserialize_example_np(content, decoders=self._decoders or None)[key]
             return shape_of(image) if key in self._decoders else image.shape[:2]
 
+    def is_grey(self) -> bool:
+        """Whether no stored image has a colour; images are decoded up to the first one that has."""
+        key, where = self._keys["image"], self._where
+        for start in range(0, len(self), CHUNK):
+            rows = [int(row) for row in self._rows[start : start + CHUNK]]
+            for row, content in zip(rows, self._contents(rows)):
+                with in_one_line(f"{where}: example {row} cannot be read"):
+                    image = self._features.deserialize_example_np(content, decoders=self._decoders or None)[key]
+                    if not is_grey(decode(image) if key in self._decoders else image):
+                        return False
+        return True
+
     def bucket(self, size: tuple[int, int], rows: np.ndarray) -> "Records":
         """The examples at the indices `rows` [n], resized to (height, width)."""
         bucket = copy.copy(self)
@@ -179,6 +191,13 @@ class Records:
             for count in pool.map(read, range(0, len(self), CHUNK)):
                 bar.update(count)
         return arrays
+
+
+def split_sizes(folder: Path) -> dict[str, int]:
+    """The number of examples of each split of a prepared data set; InputError if it cannot be read."""
+    with in_one_line(f"{folder}: not a prepared TFDS data set"):
+        info = tfds.builder_from_directory(folder).info
+    return {name: split.num_examples for name, split in info.splits.items()}
 
 
 def _check_arguments(image_size: int | None, channels: int | None, crop: str) -> None:

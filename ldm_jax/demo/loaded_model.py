@@ -15,7 +15,9 @@ from ldm_jax.errors import InputError
 from ldm_jax.pipeline.lora import with_lora
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.runtime.parallel import replicate
+from ldm_jax.runtime.terminal import collect_warnings
 from ldm_jax.sampling.guidance_models import GuidanceModels
+from ldm_jax.sampling.recipe import Recipe
 from ldm_jax.sampling.sample_images import Samples, sample_images
 from ldm_jax.sampling.sampler import Progress
 
@@ -38,25 +40,31 @@ class LoadedModel:
         self._own = replicate(params), fingerprint(model, params)
         self._with_lora = lru_cache(maxsize=LORAS)(lambda path, scale: self._add_lora(params, path, scale))
 
-    def sample(self, form: Form, report: Callable[[Preview], None]) -> Samples:
-        """The samples of a form's values; `report` is called with previews, and may stop the run by an exception.
+    def sample(self, form: Form, report: Callable[[Preview], None]) -> tuple[Samples, list[str]]:
+        """The samples of a form's values, and the warnings about them.
 
-        Raises InputError, in the words of the page, for a wrong value, or RunError.
+        `report` is called with previews, and may stop the run by an exception. Raises InputError, in the words of the
+        page, for a wrong value, or RunError.
         """
-        recipe = recipe_of(self.model, form, self.bounds)
-        with self._one_run:
-            try:
-                params, model_hash = self._parameters(form)
-                batch_size = _batch_size(recipe.num, self.model.defaults.batch_size)
-                watch = self._watch(tuple(recipe.size), recipe.num, batch_size, params, report)
-                options = {"batch_size": batch_size, "trajectory": False, "watch": watch, "model_hash": model_hash}
-                samples = sample_images(self.model, params, recipe, **options)
-            except InputError as error:
-                raise InputError(in_words(str(error), form)) from error
+        with collect_warnings() as warnings:
+            recipe = recipe_of(self.model, form, self.bounds)
+            with self._one_run:
+                samples = self._sample(recipe, form, report)
         lora = lora_of(form)
-        if lora is None:
-            return samples
-        return samples._replace(recipe=samples.recipe | {"lora": {"file": Path(lora[0]).name, "scale": lora[1]}})
+        if lora is not None:
+            added = {"lora": {"file": Path(lora[0]).name, "scale": lora[1]}}
+            samples = samples._replace(recipe=samples.recipe | added)
+        return samples, [in_words(line, form) for line in warnings]
+
+    def _sample(self, recipe: Recipe, form: Form, report: Callable[[Preview], None]) -> Samples:
+        try:
+            params, model_hash = self._parameters(form)
+            batch_size = _batch_size(recipe.num, self.model.defaults.batch_size)
+            watch = self._watch(tuple(recipe.size), recipe.num, batch_size, params, report)
+            options = {"batch_size": batch_size, "trajectory": False, "watch": watch, "model_hash": model_hash}
+            return sample_images(self.model, params, recipe, **options)
+        except InputError as error:
+            raise InputError(in_words(str(error), form)) from error
 
     def _parameters(self, form: Form) -> tuple[Params, str]:
         lora = lora_of(form)

@@ -16,7 +16,7 @@ from ldm_jax.demo import fields
 from ldm_jax.demo.background import Stopped, reports
 from ldm_jax.demo.form import Form, save_edit
 from ldm_jax.demo.loaded_model import LoadedModel, Preview
-from ldm_jax.demo.results import Result, Results, captions_of, enlarged, recipe_text
+from ldm_jax.demo.results import Result, Results, as_markdown, captions_of, enlarged, recipe_text
 from ldm_jax.errors import InputError, RunError
 
 SHOW_SAMPLES = "() => document.querySelector('#gallery').scrollIntoView({behavior: 'smooth', block: 'nearest'})"
@@ -153,9 +153,11 @@ def _run(
             if event == "report":
                 yield _previewed(value)
             else:
-                num, seconds = len(value.images), time.monotonic() - started
+                (samples, warnings), seconds = value, time.monotonic() - started
+                num = len(samples.images)
                 summary = f"{num} {'image' if num == 1 else 'images'} in {seconds:.1f} s"
-                result = results.save(folder, value, captions_of(loaded.model, value), summary)
+                summary = "\n\n".join([summary, *map(as_markdown, warnings)])
+                result = results.save(folder, samples, captions_of(loaded.model, samples), summary)
                 yield _shown(result, folder.name)
     except Stopped:
         yield Outputs(skip, "Stopped.", skip, skip, skip, skip)

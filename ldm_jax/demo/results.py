@@ -80,6 +80,12 @@ def captions_of(model: LatentDiffusion, samples: Samples) -> list[str]:
     return [names[k] if 0 <= k < len(names) else f"sample {i}" for i, k in enumerate(samples.labels)]
 
 
+def as_markdown(warning: str) -> str:
+    """A warning as Markdown that shows its characters as they are: prompts may be part of it."""
+    text = warning[:1].upper() + warning[1:]
+    return re.sub(r"([^\w\s.,:;'-])", r"\\\1", text)
+
+
 def recipe_text(fields: Mapping[str, Any], indent: str = "") -> str:
     """A recipe as JSON with a line for each field, lists in one line."""
     inner, lines = f"{indent}  ", []

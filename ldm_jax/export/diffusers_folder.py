@@ -48,9 +48,8 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     custom, source = isinstance(model.conditioning, ClassConditioning), model.origin.path
     ignored, documents = {}, []
     pipeline = PIPELINE_CLASS if custom else model.origin.pipeline
-    config = model.origin.config
-    per_channel = np.ptp(params["scale"]) or np.any(params["shift"])  # of a run trained from scratch
-    if isinstance(model.conditioning, TextConditioning) and config is not None and per_channel:
+    per_channel = np.ptp(params["scale"]) or np.any(params["shift"])  # of an autoencoder of ours
+    if isinstance(model.conditioning, TextConditioning) and per_channel:
         params = into_autoencoder(params)
     if source is not None and (source / folder.INDEX).is_file():
         for name in ("unet", PIPELINES[pipeline].autoencoder):

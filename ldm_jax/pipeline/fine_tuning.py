@@ -20,7 +20,7 @@ from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
 
 SAMPLED_BYTES = 1 << 16  # of each sample, for the fingerprint
 SAMPLES_OF_FILE = 256
-CONCAT_TYPES = {Inpainting: "inpainting", LowResolution: "low_resolution"}
+CONCAT_TYPES = {Inpainting: "inpainting", LowResolution: "low_resolution", Segmentation: "segments"}
 
 
 def prepare_base(config: ConfigDict, model: LatentDiffusion, of_weights: str) -> tuple[LatentDiffusion, ConfigDict]:
@@ -74,14 +74,13 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"config.data.image_size is {data.image_size}; {where} needs a multiple of {factor}")
     if texts and data.caption_key == "none":
         raise InputError(f"{where} is a text-to-image model; config.data.caption_key must name the captions' feature")
-    if model.learned_variance:
-        raise InputError(f"{where} predicts the variance, which is not fine-tuned; train it with more steps instead")
+    if model.learned_variance and not config.diffusion.vlb_weight:
+        raise InputError(f"config.diffusion.vlb_weight is 0; {where} predicts the variance, so it must be above 0")
     if model.guidance_dim is not None:
         raise InputError(f"{where} is a latent consistency model, distilled from another, which is what to fine-tune")
-    own_texts = texts and model.origin.config is not None and not config.textual_inversion.token
-    if isinstance(model.concat, Segmentation) or own_texts:
-        what = "is a text-to-image run" if own_texts else "is conditioned on segmentation maps"
-        raise InputError(f"{where} {what}, from which no other run starts; train it with more steps instead")
+    if isinstance(model.concat, Segmentation) != (data.segments_key != "none"):
+        takes = "is conditioned on segmentation maps" if isinstance(model.concat, Segmentation) else "takes none"
+        raise InputError(f"config.data.segments_key is {data.segments_key!r}; {where} {takes}")
     if config.sampling.prompts and not texts:
         raise InputError(f"config.sampling.prompts is {config.sampling.prompts}; {where} is not conditioned on texts")
     if not data.bucket_step:
@@ -108,9 +107,12 @@ def _resolved(config: ConfigDict, model: LatentDiffusion) -> ConfigDict:
     resolved.concat.type = CONCAT_TYPES.get(type(concat), "none")
     if isinstance(concat, LowResolution):
         resolved.concat.factor = concat.factor
+    if isinstance(concat, Segmentation):
+        resolved.concat.num_segments = concat.num_segments
     if of_run is not None:  # the noise schedule of a run, which its export states
         resolved.diffusion.update({name: of_run.diffusion[name] for name in SCHEDULE})
     resolved.diffusion.timesteps, resolved.diffusion.prediction = len(model.process), model.prediction
+    resolved.diffusion.variance = "learned" if model.learned_variance else "fixed"
     if not isinstance(model.conditioning, TextConditioning):
         resolved.data.caption_key = "none"
     if isinstance(model.conditioning, NoConditioning):

@@ -21,7 +21,13 @@ from ldm_jax.interop.scheduler_config import process_from_config
 from ldm_jax.interop.tokenizer import load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.models.clip import CLIPTextEncoder
-from ldm_jax.models.concat_conditioning import ConcatConditioning, Inpainting, LowResolution, NoiseAugmentation
+from ldm_jax.models.concat_conditioning import (
+    ConcatConditioning,
+    Inpainting,
+    LowResolution,
+    NoiseAugmentation,
+    Segmentation,
+)
 from ldm_jax.models.conditioning import (
     TIME_IDS,
     ClassConditioning,
@@ -50,28 +56,37 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
     """
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline, components = read_pipeline(path)
+    pixels = pipeline == PIPELINE_CLASS and components.autoencoder not in index
     for name in ("unet", *components.schedulers, components.autoencoder, *components.encoders):
-        if name not in index:
+        if name not in index and not (pixels and name == components.autoencoder):
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
     dtypes, stated, scaling = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}, {}, None
     if pipeline == PIPELINE_CLASS:
         stated = _stated_defaults(path, settings) | {"class_names": _class_names(path, settings)}
         parts = _class_conditional(path, len(stated["class_names"]), settings["class_tokens"], **dtypes)
-        scaling = latents_scaling(path, parts[0].in_channels)
+        channels = settings.get("map_channels", 0)
+        scaling = latents_scaling(path, parts[0].in_channels - (channels if isinstance(channels, int) else 0))
     else:
         parts = _unet_and_texts(path, pipeline, components, settings, **dtypes)
     denoiser, denoiser_params, conditioning, conditioning_params = parts
-    autoencoder, first_stage, *own_scaling = folder.load_autoencoder(path / components.autoencoder, **dtypes)
+    first_stage, module_params, own_scaling = FirstStage(None), {}, ()
+    if not pixels:
+        module, module_params, *own_scaling = folder.load_autoencoder(path / components.autoencoder, **dtypes)
+        first_stage = FirstStage(module, _sample_size(path / components.autoencoder))
     shift, scale = scaling or own_scaling
     if "low_res_scheduler" in components.schedulers:
         scale = np.full_like(scale, UPSCALER_SCALE)
+    latent_shape = (*_latent_size(path), len(scale))
+    if pipeline == PIPELINE_CLASS:
+        stated["concat"] = _stated_concat(
+            path, settings, [side * first_stage.downsampling for side in latent_shape[:2]]
+        )
     model = assemble(
-        path, pipeline, denoiser, FirstStage(autoencoder, _sample_size(path / components.autoencoder)), conditioning,
-        {name: folder.component_config(path, name) for name in components.schedulers},
-        latent_shape=(*_latent_size(path), len(scale)),
+        path, pipeline, denoiser, first_stage, conditioning,
+        {name: folder.component_config(path, name) for name in components.schedulers}, latent_shape=latent_shape,
         max_noise_level=settings.get("max_noise_level", MAX_NOISE_LEVEL), **stated,
     )  # fmt: skip
-    params = {"denoiser": denoiser_params, "conditioning": conditioning_params, "first_stage": first_stage}
+    params = {"denoiser": denoiser_params, "conditioning": conditioning_params, "first_stage": module_params}
     return model, params | {"shift": shift, "scale": scale}
 
 
@@ -87,6 +102,7 @@ def assemble(
     class_names: tuple[str, ...] = (),
     max_noise_level: Any = MAX_NOISE_LEVEL,
     eta: float = 0.0,
+    concat: ConcatConditioning | None = None,
     **defaults: Any,
 ) -> LatentDiffusion:
     """The model of the components of a pipeline class in diffusers; `path` is that of their files.
@@ -97,6 +113,7 @@ def assemble(
       class_names: of a model conditioned on classes.
       max_noise_level: of the upscaler.
       eta: of the model's own sampler.
+      concat: the concat conditioning of a LatentDiffusionPipeline; those of diffusers' pipelines follow from the rest.
       defaults: fields of SamplingDefaults that differ from those of the pipeline.
 
     Raises:
@@ -106,8 +123,10 @@ def assemble(
     sampler, solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline)
     if isinstance(own := solvers[sampler], Solver):
         solvers[sampler] = own._replace(options={**own.options, "eta": eta})
-    concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
+    if pipeline != PIPELINE_CLASS:
+        concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
     (h, w, channels), factor = latent_shape, first_stage.downsampling
+    colours = first_stage.module.in_channels if first_stage.module is not None else channels
     defaults = {"steps": PIPELINES[pipeline].steps, "guidance": PIPELINES[pipeline].guidance} | defaults
     model = LatentDiffusion(
         denoiser=denoiser,
@@ -116,7 +135,7 @@ def assemble(
         concat=concat,
         process=process,
         prediction=prediction,
-        image_shape=(h * factor, w * factor, first_stage.module.in_channels),
+        image_shape=(h * factor, w * factor, colours),
         defaults=SamplingDefaults(sampler=sampler, solvers=solvers, batch_size=jax.local_device_count(), **defaults),
         origin=Origin(path, class_names=class_names, hashed=(prediction,), pipeline=pipeline, schedulers=schedulers),
     )
@@ -145,13 +164,28 @@ def _unet_and_texts(
 def _class_names(path: Path, settings: dict[str, Any]) -> tuple[str, ...]:
     """The class names in a LatentDiffusionPipeline's index."""
     names, tokens = settings.get("id2label"), settings.get("class_tokens")
-    if settings.get("map_kind", "none") != "none":
-        raise InputError(f"{path} lacks recipe.json, without which concat conditioning cannot be read")
     names = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else [None]
     if not all(isinstance(name, str) for name in names) or not isinstance(tokens, int) or tokens < 1:
         where = path / folder.INDEX
         raise InputError(f"{where} is damaged: it must have id2label, from 0, and class_tokens, 1 or more")
     return tuple(names)
+
+
+def _stated_concat(path: Path, settings: dict[str, Any], size: list[int]) -> ConcatConditioning | None:
+    """The concat conditioning in a LatentDiffusionPipeline's index, for images of `size`; raises InputError."""
+    kind, channels, small = (settings.get(f"map_{name}") for name in ("kind", "channels", "size"))
+    if kind in (None, "none"):
+        return None
+    sides = small if isinstance(small, list) and len(small) == 2 else [0, 0]
+    valid = isinstance(channels, int) and channels > 0 and all(isinstance(side, int) and side > 0 for side in sides)
+    if valid and kind == "low_resolution" and not size[0] % sides[0]:
+        return LowResolution(size[0] // sides[0], channels)
+    if valid and kind == "inpainting":
+        return Inpainting(channels - 1)
+    if valid and kind == "segments":
+        return Segmentation(channels)
+    what = f"map_kind, map_channels and map_size are {kind!r}, {channels!r} and {small!r}"
+    raise InputError(f"{path / folder.INDEX} is damaged: {what}")
 
 
 def _class_conditional(
@@ -215,10 +249,12 @@ def _concat(
 def _check_widths(model: LatentDiffusion, channels: int) -> None:
     """Raises InputError unless the networks fit together and the latents' channels."""
     denoiser, upscales, where = model.denoiser, isinstance(model.concat, LowResolution), f"--model={model.origin.path}"
-    fit = (channels + model.concat.channels,) if upscales else (channels, 2 * channels + 1)
-    if denoiser.in_channels not in fit or denoiser.out_channels != channels:
+    custom, added = model.origin.pipeline == PIPELINE_CLASS, model.concat.channels if model.concat else 0
+    fit = (channels + added,) if upscales or custom else (channels, 2 * channels + 1)
+    outputs = (channels, 2 * channels) if custom else (channels,)  # with a learned variance
+    if denoiser.in_channels not in fit or denoiser.out_channels not in outputs:
         unet = f"a UNet of {denoiser.in_channels} to {denoiser.out_channels}"
-        right = f"it must be {' or '.join(map(str, fit))} to {channels}"
+        right = f"it must be {' or '.join(map(str, fit))} to {' or '.join(map(str, outputs))}"
         raise InputError(f"{where}: latents of {channels} channels do not go with {unet}; {right}")
     if not isinstance(model.conditioning, TextConditioning):
         return

@@ -6,6 +6,7 @@ detects later damage, which Orbax alone would not, nor fall back to an older che
 """
 
 import logging
+import shutil
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ from ldm_jax.config import io as config_io
 from ldm_jax.config.fields import SCHEDULE
 from ldm_jax.errors import InputError, RunError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and errors that it raises too
+
+NO_SPACE = "No space left on device"  # the system's words
+MARGIN = 1 << 18  # bytes: of a checkpoint's files beside its arrays
 
 # Name of a component in memory -> in checkpoints, where it is that of the first version.
 STORED_NAMES = {"denoiser": "unet", "conditioning": "conditioner", "first_stage": "autoencoder"}
@@ -87,19 +91,20 @@ class Checkpoints:
         step = int(flat["step"])
         if step in self._manager.all_steps():
             return
+        _check_room(self.folder, sum(array.nbytes for array in flat.values()))
         note = self._identity | {"crc32": {name: zlib.crc32(np.ascontiguousarray(a)) for name, a in flat.items()}}
         args = ocp.args.Composite(state=ocp.args.StandardSave(flat), note=ocp.args.JsonSave(note))
         try:
             self._manager.save(step, args=args)
         except Exception as error:
-            raise RunError(f"could not save step {step} to {self.folder}: {_first_line(error)}") from error
+            raise RunError(f"could not save step {step} to {self.folder}: {_reason(error)}") from error
 
     def wait(self) -> None:
         """Waits until all saves are on disk; raises RunError if one failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise RunError(f"could not save to {self.folder}: {_first_line(error)}") from error
+            raise RunError(f"could not save to {self.folder}: {_reason(error)}") from error
 
     def restore(self, like: Any) -> Any | None:
         """The newest undamaged checkpoint in the structure of `like`; None if the folder has no checkpoints.
@@ -186,9 +191,23 @@ def _read(folder: Path, step: int, identities: Sequence[dict[str, str]]) -> dict
     return flat
 
 
+def _check_room(folder: Path, size: int) -> None:
+    """Raises RunError if the disk has no room for a checkpoint of `size` bytes: Orbax would fail at length."""
+    needed, free = size + size // 10 + MARGIN, shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"could not save to {folder}: {NO_SPACE}: {free / 1e6:.1f} MB are free, a checkpoint takes "
+            f"{needed / 1e6:.1f} MB; with more room the same command goes on from the last one"
+        )
+
+
 def _name(path: tuple) -> str:
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return "/".join(STORED_NAMES.get(name, name) for name in names)
+
+
+def _reason(error: BaseException) -> str:
+    return NO_SPACE if NO_SPACE.lower() in str(error).lower() else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.runtime.files import atomic
+from ldm_jax.runtime.files import atomic, named_errors
 
 
 class Log:
@@ -36,7 +36,7 @@ class Log:
         if self._events is None:
             return
         line = {"stage": stage, "step": step, "time": round(time.monotonic() - self._start, 2)}
-        with self._path.open("a") as file:
+        with named_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(line | {name: float(value) for name, value in values.items()}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(f"{stage}/{name}", value, step)

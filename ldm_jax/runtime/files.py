@@ -21,13 +21,21 @@ def atomic(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")  # other hosts may write it too
     try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write, as on a full disk, names no file
-        raise
+        with named_errors(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Names the file `path` in an OSError of the block: a failed write, as on a full disk, names none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.models.concat_conditioning import Inpainting, LowResolution
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
+from ldm_jax.runtime.terminal import warn
 from ldm_jax.sampling import image_inputs
 from ldm_jax.sampling.recipe import (
     ConcatInput,
@@ -138,9 +139,11 @@ def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) 
         raise InputError("--vae_tiling is for latent diffusion; this model has no autoencoder")
     split = None if has_concat_image else recipe.concat.split
     interpolates = values.to_prompt is not None and not values["num"].present
+    size = _size(recipe, values, model, split)
+    _print_cropped(values, model, size)
     return recipe._replace(
         num=INTERPOLATED if interpolates else recipe.num,
-        size=_size(recipe, values, model, split),
+        size=size,
         edit=_edit(values),
         concat=ConcatInput(values.concat_image or None, split, _noise_level(values.noise_level, model)),
         vae_tiling=bool(values.vae_tiling),
@@ -237,6 +240,20 @@ def _size_of_image(recipe: Recipe, values: FlagValues, model: LatentDiffusion) -
         choose = "--width and --height choose another size"
         print(f"--{flag} is {image.width}x{image.height}: the samples are {width}x{height}; {choose}")
     return [height, width]
+
+
+def _print_cropped(values: FlagValues, model: LatentDiffusion, size: list[int]) -> None:
+    """Prints a line for each image whose proportions are not those of the samples: it is cropped, or squeezed."""
+    for flag in ("init_image", "to_image"):
+        if not values[flag].value:
+            continue
+        image = image_inputs.open_image(Path(values[flag].value), f"--{flag}")
+        kept = image_inputs.cropped_size((image.height, image.width), tuple(size))
+        if kept is not None:
+            center = f"only its central {kept[1]}x{kept[0]} is used"
+            what = center if model.defaults.crop == "center" else "it is squeezed"
+            why = "the samples" if flag == "init_image" else "--init_image and the samples"
+            warn(f"note: --{flag} is {image.width}x{image.height}: {what}, as {why} are {size[1]}x{size[0]}")
 
 
 def _noise_level(level: int | None, model: LatentDiffusion) -> int | None:

@@ -9,6 +9,7 @@ from ldm_jax.data.images import decode, eight_bits, fit, on_background, with_alp
 from ldm_jax.errors import InputError
 
 SAME = 8  # levels of 255 by which two files of one image differ at most
+ROUNDED = 0.05  # of an image may be cropped without a line about it, as sides are multiples of a latent's pixels
 SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis; before the image?
 
 
@@ -70,6 +71,13 @@ def size_like(image: tuple[int, int], model: tuple[int, int], multiple: int) -> 
         return at_model
     own = tuple(side // multiple * multiple for side in image)
     return own if 1 / 4 <= ratio <= 4 and min(own) else at_model
+
+
+def cropped_size(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int] | None:
+    """(height, width) of the central part of an image that is resized to `size`; None for all but ROUNDED of it."""
+    ratio = min(image[0] / size[0], image[1] / size[1])
+    kept = tuple(round(ratio * side) for side in size)
+    return None if kept[0] * kept[1] >= (1 - ROUNDED) * image[0] * image[1] else kept
 
 
 def outpaint_window(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:

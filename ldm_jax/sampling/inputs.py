@@ -1,7 +1,6 @@
 """The inputs of a sampler from a recipe: arrays of conditions, images, masks and initial noise."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ldm_jax.diffusion.random import initial_latents, low_resolution_noise, samp
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.clip import TrainedCLIP, embed_texts
 from ldm_jax.pipeline.model import LatentDiffusion
+from ldm_jax.runtime.terminal import warn
 from ldm_jax.sampling import concat_inputs, image_inputs
 from ldm_jax.sampling.concat_inputs import ConcatImages
 from ldm_jax.sampling.recipe import Recipe
@@ -84,10 +84,10 @@ def _condition_table(model: LatentDiffusion, recipe: Recipe) -> Any:
         note = (
             f"{weighted[0]} is part of the text, as in diffusers: prompts have no weights here, and --lora adds a LoRA"
         )
-        print(f"note: {note}", file=sys.stderr)
+        warn(f"note: {note}")
     if truncated:
         warning = f"{truncated} of the prompts are longer than the text encoder's context; their ends are left out"
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"warning: {warning}")
     return table
 
 

@@ -4,7 +4,6 @@ Recipes of versions before 0.2 are flat, with sentinels for None.
 """
 
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from ldm_jax.errors import InputError
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
+from ldm_jax.runtime.terminal import warn
 from ldm_jax.sampling.image_grids import read_recipe
 
 
@@ -131,7 +131,7 @@ def with_guidance(model: LatentDiffusion, recipe: Recipe) -> Recipe:
     if not texts or guidance.scale >= 1 or guidance.classifier or guidance.clip:
         return recipe
     what = 'as in diffusers, no guidance; --prompt="" samples without a condition'
-    print(f"warning: a guidance scale of {guidance.scale:g} means, {what}", file=sys.stderr)
+    warn(f"warning: a guidance scale of {guidance.scale:g} means, {what}")
     return recipe._replace(guidance=guidance._replace(scale=1.0))
 
 

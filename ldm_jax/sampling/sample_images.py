@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.runtime.files import atomic, content_hash
 from ldm_jax.runtime.parallel import replicate
+from ldm_jax.runtime.terminal import warn
 from ldm_jax.sampling import concat_inputs, image_grids, image_inputs
 from ldm_jax.sampling.concat_inputs import ConcatImages
 from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models
@@ -115,7 +115,7 @@ def _sampled(stage: Stage, watch: Callable[[Progress], None] | None = None) -> n
     bad = np.flatnonzero(~finite | ~images.any(axis=(1, 2, 3)))  # an autoencoder may overflow too, to black
     if len(bad):
         problem = f"{len(bad)} of {num} samples are black or not finite, the first is sample {bad[0]}"
-        print(f"warning: {problem}; {advice}", file=sys.stderr)
+        warn(f"warning: {problem}; {advice}")
     return images
 
 

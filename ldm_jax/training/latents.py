@@ -21,7 +21,7 @@ from ldm_jax.data.feeds import in_order
 from ldm_jax.models.first_stage import LOGVAR_MAX, LOGVAR_MIN, FirstStage
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.model import Params
-from ldm_jax.runtime.files import atomic, content_hash
+from ldm_jax.runtime.files import atomic, content_hash, named_errors
 from ldm_jax.runtime.parallel import parallel_map, replicate
 
 
@@ -87,8 +87,9 @@ def _encode(
             for name, path in temporary.items():
                 if name not in arrays:
                     shape = (len(dataset), *batch[name].shape[1:])
-                    arrays[name] = open_memmap(path, mode="w+", dtype=batch[name].dtype, shape=shape)
-                    _allocate(path)
+                    with named_errors(paths[name]):
+                        arrays[name] = open_memmap(path, mode="w+", dtype=batch[name].dtype, shape=shape)
+                        _allocate(path)
                 arrays[name][rows] = batch[name][batch["valid"]]
         for array in arrays.values():
             array.flush()

@@ -19,7 +19,7 @@ from ldm_jax.demo.background import Stopped, reports
 from ldm_jax.demo.form import ALL_CLASSES, Bounds, Form, bounds_of, controls_of, lora_of, recipe_of, save_edit
 from ldm_jax.demo.loaded_model import LoadedModel, _batch_size
 from ldm_jax.demo.previews import fit_linear, linear_decode
-from ldm_jax.demo.results import KEPT, Results, captions_of, recipe_text
+from ldm_jax.demo.results import KEPT, Results, as_markdown, captions_of, recipe_text
 from ldm_jax.errors import InputError
 from ldm_jax.interop.lora import init_lora, save_lora
 from ldm_jax.pipeline.load import load
@@ -149,11 +149,11 @@ def test_the_painted_part_of_an_image_is_the_mask(classes, tmp_path):
 def test_the_samples_are_those_of_the_recipe_and_are_previewed(classes, loaded):
     model, params = classes
     seen = []
-    samples = loaded.sample(FORM._replace(num=6), seen.append)
+    samples, warnings = loaded.sample(FORM._replace(num=6), seen.append)
     recipe = from_json(samples.recipe, "")
     expected = sample_images(model, params, recipe, batch_size=6)
     np.testing.assert_allclose(samples.images.astype(int), expected.images.astype(int), atol=1)
-    assert samples.recipe == expected.recipe
+    assert samples.recipe == expected.recipe and warnings == []
     assert [preview.fraction for preview in seen] == sorted(preview.fraction for preview in seen)
     assert seen[-1].fraction == 1 and seen[-1].images.shape == samples.images.shape
     assert captions_of(model, samples)[:5] == ["horizontal", "vertical", "bright", "dark", "horizontal"]
@@ -164,7 +164,7 @@ def test_an_edit_keeps_what_is_not_painted(classes, loaded, tmp_path):
     layer = np.zeros((8, 8, 4), np.uint8)
     layer[:, 4:] = 255
     files = save_edit(tmp_path, Image.fromarray(image), [Image.fromarray(layer)])
-    images = loaded.sample(FORM._replace(**files, strength=1.0), lambda _: None).images
+    images = loaded.sample(FORM._replace(**files, strength=1.0), lambda _: None)[0].images
     assert (images[:, :, :4, 0] == image[:, :4]).all() and (images[:, :, 4:, 0] != image[:, 4:]).any()
 
 
@@ -183,6 +183,26 @@ def test_few_batch_sizes_are_compiled_and_hardly_padded(num, most, expected):
     assert _batch_size(num, most) == expected
 
 
+def test_warnings_come_with_the_samples(texts):
+    """In the words of the page, and of its own run alone."""
+    loaded = LoadedModel(*texts, Bounds(32, 4))
+    form = FORM._replace(prompt="low (red:1.2)", num=1, guidance=0.5)
+    _, (guidance, weights, truncated) = loaded.sample(form, lambda _: None)
+    assert guidance.startswith("warning: a guidance scale of 0.5 means, as in diffusers, no guidance")
+    assert "--" not in guidance
+    assert weights.startswith("note: (red:1.2) is part of the text")
+    assert truncated.startswith("warning: 1 of the prompts are longer than the text encoder's context")
+    assert loaded.sample(form._replace(prompt="low", guidance=2.0), lambda _: None)[1] == []
+
+
+@pytest.mark.parametrize(("warning", "shown"), [
+    ("warning: a scale of 0.5 means, none", "Warning: a scale of 0.5 means, none"),
+    ("note: (red:1.2) <b> *x* `y`", "Note: \\(red:1.2\\) \\<b\\> \\*x\\* \\`y\\`"),
+])  # fmt: skip
+def test_warnings_as_markdown(warning, shown):
+    assert as_markdown(warning) == shown
+
+
 def test_a_lora_is_added_once_and_named_in_the_recipe(texts, tmp_path):
     model, params = texts
     lora = init_lora(jax.random.key(0), params["denoiser"], 2)
@@ -190,9 +210,9 @@ def test_a_lora_is_added_once_and_named_in_the_recipe(texts, tmp_path):
     save_lora(tmp_path / "style.safetensors", lora, 1.0)
     loaded = LoadedModel(model, params, Bounds(32, 4))
     form = FORM._replace(prompt="low", sampler="ddim", num=1)
-    plain = loaded.sample(form, lambda _: None)
+    plain, _ = loaded.sample(form, lambda _: None)
     form = form._replace(lora=str(tmp_path / "style.safetensors"), lora_scale=0.5)
-    added = [loaded.sample(form, lambda _: None) for _ in range(2)]
+    added = [loaded.sample(form, lambda _: None)[0] for _ in range(2)]
     assert loaded._with_lora.cache_info().hits == 1
     assert (added[0].images != plain.images).any() and (added[0].images == added[1].images).all()
     assert added[0].recipe["lora"] == {"file": "style.safetensors", "scale": 0.5}
@@ -211,7 +231,7 @@ def test_a_run_that_is_stopped_leaves_the_model_free(loaded):
     stop.set()
     with pytest.raises(Stopped):
         list(run)
-    assert len(loaded.sample(FORM, lambda _: None).images) == 4
+    assert len(loaded.sample(FORM, lambda _: None)[0].images) == 4
 
 
 def test_reports_end_with_the_result_or_the_error():
@@ -226,7 +246,7 @@ def test_reports_end_with_the_result_or_the_error():
 
 def test_results_are_found_again_by_their_names_alone(loaded, classes, tmp_path, monkeypatch):
     monkeypatch.setattr("ldm_jax.demo.results.KEPT", 2)
-    results, samples = Results(tmp_path), loaded.sample(FORM, lambda _: None)
+    results, samples = Results(tmp_path), loaded.sample(FORM, lambda _: None)[0]
     folders = [results.new()]
     result = results.save(folders[0], samples, captions_of(classes[0], samples), "4 images")
     assert results.read(folders[0].name) == result and [caption for _, caption in result.images][1] == "vertical"

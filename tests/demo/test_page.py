@@ -199,6 +199,18 @@ def test_a_prompt_is_needed_and_sampled(texts, visit, tmp_path):
     assert page.input_value("#prompt textarea") == "low lower"
 
 
+def test_warnings_are_shown_with_the_samples(texts, visit):
+    page = visit(texts)
+    page.fill("#prompt textarea", "low (lower:1.2)")
+    number(page, "steps", 3)
+    sample(page, 1)
+    status = page.inner_text("#status")
+    assert "Note: (lower:1.2) is part of the text, as in diffusers" in status
+    page.reload()
+    ready(page)
+    assert "(lower:1.2)" in page.inner_text("#status")
+
+
 def test_a_lora_that_does_not_fit_is_refused_in_words(texts, visit, tmp_path):
     (tmp_path / "style.safetensors").write_bytes(b"nothing")
     page = visit(texts)

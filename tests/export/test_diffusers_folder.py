@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import diffusers_folder
+import jax
 import jobs
 import numpy as np
 import pytest
@@ -166,10 +167,31 @@ def test_other_runs_there_and_back(kind, tmp_path):
     card, concat = (tmp_path / "folder" / "README.md").read_text(), CONCAT.get(kind)
     assert tuple(index.get(name) for name in ("map_kind", "map_channels", "map_size")) == (concat or (None,) * 3)
     assert all(words in card for words in CARD.get(kind, ())) and ("image=Image" in card) == bool(concat)
-    if concat and "pixels" not in kind:
-        (tmp_path / "folder" / "recipe.json").unlink()
-        with pytest.raises(InputError, match=r"lacks recipe\.json, without which concat conditioning cannot be read"):
-            load(tmp_path / "folder")
+    (tmp_path / "folder" / "recipe.json").unlink()  # as of a fine-tuned model
+    (model, params), (read, read_params) = load(made), load(tmp_path / "folder")
+    assert (read.concat, read.image_shape, read.learned_variance) == (
+        model.concat, model.image_shape, model.learned_variance)  # fmt: skip
+    for name in params:
+        jax.tree.map(np.testing.assert_array_equal, read_params[name], params[name])
+
+
+CONCAT_DAMAGE = [
+    {"map_kind": "depth"},
+    {"map_channels": "1"},
+    {"map_channels": 0},
+    {"map_size": [3, 3]},
+    {"map_size": 4},
+]
+
+
+@pytest.mark.parametrize("damage", CONCAT_DAMAGE, ids=str)
+def test_concat_conditioning_that_no_model_has(damage, tmp_path):
+    folder = run(random_runs.random_run(tmp_path / "run", *RUNS["low resolution"]), tmp_path / "folder")
+    (folder / "recipe.json").unlink()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | damage))
+    with pytest.raises(InputError, match=r"model_index\.json is damaged: (map_kind|latents_shift)"):
+        load(folder)
 
 
 def test_a_run_in_bfloat16(trained_run, exported, tmp_path):

@@ -224,3 +224,26 @@ def test_an_image_of_another_proportion_keeps_it(sampled, files, tmp_path, capsy
     assert "--init_image is 13x9: the samples are 12x8; --width and --height choose another" in capsys.readouterr().out
     assert read_recipe(tmp_path / "wide" / "samples.png")["size"] == [8, 12]
     assert sampled("square", f"--init_image={files}/wide.png", "--height=8", "--width=8").shape == (8, 8, 8, 1)
+
+
+@pytest.mark.parametrize(("image", "size", "expected"), [
+    ((20, 40), (16, 16), (20, 20)),
+    ((40, 20), (16, 16), (20, 20)),
+    ((100, 50), (64, 64), (50, 50)),
+    ((50, 100), (32, 64), None),
+    ((101, 203), (96, 200), None),  # rounded
+    ((30, 30), (32, 16), (30, 15)),
+])  # fmt: skip
+def test_the_part_of_an_image_that_is_used(image, size, expected):
+    assert image_inputs.cropped_size(image, size) == expected
+
+
+@pytest.mark.slow
+def test_an_image_of_other_proportions_than_the_samples_is_said(sampled, files, capsys):
+    Image.new("L", (16, 8), 99).save(files / "wide.png")
+    flags = [f"--init_image={files}/a.png", f"--to_image={files}/wide.png", "--label=dark"]
+    sampled("cropped", *flags)
+    line = "note: --to_image is 16x8: only its central 8x8 is used, as --init_image and the samples are 8x8\n"
+    assert line in capsys.readouterr().err
+    sampled("whole", f"--init_image={files}/a.png", f"--to_image={files}/b.png", "--label=dark")
+    assert "central" not in capsys.readouterr().err

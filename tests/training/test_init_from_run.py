@@ -33,6 +33,12 @@ BASES = {  # changes of tests/tiny.py -> those of the run that starts from it
     "a VQ autoencoder": ({"autoencoder.type": "vq"}, ()),
     "super-resolution": ({"concat.type": "low_resolution", "concat.factor": 2}, ()),
     "inpainting": ({"concat.type": "inpainting"}, ()),
+    "segmentation maps": (
+        {"concat.type": "segments", "data.segments_key": "areas", "concat.num_segments": 3},
+        ("data.segments_key=areas",),
+    ),
+    "a learned variance": ({"diffusion.variance": "learned"}, ()),
+    "pixels, a learned variance": ({"diffusion.variance": "learned", "autoencoder.type": "none"}, ()),
     "another schedule": ({"diffusion.schedule": "cosine", "diffusion.prediction": "v"}, ()),
     "LoRA": ({"unet.block_out_channels": (8,), "unet.attention": (True,)}, ("lora.rank=2",)),
 }
@@ -54,17 +60,45 @@ def test_a_run_starts_from_another(case, tiny_data, tmp_path):
     out = tmp_path / "out"
     assert command_line.run(sample.main, ["sample", f"--model={run}", f"--out={out}", "--num=4"]) == 0
     np.testing.assert_array_equal(jobs.samples(out)["images"], jobs.samples(run)["images"])
-    if case not in ("pixels", "super-resolution", "inpainting"):  # which only diffusers can read from such a folder
-        assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={tmp_path / 'folder'}"]) == 0
-        exported, _ = load(tmp_path / "folder")
-        assert exported.class_names == tiny.CLASS_NAMES and exported.process == old.process
+    assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={tmp_path / 'folder'}"]) == 0
+    (exported, read), trained = load(tmp_path / "folder"), load(run)[1]
+    assert exported.class_names == tiny.CLASS_NAMES and exported.process == old.process
+    assert (exported.concat, exported.image_shape, exported.learned_variance) == (
+        old.concat, old.image_shape, old.learned_variance)  # fmt: skip
+    for name in trained:
+        jax.tree.map(np.testing.assert_array_equal, read[name], trained[name])
+    more = [*more, "diffusion.steps=5"]
+    assert command_line.run(train.main, flags(base, tiny_data, run, *more)) == 0
+    assert load(run)[0].origin.step == 5
+
+
+def test_a_text_to_image_run_starts_from_another(text_run, tiny_data, tmp_path):
+    """With the same tokenizer and text encoder; its export is a StableDiffusionPipeline, with the scale per channel."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    changes = ["data.caption_key=auto", "data.label_key=none"]
+    assert command_line.run(train.main, flags(text_run, tiny_data, run, *changes)) == 0
+    (old, before), (new, after) = load(text_run), load(run)
+    assert new.conditioning == old.conditioning and new.origin.step == 4 and new.origin.pipeline == old.origin.pipeline
+    assert all(map(np.array_equal, leaves(before["conditioning"]), leaves(after["conditioning"])))
+    assert not all(map(np.array_equal, leaves(before["denoiser"]), leaves(after["denoiser"])))
+    command = ["sample", "--num=2", "--prompt=a bright picture", "--steps=2"]
+    assert command_line.run(sample.main, [*command, f"--model={run}", f"--out={out}"]) == 0
+    assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={tmp_path / 'folder'}"]) == 0
+    again = tmp_path / "again"
+    assert command_line.run(sample.main, [*command, f"--model={tmp_path / 'folder'}", f"--out={again}"]) == 0
+    one, other = (jobs.samples(folder)["images"].astype(int) for folder in (out, again))
+    assert np.abs(one - other).max() <= 1
+    assert command_line.run(train.main, flags(text_run, tiny_data, run, *changes, "diffusion.steps=5")) == 0
+    assert load(run)[0].origin.step == 5
 
 
 REFUSED = {
-    "a learned variance": ({"diffusion.variance": "learned"}, (), "predicts the variance, which is not fine-tuned"),
-    "segmentation maps": (
+    "a learned variance without its loss": (
+        {"diffusion.variance": "learned"}, ("diffusion.vlb_weight=0",), "config.diffusion.vlb_weight is 0"),
+    "segmentation maps without a feature": (
         {"concat.type": "segments", "data.segments_key": "areas", "concat.num_segments": 3}, (),
-        "is conditioned on segmentation maps"),
+        "config.data.segments_key is 'none'; config.init_from="),
+    "a feature without a model for it": ({}, ("data.segments_key=areas",), "takes none"),
     "other channels": ({}, ("data.channels=3",), "config.data.channels is 3"),
 }  # fmt: skip
 

@@ -1,0 +1,72 @@
+"""The duration that is told before a training starts."""
+
+import re
+
+import jax
+import jobs
+import pytest
+
+from ldm_jax import command_line, train
+from ldm_jax.data.from_config import load_split
+from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.runtime.parallel import parallel_step
+from ldm_jax.training import estimate
+from ldm_jax.training.run import Run
+
+KINDS = {  # changes -> stages whose steps are measured
+    "latents": ((), ("autoencoder", "diffusion")),
+    "flipped, adversarial": (("--config.data.flip=True", "--config.autoencoder.loss.adversarial=0.5",
+                              "--config.autoencoder.loss.adversarial_start=4"), ("autoencoder", "diffusion")),
+    "VQ": (("--config.autoencoder.type=vq",), ("autoencoder", "diffusion")),
+    "pixels": (("--config.autoencoder.type=none",), ("diffusion",)),
+    "inpainting": (("--config.concat.type=inpainting",), ("autoencoder", "diffusion")),
+    "texts": (jobs.TEXTS, ("autoencoder", "clip", "diffusion")),
+    "texts, trained": ((*jobs.TEXTS, "--config.diffusion.train_text_encoder=True"), ("autoencoder", "clip")),
+}  # fmt: skip
+
+
+def compilations(workdir):
+    """Of all stages: the number of compilations."""
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == "timing"]
+    return {name: value for line in lines for name, value in line.items() if name.endswith("_compilations")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stages_are_measured(kind, tiny_data, tmp_path, capsys, monkeypatch):
+    changes, measured = KINDS[kind]
+    monkeypatch.setattr(estimate, "FEW", 1)
+    values = train.define_flags()
+    command_line.parse(values, ["train", *jobs.flags(tiny_data, tmp_path / "run", *changes)], config=True)
+    config = values.config
+    splits = (load_split(config, split) for split in ("train", "test"))
+    run = Run(config, tmp_path / "run", *splits, log=None, watch=None, base=None)
+    estimate.print_estimate(run)
+    line = capsys.readouterr().out
+    assert line.startswith("Training takes about ")
+    assert re.findall(r"(\w+) \d+ s[,)]", line) == list(measured)
+    for stage in measured:
+        (tmp_path / "run" / stage / "8").mkdir(parents=True)
+    estimate.print_estimate(run)  # of a trained run
+    assert "(" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_is_measured_is_not_compiled_again(tiny_data, tmp_path, monkeypatch):
+    counts = {}
+    for few in (1, 1000):
+        jax.clear_caches()
+        parallel_step.cache_clear()
+        monkeypatch.setattr(estimate, "FEW", few)
+        assert jobs.train_here(tiny_data, tmp_path / str(few)) == 0
+        counts[few] = compilations(tmp_path / str(few))
+    for name in ("autoencoder_compilations", "diffusion_compilations"):
+        assert counts[1][name] < counts[1000][name]
+    jobs.assert_same_training(tmp_path / "1", tmp_path / "1000")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.4, "3 s"), (130, "2 min"), (3599, "1 h 0 min"), (7_000, "1 h 57 min")]
+)
+def test_durations(seconds, text):
+    assert estimate._duration(seconds) == text
