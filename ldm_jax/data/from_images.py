@@ -77,6 +77,7 @@ def resolve(config: ConfigDict, workdir: Path) -> ConfigDict:
         return config
     if unknown := [name for name in names if name not in (*RULES, *SPLITS)]:
         raise InputError(f"config.{unknown[0]} is None; it must have a value")
+    names = [name for name in (*SPLITS, *RULES) if name in names]
     if recorded.exists():
         saved = config_io.flatten(config_io.from_json(recorded))
         values, why = {name: saved.get(name) for name in names}, f"As in {recorded}"
