@@ -56,7 +56,8 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
     """
     index, settings = folder.read_index(path), folder.read_settings(path)
     pipeline, components = read_pipeline(path)
-    pixels = pipeline == PIPELINE_CLASS and components.autoencoder not in index
+    without = components.autoencoder not in index and not (path / components.autoencoder).exists()
+    pixels = pipeline == PIPELINE_CLASS and without
     for name in ("unet", *components.schedulers, components.autoencoder, *components.encoders):
         if name not in index and not (pixels and name == components.autoencoder):
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
