@@ -15,7 +15,7 @@ from experiments.baselines.squeeze import squeeze, unsqueeze
 from experiments.baselines.stage import STREAM
 from ldm_jax.diffusion.random import example_keys
 from ldm_jax.models.pixels import to_pixels, to_uint8
-from ldm_jax.training.state import TrainState, ema_update, keep_if
+from ldm_jax.training.state import TrainState, ema_update, update_if
 
 LOSSES = ("hinge", "non_saturating")
 NETWORKS = ("generator", "discriminator")
@@ -126,16 +126,20 @@ class GANStage:
         losses, grads, singular = self._gradients(state.params, batch, seed)  # singular: equal on all devices
         if axis_name is not None:
             losses, grads = jax.lax.pmean((losses, grads), axis_name)
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(losses["generator"] + losses["discriminator"] + norm) & (batch["step"] == state.step)
+        new = update_if(good, self._update, state, grads, singular)
+        return new, {"loss": losses["generator"], "discriminator": losses["discriminator"], "grad_norm": norm}
+
+    def _update(self, state: TrainState, grads: Any, singular: Any) -> TrainState:
+        """The state after one update of each network."""
         params, opt_state = {SINGULAR: singular}, {}
         for name in NETWORKS:
             old = state.params[name]
             updates, opt_state[name] = optax.adam(*self.adam).update(grads[name], state.opt_state[name], old)
             params[name] = optax.apply_updates(old, updates)
         ema = ema_update(state.ema_params, {"generator": params["generator"]}, state.step, self.ema_decay)
-        norm = optax.tree.norm(grads)
-        good = jnp.isfinite(losses["generator"] + losses["discriminator"] + norm) & (batch["step"] == state.step)
-        new = keep_if(good, TrainState(state.step + 1, params, ema, opt_state), state)
-        return new, {"loss": losses["generator"], "discriminator": losses["discriminator"], "grad_norm": norm}
+        return TrainState(state.step + 1, params, ema, opt_state)
 
     def trace(self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array) -> dict[str, Any]:
         """The tensors of the step by name, to report the first that is not finite."""

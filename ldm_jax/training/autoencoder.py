@@ -18,7 +18,7 @@ from ldm_jax.models.first_stage import kl_divergence, sample_posterior
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.models.quantizer import perplexity
-from ldm_jax.training.state import AdamW, Metrics, TrainState, ema_update, keep_if, make_optimizer
+from ldm_jax.training.state import AdamW, Metrics, TrainState, ema_update, make_optimizer, update_if
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")
 MAX_ADVERSARIAL_WEIGHT = 1e4
@@ -94,7 +94,7 @@ class AutoencoderStage:
         params, discriminator = state.params["autoencoder"], state.params.get("discriminator")
         x, x_hat, features, loss, metrics, at_x_hat, pull_back = self._forward(params, frozen, batch, seed)
         metrics |= {"loss": loss}
-        grads, new_params, opt_state = {}, dict(state.params), dict(state.opt_state)
+        grads = {}
         if discriminator is not None and adversarial:
             generator, grads["discriminator"], terms = self._adversarial_gradients(discriminator, x, x_hat)
             pull_last = self._pull_back_to_last_layer(params, features)
@@ -109,14 +109,19 @@ class AutoencoderStage:
         if "usage" in metrics:  # [K] of the codebook
             usage = metrics.pop("usage")
             metrics |= {"codes_used": (usage > 0).mean(), "perplexity": perplexity(usage)}
+        finite = [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm", "discriminator") if name in metrics]
+        good = jnp.stack(finite).all() & (batch["step"] == state.step)
+        return update_if(good, self._update, state, grads), metrics
+
+    def _update(self, state: TrainState, grads: dict) -> TrainState:
+        """The state after one update; without a gradient of the discriminator that stays as it is."""
+        params, opt_state = dict(state.params), dict(state.opt_state)
         for name, gradient in grads.items():
             optimizer = make_optimizer(self.adamw if name == "autoencoder" else self.discriminator_adamw)
             updates, opt_state[name] = optimizer.update(gradient, state.opt_state[name], state.params[name])
-            new_params[name] = optax.apply_updates(state.params[name], updates)
-        ema = ema_update(state.ema_params["autoencoder"], new_params["autoencoder"], state.step, self.ema_decay)
-        finite = [jnp.isfinite(metrics[name]) for name in ("loss", "grad_norm", "discriminator") if name in metrics]
-        good = jnp.stack(finite).all() & (batch["step"] == state.step)
-        return keep_if(good, TrainState(state.step + 1, new_params, {"autoencoder": ema}, opt_state), state), metrics
+            params[name] = optax.apply_updates(state.params[name], updates)
+        ema = ema_update(state.ema_params["autoencoder"], params["autoencoder"], state.step, self.ema_decay)
+        return TrainState(state.step + 1, params, {"autoencoder": ema}, opt_state)
 
     def trace(self, state: TrainState, frozen: dict, batch: dict, seed: Array) -> dict[str, Any]:
         """The tensors of the step by name, in the order of their computation; see `loop.first_nonfinite`."""

@@ -1,6 +1,6 @@
 """The training loop of a stage: one compiled call per step, dispatched ahead of the device.
 
-Metrics are fetched one interval late. A step that is not finite leaves the state unchanged (see `state.keep_if`), so
+Metrics are fetched one interval late. A step that is not finite leaves the state unchanged (see `state.update_if`), so
 that noticing it late loses nothing.
 """
 

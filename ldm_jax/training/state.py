@@ -1,5 +1,6 @@
 """The state of a training stage, its optimizer, EMA, and the update that rejects gradients that are not finite."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -69,25 +70,33 @@ def ema_update(ema_params: Any, params: Any, step: Array, decay: float) -> Any:
     return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema_params, params)
 
 
-def keep_if(good: Array, new: Any, old: Any) -> Any:
-    """The tree `new` if the scalar `good` is true, else `old`.
+def update_if(good: Array, update: Callable[..., TrainState], state: TrainState, *arguments: Any) -> TrainState:
+    """The `TrainState` update(state, *arguments) if the scalar `good` is true, else `state`.
 
     A step whose loss or gradient is not finite leaves the state and its `step` unchanged. Later batches are of later
     steps, which are rejected too, so that the state stays at the failed step until the host reads the metrics.
+
+    On CPUs a branch, which updates the arrays in place; elsewhere a selection, for which the host need not wait.
     """
-    return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(good, update, lambda state, *_: state, state, *arguments)
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), update(state, *arguments), state)
 
 
 def update_if_finite(
     state: TrainState, index: Array, loss: Array, grads: Any, optimizer: GradientTransformation, ema_decay: float
 ) -> tuple[TrainState, Array]:
-    """The `TrainState` after step `index`, and the gradient norm; a failed step is rejected (see `keep_if`)."""
+    """The `TrainState` after step `index`, and the gradient norm; a failed step is rejected (see `update_if`)."""
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (index == state.step)
-    return keep_if(good, TrainState(state.step + 1, params, ema_params, opt_state), state), grad_norm
+
+    def update(state: TrainState, grads: Any) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
+        return TrainState(state.step + 1, params, ema_params, opt_state)
+
+    return update_if(good, update, state, grads), grad_norm
 
 
 @dataclass(frozen=True, kw_only=True)
