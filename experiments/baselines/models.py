@@ -10,7 +10,7 @@ from flax import linen as nn
 from experiments.baselines import flow, gan, pixelcnn, vae
 from experiments.baselines.gan import GANStage
 from experiments.baselines.stage import LikelihoodStage
-from ldm_jax.training.state import AdamW
+from ldm_jax.training.optimizer import Optimization
 
 SHAPE, CLASSES = (28, 28, 1), 10
 GAN, SPECTRAL = "GAN", "GAN, hinge, spectral norm"
@@ -86,10 +86,10 @@ def likelihood_model(
     """A baseline trained by maximum likelihood: see `LikelihoodStage`."""
 
     def stage(steps: int) -> LikelihoodStage:
-        adamw = AdamW(
+        optimization = Optimization(
             steps=steps, learning_rate=learning_rate, warmup_steps=min(100, steps // 4), decay="cosine", adam_b2=0.99,
             weight_decay=0.0, clip_norm=1.0,
         )  # fmt: skip
-        return LikelihoodStage(model, bits_per_dim, SHAPE, adamw, ema_decay=0.99)
+        return LikelihoodStage(model, bits_per_dim, SHAPE, optimization, ema_decay=0.99)
 
     return Model(stage, "", sample, partial(bits_per_dim, model))

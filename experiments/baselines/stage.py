@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ldm_jax.diffusion.random import example_keys
-from ldm_jax.training.state import AdamW, TrainState, init_state, make_optimizer, update_if_finite
+from ldm_jax.training.optimizer import Optimization, make_optimizer
+from ldm_jax.training.state import TrainState, init_state, update_if_finite
 
 STREAM = 11  # random stream of `example_keys`; those of ldm_jax are lower
 
@@ -24,19 +25,19 @@ class LikelihoodStage:
       model: called with x [B, H, W, C] in [-1, 1] and labels [B].
       bits_per_dim: (model, params, images uint8 [B, H, W, C], labels [B], keys [B]) -> [B].
       image_shape: (H, W, C).
-      adamw, ema_decay: see `state.make_optimizer` and `state.update_if_finite`.
+      optimization, ema_decay: see `optimizer.make_optimizer` and `state.update_if_finite`.
     """
 
     model: nn.Module
     bits_per_dim: Callable[..., jax.Array]
     image_shape: tuple[int, int, int]
-    adamw: AdamW
+    optimization: Optimization
     ema_decay: float
 
     def init(self, rng: jax.Array) -> TrainState:
         """The state before the first update."""
         params = self.model.init(rng, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,), jnp.int32))["params"]
-        return init_state(params, make_optimizer(self.adamw))
+        return init_state(params, make_optimizer(self.optimization))
 
     def step(
         self, state: TrainState, frozen: dict, batch: dict, seed: jax.Array, *, axis_name: str | None = None
@@ -45,7 +46,7 @@ class LikelihoodStage:
         loss, grads = jax.value_and_grad(self._loss)(state.params, batch, seed)
         if axis_name is not None:
             loss, grads = jax.lax.pmean((loss, grads), axis_name)
-        optimizer = make_optimizer(self.adamw)
+        optimizer = make_optimizer(self.optimization)
         state, grad_norm = update_if_finite(state, batch["step"], loss, grads, optimizer, self.ema_decay)
         return state, {"loss": loss, "grad_norm": grad_norm}
 

@@ -13,6 +13,7 @@ ADDED: dict[str, Any] = {
     "textual_inversion.init_word": "object",
     "textual_inversion.vectors": 1,
     "textual_inversion.learnable_property": "object",
+    **{f"{stage}.optimizer": "adamw" for stage in ("autoencoder", "clip", "diffusion", "classifier")},
 }
 
 # The sections that every config of ldm_jax has had since the first version.

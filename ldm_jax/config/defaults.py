@@ -215,6 +215,7 @@ def _training(stage: ConfigDict, *, steps: int, batch_size: int, learning_rate: 
     stage.steps = steps
     stage.batch_size = batch_size  # total, over all devices
     stage.learning_rate = learning_rate
+    stage.optimizer = "adamw"  # adamw | muon (kernels of hidden layers by Muon, all else by AdamW)
     stage.warmup_steps = 200  # linear from 0
     stage.decay = "cosine"  # constant | cosine (to 0 at the last step)
     stage.adam_b2 = 0.99

@@ -25,6 +25,7 @@ _CHOICES = {
     "autoencoder.type": ("kl", "vq", "none"),
     "autoencoder.loss.perceptual_net": ("vgg16", "alexnet"),
     **{f"{stage}.decay": ("constant", "cosine") for stage in STAGES},
+    **{f"{stage}.optimizer": ("adamw", "muon") for stage in STAGES},
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": tuple(PREDICTIONS),
     "diffusion.weighting": tuple(WEIGHTINGS),

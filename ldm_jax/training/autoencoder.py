@@ -18,7 +18,8 @@ from ldm_jax.models.first_stage import kl_divergence, sample_posterior
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.models.quantizer import perplexity
-from ldm_jax.training.state import AdamW, Metrics, TrainState, ema_update, make_optimizer, update_if
+from ldm_jax.training.optimizer import Optimization, make_optimizer
+from ldm_jax.training.state import Metrics, TrainState, ema_update, update_if
 
 LAST_LAYER = ("decoder", "conv_out", "kernel")
 MAX_ADVERSARIAL_WEIGHT = 1e4
@@ -49,7 +50,7 @@ class AutoencoderStage:
         size: an unbiased estimate at a fraction of the cost, the same on any number of devices.
       image_shape: (H, W, C).
       flip: random horizontal flips.
-      adamw, discriminator_adamw: of the optimizers.
+      optimization, discriminator_optimization: the optimizers and learning rates.
       ema_decay: of the EMA of the autoencoder's parameters.
     """
 
@@ -60,8 +61,8 @@ class AutoencoderStage:
     perceptual_every: int
     image_shape: tuple[int, int, int]
     flip: bool
-    adamw: AdamW
-    discriminator_adamw: AdamW
+    optimization: Optimization
+    discriminator_optimization: Optimization
     ema_decay: float
 
     def init(self, rng: Array) -> TrainState:
@@ -69,10 +70,10 @@ class AutoencoderStage:
         rng_autoencoder, rng_discriminator = jax.random.split(rng)
         x = jnp.zeros((1, *self.image_shape))
         params = {"autoencoder": self.autoencoder.init(rng_autoencoder, x)["params"]}
-        opt_state = {"autoencoder": make_optimizer(self.adamw).init(params["autoencoder"])}
+        opt_state = {"autoencoder": make_optimizer(self.optimization).init(params["autoencoder"])}
         if self.discriminator is not None:
             params["discriminator"] = self.discriminator.init(rng_discriminator, x)["params"]
-            opt_state["discriminator"] = make_optimizer(self.discriminator_adamw).init(params["discriminator"])
+            opt_state["discriminator"] = make_optimizer(self.discriminator_optimization).init(params["discriminator"])
         ema_params = {"autoencoder": jax.tree.map(jnp.copy, params["autoencoder"])}
         return TrainState(jnp.zeros((), jnp.int32), params, ema_params, opt_state)
 
@@ -117,7 +118,7 @@ class AutoencoderStage:
         """The state after one update; without a gradient of the discriminator that stays as it is."""
         params, opt_state = dict(state.params), dict(state.opt_state)
         for name, gradient in grads.items():
-            optimizer = make_optimizer(self.adamw if name == "autoencoder" else self.discriminator_adamw)
+            optimizer = make_optimizer(self.optimization if name == "autoencoder" else self.discriminator_optimization)
             updates, opt_state[name] = optimizer.update(gradient, state.opt_state[name], state.params[name])
             params[name] = optax.apply_updates(state.params[name], updates)
         ema = ema_update(state.ema_params["autoencoder"], params["autoencoder"], state.step, self.ema_decay)

@@ -41,8 +41,8 @@ class CLIPStage(GradientStage):
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """AdamW with a bounded logit scale."""
-        return with_bounded_scale(make_optimizer(self.adamw))
+        """The stage's, with a bounded logit scale."""
+        return with_bounded_scale(make_optimizer(self.optimization))
 
     def init(self, rng: Array) -> TrainState:
         """The state before the first update."""

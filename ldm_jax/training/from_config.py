@@ -15,7 +15,7 @@ from ldm_jax.training.autoencoder import AutoencoderStage, LossWeights
 from ldm_jax.training.classifier import ClassifierStage
 from ldm_jax.training.clip import CLIPStage
 from ldm_jax.training.diffusion import DiffusionStage
-from ldm_jax.training.state import AdamW
+from ldm_jax.training.optimizer import Optimization
 
 
 def make_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
@@ -36,7 +36,9 @@ def make_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
         weights=LossWeights(**{name: loss[name] for name in LossWeights._fields}),
         perceptual_every=loss.perceptual_every,
         image_shape=(config.data.image_size, config.data.image_size, channels),
-        discriminator_adamw=training["adamw"]._replace(learning_rate=autoencoder.discriminator.learning_rate),
+        discriminator_optimization=training["optimization"]._replace(
+            optimizer="adamw", learning_rate=autoencoder.discriminator.learning_rate
+        ),
         **training,
     )
 
@@ -60,5 +62,5 @@ def make_clip_stage(clip: CLIP, config: ConfigDict) -> CLIPStage:
 
 def _training_fields(config: ConfigDict, stage: str) -> dict[str, Any]:
     """The fields that all stages have."""
-    adamw = AdamW(**{name: config[stage][name] for name in AdamW._fields})
-    return {"flip": config.data.flip, "adamw": adamw, "ema_decay": config[stage].ema_decay}
+    optimization = Optimization(**{name: config[stage][name] for name in Optimization._fields})
+    return {"flip": config.data.flip, "optimization": optimization, "ema_decay": config[stage].ema_decay}

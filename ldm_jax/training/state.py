@@ -1,9 +1,8 @@
-"""The state of a training stage, its optimizer, EMA, and the update that rejects gradients that are not finite."""
+"""The state of a training stage, EMA, and the update that rejects gradients that are not finite."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import optax
 from flax import struct
 from jax import Array
 from optax import GradientTransformation
+
+from ldm_jax.training.optimizer import Optimization, make_optimizer
 
 Metrics = dict[str, Array]  # by name
 
@@ -23,36 +24,6 @@ class TrainState:
     params: Any  # float32 trees
     ema_params: Any  # their exponential moving average
     opt_state: Any
-
-
-class AdamW(NamedTuple):
-    """AdamW (Loshchilov 2019) with beta1 = 0.9, clipping by the global gradient norm, and linear warm-up."""
-
-    steps: int  # of the whole learning rate schedule
-    learning_rate: float
-    warmup_steps: int
-    decay: str  # of the learning rate after warm-up: constant or cosine
-    adam_b2: float
-    weight_decay: float
-    clip_norm: float
-
-
-@lru_cache(maxsize=32)
-def make_optimizer(optimizer: AdamW) -> GradientTransformation:
-    """The optimizer; equal arguments give the same object. Raises ValueError for an unknown decay."""
-    rate, warmup = optimizer.learning_rate, optimizer.warmup_steps
-    if optimizer.decay == "cosine":
-        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, max(optimizer.steps, warmup + 1))
-    elif optimizer.decay == "constant":
-        # Not optax.warmup_constant_schedule, which with 0 warm-up steps stays at 0.
-        parts = [optax.linear_schedule(0.0, rate, warmup), optax.constant_schedule(rate)]
-        schedule = optax.join_schedules(parts, [warmup])
-    else:
-        raise ValueError(f"decay is {optimizer.decay!r}; it must be 'constant' or 'cosine'")
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.adamw(schedule, b1=0.9, b2=optimizer.adam_b2, eps=1e-8, weight_decay=optimizer.weight_decay),
-    )
 
 
 def init_state(params: Any, optimizer: GradientTransformation) -> TrainState:
@@ -108,13 +79,13 @@ class GradientStage:
     """
 
     flip: bool  # random horizontal flips
-    adamw: AdamW
+    optimization: Optimization
     ema_decay: float
 
     @property
     def optimizer(self) -> GradientTransformation:
         """The optimizer of all trained parameters."""
-        return make_optimizer(self.adamw)
+        return make_optimizer(self.optimization)
 
     def step(
         self, state: TrainState, frozen: dict, batch: dict, seed: Array, *, axis_name: str | None = None

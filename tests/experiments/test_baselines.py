@@ -16,7 +16,7 @@ from experiments.untrained import CLASSES
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.from_run import on_paper
 from ldm_jax.training.from_config import make_autoencoder_stage
-from ldm_jax.training.state import AdamW
+from ldm_jax.training.optimizer import Optimization
 
 pytestmark = pytest.mark.slow
 
@@ -271,10 +271,10 @@ def test_equal_stages_share_compiled_steps(name):
 def test_a_likelihood_stage_reduces_its_loss(pixels):
     model, _ = pixels
     x = jnp.repeat(images()[:1], 4, axis=0)
-    adamw = AdamW(
+    optimization = Optimization(
         steps=30, learning_rate=1e-2, warmup_steps=0, decay="constant", adam_b2=0.999, weight_decay=0.0, clip_norm=1e9
     )
-    stage = LikelihoodStage(model, pixelcnn.bits_per_dim, SHAPE, adamw, ema_decay=0.9)
+    stage = LikelihoodStage(model, pixelcnn.bits_per_dim, SHAPE, optimization, ema_decay=0.9)
     state, step, losses = jax.jit(stage.init)(jax.random.key(0)), jax.jit(stage.step), []
     for number in range(30):
         batch = {"x": x, "label": jnp.zeros(4, jnp.int32), "id": jnp.arange(4), "step": jnp.int32(number)}

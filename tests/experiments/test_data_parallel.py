@@ -12,10 +12,13 @@ from jax.sharding import Mesh, PartitionSpec
 from experiments.data_parallel import fsdp, run
 from experiments.runner import Workspace
 from ldm_jax.runtime.parallel import AXIS, parallel_step, replicate, shard
-from ldm_jax.training.state import AdamW, TrainState, make_optimizer, update_if_finite
+from ldm_jax.training.optimizer import Optimization, make_optimizer
+from ldm_jax.training.state import TrainState, update_if_finite
 
 OPTIMIZER = make_optimizer(
-    AdamW(steps=10, learning_rate=0.1, warmup_steps=0, decay="constant", adam_b2=0.99, weight_decay=0.0, clip_norm=1.0)
+    Optimization(
+        steps=10, learning_rate=0.1, warmup_steps=0, decay="constant", adam_b2=0.99, weight_decay=0.0, clip_norm=1.0
+    )
 )
 
 

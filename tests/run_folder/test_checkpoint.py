@@ -16,16 +16,17 @@ from ldm_jax.run_folder.checkpoint import (
     subtree,
     unflatten,
 )
-from ldm_jax.training.state import AdamW, init_state, make_optimizer
+from ldm_jax.training.optimizer import Optimization, make_optimizer
+from ldm_jax.training.state import init_state
 
-ADAMW = AdamW(8, 1e-3, 2, "cosine", 0.99, 0.0, 1.0)
+OPTIMIZATION = Optimization(8, 1e-3, 2, "cosine", 0.99, 0.0, 1.0)
 PARTS = {"denoiser": {"conv_in": {"kernel": np.ones((2, 3), np.float32)}},
          "conditioning": [{"embedding": np.zeros(4, np.float32)}]}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def state():
-    return jax.device_get(init_state(PARTS, make_optimizer(ADAMW)).replace(step=np.int32(3)))
+    return jax.device_get(init_state(PARTS, make_optimizer(OPTIMIZATION)).replace(step=np.int32(3)))
 
 
 def test_a_checkpoint_has_the_names_of_the_first_version(trained_run):
@@ -70,7 +71,7 @@ def test_a_half_trained_state_is_restored_whole_and_by_its_own_run_alone(state, 
         assert checkpoints.restore(state) is None
         checkpoints.save(state)
         checkpoints.wait()
-        like = init_state(jax.tree.map(np.zeros_like, PARTS), make_optimizer(ADAMW))
+        like = init_state(jax.tree.map(np.zeros_like, PARTS), make_optimizer(OPTIMIZATION))
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(like), state)
     other = identity(config, "diffusion") | {"init_from": "abd"}
     with (

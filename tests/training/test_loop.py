@@ -14,9 +14,10 @@ from ldm_jax.runtime.interrupt import Interrupted
 from ldm_jax.runtime.parallel import parallel_step
 from ldm_jax.training import loop
 from ldm_jax.training.loop import LateMetrics, initial_state
-from ldm_jax.training.state import AdamW, init_state, make_optimizer, update_if_finite
+from ldm_jax.training.optimizer import Optimization, make_optimizer
+from ldm_jax.training.state import init_state, update_if_finite
 
-ADAMW = AdamW(8, 0.1, 0, "constant", 0.99, 0.0, 1e9)
+OPTIMIZATION = Optimization(8, 0.1, 0, "constant", 0.99, 0.0, 1e9)
 DATA = np.random.default_rng(0).normal(3.0, 1.0, 32).astype(np.float32)
 
 
@@ -27,12 +28,12 @@ class MeanStage:
     bad: int = -1
 
     def init(self, rng, start=0.0):
-        return init_state({"mean": start + jax.random.normal(rng)}, make_optimizer(ADAMW))
+        return init_state({"mean": start + jax.random.normal(rng)}, make_optimizer(OPTIMIZATION))
 
     def step(self, state, frozen, batch, seed, *, twice=False, axis_name=None):
         loss, grads = jax.value_and_grad(self._loss)(state.params, frozen, batch)
         loss, grads = jax.lax.pmean((loss * (1 + twice), grads), axis_name)
-        state, norm = update_if_finite(state, batch["step"], loss, grads, make_optimizer(ADAMW), 0.9)
+        state, norm = update_if_finite(state, batch["step"], loss, grads, make_optimizer(OPTIMIZATION), 0.9)
         return state, {"loss": loss, "grad_norm": norm, "index": batch["step"]} | ({"twice": loss} if twice else {})
 
     def trace(self, state, frozen, batch, seed):
