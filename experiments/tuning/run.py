@@ -22,7 +22,8 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.runtime.xla import configure
 
 HERE = Path(__file__).parent
-SHORT = {
+ADAMW = {"autoencoder.optimizer": "adamw", "autoencoder.learning_rate": 1.5e-3, "autoencoder.loss.kl": 1e-6}
+SHORT = ADAMW | {
     "autoencoder.steps": 800,
     "autoencoder.batch_size": 64,
     "autoencoder.warmup_steps": 100,
@@ -38,6 +39,7 @@ ADVERSARIAL = {
 }
 BATCH_32 = {"autoencoder.steps": 1600, "autoencoder.batch_size": 32}
 BATCH_16 = {"autoencoder.steps": 3200, "autoencoder.batch_size": 16}
+MUON = {"autoencoder.optimizer": "muon", "autoencoder.learning_rate": 3e-3}
 TWICE_THE_RATE = {"autoencoder.learning_rate": 3e-3}
 COSINE_V = {"diffusion.schedule": "cosine", "diffusion.prediction": "v"}
 ROWS = {
@@ -48,6 +50,7 @@ ROWS = {
         "batch 32: L1 + adversarial": SHORT | BATCH_32 | ADVERSARIAL,
         "batch 32: L1 + adversarial, twice the rate": SHORT | BATCH_32 | ADVERSARIAL | TWICE_THE_RATE,
         "batch 16: L1": SHORT | BATCH_16,
+        "batch 16: L1, Muon": SHORT | BATCH_16 | MUON,
         "batch 16: L1 + adversarial": SHORT | BATCH_16 | ADVERSARIAL,
         "batch 16: L1 + LPIPS": SHORT | BATCH_16 | LPIPS,
         "batch 16: L1 + LPIPS + adversarial": SHORT | BATCH_16 | LPIPS | ADVERSARIAL,
@@ -65,11 +68,15 @@ ROWS = {
     },
 }
 ONLY_AUTOENCODER = {"diffusion.steps": 1, "sampling.num": 0, "sampling.progress_every": 0}
-SHARED_AUTOENCODER = LPIPS | {
-    "autoencoder.steps": 2800,
-    "autoencoder.batch_size": 32,
-    "autoencoder.loss.adversarial": 0.0,
-}
+SHARED_AUTOENCODER = (
+    ADAMW
+    | LPIPS
+    | {
+        "autoencoder.steps": 2800,
+        "autoencoder.batch_size": 32,
+        "autoencoder.loss.adversarial": 0.0,
+    }
+)
 ONLY_DIFFUSION = SHARED_AUTOENCODER | {
     "diffusion.schedule": "linear",
     "diffusion.prediction": "eps",

@@ -40,9 +40,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(one_device_run, tiny_data, t
 
 
 @pytest.mark.slow
-def test_resume_across_the_start_of_the_adversary(tiny_data, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_across_the_start_of_the_adversary(optimizer, tiny_data, tmp_path):
     """From the state of step 2, half trained, when the adversary takes part from step 4 on."""
-    changes = ("--config.autoencoder.loss.adversarial=0.5", "--config.autoencoder.loss.adversarial_start=4")
+    changes = (f"--config.autoencoder.optimizer={optimizer}",)
+    changes += ("--config.autoencoder.loss.adversarial=0.5", "--config.autoencoder.loss.adversarial_start=4")
     changes += ("--config.stages=('autoencoder',)", "--config.log_every=1")
     changes += ("--config.checkpoint_every=2", "--config.keep_checkpoints=4")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
