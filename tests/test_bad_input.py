@@ -46,6 +46,7 @@ TRAIN = {  # flags -> what the line must say
     "an unknown number type": ([TINY, "--config.dtype=float8"], "float32, bfloat16"),
     "an unknown perceptual net": ([TINY, "--config.autoencoder.loss.perceptual_net=vgg19"], "vgg16, alexnet"),
     "an unknown learning rate decay": ([TINY, "--config.diffusion.decay=step"], "constant, cosine"),
+    "an unknown optimizer": ([TINY, "--config.diffusion.optimizer=sgd"], "adamw, muon"),
     "two colours": ([TINY, "--config.data.channels=2"], "1, 3"),
     "an unknown crop": ([TINY, "--config.data.crop=middle"], "center, none"),
     "a negative seed": ([TINY, "--config.seed=-1"], "config.seed is -1"),

@@ -16,6 +16,9 @@ ADDED: dict[str, Any] = {
     **{f"{stage}.optimizer": "adamw" for stage in ("autoencoder", "clip", "diffusion", "classifier")},
 }
 
+# The sections that are new; a config that lacks another section is of a version before 0.2.
+ADDED_SECTIONS = ("textual_inversion",)
+
 # The sections that every config of ldm_jax has had since the first version.
 REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")
 
@@ -32,8 +35,9 @@ def with_added(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
     for name, value in ADDED.items():
         section, _, field = name.partition(".")
-        if isinstance(fields.get(section, {}), dict):
-            fields[section] = {field: value} | fields.get(section, {})
+        known = fields.get(section, {} if section in ADDED_SECTIONS else None)
+        if isinstance(known, dict):
+            fields[section] = {field: value} | known
     return fields
 
 

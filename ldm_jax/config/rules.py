@@ -72,7 +72,7 @@ def _validate_fine_tuning(config: ConfigDict) -> None:
     if config.lora.rank and not config.lora.alpha:
         raise _wrong(config, "lora.alpha", "it must be above 0, as it scales the LoRA update")
     if config.diffusion.optimizer == "muon" and (config.lora.rank or config.textual_inversion.token):
-        raise _wrong(config, "diffusion.optimizer", "with LoRA or textual inversion, which train no kernels, adamw")
+        raise _wrong(config, "diffusion.optimizer", "with LoRA or textual inversion it must be adamw")
     if config.textual_inversion.token:
         _validate_textual_inversion(config)
     elif config.data.name == "concept":

@@ -272,6 +272,10 @@ REFUSED = {  # flags -> what the line must say
     "too many captions": (["--config.data.memory_limit_gb=1e-7"], "captions take"),
     "a negative rank": (["--config.lora.rank=-1"], "config.lora.rank is -1; it must be 0 or more"),
     "an alpha of nothing": (["--config.lora.rank=2", "--config.lora.alpha=0.0"], "config.lora.alpha is 0"),
+    "LoRA by Muon": (
+        ["--config.lora.rank=2", "--config.diffusion.optimizer=muon"],
+        "with LoRA or textual inversion it must be adamw",
+    ),
     "prompts that are numbers": (["--config.sampling.prompts=(1,2)"], "it must be a tuple of texts"),
     "another stage": (["--config.stages=('autoencoder','diffusion')"], "it must be ('diffusion',)"),
     "a learned variance": (["--config.diffusion.variance=learned"], "it must be fixed"),
