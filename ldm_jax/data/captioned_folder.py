@@ -16,9 +16,7 @@ from ldm_jax.data.skipped import Skipped, summarize
 from ldm_jax.errors import InputError
 
 
-def prepare(
-    data_dir: Path, manual_dir: Path | None, *, name: str = "folder", without_captions: bool = False
-) -> Path:
+def prepare(data_dir: Path, manual_dir: Path | None, *, name: str = "folder", without_captions: bool = False) -> Path:
     """The folder of the data set prepared from the images of `manual_dir`, below `data_dir`; one for each content.
 
     Args:

@@ -1,7 +1,7 @@
 """A folder of images of one concept, with captions or not: --config.data.name=concept --config.data.path=DIR
 
-As `captioned_folder`, but images without a caption have an empty one, for which textual inversion has prompts of its own
-(see `prompt_templates`).
+As `captioned_folder`, but images without a caption have an empty one, for which textual inversion has prompts of its
+own (see `prompt_templates`).
 """
 
 from pathlib import Path

@@ -181,10 +181,10 @@ def test_a_concept_needs_images(source):
     source.mkdir()
     (source / "notes.doc").touch()
     options = {"data_dir": source.parent / "data", "manual_dir": source}
-    with pytest.raises(InputError, match="has no image that can be read: left out are 1 .doc files"):
+    with pytest.raises(InputError, match=r"has no image that can be read: left out are 1 .doc files"):
         load_dataset("concept", "train", **options)
     (source / "notes.doc").unlink()
-    with pytest.raises(InputError, match="has no image that can be read$"):
+    with pytest.raises(InputError, match=r"has no image that can be read$"):
         load_dataset("concept", "train", **options)
-    with pytest.raises(InputError, match="needs config.data.path: the folder of your images$"):
+    with pytest.raises(InputError, match=r"needs config\.data\.path: the folder of your images$"):
         load_dataset("concept", "train", data_dir=source.parent / "data")

@@ -58,7 +58,8 @@ def test_any_resolution_gives_a_valid_config(name, side):
     splits = {"data__train_split": "train", "data__test_split": "test"} if name == "own_captions" else {}
     config = config_of(name, **splits)
     values = fill(config, TrainingImages(100, 10, 2, side, False))
-    config_rules.validate(config_of(name, **splits, **{name.replace(".", "__"): value for name, value in values.items()}))
+    filled = {field.replace(".", "__"): value for field, value in values.items()}
+    config_rules.validate(config_of(name, **splits, **filled))
 
 
 def test_what_is_given_replaces_a_rule():
