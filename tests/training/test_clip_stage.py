@@ -22,7 +22,8 @@ from ldm_jax.training.validation import make_validation
 FIELDS = {
     "projection_dim": 8, "text_width": 16, "text_layers": 1, "text_heads": 2, "image_width": 16, "image_layers": 1,
     "image_heads": 2, "patch_size": 4, "max_shift": 0, "max_zoom": 0.0, "steps": 150, "learning_rate": 1e-2,
-    "warmup_steps": 0, "decay": "constant", "adam_b2": 0.99, "weight_decay": 0.0, "clip_norm": 1.0, "ema_decay": 0.9,
+    "optimizer": "adamw", "warmup_steps": 0, "decay": "constant", "adam_b2": 0.99, "weight_decay": 0.0,
+    "clip_norm": 1.0, "ema_decay": 0.9,
 }  # fmt: skip
 
 
