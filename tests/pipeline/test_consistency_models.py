@@ -32,6 +32,7 @@ def test_the_embedding_of_a_guidance_scale():
     np.testing.assert_allclose(embedded[1], [np.sin(500), np.sin(0.05), np.cos(500), np.cos(0.05)], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_scale_is_an_input_and_by_default_none(folder, tmp_path):
     model, params = load(folder)
     assert (model.guidance_dim, model.defaults.sampler, model.defaults.steps, model.defaults.guidance) == (

@@ -88,6 +88,7 @@ def run_of_0_2(trained_run, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_without_the_added_fields_is_resumed_exactly(run_of_0_2, trained_run, tiny_data, capsys):
     """Its checkpoints and cached latents are its own still; at the end it is a run of today."""
     made = {path.name: path.stat().st_mtime_ns for path in (run_of_0_2 / "latents").iterdir()}

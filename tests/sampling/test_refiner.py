@@ -33,6 +33,7 @@ def images(out):
     return jobs.samples(out)["images"].astype(int)
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_refiner_makes_the_same_images_again(base, refiner, tmp_path, capsys):
     """Also with noise in each step, which is another one behind the base."""
     flags = [f"--refiner={refiner}", "--refiner_start=0.5", "--sampler=euler_a"]

@@ -218,6 +218,7 @@ def test_no_guidance_of_texts(capsys):
 TEXTS = TextConditioning((), (), False)
 
 
+@pytest.mark.slow
 def test_single_images(run, sampled, tmp_path):
     """Names carry index, seed and condition; those of earlier samples are replaced."""
     arrays = sampled("out", "--save_each", "--label=dark,bright", "--seed=5", "--num=3")

@@ -216,6 +216,7 @@ def test_the_lora_file_is_what_the_run_has_trained(home, lora_run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), by_file, trained)
 
 
+@pytest.mark.slow
 def test_lora_of_the_text_encoder_too(home):
     """Trained, resumed, and as the file that diffusers reads."""
     changes = [*LORA, "--config.diffusion.train_text_encoder=True"]

@@ -112,6 +112,7 @@ def test_what_no_run_starts_from(case, tiny_data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_base_that_changed_is_refused(tiny_data, tmp_path, capsys):
     base, run = random_runs.random_run(tmp_path / "base"), tmp_path / "run"
     assert command_line.run(train.main, flags(base, tiny_data, run)) == 0

@@ -134,6 +134,7 @@ def sampled(out, *flags):
     return jobs.samples(out)["images"]
 
 
+@pytest.mark.slow
 def test_the_run_its_file_and_its_export_make_the_same_images(home, run, tmp_path):
     command = ["convert", f"--model={run}", f"--to={tmp_path / 'folder'}"]
     assert command_line.run(convert.main, command) == 0
