@@ -1,6 +1,11 @@
 """Small jobs of fine-tuning, in this process, and their data."""
 
+import signal
+import subprocess
+import sys
+
 import jax
+import jobs
 from PIL import Image
 
 from ldm_jax import command_line, train
@@ -50,3 +55,26 @@ def fine_tune(home, run, *changes):
 
 def leaves(tree):
     return jax.tree.leaves(tree)
+
+
+# A process that is killed once step 3 of 4 is done, which is not in the last checkpoint.
+KILLED = """
+import os, signal, sys
+from ldm_jax import command_line, train
+from ldm_jax.run_folder import log as run_folder_log
+write = run_folder_log.Log.__call__
+def write_and_die(log, stage, step, **values):
+    write(log, stage, step, **values)
+    if (stage, step) == ("diffusion", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+run_folder_log.Log.__call__ = write_and_die
+command_line.run(train.main, sys.argv)
+"""
+
+
+def fine_tune_and_kill(home, run, *changes):
+    """A job that ends so."""
+    command = [sys.executable, "-c", KILLED, *flags(home, run, *changes)]
+    environment = jobs.environment(devices=jax.device_count())
+    killed = subprocess.run(command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr

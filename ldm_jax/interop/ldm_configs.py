@@ -52,7 +52,7 @@ def unet_config(
       shapes: of its tensors, without "model.diffusion_model.".
       heads, head_size: number of heads of every attention, or channels of a head.
       pooled: width of SDXL's pooled text features; unused for others, as is the next.
-      time_ids: number of the time ids beside it.
+      time_ids: number of the time ids that are concatenated to it.
       sample_size: height and width of the latents.
 
     Raises InputError for blocks that do not make a UNet of diffusers, KeyError if a required tensor is missing.

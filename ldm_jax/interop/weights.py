@@ -155,7 +155,7 @@ def open_weights(path: Path) -> WeightFile:
     return _unscaled(WeightFile({name: shape for name, (_, shape, *_) in entries.items()}, view, metadata=metadata))
 
 
-# In files of ComfyUI: a marker of the scaled dtype, beside weights with a scale each (one number, or one a row).
+# In files of ComfyUI: a marker of the scaled dtype, and weights with a scale each (one number, or one a row).
 SCALED_MARKER = "scaled_fp8"
 _SCALE = re.compile(r"(.*\.)(?:scale_weight|weight_scale)")
 _UNUSED_SCALES = re.compile(r".*\.(scale_input|input_scale)")  # of activations, for matrix products in fp8

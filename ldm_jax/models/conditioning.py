@@ -65,7 +65,7 @@ class ClassConditioning:
         return self.embedder.init(rng, jnp.zeros((1,), jnp.int32))["params"]
 
 
-# The numbers that SDXL adds to the time embedding beside the pooled text (Podell 2023, section 2.2), by the name of the
+# The numbers that SDXL adds to the time embedding with the pooled text (Podell 2023, section 2.2), by the name of the
 # last: the original size and the crop, 2 each, then the target size, 2, or of the refiner an aesthetic score.
 TIME_IDS = {"target_size": 6, "aesthetic_score": 5}
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5  # diffusers' defaults

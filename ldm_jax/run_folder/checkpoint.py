@@ -24,7 +24,7 @@ from ldm_jax.errors import InputError, RunError
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and errors that it raises too
 
 NO_SPACE = "No space left on device"  # the system's words
-MARGIN = 1 << 18  # bytes: of a checkpoint's files beside its arrays
+MARGIN = 1 << 18  # bytes: of a checkpoint's files other than its arrays
 
 # Name of a component in memory -> in checkpoints, where it is that of the first version.
 STORED_NAMES = {"denoiser": "unet", "conditioning": "conditioner", "first_stage": "autoencoder"}

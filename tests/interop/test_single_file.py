@@ -409,10 +409,10 @@ def test_scaled_fp8(suffix, rows, dtype, made, write):
     found = single_file.read(write(tensors), params_dtype=dtype)
     plain = single_file.read(write(expected), params_dtype=dtype)
     assert_equal(state_dict_from_params(found.unet[1]), state_dict_from_params(plain.unet[1]))
-    theirs = made(SD1)[1]["unet"]
+    original = made(SD1)[1]["unet"]
     for name, value in state_dict_from_params(found.unet[1]).items():  # 3 bits of mantissa
-        bound = 0.07 * np.abs(theirs[name]).max() + 1e-6
-        assert np.abs(np.float32(value) - theirs[name]).max() <= bound, name
+        bound = 0.07 * np.abs(original[name]).max() + 1e-6
+        assert np.abs(np.float32(value) - original[name]).max() <= bound, name
 
 
 def test_a_scale_of_another_shape(made, write):

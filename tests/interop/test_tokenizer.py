@@ -126,8 +126,8 @@ def test_added_tokens_are_saved_in_every_layout(layout, tmp_path):
         assert (again.added, again.vocab_size, again.max_length) == (tokenizer.added, size + 4, 8)
         np.testing.assert_array_equal(again(prompts).ids, ids)
         expanded = [prompt.replace("<X>", "<X> <X>_1 <X>_2") for prompt in prompts]
-        theirs = CLIPTokenizer.from_pretrained(tmp_path / name)(expanded, padding="max_length", truncation=True)
-        assert theirs["input_ids"] == ids.tolist()
+        expected = CLIPTokenizer.from_pretrained(tmp_path / name)(expanded, padding="max_length", truncation=True)
+        assert expected["input_ids"] == ids.tolist()
 
 
 def test_nothing_is_imported_or_printed_before_or_while_loading(tmp_path):

@@ -40,29 +40,34 @@ def row_noise(i):
     return np.stack([jax.random.normal(jax.random.fold_in(key, i), SHAPE) for key in KEYS]).astype(np.float64)
 
 
-def share_alpha_bar(theirs, process):
-    """Gives theirs our table of alpha_bar, in float64, so that rounding does not hide a real difference."""
-    np.testing.assert_allclose(theirs.alphas_cumprod.numpy(), process.alpha**2, rtol=0, atol=1e-5)
-    theirs.alphas_cumprod = torch.from_numpy(process.alpha**2)
-    if hasattr(theirs, "final_alpha_cumprod") and not theirs.config.set_alpha_to_one:
-        theirs.final_alpha_cumprod = theirs.alphas_cumprod[0]
+def share_alpha_bar(scheduler, process):
+    """Gives a diffusers scheduler our table of alpha_bar in float64: rounding must not hide a real difference."""
+    np.testing.assert_allclose(scheduler.alphas_cumprod.numpy(), process.alpha**2, rtol=0, atol=1e-5)
+    scheduler.alphas_cumprod = torch.from_numpy(process.alpha**2)
+    if hasattr(scheduler, "final_alpha_cumprod") and not scheduler.config.set_alpha_to_one:
+        scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
 
 
-def unit_start(theirs):
+def unit_start(scheduler):
     """The factor that makes the network's first input the noise itself; some hold z / alpha."""
-    if hasattr(theirs, "is_scale_input_called") or isinstance(theirs, TWO_CALLS):
-        return (theirs.sigmas[0].double() ** 2 + 1) ** 0.5
+    if hasattr(scheduler, "is_scale_input_called") or isinstance(scheduler, TWO_CALLS):
+        return (scheduler.sigmas[0].double() ** 2 + 1) ** 0.5
     return 1.0
 
 
-def run_reference(theirs, steps, start=unit_start, network=network, **step_options):
-    """Their latents in float64. A step option may be a function of the step's number; `start` is one of theirs."""
-    theirs.set_timesteps(steps)
-    z = torch.from_numpy(Z_T) * start(theirs)
-    for i, t in enumerate(theirs.timesteps):
+def run_reference(scheduler, steps, start=unit_start, network=network, **step_options):
+    """The latents of a diffusers scheduler in float64.
+
+    A step option may be a function of the step's number; `start` is one of the scheduler.
+    """
+    scheduler.set_timesteps(steps)
+    z = torch.from_numpy(Z_T) * start(scheduler)
+    for i, t in enumerate(scheduler.timesteps):
         options = {name: value(i) if callable(value) else value for name, value in step_options.items()}
-        scaled = theirs.scale_model_input(z, t)
-        z = theirs.step(torch.from_numpy(network(scaled.numpy(), float(t), np)), t, z, **options).prev_sample.double()
+        scaled = scheduler.scale_model_input(z, t)
+        z = scheduler.step(
+            torch.from_numpy(network(scaled.numpy(), float(t), np)), t, z, **options
+        ).prev_sample.double()
     return z.numpy()
 
 
@@ -79,7 +84,7 @@ def run_ours(process, prediction, clip_range=np.inf, **options):
     return np.asarray(solver(process, prediction)(table, clip_range))
 
 
-def assert_same(ours, theirs, sampler=""):
+def assert_same(ours, expected, sampler=""):
     """1e-5 of the largest value: eps prediction divides by sqrt(alpha_bar), which makes large intermediate values."""
     tolerance = ROUNDED.get(sampler, 1e-5)
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * max(1.0, np.abs(theirs).max()))
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * max(1.0, np.abs(expected).max()))

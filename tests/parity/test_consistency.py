@@ -21,11 +21,11 @@ from test_pipelines import (  # noqa: F401
     UNET,
     assert_same,
     build,
+    diffusers_images,
     noise,
     sampled,
     saved,
     text_encoder,
-    theirs,
     tokenizer,
     vae,
 )

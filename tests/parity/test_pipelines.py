@@ -83,7 +83,7 @@ def text_encoder(**changes):
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    """tokenizer(name of a folder, what it pads with) -> theirs."""
+    """tokenizer(name of a folder, what it pads with) -> that of transformers."""
 
     def make(name, pad):
         write_tokenizer(tmp_path / name, MERGES, length=LENGTH, pad_token=pad)
@@ -173,7 +173,7 @@ def sampled(tmp_path, noise):
     return run
 
 
-def theirs(pipe, noise, **arguments):
+def diffusers_images(pipe, noise, **arguments):
     """diffusers' images, uint8 values as float [2, H, W, 3]."""
     beginning = {} if "image" in arguments else {"latents": torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())}
     images = pipe(PROMPTS, num_inference_steps=20, output_type="np", **beginning, **arguments).images
@@ -202,7 +202,7 @@ def test_text_to_image(name, build, sampled, noise):
     pipe, folder = build(name)
     assert_same(
         sampled(folder, "--guidance=7.5", f"--negative_prompt={NEGATIVE}"),
-        theirs(pipe, noise, guidance_scale=7.5, negative_prompt=[NEGATIVE] * 2),
+        diffusers_images(pipe, noise, guidance_scale=7.5, negative_prompt=[NEGATIVE] * 2),
     )
 
 
@@ -210,14 +210,14 @@ def test_text_to_image(name, build, sampled, noise):
 def test_without_a_negative_prompt_and_with_the_defaults(name, build, sampled, noise):
     """SDXL's null condition is zeros; guidance is the pipeline's own."""
     pipe, folder = build(name)
-    assert_same(sampled(folder), theirs(pipe, noise))
+    assert_same(sampled(folder), diffusers_images(pipe, noise))
 
 
 @pytest.mark.parametrize("sampler", OTHERS)
 def test_another_sampler(sampler, build, sampled, noise):
     pipe, folder = build("SD1")
     pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
-    assert_same(sampled(folder, f"--sampler={sampler}"), theirs(pipe, noise))
+    assert_same(sampled(folder, f"--sampler={sampler}"), diffusers_images(pipe, noise))
 
 
 @pytest.mark.parametrize("sampler", [None, "euler"])
@@ -234,7 +234,7 @@ def test_scheduler_fields_that_the_pipeline_forces(sampler, build, sampled, nois
     if sampler:
         pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
         assert pipe.scheduler.config.steps_offset == 0
-    assert_same(sampled(folder, *([f"--sampler={sampler}"] if sampler else [])), theirs(pipe, noise))
+    assert_same(sampled(folder, *([f"--sampler={sampler}"] if sampler else [])), diffusers_images(pipe, noise))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -244,7 +244,7 @@ def test_another_size(name, build, sampled, noise, tmp_path):
     size = {"height": 3 * SIZE // 2, "width": 2 * SIZE}
     z_T = np.random.default_rng(2).standard_normal((2, 3 * SIZE // 4, SIZE, 4)).astype(np.float32)
     np.save(tmp_path / "noise.npy", z_T)
-    expected = theirs(pipe, z_T, **size)
+    expected = diffusers_images(pipe, z_T, **size)
     assert expected.shape == (2, *size.values(), 3)
     assert_same(sampled(folder, *(f"--{flag}={side}" for flag, side in size.items())), expected)
 
@@ -284,18 +284,18 @@ def test_image_to_image(name, sampler, build, sampled, noise, without_chance, im
     pipe, folder = build(name, kind=kind)
     if sampler:
         pipe.scheduler = OTHERS[sampler].from_config(pipe.scheduler.config)
-    expected = theirs(pipe, noise, image=image_and_mask[0], strength=0.6)
+    expected = diffusers_images(pipe, noise, image=image_and_mask[0], strength=0.6)
     flags = [f"--sampler={sampler}"] if sampler else []
     assert_same(sampled(folder, f"--init_image={tmp_path}/image.png", "--strength=0.6", *flags), expected)
 
 
 def test_inpainting(build, sampled, noise, without_chance, image_and_mask, tmp_path):
-    """Where the mask is white; the rest has gone through the autoencoder in theirs, and is kept to the bit in ours."""
+    """Where the mask is white; the rest has gone through the autoencoder in diffusers, and is kept to the bit here."""
     without_chance("stable_diffusion.pipeline_stable_diffusion_inpaint")
     pipe, folder = build("SD1", in_channels=9, kind=diffusers.StableDiffusionInpaintPipeline)
     image, mask = image_and_mask
     size = {"height": 2 * SIZE, "width": 2 * SIZE}
-    expected = theirs(pipe, noise, image=image, mask_image=mask, strength=1.0, **size)
+    expected = diffusers_images(pipe, noise, image=image, mask_image=mask, strength=1.0, **size)
     ours = sampled(folder, f"--init_image={tmp_path}/image.png", f"--mask={tmp_path}/mask.png")
     white = np.asarray(mask) > 0
     assert_same(ours[:, white], expected[:, white])
@@ -327,6 +327,6 @@ def test_upscaling(tokenizer, saved, sampled, noise, monkeypatch, tmp_path):
     latents = torch.from_numpy(z_T.transpose(0, 3, 1, 2).copy())
     for level in (20, 300):
         images = [Image.fromarray(small)] * 2
-        expected = theirs(pipe, noise, image=images, latents=latents, noise_level=level)
+        expected = diffusers_images(pipe, noise, image=images, latents=latents, noise_level=level)
         assert expected.shape == (2, 64, 48, 3)
         assert_same(sampled(folder, f"--concat_image={tmp_path}/small.png", f"--noise_level={level}"), expected)

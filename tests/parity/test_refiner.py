@@ -17,12 +17,12 @@ from test_pipelines import (  # noqa: F401
     UNET,
     assert_same,
     build,
+    diffusers_images,
     image_and_mask,
     noise,
     sampled,
     saved,
     text_encoder,
-    theirs,
     tokenizer,
     vae,
     without_chance,
@@ -80,10 +80,12 @@ def test_image_to_image(negative, refiner, sampled, noise, without_chance, image
     without_chance("stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img")
     pipe, folder = refiner
     arguments = {"negative_prompt": [NEGATIVE] * 2} if negative else {}
-    expected = theirs(pipe, noise, image=image_and_mask[0], strength=0.6, **arguments)
+    expected = diffusers_images(pipe, noise, image=image_and_mask[0], strength=0.6, **arguments)
     flags = [f"--negative_prompt={text}" for text in negative]
     assert_same(sampled(folder, f"--init_image={tmp_path}/image.png", "--strength=0.6", *flags), expected)
-    high = theirs(pipe, noise, image=image_and_mask[0], strength=0.6, negative_aesthetic_score=6.0, **arguments)
+    high = diffusers_images(
+        pipe, noise, image=image_and_mask[0], strength=0.6, negative_aesthetic_score=6.0, **arguments
+    )
     assert np.abs(high - expected).max() > 1
 
 

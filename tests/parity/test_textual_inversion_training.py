@@ -120,9 +120,9 @@ def test_the_gradient_of_the_vectors_is_that_of_torch(case, tmp_path, longer_tex
     assert abs(their_loss.item() - loss) <= 1e-5 * loss
     assert len(grads) == len(parts)
     for grad, (_, encoder) in zip(grads, parts):
-        theirs = encoder.get_input_embeddings().weight.grad[-vectors:].numpy()
-        assert grad.shape == theirs.shape and (np.linalg.norm(theirs, axis=-1) > 1e-6).all()
-        error = np.linalg.norm(grad - theirs) / np.linalg.norm(theirs)
+        expected = encoder.get_input_embeddings().weight.grad[-vectors:].numpy()
+        assert grad.shape == expected.shape and (np.linalg.norm(expected, axis=-1) > 1e-6).all()
+        error = np.linalg.norm(grad - expected) / np.linalg.norm(expected)
         print(f"relative error {error:.1e}")
         assert error <= 1e-5
 
@@ -162,14 +162,14 @@ def test_diffusers_samples_the_same_with_the_file_and_from_the_export(xl, tmp_pa
     with np.load(tmp_path / "out" / "samples.npz") as samples:
         images = samples["images"].astype(float)
 
-    def theirs(pipe):
+    def diffusers_images(pipe):
         latents = torch.from_numpy(z_T.transpose(0, 3, 1, 2).copy())
         options = {"latents": latents, "num_inference_steps": 10, "guidance_scale": 7.5, "output_type": "np"}
         return (pipe(PROMPTS, **options).images * 255).round()
 
-    assert np.abs(images - theirs(converted(tmp_path / "run", tmp_path / "exported"))).max() <= 1
+    assert np.abs(images - diffusers_images(converted(tmp_path / "run", tmp_path / "exported"))).max() <= 1
     pipe = converted(tmp_path / "model", tmp_path / "again")
-    plain = theirs(pipe)
+    plain = diffusers_images(pipe)
     if xl:
         state = load_file(tmp_path / "run" / FILE)
         pipe.load_textual_inversion(state["clip_l"], TOKEN, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
@@ -177,5 +177,5 @@ def test_diffusers_samples_the_same_with_the_file_and_from_the_export(xl, tmp_pa
         pipe.load_textual_inversion(state["clip_g"], TOKEN, **others)
     else:
         pipe.load_textual_inversion(tmp_path / "run", weight_name=FILE)
-    assert np.abs(images - theirs(pipe)).max() <= 1
+    assert np.abs(images - diffusers_images(pipe)).max() <= 1
     assert np.abs(images - plain).mean() > 2

@@ -2,16 +2,13 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 
 import diffusers_folder
 import jax
 import jobs
 import numpy as np
 import pytest
-from finetuning import CAPTIONS, fine_tune, flags, leaves, write_pictures
+from finetuning import CAPTIONS, fine_tune, fine_tune_and_kill, leaves, write_pictures
 from PIL import Image
 
 from configs import finetune as finetune_config
@@ -162,27 +159,9 @@ def test_resumed_it_ends_as_one_that_was_left_alone(home, run):
     assert (home / "again" / "samples.npz").stat().st_mtime == (run / "samples.npz").stat().st_mtime  # not sampled anew
 
 
-# A process that is killed once step 3 of 4 is done, which is not in the last checkpoint.
-KILLED = """
-import os, signal, sys
-from ldm_jax import command_line, train
-from ldm_jax.run_folder import log as run_folder_log
-write = run_folder_log.Log.__call__
-def write_and_die(log, stage, step, **values):
-    write(log, stage, step, **values)
-    if (stage, step) == ("diffusion", 3):
-        os.kill(os.getpid(), signal.SIGKILL)
-run_folder_log.Log.__call__ = write_and_die
-command_line.run(train.main, sys.argv)
-"""
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_one_that_was_left_alone(home, lora_run):
-    command = [sys.executable, "-c", KILLED, *flags(home, "killed", *LORA)]
-    environment = jobs.environment(devices=jax.device_count())
-    killed = subprocess.run(command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    fine_tune_and_kill(home, "killed", *LORA)
     assert sorted(path.name for path in (home / "killed" / "diffusion").glob("[0-9]")) in ([], ["2"])
     assert fine_tune(home, "killed", *LORA) == 0
     jobs.assert_same_training(home / "killed", lora_run, stages=("diffusion",))

@@ -1,16 +1,13 @@
 """Textual inversion by the train command: what is trained, written, sampled and exported, and what is refused."""
 
 import shutil
-import signal
-import subprocess
-import sys
 
 import diffusers_folder
 import jax
 import jobs
 import numpy as np
 import pytest
-from finetuning import fine_tune, flags, write_pictures
+from finetuning import fine_tune, fine_tune_and_kill, write_pictures
 from safetensors.numpy import load_file
 
 from configs import textual_inversion as textual_inversion_config
@@ -175,27 +172,9 @@ def test_resumed_it_ends_as_one_that_was_left_alone(home, xl_run):
     assert (again / FILE).read_bytes() == (xl_run / FILE).read_bytes()
 
 
-# A process that is killed once step 3 of 4 is done, which is not in the last checkpoint.
-KILLED = """
-import os, signal, sys
-from ldm_jax import command_line, train
-from ldm_jax.run_folder import log as run_folder_log
-write = run_folder_log.Log.__call__
-def write_and_die(log, stage, step, **values):
-    write(log, stage, step, **values)
-    if (stage, step) == ("diffusion", 3):
-        os.kill(os.getpid(), signal.SIGKILL)
-run_folder_log.Log.__call__ = write_and_die
-command_line.run(train.main, sys.argv)
-"""
-
-
 @pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_one_that_was_left_alone(home, xl_run):
-    command = [sys.executable, "-c", KILLED, *flags(home, "killed", *XL)]
-    environment = jobs.environment(devices=jax.device_count())
-    killed = subprocess.run(command, env=environment, cwd=jobs.ROOT, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    fine_tune_and_kill(home, "killed", *XL)
     assert fine_tune(home, "killed", *XL) == 0
     jobs.assert_same_training(home / "killed", xl_run, stages=("diffusion",))
     assert jobs.losses(home / "killed") == jobs.losses(xl_run)
