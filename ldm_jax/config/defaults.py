@@ -115,7 +115,7 @@ def _diffusion(config: ConfigDict) -> None:
     diffusion.beta_start = 1e-4  # linear and scaled_linear only
     diffusion.beta_end = 0.02
     diffusion.zero_terminal_snr = False  # rescale the schedule so that z_T is pure noise (Lin 2023); not with eps
-    diffusion.prediction = "eps"  # eps | v | z0 | flow
+    diffusion.prediction = "eps"  # eps | v | z0 | flow | edm
     diffusion.weighting = "uniform"  # uniform | min_snr (Hang 2023)
     diffusion.snr_gamma = 5.0  # min_snr only
     diffusion.variance = "fixed"  # of the reverse steps: fixed | learned (predicted by the UNet, Nichol 2021)

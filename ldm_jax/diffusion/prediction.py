@@ -1,4 +1,4 @@
-"""Prediction targets of a denoiser (eps, v, z0, flow) as coefficients of (alpha, sigma), one row each.
+"""Prediction targets of a denoiser (eps, v, z0, flow, edm) as coefficients of (alpha, sigma), one row each.
 
 The target is out = on_z0 z0 + on_eps eps, and at z_t = alpha z0 + sigma eps it means
 z0 = (z0_skip z_t + z0_out out) / divisor. All that depends on the prediction is this row.
@@ -30,6 +30,7 @@ PREDICTIONS: dict[str, Callable[[Any, Any], Coefficients]] = {
     "v": lambda a, s: Coefficients(-s, a, a, -s, 1.0),  # Salimans & Ho 2022, section 4
     "z0": lambda a, s: Coefficients(1.0, 0.0, 0.0, 1.0, 1.0),
     "flow": lambda a, s: Coefficients(-1.0, 1.0, 1.0, -s, a + s),  # Liu 2022, eq. 1: dz/dt = eps - z0
+    "edm": lambda a, s: Coefficients(s, -a, a, s, 1.0),  # Karras 2022, F in eq. 7 for data of variance 1; -v
 }
 
 

@@ -26,6 +26,7 @@ def make_table(
     between: str = "linspace",
     steps_offset: int = 0,
     set_alpha_to_one: bool = True,
+    fractional_t: bool = False,
     strength: float = 1.0,
     denoising_start: float = 0.0,
     denoising_end: float = 1.0,
@@ -45,6 +46,8 @@ def make_table(
       spacing, between, steps_offset: of the timesteps, see `spacing.noise_levels`.
       set_alpha_to_one: whether the last row ends on clean data or at timestep 0 (Stable Diffusion's DDIM;
         `final_sigmas_type` "zero" and "sigma_min" in diffusers' DPM-Solver).
+      fractional_t: whether the network is meant to be called between the timesteps, as EDM's is: none is rounded then,
+        whatever the solver's grid.
       strength: the fraction of the steps that is run, in (0, 1], rounded down as in diffusers; below 1 the first row
         is at a noise level in the middle, for a noised image.
       denoising_start, denoising_end: the part of the process that is run, fractions of T counted from noise, as in
@@ -68,6 +71,7 @@ def make_table(
     coefficient_tables(prediction, process)
 
     grid, rows = SOLVERS[solver]
+    grid = "fractional" if fractional_t else grid
     options = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}, "edm": {"churn": churn, "process": process}}
     options |= {"tcd": {"eta": eta, "process": process}, "kdpm2": {"process": process}, "kdpm2_a": {"process": process}}
     points = noise_levels(spacing, process, steps, grid=grid, steps_offset=steps_offset, between=between)

@@ -31,7 +31,8 @@ def noise_levels(
       grid: `integer`: timesteps of the process, and for spacings uneven in time the nearest ones as the network's t.
         `endpoint`: the same, but of `leading` and `linspace` the end point counts as one and is left out.
         `continuous`: `linspace` and spacings uneven in time lie between the timesteps: sigma / alpha is linear in t for
-        `linspace`, its logarithm for the others. `lcm`: every T // 50th timestep, thinned (Luo 2023).
+        `linspace`, its logarithm for the others. `fractional`: as `integer`, but the uneven ones are not rounded.
+        `lcm`: every T // 50th timestep, thinned (Luo 2023).
       steps_offset: see `timesteps`.
       between: the even spacing whose first and last points the uneven ones span on a continuous grid.
 
@@ -97,7 +98,9 @@ def _even_in_ratio(
         quantiles = scipy.stats.beta.ppf(1 - np.linspace(0, 1, steps), 0.6, 0.6)
         ratio = last.ratio + quantiles * (first.ratio - last.ratio)
     points = [process.between(t, r) for t, r in zip(process.time_of(ratio), ratio)]
-    return points if grid == "continuous" else [point._replace(t=float(np.round(point.t))) for point in points]
+    if grid in ("continuous", "fractional"):
+        return points
+    return [point._replace(t=float(np.round(point.t))) for point in points]
 
 
 def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:

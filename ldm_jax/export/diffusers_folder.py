@@ -51,6 +51,7 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     per_channel = np.ptp(params["scale"]) or np.any(params["shift"])  # of an autoencoder of ours
     if isinstance(model.conditioning, TextConditioning) and per_channel:
         params = into_autoencoder(params)
+    params = {**params, "scale": params["scale"] * np.float32(model.sigma_data)}  # as the scheduler there divides by it
     if source is not None and (source / folder.INDEX).is_file():
         for name in ("unet", PIPELINES[pipeline].autoencoder):
             config = folder.component_config(source, name)

@@ -76,6 +76,10 @@ def write_single_file(model: LatentDiffusion, params: Params, to: Path, *, dtype
 def _family(model: LatentDiffusion) -> str:
     """The family of a model; raises InputError if it has none of these."""
     conditioning = model.conditioning
+    if model.edm is not None:
+        raise InputError(
+            "single files of EDM models, which do not state their noise schedule, are not written; choose a folder"
+        )
     if not isinstance(conditioning, TextConditioning) or model.prediction not in ("eps", "v"):
         raise InputError(f"single files are of {SD1}, 2 and XL; this is a {model.origin.pipeline or 'model of a run'}")
     if added := conditioning.tokenizers[0].added:

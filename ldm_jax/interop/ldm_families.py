@@ -130,7 +130,7 @@ STEP_OF_BASE = 875_000  # the training step of 512-base-ema.ckpt, by which diffu
 _OTHERS = {
     "lora": "is a LoRA, which changes a model; it is no model by itself: --lora=FILE with --model=MODEL",
     "control_model.": "is a ControlNet, which is not supported",
-    "edm_": "is of the EDM noise schedule (Playground 2.5, CosXL), which is not supported",
+    "edm_": "is an EDM model (Playground 2.5, CosXL), which is read as a diffusers folder, not as a single file",
     "down_blocks.": "is a component of a diffusers folder; --model must be that folder, with model_index.json",
 }
 

@@ -10,6 +10,7 @@ from ldm_jax.errors import InputError
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 PREDICTION_TYPES = {"epsilon": "eps", "v_prediction": "v", "sample": "z0"}
+EDM_PREDICTION_TYPES = {"epsilon": "edm", "v_prediction": "v"}
 # diffusers takes the root of fixed_small_log once, so that it is fixed_small; so is None, of the other classes.
 VARIANCE_TYPES = {
     "fixed_small": "fixed_small",
@@ -39,7 +40,8 @@ CLASS_OF = {
     "lcm": "LCMScheduler",
     "tcd": "TCDScheduler",
 }
-SAMPLER_OF = {name: sampler for sampler, name in reversed(CLASS_OF.items())}
+EDM_SAMPLER_OF = {"EDMEulerScheduler": "euler", "EDMDPMSolverMultistepScheduler": "dpmpp_2m"}  # of EDM models
+SAMPLER_OF = {name: sampler for sampler, name in reversed(CLASS_OF.items())} | EDM_SAMPLER_OF
 # The fields that say which of a class's samplers it is: stated, whatever the config has of another class.
 FIELDS_OF_SAMPLER: dict[str, dict[str, Any]] = {
     "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
@@ -77,6 +79,10 @@ _SOLVER = {
 }  # fmt: skip
 _DEIS = {field: value for field, value in _SOLVER.items() if field != "final_sigmas_type"}
 _DPM_SOLVER = {**_SOLVER, "algorithm_type": "dpmsolver++", "lambda_min_clipped": -np.inf, "variance_type": None}
+_EDM = {
+    "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0,
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "final_sigmas_type": "zero",
+}  # fmt: skip
 
 # The defaults of all fields by class.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -114,6 +120,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": True,
         "original_inference_steps": 50, "timestep_scaling": 10.0,
     },
+    "EDMEulerScheduler": _EDM,
+    "EDMDPMSolverMultistepScheduler": {
+        **_EDM, **_THRESHOLD, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+        "lower_order_final": True, "euler_at_final": False,
+    },
 }  # fmt: skip
 
 # Of classes without a sampler here, the defaults of the fields that define the process: a sampler has to be chosen.
@@ -124,7 +135,6 @@ PROCESS_DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMParallelScheduler": {**_COMMON, **_ZERO_SNR},
 }
 READABLE = (*DEFAULTS, *PROCESS_DEFAULTS)
-EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")  # of another preconditioning, whatever the sampler
 
 # The behaviour of a class without the field.
 WITHOUT = {
@@ -151,17 +161,21 @@ _SUPPORTED = {
     "solver_p": (None,),
     "original_inference_steps": (50,),
     "timestep_scaling": (10.0,),
+    "sigma_schedule": ("karras", "exponential"),
+    "rho": (7.0,),
 }
-# Of these fields other values mean another process, or another conditioning on the noise level, with any sampler.
-_PROCESS_FIELDS = ("beta_schedule", "prediction_type", "use_flow_sigmas", "timestep_type")
+# Of these fields other values mean another process, conditioning on the noise level, or spacing, with any sampler.
+_PROCESS_FIELDS = ("beta_schedule", "prediction_type", "use_flow_sigmas", "timestep_type", "sigma_schedule", "rho")
+_MULTISTEP = {"algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"), "solver_order": (2, 3)}
+# At sigma_min the results of Euler, and of both EDM classes, are z / alpha, off in scale by the remaining noise.
+_TO_ZERO = {"final_sigmas_type": ("zero",)}
+_EDM_SUPPORTED = {**_TO_ZERO, "prediction_type": tuple(EDM_PREDICTION_TYPES)}
 _SUPPORTED_IN: dict[str, dict[str, tuple]] = {
     "DDPMScheduler": {"variance_type": tuple(VARIANCE_TYPES)},
-    # At sigma_min its result is z / alpha, off in scale by the remaining noise.
-    "EulerDiscreteScheduler": {"final_sigmas_type": ("zero",)},
-    "DPMSolverMultistepScheduler": {
-        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
-        "solver_order": (2, 3),
-    },
+    "EulerDiscreteScheduler": _TO_ZERO,
+    "EDMEulerScheduler": _EDM_SUPPORTED,
+    "DPMSolverMultistepScheduler": _MULTISTEP,
+    "EDMDPMSolverMultistepScheduler": {**_EDM_SUPPORTED, **_MULTISTEP, "thresholding": (False,)},
     "DEISMultistepScheduler": {"algorithm_type": ("deis", "dpmsolver", "dpmsolver++"), "lower_order_final": (True,)},
     "DPMSolverSinglestepScheduler": {"algorithm_type": ("dpmsolver++", "deis")},
     "UniPCMultistepScheduler": {
@@ -199,7 +213,7 @@ def check_fields(name: str, fields: Mapping[str, Any]) -> None:
     supported = _SUPPORTED | _SUPPORTED_IN.get(name, {})
     if fields["final_sigmas_type"] == "sigma_min":
         supported = supported | _SUPPORTED_AT_SIGMA_MIN.get(name, {})
-    if name == "DPMSolverMultistepScheduler" and fields["solver_order"] == 3:
+    if name in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler") and fields["solver_order"] == 3:
         supported = supported | {"lower_order_final": (True,)}
         if fields["algorithm_type"] == "sde-dpmsolver++":  # its last term has a wrong sign in diffusers
             raise InputError(
@@ -213,7 +227,8 @@ def check_fields(name: str, fields: Mapping[str, Any]) -> None:
 
 def check_process_fields(name: str, fields: Mapping[str, Any]) -> None:
     """Raises InputError for values of a process, or a conditioning on the noise level, that is not supported here."""
-    _check_values(name, fields, {field: _SUPPORTED[field] for field in _PROCESS_FIELDS})
+    supported = _SUPPORTED | _SUPPORTED_IN.get(name, {})
+    _check_values(name, fields, {field: supported[field] for field in _PROCESS_FIELDS})
 
 
 def _check_values(name: str, fields: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:

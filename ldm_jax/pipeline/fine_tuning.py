@@ -76,6 +76,9 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{where} is a text-to-image model; config.data.caption_key must name the captions' feature")
     if model.learned_variance and not config.diffusion.vlb_weight:
         raise InputError(f"config.diffusion.vlb_weight is 0; {where} predicts the variance, so it must be above 0")
+    if model.edm is not None:
+        why = "trained at noise levels that no loss here samples"
+        raise InputError(f"{where} is an EDM model (Karras 2022), {why}; it can be sampled and converted only")
     if model.guidance_dim is not None:
         raise InputError(f"{where} is a latent consistency model, distilled from another, which is what to fine-tune")
     if isinstance(model.concat, Segmentation) != (data.segments_key != "none"):

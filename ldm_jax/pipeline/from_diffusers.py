@@ -17,7 +17,7 @@ from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, Components, read_pipeline
-from ldm_jax.interop.scheduler_config import process_from_config
+from ldm_jax.interop.scheduler_config import edm_from_config, process_from_config
 from ldm_jax.interop.tokenizer import load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.models.clip import CLIPTextEncoder
@@ -88,7 +88,7 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
         max_noise_level=settings.get("max_noise_level", MAX_NOISE_LEVEL), **stated,
     )  # fmt: skip
     params = {"denoiser": denoiser_params, "conditioning": conditioning_params, "first_stage": module_params}
-    return model, params | {"shift": shift, "scale": scale}
+    return model, params | {"shift": shift, "scale": scale / np.float32(model.sigma_data)}
 
 
 def assemble(
@@ -126,6 +126,11 @@ def assemble(
         solvers[sampler] = own._replace(options={**own.options, "eta": eta})
     if pipeline != PIPELINE_CLASS:
         concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
+    plain = isinstance(conditioning, TextConditioning) and concat is None
+    if not plain and any(edm_from_config(config) for config in schedulers.values()):
+        raise InputError(
+            f"--model={path} has an EDM scheduler; these are for text-to-image models without other inputs"
+        )
     (h, w, channels), factor = latent_shape, first_stage.downsampling
     colours = first_stage.module.in_channels if first_stage.module is not None else channels
     defaults = {"steps": PIPELINES[pipeline].steps, "guidance": PIPELINES[pipeline].guidance} | defaults
@@ -139,6 +144,7 @@ def assemble(
         image_shape=(h * factor, w * factor, colours),
         defaults=SamplingDefaults(sampler=sampler, solvers=solvers, batch_size=jax.local_device_count(), **defaults),
         origin=Origin(path, class_names=class_names, hashed=(prediction,), pipeline=pipeline, schedulers=schedulers),
+        edm=edm_from_config(schedulers["scheduler"]),
     )
     _check_widths(model, channels)
     return model

@@ -16,6 +16,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from ldm_jax.diffusion.edm import EDM
 from ldm_jax.diffusion.process import Process
 from ldm_jax.errors import InputError
 from ldm_jax.models.concat_conditioning import ConcatConditioning
@@ -88,6 +89,7 @@ class LatentDiffusion:
     image_shape: tuple[int, int, int]  # (H, W, C)
     defaults: SamplingDefaults = field(compare=False)
     origin: Origin = field(default=Origin(), compare=False)
+    edm: EDM | None = None  # noise levels of an EDM model, whose denoiser is conditioned on c_noise instead of t
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -100,6 +102,11 @@ class LatentDiffusion:
     def learned_variance(self) -> bool:
         """Whether the denoiser predicts the variance of the reverse process too (Nichol 2021)."""
         return self.denoiser.out_channels == 2 * self.latent_shape[-1]
+
+    @property
+    def sigma_data(self) -> float:
+        """The standard deviation by which an EDM model's latents are divided, in params["scale"]; 1 of all others."""
+        return 1.0 if self.edm is None else self.edm.sigma_data
 
     @property
     def guidance_dim(self) -> int | None:
@@ -141,6 +148,7 @@ def apply_denoiser(
         scale = cond.get("guidance", jnp.ones(len(z_t)))
         arguments["timestep_cond"] = guidance_embedding(scale, model.guidance_dim)
     unet_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
+    t = t if model.edm is None else model.edm.c_noise(t)
     return model.denoiser.apply({"params": params["denoiser"]}, unet_input, t, **arguments, **options)
 
 

@@ -40,7 +40,7 @@ def load_vae(vae: str, dtype: str) -> Autoencoder:
 def with_autoencoder(model: LatentDiffusion, params: Params, vae: str) -> tuple[LatentDiffusion, Params]:
     """The model with the autoencoder of --vae; raises InputError as `load_vae`, or if it has other latents."""
     autoencoder = load_vae(vae, model.dtype)
-    check_scaling(autoencoder, params["shift"], params["scale"], vae)
+    check_scaling(autoencoder, params["shift"], params["scale"] * np.float32(model.sigma_data), vae)
     fields = ("latent_channels", "in_channels", "downsampling")
     own, new = (
         [type(m).__name__, *(getattr(m, name) for name in fields)]

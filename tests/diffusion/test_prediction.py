@@ -49,6 +49,7 @@ def test_targets_invert(pair, t, seed):
         ("v", [-0.8, 0.6, 0.6, -0.8, 1]),
         ("z0", [1, 0, 0, 1, 1]),
         ("flow", [-1, 1, 1, -0.8, 1.4]),
+        ("edm", [0.8, -0.6, 0.6, 0.8, 1]),
     ],
 )
 def test_rows_by_hand(prediction, expected):
@@ -74,7 +75,7 @@ def test_z0_and_flow_fit_every_process(prediction, process):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: coefficient_tables("x0", HAND), "prediction must be one of eps, v, z0, flow, got 'x0'"),
+        (lambda: coefficient_tables("x0", HAND), "prediction must be one of eps, v, z0, flow, edm, got 'x0'"),
         (lambda: coefficients("score", 0.6, 0.8), "got 'score'"),
         (lambda: to_z0("", jnp.ones(3), jnp.ones(3), 0.6, 0.8), "got ''"),
         (lambda: from_z0("x0", jnp.ones(3), jnp.ones(3), 0.6, 0.8), "got 'x0'"),

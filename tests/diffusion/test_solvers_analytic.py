@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import kstest, norm
 
 from ldm_jax.diffusion.denoiser import Estimate
+from ldm_jax.diffusion.edm import EDM
 from ldm_jax.diffusion.prediction import from_z0, to_z0
 from ldm_jax.diffusion.process import Process, forward_step, neighbours, posterior
 from ldm_jax.diffusion.random import initial_latents, sample_keys
@@ -22,6 +23,7 @@ PROCESSES = {
     "cosine": make_process("cosine", 1000),
     "zero_snr": make_process("scaled_linear", 1000, zero_terminal_snr=True),
     "rectified_flow": make_process("rectified_flow", 1000),
+    "edm": EDM(0.002, 80.0, 0.5, 1000).process,
 }
 # Two normal components: weight, mean and standard deviation of each.
 MIXTURE = np.array([[0.3, 0.7], [-1.2, 0.8], [0.3, 0.4]])
@@ -145,6 +147,13 @@ CASES = [
     ("rectified_flow", "flow", {"solver": "dpmpp_3m", "steps": 200, "spacing": "trailing"}),
     ("rectified_flow", "flow", {"solver": "deis", "steps": 200, "spacing": "trailing"}),
     ("linear", "flow", {"solver": "ddim", "steps": 200, "spacing": "trailing"}),
+    ("edm", "edm", {"solver": "ddpm", "steps": 500, "spacing": "karras", "fractional_t": True}),
+    ("edm", "edm", {"solver": "ddim", "steps": 200, "spacing": "exponential", "fractional_t": True}),
+    ("edm", "edm", {"solver": "plms", "steps": 60, "spacing": "karras", "fractional_t": True}),
+    ("edm", "edm", {"solver": "heun", "steps": 40, "spacing": "karras", "fractional_t": True}),
+    ("edm", "v", {"solver": "dpmpp_2m", "steps": 60, "spacing": "karras", "fractional_t": True}),
+    ("edm", "v", {"solver": "dpmpp_2m_sde", "steps": 150, "spacing": "exponential", "fractional_t": True}),
+    ("edm", "v", {"solver": "unipc", "steps": 60, "spacing": "exponential", "fractional_t": True}),
 ]
 
 

@@ -392,7 +392,7 @@ def test_a_constant_denoiser_is_reached_exactly():
             "spacing must be one of leading, trailing, linspace, karras, exponential, beta, got 'even'",
         ),
         ({"steps": 40, "steps_offset": 1}, "steps_offset must lie in 0..0"),
-        ({"prediction": "x0"}, "prediction must be one of eps, v, z0, flow, got 'x0'"),
+        ({"prediction": "x0"}, "prediction must be one of eps, v, z0, flow, edm, got 'x0'"),
         (
             {"process": ZERO_SNR},
             "prediction 'eps' does not determine z0 at timestep 39, where alpha = 0",

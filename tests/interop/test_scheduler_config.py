@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scheduler_configs import PUBLISHED, clipped, initial_noise_scale, table_of
+from scheduler_configs import EDM, PUBLISHED, clipped, initial_noise_scale, table_of
 
 from ldm_jax.diffusion.forward import NoiseLevel
 from ldm_jax.diffusion.schedules import BETAS, make_process
 from ldm_jax.diffusion.solvers import SOLVERS, make_table
 from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import InputError
-from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
+from ldm_jax.interop.scheduler_config import config_from_schedule, edm_from_config, scheduler_from_config
 
 SD_END = {"spacing": "leading", "between": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 PLAIN = {"spacing": "leading", "between": "leading", "steps_offset": 0, "set_alpha_to_one": True}
@@ -248,7 +248,6 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
     "config, named",
     [
         ({}, "class None is not supported"),
-        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler is for EDM models"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
         ({"_class_name": "DPMSolverSDEScheduler"}, "the scheduler DPMSolverSDEScheduler is not supported"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
@@ -292,6 +291,95 @@ def test_refusals(config, named):
     with pytest.raises(InputError, match=named) as error:
         scheduler_from_config(config)
     assert "\n" not in str(error.value)
+
+
+EDM_DPM, EDM_EULER = EDM.values()
+
+
+def test_published_edm_models():
+    playground, cosxl = map(scheduler_from_config, EDM.values())
+    assert (playground.sampler, playground.prediction) == ("dpmpp_2m", "edm")
+    assert (cosxl.sampler, cosxl.prediction) == ("euler", "v")
+    assert playground.options == {"spacing": "karras", "fractional_t": True}
+    assert cosxl.options == {"spacing": "exponential", "fractional_t": True}
+    for scheduler, config in zip((playground, cosxl), EDM.values()):
+        sigma = scheduler.process.sigma / scheduler.process.alpha * config["sigma_data"]
+        assert len(sigma) == 1000
+        np.testing.assert_allclose(sigma[[0, -1]], [config["sigma_min"], config["sigma_max"]], rtol=1e-9)
+        assert initial_noise_scale(scheduler, 5) == 1.0
+    assert edm_from_config(EDM_EULER) == (0.002, 120.0, 1.0, 1000)
+    assert edm_from_config(PUBLISHED["sdxl"]) is None
+
+
+@pytest.mark.parametrize(
+    "fields, sampler",
+    [
+        ({}, "dpmpp_2m"),
+        ({"algorithm_type": "deis", "solver_type": "bh2"}, "dpmpp_2m"),  # which mean the defaults in diffusers
+        ({"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ({"solver_order": 3}, "dpmpp_3m"),
+        ({"lower_order_final": False, "euler_at_final": True}, "dpmpp_2m"),  # at sigma 0 these two say nothing
+    ],
+)
+def test_the_sampler_of_edms_dpm_solver(fields, sampler):
+    assert scheduler_from_config(EDM_DPM | fields).sampler == sampler
+
+
+@pytest.mark.parametrize("model", EDM)
+def test_every_sampler_of_an_edm_model_has_its_noise_levels(model):
+    """Whatever the fields of the config's own solver are; but those of distilled models."""
+    config = EDM[model] | {"solver_order": 1, "final_sigmas_type": "sigma_min", "thresholding": True}
+    own = table_of(scheduler_from_config(EDM[model]), 7)
+    for sampler in SOLVERS:
+        if sampler in ("lcm", "tcd"):
+            with pytest.raises(InputError, match=f"the sampler {sampler} is for distilled models; .* of an EDM model"):
+                scheduler_from_config(config, sampler)
+            continue
+        scheduler = scheduler_from_config(config, sampler)
+        table = table_of(scheduler, 7)
+        assert scheduler.sampler == sampler and not scheduler.scaled_initial_noise
+        assert np.isfinite(table.weights).all()
+        assert np.isin(own.t[:7], table.t).all() and table.reached_sigma[table.rows - 1] == 0
+
+
+@pytest.mark.parametrize("sampler", [None, "heun"])
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"prediction_type": "sample"}, "prediction_type = 'sample' is not supported; supported: 'epsilon', 'v_pred"),
+        ({"sigma_schedule": "beta"}, "sigma_schedule = 'beta' is not supported; supported: 'karras', 'exponential'"),
+        ({"rho": 5.0}, r"rho = 5.0 is not supported; supported: 7\.0"),
+        ({"sigma_min": 0.0}, "sigma_min = 0.0, sigma_max = .*; it must be 0 < sigma_min < sigma_max"),
+        ({"sigma_max": 0.001}, "sigma_max = 0.001"),
+        ({"sigma_max": float("inf")}, "sigma_max = inf"),
+        ({"sigma_data": -0.5}, "sigma_data = -0.5"),
+        ({"sigma_data": None}, "sigma_data must be a number, got None"),
+        ({"num_train_timesteps": 1}, "timesteps = 1; it must be .* num_train_timesteps > 1"),
+    ],
+)
+def test_edm_processes_that_are_refused_whatever_the_sampler(fields, named, sampler):
+    for config in EDM.values():
+        with pytest.raises(InputError, match=named) as error:
+            scheduler_from_config(config | fields, sampler)
+        assert "\n" not in str(error.value) and str(error.value).startswith(config["_class_name"])
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (EDM_DPM | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min' is not supported"),
+        (EDM_EULER | {"final_sigmas_type": "sigma_min"}, "final_sigmas_type = 'sigma_min' is not supported"),
+        (EDM_DPM | {"thresholding": True}, "thresholding = True"),
+        (EDM_DPM | {"solver_order": 1}, "solver_order = 1 is not supported; supported: 2, 3"),
+        (EDM_DPM | {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}, "3 with noise"),
+        (EDM_DPM | {"solver_order": 3, "lower_order_final": False}, "lower_order_final = False"),
+        (EDM_DPM | {"solver_type": "heun"}, "solver_type = 'heun'"),
+        (EDM_DPM | {"algorithm_type": "dpmsolver"}, "algorithm_type = 'dpmsolver'"),
+    ],
+)
+def test_edm_solvers_that_are_refused(fields, named):
+    with pytest.raises(InputError, match=named):
+        scheduler_from_config(fields)
 
 
 def test_lambda_min_clipped_of_published_models_leaves_the_schedule_whole():

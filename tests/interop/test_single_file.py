@@ -229,7 +229,9 @@ REFUSED = {  # family, what is done to the tensors -> what the line must say
     "no middle": (SD1, without(f"{UNET}middle_block.1.proj_in.weight"), f"lacks {UNET}middle_block.1.proj_in.weight"),
     "one tensor missing": (
         SD1, without(f"{UNET}out.0.bias"), f"missing keys (1): {UNET}out.0.bias (unet conv_norm_out.bias)"),
-    "EDM": (XL, having(edm_mean=(1, 4, 1, 1)), "is of the EDM noise schedule"),
+    "EDM": (
+        XL, having(edm_mean=(1, 4, 1, 1)),
+        "is an EDM model (Playground 2.5, CosXL), which is read as a diffusers folder, not as a single file"),
     "another shape": (
         CLASSES, having(model__diffusion_model__time_embed__0__bias=(7,)),
         "unet: the state_dict does not fit this model: size mismatch (1): time_embedding.linear_1.bias"),
