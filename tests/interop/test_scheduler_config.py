@@ -342,6 +342,15 @@ def test_every_sampler_of_an_edm_model_has_its_noise_levels(model):
         assert np.isin(own.t[:7], table.t).all() and table.reached_sigma[table.rows - 1] == 0
 
 
+def test_a_sampler_of_an_edm_model_is_what_the_other_edm_class_is():
+    assert scheduler_from_config(EDM_EULER, "dpmpp_2m") == scheduler_from_config(
+        EDM_EULER | {"_class_name": "EDMDPMSolverMultistepScheduler"}
+    )
+    assert scheduler_from_config(EDM_DPM, "euler") == scheduler_from_config(
+        EDM_DPM | {"_class_name": "EDMEulerScheduler"}
+    )
+
+
 @pytest.mark.parametrize("sampler", [None, "heun"])
 @pytest.mark.parametrize(
     "fields, named",
@@ -457,6 +466,7 @@ def test_export_of_other_options():
         ({"sampler": "tcd"}, "TCDScheduler does not support set_alpha_to_one = True"),
         ({"sampler": "lcm", "set_alpha_to_one": False}, "LCMScheduler does not support set_alpha_to_one = False"),
         ({"prediction": "flow"}, "have no 'flow'; they have eps, v, z0"),
+        ({"prediction": "edm"}, "have no 'edm'; they have eps, v, z0"),
         ({"name": "rectified_flow"}, "have no 'rectified_flow'; they have linear, scaled_linear, cosine"),
     ],
 )

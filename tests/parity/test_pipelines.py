@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import bpe`
 
 from bpe import learn_merges, make_vocab, write_tokenizer
 
-from ldm_jax import command_line, sample
+from ldm_jax import command_line, convert, sample
 from ldm_jax.diffusion.random import low_resolution_noise, sample_keys
 from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES
 
@@ -55,6 +55,25 @@ SCHEDULERS = {
     ),
     "SDXL": diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading", steps_offset=1),
 }
+EDM = {  # scheduler, and scaling of the autoencoder's latents: Playground v2.5, CosXL, and each with the other spacing
+    "playground": (
+        diffusers.EDMDPMSolverMultistepScheduler(sigma_data=0.5),
+        {"scaling_factor": 0.5, "latents_mean": [-1.6, 1.1, 0.4, 0.2], "latents_std": [1.4, 0.9, 1.2, 0.7]},
+    ),
+    "cosxl": (
+        diffusers.EDMEulerScheduler(
+            sigma_data=1.0, sigma_max=120.0, sigma_schedule="exponential", prediction_type="v_prediction"
+        ),
+        {},
+    ),
+    "DPM-Solver, exponential": (
+        diffusers.EDMDPMSolverMultistepScheduler(
+            sigma_data=1.0, sigma_max=120.0, sigma_schedule="exponential", prediction_type="v_prediction"
+        ),
+        {},
+    ),
+    "Euler, karras": (diffusers.EDMEulerScheduler(), {"scaling_factor": 0.3}),
+}
 OTHERS = {
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
@@ -64,15 +83,15 @@ OTHERS = {
 }
 
 
-def vae(factor, levels=2):
-    """An autoencoder that halves the size between its levels."""
+def vae(factor, levels=2, **scaling):
+    """An autoencoder that halves the size between its levels; `scaling` is of its latents."""
     return diffusers.AutoencoderKL(
         block_out_channels=(16, 32, 32)[:levels],
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         norm_num_groups=8,
-        scaling_factor=factor,
+        **{"scaling_factor": factor} | scaling,
     )
 
 
@@ -114,9 +133,9 @@ def saved(tmp_path, random_weights):
 
 @pytest.fixture
 def build(tokenizer, saved):
-    """build(name, in_channels, pipeline class) -> the diffusers pipeline and the folder that it was saved to."""
+    """build(name, in_channels, pipeline class, scheduler, scaling) -> the diffusers pipeline and its saved folder."""
 
-    def make(name, in_channels=4, kind=None):
+    def make(name, in_channels=4, kind=None, scheduler=None, scaling=None):
         if name == "SDXL":
             parts = {
                 "unet": diffusers.UNet2DConditionModel(
@@ -126,7 +145,7 @@ def build(tokenizer, saved):
                     addition_time_embed_dim=8,
                     projection_class_embeddings_input_dim=24 + 6 * 8,
                 ),
-                "vae": vae(0.13025),
+                "vae": vae(0.13025, **scaling or {}),
                 "text_encoder": text_encoder(),
                 "text_encoder_2": text_encoder(hidden_size=40, hidden_act="gelu", projection_dim=24),
                 "tokenizer": tokenizer("one", "<|endoftext|>"),
@@ -146,7 +165,7 @@ def build(tokenizer, saved):
                 "requires_safety_checker": False,
             }
             kind = kind or diffusers.StableDiffusionPipeline
-        return saved(kind, parts | {"scheduler": SCHEDULERS[name]})
+        return saved(kind, parts | {"scheduler": scheduler or SCHEDULERS[name]})
 
     return make
 
@@ -287,6 +306,40 @@ def test_image_to_image(name, sampler, build, sampled, noise, without_chance, im
     expected = diffusers_images(pipe, noise, image=image_and_mask[0], strength=0.6)
     flags = [f"--sampler={sampler}"] if sampler else []
     assert_same(sampled(folder, f"--init_image={tmp_path}/image.png", "--strength=0.6", *flags), expected)
+
+
+@pytest.mark.parametrize("model", EDM)
+def test_edm_models(model, build, sampled, noise):
+    scheduler, scaling = EDM[model]
+    pipe, folder = build("SDXL", scheduler=scheduler, scaling=scaling)
+    assert_same(
+        sampled(folder, "--guidance=3", f"--negative_prompt={NEGATIVE}"),
+        diffusers_images(pipe, noise, guidance_scale=3.0, negative_prompt=[NEGATIVE] * 2),
+    )
+
+
+@pytest.mark.parametrize("model", ["playground", "cosxl"])
+def test_image_to_image_of_edm_models(model, build, sampled, noise, without_chance, image_and_mask, tmp_path):
+    without_chance("stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img")
+    scheduler, scaling = EDM[model]
+    kind = diffusers.StableDiffusionXLImg2ImgPipeline
+    pipe, folder = build("SDXL", kind=kind, scheduler=scheduler, scaling=scaling)
+    expected = diffusers_images(pipe, noise, image=image_and_mask[0], strength=0.6)
+    assert_same(sampled(folder, f"--init_image={tmp_path}/image.png", "--strength=0.6"), expected)
+
+
+@pytest.mark.parametrize("model", EDM)
+def test_converted_edm_models_in_diffusers(model, build, noise, tmp_path):
+    """What `convert` writes has the images of the folder that it was made of."""
+    scheduler, scaling = EDM[model]
+    pipe, folder = build("SDXL", scheduler=scheduler, scaling=scaling)
+    assert command_line.run(convert.main, ["convert", f"--model={folder}", f"--to={tmp_path / 'to'}"]) == 0
+    again = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "to")
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler) is type(scheduler)
+    stated = {field: value for field, value in again.scheduler.config.items() if not field.startswith("_")}
+    assert stated == {field: scheduler.config[field] for field in stated}
+    assert_same(diffusers_images(again, noise), diffusers_images(pipe, noise))
 
 
 def test_inpainting(build, sampled, noise, without_chance, image_and_mask, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from parity.fixed_network import (
     KEYS,
+    SHAPE,
     Z_T,
     assert_same,
     network,
@@ -20,13 +21,13 @@ from parity.fixed_network import (
     share_alpha_bar,
     solver,
 )
-from scheduler_configs import PUBLISHED, clipped, initial_noise_scale, table_of
+from scheduler_configs import EDM, PUBLISHED, clipped, initial_noise_scale, table_of
 
 from ldm_jax.diffusion.denoiser import from_network
 from ldm_jax.diffusion.schedules import cosine_betas, make_process
 from ldm_jax.diffusion.solve import solve
 from ldm_jax.diffusion.solvers import SOLVERS
-from ldm_jax.interop.scheduler_config import config_from_schedule, scheduler_from_config
+from ldm_jax.interop.scheduler_config import config_from_schedule, edm_from_config, scheduler_from_config
 from ldm_jax.interop.scheduler_fields import CLASS_OF, DEFAULTS, FIELDS_OF_SAMPLER, fields_of
 
 NOISY = {
@@ -219,6 +220,50 @@ def test_ddim_with_eta(same_noise):
     expected = run_reference(reference, 10, eta=0.7, variance_noise=lambda i: torch.from_numpy(row_noise(i)))
     got = solver(ours.process, ours.prediction)(table_of(ours, 10, eta=0.7), ours.clip_sample_range)
     assert_same(np.asarray(got), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 14, 15, 20])
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"solver_order": 3}, {"algorithm_type": "sde-dpmsolver++"}, {"lower_order_final": False},
+     {"lower_order_final": False, "euler_at_final": True}],
+)  # fmt: skip
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+@pytest.mark.parametrize("model", EDM)
+def test_edm_models(model, spacing, change, steps, same_noise):
+    """The initial noise is of our scale, sqrt(sigma_max^2 + sigma_data^2); a network of c_noise, which both have."""
+    if spacing == "exponential" and steps == 1:
+        pytest.skip("diffusers' only step is at sigma_min")
+    if "Euler" in EDM[model]["_class_name"] and change:
+        pytest.skip("of the other class")
+    config = EDM[model] | {"sigma_schedule": spacing} | change
+    if config.get("algorithm_type") == "sde-dpmsolver++":
+        same_noise("edm_dpmsolver_multistep", steps)
+    ours, edm = scheduler_from_config(config), edm_from_config(config)
+
+    def of_c_noise(z, c_noise, xp=jax.numpy):
+        return network(z, 100 * c_noise, xp)
+
+    expected = run_reference(
+        own_scheduler(config),
+        steps,
+        start=lambda reference: np.hypot(edm.sigma_max, edm.sigma_data),
+        network=of_c_noise,
+    )
+    denoise = from_network(
+        lambda z, t, _: of_c_noise(z, edm.c_noise(t).reshape(-1, 1, 1, 1)), ours.prediction, ours.process
+    )
+    got, _ = jax.jit(lambda table: solve(lambda *at: denoise(*at, None), Z_T, table, KEYS))(table_of(ours, steps))
+    assert got.shape == (2, *SHAPE)
+    assert_same(edm.sigma_data * np.asarray(got), expected, ours.sampler)
+
+
+def test_the_scale_of_edms_initial_noise_in_diffusers():
+    """That of data of standard deviation 1, whatever sigma_data is."""
+    for config, off in zip(EDM.values(), (5.9e-5, 0)):
+        edm = edm_from_config(config)
+        ratio = own_scheduler(config).init_noise_sigma / np.hypot(edm.sigma_max, edm.sigma_data)
+        assert ratio == pytest.approx(1 + off, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
