@@ -73,6 +73,7 @@ def _autoencoder(config: ConfigDict) -> None:
     loss.perceptual = 1.0  # weight of LPIPS
     loss.perceptual_net = "vgg16"  # vgg16 | alexnet (for images of 64 pixels or more: see perceptual_size)
     loss.perceptual_size = 0  # pixels that images are resized to for LPIPS; 0 = not resized
+    loss.perceptual_start = 0  # the first step with LPIPS
     loss.perceptual_every = 1  # compute LPIPS on every k-th example: it costs more than the autoencoder
     loss.kl = 1e-6  # weight of the KL, summed over the latent, per pixel value (Rombach 2022)
     loss.codebook = 1.0  # vq only: weight of |sg(h) - e|^2

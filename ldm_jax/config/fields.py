@@ -40,9 +40,10 @@ _CHOICES = {
 # (lowest, highest) -> the fields with this range, bounds included; None = no bound. "*" stands for each of STAGES.
 _FIELDS_IN_RANGE = {
     (0, None): """
-        data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size clip.max_shift diffusion.vlb_weight
-        diffusion.snr_gamma lora.rank lora.alpha sampling.num sampling.churn sampling.guidance sampling.progress_every
-        evaluation.vlb_examples *.learning_rate *.warmup_steps *.weight_decay *.clip_norm""",
+        data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size autoencoder.loss.perceptual_start
+        autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight diffusion.snr_gamma lora.rank lora.alpha
+        sampling.num sampling.churn sampling.guidance sampling.progress_every evaluation.vlb_examples *.learning_rate
+        *.warmup_steps *.weight_decay *.clip_norm""",
     (1, None): """
         autoencoder.latent_channels autoencoder.layers_per_block autoencoder.norm_num_groups
         autoencoder.loss.perceptual_every autoencoder.discriminator.channels autoencoder.discriminator.layers

@@ -43,6 +43,12 @@ def make_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
     )
 
 
+def autoencoder_terms(config: ConfigDict, step: int) -> dict[str, bool]:
+    """The loss terms of a step of the autoencoder's training that start late, as arguments of its `step`."""
+    loss = config.autoencoder.loss
+    return {name: loss[name] > 0 and step >= loss[f"{name}_start"] for name in ("perceptual", "adversarial")}
+
+
 def make_diffusion_stage(model: LatentDiffusion, trainable: Trainable, config: ConfigDict) -> DiffusionStage:
     """The stage that trains the `trainable` parameters of a model."""
     loss = {name: config.diffusion[name] for name in ("weighting", "snr_gamma", "label_dropout", "vlb_weight")}
