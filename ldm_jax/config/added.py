@@ -14,6 +14,10 @@ ADDED: dict[str, Any] = {
     "textual_inversion.vectors": 1,
     "textual_inversion.learnable_property": "object",
     "autoencoder.loss.perceptual_start": 0,
+    "diffusion.timestep_sampling": "uniform",
+    "diffusion.timestep_mean": 0.0,
+    "diffusion.timestep_std": 1.0,
+    "diffusion.timestep_shift": 1.0,
     **{f"{stage}.optimizer": "adamw" for stage in ("autoencoder", "clip", "diffusion", "classifier")},
 }
 

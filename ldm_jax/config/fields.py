@@ -10,6 +10,7 @@ from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.schedules import SCHEDULES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
+from ldm_jax.diffusion.timesteps import DISTRIBUTIONS
 from ldm_jax.diffusion.weighting import WEIGHTINGS
 from ldm_jax.errors import InputError
 
@@ -29,6 +30,7 @@ _CHOICES = {
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": tuple(PREDICTIONS),
     "diffusion.weighting": tuple(WEIGHTINGS),
+    "diffusion.timestep_sampling": DISTRIBUTIONS,
     "diffusion.variance": ("fixed", "learned"),
     "concat.type": ("none", "low_resolution", "inpainting", "segments"),
     "textual_inversion.learnable_property": ("object", "style"),
@@ -60,6 +62,9 @@ _FIELDS_IN_RANGE = {
     (0, 2**32 - 1): "seed",
     (3, 10_000): "clip.max_length",
     (2, 256): "concat.num_segments",
+    (-10.0, 10.0): "diffusion.timestep_mean",
+    (0.01, 10.0): "diffusion.timestep_std",
+    (0.01, 100.0): "diffusion.timestep_shift",
     (0.0, 0.99): "clip.max_zoom",
     (0.0, 0.999): "diffusion.beta_end",
     (0.0, 1.0): """
