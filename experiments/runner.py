@@ -46,6 +46,16 @@ Rows = dict[str, Row]
 
 # Every run of an experiment is trained without sampling or evaluation at its end: the experiment does both.
 TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.vlb_examples": 0}
+# The main job as it was when the experiments were run: without LPIPS, by AdamW.
+BY_ADAMW = {
+    "autoencoder.optimizer": "adamw",
+    "autoencoder.learning_rate": 1.5e-3,
+    "autoencoder.loss.kl": 1e-6,
+    "autoencoder.loss.perceptual": 0.0,
+    "autoencoder.loss.perceptual_start": 0,
+    "diffusion.optimizer": "adamw",
+    "diffusion.learning_rate": 1e-3,
+}
 # Short trainings of the autoencoder, sufficient to compare diffusion models on its latents.
 SHORT_AUTOENCODER = {"autoencoder.steps": 1_200, "autoencoder.loss.adversarial_start": 600}
 LONGER_AUTOENCODER = {"autoencoder.steps": 2_000, "autoencoder.loss.adversarial_start": 1_000}
@@ -83,7 +93,9 @@ class Workspace(NamedTuple):
     def config(self, changes: dict[str, Any]) -> ConfigDict:
         """configs/fashion_mnist.py with this budget's overrides, then `changes` {dotted field: value}."""
         config = fashion_mnist.get_config().copy_and_resolve_references().unlock()
-        config.update_from_flattened_dict(TRAINED_ONLY | CHANGES[self.budget] | {"data.dir": self.data_dir} | changes)
+        config.update_from_flattened_dict(
+            TRAINED_ONLY | BY_ADAMW | CHANGES[self.budget] | {"data.dir": self.data_dir} | changes
+        )
         return config.lock()
 
     def train(self, name: str, changes: dict[str, Any]) -> Path:

@@ -47,6 +47,20 @@ TRAIN = {  # flags -> what the line must say
     "an unknown perceptual net": ([TINY, "--config.autoencoder.loss.perceptual_net=vgg19"], "vgg16, alexnet"),
     "an unknown learning rate decay": ([TINY, "--config.diffusion.decay=step"], "constant, cosine"),
     "an unknown optimizer": ([TINY, "--config.diffusion.optimizer=sgd"], "adamw, muon"),
+    "an unknown distribution of timesteps": (
+        [TINY, "--config.diffusion.timestep_sampling=lognormal"],
+        "it must be one of uniform, logit_normal",
+    ),
+    "timesteps without spread": ([TINY, "--config.diffusion.timestep_std=0.0"], "it must be from 0.01 to 10"),
+    "the VLB with other timesteps": (
+        [TINY, "--config.diffusion.variance=learned", "--config.diffusion.timestep_sampling=logit_normal"],
+        "needs uniform timesteps",
+    ),
+    "shifted timesteps for the VLB": (
+        [TINY, "--config.diffusion.variance=learned", "--config.diffusion.timestep_shift=3.0"],
+        "needs uniform timesteps",
+    ),
+    "LPIPS before the first step": ([TINY, "--config.autoencoder.loss.perceptual_start=-1"], "it must be 0 or more"),
     "two colours": ([TINY, "--config.data.channels=2"], "1, 3"),
     "an unknown crop": ([TINY, "--config.data.crop=middle"], "center, none"),
     "a negative seed": ([TINY, "--config.seed=-1"], "config.seed is -1"),

@@ -13,6 +13,7 @@ import numpy as np  # noqa: E402
 
 from configs.fashion_mnist import get_config  # noqa: E402
 from experiments.recipes import balanced_recipe, make_guidance  # noqa: E402
+from experiments.runner import BY_ADAMW  # noqa: E402
 from experiments.untrained import DiffusionStart, diffusion_start  # noqa: E402
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard  # noqa: E402
 from ldm_jax.sampling.inputs import sample_inputs  # noqa: E402
@@ -25,7 +26,7 @@ BATCH, STEPS, GUIDANCE = 128, 10, 1.5
 
 def main() -> None:
     config = get_config().unlock()
-    config.diffusion.batch_size = BATCH
+    config.update_from_flattened_dict(BY_ADAMW | {"diffusion.batch_size": BATCH})
     start = diffusion_start(config, jax.random.key(0))
     work = {"train": make_train(start), "sample": make_sample(start)}
     print(f"ready {sum(leaf.size for leaf in jax.tree.leaves(start.state.params['denoiser']))}", flush=True)

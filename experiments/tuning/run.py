@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.judge.run import ClassifierEvaluation, load_evaluation
+from experiments.runner import BY_ADAMW
 from ldm_jax.evaluation.features import lpips_distance
 from ldm_jax.evaluation.metrics import psnr
 from ldm_jax.evaluation.scoring import reconstruct
@@ -22,8 +23,7 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.runtime.xla import configure
 
 HERE = Path(__file__).parent
-ADAMW = {"autoencoder.optimizer": "adamw", "autoencoder.learning_rate": 1.5e-3, "autoencoder.loss.kl": 1e-6}
-SHORT = ADAMW | {
+SHORT = BY_ADAMW | {
     "autoencoder.steps": 800,
     "autoencoder.batch_size": 64,
     "autoencoder.warmup_steps": 100,
@@ -69,7 +69,7 @@ ROWS = {
 }
 ONLY_AUTOENCODER = {"diffusion.steps": 1, "sampling.num": 0, "sampling.progress_every": 0}
 SHARED_AUTOENCODER = (
-    ADAMW
+    BY_ADAMW
     | LPIPS
     | {
         "autoencoder.steps": 2800,

@@ -7,12 +7,17 @@ Such a value is the behaviour of the versions without the field. It never change
 
 from typing import Any
 
-# SECTION.FIELD -> its value; a field that is renamed is renamed here, too.
+# The full name of a field -> its value; a field that is renamed is renamed here, too.
 ADDED: dict[str, Any] = {
     "textual_inversion.token": "",
     "textual_inversion.init_word": "object",
     "textual_inversion.vectors": 1,
     "textual_inversion.learnable_property": "object",
+    "autoencoder.loss.perceptual_start": 0,
+    "diffusion.timestep_sampling": "uniform",
+    "diffusion.timestep_mean": 0.0,
+    "diffusion.timestep_std": 1.0,
+    "diffusion.timestep_shift": 1.0,
     **{f"{stage}.optimizer": "adamw" for stage in ("autoencoder", "clip", "diffusion", "classifier")},
 }
 
@@ -32,13 +37,18 @@ def with_added(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a saved config with those of ADDED that it lacks; what is no config is not changed."""
     if not is_config(fields):
         return fields
-    fields = dict(fields)
     for name, value in ADDED.items():
-        section, _, field = name.partition(".")
-        known = fields.get(section, {} if section in ADDED_SECTIONS else None)
-        if isinstance(known, dict):
-            fields[section] = {field: value} | known
+        fields = _with_default(fields, name.split("."), value)
     return fields
+
+
+def _with_default(fields: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """The nested fields, with `value` at `path` if nothing is there; not in a section that is missing and not new."""
+    name, *rest = path
+    if not rest:
+        return {name: value} | fields
+    section = fields.get(name, {} if name in ADDED_SECTIONS else None)
+    return fields | {name: _with_default(section, rest, value)} if isinstance(section, dict) else fields
 
 
 def is_as_before(name: str, value: Any) -> bool:

@@ -73,6 +73,7 @@ def _autoencoder(config: ConfigDict) -> None:
     loss.perceptual = 1.0  # weight of LPIPS
     loss.perceptual_net = "vgg16"  # vgg16 | alexnet (for images of 64 pixels or more: see perceptual_size)
     loss.perceptual_size = 0  # pixels that images are resized to for LPIPS; 0 = not resized
+    loss.perceptual_start = 0  # the first step with LPIPS
     loss.perceptual_every = 1  # compute LPIPS on every k-th example: it costs more than the autoencoder
     loss.kl = 1e-6  # weight of the KL, summed over the latent, per pixel value (Rombach 2022)
     loss.codebook = 1.0  # vq only: weight of |sg(h) - e|^2
@@ -118,6 +119,10 @@ def _diffusion(config: ConfigDict) -> None:
     diffusion.prediction = "eps"  # eps | v | z0 | flow | edm
     diffusion.weighting = "uniform"  # uniform | min_snr (Hang 2023)
     diffusion.snr_gamma = 5.0  # min_snr only
+    diffusion.timestep_sampling = "uniform"  # uniform | logit_normal (Esser 2024)
+    diffusion.timestep_mean = 0.0  # logit_normal only: of the logit of t / T, higher is more noise
+    diffusion.timestep_std = 1.0
+    diffusion.timestep_shift = 1.0  # above 1: more noise, for large images (Esser 2024, eq. 23)
     diffusion.variance = "fixed"  # of the reverse steps: fixed | learned (predicted by the UNet, Nichol 2021)
     diffusion.vlb_weight = 0.001  # learned variance only: lambda, the weight of the VLB in bits/dim
     diffusion.label_dropout = 0.1  # probability of dropping the condition, for classifier-free guidance

@@ -10,6 +10,7 @@ from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.schedules import SCHEDULES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
+from ldm_jax.diffusion.timesteps import DISTRIBUTIONS
 from ldm_jax.diffusion.weighting import WEIGHTINGS
 from ldm_jax.errors import InputError
 
@@ -29,6 +30,7 @@ _CHOICES = {
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": tuple(PREDICTIONS),
     "diffusion.weighting": tuple(WEIGHTINGS),
+    "diffusion.timestep_sampling": DISTRIBUTIONS,
     "diffusion.variance": ("fixed", "learned"),
     "concat.type": ("none", "low_resolution", "inpainting", "segments"),
     "textual_inversion.learnable_property": ("object", "style"),
@@ -40,9 +42,10 @@ _CHOICES = {
 # (lowest, highest) -> the fields with this range, bounds included; None = no bound. "*" stands for each of STAGES.
 _FIELDS_IN_RANGE = {
     (0, None): """
-        data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size clip.max_shift diffusion.vlb_weight
-        diffusion.snr_gamma lora.rank lora.alpha sampling.num sampling.churn sampling.guidance sampling.progress_every
-        evaluation.vlb_examples *.learning_rate *.warmup_steps *.weight_decay *.clip_norm""",
+        data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size autoencoder.loss.perceptual_start
+        autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight diffusion.snr_gamma lora.rank lora.alpha
+        sampling.num sampling.churn sampling.guidance sampling.progress_every evaluation.vlb_examples *.learning_rate
+        *.warmup_steps *.weight_decay *.clip_norm""",
     (1, None): """
         autoencoder.latent_channels autoencoder.layers_per_block autoencoder.norm_num_groups
         autoencoder.loss.perceptual_every autoencoder.discriminator.channels autoencoder.discriminator.layers
@@ -59,6 +62,9 @@ _FIELDS_IN_RANGE = {
     (0, 2**32 - 1): "seed",
     (3, 10_000): "clip.max_length",
     (2, 256): "concat.num_segments",
+    (-10.0, 10.0): "diffusion.timestep_mean",
+    (0.01, 10.0): "diffusion.timestep_std",
+    (0.01, 100.0): "diffusion.timestep_shift",
     (0.0, 0.99): "clip.max_zoom",
     (0.0, 0.999): "diffusion.beta_end",
     (0.0, 1.0): """

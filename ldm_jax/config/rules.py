@@ -53,6 +53,8 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise _wrong(config, "concat.factor", f"it must divide config.data.image_size = {size}")
     if concat.type == "segments" and config.data.segments_key == "none":
         raise _wrong(config, "concat.type", "config.data.segments_key must name the feature with segmentation maps")
+    if diffusion.variance == "learned" and (diffusion.timestep_sampling, diffusion.timestep_shift) != ("uniform", 1.0):
+        raise _wrong(config, "diffusion.variance", "the VLB that trains a learned variance needs uniform timesteps")
     if diffusion.variance == "learned" and not diffusion.vlb_weight:
         raise _wrong(config, "diffusion.vlb_weight", "for a learned variance it must be above 0, e.g. 0.001")
     if config.sampling.threshold and config.autoencoder.type != "none":

@@ -101,6 +101,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def reveal(summary: str, content: str) -> str:
+    """HTML in a box that opens with a click; "" if there is no content."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>" if content else ""
+
+
 def details(summary: str, text: str) -> str:
     """Preformatted text in a box that opens with a click."""
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+    return reveal(summary, f"<pre>{escape(text)}</pre>")

@@ -14,6 +14,7 @@ from ldm_jax.config.renamed import rename_saved
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import page
 from ldm_jax.evaluation.charts import Series, bar_chart, line_chart, number
+from ldm_jax.evaluation.mixed_sheet import ANSWER, MIXED
 from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.files import atomic, read_json
 from ldm_jax.sampling.image_grids import read_recipe
@@ -68,7 +69,7 @@ def write_report(workdir: Path) -> Path:
     config, data, evaluation = (read_json(path) if path.exists() else {} for path in files)
     config = rename_saved(config)
     metrics = read_metrics(workdir / "metrics.jsonl")
-    sections = [_samples(workdir), _scores(evaluation), _prompts(workdir), *_progress(workdir)]
+    sections = [_samples(workdir), _mixed(workdir), _scores(evaluation), _prompts(workdir), *_progress(workdir)]
     sections += [_curves(metrics), _timings(metrics), _reproduce(config, data)]
     html = page.page(_title(config, workdir), _subtitle(data, metrics), sections)
     with atomic(workdir / "report.html") as temporary:
@@ -110,6 +111,13 @@ def _samples(workdir: Path) -> str:
     grid = page.image(workdir / "samples.png", "A grid of samples, one row for each class", caption)
     trajectory = page.image(workdir / "denoising.gif", "The denoised samples at each step", "From noise to image")
     return page.section("Samples", grid, trajectory, note=NOT_SELECTED)
+
+
+def _mixed(workdir: Path) -> str:
+    sheet = page.image(workdir / MIXED, "Samples and test images in random order")
+    answer = page.image(workdir / ANSWER, "The same, with the test images faded")
+    note = "Samples and as many test images in random order, none selected."
+    return page.section("Samples among test images", sheet, page.reveal("Which are samples?", answer), note=note)
 
 
 def _prompts(workdir: Path) -> str:

@@ -24,6 +24,7 @@ from ldm_jax.evaluation.cards import (
 )
 from ldm_jax.evaluation.features import FeatureExtractor, inception_features, lpips_distance, vgg16_features
 from ldm_jax.evaluation.likelihood import make_vlb, vlb_card
+from ldm_jax.evaluation.mixed_sheet import NUM, write_mixed_sheet
 from ldm_jax.interop.inception_weights import load_inception
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.clip import load_clip
@@ -86,6 +87,8 @@ def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
                 images = samples["images"]
             degraded = from_split(model, test_set, len(images), config.seed, batch_size) if model.concat else None
             cards = score(model, params, config, images, train_set, test_set, degraded)
+            if not model.concat:
+                write_mixed_sheet(workdir, images, test_set[np.arange(min(NUM, len(test_set)))]["x"], config.seed)
             if text_conditioned(config):
                 cards["prompts"] = score_prompts(workdir, config, train_set, test_set)
         cards["model"] = score_likelihood(model, params, config, test_set, workdir)

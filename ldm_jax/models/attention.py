@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm
+from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm, gelu
 
 NAMES = ("to_q", "to_k", "to_v", "to_out_0")
 
@@ -104,7 +104,7 @@ class GEGLU(nn.Module):
     def __call__(self, x: Array) -> Array:
         """[B, L, C] -> [B, L, features]."""
         value, gate = jnp.split(Dense(2 * self.features, dtype=self.dtype, name="proj")(x), 2, axis=-1)
-        return value * nn.gelu(gate, approximate=False)
+        return value * gelu(gate)
 
 
 class FeedForward(nn.Module):

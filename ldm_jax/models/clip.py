@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import Array
 
 from ldm_jax.models.attention import Attention
-from ldm_jax.models.primitives import Dense, Dtype, LayerNorm
+from ldm_jax.models.primitives import Dense, Dtype, LayerNorm, gelu
 
 # This `eos_token_id` of many published configs is wrong: with it transformers takes the highest id as the end of the
 # text, as it is in CLIP's vocabulary.
@@ -23,7 +23,7 @@ def quick_gelu(x: Array) -> Array:
     return x * nn.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": partial(nn.gelu, approximate=False), "quick_gelu": quick_gelu}
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 
 
 class TextFeatures(NamedTuple):

@@ -2,7 +2,7 @@
 
 config.json       the resolved config            latents/        cached moments, by content hash
 metrics.jsonl     one line per measurement       progress/       sample grids from training
-events.out.*      TensorBoard events             samples.npz, samples.png, denoising.gif
+events.out.*      TensorBoard events             samples.npz, samples.png, denoising.gif, mixed.png
 autoencoder/      stage 1: checkpoints, scale    evaluation.json, bits_per_dim.json, report.html
 diffusion/        stage 2: checkpoints           classifier/, clip/   checkpoints of these stages
 data.json         the data sets, device, command .lock               held by the process that trains the run

@@ -84,16 +84,18 @@ class AutoencoderStage:
         batch: dict,
         seed: Array,
         *,
+        perceptual: bool = True,
         adversarial: bool = True,
         axis_name: str | None = None,
     ) -> tuple[TrainState, Metrics]:
         """The state after one update, and scalar metrics.
 
-        `adversarial` is compiled in: with False the discriminator neither takes part nor is trained.
+        `perceptual` and `adversarial` are compiled in. Without the first LPIPS is left out; without the second the
+        discriminator neither takes part nor is trained.
         """
         mean = partial(jax.lax.pmean, axis_name=axis_name) if axis_name is not None else lambda tree: tree
         params, discriminator = state.params["autoencoder"], state.params.get("discriminator")
-        x, x_hat, features, loss, metrics, at_x_hat, pull_back = self._forward(params, frozen, batch, seed)
+        x, x_hat, features, loss, metrics, at_x_hat, pull_back = self._forward(params, frozen, batch, seed, perceptual)
         metrics |= {"loss": loss}
         grads = {}
         if discriminator is not None and adversarial:
@@ -133,7 +135,7 @@ class AutoencoderStage:
             tensors["discriminator"] = self._logits(state.params["discriminator"], x_hat)
         return tensors | {"loss": loss, "gradient": pull_back(at_x_hat)}
 
-    def _forward(self, params: dict, frozen: dict, batch: dict, seed: Array) -> tuple:
+    def _forward(self, params: dict, frozen: dict, batch: dict, seed: Array, perceptual: bool = True) -> tuple:
         """The loss without its adversarial term: (x, x_hat, features, loss, metrics, its gradient at x_hat, pull_back).
 
         `pull_back` maps the gradient of all terms at x_hat to that of the loss at the parameters. It is linear, so that
@@ -145,7 +147,7 @@ class AutoencoderStage:
         x = flip_images(x, key_flip) if self.flip else x
         reconstruct = partial(self._reconstruct, x=x, keys=key_raw)
         (x_hat, regularizer), pull_back, (features, metrics) = jax.vjp(reconstruct, params, has_aux=True)
-        (loss, terms), at_x_hat = self._reconstruction_gradient(x_hat, x, batch["id"], frozen)
+        (loss, terms), at_x_hat = self._reconstruction_gradient(x_hat, x, batch["id"], frozen, perceptual)
         to_params = lambda at_x_hat: pull_back((at_x_hat, jnp.ones_like(regularizer)))[0]  # noqa: E731
         return x, x_hat, features, loss + regularizer, metrics | terms, at_x_hat, to_params
 
@@ -164,13 +166,13 @@ class AutoencoderStage:
         features = autoencoder(raw, method="decode_features")
         return (autoencoder(features, method="to_pixels"), regularizer), (features, metrics)
 
-    def _reconstruction_gradient(self, x_hat: Array, x: Array, ids: Array, frozen: dict) -> tuple:
+    def _reconstruction_gradient(self, x_hat: Array, x: Array, ids: Array, frozen: dict, perceptual: bool) -> tuple:
         """((reconstruction and perceptual loss, metrics), its gradient at x_hat)."""
 
         def loss(x_hat: Array) -> tuple[Array, dict]:
             l1 = jnp.abs(x - x_hat).mean()
             loss, metrics = self.weights.reconstruction * l1, {"l1": l1}
-            if self.lpips is not None:
+            if self.lpips is not None and perceptual:
                 metrics["perceptual"] = self._perceptual(x_hat, x, ids, frozen["lpips"])
                 loss += self.weights.perceptual * metrics["perceptual"]
             return loss, metrics

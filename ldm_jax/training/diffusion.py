@@ -11,6 +11,7 @@ from jax import Array
 from ldm_jax.diffusion.denoiser import to_var_frac
 from ldm_jax.diffusion.losses import diffusion_loss, variance_loss
 from ldm_jax.diffusion.random import Stream, example_keys, split_keys
+from ldm_jax.diffusion.timesteps import TimestepDistribution
 from ldm_jax.models.concat_conditioning import concat_arguments
 from ldm_jax.pipeline.model import LatentDiffusion, Params, apply_denoiser
 from ldm_jax.pipeline.trainable import Trainable
@@ -34,6 +35,7 @@ class DiffusionStage(GradientStage):
     Attributes:
       model, trainable: the model, and which of its parameters are trained.
       weighting, snr_gamma: see `losses.diffusion_loss`.
+      timesteps: the distribution of the timesteps.
       label_dropout: probability of the null condition, for classifier-free guidance.
       vlb_weight: lambda of Nichol 2021, eq. 16; used with a learned variance only.
     """
@@ -42,6 +44,7 @@ class DiffusionStage(GradientStage):
     trainable: Trainable
     weighting: str
     snr_gamma: float
+    timesteps: TimestepDistribution
     label_dropout: float
     vlb_weight: float
 
@@ -66,10 +69,10 @@ class DiffusionStage(GradientStage):
         return {"z0": example["z0"], "z_t": z_t, **cond, "denoiser": tensors["intermediates"]}
 
     def _add_noise(self, batch: dict, frozen: Params, keys: Array, t: Array | None = None) -> dict[str, Any]:
-        """The inputs of the loss; `t` [B], if None, is sampled uniformly from [0, T)."""
+        """The inputs of the loss; `t` [B], if None, is sampled from `timesteps`."""
         *noising_keys, key_label, key_concat = split_keys(keys, 5)
         model, concat = self.model, {}
-        example = add_noise(batch, frozen, noising_keys, t, model, flip=self.flip)
+        example = add_noise(batch, frozen, noising_keys, t, model, flip=self.flip, timesteps=self.timesteps)
         null = len(jax.tree.leaves(frozen["table"])[0]) - 1
         label = batch.get("label", jnp.full(example["t"].shape, null, jnp.int32))
         if "captions" in frozen:

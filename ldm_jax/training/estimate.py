@@ -5,6 +5,7 @@ zeros and change nothing.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from ldm_jax.run_folder.layout import checkpoint_steps
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training.contrastive import caption_arrays
 from ldm_jax.training.from_config import (
+    autoencoder_terms,
     make_autoencoder_stage,
     make_classifier_stage,
     make_clip_stage,
@@ -68,13 +70,10 @@ def _duration(seconds: float) -> str:
 def _seconds(run: Run, name: str, measured: Measured, done: int) -> float:
     """The duration of the steps of a stage that are left."""
     config, steps = run.config, run.config[name].steps
-    loss = config.autoencoder.loss
-    if name != "autoencoder" or not loss.adversarial:
-        variant = {"adversarial": False} if name == "autoencoder" else {}
-        return (steps - done) * _seconds_per_step(run, name, measured, **variant)
-    start = min(max(loss.adversarial_start, done), steps)
-    parts = {False: start - done, True: steps - start}
-    return sum(n * _seconds_per_step(run, name, measured, adversarial=flag) for flag, n in parts.items() if n)
+    if name != "autoencoder":
+        return (steps - done) * _seconds_per_step(run, name, measured)
+    parts = Counter(tuple(autoencoder_terms(config, step).items()) for step in range(done, steps))
+    return sum(n * _seconds_per_step(run, name, measured, **dict(terms)) for terms, n in parts.items())
 
 
 def _seconds_per_step(run: Run, name: str, measured: Measured, **variant: bool) -> float:

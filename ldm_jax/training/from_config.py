@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ldm_jax.diffusion.timesteps import TimestepDistribution
 from ldm_jax.models.clip_vision import CLIP
 from ldm_jax.models.discriminator import PatchDiscriminator
 from ldm_jax.models.perceptual import LPIPS
@@ -43,10 +44,18 @@ def make_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
     )
 
 
+def autoencoder_terms(config: ConfigDict, step: int) -> dict[str, bool]:
+    """The loss terms of a step of the autoencoder's training that start late, as arguments of its `step`."""
+    loss = config.autoencoder.loss
+    return {name: loss[name] > 0 and step >= loss[f"{name}_start"] for name in ("perceptual", "adversarial")}
+
+
 def make_diffusion_stage(model: LatentDiffusion, trainable: Trainable, config: ConfigDict) -> DiffusionStage:
     """The stage that trains the `trainable` parameters of a model."""
     loss = {name: config.diffusion[name] for name in ("weighting", "snr_gamma", "label_dropout", "vlb_weight")}
-    return DiffusionStage(model, trainable, **loss, **_training_fields(config, "diffusion"))
+    fields = {name: config.diffusion[f"timestep_{name}"] for name in ("mean", "std", "shift")}
+    timesteps = TimestepDistribution(config.diffusion.timestep_sampling, **fields)
+    return DiffusionStage(model, trainable, timesteps=timesteps, **loss, **_training_fields(config, "diffusion"))
 
 
 def make_classifier_stage(model: LatentDiffusion, num_classes: int, config: ConfigDict) -> ClassifierStage:

@@ -9,13 +9,21 @@ from jax import Array
 
 from ldm_jax.diffusion.forward import q_sample
 from ldm_jax.diffusion.random import split_keys
+from ldm_jax.diffusion.timesteps import UNIFORM, TimestepDistribution, sample_timesteps
 from ldm_jax.models.first_stage import to_latents
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.pipeline.model import LatentDiffusion
 
 
 def add_noise(
-    batch: dict, frozen: dict, keys: Sequence[Array], t: Array | None, model: LatentDiffusion, *, flip: bool
+    batch: dict,
+    frozen: dict,
+    keys: Sequence[Array],
+    t: Array | None,
+    model: LatentDiffusion,
+    *,
+    flip: bool,
+    timesteps: TimestepDistribution = UNIFORM,
 ) -> dict[str, Array]:
     """Latents z0 of a batch, and z_t by q_sample (Ho 2020, eq. 4).
 
@@ -24,9 +32,10 @@ def add_noise(
         [B, H, W, C] uint8, optionally with `segments` [B, H, W, 1] uint8.
       frozen: {"first_stage", "shift", "scale"}.
       keys: three arrays of [B] keys.
-      t: [B] int; None = sampled uniformly from [0, T).
+      t: [B] int; None = sampled from `timesteps`.
       model: its first stage and its process are used.
       flip: random horizontal flips of `x` and `segments`.
+      timesteps: the distribution of t.
 
     Returns:
       {"z0", "t", "eps", "z_t"}, and `x` and `segments` of the batch after flips.
@@ -43,6 +52,6 @@ def add_noise(
         moments = first_stage.encode(frozen["first_stage"], to_pixels(images["x"]))
     z0 = to_latents(first_stage.sample(moments, key_raw), frozen["shift"], frozen["scale"])
     if t is None:
-        t = jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=len(process)))(key_t)
+        t = sample_timesteps(key_t, len(process), timesteps)
     eps = jax.vmap(partial(jax.random.normal, shape=z0.shape[1:]))(key_noise)
     return images | {"z0": z0, "t": t, "eps": eps, "z_t": q_sample(z0, t, eps, process)}

@@ -1,6 +1,7 @@
 """The stages of a run: each trains a model, or encodes the data, and writes the result to the run folder."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ldm_jax.runtime.parallel import parallel_map, wait_for_hosts
 from ldm_jax.sampling import image_grids
 from ldm_jax.training import clip_data, latents, text_embeddings
 from ldm_jax.training.from_config import (
+    autoencoder_terms,
     make_autoencoder_stage,
     make_classifier_stage,
     make_clip_stage,
@@ -48,7 +50,7 @@ def train_autoencoder(run: Run) -> None:
         stage,
         feed=make_feed(run, run.train_set, config.autoencoder.batch_size),
         frozen={"lpips": load_lpips(loss.perceptual_net)[0]} if loss.perceptual else {},
-        variant=lambda step: {"adversarial": loss.adversarial > 0 and step >= loss.adversarial_start},
+        variant=partial(autoencoder_terms, config),
         preview=_preview_reconstructions(run),
     )
 

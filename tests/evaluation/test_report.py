@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
+from ldm_jax.evaluation.mixed_sheet import write_mixed_sheet
 from ldm_jax.evaluation.report import cards, duration, write_report
 from ldm_jax.sampling.image_grids import comparison, sample_grid, save_denoising_gif, save_png
 from ldm_jax.sampling.recipe import Guidance, Recipe, Solving, to_json
@@ -95,6 +96,7 @@ def workdir(tmp_path):
     save_denoising_gif(np.stack([images(4, 1), images(4, 2)]), tmp_path / "denoising.gif")
     for step in range(100, 2100, 100):
         save_png(sample_grid(images(4, step)), tmp_path / "progress" / f"diffusion_{step:06d}.png")
+    write_mixed_sheet(tmp_path, images(20), images(9, 3), seed=0)
     pairs = comparison({"original": images(4), "decoded": images(4)})
     save_png(pairs, tmp_path / "progress" / "autoencoder_001000.png")
     (tmp_path / "progress" / "diffusion_notes.png").write_text("not ours")
@@ -115,6 +117,7 @@ def test_a_whole_run(workdir):
     page = read(path)
     assert page.headings == [
         "Samples",
+        "Samples among test images",
         "Scores",
         "Samples during training",
         "Reconstructions of the autoencoder",
@@ -140,7 +143,9 @@ def test_a_whole_run(workdir):
 def test_the_page_asks_nobody_for_anything(workdir):
     page = read(write_report(workdir))
     sources = page.attributes("img", "src")
-    assert len(sources) == 2 + 12 + 1 and all(re.match(r"data:image/(png|gif);base64,", source) for source in sources)
+    assert len(sources) == 2 + 2 + 12 + 1 and all(
+        re.match(r"data:image/(png|gif);base64,", source) for source in sources
+    )
     assert not page.attributes("script", "src") and not page.attributes("link", "href")
     assert "default-src 'none'" in page.attributes("meta", "content")[1]
     html = (workdir / "report.html").read_text()

@@ -1,5 +1,7 @@
 """The hand-written gradients are those that JAX derives for Flax's own layers."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import linen as nn
 
 from ldm_jax.models.layers import upsample_nearest
-from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, sum_rows
+from ldm_jax.models.primitives import Conv, Dense, GroupNorm, LayerNorm, gelu, sum_rows
 
 CONV = nn.Conv(6, (3, 3), padding=((1, 1), (1, 1)))
 
@@ -74,3 +76,15 @@ def test_bfloat16_is_computed_from_float32_parameters(name):
 def test_sums_over_rows():
     x = jnp.arange(24.0).reshape(2, 3, 4)
     np.testing.assert_allclose(sum_rows(x), [60, 66, 72, 78])
+
+
+def test_gelu_is_x_times_the_normal_distribution_function():
+    x = np.linspace(-6, 6, 25, dtype=np.float32)
+    cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in x.astype(float)])
+    density = np.exp(-(x.astype(float) ** 2) / 2) / math.sqrt(2 * math.pi)
+    value, pull_back = jax.vjp(gelu, jnp.asarray(x))
+    np.testing.assert_allclose(value, x * cdf, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(pull_back(jnp.full(25, 2.0))[0], 2 * (cdf + x * density), rtol=0, atol=1e-6)
+    half, pull_back = jax.vjp(gelu, jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16 and pull_back(half)[0].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half, gelu(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32)).astype(jnp.bfloat16))

@@ -41,10 +41,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(one_device_run, tiny_data, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resume_across_the_start_of_the_adversary(optimizer, tiny_data, tmp_path):
-    """From the state of step 2, half trained, when the adversary takes part from step 4 on."""
+def test_resume_across_the_start_of_loss_terms(optimizer, tiny_data, tmp_path):
+    """From the state of step 2, half trained, when the adversary takes part from step 4 on and LPIPS from step 5 on."""
     changes = (f"--config.autoencoder.optimizer={optimizer}",)
     changes += ("--config.autoencoder.loss.adversarial=0.5", "--config.autoencoder.loss.adversarial_start=4")
+    changes += ("--config.autoencoder.loss.perceptual=0.5", "--config.autoencoder.loss.perceptual_size=16")
+    changes += ("--config.autoencoder.loss.perceptual_start=5",)
     changes += ("--config.stages=('autoencoder',)", "--config.log_every=1")
     changes += ("--config.checkpoint_every=2", "--config.keep_checkpoints=4")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -57,8 +59,9 @@ def test_resume_across_the_start_of_the_adversary(optimizer, tiny_data, tmp_path
     jobs.assert_same_training(resumed, whole, stages=("autoencoder",))
     assert jobs.losses(resumed) == jobs.losses(whole)
     lines = [line for line in read_metrics(whole / "metrics.jsonl") if line["stage"] == "autoencoder"]
-    with_adversary = [line["step"] for line in lines if "adversarial_weight" in line]
-    assert with_adversary == [5, 6, 7, 8]  # the log counts the steps made: the first with it is number 4
+    steps = {term: [line["step"] for line in lines if term in line] for term in ("adversarial_weight", "perceptual")}
+    # The log counts the steps made: step 4 is the fifth.
+    assert steps == {"adversarial_weight": [5, 6, 7, 8], "perceptual": [6, 7, 8]}
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ KINDS = {  # changes -> stages whose steps are measured
     "latents": ((), ("autoencoder", "diffusion")),
     "flipped, adversarial": (("--config.data.flip=True", "--config.autoencoder.loss.adversarial=0.5",
                               "--config.autoencoder.loss.adversarial_start=4"), ("autoencoder", "diffusion")),
+    "late LPIPS": (("--config.autoencoder.loss.perceptual=0.5", "--config.autoencoder.loss.perceptual_size=16",
+                    "--config.autoencoder.loss.perceptual_start=2"), ("autoencoder", "diffusion")),
     "VQ": (("--config.autoencoder.type=vq",), ("autoencoder", "diffusion")),
     "pixels": (("--config.autoencoder.type=none",), ("diffusion",)),
     "inpainting": (("--config.concat.type=inpainting",), ("autoencoder", "diffusion")),

@@ -23,7 +23,12 @@ from ldm_jax.pipeline.from_config import from_config, init_params
 from ldm_jax.pipeline.trainable import Parts, trainable_of
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training.diffusion import choose_caption
-from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_diffusion_stage
+from ldm_jax.training.from_config import (
+    autoencoder_terms,
+    make_autoencoder_stage,
+    make_classifier_stage,
+    make_diffusion_stage,
+)
 from ldm_jax.training.loop import first_nonfinite
 from ldm_jax.training.state import TrainState
 
@@ -148,6 +153,15 @@ def test_before_its_start_the_adversary_neither_takes_part_nor_learns():
     assert any((old != new).any() for old, new in pairs)
 
 
+@pytest.mark.parametrize("perceptual, adversarial", [(0.5, 0.2), (0.5, 0.0), (0.0, 0.2), (0.0, 0.0)])
+def test_terms_of_the_autoencoder_start_at_their_steps(perceptual, adversarial):
+    weights = {"autoencoder__loss__perceptual": perceptual, "autoencoder__loss__adversarial": adversarial}
+    starts = {"autoencoder__loss__perceptual_start": 3, "autoencoder__loss__adversarial_start": 5}
+    terms = [autoencoder_terms(config(**weights, **starts), step) for step in range(7)]
+    assert [step["perceptual"] for step in terms] == [step >= 3 and perceptual > 0 for step in range(7)]
+    assert [step["adversarial"] for step in terms] == [step >= 5 and adversarial > 0 for step in range(7)]
+
+
 def drop(tree):
     """Without the discriminator's part."""
     return {name: part for name, part in tree.items() if name != "discriminator"}
@@ -157,7 +171,8 @@ def drop(tree):
 def test_the_perceptual_term_is_measured_on_a_share(four_devices):
     changes = {"perceptual": 0.5, "perceptual_every": 4, "perceptual_size": 16}
     changes = {f"autoencoder__loss__{name}": value for name, value in changes.items()}
-    c = config(autoencoder__mid_block_attention=False, **changes)
+    plain = {"autoencoder__mid_block_attention": False}
+    c = config(**changes, **plain)
     stage = make_autoencoder_stage(c)
     frozen, batch = {"lpips": load_lpips("vgg16")[0]}, autoencoder_batch()
     state = jax.jit(stage.init)(jax.random.key(0))
@@ -170,6 +185,9 @@ def test_the_perceptual_term_is_measured_on_a_share(four_devices):
     expected = metrics["l1"] + 0.5 * distance + c.autoencoder.loss.kl * metrics["kl"]
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
     assert int(after.step) == 1
+    without = make_autoencoder_stage(config(**changes | {"autoencoder__loss__perceptual": 0.0}, **plain))
+    before_its_start = jax.jit(partial(stage.step, perceptual=False))(state, frozen, batch, np.uint32(0))
+    jax.tree.map(np.testing.assert_array_equal, before_its_start, jax.jit(without.step)(state, {}, batch, np.uint32(0)))
     # Of four devices with two examples each, two have none to measure.
     step = parallel_step(stage)
     arrays = {name: value for name, value in batch.items() if name != "step"}
