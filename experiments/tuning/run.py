@@ -40,7 +40,20 @@ ADVERSARIAL = {
 BATCH_32 = {"autoencoder.steps": 1600, "autoencoder.batch_size": 32}
 BATCH_16 = {"autoencoder.steps": 3200, "autoencoder.batch_size": 16}
 MUON = {"autoencoder.optimizer": "muon", "autoencoder.learning_rate": 3e-3}
+LATE = (
+    LPIPS
+    | ADVERSARIAL
+    | {
+        "autoencoder.loss.perceptual": 1.0,
+        "autoencoder.loss.perceptual_every": 4,
+        "autoencoder.loss.perceptual_start": 2200,
+        "autoencoder.loss.adversarial_start": 2200,
+    }
+)
 TWICE_THE_RATE = {"autoencoder.learning_rate": 3e-3}
+MIN_SNR = {"diffusion.weighting": "min_snr"}
+LOGIT_NORMAL = {"diffusion.timestep_sampling": "logit_normal", "diffusion.timestep_mean": 0.2}
+DIFFUSION_BY_MUON = {"diffusion.optimizer": "muon", "diffusion.learning_rate": 2e-3}
 COSINE_V = {"diffusion.schedule": "cosine", "diffusion.prediction": "v"}
 ROWS = {
     "autoencoder": {
@@ -51,6 +64,9 @@ ROWS = {
         "batch 32: L1 + adversarial, twice the rate": SHORT | BATCH_32 | ADVERSARIAL | TWICE_THE_RATE,
         "batch 16: L1": SHORT | BATCH_16,
         "batch 16: L1, Muon": SHORT | BATCH_16 | MUON,
+        "batch 16: L1 + late LPIPS + adversarial, Muon": SHORT | BATCH_16 | MUON | LATE,
+        "batch 16: the same, KL 1e-3": SHORT | BATCH_16 | MUON | LATE | {"autoencoder.loss.kl": 1e-3},
+        "batch 16: the same, KL 1e-2": SHORT | BATCH_16 | MUON | LATE | {"autoencoder.loss.kl": 1e-2},
         "batch 16: L1 + adversarial": SHORT | BATCH_16 | ADVERSARIAL,
         "batch 16: L1 + LPIPS": SHORT | BATCH_16 | LPIPS,
         "batch 16: L1 + LPIPS + adversarial": SHORT | BATCH_16 | LPIPS | ADVERSARIAL,
@@ -63,7 +79,9 @@ ROWS = {
         "cosine, v": COSINE_V,
         "scaled_linear, v": COSINE_V | {"diffusion.schedule": "scaled_linear"},
         "cosine, v, half the batch, twice the steps": COSINE_V | {"diffusion.batch_size": 32, "diffusion.steps": 2400},
-        "cosine, v, min-SNR": COSINE_V | {"diffusion.weighting": "min_snr"},
+        "cosine, v, min-SNR": COSINE_V | MIN_SNR,
+        "cosine, v, min-SNR, Muon": COSINE_V | MIN_SNR | DIFFUSION_BY_MUON,
+        "cosine, v, logit-normal timesteps, Muon": COSINE_V | LOGIT_NORMAL | DIFFUSION_BY_MUON,
         "cosine, v, twice the learning rate": COSINE_V | {"diffusion.learning_rate": 2e-3},
     },
 }
