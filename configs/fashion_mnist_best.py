@@ -20,12 +20,13 @@ def get_config() -> ConfigDict:
     autoencoder.layers_per_block = 2
     autoencoder.norm_num_groups = 32
     autoencoder.mid_block_attention = True
-    autoencoder.loss.perceptual = 0.5
+    autoencoder.loss.perceptual_every = 1
+    autoencoder.loss.perceptual_start = 0
     autoencoder.loss.adversarial_start = 8_000
     autoencoder.discriminator.channels = 64
     autoencoder.steps = 20_000
     autoencoder.batch_size = 256
-    autoencoder.learning_rate = 5e-4
+    autoencoder.learning_rate = 2e-3
 
     config.unet.block_out_channels = (128, 256)
     config.unet.attention = (True, True)
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
     diffusion = config.diffusion
     diffusion.steps = 60_000
     diffusion.batch_size = 512
-    diffusion.learning_rate = 5e-4
+    diffusion.learning_rate = 2e-3
     diffusion.ema_decay = 0.9995
 
     config.sampling.steps = 25
