@@ -27,11 +27,9 @@ from configs import fashion_mnist
 from experiments import workers
 from ldm_jax import job
 from ldm_jax.config import rules as config_rules
-from ldm_jax.errors import InputError, RunError
-from ldm_jax.evaluation import scoring
+from ldm_jax.errors import InputError, Interrupted, RunError
 from ldm_jax.run_folder import layout as run_folder_layout
 from ldm_jax.runtime.files import atomic, read_json, write_json
-from ldm_jax.runtime.interrupt import Interrupted
 from ldm_jax.runtime.xla import configure
 
 matplotlib.use("Agg")  # figures go to files
@@ -90,7 +88,7 @@ class Workspace(NamedTuple):
         """Trains a run with the config fields in `changes`, or resumes it; returns its folder.
 
         Raises:
-            SystemExit: the run was interrupted.
+            Interrupted: by a signal.
         """
         config = self.config(changes)
         config_rules.validate(config)
@@ -99,8 +97,6 @@ class Workspace(NamedTuple):
         with self.lock(workdir.name):
             run_folder_layout.check(workdir, config)
             job.run(config, workdir)
-        if not scoring.is_done(workdir, config):
-            raise SystemExit(workers.INTERRUPTED)
         return workdir
 
     def shared_autoencoder(self) -> Path:
@@ -230,7 +226,7 @@ def run(experiment: Experiment, doc: str) -> None:
         raise SystemExit(workers.REFUSED) from None
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command resumes from there.")
-        raise SystemExit(workers.INTERRUPTED) from None
+        raise SystemExit(interrupted.status) from None
     if path.exists() and not args.only:
         report(experiment, read_json(path), args.budget, path.with_name("figure.png"))
 

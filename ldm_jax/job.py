@@ -30,7 +30,7 @@ from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
 from ldm_jax.run_folder.lock import locked
 from ldm_jax.run_folder.log import Log
 from ldm_jax.runtime.files import read_json, write_json
-from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
+from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.runtime.parallel import wait_for_hosts
 from ldm_jax.runtime.xla import CompileClock
 from ldm_jax.sampling import prompt_sheets
@@ -60,6 +60,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     Raises:
       InputError: data or weights are missing or do not fit, or the folder holds another run.
       RunError: a loss is not finite, or a checkpoint cannot be written.
+      Interrupted: a signal stopped the run, whose state is saved.
     """
     config_rules.validate_devices(config, jax.device_count())
     scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
@@ -98,17 +99,17 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
                 job = Run(config, workdir, train_set, test_set, log, watch, base, before)
                 clock = CompileClock()
                 print_estimate(job)
-                for name, stage in _stages(job, primary):
+                for name, stage in _training(config):
                     _run_timed(job, clock, name, stage)
-        except Interrupted as interrupted:
-            print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
-            return
+                watch.end_training()
+                for name, stage in _results(config) if primary else ():
+                    _run_timed(job, clock, name, stage)
+                if primary:
+                    write_report(workdir)
+                    print(f"Done: {workdir / 'report.html'}")
+                wait_for_hosts("done")  # a host that exits early makes the others fail
         finally:
             log.close()
-        if primary:
-            write_report(workdir)
-            print(f"Done: {workdir / 'report.html'}")
-    wait_for_hosts("done")  # a host that exits early makes the others fail
 
 
 def _earlier_training(workdir: Path, config: ConfigDict) -> tuple[list[dict[str, Any]], bool]:
@@ -131,10 +132,10 @@ def _with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
     return changed.lock()
 
 
-def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None]]]:
-    """The stages of a run in order, by name; only the primary host samples and evaluates."""
-    names = job.config.stages
-    if "autoencoder" in names and job.config.autoencoder.type != "none":
+def _training(config: ConfigDict) -> Iterator[tuple[str, Callable[[Run], None]]]:
+    """The stages of training in order, by name."""
+    names = config.stages
+    if "autoencoder" in names and config.autoencoder.type != "none":
         yield "autoencoder", stages.train_autoencoder
         yield "latents", stages.measure_latents
     if "clip" in names:
@@ -143,11 +144,13 @@ def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None
         yield "diffusion", stages.train_diffusion
     if "classifier" in names:
         yield "classifier", stages.train_classifier
-    if not primary:
-        return
-    if "diffusion" in names:
+
+
+def _results(config: ConfigDict) -> Iterator[tuple[str, Callable[[Run], None]]]:
+    """The stages after training, of the primary host alone: samples and scores."""
+    if "diffusion" in config.stages:
         yield "sampling", lambda job: sample_run(job.workdir, job.sampling_set)
-        if config_rules.text_conditioned(job.config):
+        if config_rules.text_conditioned(config):
             yield "prompts", lambda job: prompt_sheets.sample_sheets(job.workdir, job.train_set, job.test_set)
     yield "scoring", lambda job: scoring.score_run(job.workdir, job.train_set, job.test_set)
 

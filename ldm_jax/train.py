@@ -78,6 +78,7 @@ class _Callable(ModuleType):
         Raises:
           InputError: a wrong field or file.
           RunError: a loss that is not finite, a full disk.
+          Interrupted: a signal, after which all is saved.
         """
         rename_fields(config)
         config = _checked(config, Path(workdir))

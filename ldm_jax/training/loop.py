@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from ldm_jax.diffusion.random import Stream
-from ldm_jax.errors import RunError
+from ldm_jax.errors import Interrupted, RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints
 from ldm_jax.run_folder.log import Log
-from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
+from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take
 
 IN_FLIGHT = 8  # steps dispatched ahead: enough to keep the device busy, few enough to stop within seconds
@@ -85,7 +85,7 @@ def train(
 
     metrics = LateMetrics(report)
     for step in range(start, steps):
-        if watch.stop_requested(step):
+        if watch.stop_requested():
             metrics.end_interval(step)
             metrics.flush()
             checkpoints.save(state)

@@ -26,7 +26,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(one_device_run, tiny_data, t
     process = jobs.start(tiny_data, run)
     jobs.stop_when(process, lambda: steps_logged(run, "diffusion"), signal.SIGTERM)
     signalled = time.monotonic()
-    output = jobs.finish(process)  # status 0
+    output = jobs.finish(process, status=143)
     assert time.monotonic() - signalled < 15
     assert "The same command goes on from there." in output
     assert 0 < load_latest(run / "diffusion")["step"] <= 8
