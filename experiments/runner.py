@@ -29,6 +29,7 @@ from ldm_jax import job
 from ldm_jax.config import rules as config_rules
 from ldm_jax.errors import InputError, Interrupted, RunError
 from ldm_jax.run_folder import layout as run_folder_layout
+from ldm_jax.run_folder.software import describe_device
 from ldm_jax.runtime.files import atomic, read_json, write_json
 from ldm_jax.runtime.xla import configure
 
@@ -291,7 +292,7 @@ def stored_rows(path: Path, budget: str) -> Rows:
 def device() -> str:
     """The device of the measurements: "1 of 2 CPU cores", or the number and name of the GPUs."""
     if jax.default_backend() != "cpu":
-        return job.describe_device()
+        return describe_device()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{usable} of {os.cpu_count()} CPU cores"
 

@@ -232,7 +232,7 @@ def _unknown_field(argv: list[str], file: str | None, error: Exception) -> str:
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Runs `command(argv)`; returns the exit status: 0, 1 (run failed), 2 (wrong input), 130 (Ctrl-C), 143 (SIGTERM)."""
+    """Runs `command(argv)`; returns the exit status: 0, 1 (failed), 2 (wrong input), 130 (SIGINT), 143 (SIGTERM)."""
     argv = list(sys.argv if argv is None else argv)
     print_any_text()
     try:

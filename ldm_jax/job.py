@@ -19,6 +19,7 @@ from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import scoring
+from ldm_jax.evaluation.goodput import shares
 from ldm_jax.evaluation.report import write_report
 from ldm_jax.pipeline.clip import clip_of
 from ldm_jax.pipeline.data_record import check_unchanged, data_record
@@ -27,12 +28,15 @@ from ldm_jax.pipeline.from_run import of_classes, on_paper
 from ldm_jax.pipeline.load import load_base
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
+from ldm_jax.run_folder import wandb_log
 from ldm_jax.run_folder.lock import locked
-from ldm_jax.run_folder.log import Log
+from ldm_jax.run_folder.log import Log, read_metrics
+from ldm_jax.run_folder.software import describe_device, software
+from ldm_jax.run_folder.wandb_log import WandbLog
+from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.files import read_json, write_json
 from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.runtime.parallel import wait_for_hosts
-from ldm_jax.runtime.xla import CompileClock
 from ldm_jax.sampling import prompt_sheets
 from ldm_jax.sampling.concat_inputs import check_segments
 from ldm_jax.sampling.recipe import solving_defaults
@@ -62,7 +66,9 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
       RunError: a loss is not finite, or a checkpoint cannot be written.
       Interrupted: a signal stopped the run, whose state is saved.
     """
+    clock = Clock()
     config_rules.validate_devices(config, jax.device_count())
+    wandb_log.check(config.wandb)
     scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
     recorded = config  # load_base replaces fields by those of the pretrained model
     base, config = load_base(config) if config.init_from else (None, config)
@@ -92,19 +98,23 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
             write_json(workdir / "config.json", recorded.to_dict())
             about = {"device": describe_device(), "command": command, EARLIER: earlier}
             write_json(workdir / DATA, data | about)
-        log = Log(workdir, write=primary)
+        logger = WandbLog(config.wandb, workdir, recorded.to_dict()) if primary and config.wandb else None
+        log = Log(workdir, write=primary, clock=clock, logger=logger)
         try:
             with InterruptWatch() as watch:
                 before = tuple(_with_fields(config, fields) for fields in earlier)
                 job = Run(config, workdir, train_set, test_set, log, watch, base, before)
-                clock = CompileClock()
+                if primary:
+                    log.start(software())
                 print_estimate(job)
+                log.account("setup", 0)
                 for name, stage in _training(config):
-                    _run_timed(job, clock, name, stage)
+                    _run_timed(job, name, stage)
                 watch.end_training()
                 for name, stage in _results(config) if primary else ():
-                    _run_timed(job, clock, name, stage)
+                    _run_timed(job, name, stage)
                 if primary:
+                    log("goodput", 0, **shares(read_metrics(workdir / "metrics.jsonl")))
                     write_report(workdir)
                     print(f"Done: {workdir / 'report.html'}")
                 wait_for_hosts("done")  # a host that exits early makes the others fail
@@ -155,15 +165,14 @@ def _results(config: ConfigDict) -> Iterator[tuple[str, Callable[[Run], None]]]:
     yield "scoring", lambda job: scoring.score_run(job.workdir, job.train_set, job.test_set)
 
 
-def _run_timed(job: Run, clock: CompileClock, name: str, stage: Callable[[Run], None]) -> None:
-    """Runs a stage; logs and prints its seconds, those of compiling, and its compilations."""
-    start, compiling, count = time.monotonic(), clock.seconds, clock.count
+def _run_timed(job: Run, name: str, stage: Callable[[Run], None]) -> None:
+    """Runs a stage; logs and prints its seconds and those of compiling."""
+    start, compiling = time.monotonic(), job.log.clock.compiler.seconds
     stage(job)
-    seconds = time.monotonic() - start
-    job.log("timing", 0, **{f"{name}_seconds": seconds, f"{name}_compile_seconds": clock.seconds - compiling,
-                            f"{name}_compilations": clock.count - count})  # fmt: skip
+    job.log.account(name, 0)
+    seconds, compiling = time.monotonic() - start, job.log.clock.compiler.seconds - compiling
     if jax.process_index() == 0:
-        print(f"{name:>12} took {seconds:.0f} s, {clock.seconds - compiling:.0f} s of it compiling", flush=True)
+        print(f"{name:>12} took {seconds:.0f} s, {compiling:.0f} s of it compiling", flush=True)
 
 
 def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset, test_set: Dataset) -> None:
@@ -213,8 +222,3 @@ def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, 
     if "diffusion" in config.stages:
         shapes["diffusion"] = trained_shapes(trainable_of(config, model), params)
     return {name: shapes[name] for name in STAGES if name in shapes}
-
-
-def describe_device() -> str:
-    """The number and the model of the devices, e.g. "4 x NVIDIA H100"."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -7,8 +7,9 @@ Such a value is the behaviour of the versions without the field. It never change
 
 from typing import Any
 
-# SECTION.FIELD -> its value; a field that is renamed is renamed here, too.
+# FIELD or SECTION.FIELD -> its value; a field that is renamed is renamed here, too.
 ADDED: dict[str, Any] = {
+    "wandb": "",
     "textual_inversion.token": "",
     "textual_inversion.init_word": "object",
     "textual_inversion.vectors": 1,
@@ -35,6 +36,9 @@ def with_added(fields: dict[str, Any]) -> dict[str, Any]:
     fields = dict(fields)
     for name, value in ADDED.items():
         section, _, field = name.partition(".")
+        if not field:
+            fields.setdefault(name, value)
+            continue
         known = fields.get(section, {} if section in ADDED_SECTIONS else None)
         if isinstance(known, dict):
             fields[section] = {field: value} | known

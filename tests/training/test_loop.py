@@ -10,6 +10,7 @@ import pytest
 
 from ldm_jax.errors import Interrupted, RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints, load_latest
+from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.parallel import parallel_step
 from ldm_jax.training import loop
 from ldm_jax.training.loop import LateMetrics, initial_state
@@ -63,12 +64,17 @@ class Recorder:
     rewound: list = field(default_factory=list)
     after: list = field(default_factory=list)
     guarded: list = field(default_factory=list)
+    accounted: list = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
 
     def __call__(self, name, step, **values):
         self.lines.append((name, step, values))
 
     def rewind(self, name, step):
         self.rewound.append((name, step))
+
+    def account(self, stage, step):
+        self.accounted.append((stage, step))
 
     def stop_requested(self):
         self.asked += 1
