@@ -14,7 +14,8 @@ ID = "wandb_id"  # in the run folder: the id of its W&B run, which a resumed run
 
 def check(project: str) -> None:
     """Raises InputError if config.wandb is a project, "PROJECT" or "ENTITY/PROJECT", and wandb is not installed."""
-    if project and importlib.util.find_spec("wandb") is None:
+    spec = importlib.util.find_spec("wandb") if project else None
+    if project and (spec is None or spec.origin is None):  # without origin: a folder wandb/ of offline runs
         raise InputError(
             f"config.wandb is {project!r}, and there is no package wandb: pip install wandb, or leave the field empty"
         )

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -61,8 +62,9 @@ class Hosts:
         """Ends the processes of all hosts with this exit status."""
         if self._several:
             self._closed.set()
-            self._client.key_value_set(self._key, f"left {status}", allow_overwrite=True)
-            time.sleep(2 * PERIOD)  # until the others have read it: with the first host the store is gone
+            with suppress(jax.errors.JaxRuntimeError):  # the store is gone, and so are the others
+                self._client.key_value_set(self._key, f"left {status}", allow_overwrite=True)
+                time.sleep(2 * PERIOD)  # until the others have read it: the store ends with the first host
         os._exit(status)
 
     def _watch(self) -> None:

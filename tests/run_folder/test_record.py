@@ -149,3 +149,14 @@ def test_paths_in_flags_are_left_out():
     given = "--xla_dump_to=/home/somebody/dump --xla_cpu_enable_fast_math=false --xla_flag"
     assert software.flags(given) == "--xla_dump_to=... --xla_cpu_enable_fast_math=false --xla_flag"
     assert software.package_version("no_such_package") == ""
+
+
+def test_equal_starts_in_a_row_share_a_line_of_the_report(tmp_path):
+    for commit in ("abc", "abc", "def+", "abc"):
+        Log(tmp_path, write=True).start({"commit": commit, "jax": "0.10.2", "jaxlib": "0.10.2"})
+    html = write_report(tmp_path).read_text()
+    cells = [
+        f"<tr><td>{start}</td><td>{commit}</td>" for start, commit in (("1–2", "abc"), ("3", "def+"), ("4", "abc"))
+    ]
+    places = [html.index(cell) for cell in cells]
+    assert places == sorted(places) and html.count("<td>0.10.2, 0.10.2</td>") == 3

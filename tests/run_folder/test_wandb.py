@@ -1,10 +1,12 @@
 """Weights & Biases by config.wandb, on a module that records what it is told."""
 
 import json
+import sys
 
 import jobs
 import pytest
 
+from ldm_jax.errors import InputError
 from ldm_jax.run_folder import wandb_log
 
 WANDB = """
@@ -41,7 +43,7 @@ def calls(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(__import__("sys").modules, "wandb", raising=False)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     return lambda: [tuple(json.loads(line)) for line in (folder / "calls.jsonl").read_text().splitlines()]
 
 
@@ -85,3 +87,12 @@ def test_without_the_package_one_line_says_so(tiny_data, tmp_path, capsys, monke
 def test_a_name_that_is_no_project_is_refused(name, tiny_data, tmp_path, capsys):
     assert jobs.train_here(tiny_data, tmp_path / "run", *ALONE, f"--config.wandb={name}") == 2
     assert "it must be a Weights & Biases project" in capsys.readouterr().err
+
+
+def test_a_folder_of_offline_runs_is_not_the_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(InputError, match="there is no package wandb"):
+        wandb_log.check("toy")
+    wandb_log.check("")

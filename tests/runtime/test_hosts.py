@@ -71,26 +71,29 @@ def test_a_signal_while_the_first_host_samples_stops_both(host, start_hosts, tmp
     assert checkpoint_steps(run / "diffusion") == [4]
 
 
+def starts(run):
+    return sum(line["stage"] == "start" for line in read_metrics(run / "metrics.jsonl"))
+
+
 @pytest.mark.slow
 def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
     """All leave with 143, from the same step if they were training, and the run ends as one that nobody stopped."""
     rng, run = np.random.default_rng(0), tmp_path / "run"
-    for moment in rng.uniform(8.0, 40.0, size=4):
+    for number, moment in enumerate(rng.uniform(0.0, 25.0, size=4), start=1):
         processes = start_hosts(4, run, "--config.checkpoint_every=1000")
+        signalled = processes[rng.integers(4)]
+        jobs.stop_when(signalled, lambda number=number, run=run: starts(run) == number, number=0)
         time.sleep(moment)
-        processes[rng.integers(4)].send_signal(signal.SIGTERM)
+        signalled.send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=400)[0] for process in processes]
-        statuses = [process.returncode for process in processes]
-        if statuses[0] == 0:  # done before
+        if "Done: " in outputs[0]:
             break
-        # Before it has connected to the others, the host dies by the signal, and the others of its loss.
-        assert statuses == [143] * 4 or -signal.SIGTERM in statuses, outputs
+        assert [process.returncode for process in processes] == [143] * 4, outputs
         assert len({re.search(r"Interrupted: stopped at step \d+|$", output)[0] for output in outputs}) == 1, outputs
         assert not any("Traceback" in output for output in outputs), outputs
-    for process in start_hosts(4, run):
-        jobs.finish(process)
-    for process in start_hosts(4, tmp_path / "whole"):
-        jobs.finish(process)
+    for folder in (run, tmp_path / "whole"):
+        for process in start_hosts(4, folder):
+            jobs.finish(process)
     assert_same_run(run, tmp_path / "whole")
 
 
