@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import Any
 
 import jax
-from jax._src import (
-    distributed,
-)  # the client of JAX's key-value store has no public name; Orbax takes it from there, too
+from jax._src import distributed  # JAX's key-value store has no public name; Orbax takes it from there, too
+
+from ldm_jax.errors import Interrupted
 
 PERIOD = 2.0  # seconds between two signs of life
 PATIENCE = 40.0  # seconds without one, after which a host is lost
@@ -24,6 +24,7 @@ HEARTBEAT_TIMEOUT = 55  # seconds: of JAX's own
 SHUTDOWN_TIMEOUT = 60  # seconds that a host waits for the others at its end
 LOST = 1  # exit status
 ALIVE = "ldm_jax/alive"
+FAILED = "failed"
 
 
 def connect(**address: Any) -> None:
@@ -47,15 +48,16 @@ class Hosts:
 
     def __init__(self) -> None:
         self._client, self._key = distributed.global_state.client, f"{ALIVE}/{jax.process_index()}"
-        self._closed = threading.Event()
+        self._closed, self._all_failed, self._failed = threading.Event(), threading.Event(), False
         self._several = jax.process_count() > 1
         if self._several:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self, error: BaseException | None) -> None:
-        """Ends the watch; after an error of JAX, only when no host can be found lost, which would be its reason."""
-        if self._several and isinstance(error, jax.errors.JaxRuntimeError):
-            time.sleep(PATIENCE + 3 * PERIOD)
+        """Ends the watch; after an error only when all hosts have one: the loss of a host makes the others fail first."""
+        if self._several and isinstance(error, Exception) and not isinstance(error, Interrupted):
+            self._failed = True
+            self._all_failed.wait(PATIENCE + 3 * PERIOD)
         self._closed.set()
 
     def leave(self, status: int) -> None:
@@ -73,10 +75,13 @@ class Hosts:
         while not self._closed.wait(PERIOD):
             beat += 1
             try:
-                self._client.key_value_set(self._key, str(beat), allow_overwrite=True)
+                value = f"{beat} {FAILED}" if self._failed else f"{beat}"
+                self._client.key_value_set(self._key, value, allow_overwrite=True)
                 values = self._client.key_value_dir_get(ALIVE)
             except jax.errors.JaxRuntimeError:  # the first host is lost: JAX ends this process
                 return
+            if sum(value.endswith(FAILED) for _, value in values) == jax.process_count():
+                self._all_failed.set()
             now = time.monotonic()
             for key, value in values:
                 if key not in seen or value != seen[key][0]:
