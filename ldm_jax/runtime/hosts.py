@@ -54,7 +54,7 @@ class Hosts:
             threading.Thread(target=self._watch, daemon=True).start()
 
     def close(self, error: BaseException | None) -> None:
-        """Ends the watch; after an error only when all hosts have one: the loss of a host makes the others fail first."""
+        """Ends the watch; after an error when all hosts have one: the loss of a host makes the others fail first."""
         if self._several and isinstance(error, Exception) and not isinstance(error, Interrupted):
             self._failed = True
             self._all_failed.wait(PATIENCE + 3 * PERIOD)
