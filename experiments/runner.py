@@ -27,11 +27,10 @@ from configs import fashion_mnist
 from experiments import workers
 from ldm_jax import job
 from ldm_jax.config import rules as config_rules
-from ldm_jax.errors import InputError, RunError
-from ldm_jax.evaluation import scoring
+from ldm_jax.errors import InputError, Interrupted, RunError
 from ldm_jax.run_folder import layout as run_folder_layout
+from ldm_jax.run_folder.software import describe_device
 from ldm_jax.runtime.files import atomic, read_json, write_json
-from ldm_jax.runtime.interrupt import Interrupted
 from ldm_jax.runtime.xla import configure
 
 matplotlib.use("Agg")  # figures go to files
@@ -102,7 +101,7 @@ class Workspace(NamedTuple):
         """Trains a run with the config fields in `changes`, or resumes it; returns its folder.
 
         Raises:
-            SystemExit: the run was interrupted.
+            Interrupted: by a signal.
         """
         config = self.config(changes)
         config_rules.validate(config)
@@ -111,8 +110,6 @@ class Workspace(NamedTuple):
         with self.lock(workdir.name):
             run_folder_layout.check(workdir, config)
             job.run(config, workdir)
-        if not scoring.is_done(workdir, config):
-            raise SystemExit(workers.INTERRUPTED)
         return workdir
 
     def shared_autoencoder(self) -> Path:
@@ -242,7 +239,7 @@ def run(experiment: Experiment, doc: str) -> None:
         raise SystemExit(workers.REFUSED) from None
     except Interrupted as interrupted:
         print(f"\nInterrupted: {interrupted}. The same command resumes from there.")
-        raise SystemExit(workers.INTERRUPTED) from None
+        raise SystemExit(interrupted.status) from None
     if path.exists() and not args.only:
         report(experiment, read_json(path), args.budget, path.with_name("figure.png"))
 
@@ -307,7 +304,7 @@ def stored_rows(path: Path, budget: str) -> Rows:
 def device() -> str:
     """The device of the measurements: "1 of 2 CPU cores", or the number and name of the GPUs."""
     if jax.default_backend() != "cpu":
-        return job.describe_device()
+        return describe_device()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{usable} of {os.cpu_count()} CPU cores"
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from ldm_jax.errors import RunError
 
-INTERRUPTED = 130  # exit status of a process that was interrupted and has saved its state
+INTERRUPTED = (143, 130)  # exit statuses of a process that was interrupted and has saved its state
 REFUSED = 2  # exit status of a process that has printed a one-line error
 NUM_WORKERS = "LDM_JAX_WORKERS"  # environment variable of each worker: the number of workers
 
@@ -49,9 +49,9 @@ def run(command: list[str], count: int) -> None:
             reader.join()
         statuses = [process.wait() for process in processes]
     failed = sum(status != 0 for status in statuses)
-    for known in (INTERRUPTED, REFUSED):
-        if known in statuses and set(statuses) <= {0, known}:
-            raise SystemExit(known)
+    for known in (INTERRUPTED, (REFUSED,)):
+        if set(known) & set(statuses) and set(statuses) <= {0, *known}:
+            raise SystemExit(max(statuses))
     if failed:
         raise RunError(f"{failed} of {count} processes failed; their output is above")
 

@@ -16,7 +16,7 @@ from ldm_jax.config.renamed import rename_arguments, rename_fields
 from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
-from ldm_jax.errors import InputError, RunError
+from ldm_jax.errors import InputError, Interrupted, RunError
 from ldm_jax.runtime.terminal import print_any_text
 
 MODEL = "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
@@ -232,12 +232,15 @@ def _unknown_field(argv: list[str], file: str | None, error: Exception) -> str:
 
 
 def run(command: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
-    """Runs `command(argv)`; returns the exit status: 0, 1 (run failed), 2 (wrong input) or 130 (Ctrl-C)."""
+    """Runs `command(argv)`; returns the exit status: 0, 1 (failed), 2 (wrong input), 130 (SIGINT), 143 (SIGTERM)."""
     argv = list(sys.argv if argv is None else argv)
     print_any_text()
     try:
         command(argv)
         return 0
+    except Interrupted as interrupted:
+        print(f"\nInterrupted: {interrupted}. The same command goes on from there.", flush=True)
+        return interrupted.status
     except InputError as error:
         status, message = 2, str(error)
     except RunError as error:
@@ -262,6 +265,8 @@ def start_devices(flag_values: flags.FlagValues | None = None) -> None:
     configure()
     import jax
 
+    from ldm_jax.runtime.hosts import connect
+
     if flag_values is not None and flag_values.coordinator:
         host, _, port = flag_values.coordinator.rpartition(":")
         if not host or not port.isdecimal():
@@ -271,9 +276,9 @@ def start_devices(flag_values: flags.FlagValues | None = None) -> None:
         num, index = flag_values.num_processes, flag_values.process_id
         if not 0 <= index < num:
             raise InputError(f"--process_id is {index}; with --num_processes={num} it must be from 0 to {num - 1}")
-        jax.distributed.initialize(flag_values.coordinator, flag_values.num_processes, flag_values.process_id)
+        connect(coordinator_address=flag_values.coordinator, num_processes=num, process_id=index)
     elif flag_values is not None and flag_values.distributed:
-        jax.distributed.initialize()
+        connect()
     devices = jax.devices()
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
     if jax.process_index() == 0:

@@ -1,4 +1,4 @@
-"""The two errors of a command, each printed as one line: what is wrong, what was given, what would be right."""
+"""How a command ends early, each printed as one line: what is wrong, what was given, what would be right."""
 
 
 class InputError(Exception):
@@ -7,3 +7,9 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The run failed (a full disk, a loss that is not finite) and its progress is saved: exit status 1."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run and its progress is saved: exit status 143 (SIGTERM) or 130 (SIGINT), `status`."""
+
+    status = 143

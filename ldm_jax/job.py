@@ -19,6 +19,7 @@ from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import scoring
+from ldm_jax.evaluation.goodput import shares
 from ldm_jax.evaluation.report import write_report
 from ldm_jax.pipeline.clip import clip_of
 from ldm_jax.pipeline.data_record import check_unchanged, data_record
@@ -27,12 +28,15 @@ from ldm_jax.pipeline.from_run import of_classes, on_paper
 from ldm_jax.pipeline.load import load_base
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
+from ldm_jax.run_folder import wandb_log
 from ldm_jax.run_folder.lock import locked
-from ldm_jax.run_folder.log import Log
+from ldm_jax.run_folder.log import Log, read_metrics
+from ldm_jax.run_folder.software import describe_device, software
+from ldm_jax.run_folder.wandb_log import WandbLog
+from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.files import read_json, write_json
-from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
+from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.runtime.parallel import wait_for_hosts
-from ldm_jax.runtime.xla import CompileClock
 from ldm_jax.sampling import prompt_sheets
 from ldm_jax.sampling.concat_inputs import check_segments
 from ldm_jax.sampling.recipe import solving_defaults
@@ -60,8 +64,11 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     Raises:
       InputError: data or weights are missing or do not fit, or the folder holds another run.
       RunError: a loss is not finite, or a checkpoint cannot be written.
+      Interrupted: a signal stopped the run, whose state is saved.
     """
+    clock = Clock()
     config_rules.validate_devices(config, jax.device_count())
+    wandb_log.check(config.wandb)
     scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
     recorded = config  # load_base replaces fields by those of the pretrained model
     base, config = load_base(config) if config.init_from else (None, config)
@@ -91,24 +98,28 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
             write_json(workdir / "config.json", recorded.to_dict())
             about = {"device": describe_device(), "command": command, EARLIER: earlier}
             write_json(workdir / DATA, data | about)
-        log = Log(workdir, write=primary)
+        logger = WandbLog(config.wandb, workdir, recorded.to_dict()) if primary and config.wandb else None
+        log = Log(workdir, write=primary, clock=clock, logger=logger)
         try:
             with InterruptWatch() as watch:
                 before = tuple(_with_fields(config, fields) for fields in earlier)
                 job = Run(config, workdir, train_set, test_set, log, watch, base, before)
-                clock = CompileClock()
+                if primary:
+                    log.start(software())
                 print_estimate(job)
-                for name, stage in _stages(job, primary):
-                    _run_timed(job, clock, name, stage)
-        except Interrupted as interrupted:
-            print(f"\nInterrupted: {interrupted}. The same command goes on from there.")
-            return
+                log.account("setup", 0)
+                for name, stage in _training(config):
+                    _run_timed(job, name, stage)
+                watch.end_training()
+                for name, stage in _results(config) if primary else ():
+                    _run_timed(job, name, stage)
+                if primary:
+                    log("goodput", 0, **shares(read_metrics(workdir / "metrics.jsonl")))
+                    write_report(workdir)
+                    print(f"Done: {workdir / 'report.html'}")
+                wait_for_hosts("done")  # a host that exits early makes the others fail
         finally:
             log.close()
-        if primary:
-            write_report(workdir)
-            print(f"Done: {workdir / 'report.html'}")
-    wait_for_hosts("done")  # a host that exits early makes the others fail
 
 
 def _earlier_training(workdir: Path, config: ConfigDict) -> tuple[list[dict[str, Any]], bool]:
@@ -131,10 +142,10 @@ def _with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:
     return changed.lock()
 
 
-def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None]]]:
-    """The stages of a run in order, by name; only the primary host samples and evaluates."""
-    names = job.config.stages
-    if "autoencoder" in names and job.config.autoencoder.type != "none":
+def _training(config: ConfigDict) -> Iterator[tuple[str, Callable[[Run], None]]]:
+    """The stages of training in order, by name."""
+    names = config.stages
+    if "autoencoder" in names and config.autoencoder.type != "none":
         yield "autoencoder", stages.train_autoencoder
         yield "latents", stages.measure_latents
     if "clip" in names:
@@ -143,24 +154,25 @@ def _stages(job: Run, primary: bool) -> Iterator[tuple[str, Callable[[Run], None
         yield "diffusion", stages.train_diffusion
     if "classifier" in names:
         yield "classifier", stages.train_classifier
-    if not primary:
-        return
-    if "diffusion" in names:
+
+
+def _results(config: ConfigDict) -> Iterator[tuple[str, Callable[[Run], None]]]:
+    """The stages after training, of the primary host alone: samples and scores."""
+    if "diffusion" in config.stages:
         yield "sampling", lambda job: sample_run(job.workdir, job.sampling_set)
-        if config_rules.text_conditioned(job.config):
+        if config_rules.text_conditioned(config):
             yield "prompts", lambda job: prompt_sheets.sample_sheets(job.workdir, job.train_set, job.test_set)
     yield "scoring", lambda job: scoring.score_run(job.workdir, job.train_set, job.test_set)
 
 
-def _run_timed(job: Run, clock: CompileClock, name: str, stage: Callable[[Run], None]) -> None:
-    """Runs a stage; logs and prints its seconds, those of compiling, and its compilations."""
-    start, compiling, count = time.monotonic(), clock.seconds, clock.count
+def _run_timed(job: Run, name: str, stage: Callable[[Run], None]) -> None:
+    """Runs a stage; logs and prints its seconds and those of compiling."""
+    start, compiling = time.monotonic(), job.log.clock.compiler.seconds
     stage(job)
-    seconds = time.monotonic() - start
-    job.log("timing", 0, **{f"{name}_seconds": seconds, f"{name}_compile_seconds": clock.seconds - compiling,
-                            f"{name}_compilations": clock.count - count})  # fmt: skip
+    job.log.account(name, 0)
+    seconds, compiling = time.monotonic() - start, job.log.clock.compiler.seconds - compiling
     if jax.process_index() == 0:
-        print(f"{name:>12} took {seconds:.0f} s, {clock.seconds - compiling:.0f} s of it compiling", flush=True)
+        print(f"{name:>12} took {seconds:.0f} s, {compiling:.0f} s of it compiling", flush=True)
 
 
 def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set: Dataset, test_set: Dataset) -> None:
@@ -210,8 +222,3 @@ def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, 
     if "diffusion" in config.stages:
         shapes["diffusion"] = trained_shapes(trainable_of(config, model), params)
     return {name: shapes[name] for name in STAGES if name in shapes}
-
-
-def describe_device() -> str:
-    """The number and the model of the devices, e.g. "4 x NVIDIA H100"."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -3,7 +3,7 @@
     python -m ldm_jax.train --config=configs/fashion_mnist.py [--workdir=runs/fashion_mnist]
                             [--config.FIELD=VALUE ...] [--print_config] [--dry_run]
 
-The same command resumes an interrupted run, or says that all is done.
+The same command resumes an interrupted run, or says that all is done. SIGTERM saves and ends it with exit status 143.
 """
 
 import shlex
@@ -78,6 +78,7 @@ class _Callable(ModuleType):
         Raises:
           InputError: a wrong field or file.
           RunError: a loss that is not finite, a full disk.
+          Interrupted: a signal, after which all is saved.
         """
         rename_fields(config)
         config = _checked(config, Path(workdir))

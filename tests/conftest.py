@@ -78,6 +78,23 @@ def forget_compiled_programs():
         gc.collect()
 
 
+@pytest.fixture
+def start_hosts(tiny_data):
+    """start_hosts(count, run, *changes): the processes of a small job on `count` hosts, ended with the test."""
+    import jobs
+
+    started = []
+
+    def start(count, run, *changes, devices=1):
+        processes = jobs.start_hosts(tiny_data, run, count, *changes, devices=devices)
+        started.extend(processes)
+        return processes
+
+    yield start
+    for process in started:
+        process.kill()
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A folder with the data set "tiny", prepared."""

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -54,6 +55,15 @@ def start(data, workdir, *changes, devices=1):
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(devices), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+
+
+def start_hosts(data, workdir, count, *changes, devices=1):
+    """Starts a small job in `count` processes, as on as many hosts with a common disk."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    hosts = (f"--coordinator=localhost:{port}", f"--num_processes={count}", *changes)
+    return [start(data, workdir, *hosts, f"--process_id={i}", devices=devices) for i in range(count)]
 
 
 def environment(devices):

@@ -20,6 +20,7 @@ from ldm_jax.evaluation.features import lpips_distance
 from ldm_jax.evaluation.metrics import psnr
 from ldm_jax.evaluation.scoring import reconstruct
 from ldm_jax.pipeline.load import load
+from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.xla import configure
 
 HERE = Path(__file__).parent
@@ -116,9 +117,8 @@ def train(workdir: Path, changes: dict, data_dir: str) -> None:
 
 def seconds(workdir: Path, stage: str) -> float:
     """The seconds of a training stage without compilation, from metrics.jsonl."""
-    timings = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timing = next(line for line in timings if f"{stage}_seconds" in line)
-    return timing[f"{stage}_seconds"] - timing[f"{stage}_compile_seconds"]
+    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if f"{stage}_seconds" in line]
+    return sum(line[f"{stage}_seconds"] - line[f"{stage}_compile_seconds"] for line in lines)
 
 
 def score_autoencoder(workdir: Path, evaluation: ClassifierEvaluation) -> dict:

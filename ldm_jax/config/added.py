@@ -9,6 +9,7 @@ from typing import Any
 
 # The full name of a field -> its value; a field that is renamed is renamed here, too.
 ADDED: dict[str, Any] = {
+    "wandb": "",
     "textual_inversion.token": "",
     "textual_inversion.init_word": "object",
     "textual_inversion.vectors": 1,

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.log_every = 50  # steps between log lines
     config.checkpoint_every = 1_000  # steps between checkpoints
     config.keep_checkpoints = 2
+    config.wandb = ""  # the Weights & Biases project, PROJECT or ENTITY/PROJECT, that metrics are logged to; "" = none
     networks = (_data, _autoencoder, _clip, _diffusion, _concat, _unet, _classifier)
     for section in (*networks, _lora, _textual_inversion, _sampling, _evaluation):
         section(config)

@@ -84,7 +84,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
 
     `fields` maps full names, e.g. "diffusion.steps", to values.
     """
-    for name in ("stages", "init_from", "sampling.prompts", "sampling.guidance_interval", *_CHOICES, *_RANGES):
+    for name in ("stages", "init_from", "wandb", "sampling.prompts", "sampling.guidance_interval", *_CHOICES, *_RANGES):
         if name not in fields:
             raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
     for name, value in fields.items():

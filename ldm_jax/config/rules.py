@@ -19,6 +19,8 @@ def validate(config: ConfigDict) -> None:
         _validate_from_scratch(config)
         _validate_shapes(config)
     _validate_combinations(config)
+    if not isinstance(config.wandb, str) or config.wandb.count("/") > 1 or set(config.wandb) & set("\\#?%:"):
+        raise _wrong(config, "wandb", "it must be a Weights & Biases project, PROJECT or ENTITY/PROJECT, or empty")
 
 
 def validate_devices(config: ConfigDict, devices: int) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 from ldm_jax.config.renamed import rename_saved
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation import page
+from ldm_jax.evaluation import goodput, page
 from ldm_jax.evaluation.charts import Series, bar_chart, line_chart, number
 from ldm_jax.evaluation.mixed_sheet import ANSWER, MIXED
-from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.run_folder.log import START, read_metrics
 from ldm_jax.runtime.files import atomic, read_json
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.sampling.recipe import from_json
@@ -24,6 +24,7 @@ Metrics = Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl
 
 MAX_FRAMES = 12  # of a slider
 STAGES = {
+    "setup": "Starting",
     "autoencoder": "Stage 1: autoencoder",
     "latents": "Latents: cache and scale",
     "clip": "CLIP: images and captions",
@@ -32,6 +33,31 @@ STAGES = {
     "sampling": "Sampling",
     "prompts": "Sampling by prompts",
     "scoring": "Scores",
+}
+# What time is spent on, by its name in `goodput.seconds`.
+SPENT = {
+    "steps": "Steps of training that count",
+    "compiling": "Compiling",
+    "data": "Waiting for data",
+    "checkpoints": "Saving checkpoints",
+    "validation": "Validation and progress images",
+    "latents": "Encoding latents",
+    "sampling": "Sampling",
+    "scoring": "Scores",
+    "starting": "Starting",
+    "lost": "Steps lost by a kill, made again",
+    "other": "Everything else",
+}
+# The columns of the record of starts: heading -> names in its lines, joined.
+RECORDED = {
+    "commit": ("commit",),
+    "Python": ("python",),
+    "jax, jaxlib": ("jax", "jaxlib"),
+    "flax, optax, orbax": ("flax", "optax", "orbax-checkpoint"),
+    "ldm_jax": ("ldm_jax",),
+    "devices": ("devices",),
+    "hosts": ("hosts",),
+    "XLA_FLAGS": ("xla_flags",),
 }
 # Groups of cards in evaluation.json.
 GROUPS = {
@@ -70,7 +96,7 @@ def write_report(workdir: Path) -> Path:
     config = rename_saved(config)
     metrics = read_metrics(workdir / "metrics.jsonl")
     sections = [_samples(workdir), _mixed(workdir), _scores(evaluation), _prompts(workdir), *_progress(workdir)]
-    sections += [_curves(metrics), _timings(metrics), _reproduce(config, data)]
+    sections += [_curves(metrics), _timings(metrics), _reproduce(config, data, metrics)]
     html = page.page(_title(config, workdir), _subtitle(data, metrics), sections)
     with atomic(workdir / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -241,13 +267,35 @@ def _timings(metrics: Metrics) -> str:
     if rows:
         rows.append(("The whole run", duration(total), "100%", "", ""))
     table = page.table(("", "time", "share", "of it compiling", "images"), rows)
-    return page.section("Where the time went", page.panel("By stage", table))
+    return page.section("Where the time went", page.columns(page.panel("By stage", table), _goodput(metrics)))
 
 
-def _reproduce(config: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+def _goodput(metrics: Metrics) -> str:
+    """The table of goodput and of what the rest of the time was spent on; "" for a run of a version without."""
+    spent = goodput.seconds(metrics)
+    time = sum(spent.values())
+    if not any(line["stage"] == START for line in metrics) or not time:
+        return ""
+    rows = [(SPENT[name], duration(value), f"{value / time:.1%}") for name, value in spent.items() if round(value)]
+    return page.panel(f"Goodput: {spent['steps'] / time:.1%}", page.table(("", "time", "share"), rows))
+
+
+def _starts(metrics: Metrics) -> str:
+    """The table of what each start of the run recorded; equal ones in a row share a line."""
+    records: list[tuple[int, int, list[str]]] = []  # first and last start, cells
+    for start, line in enumerate((line for line in metrics if line["stage"] == START), start=1):
+        cells = [", ".join(str(line.get(name, "")) for name in names) for names in RECORDED.values()]
+        first = records.pop()[0] if records and records[-1][2] == cells else start
+        records.append((first, start, cells))
+    rows = [(f"{first}" if first == last else f"{first}–{last}", *cells) for first, last, cells in records]
+    return page.panel("Starts of the run", page.table(("start", *RECORDED), rows))
+
+
+def _reproduce(config: Mapping[str, Any], data: Mapping[str, Any], metrics: Metrics) -> str:
     command = data.get("command", "")
     return page.section(
         "Reproduce",
         page.panel("Command", f"<pre>{escape(command)}</pre>") if command else "",
+        _starts(metrics),
         page.details("Configuration", json.dumps(config, indent=2)) if config else "",
     )

@@ -8,6 +8,7 @@ diffusion/        stage 2: checkpoints           classifier/, clip/   checkpoint
 data.json         the data sets, device, command .lock               held by the process that trains the run
 pytorch_lora_weights.safetensors                 LoRA fine-tuning only: the LoRA in diffusers' format
 learned_embeds.safetensors                       textual inversion only: the new token's vectors, likewise
+wandb_id, wandb/                                 with config.wandb: the id of the W&B run, its local files
 """
 
 from pathlib import Path

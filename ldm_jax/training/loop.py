@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from ldm_jax.diffusion.random import Stream
-from ldm_jax.errors import RunError
+from ldm_jax.errors import Interrupted, RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints
 from ldm_jax.run_folder.log import Log
-from ldm_jax.runtime.interrupt import Interrupted, InterruptWatch
+from ldm_jax.runtime.clock import Clock
+from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take
 
 IN_FLIGHT = 8  # steps dispatched ahead: enough to keep the device busy, few enough to stop within seconds
@@ -56,8 +57,7 @@ def train(
       steps, seed: the number of steps, and the seed of the run.
       feed: `feed(step)` -> this process's batch; `feed.resident` -> arrays that are kept on the device.
       frozen: arrays that the step needs and that are not trained.
-      checkpoints, log, watch: of the run.
-      log_every, checkpoint_every: steps between log lines, and between checkpoints.
+      checkpoints, log, watch: of the run; log_every, checkpoint_every: steps between its log lines and checkpoints.
       variant: step -> static keyword arguments of `stage.step`, each compiled by itself (`lax.cond` is slow on CPUs).
       after_step: called with (number of steps made, state) after each step.
 
@@ -84,14 +84,15 @@ def train(
         progress.print(last, means["loss"])
 
     metrics = LateMetrics(report)
+    log.account("setup", start)
     for step in range(start, steps):
-        if watch.stop_requested(step):
+        if watch.stop_requested():
             metrics.end_interval(step)
             metrics.flush()
-            checkpoints.save(state)
+            _save(name, step, state, checkpoints, log)
             checkpoints.wait()
             raise Interrupted(f"stopped at step {step} of stage {name!r}, which is saved")
-        batch, run_step = feed(step), compiled(**variant(step))
+        batch, run_step = _next(feed, step, in_flight, log.clock), compiled(**variant(step))
         state, values = run_step(state, frozen, resident, shard(batch), np.int32(step), np.uint32(seed))
         watch.guard(True)
         metrics.add(values)
@@ -104,12 +105,31 @@ def train(
             metrics.end_interval(done)
         if done % checkpoint_every == 0 or done == steps:
             metrics.flush()
-            checkpoints.save(state)
+            _save(name, done, state, checkpoints, log)
         after_step(done, state)
     metrics.flush()
-    checkpoints.wait()
+    _wait(checkpoints, log.clock)
     watch.guard(False)
     return state
+
+
+def _next(feed: Any, step: int, in_flight: deque, clock: Clock) -> Any:
+    """The batch of a step; the time counts as spent on data if the device had nothing left to do at its end."""
+    with clock.spend("data", hidden=lambda: bool(in_flight) and not in_flight[-1].is_ready()):
+        return feed(step)
+
+
+def _save(name: str, step: int, state: Any, checkpoints: Checkpoints, log: Log) -> None:
+    """Starts to save the state; accounts for the seconds since the last checkpoint."""
+    jax.block_until_ready(state)  # saving waits for the steps in flight, whose time is not its own
+    with log.clock.spend("checkpoint"):
+        checkpoints.save(state)
+    log.account(name, step)
+
+
+def _wait(checkpoints: Checkpoints, clock: Clock) -> None:
+    with clock.spend("checkpoint"):
+        checkpoints.wait()
 
 
 class LateMetrics:

@@ -201,9 +201,11 @@ def _train(
     def after_step(step: int, state: Any) -> None:
         if not every or (step % every and step != steps) or jax.process_index():
             return
-        if validate:
-            run.log(name, step, **validate(state.ema_params, frozen, config.seed))
-        preview(step, state)
+        jax.block_until_ready(state)
+        with run.log.clock.spend("validation"):
+            if validate:
+                run.log(name, step, **validate(state.ema_params, frozen, config.seed))
+            preview(step, state)
 
     pretrained = {"init_from": init_from} if init_from else {}
     recorded, *earlier = (identity(each, name) | pretrained for each in (config, *run.earlier))

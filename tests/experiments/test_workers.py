@@ -64,7 +64,7 @@ def test_a_failed_worker_raises(tmp_path, capfd):
     with pytest.raises(RunError, match="2 of 2 processes failed; their output is above"):
         workers.run([str(path)], 2)
     assert "1| the cause" in capfd.readouterr().out
-    for status in (workers.INTERRUPTED, workers.REFUSED):  # the worker itself has printed an error
+    for status in (*workers.INTERRUPTED, workers.REFUSED):  # the worker itself has printed an error
         with pytest.raises(SystemExit) as exit_info:
             workers.run([str(program(tmp_path, f"sys.exit({status})"))], 2)
         assert exit_info.value.code == status
@@ -78,9 +78,9 @@ def test_signals_are_forwarded(tmp_path, signal_number):
         import os, pathlib, signal, time
         from experiments import workers
 
-        def stop(*_):
+        def stop(number, _):
             pathlib.Path(sys.argv[1], f"saved_{os.getpid()}").touch()
-            sys.exit(workers.INTERRUPTED)
+            sys.exit(128 + number)
 
         if sys.argv[2:]:
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -95,7 +95,7 @@ def test_signals_are_forwarded(tmp_path, signal_number):
         time.sleep(0.05)
         assert process.poll() is None
     process.send_signal(signal_number)
-    assert process.wait(timeout=30) == workers.INTERRUPTED
+    assert process.wait(timeout=30) == 128 + signal_number
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
+from ldm_jax.evaluation import goodput
 from ldm_jax.pipeline.load import load
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.run_folder.log import read_metrics
@@ -26,7 +27,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(one_device_run, tiny_data, t
     process = jobs.start(tiny_data, run)
     jobs.stop_when(process, lambda: steps_logged(run, "diffusion"), signal.SIGTERM)
     signalled = time.monotonic()
-    output = jobs.finish(process)  # status 0
+    output = jobs.finish(process, status=143)
     assert time.monotonic() - signalled < 15
     assert "The same command goes on from there." in output
     assert 0 < load_latest(run / "diffusion")["step"] <= 8
@@ -81,6 +82,9 @@ def test_kill_at_any_moment(one_device_run, tiny_data, tmp_path):
     jobs.assert_same_training(run, one_device_run)
     assert not list(run.rglob("*.orbax-checkpoint-tmp*"))
     assert steps_logged(run, "diffusion").count(8) == 1
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["stage"] == "start"] == [0, 1, 2, 3]
+    assert sum(goodput.seconds(lines).values()) == pytest.approx(lines[-1]["time"], rel=0.05)
 
 
 @pytest.fixture

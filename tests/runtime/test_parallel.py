@@ -1,9 +1,6 @@
 """The whole job on one device, on four, and on two processes of two: the same losses and the same images."""
 
-import re
 import shutil
-import signal
-import socket
 
 import jobs
 import numpy as np
@@ -41,42 +38,13 @@ def test_a_run_goes_on_with_another_number_of_devices(one_device_run, tiny_data,
     jobs.assert_same_training(run, one_device_run, rtol=2e-2, atol=5e-3)
 
 
-@pytest.fixture
-def start_two(tiny_data):
-    """start_two(run, *changes): two processes of two devices each, ended with the test."""
-    started = []
-
-    def start(run, *changes):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        hosts = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-        for i in range(2):
-            started.append(jobs.start(tiny_data, run, *hosts, f"--process_id={i}", *changes, devices=2))
-        return started
-
-    yield start
-    for process in started:
-        process.kill()
-
-
-def test_two_processes_do_as_one(one_device_run, start_two, tmp_path):
+def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
     """Both write to one run folder, as hosts with a common disk do."""
     run = tmp_path / "run"
-    processes = start_two(run, "--config.sampling.progress_every=0")  # the first alone would sample while training
+    processes = start_hosts(2, run, devices=2)
     outputs = [jobs.finish(process) for process in processes]
     assert "Device: 4 x cpu" in outputs[0]
     assert "on 2 hosts" in outputs[0]
     assert "Done: " in outputs[0]
     assert_same_losses(run, one_device_run)
     assert_same_samples(run, one_device_run)
-
-
-def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(start_two, tmp_path):
-    run = tmp_path / "run"
-    processes = start_two(run, "--config.autoencoder.steps=1000000")
-    jobs.stop_when(processes[1], lambda: (run / "autoencoder" / "4").exists(), signal.SIGTERM)
-    outputs = [jobs.finish(process) for process in processes]
-    steps = [re.search(r"Interrupted: stopped at step (\d+)", output)[1] for output in outputs]
-    assert steps[0] == steps[1]
-    assert (run / "autoencoder" / steps[0]).exists()

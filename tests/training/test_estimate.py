@@ -1,6 +1,7 @@
 """The duration that is told before a training starts."""
 
 import re
+from collections import Counter
 
 import jax
 import jobs
@@ -29,8 +30,10 @@ KINDS = {  # changes -> stages whose steps are measured
 
 def compilations(workdir):
     """Of all stages: the number of compilations."""
-    lines = [line for line in read_metrics(workdir / "metrics.jsonl") if line["stage"] == "timing"]
-    return {name: value for line in lines for name, value in line.items() if name.endswith("_compilations")}
+    counts = Counter()
+    for line in read_metrics(workdir / "metrics.jsonl"):
+        counts.update({name: value for name, value in line.items() if name.endswith("_compilations")})
+    return counts
 
 
 @pytest.mark.slow

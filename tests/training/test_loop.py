@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.errors import RunError
+from ldm_jax.errors import Interrupted, RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints, load_latest
-from ldm_jax.runtime.interrupt import Interrupted
+from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.parallel import parallel_step
 from ldm_jax.training import loop
 from ldm_jax.training.loop import LateMetrics, initial_state
@@ -59,10 +59,13 @@ class Recorder:
     """A fake log, interrupt watch and after_step, which records its calls."""
 
     stop_at: int = -1
+    asked: int = 0
     lines: list = field(default_factory=list)
     rewound: list = field(default_factory=list)
     after: list = field(default_factory=list)
     guarded: list = field(default_factory=list)
+    accounted: list = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
 
     def __call__(self, name, step, **values):
         self.lines.append((name, step, values))
@@ -70,8 +73,12 @@ class Recorder:
     def rewind(self, name, step):
         self.rewound.append((name, step))
 
-    def stop_requested(self, step):
-        return step == self.stop_at
+    def account(self, stage, step):
+        self.accounted.append((stage, step))
+
+    def stop_requested(self):
+        self.asked += 1
+        return self.asked == self.stop_at + 1
 
     def guard(self, active):
         self.guarded.append(active)

@@ -1,0 +1,119 @@
+"""Runs on several hosts of which one is stopped, or dies: all end, and the same command goes on to the same bits."""
+
+import re
+import signal
+import time
+
+import jobs
+import numpy as np
+import pytest
+
+from ldm_jax.run_folder.layout import checkpoint_steps
+from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.runtime.hosts import PATIENCE, slurm_devices
+
+LONG = "--config.autoencoder.steps=1000000"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_data, tmp_path_factory):
+    """A run of two hosts that nobody stopped."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    for process in jobs.start_hosts(tiny_data, run, 2):
+        jobs.finish(process)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "gpus", "devices"),
+    [("2", "2", "8", [0, 1, 2, 3, 4, 5, 6, 7]), ("2", "16", "8", []), ("2", "2", None, []), (None, None, "8", [])],
+)
+def test_one_process_of_a_slurm_node_has_all_its_gpus(nodes, tasks, gpus, devices):
+    given = {"SLURM_STEP_NUM_NODES": nodes, "SLURM_NTASKS": tasks, "SLURM_GPUS_ON_NODE": gpus}
+    assert slurm_devices({name: value for name, value in given.items() if value}) == devices
+
+
+def assert_same_run(run, other):
+    jobs.assert_same_training(run, other)
+    assert jobs.losses(run) == jobs.losses(other)
+    for name, array in jobs.samples(other).items():
+        np.testing.assert_array_equal(jobs.samples(run)[name], array)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("host", "number", "statuses"), [(1, signal.SIGTERM, [143, 143]), (0, signal.SIGINT, [130, 143])]
+)
+def test_a_signal_to_one_of_two_stops_both_at_the_same_step(host, number, statuses, start_hosts, tmp_path):
+    run = tmp_path / "run"
+    processes = start_hosts(2, run, LONG)
+    jobs.stop_when(processes[host], lambda: (run / "autoencoder" / "4").exists(), number)
+    outputs = [jobs.finish(process, status=status) for process, status in zip(processes, statuses)]
+    steps = [re.search(r"Interrupted: stopped at step (\d+)", output)[1] for output in outputs]
+    assert steps[0] == steps[1]
+    assert (run / "autoencoder" / steps[0]).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_signal_while_the_first_host_samples_stops_both(host, start_hosts, tmp_path):
+    """There is nothing to save then; the checkpoints of training are there."""
+    run = tmp_path / "run"
+    long = ("--config.sampling.num=1000000", "--config.sampling.batch_size=2")
+    processes = start_hosts(2, run, *long, "--config.diffusion.steps=4", "--config.autoencoder.steps=4")
+    jobs.stop_when(
+        processes[host],
+        lambda: "sampling" in {line["stage"] for line in read_metrics(run / "metrics.jsonl")},
+        signal.SIGTERM,
+    )
+    for process in processes:
+        jobs.finish(process, status=143)
+    assert checkpoint_steps(run / "diffusion") == [4]
+
+
+def starts(run):
+    return sum(line["stage"] == "start" for line in read_metrics(run / "metrics.jsonl"))
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
+    """All leave with 143, from the same step if they were training, and the run ends as one that nobody stopped."""
+    rng, run = np.random.default_rng(0), tmp_path / "run"
+    for number, moment in enumerate(rng.uniform(0.0, 25.0, size=4), start=1):
+        processes = start_hosts(4, run, "--config.checkpoint_every=1000")
+        signalled = processes[rng.integers(4)]
+        jobs.stop_when(signalled, lambda number=number, run=run: starts(run) == number, number=0)
+        time.sleep(moment)
+        signalled.send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+        if "Done: " in outputs[0]:
+            break
+        assert [process.returncode for process in processes] == [143] * 4, outputs
+        assert len({re.search(r"Interrupted: stopped at step \d+|$", output)[0] for output in outputs}) == 1, outputs
+        assert not any("Traceback" in output for output in outputs), outputs
+    for folder in (run, tmp_path / "whole"):
+        for process in start_hosts(4, folder):
+            jobs.finish(process)
+    assert_same_run(run, tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_killed_host_ends_the_other_within_a_minute_and_the_run_goes_on(host, whole, start_hosts, tmp_path):
+    run = tmp_path / "run"
+    processes = start_hosts(2, run, "--config.checkpoint_every=1")
+    jobs.stop_when(processes[host], lambda: (run / "diffusion" / "2").exists(), signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = processes[1 - host].communicate(timeout=60)
+    assert processes[1 - host].returncode not in (0, 143) and time.monotonic() - killed < 60
+    if host == 1:
+        assert processes[0].returncode == 1 and "Traceback" not in output
+        assert (
+            f"Host 1 is lost: no sign of life for {PATIENCE:.0f} s. The same command, on all hosts, goes on" in output
+        )
+    else:  # the store of the signs of life is gone with it
+        assert "Terminating process because the JAX distributed service detected fatal errors" in output
+    assert max(checkpoint_steps(run / "diffusion")) < 8
+    for process in start_hosts(2, run):
+        jobs.finish(process)
+    assert_same_run(run, whole)
