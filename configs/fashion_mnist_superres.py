@@ -4,8 +4,8 @@
 
 The low-resolution image is concatenated to the noisy latents, one more input channel of the UNet, without class
 conditioning. Trains its own autoencoder, or reuses the main job's with
---config.autoencoder.checkpoint=runs/fashion_mnist. The 10,000 test images then have LPIPS 0.121 and FD-VGG16 12.1,
-against 0.383 and 147.2 of bicubic interpolation (experiments/super_resolution).
+--config.autoencoder.checkpoint=runs/fashion_mnist. In experiments/super_resolution, by AdamW, the 10,000 test images
+have LPIPS 0.121 and FD-VGG16 12.1, against 0.383 and 147.2 of bicubic interpolation.
 """
 
 from ml_collections import ConfigDict
