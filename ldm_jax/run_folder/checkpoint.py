@@ -218,7 +218,8 @@ def _read_unchecked(folder: Path, step: int, shards: Mapping[str, jax.Array]) ->
     hosts = {"primary_host": host, "active_processes": {host}, "barrier_sync_key_prefix": f"read_{host}"}
     alone = ocp.options.MultiprocessingOptions(**hosts)
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "note": ocp.JsonCheckpointHandler()}
+    handlers = {"state": ocp.PyTreeCheckpointHandler, "note": ocp.JsonCheckpointHandler}
+    handlers = {name: handler(multiprocessing_options=alone) for name, handler in handlers.items()}
     with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
         note = dict(manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore())).note)
         sharded, stored = note.get("checksums", {}), manager.item_metadata(step)["state"] if shards else {}

@@ -55,7 +55,7 @@ def shard_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]
 
 
 def sharded_init(mesh: Mesh, init: Callable[..., Any], key: jax.Array, *arguments: Any, **options: Any) -> Any:
-    """The state init(key, *arguments), made in shards; `options` are those of `jax.jit`."""
+    """The state init(key, *arguments), made in shards; `key` [] is a key array, `options` are those of `jax.jit`."""
 
     def with_key(data: jax.Array, *arguments: Any) -> Any:
         return init(jax.random.wrap_key_data(data), *arguments)

@@ -296,3 +296,26 @@ def test_bad_added(added, message):
 def test_missing_class_labels():
     with pytest.raises(ValueError, match="num_class_embeds=3 and class_labels None"):
         abstract(UNet(**TINY, num_class_embeds=3), *inputs())
+
+
+def test_gradient_checkpointing_changes_neither_parameters_nor_gradients():
+    """And the tensors inside the blocks can still be captured."""
+    plain, remat = UNet(**TINY), UNet(**TINY, remat=True)
+    z_t, t, context = inputs(size=(5, 6))
+    params = jax.jit(plain.init, compiler_options=QUICK)(jax.random.key(0), z_t, t, context)["params"]
+    assert abstract(remat, z_t, t, context)[1] == jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # the last layers start at 0
+
+    def gradient(module):
+        def loss(params):
+            out, tensors = module.apply({"params": params}, z_t, t, context, capture_intermediates=True)
+            return jnp.square(out).sum(), tensors["intermediates"]
+
+        (value, tensors), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
+        return {"loss": value, "grads": grads, "tensors": tensors}
+
+    one, other = gradient(plain), gradient(remat)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), one, other)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda p: remat.apply({"params": p}, z_t, t, context).sum()))(params))
+    assert jaxpr.count("remat") >= 5  # two down blocks, the middle one, two up blocks
