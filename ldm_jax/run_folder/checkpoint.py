@@ -51,10 +51,9 @@ def identity(config: ConfigDict, stage: str) -> dict[str, str]:
 def flatten(tree: Any) -> dict[str, Any]:
     """A tree as path -> array on the host, e.g. "params/unet/conv_in/kernel"; sharded arrays stay where they are."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sharded = {_name(path): leaf for path, leaf in leaves if is_sharded(leaf)}
-    whole = jax.device_get({_name(path): leaf for path, leaf in leaves if not is_sharded(leaf)})
-    flat = {name: np.asarray(leaf) for name, leaf in whole.items()} | sharded
-    return {_name(path): flat[_name(path)] for path, _ in leaves}
+    whole = jax.device_get([leaf for _, leaf in leaves if not is_sharded(leaf)])
+    on_host = iter(whole)
+    return {_name(path): leaf if is_sharded(leaf) else np.asarray(next(on_host)) for path, leaf in leaves}
 
 
 def unflatten(flat: dict[str, np.ndarray], like: Any, *, where: str) -> Any:
@@ -125,7 +124,8 @@ class Checkpoints:
         to another run or model.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        shards = {name: array for name, array in flatten(like).items() if is_sharded(array)}
+        leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+        shards = {_name(path): leaf for path, leaf in leaves if is_sharded(leaf)}
         for step in steps:
             path = self.folder / str(step)
             try:

@@ -81,9 +81,7 @@ def train(
         """Logs the means of the metrics of the steps up to `last`; raises RunError if one is not finite."""
         for step, values in zip(range(last - len(interval), last), interval):
             if not all(np.isfinite(value) for value in values.values()):
-                checkpoints.save(state)
-                checkpoints.wait()
-                _fail(name, stage, *engine.gather((state, frozen)), resident, feed, step, seed)
+                _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints, engine)
         means = {key: float(np.mean([values[key] for values in interval])) for key in interval[0]}
         log(name, last, **means, examples_per_second=progress.rate)
         progress.print(last, means["loss"])
@@ -165,9 +163,11 @@ class Progress:
         self._printed = now
 
 
-def _fail(name, stage, state, frozen, resident, feed, step, seed) -> None:
-    """Names the first tensor that is not finite in the step after the saved state, and raises RunError."""
-    state, frozen, resident = jax.device_get((state, frozen, resident))
+def _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints, engine) -> None:
+    """Saves the last finite state, names the first tensor of the step that is not finite, and raises RunError."""
+    checkpoints.save(state)
+    checkpoints.wait()
+    state, frozen, resident = jax.device_get((*engine.gather((state, frozen)), resident))
     batch = take(resident, feed(step)) | {"step": np.int32(step)}
     first = first_nonfinite(stage.trace(state, frozen, batch, np.uint32(seed)))
     raise RunError(
