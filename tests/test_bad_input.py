@@ -121,6 +121,30 @@ TRAIN = {  # flags -> what the line must say
     ),
     "LPIPS on a share that does not divide": ([TINY, "--config.autoencoder.loss.perceptual_every=3"], "must divide"),
     "a batch that does not divide over devices": ([TINY, "--config.diffusion.batch_size=6"], "the 4 devices"),
+    "a batch that does not divide over micro-batches": (
+        [TINY, "--config.parallel.accumulate=4", "--config.autoencoder.batch_size=16"],
+        "config.diffusion.batch_size is 8; it must be a multiple of 4 devices x 4 micro-batches",
+    ),
+    "micro-batches of LPIPS on a share": (
+        [TINY, "--config.parallel.accumulate=2", "--config.autoencoder.loss.perceptual_every=4"],
+        "4 devices x 2 micro-batches (config.parallel.accumulate) x 4 (config.autoencoder.loss.perceptual_every)",
+    ),
+    "no micro-batch": ([TINY, "--config.parallel.accumulate=0"], "config.parallel.accumulate is 0"),
+    "micro-batches of the adversarial loss": (
+        [TINY, "--config.parallel.accumulate=2", "--config.autoencoder.loss.adversarial=0.5"],
+        "config.parallel.accumulate is 2; the weight of the autoencoder's adversarial loss follows from",
+    ),
+    "micro-batches of the contrastive loss": (
+        [TINY, "--config.parallel.accumulate=2", *jobs.TEXTS],
+        "config.parallel.accumulate is 2; CLIP's loss compares all examples of a batch",
+    ),
+    "an unknown engine": ([TINY, "--config.parallel.engine=fsdpp"], "pmap, fsdp; did you mean fsdp?"),
+    "shards that do not divide over devices": (
+        [TINY, "--config.parallel.engine=fsdp", "--config.parallel.fsdp=3"],
+        "config.parallel.fsdp is 3; it must divide the 4 devices",
+    ),
+    "shards of pmap": ([TINY, "--config.parallel.fsdp=4"], "that needs config.parallel.engine = 'fsdp'"),
+    "a word for remat": ([TINY, "--config.parallel.remat=some"], "config.parallel.remat"),
     "an unknown data set": ([TINY, "--config.data.name=tinny"], "tinny"),
     "an unknown split": ([TINY, "--config.data.train_split=dev"], "dev"),
     "an unknown image feature": ([TINY, "--config.data.image_key=photo"], "photo"),

@@ -3,7 +3,7 @@
     python experiments/data_parallel/run.py [--budget=smoke|cpu|gpu]
 
 Diffusion on pixels, the same batches of 16 sharded over 1, 2, 4 and 8 virtual devices of one CPU, and over two
-processes with two devices each: by `jit` on one device, by `pmap` (as `ldm_jax.train`) and by FSDP (fsdp.py).
+processes with two devices each: by `jit` on one device, and by the engines of ldm_jax.train, `pmap` and FSDP.
 """
 
 import os

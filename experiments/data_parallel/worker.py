@@ -14,15 +14,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from experiments.data_parallel import fsdp
 from experiments.runner import Workspace
 from experiments.untrained import diffusion_start
 from ldm_jax.data.feeds import DeviceFeed
 from ldm_jax.data.from_config import load_split
+from ldm_jax.runtime.engine import Engine, make_engine
 from ldm_jax.runtime.files import write_json
-from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take, wait_for_hosts
+from ldm_jax.runtime.parallel import take, wait_for_hosts
 from ldm_jax.runtime.xla import configure
 
 STEPS = {"smoke": 3, "cpu": 40, "gpu": 400}
@@ -58,7 +57,7 @@ def measure(workspace: Workspace, steps: int) -> dict[str, Any]:
     results: dict[str, Any] = {name: {"losses": [], "step_seconds": []} for name in strategies}
     states = {name: start for name, (_, start) in strategies.items()}
     for name, state in states.items():
-        results[name]["state_bytes"] = fsdp.bytes_per_device(state)
+        results[name]["state_bytes"] = bytes_per_device(state)
     for number in range(steps):
         batch = feed(number)
         for name, (step, _) in strategies.items():
@@ -72,20 +71,9 @@ def measure(workspace: Workspace, steps: int) -> dict[str, Any]:
 
 def make_strategies(stage: Any, frozen: dict, feed: DeviceFeed, state: Any) -> dict[str, tuple[Step, Any]]:
     """Strategy -> (step, initial state); `jit` only with a single host."""
-    mesh, seed = Mesh(np.array(jax.devices()), ("data",)), np.uint32(0)
-    mapped, on_devices = parallel_step(stage), (replicate(frozen), replicate(feed.resident))
-    fsdp_step = fsdp.sharded_step(stage, mesh, state)
-    everywhere = jax.tree.map(
-        lambda leaf: jax.device_put(np.asarray(leaf), fsdp.replicated(mesh)), (frozen, feed.resident)
-    )
-
-    def pmap(state, batch, number):
-        return mapped(state, *on_devices, shard(batch), np.int32(number), seed)
-
-    def sharded(state, batch, number):
-        return fsdp_step(state, *everywhere, fsdp.shard_batch(mesh, batch), np.int32(number), seed)
-
-    strategies = {"pmap": (pmap, replicate(state)), "FSDP": (sharded, fsdp.shard_state(mesh, state))}
+    seed, strategies = np.uint32(0), {}
+    for name in ("pmap", "FSDP"):
+        strategies[name] = _strategy(make_engine(name.lower()), stage, frozen, feed, state)
     if jax.process_count() > 1:
         return strategies
     jitted = jax.jit(
@@ -101,6 +89,21 @@ def make_strategies(stage: Any, frozen: dict, feed: DeviceFeed, state: Any) -> d
         return jitted(state, *on_first, batch, np.int32(number))
 
     return {"jit": (jit, jax.device_put(state, first))} | strategies
+
+
+def _strategy(engine: Engine, stage: Any, frozen: dict, feed: DeviceFeed, state: Any) -> tuple[Step, Any]:
+    """The step of an engine, and its initial state."""
+    run, on_devices = engine.step(stage), (engine.place_params(frozen), engine.place(feed.resident))
+
+    def step(state, batch, number):
+        return run(state, *on_devices, engine.shard_batch(batch), np.int32(number), np.uint32(0))
+
+    return step, engine.place_params(state)
+
+
+def bytes_per_device(state: Any) -> int:
+    """The bytes of a state's arrays on one device."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,14 @@ ADDED: dict[str, Any] = {
     "diffusion.timestep_std": 1.0,
     "diffusion.timestep_shift": 1.0,
     **{f"{stage}.optimizer": "adamw" for stage in ("autoencoder", "clip", "diffusion", "classifier")},
+    "parallel.engine": "pmap",
+    "parallel.fsdp": 0,
+    "parallel.accumulate": 1,
+    "parallel.remat": False,
 }
 
 # The sections that are new; a config that lacks another section is of a version before 0.2.
-ADDED_SECTIONS = ("textual_inversion",)
+ADDED_SECTIONS = ("textual_inversion", "parallel")
 
 # The sections that every config of ldm_jax has had since the first version.
 REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = 2
     config.wandb = ""  # the Weights & Biases project, PROJECT or ENTITY/PROJECT, that metrics are logged to; "" = none
     networks = (_data, _autoencoder, _clip, _diffusion, _concat, _unet, _classifier)
-    for section in (*networks, _lora, _textual_inversion, _sampling, _evaluation):
+    for section in (*networks, _lora, _textual_inversion, _parallel, _sampling, _evaluation):
         section(config)
     return config.lock()
 
@@ -180,6 +180,17 @@ def _textual_inversion(config: ConfigDict) -> None:
     # object | style: the prompts of images without captions, e.g. "a photo of a <my-thing>"; of images with captions,
     # these must contain the token.
     inversion.learnable_property = "object"
+
+
+def _parallel(config: ConfigDict) -> None:
+    """The distribution of training steps over the devices; a resumed run may change it (see docs/scaling.md)."""
+    parallel = config.parallel = ConfigDict()
+    # pmap (every device has the whole state) | fsdp (jit over a mesh: parameters, EMA and optimizer state are sharded)
+    parallel.engine = "pmap"
+    parallel.fsdp = 0  # fsdp only: number of devices that the state is sharded over, which divides all; 0 = all
+    # Gradient accumulation: each batch is computed in so many micro-batches, with the same losses and gradients.
+    parallel.accumulate = 1
+    parallel.remat = False  # gradient checkpointing: recompute the activations of each block of the denoiser
 
 
 def _sampling(config: ConfigDict) -> None:

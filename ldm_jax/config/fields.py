@@ -34,6 +34,7 @@ _CHOICES = {
     "diffusion.variance": ("fixed", "learned"),
     "concat.type": ("none", "low_resolution", "inpainting", "segments"),
     "textual_inversion.learnable_property": ("object", "style"),
+    "parallel.engine": ("pmap", "fsdp"),
     "sampling.sampler": (*SOLVERS, OWN),
     "sampling.spacing": SPACINGS,
     "sampling.variance": VARIANCES,
@@ -45,7 +46,7 @@ _FIELDS_IN_RANGE = {
         data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size autoencoder.loss.perceptual_start
         autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight diffusion.snr_gamma lora.rank lora.alpha
         sampling.num sampling.churn sampling.guidance sampling.progress_every evaluation.vlb_examples *.learning_rate
-        *.warmup_steps *.weight_decay *.clip_norm""",
+        *.warmup_steps *.weight_decay *.clip_norm parallel.fsdp""",
     (1, None): """
         autoencoder.latent_channels autoencoder.layers_per_block autoencoder.norm_num_groups
         autoencoder.loss.perceptual_every autoencoder.discriminator.channels autoencoder.discriminator.layers
@@ -53,8 +54,8 @@ _FIELDS_IN_RANGE = {
         clip.image_layers clip.image_heads clip.validation_examples diffusion.validation_examples
         unet.layers_per_block unet.attention_heads unet.transformer_layers unet.norm_num_groups unet.context_dim
         unet.context_tokens classifier.layers_per_block classifier.attention_heads classifier.norm_num_groups
-        textual_inversion.vectors sampling.steps sampling.batch_size evaluation.batch_size log_every checkpoint_every
-        keep_checkpoints *.steps *.batch_size""",
+        textual_inversion.vectors parallel.accumulate sampling.steps sampling.batch_size evaluation.batch_size
+        log_every checkpoint_every keep_checkpoints *.steps *.batch_size""",
     (2, None): "autoencoder.codebook_size diffusion.timesteps concat.factor evaluation.num_reference",
     (4, None): "data.image_size",
     (16, None): "evaluation.resize",

@@ -15,7 +15,7 @@ from ldm_jax.errors import InputError
 
 # Fields and sections that may change between two calls of the same run.
 FREE = ("log_every", "checkpoint_every", "keep_checkpoints", "wandb", "data.dir", "data.memory_limit_gb",
-        "sampling", "evaluation")  # fmt: skip
+        "parallel", "sampling", "evaluation")  # fmt: skip
 
 # Fields of a stage that may change, too, until a later stage is trained: training goes on from the last checkpoint.
 CONTINUED = ("steps", "learning_rate")

@@ -24,10 +24,19 @@ def validate(config: ConfigDict) -> None:
 
 
 def validate_devices(config: ConfigDict, devices: int) -> None:
-    """Raises InputError if a batch size is not a multiple of the number of `devices`."""
+    """Raises InputError if a batch, or the sharding of the state, does not divide over the number of `devices`."""
     for stage in (*config.stages, "sampling", "evaluation"):
         if config[stage].batch_size % devices:
             raise _wrong(config, f"{stage}.batch_size", f"it must be a multiple of the {devices} devices")
+    k = config.parallel.accumulate
+    for stage in config.stages if k > 1 else ():
+        share = config.autoencoder.loss.perceptual_every if stage == "autoencoder" else 1
+        if config[stage].batch_size % (devices * k * share):
+            parts = f"{devices} devices x {k} micro-batches (config.parallel.accumulate)"
+            parts += f" x {share} (config.autoencoder.loss.perceptual_every)" if share > 1 else ""
+            raise _wrong(config, f"{stage}.batch_size", f"it must be a multiple of {parts}")
+    if config.parallel.fsdp and devices % config.parallel.fsdp:
+        raise _wrong(config, "parallel.fsdp", f"it must divide the {devices} devices")
 
 
 def text_conditioned(config: ConfigDict) -> bool:
@@ -64,6 +73,26 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise _wrong(config, "sampling.threshold", rule)
     if config.sampling.steps > diffusion.timesteps:
         raise _wrong(config, "sampling.steps", f"it must be at most config.diffusion.timesteps = {diffusion.timesteps}")
+    _validate_parallel(config)
+
+
+def _validate_parallel(config: ConfigDict) -> None:
+    """The engine's fields; losses that are no means over examples cannot be accumulated over micro-batches."""
+    parallel, stages = config.parallel, config.stages
+    if parallel.fsdp and parallel.engine != "fsdp":
+        raise _wrong(config, "parallel.fsdp", "that needs config.parallel.engine = 'fsdp'")
+    if parallel.accumulate == 1:
+        return
+    adversarial = config.autoencoder.type != "none" and config.autoencoder.loss.adversarial
+    if "autoencoder" in stages and adversarial and not config.autoencoder.checkpoint:
+        rule = (
+            "the weight of the autoencoder's adversarial loss follows from the whole batch: it must be 1, or "
+            "config.autoencoder.loss.adversarial 0, or config.autoencoder.checkpoint a run with a trained autoencoder"
+        )
+        raise _wrong(config, "parallel.accumulate", rule)
+    if "clip" in stages and not config.clip.checkpoint:
+        rule = "CLIP's loss compares all examples of a batch: it must be 1, or config.clip.checkpoint a run with CLIP"
+        raise _wrong(config, "parallel.accumulate", rule)
 
 
 def _validate_fine_tuning(config: ConfigDict) -> None:

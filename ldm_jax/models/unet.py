@@ -59,6 +59,7 @@ class BaseUNet(nn.Module):
     freq_shift: float = 0.0
     dropout: float = 0.0  # in ResNet blocks; needs `deterministic=False` and `rngs={"dropout": key}`
     dtype: Dtype = None  # of the computation; None means that of the input
+    remat: bool = False  # recompute the activations of each block for the gradient (Chen 2016) instead of storing them
 
     down_blocks: ClassVar[Mapping[str, bool]] = DOWN_BLOCKS
     up_blocks: ClassVar[Mapping[str, bool]] = UP_BLOCKS
@@ -97,17 +98,19 @@ class BaseUNet(nn.Module):
             partial(ResnetBlock, width, self.norm_num_groups, EPS, dropout=self.dropout, dtype=self.dtype)
             for width in widths
         ]
+        remat = nn.remat if self.remat else lambda block, static_argnums: block  # 4: deterministic, 6: size
         h = Conv(widths[0], dtype=self.dtype, name="conv_in")(z_t)
         skips = [h]
         for i, type_ in enumerate(self.down_block_types):
             attention = self._attention(i) if self.down_blocks[type_] else None
             downsample = partial(Downsample, widths[i], (1, 1), dtype=self.dtype) if i < last else None
-            block = DownBlock(resnets[i], attention, self.layers_per_block, downsample, name=f"down_blocks_{i}")
+            down_block = remat(DownBlock, static_argnums=(4,))
+            block = down_block(resnets[i], attention, self.layers_per_block, downsample, name=f"down_blocks_{i}")
             h, new_skips = block(h, temb, context, deterministic)
             skips += new_skips
 
         if self.mid_block_type is not None:
-            block = MidBlock(resnets[last], self._mid_attention(), name="mid_block")
+            block = remat(MidBlock, static_argnums=(4,))(resnets[last], self._mid_attention(), name="mid_block")
             h = block(h, temb, context, deterministic)
 
         for k, type_ in enumerate(self.up_block_types):
@@ -116,7 +119,8 @@ class BaseUNet(nn.Module):
             upsample = partial(Upsample, widths[i], dtype=self.dtype) if i > 0 else None
             used = [skips.pop() for _ in range(layers)]
             size = skips[-1].shape[1:3] if skips else None  # of the next block's skips
-            block = UpBlock(resnets[i], attention, layers, upsample, name=f"up_blocks_{k}")
+            up_block = remat(UpBlock, static_argnums=(4, 6))
+            block = up_block(resnets[i], attention, layers, upsample, name=f"up_blocks_{k}")
             h = block(h, temb, context, deterministic, used, size)
 
         h = nn.silu(GroupNorm(self.norm_num_groups, EPS, dtype=self.dtype, name="conv_norm_out")(h))

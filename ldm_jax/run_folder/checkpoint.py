@@ -1,6 +1,9 @@
 """Checkpoints of a training stage: written by Orbax, named by step, verified when read.
 
 A checkpoint is a flat dict, path in the state -> array, and a note: the identity of its run and each array's CRC-32.
+Of sharded arrays each host writes and reads the shards of its own devices, and the note has `sharded.checksums`; they
+can be read in another sharding, or as whole arrays.
+
 Orbax writes to a temporary folder and renames it, so that a killed save leaves the previous checkpoint; the CRC
 detects later damage, which Orbax alone would not, nor fall back to an older checkpoint, nor refuse another dtype.
 """
@@ -8,7 +11,7 @@ detects later damage, which Orbax alone would not, nor fall back to an older che
 import logging
 import shutil
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from ml_collections import ConfigDict
 from ldm_jax.config import io as config_io
 from ldm_jax.config.fields import SCHEDULE
 from ldm_jax.errors import InputError, RunError
+from ldm_jax.run_folder.sharded import any_host, checksums, is_sharded
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and errors that it raises too
 
@@ -44,10 +48,12 @@ def identity(config: ConfigDict, stage: str) -> dict[str, str]:
     return {"config": config_io.identity(config, IDENTITY_FIELDS[stage])}
 
 
-def flatten(tree: Any) -> dict[str, np.ndarray]:
-    """A tree as path -> array on the host, e.g. "params/unet/conv_in/kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(tree))
-    return {_name(path): np.asarray(leaf) for path, leaf in leaves}
+def flatten(tree: Any) -> dict[str, Any]:
+    """A tree as path -> array on the host, e.g. "params/unet/conv_in/kernel"; sharded arrays stay where they are."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    whole = jax.device_get([leaf for _, leaf in leaves if not is_sharded(leaf)])
+    on_host = iter(whole)
+    return {_name(path): leaf if is_sharded(leaf) else np.asarray(next(on_host)) for path, leaf in leaves}
 
 
 def unflatten(flat: dict[str, np.ndarray], like: Any, *, where: str) -> Any:
@@ -92,7 +98,10 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         _check_room(self.folder, sum(array.nbytes for array in flat.values()))
-        note = self._identity | {"crc32": {name: zlib.crc32(np.ascontiguousarray(a)) for name, a in flat.items()}}
+        sharded = {name: array for name, array in flat.items() if is_sharded(array)}
+        whole = {name: array for name, array in flat.items() if name not in sharded}
+        note = self._identity | {"crc32": {name: zlib.crc32(np.ascontiguousarray(a)) for name, a in whole.items()}}
+        note |= {"checksums": checksums(sharded)} if sharded else {}
         args = ocp.args.Composite(state=ocp.args.StandardSave(flat), note=ocp.args.JsonSave(note))
         try:
             self._manager.save(step, args=args)
@@ -109,14 +118,19 @@ class Checkpoints:
     def restore(self, like: Any) -> Any | None:
         """The newest undamaged checkpoint in the structure of `like`; None if the folder has no checkpoints.
 
+        Arrays that are sharded there and in `like` get the sharding of `like`, others are NumPy arrays.
+
         A damaged one is reported and renamed to `damaged.STEP`. Raises InputError if all are damaged, or one belongs
         to another run or model.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        leaves, _ = jax.tree_util.tree_flatten_with_path(like)
+        shards = {_name(path): leaf for path, leaf in leaves if is_sharded(leaf)}
         for step in steps:
             path = self.folder / str(step)
             try:
-                return unflatten(_read(self.folder, step, (self._identity, *self._earlier)), like, where=str(path))
+                flat = _read(self.folder, step, (self._identity, *self._earlier), shards)
+                return unflatten(flat, like, where=str(path))
             except _DamagedError as error:
                 print(f"Checkpoint {path} is damaged ({error}); going back to the one before.")
                 if jax.process_index() == 0:
@@ -135,7 +149,7 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
     steps = (int(p.name) for p in folder.glob("*") if p.name.isdecimal())
     for step in sorted((step for step in steps if step <= up_to), reverse=True):
         try:
-            return _read(folder.absolute(), step, ())
+            return _read(folder.absolute(), step, (), {})
         except _DamagedError as error:
             print(f"Checkpoint {folder / str(step)} is damaged ({error}); using the one before.")
     raise InputError(f"there is no readable checkpoint in {folder}; has the run got that far?")
@@ -167,28 +181,55 @@ class _DamagedError(Exception):
     pass
 
 
-def _read(folder: Path, step: int, identities: Sequence[dict[str, str]]) -> dict[str, np.ndarray]:
+def _read(
+    folder: Path, step: int, identities: Sequence[dict[str, str]], shards: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """The checkpoint of a step; sharded arrays as those in `shards`, if all hosts read it together, else whole."""
+    try:
+        flat, note = _read_unchecked(folder, step, shards)
+        crcs = note["crc32"].items()
+        problem = _difference(name for name, crc in crcs if name not in flat or zlib.crc32(flat[name]) != crc)
+    except Exception as error:
+        problem = _first_line(error)
+    if shards and any_host(bool(problem)):
+        problem = problem or "another host cannot read it"
+    if not problem:
+        expected = note.get("checksums", {})
+        found = checksums({name: flat[name] for name in expected})
+        problem = _difference(name for name, checksum in expected.items() if found[name] != checksum)
+    if problem:
+        raise _DamagedError(problem)
+    if identities and not any(all(note.get(key) == value for key, value in one.items()) for one in identities):
+        key, value = next((key, value) for key, value in identities[0].items() if note.get(key) != value)
+        raise InputError(f"{folder / str(step)} belongs to another run: its {key} is {note.get(key)!r}, not {value!r}")
+    return flat
+
+
+def _difference(names: Iterable[str]) -> str:
+    """What is wrong with a checkpoint of which these arrays differ; "" without any."""
+    wrong = list(names)
+    return f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}" if wrong else ""
+
+
+def _read_unchecked(folder: Path, step: int, shards: Mapping[str, jax.Array]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays, note) of a checkpoint."""
     # Reads on this host alone: Orbax would wait for all hosts, but only the primary one samples and evaluates.
     host = jax.process_index()
     hosts = {"primary_host": host, "active_processes": {host}, "barrier_sync_key_prefix": f"read_{host}"}
     alone = ocp.options.MultiprocessingOptions(**hosts)
     options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=alone)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        try:
-            restored = manager.restore(step, args=args)
-            flat = {name: np.asarray(value) for name, value in restored.state.items()}
-            note = dict(restored.note)
-            expected = note.pop("crc32")
-        except Exception as error:
-            raise _DamagedError(_first_line(error)) from error
-    wrong = [name for name, crc in expected.items() if name not in flat or zlib.crc32(flat[name]) != crc]
-    if wrong:
-        raise _DamagedError(f"{len(wrong)} arrays differ from what was saved, the first is {wrong[0]}")
-    if identities and not any(all(note.get(key) == value for key, value in one.items()) for one in identities):
-        key, value = next((key, value) for key, value in identities[0].items() if note.get(key) != value)
-        raise InputError(f"{folder / str(step)} belongs to another run: its {key} is {note.get(key)!r}, not {value!r}")
-    return flat
+    handlers = {"state": ocp.PyTreeCheckpointHandler, "note": ocp.JsonCheckpointHandler}
+    handlers = {name: handler(multiprocessing_options=alone) for name, handler in handlers.items()}
+    with ocp.CheckpointManager(folder, options=options, item_handlers=handlers) as manager:
+        note = dict(manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore())).note)
+        sharded, stored = note.get("checksums", {}), manager.item_metadata(step)["state"] if shards else {}
+        restore = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in (*note["crc32"], *sharded)}
+        for name, like in shards.items():
+            if name in sharded and stored[name].shape == like.shape:
+                restore[name] = ocp.ArrayRestoreArgs(sharding=like.sharding)
+        args = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=restore))
+        flat = manager.restore(step, args=args).state
+    return {name: value if is_sharded(value) else np.asarray(value) for name, value in flat.items()}, note
 
 
 def _check_room(folder: Path, size: int) -> None:

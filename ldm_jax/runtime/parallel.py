@@ -1,4 +1,4 @@
-"""Data parallelism: pure steps under `jax.pmap` over all devices of all hosts.
+"""Data parallelism: pure steps under `jax.pmap` over all devices of all hosts, the default engine (see `engine`).
 
 The state has no device axis: by `in_axes=None` it is one logical array, replicated on the devices and donated from
 step to step. Batches are [local devices, examples, ...].

@@ -18,6 +18,7 @@ from ldm_jax.models.first_stage import kl_divergence, sample_posterior
 from ldm_jax.models.perceptual import LPIPS
 from ldm_jax.models.pixels import flip_images, to_pixels
 from ldm_jax.models.quantizer import perplexity
+from ldm_jax.training.accumulation import mean_over_micro_batches
 from ldm_jax.training.optimizer import Optimization, make_optimizer
 from ldm_jax.training.state import Metrics, TrainState, ema_update, update_if
 
@@ -52,6 +53,7 @@ class AutoencoderStage:
       flip: random horizontal flips.
       optimization, discriminator_optimization: the optimizers and learning rates.
       ema_decay: of the EMA of the autoencoder's parameters.
+      accumulate: micro-batches of a device's batch; 1 with the adversarial loss, whose weight is of the whole batch.
     """
 
     autoencoder: AutoencoderKL | VQModel
@@ -64,6 +66,7 @@ class AutoencoderStage:
     optimization: Optimization
     discriminator_optimization: Optimization
     ema_decay: float
+    accumulate: int = 1
 
     def init(self, rng: Array) -> TrainState:
         """The state before the first update."""
@@ -95,19 +98,25 @@ class AutoencoderStage:
         """
         mean = partial(jax.lax.pmean, axis_name=axis_name) if axis_name is not None else lambda tree: tree
         params, discriminator = state.params["autoencoder"], state.params.get("discriminator")
-        x, x_hat, features, loss, metrics, at_x_hat, pull_back = self._forward(params, frozen, batch, seed, perceptual)
-        metrics |= {"loss": loss}
-        grads = {}
-        if discriminator is not None and adversarial:
-            generator, grads["discriminator"], terms = self._adversarial_gradients(discriminator, x, x_hat)
-            pull_last = self._pull_back_to_last_layer(params, features)
-            rec_norm, adversarial_norm = map(jnp.linalg.norm, mean((pull_last(at_x_hat), pull_last(generator))))
-            # |grad of the reconstruction loss| / |grad of D|, both at the last layer (Esser 2021, eq. 7)
-            adaptive = jnp.minimum(rec_norm / (adversarial_norm + 1e-4), MAX_ADVERSARIAL_WEIGHT)
-            weight = self.weights.adversarial * adaptive
-            at_x_hat += weight * generator
-            metrics |= terms | {"adversarial_weight": weight}
-        metrics, grads = mean((metrics, grads | {"autoencoder": pull_back(at_x_hat)}))
+
+        def gradients(batch: dict) -> tuple[Metrics, dict]:
+            x, x_hat, features, loss, metrics, at_x_hat, pull_back = self._forward(
+                params, frozen, batch, seed, perceptual
+            )
+            metrics |= {"loss": loss}
+            grads = {}
+            if discriminator is not None and adversarial:
+                generator, grads["discriminator"], terms = self._adversarial_gradients(discriminator, x, x_hat)
+                pull_last = self._pull_back_to_last_layer(params, features)
+                rec_norm, adversarial_norm = map(jnp.linalg.norm, mean((pull_last(at_x_hat), pull_last(generator))))
+                # |grad of the reconstruction loss| / |grad of D|, both at the last layer (Esser 2021, eq. 7)
+                adaptive = jnp.minimum(rec_norm / (adversarial_norm + 1e-4), MAX_ADVERSARIAL_WEIGHT)
+                weight = self.weights.adversarial * adaptive
+                at_x_hat += weight * generator
+                metrics |= terms | {"adversarial_weight": weight}
+            return metrics, grads | {"autoencoder": pull_back(at_x_hat)}
+
+        metrics, grads = mean(mean_over_micro_batches(gradients, batch, self.accumulate, block=self.perceptual_every))
         metrics |= {"grad_norm": optax.tree.norm(grads["autoencoder"])}
         if "usage" in metrics:  # [K] of the codebook
             usage = metrics.pop("usage")

@@ -21,7 +21,6 @@ from ldm_jax.pipeline.from_run import on_paper
 from ldm_jax.pipeline.model import Params
 from ldm_jax.pipeline.trainable import trainable_of
 from ldm_jax.run_folder.layout import checkpoint_steps
-from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training.contrastive import caption_arrays
 from ldm_jax.training.from_config import (
     autoencoder_terms,
@@ -78,15 +77,15 @@ def _seconds(run: Run, name: str, measured: Measured, done: int) -> float:
 
 def _seconds_per_step(run: Run, name: str, measured: Measured, **variant: bool) -> float:
     """The duration of a step, by MEASURED of them after one that compiles."""
-    stage, arguments, frozen, source = measured
-    feed, step = make_feed(run, source, run.config[name].batch_size), parallel_step(stage, **variant)
-    state = replicate(_zeros(jax.eval_shape(stage.init, jax.random.key(0), *arguments)))
-    frozen, resident, seed = replicate(frozen), replicate(feed.resident), np.uint32(run.config.seed)
-    state, metrics = step(state, frozen, resident, shard(feed(0)), np.int32(0), seed)
+    (stage, arguments, frozen, source), engine = measured, run.engine
+    feed, step = make_feed(run, source, run.config[name].batch_size), engine.step(stage, **variant)
+    state = engine.place_params(_zeros(jax.eval_shape(stage.init, jax.random.key(0), *arguments)))
+    frozen, resident, seed = engine.place_params(frozen), engine.place(feed.resident), np.uint32(run.config.seed)
+    state, metrics = step(state, frozen, resident, engine.shard_batch(feed(0)), np.int32(0), seed)
     jax.block_until_ready((state, metrics))
     start = time.monotonic()
     for index in range(MEASURED):
-        state, metrics = step(state, frozen, resident, shard(feed(index)), np.int32(index), seed)
+        state, metrics = step(state, frozen, resident, engine.shard_batch(feed(index)), np.int32(index), seed)
     jax.block_until_ready((state, metrics))
     return (time.monotonic() - start) / MEASURED
 

@@ -1,5 +1,6 @@
 """Training stages from a config."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -52,6 +53,8 @@ def autoencoder_terms(config: ConfigDict, step: int) -> dict[str, bool]:
 
 def make_diffusion_stage(model: LatentDiffusion, trainable: Trainable, config: ConfigDict) -> DiffusionStage:
     """The stage that trains the `trainable` parameters of a model."""
+    if config.parallel.remat:
+        model = replace(model, denoiser=model.denoiser.clone(remat=True))
     loss = {name: config.diffusion[name] for name in ("weighting", "snr_gamma", "label_dropout", "vlb_weight")}
     fields = {name: config.diffusion[f"timestep_{name}"] for name in ("mean", "std", "shift")}
     timesteps = TimestepDistribution(config.diffusion.timestep_sampling, **fields)
@@ -72,4 +75,5 @@ def make_clip_stage(clip: CLIP, config: ConfigDict) -> CLIPStage:
 def _training_fields(config: ConfigDict, stage: str) -> dict[str, Any]:
     """The fields that all stages have."""
     optimization = Optimization(**{name: config[stage][name] for name in Optimization._fields})
-    return {"flip": config.data.flip, "optimization": optimization, "ema_decay": config[stage].ema_decay}
+    fields = {"flip": config.data.flip, "optimization": optimization, "ema_decay": config[stage].ema_decay}
+    return fields | {"accumulate": config.parallel.accumulate}

@@ -19,16 +19,17 @@ from ldm_jax.errors import Interrupted, RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints
 from ldm_jax.run_folder.log import Log
 from ldm_jax.runtime.clock import Clock
+from ldm_jax.runtime.engine import PMAP, Engine
 from ldm_jax.runtime.interrupt import InterruptWatch
-from ldm_jax.runtime.parallel import parallel_step, replicate, shard, take
+from ldm_jax.runtime.parallel import take
 
 IN_FLIGHT = 8  # steps dispatched ahead: enough to keep the device busy, few enough to stop within seconds
 
 
-def initial_state(init: Callable[..., Any], seed: int, *arguments: Any) -> Any:
+def initial_state(init: Callable[..., Any], seed: int, *arguments: Any, engine: Engine = PMAP) -> Any:
     """The state `init(key, *arguments)` by the key of a run's seed; compiled without optimization, as it runs once."""
-    compiled = jax.jit(init, compiler_options={"xla_backend_optimization_level": 0})
-    return compiled(jax.random.fold_in(jax.random.key(seed), Stream.INIT), *arguments)
+    key = jax.random.fold_in(jax.random.key(seed), Stream.INIT)
+    return engine.init(init, key, *arguments, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def train(
@@ -45,6 +46,7 @@ def train(
     watch: InterruptWatch,
     log_every: int,
     checkpoint_every: int,
+    engine: Engine = PMAP,
     variant: Callable[[int], dict[str, bool]] = lambda step: {},
     after_step: Callable[[int, Any], None] = lambda step, state: None,
 ) -> Any:
@@ -58,6 +60,7 @@ def train(
       feed: `feed(step)` -> this process's batch; `feed.resident` -> arrays that are kept on the device.
       frozen: arrays that the step needs and that are not trained.
       checkpoints, log, watch: of the run; log_every, checkpoint_every: steps between its log lines and checkpoints.
+      engine: the distribution of the steps over the devices.
       variant: step -> static keyword arguments of `stage.step`, each compiled by itself (`lax.cond` is slow on CPUs).
       after_step: called with (number of steps made, state) after each step.
 
@@ -66,19 +69,19 @@ def train(
       RunError: a loss or gradient is not finite, or a checkpoint could not be saved.
     """
     restored = checkpoints.restore(initial)
-    state = replicate(initial if restored is None else restored)
+    state = engine.place_params(initial if restored is None else restored)
     start = int(state.step)
     log.rewind(name, start)
     if start >= steps:
         return state
-    frozen, resident = replicate(frozen), replicate(feed.resident)
-    progress, in_flight, compiled = Progress(name, steps), deque(), cache(partial(parallel_step, stage))
+    frozen, resident = engine.place_params(frozen), engine.place(feed.resident)
+    progress, in_flight, compiled = Progress(name, steps), deque(), cache(partial(engine.step, stage))
 
     def report(last: int, interval: list[dict]) -> None:
         """Logs the means of the metrics of the steps up to `last`; raises RunError if one is not finite."""
         for step, values in zip(range(last - len(interval), last), interval):
             if not all(np.isfinite(value) for value in values.values()):
-                _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints)
+                _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints, engine)
         means = {key: float(np.mean([values[key] for values in interval])) for key in interval[0]}
         log(name, last, **means, examples_per_second=progress.rate)
         progress.print(last, means["loss"])
@@ -93,7 +96,7 @@ def train(
             checkpoints.wait()
             raise Interrupted(f"stopped at step {step} of stage {name!r}, which is saved")
         batch, run_step = _next(feed, step, in_flight, log.clock), compiled(**variant(step))
-        state, values = run_step(state, frozen, resident, shard(batch), np.int32(step), np.uint32(seed))
+        state, values = run_step(state, frozen, resident, engine.shard_batch(batch), np.int32(step), np.uint32(seed))
         watch.guard(True)
         metrics.add(values)
         in_flight.append(values["loss"])
@@ -180,11 +183,11 @@ class Progress:
         self._printed = now
 
 
-def _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints) -> None:
+def _fail(name, stage, state, frozen, resident, feed, step, seed, checkpoints, engine) -> None:
     """Saves the last finite state, names the first tensor of the step that is not finite, and raises RunError."""
     checkpoints.save(state)
     checkpoints.wait()
-    state, frozen, resident = jax.device_get((state, frozen, resident))
+    state, frozen, resident = jax.device_get((*engine.gather((state, frozen)), resident))
     batch = take(resident, feed(step)) | {"step": np.int32(step)}
     first = first_nonfinite(stage.trace(state, frozen, batch, np.uint32(seed)))
     raise RunError(

@@ -15,6 +15,7 @@ from ldm_jax.pipeline.from_config import init_params
 from ldm_jax.pipeline.from_run import untrained
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.run_folder.log import Log
+from ldm_jax.runtime.engine import Engine, make_engine
 from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.training.latents import Latents, cached_latents
 from ldm_jax.training.loop import initial_state
@@ -33,6 +34,11 @@ class Run(NamedTuple):
     watch: InterruptWatch
     base: tuple[LatentDiffusion, Params] | None  # the model of config.init_from
     earlier: tuple[ConfigDict, ...] = ()  # of the same run, before a change of steps or learning rate
+
+    @property
+    def engine(self) -> Engine:
+        """The distribution of training steps over the devices."""
+        return make_engine(self.config.parallel.engine, self.config.parallel.fsdp)
 
     @property
     def sampling_set(self) -> Dataset:

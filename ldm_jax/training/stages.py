@@ -56,14 +56,14 @@ def train_autoencoder(run: Run) -> None:
 
 
 def _preview_reconstructions(run: Run) -> Callable[[int, Any], None]:
-    """`preview(step, state)` writes test images and their reconstructions to progress/."""
+    """`preview(step, ema_params)` writes test images and their reconstructions to progress/."""
     n, first_stage = RECONSTRUCTED, build_first_stage(run.config)
     padded = -(-n // jax.local_device_count()) * jax.local_device_count()
     images = run.test_set[np.arange(padded) % n % len(run.test_set)]["x"]
     reconstruct = parallel_map(lambda params, batch: first_stage.reconstruct(params, batch["x"]))
 
-    def preview(step: int, state: Any) -> None:
-        decoded = reconstruct(state.ema_params["autoencoder"], {"x": images})
+    def preview(step: int, ema_params: Params) -> None:
+        decoded = reconstruct(ema_params["autoencoder"], {"x": images})
         strip = image_grids.comparison({"original": images[:n], "decoded": decoded[:n]})
         image_grids.save_png(strip, run.workdir / "progress" / f"autoencoder_{step:06d}.png")
 
@@ -144,10 +144,12 @@ def train_diffusion(run: Run) -> None:
         feed=latents_feed(run, model, params, config.diffusion.batch_size),
         frozen=frozen,
         validate=_validation(run, stage, model),
-        preview=lambda step, state: save_grid(step, merge_trained(trainable, params, state.ema_params)),
+        preview=lambda step, ema_params: save_grid(step, merge_trained(trainable, params, ema_params)),
         init_from=model.origin.fingerprint,
     )
-    trained, token = state.ema_params, config.textual_inversion.token
+    if not isinstance(trainable, LoRA | TokenVectors):
+        return
+    trained, token = run.engine.gather(state.ema_params), config.textual_inversion.token
     if isinstance(trainable, LoRA) and jax.process_index() == 0:
         lora.save_lora(run.workdir / lora.FILE, trained["lora"], trainable.scale, trained.get("lora_text", ()))
     if isinstance(trainable, TokenVectors) and jax.process_index() == 0:
@@ -183,7 +185,7 @@ def _train(
     feed: Any,
     frozen: dict[str, Any],
     validate: Callable[[Any, dict, int], dict[str, float]] | None = None,
-    preview: Callable[[int, Any], None] = lambda step, state: None,
+    preview: Callable[[int, Params], None] = lambda step, ema_params: None,
     init_from: str = "",
     **options: Any,
 ) -> Any:
@@ -193,25 +195,29 @@ def _train(
       run, name, stage, feed, frozen, options: see `loop.train`.
       initial: the arguments of `stage.init` after its key.
       validate: (EMA parameters, frozen, seed) -> metrics.
-      preview: (step, state) writes images to progress/.
+      preview: (step, EMA parameters) writes images to progress/.
       init_from: the fingerprint of the pretrained model.
     """
     config, steps, every = run.config, run.config[name].steps, run.config.sampling.progress_every
+    engine = run.engine
 
     def after_step(step: int, state: Any) -> None:
-        if not every or (step % every and step != steps) or jax.process_index():
+        if not every or (step % every and step != steps):
             return
-        jax.block_until_ready(state)
+        ema_params = engine.gather(state.ema_params)
+        if jax.process_index():
+            return
+        jax.block_until_ready(ema_params)
         with run.log.clock.spend("validation"):
             if validate:
-                run.log(name, step, **validate(state.ema_params, frozen, config.seed))
-            preview(step, state)
+                run.log(name, step, **validate(ema_params, frozen, config.seed))
+            preview(step, ema_params)
 
     pretrained = {"init_from": init_from} if init_from else {}
     recorded, *earlier = (identity(each, name) | pretrained for each in (config, *run.earlier))
     options |= {field: config[field] for field in ("seed", "log_every", "checkpoint_every")}
-    options |= {"steps": steps, "feed": feed, "frozen": frozen, "after_step": after_step}
+    options |= {"steps": steps, "feed": feed, "frozen": frozen, "after_step": after_step, "engine": engine}
     folder, keep = run.workdir / name, config.keep_checkpoints
     with Checkpoints(folder, keep=keep, identity=recorded, earlier=earlier) as checkpoints:
-        state = initial_state(stage.init, config.seed, *initial)
+        state = initial_state(stage.init, config.seed, *initial, engine=engine)
         return train(name, stage, state, checkpoints=checkpoints, log=run.log, watch=run.watch, **options)

@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array
 from optax import GradientTransformation
 
+from ldm_jax.training.accumulation import mean_over_micro_batches
 from ldm_jax.training.optimizer import Optimization, make_optimizer
 
 Metrics = dict[str, Array]  # by name
@@ -81,6 +82,7 @@ class GradientStage:
     flip: bool  # random horizontal flips
     optimization: Optimization
     ema_decay: float
+    accumulate: int = 1  # micro-batches of a device's batch; more need a loss that is a mean over examples
 
     @property
     def optimizer(self) -> GradientTransformation:
@@ -92,7 +94,11 @@ class GradientStage:
     ) -> tuple[TrainState, Metrics]:
         """The state after one update, and scalar metrics, averaged over the devices."""
         grad = jax.value_and_grad(self._loss, has_aux=True)
-        (loss, metrics), grads = grad(state.params, frozen, self._example(batch, frozen, seed), axis_name)
+
+        def gradient(batch: dict) -> tuple[tuple[Array, Metrics], Any]:
+            return grad(state.params, frozen, self._example(batch, frozen, seed), axis_name)
+
+        (loss, metrics), grads = mean_over_micro_batches(gradient, batch, self.accumulate)
         if axis_name is not None:
             loss, metrics, grads = jax.lax.pmean((loss, metrics, grads), axis_name)
         state, grad_norm = update_if_finite(state, batch["step"], loss, grads, self.optimizer, self.ema_decay)

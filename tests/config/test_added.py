@@ -60,10 +60,17 @@ def test_a_saved_config_without_the_fields_has_their_values():
 @pytest.mark.parametrize("name", ADDED)
 def test_another_value_is_another_config(name):
     changed = saved().unlock()
-    changed.update_from_flattened_dict({name: {str: "x", int: 7, float: 0.7}[type(ADDED[name])]})
-    assert list(io.differences(saved(), changed)) == ([] if name in io.FREE else [name])
+    changed.update_from_flattened_dict({name: {str: "x", int: 7, float: 0.7, bool: True}[type(ADDED[name])]})
+    assert list(io.differences(saved(), changed)) == ([] if name.startswith(io.FREE) else [name])
     sections = (name.split(".")[0],)
     assert io.identity(changed, sections) != io.identity(saved(), sections)
+
+
+def test_the_engine_changes_no_hash():
+    """A run goes on with another engine, and its checkpoints and scores stay valid."""
+    changed = saved(parallel={"engine": "fsdp", "fsdp": 2, "accumulate": 4, "remat": True})
+    assert hashes(changed) == STAGES | {"scores": SCORES}
+    assert io.differences(saved(), changed) == {}
 
 
 def test_a_new_default_changes_no_saved_config(monkeypatch):

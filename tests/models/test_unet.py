@@ -6,6 +6,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from ldm_jax.models.unet import Added, UNet
+from ldm_jax.models.unet2d import UNet2D
 
 TINY = {
     "in_channels": 1,
@@ -296,3 +297,34 @@ def test_bad_added(added, message):
 def test_missing_class_labels():
     with pytest.raises(ValueError, match="num_class_embeds=3 and class_labels None"):
         abstract(UNet(**TINY, num_class_embeds=3), *inputs())
+
+
+@pytest.mark.parametrize("attention", ["cross-attention", "self-attention"])
+def test_gradient_checkpointing_changes_neither_parameters_nor_gradients(attention):
+    """And the tensors inside the blocks can still be captured."""
+    z_t, t, context = inputs(size=(5, 6))
+    if attention == "cross-attention":
+        plain, arguments = UNet(**TINY), (z_t, t, context)
+    else:
+        down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+        shared = {name: value for name, value in TINY.items() if not name.startswith(("attention", "cross"))}
+        plain = UNet2D(**shared | {"down_block_types": down, "up_block_types": up}, attention_head_dim=4)
+        arguments = (z_t, t)
+    remat = plain.clone(remat=True)
+    params = jax.jit(plain.init, compiler_options=QUICK)(jax.random.key(0), *arguments)["params"]
+    assert abstract(remat, *arguments)[1] == jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # the last layers start at 0
+
+    def gradient(module):
+        def loss(params):
+            out, tensors = module.apply({"params": params}, *arguments, capture_intermediates=True)
+            return jnp.square(out).sum(), tensors["intermediates"]
+
+        (value, tensors), grads = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICK)(params)
+        return {"loss": value, "grads": grads, "tensors": tensors}
+
+    one, other = gradient(plain), gradient(remat)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), one, other)
+    program = str(jax.make_jaxpr(jax.grad(lambda p: remat.apply({"params": p}, *arguments).sum()))(params))
+    assert program.count("remat") >= 5  # two down blocks, the middle one, two up blocks

@@ -8,6 +8,7 @@ import jax
 import jobs
 import numpy as np
 import pytest
+from damage import array_files, cut, flip_a_bit
 
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import goodput
@@ -91,21 +92,6 @@ def test_kill_at_any_moment(one_device_run, tiny_data, tmp_path):
 def run_copy(trained_run, tmp_path):
     """The trained run, to be damaged."""
     return shutil.copytree(trained_run, tmp_path / "run")
-
-
-def array_files(checkpoint):
-    """All of them: Orbax's threads share the arrays out over files as it happens, and not every file is read back."""
-    return [path for path in checkpoint.rglob("d/*") if path.is_file()]
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit])

@@ -1,10 +1,11 @@
-"""The whole job on one device, on four, and on two processes of two: the same losses and the same images."""
+"""The whole job on one device, on four or eight, on two processes of two, by any engine: the same losses and images."""
 
 import shutil
 
 import jobs
 import numpy as np
 import pytest
+from damage import array_files, flip_a_bit
 
 pytestmark = pytest.mark.slow
 
@@ -38,6 +39,33 @@ def test_a_run_goes_on_with_another_number_of_devices(one_device_run, tiny_data,
     jobs.assert_same_training(run, one_device_run, rtol=2e-2, atol=5e-3)
 
 
+FSDP = "--config.parallel.engine=fsdp"
+ENGINES = {  # name -> (devices, changes of the config)
+    "fsdp, micro-batches, remat": (4, (FSDP, "--config.parallel.accumulate=2", "--config.parallel.remat=True")),
+    "fsdp over half of the devices": (8, (FSDP, "--config.parallel.fsdp=4")),
+    "micro-batches": (1, ("--config.parallel.accumulate=4",)),
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_engines_do_the_same(case, one_device_run, tiny_data, tmp_path):
+    """One takes over the run of the other at half of stage 2, and back."""
+    run, (devices, changes) = tmp_path / "run", ENGINES[case]
+    output = jobs.finish(jobs.start(tiny_data, run, *changes, "--config.sampling.progress_every=4", devices=devices))
+    assert f"Device: {devices} x cpu" in output
+    assert_same_losses(run, one_device_run)
+    assert_same_samples(run, one_device_run)
+    assert (run / "progress" / "diffusion_000008.png").exists()
+    there, back = shutil.copytree(one_device_run, tmp_path / "there"), shutil.copytree(run, tmp_path / "back")
+    for other in (there, back):
+        shutil.rmtree(other / "diffusion" / "8")
+    jobs.finish(jobs.start(tiny_data, there, *changes, "--config.sampling.num=0", devices=devices))
+    jobs.finish(jobs.start(tiny_data, back, "--config.sampling.num=0"))
+    for other, whole in ((there, one_device_run), (back, run)):
+        assert_same_losses(other, one_device_run)
+        jobs.assert_same_training(other, whole, rtol=2e-2, atol=5e-3)
+
+
 def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
     """Both write to one run folder, as hosts with a common disk do."""
     run = tmp_path / "run"
@@ -48,3 +76,30 @@ def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
     assert "Done: " in outputs[0]
     assert_same_losses(run, one_device_run)
     assert_same_samples(run, one_device_run)
+
+
+def test_two_processes_share_a_sharded_state(one_device_run, start_hosts, tiny_data, tmp_path):
+    """They go on from a half-trained state of one, and a process of one device goes on from theirs."""
+    run = tmp_path / "run"
+    changes = (FSDP, "--config.parallel.accumulate=2", "--config.sampling.progress_every=8")
+    outputs = [jobs.finish(process) for process in start_hosts(2, run, *changes, devices=2)]
+    assert "Done: " in outputs[0] and (run / "progress" / "diffusion_000008.png").exists()
+    assert_same_losses(run, one_device_run)
+    assert_same_samples(run, one_device_run)
+    whole = shutil.copytree(run, tmp_path / "whole")
+    (run / "report.html").unlink()  # it is not done
+    shutil.rmtree(run / "diffusion" / "8")
+    for process in start_hosts(2, run, *changes, devices=2):
+        jobs.finish(process)
+    jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)
+    (run / "report.html").unlink()
+    for path in array_files(run / "diffusion" / "8"):
+        flip_a_bit(path)
+    outputs = [
+        process.communicate(timeout=400)[0] for process in start_hosts(2, run, *changes, devices=2)
+    ]  # Orbax prints errors
+    assert all("going back to the one before" in output for output in outputs), outputs
+    jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)
+    shutil.rmtree(run / "diffusion" / "8")
+    jobs.finish(jobs.start(tiny_data, run, "--config.sampling.num=0"))
+    jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)

@@ -88,7 +88,7 @@ def by_formula():
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_loss_and_gradient_are_those_of_the_whole_batch_on_any_number_of_devices(devices):
+def test_loss_and_gradient_are_those_of_the_whole_batch_on_any_number_of_devices(devices, four_devices):
     def mean_loss(params, batch):
         text, image = (batch[name] @ params[name] for name in ("text", "image"))
         captions = batch["sampled"], batch["captions"]

@@ -11,6 +11,7 @@ import pytest
 from ldm_jax.errors import Interrupted, RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints, load_latest
 from ldm_jax.runtime.clock import Clock
+from ldm_jax.runtime.engine import PMAP, make_engine
 from ldm_jax.runtime.parallel import parallel_step
 from ldm_jax.training import loop
 from ldm_jax.training.loop import LateMetrics, initial_state
@@ -32,7 +33,9 @@ class MeanStage:
 
     def step(self, state, frozen, batch, seed, *, twice=False, axis_name=None):
         loss, grads = jax.value_and_grad(self._loss)(state.params, frozen, batch)
-        loss, grads = jax.lax.pmean((loss * (1 + twice), grads), axis_name)
+        loss *= 1 + twice
+        if axis_name is not None:
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
         state, norm = update_if_finite(state, batch["step"], loss, grads, make_optimizer(OPTIMIZATION), 0.9)
         return state, {"loss": loss, "grad_norm": norm, "index": batch["step"]} | ({"twice": loss} if twice else {})
 
@@ -87,15 +90,18 @@ class Recorder:
         self.after.append((step, int(state.step)))
 
 
-def train(folder, *, steps=8, stage=MeanStage(), start=0.0, stop_at=-1, variant=lambda step: {}, log_every=2):
+def train(
+    folder, *, steps=8, stage=MeanStage(), start=0.0, stop_at=-1, variant=lambda step: {}, log_every=2, engine=PMAP
+):
     """The state after training, and what was recorded on the way, even if that ended with an error."""
     recorder, state, failure = Recorder(stop_at), None, None
     with Checkpoints(folder, keep=9, identity={"config": "mine"}) as checkpoints:
         try:
             state = loop.train(
-                "mean", stage, initial_state(stage.init, 7, start), steps=steps, seed=7, feed=Feed(),
+                "mean", stage, initial_state(stage.init, 7, start, engine=engine), steps=steps, seed=7, feed=Feed(),
                 frozen={"offset": np.float32(0.5)}, checkpoints=checkpoints, log=recorder, watch=recorder,
                 log_every=log_every, checkpoint_every=4, variant=variant, after_step=recorder.after_step,
+                engine=engine,
             )  # fmt: skip
         except (Interrupted, RunError) as error:
             failure = error
@@ -132,6 +138,21 @@ def test_a_stage_is_trained_logged_and_saved(whole):
     assert [values["index"] for _, _, values in recorder.lines] == [0.5, 2.5, 4.5, 6.5]  # the means of two steps
     losses = [values["loss"] for _, _, values in recorder.lines]
     assert losses[-1] < losses[0] and all("examples_per_second" in values for _, _, values in recorder.lines)
+
+
+def test_another_engine_takes_over_half_way_and_back(whole, tmp_path, four_devices):
+    fsdp = make_engine("fsdp")
+    for steps, engine in ((3, PMAP), (6, fsdp), (8, PMAP)):
+        state, recorder, _ = train(tmp_path, steps=steps, engine=engine, log_every=1)
+        assert int(state.step) == recorder.lines[-1][1] == steps
+    one, two = load_latest(whole[0]), load_latest(tmp_path)
+    for name in one:
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-5, err_msg=name)
+    _, recorder, failure = train(tmp_path / "stopped", engine=fsdp, stop_at=3)
+    assert isinstance(failure, Interrupted) and saved(tmp_path / "stopped") == [3]
+    _, recorder, failure = train(tmp_path / "failed", stage=MeanStage(bad=5), engine=fsdp)
+    assert isinstance(failure, RunError) and "not finite at step 5 (seed 7); the first tensor" in str(failure)
+    assert saved(tmp_path / "failed") == [4, 5]
 
 
 def test_the_last_interval_may_be_shorter(tmp_path):

@@ -1,0 +1,42 @@
+"""Engines: the distribution of a stage's pure step over the devices, by `pmap` or by FSDP."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+
+from ldm_jax.runtime import fsdp as sharded
+from ldm_jax.runtime.parallel import parallel_step, replicate, shard
+
+
+class Engine(NamedTuple):
+    """How training steps are distributed over all devices of all hosts."""
+
+    init: Callable[..., Any]  # (init, key, *arguments, **options of jit) -> the state init(key, *arguments), placed
+    place_params: Callable[[Any], Any]  # a state, or frozen parameters, for the steps
+    place: Callable[[Any], Any]  # arrays that each device has whole
+    shard_batch: Callable[[Any], Any]  # this host's part of a batch
+    step: Callable[..., Callable]  # (stage, **static) -> its compiled step, see `parallel.parallel_step`
+    gather: Callable[[Any], Any]  # placed parameters as `pmap` takes them, for sampling and validation: a collective
+
+
+def _init(init: Callable[..., Any], key: jax.Array, *arguments: Any, **options: Any) -> Any:
+    return jax.jit(init, **options)(key, *arguments)
+
+
+PMAP = Engine(_init, replicate, replicate, shard, parallel_step, lambda params: params)
+
+
+def make_engine(name: str, fsdp: int = 0) -> Engine:
+    """The engine "pmap", or "fsdp", which shards the state over `fsdp` devices, which divides all; 0 = over all.
+
+    Raises ValueError for another name.
+    """
+    if name == "pmap":
+        return PMAP
+    if name != "fsdp":
+        raise ValueError(f"engine is {name!r}; it must be 'pmap' or 'fsdp'")
+    mesh = sharded.make_mesh(fsdp)
+    functions = (sharded.sharded_init, sharded.shard_params, sharded.replicate_over, sharded.shard_rows)
+    return Engine(*(partial(function, mesh) for function in (*functions, sharded.sharded_step, sharded.gather)))
