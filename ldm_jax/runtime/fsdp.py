@@ -26,10 +26,10 @@ def make_mesh(fsdp: int) -> Mesh:
 def sharding_of(mesh: Mesh, leaf: Any) -> NamedSharding:
     """The sharding of an array over "fsdp": along its longest axis that divides, else every device has it whole."""
     size = mesh.shape["fsdp"]
-    divisible = [axis for axis, length in enumerate(leaf.shape) if length and length % size == 0]
-    spec: list[str | None] = [None] * len(leaf.shape)
+    divisible = [axis for axis, length in enumerate(np.shape(leaf)) if length and length % size == 0]
+    spec: list[str | None] = [None] * np.ndim(leaf)
     if divisible and size > 1:
-        spec[max(divisible, key=lambda axis: leaf.shape[axis])] = "fsdp"
+        spec[max(divisible, key=lambda axis: np.shape(leaf)[axis])] = "fsdp"
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
