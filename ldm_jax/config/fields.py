@@ -10,7 +10,6 @@ from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.schedules import SCHEDULES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
-from ldm_jax.diffusion.timesteps import DISTRIBUTIONS
 from ldm_jax.diffusion.weighting import WEIGHTINGS
 from ldm_jax.errors import InputError
 
@@ -30,7 +29,7 @@ _CHOICES = {
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": tuple(PREDICTIONS),
     "diffusion.weighting": tuple(WEIGHTINGS),
-    "diffusion.timestep_sampling": DISTRIBUTIONS,
+    "diffusion.timestep_sampling": ("uniform", "logit_normal"),
     "diffusion.variance": ("fixed", "learned"),
     "concat.type": ("none", "low_resolution", "inpainting", "segments"),
     "textual_inversion.learnable_property": ("object", "style"),

@@ -29,8 +29,10 @@ UNIFORM = TimestepDistribution()
 
 
 def sample_timesteps(keys: Array, T: int, distribution: TimestepDistribution) -> Array:
-    """Timesteps [B] int32 in [0, T), from keys [B]."""
+    """Timesteps [B] int32 in [0, T), from keys [B]; ValueError for an unknown distribution."""
     name, mean, std, shift = distribution
+    if name not in DISTRIBUTIONS:
+        raise ValueError(f"the distribution of timesteps must be one of {', '.join(DISTRIBUTIONS)}, got {name!r}")
     if name == "logit_normal":
         s = jax.nn.sigmoid(mean + std * jax.vmap(jax.random.normal)(keys))
     elif shift != 1:

@@ -53,3 +53,8 @@ def test_extreme_distributions_stay_within_the_process():
     most = sample_timesteps(keys, T, TimestepDistribution("logit_normal", mean=10.0, std=10.0, shift=100.0))
     assert int(most.max()) == T - 1 and int(most.min()) >= 0
     assert set(map(int, sample_timesteps(keys, 1, TimestepDistribution("logit_normal")))) == {0}
+
+
+def test_an_unknown_distribution_is_refused():
+    with pytest.raises(ValueError, match="must be one of uniform, logit_normal, got 'lognormal'"):
+        sample_timesteps(jax.random.split(jax.random.key(0), 2), T, TimestepDistribution("lognormal"))
