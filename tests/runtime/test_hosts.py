@@ -54,7 +54,7 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(host, number, status
     assert (run / "autoencoder" / steps[0]).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_signal_while_the_first_host_samples_stops_both(host, start_hosts, tmp_path):
     """There is nothing to save then; the checkpoints of training are there."""
@@ -75,7 +75,7 @@ def starts(run):
     return sum(line["stage"] == "start" for line in read_metrics(run / "metrics.jsonl"))
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
     """All leave with 143, from the same step if they were training, and the run ends as one that nobody stopped."""
     rng, run = np.random.default_rng(0), tmp_path / "run"
@@ -97,7 +97,7 @@ def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_killed_host_ends_the_other_within_a_minute_and_the_run_goes_on(host, whole, start_hosts, tmp_path):
     run = tmp_path / "run"
