@@ -62,11 +62,11 @@ class InterruptWatch:
                 with self._lock:
                     self._signal = data[0]
                     exit_now = not self._guarded and not self._in_step
-                    tell = self._in_step and self._signal == signal.SIGINT
+                    forward = self._in_step and self._signal == signal.SIGINT
                 if exit_now:
                     self._leave()
-                if tell:
-                    os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other hosts
+                if forward:
+                    os.kill(os.getpid(), signal.SIGTERM)  # which JAX forwards to the other hosts
 
     def _leave(self) -> None:
         print("\nStopped; there was nothing to save. The same command goes on from here.", file=sys.stderr, flush=True)
