@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     autoencoder.block_out_channels = (16, 32, 64)
     autoencoder.norm_num_groups = 8
     autoencoder.mid_block_attention = False
-    autoencoder.loss.kl = 5e-3  # smoother latents, which are easier to model: see experiments/tuning
+    autoencoder.loss.kl = 5e-3  # smoother latents are easier to model
     autoencoder.loss.perceptual = 1.0
     autoencoder.loss.perceptual_every = 4
     autoencoder.loss.perceptual_start = 2_000  # twice the time a step: when the images are nearly right
@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     autoencoder.discriminator.layers = 2  # three are too many for 28 pixels
     autoencoder.steps = 2_800
     autoencoder.batch_size = 16  # small: in a short training more steps are better than larger batches
-    autoencoder.optimizer = "muon"  # at equal time far better than AdamW: see experiments/tuning
+    autoencoder.optimizer = "muon"
     autoencoder.learning_rate = 3e-3
 
     config.unet.block_out_channels = (64, 128)

@@ -1,8 +1,9 @@
-"""The hosts of a run: each shows the others that it lives, so that the loss of one ends all of them.
+"""Heartbeats between the hosts of a run: the loss of one host ends all of them.
 
-JAX does so itself, but after 100 s and by a crash that says little. Here a thread of each host raises a number in JAX's
-key-value store every few seconds: a host whose number stays the same is lost. JAX's own heartbeats, at half of their
-usual timeout, are left for the first host, which holds the store, and for hosts that are not training yet.
+JAX has heartbeats of its own, but with a timeout of 100 s, and ends by a crash with a long message. Here a thread of
+each host raises a number in JAX's key-value store every few seconds: a host whose number stays the same is lost. JAX's
+own, with about half of that timeout, remain for the first host, which holds the store, and for hosts that do not train
+yet.
 """
 
 import os
@@ -18,12 +19,12 @@ from jax._src import distributed  # JAX's key-value store has no public name; Or
 
 from ldm_jax.errors import Interrupted
 
-PERIOD = 2.0  # seconds between two signs of life
-PATIENCE = 40.0  # seconds without one, after which a host is lost
+PERIOD = 2.0  # seconds between two heartbeats
+TIMEOUT = 40.0  # seconds without one, after which a host is lost
 HEARTBEAT_TIMEOUT = 55  # seconds: of JAX's own
 SHUTDOWN_TIMEOUT = 60  # seconds that a host waits for the others at its end
 LOST = 1  # exit status
-ALIVE = "ldm_jax/alive"
+HEARTBEATS = "ldm_jax/heartbeats"
 FAILED = "failed"
 
 
@@ -47,7 +48,7 @@ class Hosts:
     """A watch that ends this process when another host is lost, or has left by `leave`; nothing on a single host."""
 
     def __init__(self) -> None:
-        self._client, self._key = distributed.global_state.client, f"{ALIVE}/{jax.process_index()}"
+        self._client, self._key = distributed.global_state.client, f"{HEARTBEATS}/{jax.process_index()}"
         self._closed, self._all_failed, self._failed = threading.Event(), threading.Event(), False
         self._several = jax.process_count() > 1
         if self._several:
@@ -57,7 +58,7 @@ class Hosts:
         """Ends the watch; after an error when all hosts have one: the loss of a host makes the others fail first."""
         if self._several and isinstance(error, Exception) and not isinstance(error, Interrupted):
             self._failed = True
-            self._all_failed.wait(PATIENCE + 3 * PERIOD)
+            self._all_failed.wait(TIMEOUT + 3 * PERIOD)
         self._closed.set()
 
     def leave(self, status: int) -> None:
@@ -70,27 +71,27 @@ class Hosts:
         os._exit(status)
 
     def _watch(self) -> None:
-        seen: dict[str, tuple[str, float]] = {}  # key -> its value, and when that was new
+        last: dict[str, tuple[str, float]] = {}  # key -> its value, and when that was new
         beat = 0
         while not self._closed.wait(PERIOD):
             beat += 1
             try:
                 value = f"{beat} {FAILED}" if self._failed else f"{beat}"
                 self._client.key_value_set(self._key, value, allow_overwrite=True)
-                values = self._client.key_value_dir_get(ALIVE)
+                values = self._client.key_value_dir_get(HEARTBEATS)
             except jax.errors.JaxRuntimeError:  # the first host is lost: JAX ends this process
                 return
             if sum(value.endswith(FAILED) for _, value in values) == jax.process_count():
                 self._all_failed.set()
             now = time.monotonic()
             for key, value in values:
-                if key not in seen or value != seen[key][0]:
-                    seen[key] = value, now
+                if key not in last or value != last[key][0]:
+                    last[key] = value, now
                 host = key.rpartition("/")[2]
                 if value.startswith("left"):
                     self._end(int(value.split()[1]), f"Host {host} was stopped.")
-                if now - seen[key][1] > PATIENCE:
-                    self._end(LOST, f"Host {host} is lost: no sign of life for {PATIENCE:.0f} s.")
+                if now - last[key][1] > TIMEOUT:
+                    self._end(LOST, f"Host {host} is lost: no heartbeat for {TIMEOUT:.0f} s.")
 
     def _end(self, status: int, reason: str) -> None:
         if not self._closed.is_set():

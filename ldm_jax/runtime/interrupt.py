@@ -28,7 +28,7 @@ class InterruptWatch:
     """A context manager in which a signal sets `stop_requested` after `guard(True)`, and else ends the process."""
 
     def __enter__(self) -> "InterruptWatch":
-        self._guarded, self._signal, self._asked = False, 0, 0
+        self._guarded, self._signal, self._polls = False, 0, 0
         self._in_step = jax.process_count() > 1  # with other hosts
         self._lock, self._hosts, self._old = threading.Lock(), Hosts(), {}
         self._receiver, self._sender = socket.socketpair()
@@ -62,11 +62,11 @@ class InterruptWatch:
                 with self._lock:
                     self._signal = data[0]
                     exit_now = not self._guarded and not self._in_step
-                    tell = self._in_step and self._signal == signal.SIGINT
+                    forward = self._in_step and self._signal == signal.SIGINT
                 if exit_now:
                     self._leave()
-                if tell:
-                    os.kill(os.getpid(), signal.SIGTERM)  # JAX tells the other hosts
+                if forward:
+                    os.kill(os.getpid(), signal.SIGTERM)  # which JAX forwards to the other hosts
 
     def _leave(self) -> None:
         print("\nStopped; there was nothing to save. The same command goes on from here.", file=sys.stderr, flush=True)
@@ -81,11 +81,11 @@ class InterruptWatch:
             self._leave()
 
     def stop_requested(self) -> bool:
-        """Whether to save and exit before the next step: the same step on all hosts, which ask before each."""
+        """Whether to save and exit before the next step: the same step on all hosts, which call it before each."""
         if not self._in_step:
             return bool(self._signal)
-        self._asked += 1  # of all stages: JAX needs a number that only rises
-        return multihost_utils.reached_preemption_sync_point(self._asked)
+        self._polls += 1  # of all stages: JAX needs a number that only rises
+        return multihost_utils.reached_preemption_sync_point(self._polls)
 
     def end_training(self) -> None:
         """Called by all hosts after their last step: from here on a signal to one ends all of them at once.

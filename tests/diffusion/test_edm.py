@@ -60,7 +60,7 @@ def test_sigmas_of_both_spacings_whatever_the_solver(steps, edm, solver):
         points = noise_levels(spacing, edm.process, steps, grid="fractional")
         np.testing.assert_allclose([point.ratio * edm.sigma_data for point in points], sigma, rtol=1e-9)
         table = make_table(solver, edm.process, steps, prediction="edm", spacing=spacing, fractional_t=True)
-        called = np.exp(4 * np.asarray(edm.c_noise(table.t[: table.rows])))  # the sigmas that the network is told
+        called = np.exp(4 * np.asarray(edm.c_noise(table.t[: table.rows])))  # the sigmas of the network's time input
         np.testing.assert_allclose(called, table.sigma[: table.rows] / table.alpha[: table.rows] * edm.sigma_data)
         nearest = np.abs(np.log(called)[:, None] - np.log(sigma)).min(axis=0)
         np.testing.assert_allclose(nearest, 0, atol=1e-8)

@@ -134,7 +134,7 @@ def test_the_commit_of_a_checkout(tmp_path):
     git("commit", "-m", "with it")
     clean = software.commit(package)
     assert len(clean) == 12 and set(clean) <= set("0123456789abcdef")
-    (tmp_path / "beside").write_text("not of the package")
+    (tmp_path / "unrelated").write_text("outside the package")
     assert software.commit(package) == clean
     (package / "a.py").write_text("a = 2\n")
     assert software.commit(package) == clean + "+"
@@ -146,7 +146,7 @@ def test_without_git_there_is_no_commit(tmp_path, monkeypatch):
 
 
 def test_paths_in_flags_are_left_out():
-    given = "--xla_dump_to=/home/somebody/dump --xla_cpu_enable_fast_math=false --xla_flag"
+    given = "--xla_dump_to=/home/user/dump --xla_cpu_enable_fast_math=false --xla_flag"
     assert software.flags(given) == "--xla_dump_to=... --xla_cpu_enable_fast_math=false --xla_flag"
     assert software.package_version("no_such_package") == ""
 

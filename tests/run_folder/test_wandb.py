@@ -1,4 +1,4 @@
-"""Weights & Biases by config.wandb, on a module that records what it is told."""
+"""Weights & Biases by config.wandb, on a fake module that records its calls."""
 
 import json
 import sys
@@ -13,24 +13,24 @@ WANDB = """
 import json, pathlib
 calls = pathlib.Path(__file__).with_name("calls.jsonl")
 
-def tell(what, value):
+def record(name, value):
     with calls.open("a") as file:
-        file.write(json.dumps([what, value], default=str) + "\\n")
+        file.write(json.dumps([name, value], default=str) + "\\n")
 
 class Run:
     def define_metric(self, name, step_metric):
-        tell("metric", [name, step_metric])
+        record("metric", [name, step_metric])
 
     def log(self, values):
-        tell("log", values)
+        record("log", values)
 
     def finish(self):
-        tell("finish", None)
+        record("finish", None)
 
 def init(**options):
     if options["project"] == "locked":
         raise ValueError("No API key configured.\\nUse wandb login")
-    tell("init", options)
+    record("init", options)
     return Run()
 """
 ALONE = ("--config.stages=('autoencoder',)", "--config.evaluation.vlb_examples=0")
@@ -38,7 +38,7 @@ ALONE = ("--config.stages=('autoencoder',)", "--config.evaluation.vlb_examples=0
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """calls(): what the package was told so far, as (what, value)."""
+    """calls(): the calls of the fake package so far, as (name, value)."""
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "wandb.py").write_text(WANDB)

@@ -10,7 +10,7 @@ import pytest
 
 from ldm_jax.run_folder.layout import checkpoint_steps
 from ldm_jax.run_folder.log import read_metrics
-from ldm_jax.runtime.hosts import PATIENCE, slurm_devices
+from ldm_jax.runtime.hosts import TIMEOUT, slurm_devices
 
 LONG = "--config.autoencoder.steps=1000000"
 
@@ -54,7 +54,7 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(host, number, status
     assert (run / "autoencoder" / steps[0]).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_signal_while_the_first_host_samples_stops_both(host, start_hosts, tmp_path):
     """There is nothing to save then; the checkpoints of training are there."""
@@ -75,7 +75,7 @@ def starts(run):
     return sum(line["stage"] == "start" for line in read_metrics(run / "metrics.jsonl"))
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
     """All leave with 143, from the same step if they were training, and the run ends as one that nobody stopped."""
     rng, run = np.random.default_rng(0), tmp_path / "run"
@@ -97,7 +97,7 @@ def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_killed_host_ends_the_other_within_a_minute_and_the_run_goes_on(host, whole, start_hosts, tmp_path):
     run = tmp_path / "run"
@@ -108,10 +108,8 @@ def test_a_killed_host_ends_the_other_within_a_minute_and_the_run_goes_on(host, 
     assert processes[1 - host].returncode not in (0, 143) and time.monotonic() - killed < 60
     if host == 1:
         assert processes[0].returncode == 1 and "Traceback" not in output
-        assert (
-            f"Host 1 is lost: no sign of life for {PATIENCE:.0f} s. The same command, on all hosts, goes on" in output
-        )
-    else:  # the store of the signs of life is gone with it
+        assert f"Host 1 is lost: no heartbeat for {TIMEOUT:.0f} s. The same command, on all hosts, goes on" in output
+    else:  # the store of the heartbeats is gone with it
         assert "Terminating process because the JAX distributed service detected fatal errors" in output
     assert max(checkpoint_steps(run / "diffusion")) < 8
     for process in start_hosts(2, run):

@@ -62,7 +62,7 @@ class Recorder:
     """A fake log, interrupt watch and after_step, which records its calls."""
 
     stop_at: int = -1
-    asked: int = 0
+    polls: int = 0
     lines: list = field(default_factory=list)
     rewound: list = field(default_factory=list)
     after: list = field(default_factory=list)
@@ -80,8 +80,8 @@ class Recorder:
         self.accounted.append((stage, step))
 
     def stop_requested(self):
-        self.asked += 1
-        return self.asked == self.stop_at + 1
+        self.polls += 1
+        return self.polls == self.stop_at + 1
 
     def guard(self, active):
         self.guarded.append(active)

@@ -70,14 +70,12 @@ def test_updates_are_those_of_optax():
     """Up to their size: by the consistent root mean square in both; the momentum has no bias correction here."""
     rng = np.random.default_rng(0)
     grads = [{"conv": jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)} for _ in range(40)]
-    ours, theirs = (
-        muon.scale_by_muon(),
-        scale_by_muon(weight_dimension_numbers={"conv": MuonDimensionNumbers((0, 1, 2), 3)}),
-    )
-    states = [optimizer.init(grads[0]) for optimizer in (ours, theirs)]
+    optimizer = muon.scale_by_muon()
+    reference = scale_by_muon(weight_dimension_numbers={"conv": MuonDimensionNumbers((0, 1, 2), 3)})
+    state, reference_state = optimizer.init(grads[0]), reference.init(grads[0])
     for gradient in grads:
-        update, states[0] = ours.update(gradient, states[0])
-        expected, states[1] = theirs.update(gradient, states[1])
+        update, state = optimizer.update(gradient, state)
+        expected, reference_state = reference.update(gradient, reference_state)
     scaled = muon.UPDATE_RMS * 36**0.5 * expected["conv"]
     cosine = jnp.vdot(update["conv"], scaled) / jnp.linalg.norm(update["conv"]) / jnp.linalg.norm(scaled)
     assert cosine > 0.99
