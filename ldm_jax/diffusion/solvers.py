@@ -28,6 +28,7 @@ def make_table(
     set_alpha_to_one: bool = True,
     fractional_t: bool = False,
     strength: float = 1.0,
+    strength_keeps_steps: bool = False,
     denoising_start: float = 0.0,
     denoising_end: float = 1.0,
 ) -> Table:
@@ -50,6 +51,7 @@ def make_table(
         whatever the solver's grid.
       strength: the fraction of the steps that is run, in (0, 1], rounded down as in diffusers; below 1 the first row
         is at a noise level in the middle, for a noised image.
+      strength_keeps_steps: lcm and tcd: all steps are run, among that fraction of the timesteps of the distillation.
       denoising_start, denoising_end: the part of the process that is run, fractions of T counted from noise, as in
         diffusers: steps at t >= (1 - denoising_end) T and t < (1 - denoising_start) T. A sampler that ends at 0.8 is in
         the state in which one that starts at 0.8 begins, though without its history.
@@ -74,8 +76,9 @@ def make_table(
     grid = "fractional" if fractional_t else grid
     options = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}, "edm": {"churn": churn, "process": process}}
     options |= {"tcd": {"eta": eta, "process": process}, "kdpm2": {"process": process}, "kdpm2_a": {"process": process}}
-    points = noise_levels(spacing, process, steps, grid=grid, steps_offset=steps_offset, between=between)
-    points = points[first_step(steps, strength) :]
+    first, part = (0, strength) if strength_keeps_steps else (first_step(steps, strength), 1.0)
+    spaced = {"grid": grid, "steps_offset": steps_offset, "between": between, "distilled_part": part}
+    points = noise_levels(spacing, process, steps, **spaced)[first:]
     start, stop = (_count_above(points, process, fraction) for fraction in (denoising_start, denoising_end))
     if start >= stop:
         none = f"of {len(points)} steps none is between denoising_start {denoising_start} and denoising_end"

@@ -9,6 +9,7 @@ from ldm_jax.diffusion.process import Point, Process
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")  # even in time
 SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "beta")
+DISTILLED = 50  # timesteps that latent consistency models are distilled on
 
 
 def noise_levels(
@@ -19,6 +20,7 @@ def noise_levels(
     grid: str = "integer",
     steps_offset: int = 0,
     between: str = "linspace",
+    distilled_part: float = 1.0,
 ) -> list[Point]:
     """The noise levels of a sampler, from noise to data.
 
@@ -35,6 +37,7 @@ def noise_levels(
         `lcm`: every T // 50th timestep, thinned (Luo 2023).
       steps_offset: see `timesteps`.
       between: the even spacing whose first and last points the uneven ones span on a continuous grid.
+      distilled_part: of the grid `lcm`: the fraction of the timesteps, from data on, that the steps are taken from.
 
     Raises:
       ValueError: unknown spacing, steps or timesteps out of range, or a spacing uneven in time where alpha = 0.
@@ -54,7 +57,7 @@ def noise_levels(
         ratio = np.interp(t, np.arange(T), [process.point(i).ratio for i in range(T)])
         return [process.point(int(t)) if t % 1 == 0 else process.between(t, r) for t, r in zip(t, ratio)]
     if grid == "lcm":
-        t = _lcm_timesteps(T, steps)
+        t = _lcm_timesteps(T, steps, distilled_part)
     elif grid == "endpoint" and spacing != "trailing":
         if not 1 <= steps < T:
             raise ValueError(f"{spacing} spacing needs steps in 1..{T - 1} with this solver, got {steps}")
@@ -103,13 +106,15 @@ def _even_in_ratio(
     return [point._replace(t=float(np.round(point.t))) for point in points]
 
 
-def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:
-    """`steps` of the `distilled` timesteps that latent consistency models are distilled on (Luo 2023)."""
-    distilled = min(distilled, T)
-    if not 1 <= steps <= distilled:
-        raise ValueError(f"lcm and tcd need steps in 1..{distilled}, got {steps}")
-    t = np.arange(distilled, 0, -1) * (T // distilled) - 1
-    return t[np.floor(np.linspace(0, distilled, steps, endpoint=False)).astype(int)]
+def _lcm_timesteps(T: int, steps: int, part: float) -> np.ndarray:
+    """`steps` of the lower `part` of the timesteps that latent consistency models are distilled on (Luo 2023)."""
+    distilled = min(DISTILLED, T)
+    available = int(distilled * part)
+    if not 1 <= steps <= available:
+        of = f" with strength {part}: of {distilled} timesteps {available} are left" if part < 1 else ""
+        raise ValueError(f"lcm and tcd need steps in 1..{available}{of}, got {steps}")
+    t = np.arange(available, 0, -1) * (T // distilled) - 1
+    return t[np.floor(np.linspace(0, available, steps, endpoint=False)).astype(int)]
 
 
 def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.ndarray:

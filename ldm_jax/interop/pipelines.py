@@ -22,11 +22,13 @@ class Components(NamedTuple):
 
 SD = Components(("text_encoder",), "vae", 7.5)
 XL = Components(("text_encoder", "text_encoder_2"), "vae", 5.0)
+LCM = SD._replace(guidance=8.5, steps=4)
 PIPELINES = {
     "StableDiffusionPipeline": SD,
     "StableDiffusionImg2ImgPipeline": SD,
     "StableDiffusionInpaintPipeline": SD,
-    "LatentConsistencyModelPipeline": SD._replace(guidance=8.5, steps=4),
+    "LatentConsistencyModelPipeline": LCM,
+    "LatentConsistencyModelImg2ImgPipeline": LCM,
     "StableDiffusionXLPipeline": XL,
     "StableDiffusionXLImg2ImgPipeline": XL,
     "StableDiffusionXLInpaintPipeline": XL._replace(guidance=7.5),

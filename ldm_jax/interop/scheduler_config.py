@@ -113,11 +113,14 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
     process, prediction = _process_and_prediction(name, fields)
     _check_range(config, name, fields, process)
     clips, thresholds = fields["clip_sample"], fields["thresholding"]
+    options = _options(fields, sampler)
+    if sampler == "lcm" and pipeline.startswith("LatentConsistencyModel"):
+        options["strength_keeps_steps"] = True
     return Scheduler(
         process,
         prediction,
         sampler,
-        _options(fields, sampler),
+        options,
         clip_sample_range=float(fields["clip_sample_range"]) if clips and not thresholds else np.inf,
         threshold=(fields["dynamic_thresholding_ratio"], fields["sample_max_value"]) if thresholds else None,
         scaled_initial_noise=sampler in _ON_SIGMA and fields["timestep_spacing"] != "leading",

@@ -37,6 +37,11 @@ DTYPES = {
     ("Byte", "U8"): np.uint8,
     ("Bool", "BOOL"): np.bool_,
 }
+# Types without storages of their own: torch's name and safetensors' -> dtype.
+FP8_DTYPES = {
+    ("float8_e4m3fn", "F8_E4M3"): ml_dtypes.float8_e4m3fn,
+    ("float8_e5m2", "F8_E5M2"): ml_dtypes.float8_e5m2,
+}
 
 
 class Tensor:
@@ -51,18 +56,30 @@ class Tensor:
         if math.prod(self.size) > self.numel or (math.prod(self.size) and last >= self.numel):
             raise ValueError(f"a tensor of size {self.size} that reaches beyond its storage of {self.numel}")
 
-    def view(self, storage: np.ndarray) -> np.ndarray:
-        """The tensor, of shape `size`, as a view of its storage [numel]."""
-        strides = [step * storage.itemsize for step in self.stride]
-        return np.lib.stride_tricks.as_strided(storage[self.offset :], self.size, strides, writeable=False)
+    def view(self, storage: bytes) -> np.ndarray:
+        """The tensor, of shape `size`, as a read-only view of its storage."""
+        strides = [step * self.dtype.itemsize for step in self.stride]
+        return np.ndarray(self.size, self.dtype, storage, self.offset * self.dtype.itemsize, strides)
+
+
+def _typed_tensor(storage: tuple, offset: int, size: tuple, stride: tuple, _, __, dtype: np.dtype, *___) -> Tensor:
+    """A tensor of `dtype` in an untyped storage, whose elements are bytes: how torch pickles fp8."""
+    key, _, num_bytes = storage
+    if num_bytes % dtype.itemsize:
+        raise ValueError(f"a {dtype} tensor in a storage of {num_bytes} bytes")
+    return Tensor((key, dtype, num_bytes // dtype.itemsize), offset, size, stride)
 
 
 ALLOWED = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor"): Tensor,
     ("torch._utils", "_rebuild_tensor_v2"): Tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _typed_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-} | {("torch", f"{name}Storage"): np.dtype(dtype) for (name, _), dtype in DTYPES.items()}
+    ("torch.storage", "UntypedStorage"): np.dtype(np.uint8),
+}
+ALLOWED |= {("torch", f"{name}Storage"): np.dtype(dtype) for (name, _), dtype in DTYPES.items()}
+ALLOWED |= {("torch", name): np.dtype(dtype) for (name, _), dtype in FP8_DTYPES.items()}
 
 
 # What the checkpoints of CompVis and pytorch_lightning hold besides weights: packages, and single names.
@@ -139,18 +156,18 @@ class PickledTensors:
         self.shapes = {name: tensor.size for name, tensor in self._tensors.items()}
         step = content.get("global_step")
         self.step = step if isinstance(step, int) else None
-        self._last = ("", np.empty(0))  # tensors that share a storage mostly follow each other
+        self._last = ("", b"")  # tensors that share a storage mostly follow each other
 
     def view(self, name: str) -> np.ndarray:
         """The tensor, shape `shapes[name]`, as a view of its storage; InputError if the file is damaged there."""
         tensor = self._tensors[name]
         if tensor.key != self._last[0]:
-            data = self._read_storage(tensor.key)
-            if len(data) != tensor.numel * tensor.dtype.itemsize:
-                sizes = f"{len(data)} bytes, not {tensor.numel} elements"
-                raise InputError(f"{self._path}: damaged: storage {tensor.key} has {sizes}")
-            self._last = (tensor.key, np.frombuffer(data, tensor.dtype))
-        return tensor.view(self._last[1])
+            self._last = (tensor.key, self._read_storage(tensor.key))
+        data = self._last[1]
+        if len(data) != tensor.numel * tensor.dtype.itemsize:
+            sizes = f"{len(data)} bytes, not {tensor.numel} elements"
+            raise InputError(f"{self._path}: damaged: storage {tensor.key} has {sizes}")
+        return tensor.view(data)
 
 
 def _open_zip(path: Path) -> tuple[Any, Callable[[str], bytes]]:

@@ -18,13 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.stored import Stored
-from ldm_jax.interop.torch_pickle import DTYPES, PickledTensors
+from ldm_jax.interop.torch_pickle import DTYPES, FP8_DTYPES, PickledTensors
 from ldm_jax.runtime.files import atomic, read_json
 
 # (name, suffix) of the files with weights, by preference.
@@ -36,8 +35,7 @@ FILES = (
 )
 VARIANTS = (None, "fp16", "bf16")  # by preference; None is full precision
 
-_TYPES = {name: np.dtype(dtype) for (_, name), dtype in DTYPES.items()}  # of safetensors
-_TYPES |= {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)}
+_TYPES = {name: np.dtype(dtype) for (_, name), dtype in (DTYPES | FP8_DTYPES).items()}  # of safetensors
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _Entry = tuple[np.dtype, tuple[int, ...], int, int]  # dtype, shape, first byte in the file, byte after the last
 
@@ -142,7 +140,7 @@ def open_weights(path: Path) -> WeightFile:
         raise InputError(f"there is no file of weights {path}")
     if _is_pickle(path):
         file = PickledTensors(path)
-        return WeightFile(file.shapes, file.view, file.step)
+        return _unscaled(WeightFile(file.shapes, file.view, file.step))
     entries, metadata = _safetensors_entries(path)
 
     def view(name: str) -> np.ndarray:
@@ -159,10 +157,19 @@ def open_weights(path: Path) -> WeightFile:
 SCALED_MARKER = "scaled_fp8"
 _SCALE = re.compile(r"(.*\.)(?:scale_weight|weight_scale)")
 _UNUSED_SCALES = re.compile(r".*\.(scale_input|input_scale)")  # of activations, for matrix products in fp8
+_LAYER_FORMAT = ".comfy_quant"  # the end of the name of a layer's quantization format: JSON as uint8
+_LAYER_FORMATS = ("float8_e4m3fn", "float8_e5m2")  # those of one scale a tensor or a row
 
 
 def _unscaled(file: WeightFile) -> WeightFile:
-    """The file with fp8 weights times their scales, float32, and without these; others are returned as they are."""
+    """The file with fp8 weights times their scales, float32, and without these; others are returned as they are.
+
+    Raises InputError if a layer has another quantization format, or a scale another shape.
+    """
+    formats = [name for name in file.shapes if name.endswith(_LAYER_FORMAT)]
+    for name in formats:
+        _check_layer_format(name, file.view(name))
+    file = file._replace(shapes={name: shape for name, shape in file.shapes.items() if name not in formats})
     scale_of = {f"{m[1]}weight": name for name in file.shapes if (m := _SCALE.fullmatch(name))}
     scale_of = {name: scale for name, scale in scale_of.items() if name in file.shapes}
     if not scale_of:
@@ -181,6 +188,19 @@ def _unscaled(file: WeightFile) -> WeightFile:
     dropped = {SCALED_MARKER, *scale_of.values()}
     kept = {n: s for n, s in file.shapes.items() if n not in dropped and not _UNUSED_SCALES.fullmatch(n)}
     return file._replace(shapes=kept, view=view)
+
+
+def _check_layer_format(name: str, stored: np.ndarray) -> None:
+    """Raises InputError unless a layer's quantization format, `stored` [bytes] uint8, is an fp8 format."""
+    try:
+        found = json.loads(stored.tobytes())["format"]
+    except (ValueError, TypeError, KeyError):
+        found = None
+    if found not in _LAYER_FORMATS:
+        raise InputError(
+            f"{name} says that the layer is quantized as {found!r}; supported are {', '.join(_LAYER_FORMATS)}: use the "
+            "model's file in fp8, float16 or bfloat16"
+        )
 
 
 # The first bytes of files that are taken for weights -> what they are.

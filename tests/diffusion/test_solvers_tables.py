@@ -271,6 +271,21 @@ def test_tcd_is_zheng_2024(gamma, steps, to_one):
     np.testing.assert_allclose(run(Z_T, table, KEYS)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("strength", "steps", "expected"),
+    [
+        (1.0, 4, [999, 759, 499, 259]),
+        (0.6, 4, [599, 459, 299, 159]),  # the 1st, 8th, 16th and 23rd of 30 timesteps
+        (0.58, 2, [559, 279]),  # 0.58 of 50 is 28 in floating point, as in diffusers
+        (0.08, 4, [79, 59, 39, 19]),
+    ],
+)
+def test_a_strength_that_keeps_the_steps_of_a_consistency_model(strength, steps, expected):
+    process = make_process("scaled_linear", 1000)
+    table = make_table("lcm", process, steps, strength=strength, strength_keeps_steps=True)
+    assert table.t[:steps].tolist() == expected
+
+
 @pytest.mark.parametrize("solver", ["lms", "kdpm2", "kdpm2_a", "dpmpp_3m", "deis", "tcd"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 15])
 def test_tables_from_zero_terminal_snr_are_finite(solver, steps):
@@ -360,6 +375,11 @@ def test_a_constant_denoiser_is_reached_exactly():
             "lcm and tcd have timesteps of their own; karras spacing is for the",
         ),
         ({"solver": "lcm", "steps": 41, "spacing": "trailing"}, "lcm and tcd need steps in 1..40, got 41"),
+        (
+            {"solver": "lcm", "steps": 21, "strength": 0.5, "strength_keeps_steps": True},
+            "need steps in 1..20 with strength 0.5: of 40 timesteps 20 are left, got 21",
+        ),
+        ({"solver": "lcm", "steps": 1, "strength": 0.01, "strength_keeps_steps": True}, "strength 0.01: .* 0 are left"),
         ({"spacing": (30, 20, 10)}, "3 timesteps are listed for 5 steps"),
         ({"spacing": (40, 20, 10, 5, 0)}, "timesteps must be descending whole numbers in 0..39, got"),
         ({"spacing": (20, 30, 10, 5, 0)}, "timesteps must be descending whole numbers"),

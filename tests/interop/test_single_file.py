@@ -1,5 +1,7 @@
 """Single files of CompVis and Stability AI: the models that they are read as, and the files that are refused."""
 
+import json
+
 import jax
 import ldm_files
 import ml_dtypes
@@ -415,6 +417,31 @@ def test_scaled_fp8(suffix, rows, dtype, made, write):
     for name, value in state_dict_from_params(found.unet[1]).items():  # 3 bits of mantissa
         bound = 0.07 * np.abs(original[name]).max() + 1e-6
         assert np.abs(np.float32(value) - original[name]).max() <= bound, name
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_fp8_with_a_format_for_each_layer(dtype, made, write):
+    """ComfyUI's later files: each quantized layer has a scale and its format, JSON as uint8."""
+    layer = "model.diffusion_model.input_blocks.0.0."
+    weight = made(SD1)[2][f"{layer}weight"].astype(dtype)
+    tensors = dict(made(SD1)[2]) | {f"{layer}weight": weight, f"{layer}weight_scale": np.float32(2)}
+    name = "float8_e4m3fn" if dtype == ml_dtypes.float8_e4m3fn else "float8_e5m2"
+    tensors[f"{layer}comfy_quant"] = layer_format({"format": name})
+    got = state_dict_from_params(single_file.read(write(tensors)).unet[1])
+    np.testing.assert_array_equal(got["conv_in.weight"], weight.astype(np.float32) * 2)
+
+
+@pytest.mark.parametrize(
+    ("stored", "found"), [({"format": "nvfp4"}, "'nvfp4'"), ({"format": "int8_tensorwise"}, "'int8_"), ({}, "None")]
+)
+def test_another_quantization_format(stored, found, made, write):
+    name = "model.diffusion_model.out.2.comfy_quant"
+    with pytest.raises(InputError, match=f"out.2.comfy_quant says that the layer is quantized as {found}.*e4m3fn"):
+        single_file.read(write(dict(made(SD1)[2]) | {name: layer_format(stored)}))
+
+
+def layer_format(value):
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
 
 
 def test_a_scale_of_another_shape(made, write):

@@ -115,6 +115,28 @@ def test_a_tensor_written_by_hand(tmp_path):
     np.testing.assert_array_equal(read_weights(path)["w"], [[1, 2], [4, 5]])
 
 
+def fp8_pickle(dtype, num_bytes=6):
+    """The pickle of {"w": fp8 tensor [2, 3]}: its storage is untyped, and the type an argument of the rebuild."""
+    reference = f"(Vstorage\nctorch.storage\nUntypedStorage\nV0\nVcpu\nI{num_bytes}\ntQ"
+    tensor = f"ctorch._utils\n_rebuild_tensor_v3\n({reference}I0\n(I2\nI3\nt(I3\nI1\ntI00\nNctorch\n{dtype}\ntR"
+    return f"(dVw\n{tensor}s.".encode()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8(dtype, tmp_path):
+    values = BASE.astype(getattr(ml_dtypes, dtype))
+    path = save(tmp_path / "w.pt", fp8_pickle(dtype), data__0=values.tobytes())
+    got = read_weights(path)["w"]
+    assert got.dtype == values.dtype
+    np.testing.assert_array_equal(got.astype(np.float32), BASE)
+
+
+def test_fp8_that_does_not_fit_its_storage(tmp_path):
+    path = save(tmp_path / "w.pt", fp8_pickle("float8_e5m2", num_bytes=5), data__0=bytes(5))
+    with pytest.raises(InputError, match="beyond its storage of 5"):
+        read_weights(path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -21,7 +21,7 @@ from test_pipelines import (  # noqa: F401
     UNET,
     assert_same,
     build,
-    diffusers_images,
+    image_and_mask,
     noise,
     sampled,
     saved,
@@ -84,6 +84,22 @@ def test_a_latent_consistency_model(consistency_model, our_noise, sampled, noise
         images.append(expected_images(pipe, noise, steps, **arguments))
         assert_same(sampled(folder, f"--steps={steps}", *flags), images[-1])
     assert np.abs(images[0] - images[1]).mean() > 1
+
+
+@pytest.mark.parametrize("strength, steps", [(0.6, 4), (0.3, 2), (1.0, 4)])
+def test_image_to_image(strength, steps, consistency_model, our_noise, sampled, noise, image_and_mask, tmp_path):  # noqa: F811
+    """All steps are run whatever the strength, which shortens the timesteps of the distillation."""
+    pipe, folder = consistency_model
+    pipe = diffusers.LatentConsistencyModelImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    latents = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    pipe.prepare_latents = lambda image, timestep, *_: pipe.scheduler.add_noise(
+        pipe.vae.encode(image).latent_dist.mode() * pipe.vae.config.scaling_factor, latents, timestep
+    )
+    our_noise()
+    arguments = {"image": image_and_mask[0], "strength": strength, "num_inference_steps": steps, "output_type": "np"}
+    expected = (pipe(PROMPTS, **arguments).images * 255).round()
+    flags = [f"--init_image={tmp_path}/image.png", f"--strength={strength}", f"--steps={steps}"]
+    assert_same(sampled(folder, *flags), expected)
 
 
 def test_what_convert_writes_opens_in_diffusers(consistency_model, tmp_path):
