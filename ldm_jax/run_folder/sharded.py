@@ -19,7 +19,8 @@ def checksums(arrays: dict[str, Any]) -> dict[str, int]:
 
     A checksum is the sum of those of the shards, so that no host needs more than its own. All hosts must call it.
     """
-    return {name: int(value) for name, value in jax.device_get({n: _checksum(a) for n, a in arrays.items()}).items()}
+    # Each is waited for: on CPUs, collectives of several programs at once can wait for each other's threads for ever.
+    return {name: int(_checksum(jax.block_until_ready(array))) for name, array in arrays.items()}
 
 
 @jax.jit

@@ -45,8 +45,13 @@ def replicate_over(mesh: Mesh, tree: Any) -> Any:
 
 def gather(mesh: Mesh, tree: Any) -> Any:
     """The whole arrays of a sharded tree on each local device, as of `replicate`; all hosts must call it."""
-    whole = jax.device_put(tree, _everywhere(mesh))
+    whole = _gather(mesh)(tree)
     return replicate(jax.tree.map(lambda leaf: leaf.addressable_data(0), whole))
+
+
+@lru_cache(maxsize=16)
+def _gather(mesh: Mesh) -> Callable[[Any], Any]:
+    return jax.jit(lambda tree: tree, out_shardings=_everywhere(mesh))  # one program: its collectives have one order
 
 
 def shard_rows(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

@@ -204,10 +204,10 @@ def _train(
     def after_step(step: int, state: Any) -> None:
         if not every or (step % every and step != steps):
             return
-        ema_params = engine.gather(state.ema_params)
+        jax.block_until_ready(state)  # see `run_folder.sharded.checksums`
+        ema_params = jax.block_until_ready(engine.gather(state.ema_params))
         if jax.process_index():
             return
-        jax.block_until_ready(ema_params)
         with run.log.clock.spend("validation"):
             if validate:
                 run.log(name, step, **validate(ema_params, frozen, config.seed))
