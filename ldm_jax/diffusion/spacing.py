@@ -8,6 +8,7 @@ import scipy.stats
 from ldm_jax.diffusion.process import Point, Process
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")  # even in time
+DISTILLED = 50  # timesteps of the consistency distillation (Luo 2023), at most
 SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "beta")
 
 
@@ -103,9 +104,9 @@ def _even_in_ratio(
     return [point._replace(t=float(np.round(point.t))) for point in points]
 
 
-def _lcm_timesteps(T: int, steps: int, distilled: int = 50) -> np.ndarray:
-    """`steps` of the `distilled` timesteps that latent consistency models are distilled on (Luo 2023)."""
-    distilled = min(distilled, T)
+def _lcm_timesteps(T: int, steps: int) -> np.ndarray:
+    """`steps` of the timesteps that latent consistency models are distilled on (Luo 2023)."""
+    distilled = min(DISTILLED, T)
     if not 1 <= steps <= distilled:
         raise ValueError(f"lcm and tcd need steps in 1..{distilled}, got {steps}")
     t = np.arange(distilled, 0, -1) * (T // distilled) - 1

@@ -81,6 +81,8 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{where} is an EDM model (Karras 2022), {why}; it can be sampled and converted only")
     if model.guidance_dim is not None:
         raise InputError(f"{where} is a latent consistency model, distilled from another, which is what to fine-tune")
+    if model.mean_flow:
+        raise InputError(f"{where} is a MeanFlow model, which is trained from scratch only")
     if isinstance(model.concat, Segmentation) != (data.segments_key != "none"):
         takes = "is conditioned on segmentation maps" if isinstance(model.concat, Segmentation) else "takes none"
         raise InputError(f"config.data.segments_key is {data.segments_key!r}; {where} {takes}")
