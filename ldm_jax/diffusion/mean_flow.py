@@ -18,7 +18,9 @@ Velocity = Callable[[Array, Array, Array], Array]  # (z_t [B, ...], t [B], inter
 
 
 def directional_derivative(function: Callable[..., Array], at: Sequence[Array], along: Sequence[Array]) -> Array:
-    """The Jacobian-vector product of a function of arrays `at`, shaped like its value; `along` are like `at`.
+    """The Jacobian-vector product of a function of arrays, [B, ...] like its value.
+
+    `at` are its arguments [B, ...], `along` the direction, of the same shapes.
 
     Forward-mode differentiation as the transpose of reverse mode, which is linear in the cotangent: `jax.jvp` has no
     rule for functions with a gradient written out (`jax.custom_vjp`), such as the layers of `models/primitives.py`.

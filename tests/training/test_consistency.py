@@ -2,13 +2,14 @@
 
 from functools import cache
 
+import diffusers_folder
 import jax
 import jax.numpy as jnp
 import jobs
 import numpy as np
 import pytest
 import random_runs
-from finetuning import leaves
+from finetuning import fine_tune, leaves, write_pictures
 
 from ldm_jax import command_line, convert, sample, train
 from ldm_jax.diffusion.consistency import pseudo_huber
@@ -159,3 +160,31 @@ def test_a_run_of_lora(tiny_data, tmp_path):
     assert command_line.run(sample.main, command) == 0
     one, other = (jobs.samples(folder)["images"].astype(int) for folder in (run, tmp_path / "out"))
     assert np.abs(one - other).max() <= 1
+
+
+@pytest.mark.slow
+def test_lcm_lora_of_stable_diffusion(tmp_path):
+    """By the recipe as it is: the fine-tuned pipeline has LCMScheduler, as `from_config` makes it of the base's."""
+    home, folder = tmp_path, tmp_path / "folder"
+    diffusers_folder.write_stable_diffusion(home / "model")
+    write_pictures(home / "pictures")
+    changes = ("--config=configs/lcm.py", "--config.lora.rank=2", "--config.diffusion.ema_decay=0.0")
+    assert fine_tune(home, "run", *changes) == 0
+    (model, params), (base, before) = load(home / "run"), load(home / "model")
+    assert model.defaults.sampler == "lcm" and all(
+        map(np.array_equal, leaves(before["conditioning"]), leaves(params["conditioning"]))
+    )
+    assert command_line.run(convert.main, ["convert", f"--model={home / 'run'}", f"--to={folder}"]) == 0
+    exported, _ = load(folder)
+    assert exported.origin.schedulers["scheduler"]["_class_name"] == "LCMScheduler"
+    one, other = (each.defaults.solver("lcm") for each in (exported, base))
+    assert one._replace(options=other.options) == other and one.options == other.options | {"eta": 0.0}
+    assert exported.process == base.process and exported.prediction == base.prediction
+    images = []
+    weights = f"--lora={home / 'run'}/pytorch_lora_weights.safetensors"
+    for more in ([f"--model={home / 'model'}", weights, "--sampler=lcm"], [f"--model={folder}"]):
+        out = tmp_path / f"out{len(images)}"
+        command = ["sample", *more, "--prompt=low", "--num=2", "--steps=2", "--guidance=1", "--height=16", "--width=16"]
+        assert command_line.run(sample.main, [*command, f"--out={out}"]) == 0
+        images.append(jobs.samples(out)["images"].astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
