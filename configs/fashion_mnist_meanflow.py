@@ -13,7 +13,7 @@ from configs import fashion_mnist
 
 
 def get_config() -> ConfigDict:
-    """The main job with MeanFlow as its objective; a step takes about two and a half times as long."""
+    """The main job with MeanFlow as its objective."""
     config = fashion_mnist.get_config().unlock()
 
     diffusion = config.diffusion

@@ -66,7 +66,8 @@ class MeanFlowStage(DiffusionStage):
         v = example["eps"] - example["z0"]
         if self.guidance != 1 or self.kappa:
             null = jnp.full_like(dropped, len(jax.tree.leaves(frozen["table"])[0]) - 1)
-            u_null, u_cond = (self._velocity(fixed, frozen, example, each)(*now) for each in (null, dropped))
+            u_null = self._velocity(fixed, frozen, example, null)(*now)
+            u_cond = self._velocity(fixed, frozen, example, dropped)(*now) if self.kappa else u_null  # not used without
             guided = guided_velocity(v, u_null, u_cond, self.guidance, self.kappa)
             v = jnp.where((dropped == null).reshape(-1, *[1] * (v.ndim - 1)), v, guided)
         # In float32: du/dt loses all digits in bfloat16, for which attention may be a kernel without a second gradient.

@@ -141,7 +141,7 @@ def test_one_call_samples_a_mixture():
     def loss(params, key):
         keys = jax.random.split(key, (6, 256))
         mode = jax.random.randint(keys[0][0], (256,), 0, 3)
-        z0 = CENTERS[mode] + WIDTH * jax.random.normal(keys[1][0], (256, 2))
+        z0 = jnp.asarray(CENTERS)[mode] + WIDTH * jax.random.normal(keys[1][0], (256, 2))
         eps, one, other = jax.random.normal(keys[2][0], (256, 2)), *(sample_times(each, times) for each in keys[3:5])
         apart = jax.random.bernoulli(keys[5][0], 0.5, (256,))
         t, interval = jnp.where(apart, jnp.maximum(one, other), one), jnp.where(apart, jnp.abs(one - other), 0)

@@ -60,6 +60,7 @@ def velocity(stage, params, example, label, z_t, time, interval):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"mean_flow__tangent": "network", "mean_flow__adaptive_power": 0.5},
+     {"mean_flow__guidance": 2.0, "diffusion__label_dropout": 0.5},
      {"mean_flow__guidance": 2.0, "mean_flow__kappa": 0.25, "diffusion__label_dropout": 0.5}],
 )  # fmt: skip
 def test_the_loss_by_hand(changes):
@@ -76,7 +77,7 @@ def test_the_loss_by_hand(changes):
         v = example["eps"] - example["z0"]
         if "mean_flow__guidance" in changes:
             null, cond = u(fixed, jnp.full_like(dropped, 4), z_t, t, now), u(fixed, dropped, z_t, t, now)
-            guided = 1.5 * v + 0.25 * cond - 0.75 * null
+            guided = 1.5 * v + 0.25 * cond - 0.75 * null if "mean_flow__kappa" in changes else 2 * v - null
             v = jnp.where((dropped == 4)[:, None, None, None], v, guided)
         tangent = u(fixed, dropped, z_t, t, now) if "mean_flow__tangent" in changes else v
         one = jnp.ones_like(t)
