@@ -14,6 +14,15 @@ ADDED: dict[str, Any] = {
     "textual_inversion.init_word": "object",
     "textual_inversion.vectors": 1,
     "textual_inversion.learnable_property": "object",
+    "diffusion.objective": "diffusion",
+    "mean_flow.interval_ratio": 0.25,
+    "mean_flow.guidance": 1.0,
+    "mean_flow.kappa": 0.0,
+    "mean_flow.tangent": "sample",
+    "mean_flow.adaptive_power": 1.0,
+    "consistency.guidance_min": 6.0,
+    "consistency.guidance_max": 16.0,
+    "consistency.huber_c": 1e-3,
     "autoencoder.loss.perceptual_start": 0,
     "diffusion.timestep_sampling": "uniform",
     "diffusion.timestep_mean": 0.0,
@@ -27,7 +36,7 @@ ADDED: dict[str, Any] = {
 }
 
 # The sections that are new; a config that lacks another section is of a version before 0.2.
-ADDED_SECTIONS = ("textual_inversion", "parallel")
+ADDED_SECTIONS = ("textual_inversion", "parallel", "mean_flow", "consistency")
 
 # The sections that every config of ldm_jax has had since the first version.
 REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")

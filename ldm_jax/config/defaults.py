@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 1_000  # steps between checkpoints
     config.keep_checkpoints = 2
     config.wandb = ""  # the Weights & Biases project, PROJECT or ENTITY/PROJECT, that metrics are logged to; "" = none
-    networks = (_data, _autoencoder, _clip, _diffusion, _concat, _unet, _classifier)
+    networks = (_data, _autoencoder, _clip, _diffusion, _mean_flow, _consistency, _concat, _unet, _classifier)
     for section in (*networks, _lora, _textual_inversion, _parallel, _sampling, _evaluation):
         section(config)
     return config.lock()
@@ -112,6 +112,8 @@ def _clip(config: ConfigDict) -> None:
 def _diffusion(config: ConfigDict) -> None:
     """The diffusion model: noise schedule, prediction type, loss."""
     diffusion = config.diffusion = ConfigDict()
+    # diffusion | mean_flow (samples in one network call) | consistency (init_from only: distillation to a few steps)
+    diffusion.objective = "diffusion"
     diffusion.timesteps = 1000  # T
     diffusion.schedule = "linear"  # linear | scaled_linear | cosine
     diffusion.beta_start = 1e-4  # linear and scaled_linear only
@@ -130,6 +132,25 @@ def _diffusion(config: ConfigDict) -> None:
     diffusion.train_text_encoder = False  # text-conditional models: train the text encoders too
     diffusion.validation_examples = 2_000  # test images for the validation loss
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
+
+
+def _mean_flow(config: ConfigDict) -> None:
+    """diffusion.objective mean_flow only (Geng 2025); times are sampled as by diffusion.timestep_sampling."""
+    mean_flow = config.mean_flow = ConfigDict()
+    mean_flow.interval_ratio = 0.25  # of the examples that have an interval r < t; the others are of flow matching
+    mean_flow.guidance = 1.0  # the guidance scale of the model itself, which then needs none at sampling; 1 = none
+    mean_flow.kappa = 0.0  # the part of the guided velocity that is the network's, below 1
+    mean_flow.tangent = "sample"  # of du/dt: sample (its velocity) | network (the marginal velocity, Geng 2025b)
+    mean_flow.adaptive_power = 1.0  # the squared error is divided by its own power; 0 = no weight
+
+
+def _consistency(config: ConfigDict) -> None:
+    """diffusion.objective consistency only: latent consistency distillation (Luo 2023) of the model of init_from."""
+    consistency = config.consistency = ConfigDict()
+    # The guidance scale of the teacher, uniform between these; the distilled model needs none at sampling.
+    consistency.guidance_min = 6.0
+    consistency.guidance_max = 16.0
+    consistency.huber_c = 1e-3  # c of the pseudo-Huber loss
 
 
 def _concat(config: ConfigDict) -> None:

@@ -26,6 +26,8 @@ _CHOICES = {
     "autoencoder.loss.perceptual_net": ("vgg16", "alexnet"),
     **{f"{stage}.decay": ("constant", "cosine") for stage in STAGES},
     **{f"{stage}.optimizer": ("adamw", "muon") for stage in STAGES},
+    "diffusion.objective": ("diffusion", "mean_flow", "consistency"),
+    "mean_flow.tangent": ("sample", "network"),
     "diffusion.schedule": SCHEDULES,
     "diffusion.prediction": tuple(PREDICTIONS),
     "diffusion.weighting": tuple(WEIGHTINGS),
@@ -44,6 +46,7 @@ _FIELDS_IN_RANGE = {
     (0, None): """
         data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size autoencoder.loss.perceptual_start
         autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight diffusion.snr_gamma lora.rank lora.alpha
+        mean_flow.guidance consistency.guidance_min consistency.guidance_max
         sampling.num sampling.churn sampling.guidance sampling.progress_every evaluation.vlb_examples *.learning_rate
         *.warmup_steps *.weight_decay *.clip_norm parallel.fsdp""",
     (1, None): """
@@ -65,11 +68,13 @@ _FIELDS_IN_RANGE = {
     (-10.0, 10.0): "diffusion.timestep_mean",
     (0.01, 10.0): "diffusion.timestep_std",
     (0.01, 100.0): "diffusion.timestep_shift",
-    (0.0, 0.99): "clip.max_zoom",
+    (0.0, 0.99): "clip.max_zoom mean_flow.kappa",
+    (0.0, 2.0): "mean_flow.adaptive_power",
+    (1e-6, 10.0): "consistency.huber_c",
     (0.0, 0.999): "diffusion.beta_end",
     (0.0, 1.0): """
-        diffusion.beta_start diffusion.label_dropout sampling.eta sampling.guidance_rescale sampling.threshold
-        *.adam_b2 *.ema_decay""",
+        diffusion.beta_start diffusion.label_dropout mean_flow.interval_ratio sampling.eta sampling.guidance_rescale
+        sampling.threshold *.adam_b2 *.ema_decay""",
 }
 _RANGES = {
     pattern.replace("*", stage): bounds

@@ -73,7 +73,43 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise _wrong(config, "sampling.threshold", rule)
     if config.sampling.steps > diffusion.timesteps:
         raise _wrong(config, "sampling.steps", f"it must be at most config.diffusion.timesteps = {diffusion.timesteps}")
+    _validate_objective(config)
     _validate_parallel(config)
+
+
+# Each objective but diffusion: the fields that must have one value, and why.
+OBJECTIVE_FIELDS = {
+    "mean_flow": {
+        "init_from": ("", "MeanFlow is trained from scratch"),
+        "diffusion.schedule": ("rectified_flow", "MeanFlow's velocity is that of rectified flow"),
+        "diffusion.prediction": ("flow", "MeanFlow's network predicts a velocity"),
+        "diffusion.weighting": ("uniform", "MeanFlow has a weight of its own, mean_flow.adaptive_power"),
+        "diffusion.variance": ("fixed", "MeanFlow's steps have no variance"),
+        "sampling.sampler": ("ddim", "its steps are those of an average velocity"),
+        "sampling.eta": (0, "MeanFlow's steps have no noise"),
+    },
+    "consistency": {
+        "diffusion.weighting": ("uniform", "consistency distillation has the pseudo-Huber loss, without a weight"),
+        "textual_inversion.token": ("", "consistency distillation trains the denoiser"),
+    },
+}
+
+
+def _validate_objective(config: ConfigDict) -> None:
+    """The fields that go with diffusion.objective."""
+    objective, fields, least = config.diffusion.objective, flatten(config), config.consistency.guidance_min
+    for name, (value, why) in OBJECTIVE_FIELDS.get(objective, {}).items():
+        if fields[name] != value:
+            right = f"with config.diffusion.objective={objective} it must be {value!r}"
+            raise _wrong(config, name, f"{right}: {why}")
+    if objective == "mean_flow" and "clip" in config.stages:
+        raise _wrong(config, "diffusion.objective", "text-to-image models must be sampled as in diffusers: no MeanFlow")
+    if objective == "consistency" and not config.init_from:
+        raise _wrong(config, "diffusion.objective", "that needs config.init_from, the model to distill")
+    if least > config.consistency.guidance_max:
+        raise _wrong(
+            config, "consistency.guidance_max", f"it must be at least config.consistency.guidance_min = {least}"
+        )
 
 
 def _validate_parallel(config: ConfigDict) -> None:

@@ -58,6 +58,19 @@ def from_network(
     return denoise
 
 
+def over_interval(denoise: ConditionalDenoiser) -> ConditionalDenoiser:
+    """The conditional denoiser whose network is conditioned on the solver's step too: cond["interval"] [B].
+
+    Of MeanFlow: z0_hat = z_t - t u(z_t, r, t) for a step from t to r (see `mean_flow`).
+    """
+
+    def denoise_over(z_t: Array, level: NoiseLevel, cond: Any) -> Array | Estimate:
+        interval = jnp.broadcast_to(jnp.asarray(level.interval, jnp.float32), z_t.shape[:1])
+        return denoise(z_t, level, cond | {"interval": interval})
+
+    return denoise_over
+
+
 def to_var_frac(variance: Array) -> Array:
     """Variance channels [B, ..., c] of a network, -1 (beta_tilde) to 1 (beta), as var_frac from 0 to 1, float32."""
     return (variance.astype(jnp.float32) + 1) / 2

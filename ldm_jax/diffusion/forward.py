@@ -23,6 +23,7 @@ class NoiseLevel(NamedTuple):
     t: Array  # the timestep that the network is conditioned on; a solver's may be fractional
     alpha: Array
     sigma: Array
+    interval: Array | float = 0.0  # how much sigma falls in the step of the solver: see `mean_flow`
 
     def broadcast_to(self, z: Array) -> tuple[Array, Array]:
         """alpha and sigma in float32, with axes appended to multiply z [B, ...]."""

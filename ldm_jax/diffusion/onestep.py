@@ -5,6 +5,7 @@ A step leads from the noise level `now` to the noise level `after`, of less nois
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -154,12 +155,19 @@ def dpmpp_2s(points: list[Point]) -> Iterator[Row]:
         yield Row(now, after, exponential_step(start, after, Z[1], X[1] + (X[0] - X[1]) / (2 * r)))
 
 
-def lcm(points: list[Point], sigma_data: float = 0.5, time_scale: float = 10.0) -> Iterator[Row]:
+def boundary_scalings(t: Any, sigma_data: float = 0.5, time_scale: float = 10.0) -> tuple[Any, Any]:
+    """(c_skip, c_out) of the consistency function c_skip z_t + c_out z0_hat at timesteps t (Luo 2023, eq. 9).
+
+    1 and 0 at t = 0, the boundary condition. t is a number or an array, of NumPy or JAX; the defaults are diffusers'.
+    """
+    t = t * time_scale
+    return sigma_data**2 / (t**2 + sigma_data**2), t / (t**2 + sigma_data**2) ** 0.5
+
+
+def lcm(points: list[Point]) -> Iterator[Row]:
     """Luo 2023, algorithm 3, with the boundary scalings of its eq. 9: denoise, and noise again up to the next level."""
     for now, after in pairwise(points):
-        t = now.t * time_scale
-        c_skip = sigma_data**2 / (t**2 + sigma_data**2)
-        c_out = t / np.hypot(t, sigma_data)
+        c_skip, c_out = boundary_scalings(now.t)
         yield Row(now, after, after.alpha * (c_skip * Z[0] + c_out * X[0]) + after.sigma * NOISE)
 
 

@@ -24,6 +24,8 @@ class Stream(IntEnum):
     CLIP = 8
     CLIP_VALIDATION = 9
     REFINER = 10  # the noise of a refiner behind the base
+    MEAN_FLOW = 11  # the intervals
+    CONSISTENCY = 12  # the guidance scales
     SAMPLES = 2**32 - 1  # then the sample's index
     # Folded into a sample's key, as are the rows of its solver table.
     INITIAL_LATENTS = 2**32 - 2

@@ -85,7 +85,8 @@ def solve_rows(
 
     def body(i, state):
         z, old_z, old_z0, kept = state
-        estimate = denoise(z, NoiseLevel(table.t[i], table.alpha[i], table.sigma[i]))
+        interval = jnp.maximum(table.sigma[i] - table.reached_sigma[i], 0)
+        estimate = denoise(z, NoiseLevel(table.t[i], table.alpha[i], table.sigma[i], interval))
         z0_hat, var_frac = estimate if isinstance(estimate, Estimate) else (estimate, None)
         z0_hat, weights = z0_hat.astype(jnp.float32), table.weights[i]
 

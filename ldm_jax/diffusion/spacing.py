@@ -9,7 +9,7 @@ from ldm_jax.diffusion.process import Point, Process
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")  # even in time
 SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "beta")
-DISTILLED = 50  # timesteps that latent consistency models are distilled on
+DISTILLED = 50  # timesteps that latent consistency models are distilled on (Luo 2023), at most
 
 
 def noise_levels(

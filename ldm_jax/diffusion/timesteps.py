@@ -28,16 +28,20 @@ class TimestepDistribution(NamedTuple):
 UNIFORM = TimestepDistribution()
 
 
-def sample_timesteps(keys: Array, T: int, distribution: TimestepDistribution) -> Array:
-    """Timesteps [B] int32 in [0, T), from keys [B]; ValueError for an unknown distribution."""
+def sample_times(keys: Array, distribution: TimestepDistribution) -> Array:
+    """Continuous times s [B] float32 in [0, 1), from keys [B]; ValueError for an unknown distribution."""
     name, mean, std, shift = distribution
     if name not in DISTRIBUTIONS:
         raise ValueError(f"the distribution of timesteps must be one of {', '.join(DISTRIBUTIONS)}, got {name!r}")
     if name == "logit_normal":
         s = jax.nn.sigmoid(mean + std * jax.vmap(jax.random.normal)(keys))
-    elif shift != 1:
-        s = jax.vmap(jax.random.uniform)(keys)
     else:
+        s = jax.vmap(jax.random.uniform)(keys)
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def sample_timesteps(keys: Array, T: int, distribution: TimestepDistribution) -> Array:
+    """Timesteps [B] int32 in [0, T), from keys [B]; ValueError for an unknown distribution."""
+    if distribution.name == "uniform" and distribution.shift == 1:
         return jax.vmap(partial(jax.random.randint, shape=(), minval=0, maxval=T))(keys)
-    s = shift * s / (1 + (shift - 1) * s)
-    return jnp.minimum(s * T, T - 1).astype(jnp.int32)
+    return jnp.minimum(sample_times(keys, distribution) * T, T - 1).astype(jnp.int32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import io as config_io
+from ldm_jax.errors import InputError
 from ldm_jax.export import model_card
 from ldm_jax.export.latents_scaling import into_autoencoder
 from ldm_jax.interop import class_table, folder
@@ -43,8 +44,10 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
 
     A class-conditional or unconditional model of a run becomes a LatentDiffusionPipeline, with its pipeline.py in the
     folder; the pipelines of all others are diffusers' own. The folder `to` is new; `dtype` of the weights is float32 or
-    bfloat16.
+    bfloat16. Raises InputError for a MeanFlow model.
     """
+    if model.mean_flow:
+        raise InputError("a MeanFlow model cannot be written for diffusers, which has no pipeline with its intervals")
     custom, source = isinstance(model.conditioning, ClassConditioning), model.origin.path
     ignored, documents = {}, []
     pipeline = PIPELINE_CLASS if custom else model.origin.pipeline

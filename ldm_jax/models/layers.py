@@ -107,9 +107,9 @@ class TimestepEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, sinusoids: Array, cond: Array | None = None) -> Array:
-        """[B, dim] -> [B, features]; `cond` [B, k] is projected and added to the sinusoids."""
+        """[B, dim] -> [B, features]; `cond` [B, k] is added to the sinusoids by a projection that starts at 0."""
         if cond is not None:
             width = sinusoids.shape[-1]
-            sinusoids = sinusoids + Dense(width, use_bias=False, dtype=self.dtype, name="cond_proj")(cond)
+            sinusoids = sinusoids + Dense(width, use_bias=False, dtype=self.dtype, zero=True, name="cond_proj")(cond)
         h = Dense(self.features, dtype=self.dtype, name="linear_1")(sinusoids)
         return Dense(self.features, dtype=self.dtype, name="linear_2")(nn.silu(h))

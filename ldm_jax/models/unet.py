@@ -41,6 +41,14 @@ def guidance_embedding(scale: Array, dim: int) -> Array:
     return timestep_embedding(1000.0 * (scale - 1), dim, flip_sin_to_cos=False, freq_shift=1.0)
 
 
+FLOW_TIME = 4.0  # MeanFlow's network counts times in [0, 1] so: sinusoids of faster times make du/dt large
+
+
+def interval_embedding(interval: Array, dim: int) -> Array:
+    """The embedding of intervals t - r [B] in [0, 1] of MeanFlow -> [B, dim] (Geng 2025, section 4.3)."""
+    return timestep_embedding(FLOW_TIME * interval, dim)
+
+
 class BaseUNet(nn.Module):
     """A UNet but for its attention and time embedding: fields, their checks, blocks and skips.
 
@@ -155,7 +163,8 @@ class UNet(BaseUNet):
     addition_embed_type: str | None = None  # "text_time": an embedding of `added` is added to it too (SDXL)
     addition_time_embed_dim: int | None = None  # then the number of sinusoids of each time id; SDXL 256
     projection_class_embeddings_input_dim: int | None = None  # then P + N times that, SDXL 1280 + 6 * 256 = 2816
-    time_cond_proj_dim: int | None = None  # of `timestep_cond`, an embedding of the guidance scale (Meng 2023)
+    # Of `timestep_cond`, an embedding of the guidance scale (Meng 2023) or of MeanFlow's interval (Geng 2025).
+    time_cond_proj_dim: int | None = None
 
     def _check_attention(self) -> None:
         fields = ("attention_heads", "transformer_layers_per_block", "only_cross_attention")
@@ -219,7 +228,8 @@ class UNet(BaseUNet):
           context: [B, L, cross_attention_dim]; may be None if no block attends.
           class_labels: [B] integers if `num_class_embeds` is set, else None.
           added: the pooled text and the time ids if `addition_embed_type` is set, else None.
-          timestep_cond: [B, time_cond_proj_dim] if that is set, else None: see `guidance_embedding`.
+          timestep_cond: [B, time_cond_proj_dim] if that is set, else None; of `guidance_embedding` or
+            `interval_embedding`.
           deterministic: False switches dropout on.
         """
         self._check_inputs(z_t, context, class_labels, added, timestep_cond)

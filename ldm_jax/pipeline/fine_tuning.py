@@ -16,6 +16,7 @@ from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmen
 from ldm_jax.models.conditioning import NoConditioning, TextConditioning
 from ldm_jax.pipeline.from_config import sampling_defaults
 from ldm_jax.pipeline.model import LatentDiffusion, Params
+from ldm_jax.pipeline.scheduler import lcm_scheduler
 from ldm_jax.pipeline.trainable import trainable_of, trained_shapes
 
 SAMPLED_BYTES = 1 << 16  # of each sample, for the fingerprint
@@ -35,13 +36,16 @@ def prepare_base(config: ConfigDict, model: LatentDiffusion, of_weights: str) ->
     if isinstance(conditioning, TextConditioning):
         encoders = tuple(encoder.clone(dtype=dtype) for encoder in conditioning.encoders)
         conditioning = replace(conditioning, encoders=encoders)
+    schedulers = dict(model.origin.schedulers)
+    if config.diffusion.objective == "consistency" and schedulers:
+        schedulers["scheduler"] = lcm_scheduler(schedulers["scheduler"])
     model = replace(
         model.at_size((size, size)),
         denoiser=model.denoiser.clone(dtype=dtype),
         first_stage=replace(model.first_stage, module=module and module.clone(dtype=dtype)),
         conditioning=conditioning,
         defaults=sampling_defaults(resolved, model.defaults.solvers),
-        origin=model.origin._replace(config=resolved, fingerprint=of_weights),
+        origin=model.origin._replace(config=resolved, fingerprint=of_weights, schedulers=schedulers),
     )
     return model, resolved
 
@@ -81,6 +85,8 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"{where} is an EDM model (Karras 2022), {why}; it can be sampled and converted only")
     if model.guidance_dim is not None:
         raise InputError(f"{where} is a latent consistency model, distilled from another, which is what to fine-tune")
+    if model.mean_flow:
+        raise InputError(f"{where} is a MeanFlow model, which is trained from scratch only")
     if isinstance(model.concat, Segmentation) != (data.segments_key != "none"):
         takes = "is conditioned on segmentation maps" if isinstance(model.concat, Segmentation) else "takes none"
         raise InputError(f"config.data.segments_key is {data.segments_key!r}; {where} {takes}")

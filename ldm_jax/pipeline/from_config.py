@@ -35,7 +35,11 @@ def from_config(
     """
     process = make_process(**_fields(config.diffusion, *SCHEDULE))
     first_stage, concat = build_first_stage(config), build_concat(config)
+    mean_flow = config.diffusion.objective == "mean_flow"
     solvers = {name: Solver(process, {"spacing": config.sampling.spacing}) for name in SOLVERS}
+    if mean_flow:
+        why = "a MeanFlow model is sampled by ddim alone, whose steps are those of its average velocity"
+        solvers = {name: solver if name == "ddim" else why for name, solver in solvers.items()}
     origin = Origin(class_names=class_names, config=config)
     if text:  # samples as its export does in diffusers
         scheduler, notes = scheduler_of_run(config)
@@ -55,6 +59,7 @@ def from_config(
         image_shape=(config.data.image_size, config.data.image_size, config.data.channels),
         defaults=sampling_defaults(config, solvers),
         origin=origin,
+        mean_flow=mean_flow,
     )
 
 
@@ -84,6 +89,8 @@ def init_params(model: LatentDiffusion, rng: jax.Array) -> Params:
         params["conditioning"] = conditioning.init(rng_conditioning)
         cond = conditioning.encode(params["conditioning"], jnp.zeros((1,), jnp.int32))
     z = jnp.zeros((1, *model.latent_shape[:2], model.denoiser.in_channels))
+    if model.mean_flow:
+        cond["timestep_cond"] = jnp.zeros((1, model.denoiser.time_cond_proj_dim))
     params["denoiser"] = model.denoiser.init(rng_denoiser, z, jnp.zeros((1,), jnp.int32), **cond)["params"]
     return params
 
@@ -128,6 +135,7 @@ def build_unet(config: ConfigDict, latent_channels: int, concat: ConcatCondition
         mid_block_type="UNetMidBlock2DCrossAttn" if unet.attention[-1] else "UNetMidBlock2D",
         transformer_layers_per_block=unet.transformer_layers,
         cross_attention_dim=unet.context_dim,
+        time_cond_proj_dim=unet.block_out_channels[0] if config.diffusion.objective == "mean_flow" else None,
         dtype=jnp.dtype(config.dtype),
     )
 

@@ -23,7 +23,7 @@ from ldm_jax.models.concat_conditioning import ConcatConditioning
 from ldm_jax.models.conditioning import Conditioning
 from ldm_jax.models.first_stage import FirstStage, from_latents, to_latents
 from ldm_jax.models.pixels import to_pixels
-from ldm_jax.models.unet import UNet, guidance_embedding
+from ldm_jax.models.unet import FLOW_TIME, UNet, guidance_embedding, interval_embedding
 from ldm_jax.run_folder.checkpoint import STORED_NAMES
 from ldm_jax.runtime.files import content_hash
 
@@ -90,6 +90,7 @@ class LatentDiffusion:
     defaults: SamplingDefaults = field(compare=False)
     origin: Origin = field(default=Origin(), compare=False)
     edm: EDM | None = None  # noise levels of an EDM model, whose denoiser is conditioned on c_noise instead of t
+    mean_flow: bool = False  # whether the denoiser predicts the average velocity over an interval (Geng 2025)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -111,7 +112,7 @@ class LatentDiffusion:
     @property
     def guidance_dim(self) -> int | None:
         """The width of the embedded guidance scale with which the denoiser is conditioned, None if it is not."""
-        return self.denoiser.time_cond_proj_dim if isinstance(self.denoiser, UNet) else None
+        return self.denoiser.time_cond_proj_dim if isinstance(self.denoiser, UNet) and not self.mean_flow else None
 
     @property
     def num_bins(self) -> int | None:
@@ -139,14 +140,18 @@ def apply_denoiser(
     """The output of the denoiser, [B, h, w, c] float32, or 2c with a learned variance; called here only.
 
     Of noised latents z_t [B, h, w, c] and timesteps t [B], perhaps fractional. `cond` has the denoiser's arguments of
-    `model.conditioning.encode`, "concat" [B, h, w, k] of `model.concat`, and "guidance" [B] of a model with
-    `guidance_dim`, by default 1, no guidance. `options` are those of Flax' `apply`, such as capture_intermediates, with
-    which it returns more.
+    `model.conditioning.encode`, "concat" [B, h, w, k] of `model.concat`, "guidance" [B] of a model with `guidance_dim`,
+    by default 1, no guidance, and of MeanFlow "interval" [B], by default 0. `options` are those of Flax' `apply`, such
+    as capture_intermediates, with which it returns more.
     """
-    arguments = {name: value for name, value in cond.items() if name not in ("concat", "guidance")}
+    arguments = {name: value for name, value in cond.items() if name not in ("concat", "guidance", "interval")}
     if model.guidance_dim is not None:
         scale = cond.get("guidance", jnp.ones(len(z_t)))
         arguments["timestep_cond"] = guidance_embedding(scale, model.guidance_dim)
+    if model.mean_flow:
+        interval = cond.get("interval", jnp.zeros(len(z_t)))
+        arguments["timestep_cond"] = interval_embedding(interval, model.denoiser.time_cond_proj_dim)
+        t = FLOW_TIME * (t + 1) / len(model.process)
     unet_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
     t = t if model.edm is None else model.edm.c_noise(t)
     return model.denoiser.apply({"params": params["denoiser"]}, unet_input, t, **arguments, **options)

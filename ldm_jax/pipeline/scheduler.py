@@ -11,6 +11,7 @@ from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.errors import InputError
 from ldm_jax.interop.scheduler_config import Scheduler, config_from_schedule, scheduler_from_config
+from ldm_jax.interop.scheduler_fields import CLASS_OF, DEFAULTS
 from ldm_jax.pipeline.model import Solver
 
 
@@ -38,6 +39,12 @@ def _solver(scheduler: Scheduler) -> Solver:
     if scheduler.threshold is not None:
         raise InputError("the scheduler has thresholding, which is for pixels and not for latents")
     return Solver(scheduler.process, scheduler.options, scheduler.clip_sample_range, scheduler.scaled_initial_noise)
+
+
+def lcm_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler_config.json of `LCMScheduler.from_config(config)`, for the distilled form of a model."""
+    name = CLASS_OF["lcm"]
+    return {"_class_name": name} | {field: value for field, value in config.items() if field in DEFAULTS[name]}
 
 
 def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:

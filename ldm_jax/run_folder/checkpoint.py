@@ -38,7 +38,11 @@ AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
 IDENTITY_FIELDS = {
     "autoencoder": AUTOENCODER_FIELDS,
     "clip": ("seed", "dtype", "data", "clip"),
-    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat", "init_from", "lora", "textual_inversion"),
+    "diffusion": (
+        *AUTOENCODER_FIELDS,
+        *("diffusion", "mean_flow", "consistency"),
+        *("unet", "concat", "init_from", "lora", "textual_inversion"),
+    ),
     "classifier": (*AUTOENCODER_FIELDS, *(f"diffusion.{name}" for name in SCHEDULE), "classifier"),
 }
 

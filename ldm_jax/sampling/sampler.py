@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion import guidance
-from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, from_network, paste_known, threshold_z0
+from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, from_network, over_interval, paste_known, threshold_z0
 from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.diffusion.solve import State, initial_state, solve, solve_rows
 from ldm_jax.diffusion.tables import HISTORY, Table
@@ -130,8 +130,9 @@ def guided_denoiser(
     scale = samples.guidance
     if model.guidance_dim is not None:  # an input of the denoiser, which is called once
         concat, scale = concat | {"guidance": scale}, jnp.ones_like(scale)
+    network = from_network(partial(apply_denoiser, model, params), model.prediction, model.process)
     denoise = guidance.classifier_free(
-        from_network(partial(apply_denoiser, model, params), model.prediction, model.process),
+        over_interval(network) if model.mean_flow else network,
         cond | concat,
         encode(params["conditioning"], shared.null_cond) | concat,
         scale,

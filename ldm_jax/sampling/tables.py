@@ -28,6 +28,8 @@ def make_table(
             "sampling: variance learned needs a model trained with --config.diffusion.variance=learned; this one's is "
             "fixed, choose fixed_small or fixed_large"
         )
+    if model.mean_flow and solving.eta:
+        raise InputError(f"sampling: eta is {solving.eta}; it must be 0 for a MeanFlow model, which follows the flow")
     own = {name: getattr(solving, name) for name in ("eta", "churn", "variance")}
     own["spacing"] = solving.spacing if isinstance(solving.spacing, str) else tuple(solving.spacing)
     part = {"denoising_start": denoising_start, "denoising_end": denoising_end}

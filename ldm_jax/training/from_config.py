@@ -16,8 +16,13 @@ from ldm_jax.pipeline.trainable import Trainable
 from ldm_jax.training.autoencoder import AutoencoderStage, LossWeights
 from ldm_jax.training.classifier import ClassifierStage
 from ldm_jax.training.clip import CLIPStage
+from ldm_jax.training.consistency import ConsistencyStage
 from ldm_jax.training.diffusion import DiffusionStage
+from ldm_jax.training.mean_flow import MeanFlowStage
 from ldm_jax.training.optimizer import Optimization
+
+# Each objective of the diffusion stage; but for the first, a section of the config has its fields.
+OBJECTIVES = {"diffusion": DiffusionStage, "mean_flow": MeanFlowStage, "consistency": ConsistencyStage}
 
 
 def make_autoencoder_stage(config: ConfigDict) -> AutoencoderStage:
@@ -58,7 +63,10 @@ def make_diffusion_stage(model: LatentDiffusion, trainable: Trainable, config: C
     loss = {name: config.diffusion[name] for name in ("weighting", "snr_gamma", "label_dropout", "vlb_weight")}
     fields = {name: config.diffusion[f"timestep_{name}"] for name in ("mean", "std", "shift")}
     timesteps = TimestepDistribution(config.diffusion.timestep_sampling, **fields)
-    return DiffusionStage(model, trainable, timesteps=timesteps, **loss, **_training_fields(config, "diffusion"))
+    objective = config.diffusion.objective
+    of_objective = {} if objective == "diffusion" else dict(config[objective])
+    fields = loss | of_objective | _training_fields(config, "diffusion")
+    return OBJECTIVES[objective](model, trainable, timesteps=timesteps, **fields)
 
 
 def make_classifier_stage(model: LatentDiffusion, num_classes: int, config: ConfigDict) -> ClassifierStage:

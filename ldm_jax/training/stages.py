@@ -135,6 +135,8 @@ def train_diffusion(run: Run) -> None:
     trained_model, frozen = text_embeddings.freeze(
         model, params, trainable, run.train_set.captions, config, run.workdir / "latents"
     )
+    if config.diffusion.objective == "consistency":
+        frozen = frozen | {"teacher": jax.device_get(trainable.init(jax.random.key(config.seed), params))}
     stage, save_grid = make_diffusion_stage(trained_model, trainable, config), make_preview(run, model, params)
     state = _train(
         run,

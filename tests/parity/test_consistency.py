@@ -13,7 +13,9 @@ import torch
 from safetensors.numpy import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import test_pipelines`
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `import finetuning`
 
+from finetuning import fine_tune, write_pictures
 from test_lora import UNET_LAYERS, kohya_file, pairs_of
 from test_pipelines import (  # noqa: F401
     BETAS,
@@ -128,3 +130,26 @@ def test_lcm_lora(name, guidance, build, our_noise, sampled, noise, tmp_path):  
     flags = ["--sampler=lcm", "--steps=4", f"--guidance={guidance}", f"--lora={tmp_path / 'lora.safetensors'}"]
     assert_same(sampled(folder, *flags), expected)
     assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["_class_name"] != "LCMScheduler"
+
+
+def test_a_distilled_run(build, our_noise, sampled, noise, tmp_path):  # noqa: F811
+    """LCM-LoRA by configs/lcm.py: its export has LCMScheduler, and its file makes the base the same model."""
+    pipe, _ = build("SD1")
+    write_pictures(tmp_path / "pictures")
+    height, width = (str(side * 2) for side in noise.shape[1:3])
+    changes = ("--config=configs/lcm.py", "--config.lora.rank=2", "--config.diffusion.ema_decay=0.0")
+    changes += ("--config.diffusion.learning_rate=0.1", "--config.sampling.num=0")
+    assert fine_tune(tmp_path, "run", *changes) == 0
+    run, folder = tmp_path / "run", tmp_path / "distilled"
+    assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={folder}"]) == 0
+    distilled = diffusers.DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(distilled.scheduler, diffusers.LCMScheduler)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    our_noise()
+    base = expected_images(pipe, noise, 4, guidance_scale=1.0)
+    pipe.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
+    ours = sampled(run, "--steps=4", f"--height={height}", f"--width={width}")
+    for theirs in (distilled, pipe):
+        our_noise()
+        assert_same(ours, expected_images(theirs, noise, 4, guidance_scale=1.0))
+    assert np.abs(ours - base).mean() > 1
