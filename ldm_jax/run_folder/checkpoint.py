@@ -35,10 +35,11 @@ STORED_NAMES = {"denoiser": "unet", "conditioning": "conditioner", "first_stage"
 
 # The config fields that the checkpoints of a stage depend on.
 AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
+DENOISER_FIELDS = ("denoiser", "unet", "dit", "concat")
 IDENTITY_FIELDS = {
     "autoencoder": AUTOENCODER_FIELDS,
     "clip": ("seed", "dtype", "data", "clip"),
-    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", "unet", "concat", "init_from", "lora", "textual_inversion"),
+    "diffusion": (*AUTOENCODER_FIELDS, "diffusion", *DENOISER_FIELDS, "init_from", "lora", "textual_inversion"),
     "classifier": (*AUTOENCODER_FIELDS, *(f"diffusion.{name}" for name in SCHEDULE), "classifier"),
 }
 
