@@ -7,7 +7,7 @@ import pytest
 import random_runs
 import tiny
 
-from ldm_jax import command_line, job, sample
+from ldm_jax import command_line, convert, job, sample
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.models.dit import DiT
 from ldm_jax.pipeline.from_run import on_paper
@@ -45,10 +45,11 @@ def test_a_text_is_cross_attended():
 
 @pytest.fixture(scope="module")
 def dit_run(tiny_data, tmp_path_factory):
-    """The run folder of a small job with a DiT, gradient checkpointing and a learned variance."""
+    """The run folder of a small job with a DiT by FSDP, with gradient checkpointing and a learned variance."""
     run = tmp_path_factory.mktemp("dit") / "run"
     changes = ["--config.parallel.remat=True", "--config.diffusion.variance=learned", "--config.sampling.sampler=ddpm"]
-    assert jobs.train_here(tiny_data, run, *FLAGS, *changes, "--config.diffusion.optimizer=muon") == 0
+    changes += ["--config.parallel.engine=fsdp", "--config.diffusion.optimizer=muon"]
+    assert jobs.train_here(tiny_data, run, *FLAGS, *changes) == 0
     return run
 
 
@@ -73,3 +74,48 @@ def test_a_trained_run_samples_again(dit_run, tmp_path):
 def test_another_size_of_the_network_is_another_run(dit_run, tiny_data, capsys):
     assert jobs.train_here(tiny_data, dit_run, *FLAGS, "--config.dit.depth=1") == 2
     assert "dit.depth: 2 -> 1" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def folder(dit_run):
+    """The run as a DiTPipeline."""
+    to = dit_run.parent / "folder"
+    assert command_line.run(convert.main, ["convert", f"--model={dit_run}", f"--to={to}"]) == 0
+    return to
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_folder_is_fine_tuned(rank, folder, tiny_data, tmp_path):
+    run = tmp_path / "run"
+    changes = ["stages=('diffusion',)", f"init_from={folder}", f"lora.rank={rank}", "sampling.sampler=own"]
+    assert jobs.train_here(tiny_data, run, *(f"--config.{change}" for change in changes)) == 0
+    (before, params), (after, trained) = load(folder), load(run)
+    assert after.denoiser == before.denoiser.clone(dtype=after.denoiser.dtype) and after.learned_variance
+    changed = [
+        not np.array_equal(params["denoiser"]["transformer_blocks_0"]["attn1"][name]["kernel"], layer["kernel"])
+        for name, layer in trained["denoiser"]["transformer_blocks_0"]["attn1"].items()
+    ]
+    assert all(changed)
+    assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={tmp_path / 'to'}"]) == 0
+    assert load(tmp_path / "to")[0].class_names == tiny.CLASS_NAMES
+
+
+@pytest.mark.slow
+def test_sizes_of_samples_are_multiples_of_patches(folder, tmp_path, capsys):
+    command = ["sample", f"--model={folder}", f"--out={tmp_path}", "--num=1", "--steps=2", "--width=12"]
+    assert command_line.run(sample.main, [*command, "--height=10"]) == 2
+    assert "--height=10 must be a multiple of 4, the pixels of a patch of latents, e.g. 8" in capsys.readouterr().err
+    assert command_line.run(sample.main, [*command, "--height=8"]) == 0
+    assert jobs.samples(tmp_path)["images"].shape == (1, 8, 12, 1)
+
+
+@pytest.mark.slow
+def test_a_text_to_image_job(tiny_data, tmp_path, capsys):
+    run = tmp_path / "run"
+    changes = ["--config.dit.qk_norm=rms", "--config.evaluation.vlb_examples=0"]
+    assert jobs.train_here(tiny_data, run, *jobs.TEXTS, *FLAGS, *changes) == 0
+    attention = load(run)[1]["denoiser"]["transformer_blocks_0"]["attn2"]
+    assert attention["to_out_0"]["kernel"].any()  # which begins as 0
+    assert command_line.run(convert.main, ["convert", f"--model={run}", f"--to={tmp_path / 'to'}"]) == 2
+    assert "DiTPipeline is conditioned on classes" in capsys.readouterr().err and not (tmp_path / "to").exists()
