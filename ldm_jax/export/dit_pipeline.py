@@ -35,8 +35,8 @@ def check(model: LatentDiffusion) -> None:
         classes = f"the null class of diffusers' {DIT_PIPELINE} is {NULL_CLASS}; this model has"
         raise InputError(f"{classes} {conditioning.num_classes:,} classes, which must be at most {NULL_CLASS:,}")
     if model.latent_shape[:2] != (dit.sample_size, dit.sample_size):
-        size = f"of {dit.sample_size}x{dit.sample_size}, where its positions begin"
-        raise InputError(f"diffusers' {DIT_PIPELINE} samples latents {size}; this model has {model.latent_shape[:2]}")
+        sizes = f"{dit.sample_size}x{dit.sample_size}; this model has {'x'.join(map(str, model.latent_shape[:2]))}"
+        raise InputError(f"diffusers' {DIT_PIPELINE} samples latents of the DiT's sample_size, {sizes}")
 
 
 def write_transformer(

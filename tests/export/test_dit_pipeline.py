@@ -189,7 +189,7 @@ def test_what_diffusers_does_not_have(name, tmp_path):
 
 def test_another_size_and_too_many_classes(run):
     model, _ = load(run)
-    with pytest.raises(InputError, match="samples latents of 4x4, where its positions begin; this model has"):
+    with pytest.raises(InputError, match="samples latents of the DiT's sample_size, 4x4; this model has 8x8"):
         check(model.at_size((16, 16)))
     many = ClassConditioning(ClassEmbedder(1001, 8))
     with pytest.raises(InputError, match="1,001 classes, which must be at most 1,000"):

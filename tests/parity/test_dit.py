@@ -17,7 +17,9 @@ import random_runs
 import tiny
 
 from ldm_jax import command_line, convert, sample
-from ldm_jax.interop.dit import load_dit
+from ldm_jax.interop.dit import load_dit, state_dict_from_dit
+from ldm_jax.interop.modules import abstract_params, dit_from_config
+from ldm_jax.models.dit import DiT
 
 BASE = {
     "num_attention_heads": 2,
@@ -67,6 +69,17 @@ def test_forward(name, shared, random_weights, tmp_path):
     off = np.abs(ours - expected).max() / np.abs(expected).max()
     print(f"off by {off:.1e} of the largest value")
     assert off < 1e-5 and expected.std() > 0.1
+
+
+def test_the_weights_of_xl_2_have_their_names_and_shapes():
+    with torch.device("meta"):
+        network = diffusers.DiTTransformer2DModel(out_channels=8)
+    dit, num_classes = dit_from_config({"_class_name": "DiTTransformer2DModel", **network.config})
+    assert dit == DiT() and num_classes == 1000
+    zeros = lambda leaf: np.broadcast_to(np.float32(0), leaf.shape)  # noqa: E731
+    state = state_dict_from_dit(dit, jax.tree.map(zeros, abstract_params(dit)), np.zeros((1001, 1, 1152), np.float32))
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    assert {name: value.shape for name, value in state.items()} == shapes
 
 
 def vae():
