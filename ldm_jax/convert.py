@@ -126,7 +126,8 @@ def _convert(values: flags.FlagValues, loras: list[tuple[Path, float]], folder: 
         write_run(*load(path), folder, read_record(path))
         return "Run folder"
     model, params = _load(values, loras)
-    write_diffusers(model, params, folder, dtype=dtype)
+    for note in write_diffusers(model, params, folder, dtype=dtype):
+        print(f"note: {note}")
     return f"{model.origin.pipeline or 'Diffusers folder'} in {dtype}"
 
 

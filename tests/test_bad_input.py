@@ -95,6 +95,23 @@ TRAIN = {  # flags -> what the line must say
         [TINY, "--config.autoencoder.norm_num_groups=5"],
         "it must divide 8",
     ),
+    "an unknown denoiser": ([TINY, "--config.denoiser=DiT"], "it must be one of unet, dit"),
+    "patches that do not divide the latents": (
+        [TINY, "--config.denoiser=dit", "--config.dit.patch_size=3"],
+        "config.dit.patch_size is 3; it must divide the size of the latents, 4",
+    ),
+    "heads that do not divide a DiT": (
+        [TINY, "--config.denoiser=dit", "--config.dit.heads=3"],
+        "config.dit.heads is 3; it must divide config.dit.hidden_size = 128",
+    ),
+    "a DiT without room for its positions": (
+        [TINY, "--config.denoiser=dit", "--config.dit.hidden_size=10"],
+        "config.dit.hidden_size is 10; it must be a multiple of 4",
+    ),
+    "an unknown norm of a DiT": ([TINY, "--config.dit.norm=group"], "it must be one of layer, rms"),
+    "an unknown norm of queries": ([TINY, "--config.dit.qk_norm=layer"], "it must be one of none, rms"),
+    "no blocks": ([TINY, "--config.dit.depth=0"], "config.dit.depth is 0"),
+    "too narrow a feed-forward network": ([TINY, "--config.dit.mlp_ratio=0.0"], "it must be from 0.25 to 100"),
     "an odd width": (
         [
             TINY,

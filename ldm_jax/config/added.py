@@ -29,6 +29,14 @@ ADDED: dict[str, Any] = {
     "diffusion.timestep_std": 1.0,
     "diffusion.timestep_shift": 1.0,
     **{f"{stage}.optimizer": "adamw" for stage in ("autoencoder", "clip", "diffusion", "classifier")},
+    "denoiser": "unet",
+    "dit.patch_size": 1,
+    "dit.hidden_size": 128,
+    "dit.depth": 6,
+    "dit.heads": 4,
+    "dit.mlp_ratio": 4.0,
+    "dit.norm": "layer",
+    "dit.qk_norm": "none",
     "parallel.engine": "pmap",
     "parallel.fsdp": 0,
     "parallel.accumulate": 1,
@@ -36,7 +44,7 @@ ADDED: dict[str, Any] = {
 }
 
 # The sections that are new; a config that lacks another section is of a version before 0.2.
-ADDED_SECTIONS = ("textual_inversion", "parallel", "mean_flow", "consistency")
+ADDED_SECTIONS = ("textual_inversion", "parallel", "mean_flow", "consistency", "dit")
 
 # The sections that every config of ldm_jax has had since the first version.
 REQUIRED_SECTIONS = ("data", "autoencoder", "diffusion", "unet", "sampling", "evaluation")

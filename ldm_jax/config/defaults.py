@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     config.checkpoint_every = 1_000  # steps between checkpoints
     config.keep_checkpoints = 2
     config.wandb = ""  # the Weights & Biases project, PROJECT or ENTITY/PROJECT, that metrics are logged to; "" = none
-    networks = (_data, _autoencoder, _clip, _diffusion, _mean_flow, _consistency, _concat, _unet, _classifier)
+    config.denoiser = "unet"  # unet | dit (a diffusion transformer, Peebles 2023): the section with its sizes
+    networks = (_data, _autoencoder, _clip, _diffusion, _mean_flow, _consistency, _concat, _unet, _dit, _classifier)
     for section in (*networks, _lora, _textual_inversion, _parallel, _sampling, _evaluation):
         section(config)
     return config.lock()
@@ -162,7 +163,7 @@ def _concat(config: ConfigDict) -> None:
 
 
 def _unet(config: ConfigDict) -> None:
-    """The denoiser."""
+    """The UNet, with denoiser unet."""
     unet = config.unet = ConfigDict()
     unet.block_out_channels = (64, 128)
     unet.attention = (True, True)  # per resolution: with transformer blocks?
@@ -172,6 +173,18 @@ def _unet(config: ConfigDict) -> None:
     unet.norm_num_groups = 32
     unet.context_dim = 128  # width of the conditioning tokens tau(y)
     unet.context_tokens = 1  # learned tokens per class
+
+
+def _dit(config: ConfigDict) -> None:
+    """The diffusion transformer, with denoiser dit; DiT-XL/2 is patch_size 2, hidden_size 1152, depth 28, heads 16."""
+    dit = config.dit = ConfigDict()
+    dit.patch_size = 1  # latents a side of a patch; must divide the size of the latents
+    dit.hidden_size = 128
+    dit.depth = 6  # number of blocks
+    dit.heads = 4  # must divide hidden_size
+    dit.mlp_ratio = 4.0  # width of the feed-forward networks over hidden_size
+    dit.norm = "layer"  # layer | rms
+    dit.qk_norm = "none"  # of queries and keys: none | rms
 
 
 def _classifier(config: ConfigDict) -> None:

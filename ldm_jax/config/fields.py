@@ -33,6 +33,9 @@ _CHOICES = {
     "diffusion.weighting": tuple(WEIGHTINGS),
     "diffusion.timestep_sampling": ("uniform", "logit_normal"),
     "diffusion.variance": ("fixed", "learned"),
+    "denoiser": ("unet", "dit"),
+    "dit.norm": ("layer", "rms"),
+    "dit.qk_norm": ("none", "rms"),
     "concat.type": ("none", "low_resolution", "inpainting", "segments"),
     "textual_inversion.learnable_property": ("object", "style"),
     "parallel.engine": ("pmap", "fsdp"),
@@ -55,11 +58,12 @@ _FIELDS_IN_RANGE = {
         clip.projection_dim clip.text_width clip.text_layers clip.text_heads clip.patch_size clip.image_width
         clip.image_layers clip.image_heads clip.validation_examples diffusion.validation_examples
         unet.layers_per_block unet.attention_heads unet.transformer_layers unet.norm_num_groups unet.context_dim
-        unet.context_tokens classifier.layers_per_block classifier.attention_heads classifier.norm_num_groups
+        unet.context_tokens dit.patch_size dit.depth dit.heads
+        classifier.layers_per_block classifier.attention_heads classifier.norm_num_groups
         textual_inversion.vectors parallel.accumulate sampling.steps sampling.batch_size evaluation.batch_size
         log_every checkpoint_every keep_checkpoints *.steps *.batch_size""",
     (2, None): "autoencoder.codebook_size diffusion.timesteps concat.factor evaluation.num_reference",
-    (4, None): "data.image_size",
+    (4, None): "data.image_size dit.hidden_size",
     (16, None): "evaluation.resize",
     (514, None): "clip.vocab_size",
     (0, 2**32 - 1): "seed",
@@ -71,6 +75,7 @@ _FIELDS_IN_RANGE = {
     (0.0, 0.99): "clip.max_zoom mean_flow.kappa",
     (0.0, 2.0): "mean_flow.adaptive_power",
     (1e-6, 10.0): "consistency.huber_c",
+    (0.25, 100.0): "dit.mlp_ratio",
     (0.0, 0.999): "diffusion.beta_end",
     (0.0, 1.0): """
         diffusion.beta_start diffusion.label_dropout mean_flow.interval_ratio sampling.eta sampling.guidance_rescale

@@ -81,6 +81,7 @@ def _validate_combinations(config: ConfigDict) -> None:
 OBJECTIVE_FIELDS = {
     "mean_flow": {
         "init_from": ("", "MeanFlow is trained from scratch"),
+        "denoiser": ("unet", "the DiT has no embedding of the interval"),
         "diffusion.schedule": ("rectified_flow", "MeanFlow's velocity is that of rectified flow"),
         "diffusion.prediction": ("flow", "MeanFlow's network predicts a velocity"),
         "diffusion.weighting": ("uniform", "MeanFlow has a weight of its own, mean_flow.adaptive_power"),
@@ -197,7 +198,7 @@ def _validate_clip(config: ConfigDict) -> None:
 def _validate_text_to_image(config: ConfigDict) -> None:
     """The model must be a small Stable Diffusion, so that diffusers can run its export."""
     _validate_prompts(config)
-    if config.unet.context_dim != config.clip.text_width:
+    if config.denoiser == "unet" and config.unet.context_dim != config.clip.text_width:
         raise _wrong(config, "unet.context_dim", f"it must be config.clip.text_width = {config.clip.text_width}")
     fields = flatten(config)
     for name, value in {"autoencoder.type": "kl", "concat.type": "none", "diffusion.variance": "fixed"}.items():
@@ -229,9 +230,23 @@ def _validate_shapes(config: ConfigDict) -> None:
             raise _wrong(config, "data.image_size", f"the autoencoder needs a multiple of {factor}")
         _check_divides(config, "autoencoder.norm_num_groups", channels)
         size //= factor
-    _validate_network(config, "unet", size)
+    if config.denoiser == "dit":
+        _validate_dit(config, size)
+    else:
+        _validate_network(config, "unet", size)
     if "classifier" in config.stages:
         _validate_network(config, "classifier", size)
+
+
+def _validate_dit(config: ConfigDict, size: int) -> None:
+    """The sizes of the diffusion transformer on latents of `size` pixels."""
+    dit = config.dit
+    if size % dit.patch_size:
+        raise _wrong(config, "dit.patch_size", f"it must divide the size of the latents, {size}")
+    if dit.hidden_size % 4:
+        raise _wrong(config, "dit.hidden_size", "it must be a multiple of 4, for the sinusoids of two axes")
+    if dit.hidden_size % dit.heads:
+        raise _wrong(config, "dit.heads", f"it must divide config.dit.hidden_size = {dit.hidden_size}")
 
 
 def _validate_network(config: ConfigDict, name: str, size: int) -> None:

@@ -88,7 +88,7 @@ def controls_of(model: LatentDiffusion) -> Controls:
         needs_image=concat and not restores,
         paint=inpaints or not concat,
         strength=not concat,
-        size_step=0 if upscales else math.lcm(model.first_stage.downsampling, factor),
+        size_step=0 if upscales else math.lcm(model.size_multiple, factor),
     )
 
 

@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import io as config_io
 from ldm_jax.errors import InputError
-from ldm_jax.export import model_card
+from ldm_jax.export import dit_pipeline, model_card
 from ldm_jax.export.latents_scaling import into_autoencoder
 from ldm_jax.interop import class_table, folder
 from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_from_text_params
 from ldm_jax.interop.config_fields import ignored_fields
 from ldm_jax.interop.diffusers import state_dict_from_params
-from ldm_jax.interop.modules import VERSION, config_from_autoencoder, config_from_unet
-from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, RECIPE
+from ldm_jax.interop.modules import TRANSFORMERS, VERSION, config_from_autoencoder, config_from_unet
+from ldm_jax.interop.pipelines import DIT_PIPELINE, PIPELINE_CLASS, PIPELINES, RECIPE
+from ldm_jax.interop.weights import cast
 from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmentation
 from ldm_jax.models.conditioning import ClassConditioning, TextConditioning
+from ldm_jax.models.dit import DiT
 from ldm_jax.pipeline.from_diffusers import DEFAULTS
 from ldm_jax.pipeline.from_run import load_scale
 from ldm_jax.pipeline.model import LatentDiffusion, Params, Solver
@@ -39,44 +40,53 @@ CONCAT_TYPES = {LowResolution: "low_resolution", Inpainting: "inpainting", Segme
 Index = dict[str, list[str | None]]  # component -> library and class
 
 
-def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: str = "float32") -> None:
+def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: str = "float32") -> list[str]:
     """Writes a model as a diffusers folder.
 
     A class-conditional or unconditional model of a run becomes a LatentDiffusionPipeline, with its pipeline.py in the
-    folder; the pipelines of all others are diffusers' own. The folder `to` is new; `dtype` of the weights is float32 or
-    bfloat16. Raises InputError for a MeanFlow model.
+    folder; the pipelines of all others, DiT among them, are diffusers' own. The folder `to` is new; `dtype` of the
+    weights is float32 or bfloat16. Returns notes for the user, but those in the model card.
+
+    Raises InputError for a MeanFlow model, and for a DiT that diffusers does not have, see `dit_pipeline.check`.
     """
     if model.mean_flow:
         raise InputError("a MeanFlow model cannot be written for diffusers, which has no pipeline with its intervals")
-    custom, source = isinstance(model.conditioning, ClassConditioning), model.origin.path
+    is_dit, source = isinstance(model.denoiser, DiT), model.origin.path
+    if is_dit:
+        dit_pipeline.check(model)
+    custom = isinstance(model.conditioning, ClassConditioning) and not is_dit
     ignored, documents = {}, []
-    pipeline = PIPELINE_CLASS if custom else model.origin.pipeline
+    pipeline = PIPELINE_CLASS if custom else DIT_PIPELINE if is_dit else model.origin.pipeline
     per_channel = np.ptp(params["scale"]) or np.any(params["shift"])  # of an autoencoder of ours
-    if isinstance(model.conditioning, TextConditioning) and per_channel:
+    if (is_dit or isinstance(model.conditioning, TextConditioning)) and per_channel:
         params = into_autoencoder(params)
     params = {**params, "scale": params["scale"] * np.float32(model.sigma_data)}  # as the scheduler there divides by it
     if source is not None and (source / folder.INDEX).is_file():
-        for name in ("unet", PIPELINES[pipeline].autoencoder):
+        for name in (PIPELINES[pipeline].denoiser, PIPELINES[pipeline].autoencoder):
             config = folder.component_config(source, name)
-            ignored[name] = ignored_fields(config, config["_class_name"])
+            class_name = config["_class_name"]
+            ignored[name] = ignored_fields(config, TRANSFORMERS[0] if class_name in TRANSFORMERS else class_name)
         documents = sorted(file for pattern in DOCUMENTS for file in source.glob(pattern) if file.is_file())
-    index = _write_unet(to, model, params, dtype, ignored.get("unet", {}))
+    write_denoiser = dit_pipeline.write_transformer if is_dit else _write_unet
+    index = write_denoiser(to, model, params, dtype, ignored.get(PIPELINES[pipeline].denoiser, {}))
     index |= _write_autoencoder(to, model, params, dtype, pipeline, ignored)
     index |= _write_text_encoders(to, model, params, dtype)
     schedulers, notes = model.origin.schedulers, []
     if not schedulers:
-        scheduler, notes = scheduler_of_run(model.origin.config)
+        scheduler, notes = scheduler_of_run(model.origin.config, pipeline)
         schedulers = {"scheduler": scheduler}
     for name, config in schedulers.items():
         write_json(to / name / "scheduler_config.json", dict(config))
         index[name] = ["diffusers", config["_class_name"]]
     header = {"_class_name": ["pipeline", PIPELINE_CLASS] if custom else pipeline, "_diffusers_version": VERSION}
-    write_json(to / folder.INDEX, header | index | (_settings(model, params) if custom else _missing(model)))
+    settings = _settings(model, params) if custom else _labels(model) if is_dit else _missing(model)
+    write_json(to / folder.INDEX, header | index | settings)
     if custom:
         shutil.copyfile(PIPELINE, to / "pipeline.py")
         _write_documents(to, model, params, notes)
     for file in documents:
         shutil.copyfile(file, to / file.name)
+    return [] if custom else notes
 
 
 def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, ignored: Mapping[str, Any]) -> Index:
@@ -88,7 +98,7 @@ def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, ig
         table = params["conditioning"]["embedding"]["embedding"]
         fields |= class_table.config_fields(len(table) * conditioning.embedder.tokens)
         state |= class_table.projection_weights(table, conditioning.embedder.dim)
-    folder.write_component(to / "unet", fields | ignored, _cast(state, dtype))
+    folder.write_component(to / "unet", fields | ignored, cast(state, dtype))
     return {"unet": ["diffusers", fields["_class_name"]]}
 
 
@@ -103,7 +113,7 @@ def _write_autoencoder(
     if pipeline == PIPELINE_CLASS and not first_stage.stochastic:  # a VQModel; model_index.json has the scaling
         shift, scale = np.zeros_like(shift), np.ones_like(scale)
     config = config_from_autoencoder(first_stage.module, shift, scale, first_stage.sample_size)
-    state = _cast(state_dict_from_params(params["first_stage"]), dtype)
+    state = cast(state_dict_from_params(params["first_stage"]), dtype)
     folder.write_component(to / name, config | ignored.get(name, {}), state)
     return {name: ["diffusers", config["_class_name"]]}
 
@@ -115,7 +125,7 @@ def _write_text_encoders(to: Path, model: LatentDiffusion, params: Params, dtype
         return index
     parts = conditioning.encoders, conditioning.tokenizers, params["conditioning"]
     for name, encoder, tokenizer, tree in zip(conditioning.components, *parts, strict=True):
-        state = _cast(state_dict_from_text_params(tree), dtype)
+        state = cast(state_dict_from_text_params(tree), dtype)
         tokenizer_name = name.replace("text_encoder", "tokenizer")
         config = config_from_text_encoder(encoder) | {"dtype": str(next(iter(state.values())).dtype)}
         folder.write_component(to / name, config, state)
@@ -140,15 +150,20 @@ def _missing(model: LatentDiffusion) -> dict[str, Any]:
     return options | ({"requires_aesthetics_score": True} if score else {})
 
 
+def _labels(model: LatentDiffusion) -> dict[str, dict[str, str]]:
+    """The class names in model_index.json."""
+    names = (*model.class_names, *model.origin.other_class_names)
+    return {"id2label": {str(label): name for label, name in enumerate(names)}}
+
+
 def _settings(model: LatentDiffusion, params: Params) -> dict[str, Any]:
     """The arguments of LatentDiffusionPipeline without the components."""
     defaults, embedder = model.defaults, model.conditioning.embedder
-    names = (*model.class_names, *model.origin.other_class_names)
     solver = defaults.solvers[defaults.sampler]
     own = solver.options if isinstance(solver, Solver) else {}
     stated = {argument: defaults._asdict().get(field, own.get(field, 0.0)) for field, argument in DEFAULTS.items()}
     return {
-        "id2label": {str(label): name for label, name in enumerate(names)},
+        **_labels(model),
         "class_tokens": embedder.tokens,
         "latents_shift": params["shift"].tolist(),
         "latents_scale": params["scale"].tolist(),
@@ -191,7 +206,3 @@ def _write_documents(to: Path, model: LatentDiffusion, params: Params, notes: li
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[name])) for part, name in names.items()}
     card = model_card.of_run(config, data, model.origin.step, counts, evaluation, notes, _concat_settings(model))
     (to / "README.md").write_text(card)
-
-
-def _cast(state: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    return {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in state.items()}

@@ -29,6 +29,7 @@ from ldm_jax.interop.ldm_names import Source
 from ldm_jax.interop.weights import write_safetensors
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.conditioning import TextConditioning
+from ldm_jax.models.dit import DiT
 from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.runtime.files import prefix_errors
@@ -80,6 +81,8 @@ def _family(model: LatentDiffusion) -> str:
         raise InputError(
             "single files of EDM models, which do not state their noise schedule, are not written; choose a folder"
         )
+    if isinstance(model.denoiser, DiT):
+        raise InputError(f"single files are of {SD1}, 2 and XL, with a UNet; this model has a DiT")
     if not isinstance(conditioning, TextConditioning) or model.prediction not in ("eps", "v"):
         raise InputError(f"single files are of {SD1}, 2 and XL; this is a {model.origin.pipeline or 'model of a run'}")
     if added := conditioning.tokenizers[0].added:

@@ -132,6 +132,14 @@ TABLES: dict[str, Table] = {
         **_fields(FIXED, downsample_type="conv", upsample_type="conv", attn_norm_num_groups=None),
         **_fields(FIXED, num_class_embeds=None),
     },
+    "DiTTransformer2DModel": {
+        **_fields(INTEGER, num_attention_heads=16, attention_head_dim=72, num_layers=28, in_channels=4, patch_size=2),
+        **_fields(INTEGER, sample_size=32, num_embeds_ada_norm=1000),
+        **_fields(_or_null(INTEGER), out_channels=None),
+        **_fields(IGNORED, norm_num_groups=32, upcast_attention=False),
+        **_fields(FIXED, dropout=0.0, attention_bias=True, activation_fn="gelu-approximate"),
+        **_fields(FIXED, norm_type="ada_norm_zero", norm_elementwise_affine=False, norm_eps=1e-5),
+    },
     "AutoencoderKL": {
         **_AUTOENCODERS,
         **_fields(INTEGER, latent_channels=4),

@@ -24,8 +24,9 @@ from ldm_jax.interop.stored import Stored
 Params = Mapping[str, Any]
 Path = tuple[str, ...]
 
-# `linear_1` and `linear_2` (time embedding) are names; every other `name_N` is entry N of a list, `name.N` in torch.
-_LIST_ENTRY = re.compile(r"(?!linear_)(.+)_(\d+)")
+# `linear_1` (time embedding) and `proj_out_1` (DiT) are names; every other `name_N` is entry N of a list, `name.N` in
+# torch.
+_LIST_ENTRY = re.compile(r"(?!linear_|proj_out_)(.+)_(\d+)")
 
 # The names of self-attention layers in diffusers before 0.16.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

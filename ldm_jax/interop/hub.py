@@ -84,7 +84,7 @@ def is_hub_id(model: str) -> bool:
 def needed_files(names: Collection[str], components: Components) -> list[str]:
     """The paths of a pipeline's required files; InputError if a component lacks its config, weights or vocabulary."""
     files = [folder.INDEX, *(name for name in (pipelines.RECIPE,) if name in names)]
-    for component in ("unet", components.autoencoder, *components.encoders):
+    for component in (components.denoiser, components.autoencoder, *components.encoders):
         files += [f"{component}/config.json", *_weights(names, component)]
     files += [f"{scheduler}/scheduler_config.json" for scheduler in components.schedulers]
     for encoder in components.encoders:

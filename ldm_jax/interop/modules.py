@@ -1,4 +1,4 @@
-"""diffusers' config.json <-> UNets and autoencoders; the supported values are in `config_fields`."""
+"""diffusers' config.json <-> UNets, DiT and autoencoders; the supported values are in `config_fields`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +11,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.config_fields import class_name, defaults, modern_block, read_fields
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
 from ldm_jax.models.clip import CLIPTextEncoder
+from ldm_jax.models.dit import DiT
 from ldm_jax.models.layers import Dtype
 from ldm_jax.models.unet import Added, UNet
 from ldm_jax.models.unet2d import UNet2D
@@ -18,6 +19,7 @@ from ldm_jax.models.unet2d import UNet2D
 VERSION = "0.42.1"  # of diffusers, with these defaults and names
 
 UNETS = ("UNet2DConditionModel", "UNet2DModel")
+TRANSFORMERS = ("DiTTransformer2DModel", "Transformer2DModel")  # the second in older files
 AUTOENCODERS = ("AutoencoderKL", "VQModel")
 
 # The fields with the same name and meaning on both sides.
@@ -73,6 +75,35 @@ def config_from_unet(unet: UNet | UNet2D, sample_size: int) -> dict[str, Any]:
         fields |= {field: getattr(unet, field) for field in (*ADDITION, "layers_per_block", "cross_attention_dim")}
         fields["attention_head_dim"] = unet.attention_heads
     return _config(name, fields)
+
+
+def dit_from_config(config: Mapping[str, Any], *, dtype: Dtype = None) -> tuple[DiT, int]:
+    """The diffusion transformer of a config.json, and its number of classes without the null class.
+
+    All blocks have one embedding of timestep and class. Raises InputError for another class or an unsupported field.
+    """
+    name = class_name(config, TRANSFORMERS)
+    # A field of the general class in older files, which diffusers reads as DiTTransformer2DModel.
+    fields = {field: value for field, value in config.items() if (field, value) != ("attention_type", "default")}
+    fields = read_fields(fields, TRANSFORMERS[0])
+    if fields["sample_size"] % fields["patch_size"]:
+        raise InputError(f"{name}: patch_size={fields['patch_size']} must divide sample_size={fields['sample_size']}")
+    return DiT(
+        **{field: fields[field] for field in ("in_channels", "patch_size", "sample_size")},
+        out_channels=fields["out_channels"] or fields["in_channels"],
+        hidden_size=fields["num_attention_heads"] * fields["attention_head_dim"],
+        depth=fields["num_layers"],
+        heads=fields["num_attention_heads"],
+        dtype=dtype,
+    ), fields["num_embeds_ada_norm"]
+
+
+def config_from_dit(dit: DiT, num_classes: int) -> dict[str, Any]:
+    """The inverse of `dit_from_config`: a config.json, with so many classes besides the null class."""
+    same = ("in_channels", "out_channels", "patch_size", "sample_size")
+    fields = {field: getattr(dit, field) for field in same} | {"num_embeds_ada_norm": num_classes}
+    fields |= {"num_attention_heads": dit.heads, "attention_head_dim": dit.hidden_size // dit.heads}
+    return _config(TRANSFORMERS[0], fields | {"num_layers": dit.depth})
 
 
 def autoencoder_from_config(
@@ -156,6 +187,9 @@ def abstract_params(module: nn.Module) -> Mapping[str, Any]:
             named["added"] = Added(np.zeros((1, width)), np.zeros((1, 0)))
     elif isinstance(module, UNet2D):
         inputs = _zeros(1, module.in_channels), np.zeros(1)
+    elif isinstance(module, DiT):
+        context = (1, module.num_embeddings, module.cross_attention_dim or module.hidden_size)
+        inputs = _zeros(module.patch_size, module.in_channels), np.zeros(1), np.zeros(context, np.float32)
     elif isinstance(module, CLIPTextEncoder):
         inputs = (np.zeros((1, 1), np.int32),)
     else:

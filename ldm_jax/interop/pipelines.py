@@ -7,6 +7,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
 
 PIPELINE_CLASS = "LatentDiffusionPipeline"  # of the pipeline.py that ldm_jax writes into an exported folder
+DIT_PIPELINE = "DiTPipeline"
 RECIPE = "recipe.json"  # in such a folder: the config and data of the run
 
 
@@ -18,6 +19,7 @@ class Components(NamedTuple):
     guidance: float
     steps: int = 50
     schedulers: tuple[str, ...] = ("scheduler",)
+    denoiser: str = "unet"
 
 
 SD = Components(("text_encoder",), "vae", 7.5)
@@ -36,6 +38,7 @@ PIPELINES = {
         guidance=9.0, steps=75, schedulers=("scheduler", "low_res_scheduler")
     ),
     "LDMPipeline": Components((), "vqvae", 1.0),
+    DIT_PIPELINE: Components((), "vae", 4.0, denoiser="transformer"),
     PIPELINE_CLASS: Components((), "vae", 3.0),  # the guidance scale of CompVis's class-conditional samples
 }
 

@@ -1,4 +1,4 @@
-"""Attention over the positions of an image: self-attention of autoencoders, and the transformer blocks of the UNet.
+"""Attention over the positions of an image: self-attention of autoencoders, transformer blocks of the UNet and DiT.
 
 Topology and names are those of diffusers: `to_q`, `to_out_0`, `ff.net_0.proj`. Feature h * D + d of a projection is
 component d of head h.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
-from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm, gelu
+from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm, RMSNorm, gelu
 
 NAMES = ("to_q", "to_k", "to_v", "to_out_0")
 
@@ -46,11 +46,20 @@ def _on_ampere_or_later() -> bool:
 
 
 def _multi_head(
-    x: Array, context: Array, heads: int, dtype: Dtype, use_bias: bool, names=NAMES, zero_out=False, causal=False
+    x: Array,
+    context: Array,
+    heads: int,
+    dtype: Dtype,
+    use_bias: bool,
+    names=NAMES,
+    zero_out=False,
+    causal=False,
+    qk_norm=False,
 ) -> Array:
     """Multi-head attention, queries from x [B, Lq, C], keys and values from context [B, L, D] -> [B, Lq or 1, C].
 
-    Called within a compact method: the layers `names` belong to the calling module. `use_bias` is of the first three.
+    Called within a compact method: the layers `names` belong to the calling module. `use_bias` is of the first three;
+    `qk_norm` is RMS norm of the queries and keys of each head (Henry 2020), `norm_q` and `norm_k`.
     """
     features = x.shape[-1]
 
@@ -58,7 +67,10 @@ def _multi_head(
         y = Dense(features, use_bias, dtype=dtype, name=name)(y)
         return y.reshape(*y.shape[:2], heads, features // heads)
 
-    h = attend(project(x, names[0]), project(context, names[1]), project(context, names[2]), causal=causal)
+    q, k, v = project(x, names[0]), project(context, names[1]), project(context, names[2])
+    if qk_norm:
+        q, k = RMSNorm(dtype=dtype, name="norm_q")(q), RMSNorm(dtype=dtype, name="norm_k")(k)
+    h = attend(q, k, v, causal=causal)
     return Dense(features, zero=zero_out, dtype=dtype, name=names[3])(h.reshape(*h.shape[:2], features))
 
 
@@ -80,18 +92,24 @@ class SelfAttention2D(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; `use_bias` is of queries, keys and values, `names` of these and the output projection."""
+    """Multi-head attention; `use_bias` is of queries, keys and values, `names` of these and the output projection.
+
+    `qk_norm` normalises queries and keys, `zero_out` makes the output projection's kernel start at 0.
+    """
 
     heads: int
     dtype: Dtype = None
     use_bias: bool = False
     causal: bool = False
     names: tuple[str, str, str, str] = NAMES
+    qk_norm: bool = False
+    zero_out: bool = False
 
     @nn.compact
     def __call__(self, x: Array, context: Array) -> Array:
         """Queries from x [B, Lq, C], keys and values from context [B, L, D] -> [B, Lq, C], or [B, 1, C] if L is 1."""
-        return _multi_head(x, context, self.heads, self.dtype, self.use_bias, self.names, causal=self.causal)
+        options = {"zero_out": self.zero_out, "causal": self.causal, "qk_norm": self.qk_norm}
+        return _multi_head(x, context, self.heads, self.dtype, self.use_bias, self.names, **options)
 
 
 class GEGLU(nn.Module):
@@ -107,15 +125,29 @@ class GEGLU(nn.Module):
         return value * gelu(gate)
 
 
-class FeedForward(nn.Module):
-    """The feed-forward network: GEGLU to four times the width and a linear map back."""
+class TanhGELU(nn.Module):
+    """A linear map, then the GELU by its tanh approximation (Hendrycks & Gimpel 2016, section 2)."""
 
+    features: int
     dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[B, L, C] -> [B, L, features]."""
+        return jax.nn.gelu(Dense(self.features, dtype=self.dtype, name="proj")(x), approximate=True)
+
+
+class FeedForward(nn.Module):
+    """The feed-forward network: GEGLU, or `activation`, to `ratio` times the width and a linear map back."""
+
+    dtype: Dtype = None
+    activation: type[nn.Module] = GEGLU
+    ratio: float = 4.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
         """[B, L, C] -> [B, L, C]."""
-        h = GEGLU(4 * x.shape[-1], dtype=self.dtype, name="net_0")(x)
+        h = self.activation(int(self.ratio * x.shape[-1]), dtype=self.dtype, name="net_0")(x)
         return Dense(x.shape[-1], dtype=self.dtype, name="net_2")(h)
 
 

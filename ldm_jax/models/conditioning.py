@@ -28,12 +28,13 @@ class ClassEmbedder(nn.Module):
     dim: int
     tokens: int = 1
     dtype: Dtype = None
+    std: float = 1.0  # of the initial embedding; 1 is that of layer-normalised outputs of a text encoder
 
     def setup(self):
         """Checks the fields and makes the table."""
         if self.num_classes < 0 or self.tokens < 1:
             raise ValueError(f"need num_classes >= 0 and tokens >= 1; got {self.num_classes} and {self.tokens}")
-        init = nn.initializers.normal(1.0)  # the variance of layer-normalised outputs of a text encoder
+        init = nn.initializers.normal(self.std)
         self.embedding = nn.Embed(self.num_classes + 1, self.tokens * self.dim, embedding_init=init, dtype=self.dtype)
 
     def __call__(self, label: Array) -> Array:

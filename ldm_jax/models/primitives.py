@@ -167,6 +167,11 @@ def _layer_norm_backward(eps, saved, dy):
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root mean square normalisation (Zhang & Sennrich 2019, eq. 4) of x [..., C] float32 with scale [C]."""
+    return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * scale
+
+
 def _linear_parameters(layer: nn.Module, x: Array, shape: tuple[int, ...], use_bias: bool = True) -> list[Array | None]:
     """The input, the `kernel` of this shape and the `bias` of a layer, in its dtype."""
     kernel = layer.param("kernel", nn.initializers.zeros if layer.zero else torch_init, shape)
@@ -251,3 +256,16 @@ class LayerNorm(nn.Module):
         """[..., C] -> [..., C]."""
         y = layer_norm(x.astype(jnp.float32), *_scale_and_bias(self, x), self.eps)
         return y.astype(self.dtype or x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang & Sennrich 2019), computed in float32, returned in `dtype`; `scale` [C]."""
+
+    eps: float = 1e-6
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., C] -> [..., C]."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return rms_norm(x.astype(jnp.float32), scale, self.eps).astype(self.dtype or x.dtype)

@@ -70,7 +70,7 @@ def weights_fingerprint(path: Path) -> str:
 
 def _check(config: ConfigDict, model: LatentDiffusion) -> None:
     """Raises InputError for fields that do not fit the model."""
-    where, data, factor = f"config.init_from={config.init_from}", config.data, model.first_stage.downsampling
+    where, data, factor = f"config.init_from={config.init_from}", config.data, model.size_multiple
     texts = isinstance(model.conditioning, TextConditioning)
     if data.channels != model.image_shape[-1]:
         raise InputError(f"config.data.channels is {data.channels}; {where} takes images of {model.image_shape[-1]}")

@@ -18,6 +18,7 @@ from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.models.clip_vision import CLIP, CLIPImageEncoder
 from ldm_jax.models.concat_conditioning import ConcatConditioning, Inpainting, LowResolution, Segmentation
 from ldm_jax.models.conditioning import ClassConditioning, ClassEmbedder, TextConditioning
+from ldm_jax.models.dit import DiT
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults, Solver
@@ -48,9 +49,9 @@ def from_config(
         (_, solvers), hashed = solvers_of_scheduler(scheduler, TEXT_PIPELINE), (config.diffusion.prediction,)
         origin = Origin(config=config, pipeline=TEXT_PIPELINE, schedulers={"scheduler": scheduler}, hashed=hashed)
     latent_channels = config.data.channels if first_stage.module is None else config.autoencoder.latent_channels
-    embedder = ClassEmbedder(len(class_names), config.unet.context_dim, config.unet.context_tokens)
+    embedder = build_class_embedder(config, len(class_names))
     return LatentDiffusion(
-        denoiser=build_unet(config, latent_channels, concat),
+        denoiser=build_denoiser(config, latent_channels, concat, text),
         first_stage=first_stage,
         conditioning=text or ClassConditioning(embedder),
         concat=concat,
@@ -123,20 +124,39 @@ def build_concat(config: ConfigDict) -> ConcatConditioning | None:
     return Segmentation(concat.num_segments) if concat.type == "segments" else None
 
 
-def build_unet(config: ConfigDict, latent_channels: int, concat: ConcatConditioning | None) -> UNet:
+def build_class_embedder(config: ConfigDict, num_classes: int) -> ClassEmbedder:
+    """The class embedding, of a DiT as wide as its blocks, and with the initial values of Peebles & Xie 2023."""
+    if config.denoiser == "dit":
+        return ClassEmbedder(num_classes, config.dit.hidden_size, std=0.02)
+    return ClassEmbedder(num_classes, config.unet.context_dim, config.unet.context_tokens)
+
+
+def build_denoiser(
+    config: ConfigDict, latent_channels: int, concat: ConcatConditioning | None, text: TextConditioning | None
+) -> UNet | DiT:
     """The denoiser of latents with so many channels."""
+    channels = {
+        "in_channels": latent_channels + (concat.channels if concat else 0),
+        "out_channels": 2 * latent_channels if config.diffusion.variance == "learned" else latent_channels,
+        "dtype": jnp.dtype(config.dtype),
+    }
+    if config.denoiser == "dit":
+        return DiT(
+            **_fields(config.dit, *config.dit),
+            **channels,
+            sample_size=config.data.image_size // build_first_stage(config).downsampling,
+            cross_attention_dim=config.clip.text_width if text else None,
+        )
     unet = config.unet
     return UNet(
         **_fields(unet, "block_out_channels", "layers_per_block", "attention_heads", "norm_num_groups"),
-        in_channels=latent_channels + (concat.channels if concat else 0),
-        out_channels=2 * latent_channels if config.diffusion.variance == "learned" else latent_channels,
+        **channels,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in unet.attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(unet.attention)),
         mid_block_type="UNetMidBlock2DCrossAttn" if unet.attention[-1] else "UNetMidBlock2D",
         transformer_layers_per_block=unet.transformer_layers,
         cross_attention_dim=unet.context_dim,
         time_cond_proj_dim=unet.block_out_channels[0] if config.diffusion.objective == "mean_flow" else None,
-        dtype=jnp.dtype(config.dtype),
     )
 
 

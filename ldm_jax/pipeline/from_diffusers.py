@@ -1,7 +1,7 @@
 """A model from a diffusers folder.
 
-Stable Diffusion 1, 2, XL, their inpainting models, SDXL's refiner, the x4 upscaler, and latent diffusion on classes or
-unconditional.
+Stable Diffusion 1, 2, XL, their inpainting models, SDXL's refiner, the x4 upscaler, diffusion transformers (DiT) on
+classes, and latent diffusion on classes or unconditional.
 """
 
 from pathlib import Path
@@ -15,8 +15,9 @@ from flax import linen as nn
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
+from ldm_jax.interop.dit import load_dit
 from ldm_jax.interop.modules import abstract_params
-from ldm_jax.interop.pipelines import PIPELINE_CLASS, PIPELINES, Components, read_pipeline
+from ldm_jax.interop.pipelines import DIT_PIPELINE, PIPELINE_CLASS, PIPELINES, Components, read_pipeline
 from ldm_jax.interop.scheduler_config import edm_from_config, process_from_config
 from ldm_jax.interop.tokenizer import load_tokenizer
 from ldm_jax.interop.weights import read_state_dict
@@ -36,6 +37,7 @@ from ldm_jax.models.conditioning import (
     NoConditioning,
     TextConditioning,
 )
+from ldm_jax.models.dit import DiT
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults, Solver
@@ -58,15 +60,18 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
     pipeline, components = read_pipeline(path)
     without = components.autoencoder not in index and not (path / components.autoencoder).exists()
     pixels = pipeline == PIPELINE_CLASS and without
-    for name in ("unet", *components.schedulers, components.autoencoder, *components.encoders):
+    for name in (components.denoiser, *components.schedulers, components.autoencoder, *components.encoders):
         if name not in index and not (pixels and name == components.autoencoder):
             raise InputError(f"--model={path}: {folder.INDEX} names no {name}, which a {pipeline} needs")
     dtypes, stated, scaling = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}, {}, None
     if pipeline == PIPELINE_CLASS:
-        stated = _stated_defaults(path, settings) | {"class_names": _class_names(path, settings)}
+        stated = _stated_defaults(path, settings) | {"class_names": _class_names(path, settings, with_tokens=True)}
         parts = _class_conditional(path, len(stated["class_names"]), settings["class_tokens"], **dtypes)
         channels = settings.get("map_channels", 0)
         scaling = latents_scaling(path, parts[0].in_channels - (channels if isinstance(channels, int) else 0))
+    elif pipeline == DIT_PIPELINE:
+        names, *parts = _dit(path, settings, **dtypes)
+        stated["class_names"] = names
     else:
         parts = _unet_and_texts(path, pipeline, components, settings, **dtypes)
     denoiser, denoiser_params, conditioning, conditioning_params = parts
@@ -77,7 +82,7 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
     shift, scale = scaling or own_scaling
     if "low_res_scheduler" in components.schedulers:
         scale = np.full_like(scale, UPSCALER_SCALE)
-    latent_shape = (*_latent_size(path), len(scale))
+    latent_shape = (*_latent_size(path, components.denoiser), len(scale))
     if pipeline == PIPELINE_CLASS:
         stated["concat"] = _stated_concat(
             path, settings, [side * first_stage.downsampling for side in latent_shape[:2]]
@@ -124,7 +129,7 @@ def assemble(
     sampler, solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline)
     if isinstance(own := solvers[sampler], Solver):
         solvers[sampler] = own._replace(options={**own.options, "eta": eta})
-    if pipeline != PIPELINE_CLASS:
+    if pipeline not in (PIPELINE_CLASS, DIT_PIPELINE):
         concat = _concat(path, denoiser, first_stage, schedulers, max_noise_level)
     plain = isinstance(conditioning, TextConditioning) and concat is None
     if not plain and any(edm_from_config(config) for config in schedulers.values()):
@@ -168,13 +173,27 @@ def _unet_and_texts(
     return unet, params, TextConditioning(encoders, tuple(tokenizers), force_zeros, time_ids), list(text_params)
 
 
-def _class_names(path: Path, settings: dict[str, Any]) -> tuple[str, ...]:
-    """The class names in a LatentDiffusionPipeline's index."""
-    names, tokens = settings.get("id2label"), settings.get("class_tokens")
+def _dit(path: Path, settings: dict[str, Any], **dtypes: Any) -> tuple[tuple[str, ...], DiT, Params, Conditioning, Any]:
+    """The class names, the diffusion transformer with its parameters, and the conditioning with its own."""
+    dit, params, table = load_dit(path / PIPELINES[DIT_PIPELINE].denoiser, **dtypes)
+    names = tuple(map(str, range(len(table) - 1)))
+    if "id2label" in settings:
+        names = _class_names(path, settings)
+    if len(names) >= len(table):
+        what = f"id2label has {len(names)} classes, but the transformer's num_embeds_ada_norm is {len(table) - 1}"
+        raise InputError(f"{path / folder.INDEX} is damaged: {what}")
+    table = np.concatenate([table[: len(names)], table[-1:]]).reshape(len(names) + 1, -1)
+    embedder = ClassEmbedder(len(names), dit.hidden_size, dit.num_embeddings, dtype=dtypes["dtype"])
+    return names, dit, params, ClassConditioning(embedder), {"embedding": {"embedding": table}}
+
+
+def _class_names(path: Path, settings: dict[str, Any], with_tokens: bool = False) -> tuple[str, ...]:
+    """The class names in a LatentDiffusionPipeline's or DiTPipeline's index."""
+    names, tokens = settings.get("id2label"), settings.get("class_tokens") if with_tokens else 1
     names = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else [None]
     if not all(isinstance(name, str) for name in names) or not isinstance(tokens, int) or tokens < 1:
-        where = path / folder.INDEX
-        raise InputError(f"{where} is damaged: it must have id2label, from 0, and class_tokens, 1 or more")
+        rule = f"id2label, from 0{', and class_tokens, 1 or more' if with_tokens else ''}"
+        raise InputError(f"{path / folder.INDEX} is damaged: it must have {rule}")
     return tuple(names)
 
 
@@ -256,11 +275,12 @@ def _concat(
 def _check_widths(model: LatentDiffusion, channels: int) -> None:
     """Raises InputError unless the networks fit together and the latents' channels."""
     denoiser, upscales, where = model.denoiser, isinstance(model.concat, LowResolution), f"--model={model.origin.path}"
-    custom, added = model.origin.pipeline == PIPELINE_CLASS, model.concat.channels if model.concat else 0
+    custom = model.origin.pipeline in (PIPELINE_CLASS, DIT_PIPELINE)
+    added = model.concat.channels if model.concat else 0
     fit = (channels + added,) if upscales or custom else (channels, 2 * channels + 1)
     outputs = (channels, 2 * channels) if custom else (channels,)  # with a learned variance
     if denoiser.in_channels not in fit or denoiser.out_channels not in outputs:
-        unet = f"a UNet of {denoiser.in_channels} to {denoiser.out_channels}"
+        unet = f"a {type(denoiser).__name__} of {denoiser.in_channels} to {denoiser.out_channels}"
         right = f"it must be {' or '.join(map(str, fit))} to {' or '.join(map(str, outputs))}"
         raise InputError(f"{where}: latents of {channels} channels do not go with {unet}; {right}")
     if not isinstance(model.conditioning, TextConditioning):
@@ -284,12 +304,12 @@ def _check_widths(model: LatentDiffusion, channels: int) -> None:
         raise InputError(f"{where}: {unet}; with {numbers}, it must be {added} (see requires_aesthetics_score)")
 
 
-def _latent_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the latents in the UNet's config; raises InputError if it has none."""
-    size = folder.component_config(path, "unet").get("sample_size")
+def _latent_size(path: Path, denoiser: str) -> tuple[int, int]:
+    """(height, width) of the latents in the config of the component `denoiser`; raises InputError if it has none."""
+    size = folder.component_config(path, denoiser).get("sample_size", 32 if denoiser == "transformer" else None)
     sides = size if isinstance(size, list) else [size, size]
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
-        where = path / "unet" / "config.json"
+        where = path / denoiser / "config.json"
         raise InputError(f"{where}: sample_size is {size}; it must be that of the latents, one number or two")
     return tuple(sides)
 

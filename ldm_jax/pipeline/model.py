@@ -100,6 +100,11 @@ class LatentDiffusion:
         return height // factor, width // factor, self.denoiser.in_channels - concat_channels
 
     @property
+    def size_multiple(self) -> int:
+        """The number of pixels that height and width of images are multiples of: a latent's side, or a patch's."""
+        return self.first_stage.downsampling * getattr(self.denoiser, "patch_size", 1)
+
+    @property
     def learned_variance(self) -> bool:
         """Whether the denoiser predicts the variance of the reverse process too (Nichol 2021)."""
         return self.denoiser.out_channels == 2 * self.latent_shape[-1]
@@ -130,7 +135,7 @@ class LatentDiffusion:
         return jnp.dtype(self.denoiser.dtype).name
 
     def at_size(self, size: tuple[int, int]) -> "LatentDiffusion":
-        """The model for images of this (height, width): every part of it is convolutional."""
+        """The model for images of this (height, width), multiples of `size_multiple`: all parts take any such size."""
         return replace(self, image_shape=(*size, self.image_shape[-1]))
 
 

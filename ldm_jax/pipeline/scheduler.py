@@ -10,6 +10,7 @@ from ldm_jax.config.fields import OWN
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.errors import InputError
+from ldm_jax.interop.pipelines import DIT_PIPELINE
 from ldm_jax.interop.scheduler_config import Scheduler, config_from_schedule, scheduler_from_config
 from ldm_jax.interop.scheduler_fields import CLASS_OF, DEFAULTS
 from ldm_jax.pipeline.model import Solver
@@ -47,12 +48,14 @@ def lcm_scheduler(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"_class_name": name} | {field: value for field, value in config.items() if field in DEFAULTS[name]}
 
 
-def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """The scheduler_config.json with which diffusers samples as a run does, and notes on the differences.
+def scheduler_of_run(config: ConfigDict, pipeline: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The scheduler_config.json with which a pipeline of diffusers samples as a run does; notes on the differences.
 
     DDIM without noise is Euler's method, and that class of diffusers has the right timesteps whatever their spacing;
-    its DDIM has for leading spacing (diffusers#9261). A sampler that no class of diffusers is falls back to DDIM.
+    its DDIM has for leading spacing (diffusers#9261). A sampler that no class of diffusers is falls back to DDIM, and
+    so do those of k-diffusion in a DiTPipeline, which does not scale its initial noise.
     """
+    is_dit = pipeline == DIT_PIPELINE
     diffusion, sampling, pixels = config.diffusion, config.sampling, config.autoencoder.type == "none"
     same = ("beta_start", "beta_end", "zero_terminal_snr", "prediction")
     schedule = {"name": diffusion.schedule, "T": diffusion.timesteps, "clip_sample_range": 1.0 if pixels else np.inf}
@@ -61,12 +64,17 @@ def scheduler_of_run(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
     if sampling.threshold and pixels:
         notes.append("Without dynamic thresholding: z0 is clipped at 1 instead.")
     sampler, spacing = sampling.sampler, sampling.spacing
-    if sampler == "ddim" and spacing != "leading" and not (sampling.eta or pixels or diffusion.zero_terminal_snr):
+    noisy = sampling.eta or pixels or diffusion.zero_terminal_snr
+    if sampler == "ddim" and spacing != "leading" and not (noisy or is_dit):
         sampler = "euler"
     try:
         if sampling.churn:
             raise InputError("diffusers' HeunDiscreteScheduler adds no noise during sampling")
         fields = config_from_schedule(**schedule, sampler=sampler, spacing=spacing, variance=sampling.variance)
+        if is_dit and scheduler_from_config(fields).scaled_initial_noise:
+            raise InputError(f"{pipeline} does not scale the initial noise for diffusers' {fields['_class_name']}")
+        if is_dit and fields.get("variance_type") == "learned_range":
+            raise InputError(f"{pipeline} leaves the learned variance out")
     except InputError as error:
         sampler, spacing = "ddim", spacing if spacing in TIMESTEP_SPACINGS else "trailing"
         notes.append(f"By DDIM with {spacing} steps instead of by {sampling.sampler}: {error}.")

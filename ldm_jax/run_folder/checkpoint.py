@@ -35,13 +35,15 @@ STORED_NAMES = {"denoiser": "unet", "conditioning": "conditioner", "first_stage"
 
 # The config fields that the checkpoints of a stage depend on.
 AUTOENCODER_FIELDS = ("seed", "dtype", "data", "autoencoder")
+DENOISER_FIELDS = ("denoiser", "unet", "dit", "concat")
 IDENTITY_FIELDS = {
     "autoencoder": AUTOENCODER_FIELDS,
     "clip": ("seed", "dtype", "data", "clip"),
     "diffusion": (
         *AUTOENCODER_FIELDS,
         *("diffusion", "mean_flow", "consistency"),
-        *("unet", "concat", "init_from", "lora", "textual_inversion"),
+        *DENOISER_FIELDS,
+        *("init_from", "lora", "textual_inversion"),
     ),
     "classifier": (*AUTOENCODER_FIELDS, *(f"diffusion.{name}" for name in SCHEDULE), "classifier"),
 }

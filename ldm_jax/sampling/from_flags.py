@@ -209,7 +209,7 @@ def image_flags(model: LatentDiffusion) -> str:
 def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str | None) -> list[int]:
     """Height and width: those of the flags, of an upscaler's image enlarged, for an image input, or of the model."""
     sides = {flag: values[flag].value for flag in ("height", "width") if values[flag].value is not None}
-    factor, upscaler = model.first_stage.downsampling, model.concat is not None and model.concat.noise is not None
+    factor, upscaler = model.size_multiple, model.concat is not None and model.concat.noise is not None
     for flag, side in sides.items():
         if upscaler:
             raise InputError(f"--{flag}={side}: the images are {factor} times as large as --concat_image; leave it out")
@@ -218,7 +218,8 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
             raise InputError(f"--{flag}={side}: without an image this model restores test images, {add}")
         if side % factor:
             nearest = max(side // factor, 1) * factor
-            raise InputError(f"--{flag}={side} must be a multiple of {factor}, the pixels of a latent, e.g. {nearest}")
+            what = "a latent" if factor == model.first_stage.downsampling else "a patch of latents"
+            raise InputError(f"--{flag}={side} must be a multiple of {factor}, the pixels of {what}, e.g. {nearest}")
         if isinstance(model.concat, LowResolution) and side % model.concat.factor:
             raise InputError(f"--{flag}={side} must be a multiple of {model.concat.factor}, the model's enlargement")
     if upscaler and values.concat_image:
@@ -234,7 +235,7 @@ def _size_of_image(recipe: Recipe, values: FlagValues, model: LatentDiffusion) -
     flag = "concat_image" if values.concat_image else "init_image"
     image = image_inputs.open_image(Path(values[flag].value), f"--{flag}")
     enlarged = model.concat.factor if isinstance(model.concat, LowResolution) else 1
-    multiple = math.lcm(model.first_stage.downsampling, enlarged)
+    multiple = math.lcm(model.size_multiple, enlarged)
     height, width = image_inputs.size_like((enlarged * image.height, enlarged * image.width), recipe.size, multiple)
     if [height, width] != recipe.size:
         choose = "--width and --height choose another size"

@@ -14,6 +14,7 @@ from ldm_jax.interop.modules import (
     autoencoder_from_config,
     config_from_autoencoder,
     config_from_unet,
+    dit_from_config,
     unet_from_config,
 )
 from ldm_jax.models.autoencoder import AutoencoderKL, VQModel
@@ -221,6 +222,16 @@ CHANGES = {
         "use_post_quant_conv": False,
         "mid_block_add_attention": False,
     },
+    "DiTTransformer2DModel": {
+        "num_attention_heads": 8,
+        "attention_head_dim": 64,
+        "num_layers": 12,
+        "in_channels": 16,
+        "out_channels": 8,
+        "patch_size": 4,
+        "sample_size": 64,
+        "num_embeds_ada_norm": 10,
+    },
     "VQModel": {
         "in_channels": 1,
         "out_channels": 1,
@@ -237,6 +248,7 @@ CHANGES = {
 TOGETHER = {
     "UNet2DConditionModel": {"addition_time_embed_dim", "projection_class_embeddings_input_dim"},
     "UNet2DModel": set(),
+    "DiTTransformer2DModel": set(),
     "AutoencoderKL": {"latents_mean", "latents_std", "down_block_types", "up_block_types"},
     "VQModel": {"down_block_types", "up_block_types"},
 }
@@ -246,6 +258,8 @@ def read(config):
     """The module and, of an autoencoder, its scaling, as something to compare."""
     if "UNet" in config["_class_name"]:
         return unet_from_config(config)
+    if "Transformer" in config["_class_name"]:
+        return dit_from_config(config)
     module, shift, scale = autoencoder_from_config(config)
     return module, shift.tolist(), scale.tolist()
 
