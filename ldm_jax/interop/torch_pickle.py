@@ -57,7 +57,7 @@ class Tensor:
             raise ValueError(f"a tensor of size {self.size} that reaches beyond its storage of {self.numel}")
 
     def view(self, storage: bytes) -> np.ndarray:
-        """The tensor, of shape `size`, as a read-only view of its storage."""
+        """The tensor, any shape, as a read-only view of its storage."""
         strides = [step * self.dtype.itemsize for step in self.stride]
         return np.ndarray(self.size, self.dtype, storage, self.offset * self.dtype.itemsize, strides)
 
