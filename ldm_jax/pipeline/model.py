@@ -90,6 +90,7 @@ class LatentDiffusion:
     defaults: SamplingDefaults = field(compare=False)
     origin: Origin = field(default=Origin(), compare=False)
     edm: EDM | None = None  # noise levels of an EDM model, whose denoiser is conditioned on c_noise instead of t
+    time_offset: int = 0  # the denoiser is conditioned on t + this: 1 of diffusers' flow models, T s = t + 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -148,7 +149,8 @@ def apply_denoiser(
         scale = cond.get("guidance", jnp.ones(len(z_t)))
         arguments["timestep_cond"] = guidance_embedding(scale, model.guidance_dim)
     unet_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
-    t = t if model.edm is None else model.edm.c_noise(t)
+    if model.edm is not None or model.time_offset:
+        t = model.edm.c_noise(t) if model.edm else t + model.time_offset
     return model.denoiser.apply({"params": params["denoiser"]}, unet_input, t, **arguments, **options)
 
 
