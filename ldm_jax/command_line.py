@@ -127,6 +127,10 @@ def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
     string("clip", help="a run folder with a CLIP, for CLIP guidance by --prompt")
     number("clip_guidance_scale", help="CLIP guidance scale; default 1, 0 = no guidance", lower_bound=0.0)
     flags.DEFINE(_Interval(), "guidance_interval", None, "the range of t / T with guidance, e.g. 0.15,0.85", values)
+    number("guidance_parallel", help="adaptive projected guidance: eta (Sadat 2024), e.g. 0; 1 = off", **SHARE)
+    number("guidance_max_norm", help="adaptive projected guidance: the limit r, e.g. 15; 0 = none", lower_bound=0.0)
+    guide = "autoguidance: a weaker model, PATH or RUN@STEP, from which --guidance leads away"
+    string("guide_model", help=guide)
     number("guidance_rescale", help="guidance rescale phi (Lin 2023): 0 none ... 1 full", **SHARE)
     number("threshold", help="pixel models: dynamic thresholding quantile, e.g. 0.995", **SHARE)
     string("spacing", help=f"of the timesteps: {', '.join(SPACINGS)}")

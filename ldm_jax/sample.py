@@ -19,6 +19,7 @@
     ... --init_latents=FILE.npy                         initial noise, float32 [N, h, w, c]
     ... --concat_image=FILE [--noise_level=20]          the low-resolution image or segmentation map of such a model
     ... --classifier=RUN --classifier_scale=2           classifier guidance
+    ... --guide_model=RUN[@STEP] --guidance=2           autoguidance by a weaker model
     ... --clip=RUN --prompt=TEXT [--clip_guidance_scale=1]  CLIP guidance
     ... --refiner=MODEL [--refiner_start=0.8]           SDXL's refiner goes on from the latents of the base
     ... --from_recipe=samples.png                       the same samples again

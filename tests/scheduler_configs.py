@@ -98,6 +98,42 @@ EDM = {
     },
 }
 
+_FLOW_SIGMAS = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": 1000}
+FLOW = {
+    "sd3": {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+    "flux_schnell": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "use_dynamic_shifting": False,
+    },
+    "heun": {"_class_name": "FlowMatchHeunDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0},
+    "wan": {
+        "_class_name": "UniPCMultistepScheduler",
+        **_FLOW_SIGMAS,
+        "flow_shift": 5.0,
+        "solver_order": 2,
+        "solver_type": "bh2",
+        "final_sigmas_type": "zero",
+        "timestep_spacing": "linspace",
+        "use_dynamic_shifting": False,
+    },
+    "sana": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        **_FLOW_SIGMAS,
+        "algorithm_type": "dpmsolver++",
+        "final_sigmas_type": "zero",
+        "flow_shift": 3.0,
+        "solver_order": 2,
+        "timestep_spacing": "linspace",
+    },
+    "single_step": {"_class_name": "DPMSolverSinglestepScheduler", **_FLOW_SIGMAS, "flow_shift": 2.0},
+}
+
 
 def table_of(scheduler, steps, **more):
     """The solver table of a `Scheduler`."""

@@ -116,7 +116,7 @@ def _diffusion(config: ConfigDict) -> None:
     # diffusion | mean_flow (samples in one network call) | consistency (init_from only: distillation to a few steps)
     diffusion.objective = "diffusion"
     diffusion.timesteps = 1000  # T
-    diffusion.schedule = "linear"  # linear | scaled_linear | cosine
+    diffusion.schedule = "linear"  # linear | scaled_linear | cosine | rectified_flow
     diffusion.beta_start = 1e-4  # linear and scaled_linear only
     diffusion.beta_end = 0.02
     diffusion.zero_terminal_snr = False  # rescale the schedule so that z_T is pure noise (Lin 2023); not with eps
@@ -236,10 +236,11 @@ def _sampling(config: ConfigDict) -> None:
     # pretrained model.
     sampling.sampler = "ddim"
     sampling.steps = 50
-    sampling.spacing = "trailing"  # of the timesteps: leading | trailing | linspace | karras | exponential | beta
+    # Of the timesteps: leading | trailing | linspace | karras | exponential | beta | flow (rectified_flow only).
+    sampling.spacing = "trailing"
     sampling.eta = 0.0  # ddim: 0 deterministic, 1 ancestral; tcd: gamma
     sampling.variance = "fixed_small"  # ddpm only: fixed_small (beta_tilde) | fixed_large (beta) | learned
-    sampling.churn = 0.0  # edm only: S_churn (Karras 2022); 0 = deterministic, the same as heun
+    sampling.churn = 0.0  # edm only: S_churn (Karras 2022); 0 = deterministic, heun (in sigma / alpha)
     sampling.guidance = 1.5  # classifier-free guidance scale; 1 = no guidance
     sampling.guidance_interval = (0.0, 1.0)  # the range of t / T with guidance
     sampling.guidance_rescale = 0.0  # guidance rescale phi (Lin 2023); 0 = none, 1 = full

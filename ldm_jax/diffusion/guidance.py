@@ -1,7 +1,7 @@
 """Guidance rules: functions from denoiser to denoiser (see `denoiser`)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,20 @@ Interval = Array | tuple[float, float]  # the first and the last timestep that a
 ALWAYS = (0, np.inf)
 
 
+class Projection(NamedTuple):
+    """Adaptive projected guidance (Sadat 2024, algorithm 1, without momentum, which a denoiser has no state for).
+
+    It changes d = z0_cond - z0_null [B, ...] of each example, by two scalars, which may be traced. The default is plain
+    classifier-free guidance.
+    """
+
+    parallel: Array | float = 1.0  # eta: the weight of d's part along z0_cond, which oversaturates; the paper has 0
+    max_norm: Array | float = np.inf  # r: |d| is at most this, above 0
+
+
+PLAIN = Projection()
+
+
 def classifier_free(
     denoise: ConditionalDenoiser,
     cond: Any,
@@ -26,6 +40,7 @@ def classifier_free(
     interval: Interval = ALWAYS,
     rescale: Array | float = 0.0,
     prediction: str = "z0",
+    projection: Projection = PLAIN,
 ) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans 2022, eq. 6, in the convention of Rombach 2022: scale = 1 + w).
 
@@ -44,30 +59,95 @@ def classifier_free(
       rescale: phi of Lin 2023, eq. 16, in [0, 1], may be traced: how far the standard deviation of each example is
         brought back to that without guidance.
       prediction: whose standard deviation is rescaled; Lin 2023 and diffusers take that of the network's output.
+      projection: adaptive projected guidance.
     """
 
-    def guided(z_t: Array, level: NoiseLevel, scale: Array) -> Array | Estimate:
+    def halves(z_t: Array, level: NoiseLevel) -> tuple[Array | Estimate, Array | Estimate]:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null_cond)
         twice = NoiseLevel(*(jnp.concatenate([value, value]) for value in level))
         estimate, B = denoise(jnp.concatenate([z_t, z_t]), twice, both), len(z_t)
+        return tuple(
+            jax.tree.map(lambda value, half=half: value[half], estimate) for half in (slice(B), slice(B, None))
+        )
 
+    return _extrapolated(
+        halves, lambda z_t, level: denoise(z_t, level, cond), scale, interval, rescale, prediction, projection
+    )
+
+
+def autoguided(
+    denoise: Denoiser,
+    weak: Denoiser,
+    scale: Array,
+    *,
+    interval: Interval = ALWAYS,
+    rescale: Array | float = 0.0,
+    prediction: str = "z0",
+    projection: Projection = PLAIN,
+) -> Denoiser:
+    """Autoguidance (Karras 2024a, eq. 4): away from a weaker denoiser of the same condition, or without any.
+
+    z0_hat = z0_weak + scale (z0 - z0_weak), with z0_weak of an earlier checkpoint or a smaller network. The weaker
+    denoiser is not called where every scale is 1 or t lies outside the interval: decided at run time.
+
+    Args:
+      denoise, weak: `(z_t [B, ...], level) -> z0_hat` at the same latents and noise levels; a learned variance is that
+        of `denoise`.
+      scale, interval, rescale, prediction, projection: see `classifier_free`; z0_weak takes the place of z0_null.
+    """
+
+    def both(z_t: Array, level: NoiseLevel) -> tuple[Array | Estimate, Array | Estimate]:
+        strong, other = denoise(z_t, level), weak(z_t, level)
+        z0_weak = other.z0 if isinstance(other, Estimate) else other
+        return strong, on_z0(lambda z0: z0_weak, strong)
+
+    return _extrapolated(both, denoise, scale, interval, rescale, prediction, projection)
+
+
+def _extrapolated(
+    both: Callable[[Array, NoiseLevel], tuple[Array | Estimate, Array | Estimate]],
+    conditional: Denoiser,
+    scale: Array,
+    interval: Interval,
+    rescale: Array | float,
+    prediction: str,
+    projection: Projection,
+) -> Denoiser:
+    """The second estimate of `both` plus scale times the difference of the first, that of `conditional`, from it."""
+
+    def guided(z_t: Array, level: NoiseLevel, scale: Array) -> Array | Estimate:
         def extrapolate(z0_cond: Array, z0_null: Array) -> Array:
-            z0 = z0_null + scale.reshape(-1, *[1] * (z_t.ndim - 1)) * (z0_cond - z0_null)
+            w = scale.reshape(-1, *[1] * (z_t.ndim - 1))
+            z0 = _projected(z0_null + w * (z0_cond - z0_null), z0_cond, z0_null, w, projection)
             return _rescaled(z0, z0_cond, z_t, level, prediction, rescale)
 
-        halves = (jax.tree.map(lambda value, half=half: value[half], estimate) for half in (slice(B), slice(B, None)))
-        return on_z0(extrapolate, *halves)
+        return on_z0(extrapolate, *both(z_t, level))
 
-    def conditional(z_t: Array, level: NoiseLevel, scale: Array) -> Array | Estimate:
-        return jax.tree.map(lambda value: value.astype(jnp.float32), denoise(z_t, level, cond))
+    def unguided(z_t: Array, level: NoiseLevel, scale: Array) -> Array | Estimate:
+        return jax.tree.map(lambda value: value.astype(jnp.float32), conditional(z_t, level))
 
     def guided_or_conditional(z_t: Array, level: NoiseLevel) -> Array | Estimate:
         level = NoiseLevel(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
         within = (interval[0] <= level.t) & (level.t <= interval[1])
         scale_at_t = jnp.where(within, jnp.asarray(scale, jnp.float32), 1.0)
-        return jax.lax.cond(jnp.all(scale_at_t == 1), conditional, guided, z_t, level, scale_at_t)
+        return jax.lax.cond(jnp.all(scale_at_t == 1), unguided, guided, z_t, level, scale_at_t)
 
     return guided_or_conditional
+
+
+def _projected(z0: Array, z0_cond: Array, z0_null: Array, w: Array, projection: Projection) -> Array:
+    """Sadat 2024, algorithm 1, in place of z0, which is plainly guided by the scale w."""
+    parallel, max_norm = projection
+    axes, tiny, large = tuple(range(1, z0.ndim)), 1e-20, 1e15  # so that gradients are finite where d or z0_cond is 0
+
+    def dot(a: Array, b: Array) -> Array:
+        return jnp.sum(a * b, axes, keepdims=True)
+
+    d = z0_cond - z0_null
+    d = d * jnp.minimum(1, jnp.minimum(max_norm, large) / jnp.sqrt(jnp.maximum(dot(d, d), tiny)))
+    along = dot(d, z0_cond) / jnp.maximum(dot(z0_cond, z0_cond), tiny) * z0_cond
+    projected = z0_cond + (w - 1) * (d + (parallel - 1) * along)
+    return jnp.where((parallel != 1) | (max_norm < np.inf), projected, z0)
 
 
 def _rescaled(z0: Array, z0_cond: Array, z_t: Array, level: NoiseLevel, prediction: str, rescale: Array) -> Array:

@@ -67,10 +67,19 @@ def euler_a(points: list[Point]) -> Iterator[Row]:
         yield Row(now, after, after.alpha * X[0] + down + after.sigma * np.sqrt(1 - r**2) * NOISE)
 
 
-def heun(points: list[Point]) -> Iterator[Row]:
-    """Karras 2022, algorithm 1."""
+def heun(points: list[Point], process: Process) -> Iterator[Row]:
+    """Karras 2022, algorithm 1; of rectified flow, Heun's method for its own dz / ds = eps - z0 (Liu 2022)."""
+    step = _flow_heun_step if process.is_flow else _heun_step
     for now, after in pairwise(points):
-        yield from _heun_step(now, after)
+        yield from step(now, after)
+
+
+def _flow_heun_step(now: Point, after: Point) -> Iterator[Row]:
+    """An Euler step, then the same with the mean of both slopes eps - z0; to sigma = 0 an Euler step alone."""
+    yield Row(now, after, ddim_step(now, after))
+    if after.sigma > 0:
+        slopes = eps_of(0, after) - X[0] + eps_of(1, now) - X[1]
+        yield Row(after, after, Z[1] + (after.sigma - now.sigma) / 2 * slopes)
 
 
 def _heun_step(now: Point, after: Point) -> Iterator[Row]:

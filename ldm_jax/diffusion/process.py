@@ -78,17 +78,31 @@ class Process:
         """The noise level of timestep t."""
         return Point(float(t), float(self.alpha[t]), float(self.sigma[t]))
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether this is rectified flow: alpha + sigma = 1 at every timestep (Liu 2022, eq. 1)."""
+        return bool(np.allclose(self.alpha + self.sigma, 1, rtol=0, atol=1e-9))
+
     def time_of(self, ratio: np.ndarray) -> np.ndarray:
-        """Fractional timesteps of ratios sigma / alpha, any shape: linear interpolation of the logarithm; clipped."""
+        """Fractional timesteps of ratios sigma / alpha, any shape, clipped to [0, T - 1].
+
+        By linear interpolation of the logarithm; of rectified flow of sigma, which is linear in t.
+        """
         with np.errstate(divide="ignore"):
+            if self.is_flow:
+                return np.interp(1 / (1 + 1 / np.asarray(ratio)), self.sigma, np.arange(len(self)))
             return np.interp(np.log(ratio), np.log(self.sigma) - np.log(self.alpha), np.arange(len(self)))
 
     def between(self, t: float, ratio: float) -> Point:
-        """The noise level with this sigma / alpha at a fractional timestep, scaled as its neighbours are."""
-        scale = np.interp(t, np.arange(len(self)), np.hypot(self.alpha, self.sigma))
+        """The noise level with this sigma / alpha at a fractional timestep, scaled as its neighbours are.
+
+        Of rectified flow the scale is exact: alpha + sigma = 1.
+        """
+        size = np.add if self.is_flow else np.hypot
+        scale = np.interp(t, np.arange(len(self)), size(self.alpha, self.sigma))
         if np.isinf(ratio):
             return Point(float(t), 0.0, float(scale))
-        return Point(float(t), float(scale / np.hypot(1, ratio)), float(scale * ratio / np.hypot(1, ratio)))
+        return Point(float(t), float(scale / size(1, ratio)), float(scale * ratio / size(1, ratio)))
 
 
 def forward_step(alpha_t, sigma_t, alpha_s, sigma_s) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from ldm_jax.diffusion import multistep, onestep
+from ldm_jax.diffusion.flow import EVEN, FlowSpacing
 from ldm_jax.diffusion.prediction import coefficient_tables
 from ldm_jax.diffusion.process import CLEAN, VARIANCES, Point, Process
 from ldm_jax.diffusion.spacing import noise_levels
@@ -25,6 +26,7 @@ def make_table(
     spacing: str | Sequence[int] = "leading",
     between: str = "linspace",
     steps_offset: int = 0,
+    flow: FlowSpacing = EVEN,
     set_alpha_to_one: bool = True,
     fractional_t: bool = False,
     strength: float = 1.0,
@@ -41,10 +43,10 @@ def make_table(
       prediction: of the network; only checked against the process, as a table works on z0.
       eta: ddim's fraction of the ancestral noise, in [0, 1]; 0 is deterministic, 1 is ddpm with the small variance.
         tcd's gamma: the fraction of each step's end that is denoised beyond and noised again; the paper has 0.3.
-      churn: edm's S_churn, the noise added before each step, divided over the steps; 0 is `heun`.
+      churn: edm's S_churn, the noise added before each step, divided over the steps; 0 is `heun` in sigma / alpha.
       variance: ddpm's: `fixed_small` is the posterior's, `fixed_large` the forward step's (Ho 2020, section 3.2),
         `learned` is predicted by the network (Nichol 2021, eq. 15).
-      spacing, between, steps_offset: of the timesteps, see `spacing.noise_levels`.
+      spacing, between, steps_offset, flow: of the timesteps, see `spacing.noise_levels`.
       set_alpha_to_one: whether the last row ends on clean data or at timestep 0 (Stable Diffusion's DDIM;
         `final_sigmas_type` "zero" and "sigma_min" in diffusers' DPM-Solver).
       fractional_t: whether the network is meant to be called between the timesteps, as EDM's is: none is rounded then,
@@ -75,9 +77,10 @@ def make_table(
     grid, rows = SOLVERS[solver]
     grid = "fractional" if fractional_t else grid
     options = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}, "edm": {"churn": churn, "process": process}}
+    options |= {"heun": {"process": process}}
     options |= {"tcd": {"eta": eta, "process": process}, "kdpm2": {"process": process}, "kdpm2_a": {"process": process}}
     first, part = (0, strength) if strength_keeps_steps else (first_step(steps, strength), 1.0)
-    spaced = {"grid": grid, "steps_offset": steps_offset, "between": between, "distilled_part": part}
+    spaced = {"grid": grid, "steps_offset": steps_offset, "between": between, "distilled_part": part, "flow": flow}
     points = noise_levels(spacing, process, steps, **spaced)[first:]
     start, stop = (_count_above(points, process, fraction) for fraction in (denoising_start, denoising_end))
     if start >= stop:
@@ -93,7 +96,8 @@ def make_table(
 
 def _count_above(points: Sequence[Point], process: Process, fraction: float) -> int:
     """The number of noise levels, descending, in a fraction of the process from noise; rounded as in diffusers."""
-    return sum(point.t >= round((1 - fraction) * len(process)) for point in points)
+    lowest = round((1 - fraction) * len(process))
+    return sum(point.t >= lowest for point in points) if lowest else len(points)
 
 
 def make_inversion_table(process: Process, steps: int, *, spacing: str = "leading", steps_offset: int = 0) -> Table:

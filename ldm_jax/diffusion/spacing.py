@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.stats
 
+from ldm_jax.diffusion.flow import EVEN, FlowSpacing
 from ldm_jax.diffusion.process import Point, Process
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")  # even in time
-SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "beta")
+SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "beta", "flow")
 DISTILLED = 50  # timesteps that latent consistency models are distilled on (Luo 2023), at most
 
 
@@ -21,23 +22,27 @@ def noise_levels(
     steps_offset: int = 0,
     between: str = "linspace",
     distilled_part: float = 1.0,
+    flow: FlowSpacing = EVEN,
 ) -> list[Point]:
     """The noise levels of a sampler, from noise to data.
 
     Args:
       spacing: `leading`, `trailing` or `linspace`, even in time (see `timesteps`); `karras` (Karras 2022, eq. 5, with
         rho = 7) or `exponential`, even in a power or the logarithm of sigma / alpha (and so in the lambda of Lu 2022);
-        `beta`, quantiles of Beta(0.6, 0.6) in sigma / alpha (Lee 2024); or timesteps, descending.
+        `beta`, quantiles of Beta(0.6, 0.6) in sigma / alpha (Lee 2024); `flow`, even in the sigma of rectified
+        flow and not rounded to timesteps, whatever the grid; or timesteps, descending.
       process: the forward process, of T timesteps.
       steps: how many; at most T.
       grid: `integer`: timesteps of the process, and for spacings uneven in time the nearest ones as the network's t.
         `endpoint`: the same, but of `leading` and `linspace` the end point counts as one and is left out.
         `continuous`: `linspace` and spacings uneven in time lie between the timesteps: sigma / alpha is linear in t for
-        `linspace`, its logarithm for the others. `fractional`: as `integer`, but the uneven ones are not rounded.
+        `linspace` (sigma of rectified flow), its logarithm for the others. `fractional`: as `integer`, but the uneven
+        ones are not rounded.
         `lcm`: every T // 50th timestep, thinned (Luo 2023).
       steps_offset: see `timesteps`.
       between: the even spacing whose first and last points the uneven ones span on a continuous grid.
       distilled_part: of the grid `lcm`: the fraction of the timesteps, from data on, that the steps are taken from.
+      flow: the shift of the spacing `flow`, and how it is placed.
 
     Raises:
       ValueError: unknown spacing, steps or timesteps out of range, or a spacing uneven in time where alpha = 0.
@@ -50,10 +55,18 @@ def noise_levels(
     if spacing not in TIMESTEP_SPACINGS:
         if grid == "lcm":
             raise ValueError(f"lcm and tcd have timesteps of their own; {spacing} spacing is for the other samplers")
+        if spacing == "flow":
+            _check_steps(steps, T)
+            if not process.is_flow:
+                raise ValueError("the spacing flow is for rectified flow, where alpha + sigma = 1; choose another")
+            return flow.levels(T, steps)
         return _even_in_ratio(spacing, process, steps, grid, steps_offset, between)
     if grid == "continuous" and spacing == "linspace":
         _check_steps(steps, T)
         t = np.linspace(0, T - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
+        if process.is_flow:  # alpha and sigma are linear in t
+            alpha, sigma = (np.interp(t, np.arange(T), table) for table in (process.alpha, process.sigma))
+            return [Point(*map(float, level)) for level in zip(t, alpha, sigma)]
         ratio = np.interp(t, np.arange(T), [process.point(i).ratio for i in range(T)])
         return [process.point(int(t)) if t % 1 == 0 else process.between(t, r) for t, r in zip(t, ratio)]
     if grid == "lcm":

@@ -16,6 +16,7 @@ from ldm_jax.interop import class_table, folder
 from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_from_text_params
 from ldm_jax.interop.config_fields import ignored_fields
 from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.interop.flow_schedulers import is_flow
 from ldm_jax.interop.modules import TRANSFORMERS, VERSION, config_from_autoencoder, config_from_unet
 from ldm_jax.interop.pipelines import DIT_PIPELINE, PIPELINE_CLASS, PIPELINES, RECIPE
 from ldm_jax.interop.weights import cast
@@ -25,7 +26,7 @@ from ldm_jax.models.dit import DiT
 from ldm_jax.pipeline.from_diffusers import DEFAULTS
 from ldm_jax.pipeline.from_run import load_scale
 from ldm_jax.pipeline.model import LatentDiffusion, Params, Solver
-from ldm_jax.pipeline.scheduler import scheduler_of_run
+from ldm_jax.pipeline.scheduler import flow_spacing, scheduler_of_run
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.runtime.files import read_json, write_json
 
@@ -79,7 +80,10 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
         write_json(to / name / "scheduler_config.json", dict(config))
         index[name] = ["diffusers", config["_class_name"]]
     header = {"_class_name": ["pipeline", PIPELINE_CLASS] if custom else pipeline, "_diffusers_version": VERSION}
-    settings = _settings(model, params) if custom else _labels(model) if is_dit else _missing(model)
+    if custom:
+        settings = _settings(model, params) | _flow_settings(model, schedulers)
+    else:
+        settings = _labels(model) if is_dit else _missing(model)
     write_json(to / folder.INDEX, header | index | settings)
     if custom:
         shutil.copyfile(PIPELINE, to / "pipeline.py")
@@ -171,6 +175,15 @@ def _settings(model: LatentDiffusion, params: Params) -> dict[str, Any]:
         "guidance_interval": list(defaults.guidance_interval),
         **_concat_settings(model),
     }
+
+
+def _flow_settings(model: LatentDiffusion, schedulers: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of LatentDiffusionPipeline for rectified flow; {} of other models."""
+    if not is_flow(schedulers["scheduler"]):
+        return {}
+    solver = model.defaults.solvers[model.defaults.sampler]
+    spacing = solver.options["spacing"] if isinstance(solver, Solver) else "flow"
+    return {"timestep_offset": model.time_offset - 1, "timestep_spacing": flow_spacing(spacing)}
 
 
 def _concat_settings(model: LatentDiffusion) -> dict[str, Any]:

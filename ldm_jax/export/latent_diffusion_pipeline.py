@@ -46,6 +46,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
       map_kind: type of concat conditioning (Rombach et al. 2022, section 3.3), a key of INPUTS, or "none".
       map_channels: its number of channels, the last of the UNet's input; of segments the number of their classes.
       map_size: height and width of the conditioning image.
+      timestep_offset: added to the scheduler's timestep for the UNet: -1 of rectified flow with T timesteps, whose UNet
+        is conditioned on t = T sigma - 1.
+      timestep_spacing: "trailing" steps of rectified flow, T, T - T / n ..., rounded; None: those of the scheduler.
     """
 
     model_cpu_offload_seq = "unet->vae"
@@ -68,6 +71,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         map_kind: str = "none",
         map_channels: int = 0,
         map_size: Sequence = (0, 0),
+        timestep_offset: int = 0,
+        timestep_spacing: str | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
@@ -75,7 +80,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             id2label=id2label or {}, class_tokens=class_tokens, latents_shift=list(latents_shift),
             latents_scale=list(latents_scale), num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
             guidance_interval=list(guidance_interval), guidance_rescale=guidance_rescale, eta=eta, map_kind=map_kind,
-            map_channels=map_channels, map_size=list(map_size),
+            map_channels=map_channels, map_size=list(map_size), timestep_offset=timestep_offset,
+            timestep_spacing=timestep_spacing,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -124,14 +130,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"latents must be of shape {list(shape)}; got {list(latents.shape)}")
 
-        scheduler.set_timesteps(self._or_config("num_inference_steps", num_inference_steps), device=device)
+        self.set_timesteps(self._or_config("num_inference_steps", num_inference_steps))
         z = latents.to(device, unet.dtype) * self.init_noise_scale()
         options = {"eta": self._or_config("eta", eta), "generator": generator, "use_clipped_model_output": True}
         parameters = inspect.signature(scheduler.step).parameters
         options = {name: value for name, value in options.items() if name in parameters}
         for t in self.progress_bar(scheduler.timesteps):
-            unet_input = torch.cat([scheduler.scale_model_input(z, t), z_concat], dim=1)
-            output = self.predict(unet_input, t, cond, null_cond, scale)
+            scaled = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
+            unet_input = torch.cat([scaled, z_concat], dim=1)
+            output = self.predict(unet_input, t + self.config.timestep_offset, cond, null_cond, scale)
             if scheduler.config.get("variance_type") not in ("learned", "learned_range"):
                 output = output[:, :c]  # without a learned variance
             z = scheduler.step(output, t, z, **options, return_dict=False)[0]
@@ -165,9 +172,20 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         rows = torch.tensor(labels)[:, None] * length + torch.arange(length)
         return torch.nn.functional.one_hot(rows, width).to(self._execution_device, self.unet.dtype)
 
+    def set_timesteps(self, steps: int) -> None:
+        """Sets the scheduler's timesteps."""
+        scheduler, device, T = self.scheduler, self._execution_device, self.scheduler.config.num_train_timesteps
+        if self.config.timestep_spacing == "trailing":
+            sigmas = np.round(np.arange(T, 0, -T / steps)[:steps]) / T
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            scheduler.set_timesteps(steps, device=device)
+
     def init_noise_scale(self) -> float | Tensor:
         """The initial noise's scale: schedulers of k-diffusion hold z / alpha, with alpha^-2 = 1 + sigma^2."""
-        return 1.0 if self.scheduler.init_noise_sigma == 1 else (1 + self.scheduler.sigmas[0] ** 2) ** 0.5
+        return (
+            1.0 if getattr(self.scheduler, "init_noise_sigma", 1) == 1 else (1 + self.scheduler.sigmas[0] ** 2) ** 0.5
+        )
 
     def predict(self, unet_input: Tensor, t: Tensor, cond: Tensor, null_cond: Tensor, scale: float) -> Tensor:
         """The UNet's output [B, C, h, w] with classifier-free guidance (Ho & Salimans 2022), but of a learned variance.

@@ -30,6 +30,7 @@ from ldm_jax.diffusion.schedules import make_process, process_of_betas
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.errors import InputError
+from ldm_jax.interop.flow_schedulers import flow_options, flow_process, is_flow
 from ldm_jax.interop.scheduler_fields import (
     CLASS_OF,
     DEFAULTS,
@@ -70,7 +71,7 @@ class Scheduler(NamedTuple):
     """A scheduler in this package's terms."""
 
     process: Process  # of the training
-    prediction: str  # eps | v | z0 | edm
+    prediction: str  # eps | v | z0 | edm | flow
     sampler: str  # one of SOLVERS
     options: dict[str, Any]  # arguments of `make_table`, without the number of steps
     clip_sample_range: float = np.inf  # z0_hat is clipped to [-range, range]
@@ -99,6 +100,9 @@ def scheduler_from_config(config: Mapping[str, Any], sampler: str | None = None,
 
     if own in EDM_SAMPLER_OF:
         return _edm_scheduler(config, own, sampler)
+    if is_flow(config):
+        options, fields = flow_options(config, sampler)
+        return Scheduler(*flow_process(config), sampler or _sampler_of(own, fields), options)
     name = own if sampler is None else CLASS_OF[sampler]
     # What a pipeline sets for a field absent in the file counts as a default, which is not passed to other classes.
     forced = {
@@ -150,10 +154,12 @@ def _sampler_of(name: str, fields: Mapping[str, Any]) -> str:
 def process_from_config(config: Mapping[str, Any]) -> tuple[Process, str]:
     """The process of a model's training and its prediction, whether or not the config's own sampler is supported.
 
-    Raises InputError: a class whose noise levels come neither from betas nor from EDM's sigmas, or a field of the
-    process is not supported.
+    Raises InputError: a class whose noise levels come neither from betas nor from the sigmas of EDM or rectified flow,
+    or a field of the process is not supported.
     """
     name = _class_name(config)
+    if is_flow(config):
+        return flow_process(config)
     fields = fields_of(config, name)
     check_process_fields(name, fields)
     if (edm := edm_from_config(config)) is not None:
@@ -175,7 +181,7 @@ def edm_from_config(config: Mapping[str, Any]) -> EDM | None:
 
 
 def _class_name(config: Mapping[str, Any]) -> str:
-    """The config's own class; raises InputError if it is not one whose noise levels come from betas, or EDM's."""
+    """The config's own class; raises InputError if it is not one whose noise levels are known here."""
     name = config.get("_class_name")
     if name not in READABLE:
         raise InputError(f"the scheduler's class {name!r} is not supported; supported: {', '.join(READABLE)}")
@@ -276,6 +282,8 @@ def config_from_schedule(
     Raises InputError: a value for which the sampler's class in diffusers has no field.
     """
     even, has = spacing in TIMESTEP_SPACINGS, DEFAULTS[CLASS_OF[sampler]]
+    if spacing == "flow":
+        raise InputError("the spacing flow is for rectified flow")
     config = {
         "_class_name": CLASS_OF[sampler],
         "num_train_timesteps": T,

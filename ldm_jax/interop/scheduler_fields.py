@@ -41,7 +41,16 @@ CLASS_OF = {
     "tcd": "TCDScheduler",
 }
 EDM_SAMPLER_OF = {"EDMEulerScheduler": "euler", "EDMDPMSolverMultistepScheduler": "dpmpp_2m"}  # of EDM models
-SAMPLER_OF = {name: sampler for sampler, name in reversed(CLASS_OF.items())} | EDM_SAMPLER_OF
+FLOW_SAMPLER_OF = {"FlowMatchEulerDiscreteScheduler": "euler", "FlowMatchHeunDiscreteScheduler": "heun"}
+# Classes with noise levels of rectified flow -> the ramp of their `FlowSpacing`.
+FLOW_RAMPS = {
+    "FlowMatchEulerDiscreteScheduler": "flow_match",
+    "FlowMatchHeunDiscreteScheduler": "flow_match",
+    "DPMSolverMultistepScheduler": "dpm",
+    "DPMSolverSinglestepScheduler": "dpm",
+    "UniPCMultistepScheduler": "unipc",
+}
+SAMPLER_OF = {name: sampler for sampler, name in reversed(CLASS_OF.items())} | EDM_SAMPLER_OF | FLOW_SAMPLER_OF
 # The fields that say which of a class's samplers it is: stated, whatever the config has of another class.
 FIELDS_OF_SAMPLER: dict[str, dict[str, Any]] = {
     "dpmpp_2m": {"algorithm_type": "dpmsolver++", "solver_order": 2},
@@ -84,6 +93,8 @@ _EDM = {
     "num_train_timesteps": 1000, "prediction_type": "epsilon", "final_sigmas_type": "zero",
 }  # fmt: skip
 
+_FLOW_MATCH = {"num_train_timesteps": 1000, "shift": 1.0}
+
 # The defaults of all fields by class.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "DDPMScheduler": {**_COMMON, **_LEADING, **_ZERO_SNR, **_CLIP, **_THRESHOLD, "variance_type": "fixed_small"},
@@ -125,6 +136,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **_EDM, **_THRESHOLD, "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
         "lower_order_final": True, "euler_at_final": False,
     },
+    "FlowMatchHeunDiscreteScheduler": _FLOW_MATCH,
+    "FlowMatchEulerDiscreteScheduler": {
+        **_FLOW_MATCH, **_SIGMAS, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15,
+        "base_image_seq_len": 256, "max_image_seq_len": 4096, "invert_sigmas": False, "shift_terminal": None,
+        "time_shift_type": "exponential", "stochastic_sampling": False,
+    },
 }  # fmt: skip
 
 # Of classes without a sampler here, the defaults of the fields that define the process: a sampler has to be chosen.
@@ -145,13 +162,13 @@ WITHOUT = {
 
 # The supported values of these fields, and where that depends on the class.
 _SUPPORTED = {
+    "use_flow_sigmas": (False, None),
     "beta_schedule": tuple(SCHEDULES),
     "prediction_type": tuple(PREDICTION_TYPES),
     "timestep_spacing": TIMESTEP_SPACINGS,
     "timestep_type": ("discrete",),
     "interpolation_type": ("linear",),
     "final_sigmas_type": ("zero", "sigma_min"),
-    "use_flow_sigmas": (False, None),
     "use_dynamic_shifting": (False, None),
     "skip_prk_steps": (True,),
     "solver_order": (2,),
@@ -163,6 +180,15 @@ _SUPPORTED = {
     "timestep_scaling": (10.0,),
     "sigma_schedule": ("karras", "exponential"),
     "rho": (7.0,),
+    "invert_sigmas": (False,),
+    "stochastic_sampling": (False,),
+}
+# Of classes with `use_flow_sigmas` on rectified flow.
+_FLOW_SUPPORTED = {
+    "use_flow_sigmas": (True,),
+    "prediction_type": ("flow_prediction",),
+    "final_sigmas_type": ("zero",),
+    **dict.fromkeys((*_SIGMAS, "use_lu_lambdas", "thresholding"), (False, None)),
 }
 # Of these fields other values mean another process, conditioning on the noise level, or spacing, with any sampler.
 _PROCESS_FIELDS = ("beta_schedule", "prediction_type", "use_flow_sigmas", "timestep_type", "sigma_schedule", "rho")
@@ -210,7 +236,7 @@ def fields_of(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def check_fields(name: str, fields: Mapping[str, Any]) -> None:
     """Raises InputError for values not supported here, and for fields that diffusers refuses together."""
-    supported = _SUPPORTED | _SUPPORTED_IN.get(name, {})
+    supported = _supported(name, fields)
     if fields["final_sigmas_type"] == "sigma_min":
         supported = supported | _SUPPORTED_AT_SIGMA_MIN.get(name, {})
     if name in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler") and fields["solver_order"] == 3:
@@ -227,8 +253,13 @@ def check_fields(name: str, fields: Mapping[str, Any]) -> None:
 
 def check_process_fields(name: str, fields: Mapping[str, Any]) -> None:
     """Raises InputError for values of a process, or a conditioning on the noise level, that is not supported here."""
-    supported = _SUPPORTED | _SUPPORTED_IN.get(name, {})
+    supported = _supported(name, fields)
     _check_values(name, fields, {field: supported[field] for field in _PROCESS_FIELDS})
+
+
+def _supported(name: str, fields: Mapping[str, Any]) -> dict[str, tuple]:
+    flow = _FLOW_SUPPORTED if fields.get("use_flow_sigmas") and name in FLOW_RAMPS else {}
+    return _SUPPORTED | _SUPPORTED_IN.get(name, {}) | flow
 
 
 def _check_values(name: str, fields: Mapping[str, Any], supported: Mapping[str, tuple]) -> None:

@@ -16,6 +16,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
 from ldm_jax.interop.clip_weights import text_encoder_from_config, text_params_from_state_dict
 from ldm_jax.interop.dit import load_dit
+from ldm_jax.interop.flow_schedulers import is_flow
 from ldm_jax.interop.modules import abstract_params
 from ldm_jax.interop.pipelines import DIT_PIPELINE, PIPELINE_CLASS, PIPELINES, Components, read_pipeline
 from ldm_jax.interop.scheduler_config import edm_from_config, process_from_config
@@ -41,7 +42,7 @@ from ldm_jax.models.dit import DiT
 from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Origin, Params, SamplingDefaults, Solver
-from ldm_jax.pipeline.scheduler import solvers_of_scheduler
+from ldm_jax.pipeline.scheduler import solvers_of_scheduler, stated_timesteps
 
 MAX_NOISE_LEVEL = 350  # default of an upscaler
 UPSCALER_SCALE = 0.08333  # of its latents: diffusers' pipeline ignores the autoencoder's scaling_factor
@@ -66,6 +67,7 @@ def from_diffusers(path: Path, dtype: str = "float32") -> tuple[LatentDiffusion,
     dtypes, stated, scaling = {"dtype": jnp.dtype(dtype), "params_dtype": jnp.dtype(dtype)}, {}, None
     if pipeline == PIPELINE_CLASS:
         stated = _stated_defaults(path, settings) | {"class_names": _class_names(path, settings, with_tokens=True)}
+        stated |= stated_timesteps(settings, path / folder.INDEX)
         parts = _class_conditional(path, len(stated["class_names"]), settings["class_tokens"], **dtypes)
         channels = settings.get("map_channels", 0)
         scaling = latents_scaling(path, parts[0].in_channels - (channels if isinstance(channels, int) else 0))
@@ -109,6 +111,8 @@ def assemble(
     max_noise_level: Any = MAX_NOISE_LEVEL,
     eta: float = 0.0,
     concat: ConcatConditioning | None = None,
+    timestep_offset: int = 0,
+    timestep_spacing: str | None = None,
     **defaults: Any,
 ) -> LatentDiffusion:
     """The model of the components of a pipeline class in diffusers; `path` is that of their files.
@@ -120,13 +124,14 @@ def assemble(
       max_noise_level: of the upscaler.
       eta: of the model's own sampler.
       concat: the concat conditioning of a LatentDiffusionPipeline; those of diffusers' pipelines follow from the rest.
+      timestep_offset, timestep_spacing: of a LatentDiffusionPipeline, see there.
       defaults: fields of SamplingDefaults that differ from those of the pipeline.
 
     Raises:
       InputError: a scheduler whose process is not supported, or components that do not fit together.
     """
     process, prediction = process_from_config(schedulers["scheduler"])
-    sampler, solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline)
+    sampler, solvers = solvers_of_scheduler(schedulers["scheduler"], pipeline, timestep_spacing)
     if isinstance(own := solvers[sampler], Solver):
         solvers[sampler] = own._replace(options={**own.options, "eta": eta})
     if pipeline not in (PIPELINE_CLASS, DIT_PIPELINE):
@@ -150,6 +155,7 @@ def assemble(
         defaults=SamplingDefaults(sampler=sampler, solvers=solvers, batch_size=jax.local_device_count(), **defaults),
         origin=Origin(path, class_names=class_names, hashed=(prediction,), pipeline=pipeline, schedulers=schedulers),
         edm=edm_from_config(schedulers["scheduler"]),
+        time_offset=int(is_flow(schedulers["scheduler"])) + timestep_offset,
     )
     _check_widths(model, channels)
     return model

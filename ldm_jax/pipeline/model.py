@@ -91,6 +91,7 @@ class LatentDiffusion:
     origin: Origin = field(default=Origin(), compare=False)
     edm: EDM | None = None  # noise levels of an EDM model, whose denoiser is conditioned on c_noise instead of t
     mean_flow: bool = False  # whether the denoiser predicts the average velocity over an interval (Geng 2025)
+    time_offset: int = 0  # the denoiser is conditioned on t + this: 1 of diffusers' flow models, T s = t + 1
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -158,7 +159,8 @@ def apply_denoiser(
         arguments["timestep_cond"] = interval_embedding(interval, model.denoiser.time_cond_proj_dim)
         t = FLOW_TIME * (t + 1) / len(model.process)
     unet_input = jnp.concatenate([z_t, cond["concat"]], axis=-1) if "concat" in cond else z_t
-    t = t if model.edm is None else model.edm.c_noise(t)
+    if model.edm is not None or model.time_offset:
+        t = model.edm.c_noise(t) if model.edm else t + model.time_offset
     return model.denoiser.apply({"params": params["denoiser"]}, unet_input, t, **arguments, **options)
 
 

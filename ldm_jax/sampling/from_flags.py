@@ -75,8 +75,9 @@ def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
 
 def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, prompts: list[str]) -> Guidance:
     conditional = model.class_names or isinstance(model.conditioning, TextConditioning)
-    if values.guidance not in (None, 1.0) and not conditional:
-        raise InputError(f"--guidance={values.guidance} needs a model with classes; this one has none")
+    if values.guidance not in (None, 1.0) and not (conditional or values.guide_model):
+        needs = "needs a model with classes, or --guide_model; this one has none"
+        raise InputError(f"--guidance={values.guidance} {needs}")
     scales = {"classifier_scale": "classifier", "clip_guidance_scale": "clip"}
     for scale, name in scales.items():
         if values[scale].value is not None and not values[name].value:
@@ -88,6 +89,9 @@ def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, pr
         interval=_or(values.guidance_interval, defaults.interval),
         rescale=_or(values.guidance_rescale, defaults.rescale),
         negative_prompt=values.negative_prompt,
+        parallel=_or(values.guidance_parallel, defaults.parallel),
+        max_norm=_or(values.guidance_max_norm, defaults.max_norm),
+        guide_model=values.guide_model or None,
         **{name: values[name].value or None for name in scales.values()},
         **{scale: _or(values[scale].value, 1.0 if values[name].value else 0.0) for scale, name in scales.items()},
     )

@@ -1,4 +1,4 @@
-"""Guidance models of a recipe: a classifier of noisy latents, a CLIP."""
+"""Guidance models of a recipe: a classifier of noisy latents, a CLIP, the weaker model of autoguidance."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +11,11 @@ from ldm_jax.config.rules import validate
 from ldm_jax.diffusion.process import Process
 from ldm_jax.errors import InputError
 from ldm_jax.models.classifier import NoisyClassifier
+from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.clip import TrainedCLIP, load_clip
 from ldm_jax.pipeline.from_config import build_classifier, from_config
 from ldm_jax.pipeline.from_run import load_first_stage
+from ldm_jax.pipeline.load import is_run, load
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.run_folder.checkpoint import ema_params, load_latest
 from ldm_jax.runtime.files import content_hash, read_json
@@ -29,11 +31,19 @@ class TrainedClassifier(NamedTuple):
     model: LatentDiffusion  # of its config: its latents, process and classes; without parameters
 
 
+class GuideModel(NamedTuple):
+    """The weaker model of autoguidance with its parameters."""
+
+    model: LatentDiffusion
+    params: Params  # "denoiser" and "conditioning"
+
+
 class GuidanceModels(NamedTuple):
-    """The classifier and the CLIP that guide, if any."""
+    """The classifier, the CLIP and the weaker model that guide, if any."""
 
     classifier: TrainedClassifier | None = None
     clip: TrainedCLIP | None = None
+    guide_model: GuideModel | None = None
 
     @property
     def params(self) -> dict[str, Any]:
@@ -42,8 +52,9 @@ class GuidanceModels(NamedTuple):
 
     def sampler(self, model: LatentDiffusion, batch_size: int) -> Sampler:
         """The sampler of a model with this guidance: see `sampler.make_sampler`."""
-        classifier, clip = self
-        return make_sampler(model, batch_size, classifier and classifier.module, clip and clip.clip)
+        classifier, clip, guide = self
+        modules = classifier and classifier.module, clip and clip.clip, guide and guide.model
+        return make_sampler(model, batch_size, *modules)
 
 
 def guidance_models(recipe: Recipe, model: LatentDiffusion, params: Params) -> GuidanceModels:
@@ -52,6 +63,7 @@ def guidance_models(recipe: Recipe, model: LatentDiffusion, params: Params) -> G
     return GuidanceModels(
         classifier_for(Path(guidance.classifier), model, params) if guidance.classifier else None,
         clip_for(Path(guidance.clip), model) if guidance.clip else None,
+        guide_model_for(recipe, model, params) if guidance.guide_model else None,
     )
 
 
@@ -112,3 +124,44 @@ def clip_for(path: Path, model: LatentDiffusion) -> TrainedCLIP:
     if own != channels:
         raise InputError(f"--clip={path} takes images of {own} channels; those of --model have {channels}")
     return trained
+
+
+def guide_model_for(recipe: Recipe, model: LatentDiffusion, params: Params) -> GuideModel:
+    """The weaker model of a recipe with autoguidance.
+
+    Raises InputError if there is none, or its conditions, noise schedule or latents are not those of the model.
+    """
+    where, guidance = f"--guide_model={recipe.guidance.guide_model}", recipe.guidance
+    if guidance.negative_prompt is not None or guidance.negative_label is not None:
+        raise InputError(f"{where} takes the place of a null or negative condition; leave that out")
+    guide, its_params = _load_guide_model(guidance.guide_model, recipe.dtype)
+    same_labels = type(guide.conditioning) is type(model.conditioning) and guide.class_names == model.class_names
+    if not same_labels or (
+        isinstance(model.conditioning, TextConditioning) and guide.conditioning != model.conditioning
+    ):
+        raise InputError(f"{where} is conditioned on other classes or texts than --model; they must be the same")
+    if guide.concat != model.concat:
+        raise InputError(f"{where} has other concat conditioning than --model; it must have the same")
+    if guide.process != model.process:
+        schedules = f"{_schedule(guide.process)} and {_schedule(model.process)}"
+        raise InputError(f"{where} and --model have other noise schedules: {schedules}")
+    if guide.guidance_dim is not None:
+        raise InputError(f"{where} has the guidance scale as an input, which is for no other guidance")
+    sized = guide.at_size(model.image_shape[:2])
+    if sized.latent_shape != model.latent_shape or _latents_hash(its_params, sized) != _latents_hash(params, model):
+        same = "it must be an earlier checkpoint, or be trained with --config.autoencoder.checkpoint set to that run"
+        raise InputError(f"{where} has other latents than --model, of another autoencoder or scale; {same}")
+    return GuideModel(guide, {name: its_params[name] for name in ("denoiser", "conditioning")})
+
+
+def _load_guide_model(where: str, dtype: str) -> tuple[LatentDiffusion, Params]:
+    """The model of PATH or RUN@STEP and its parameters; raises InputError."""
+    run, _, step = where.rpartition("@")
+    at_step = step.isdecimal() and is_run(Path(run)) and not Path(where).exists()
+    try:
+        guide, params = load(run, dtype, step=int(step)) if at_step else load(where, dtype)
+    except InputError as error:
+        raise InputError(f"--guide_model: {error}") from error
+    if at_step and guide.origin.step != int(step):
+        raise InputError(f"--guide_model={where}: the run has no checkpoint of that step, but of {guide.origin.step}")
+    return guide, params

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from ldm_jax.data.from_config import load_split
+from ldm_jax.diffusion.guidance import Projection
 from ldm_jax.diffusion.random import initial_latents, low_resolution_noise, sample_keys
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.clip import TrainedCLIP, embed_texts
@@ -37,7 +38,7 @@ def sample_inputs(
     num, guidance, solver = recipe.num, recipe.guidance, model.defaults.solver(recipe.solving.sampler)
     index, shape = np.arange(num, dtype=np.int32), model.latent_shape
     labels = np.asarray(recipe.labels or [-1], np.int32)[index % max(len(recipe.labels), 1)]
-    scale = guidance.scale if recipe.labels else 1.0
+    scale = guidance.scale if recipe.labels or guidance.guide_model else 1.0
     if concat_images is not None and concat_images.labels is not None and not recipe.prompts:
         labels = concat_images.labels
     table = _condition_table(model, recipe)
@@ -70,6 +71,7 @@ def sample_inputs(
         clip_sample_range=np.float32(solver.clip_sample_range),
         z0=np.zeros(shape, np.float32),
         mask=np.ones((*shape[:2], 1), bool),
+        projection=Projection(np.float32(guidance.parallel), np.float32(guidance.max_norm or np.inf)),
     )
     return labels, SampleInputs(samples, shared, recipe.seed, scaled_initial_noise=solver.scaled_initial_noise)
 

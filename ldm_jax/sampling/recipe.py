@@ -29,7 +29,7 @@ class Solving(NamedTuple):
 
 
 class Guidance(NamedTuple):
-    """Classifier-free, classifier and CLIP guidance."""
+    """Classifier-free guidance or autoguidance, classifier and CLIP guidance."""
 
     scale: float
     interval: list[float]
@@ -40,6 +40,9 @@ class Guidance(NamedTuple):
     classifier_scale: float = 0.0
     clip: str | None = None  # run folder of a CLIP, which guides to the prompts in turn
     clip_guidance_scale: float = 0.0
+    parallel: float = 1.0  # adaptive projected guidance: see `guidance.Projection`
+    max_norm: float = 0.0  # and its limit; 0 = none
+    guide_model: str | None = None  # PATH[@STEP] of the weaker model of autoguidance, in place of the null condition
 
 
 class Edit(NamedTuple):
@@ -124,11 +127,12 @@ def with_guidance(model: LatentDiffusion, recipe: Recipe) -> Recipe:
     guidance = recipe.guidance
     if model.guidance_dim is not None:
         own = {"negative_prompt": None, "rescale": 0.0, "interval": [0.0, 1.0]}
+        own |= {"parallel": 1.0, "max_norm": 0.0, "guide_model": None}
         for name in (name for name, value in own.items() if getattr(guidance, name) != value):
             why = "the guidance scale is an input of this model, which is called once a step"
             raise InputError(f"the guidance option {name} is for classifier-free guidance; {why}")
     texts = isinstance(model.conditioning, TextConditioning) and any(recipe.prompts)
-    if not texts or guidance.scale >= 1 or guidance.classifier or guidance.clip:
+    if not texts or guidance.scale >= 1 or guidance.classifier or guidance.clip or guidance.guide_model:
         return recipe
     what = 'as in diffusers, no guidance; --prompt="" samples without a condition'
     warn(f"warning: a guidance scale of {guidance.scale:g} means, {what}")

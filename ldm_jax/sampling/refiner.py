@@ -46,8 +46,8 @@ def load_refiner(recipe: Recipe, model: LatentDiffusion, params: Params) -> tupl
     texts = all(isinstance(each.conditioning, TextConditioning) for each in (model, refiner))
     if not texts or refiner.concat:
         raise InputError(f"{where}: it and --model must be text-to-image models, and it without other inputs")
-    if guidance.classifier or guidance.clip:
-        raise InputError(f"{where}: --classifier and --clip do not go with a refiner")
+    if guidance.classifier or guidance.clip or guidance.guide_model:
+        raise InputError(f"{where}: --classifier, --clip and --guide_model do not go with a refiner")
     factor, channels = model.first_stage.downsampling, model.latent_shape[-1]
     scaling = all(np.array_equal(params[name], its_params[name]) for name in ("shift", "scale"))
     if (refiner.first_stage.downsampling, refiner.latent_shape[-1]) != (factor, channels) or not scaling:

@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.diffusion import guidance
-from ldm_jax.diffusion.denoiser import Denoiser, clip_z0, from_network, over_interval, paste_known, threshold_z0
+from ldm_jax.diffusion.denoiser import (
+    ConditionalDenoiser,
+    Denoiser,
+    clip_z0,
+    from_network,
+    paste_known,
+    threshold_z0,
+)
+from ldm_jax.diffusion.guidance import PLAIN, Projection
 from ldm_jax.diffusion.random import initial_latents, sample_keys
 from ldm_jax.diffusion.solve import State, initial_state, solve, solve_rows
 from ldm_jax.diffusion.tables import HISTORY, Table
@@ -52,6 +60,7 @@ class Shared(NamedTuple):
     clip_sample_range: np.ndarray  # [] float32: z0_hat of latents is clipped to [-range, range]
     z0: np.ndarray  # [h, w, c] float32 clean latents of the known region
     mask: np.ndarray  # bool [h, w, 1]: True = sampled, False = known
+    projection: Projection = PLAIN  # scalars: of adaptive projected guidance
 
 
 class SampleInputs(NamedTuple):
@@ -113,33 +122,34 @@ def guided_denoiser(
     shared: Shared,
     classifier: NoisyClassifier | None = None,
     clip: CLIP | None = None,
+    guide: LatentDiffusion | None = None,
 ) -> Denoiser:
     """The denoiser of a model with all its guidance, for use inside a compiled call.
 
-    `params` has "classifier" and "clip" of the guidance models, which go with `samples.classifier_scale` and
-    `samples.clip_guidance_scale`; raises ValueError if only one of the two is there.
+    `params` has "classifier", "clip" and "guide_model" of the guidance models. The first two go with
+    `samples.classifier_scale` and `samples.clip_guidance_scale`; raises ValueError if only one of the two is there. The
+    `guide` is the weaker model of autoguidance, instead of classifier-free guidance.
     """
-    for name, guide in (("classifier_scale", classifier), ("clip_guidance_scale", clip)):
-        if (getattr(samples, name) is None) != (guide is None):
+    for name, module in (("classifier_scale", classifier), ("clip_guidance_scale", clip)):
+        if (getattr(samples, name) is None) != (module is None):
             raise ValueError(f"{name} and the model that guides by it go together; one of the two is missing")
-    encode, interval = model.conditioning.encode, shared.interval * len(model.process)
-    cond, concat = encode(params["conditioning"], samples.cond), samples.concat or {}
-    if samples.interpolate_to is not None:
-        other = encode(params["conditioning"], samples.interpolate_to)
-        cond = interpolate(cond, other, samples.interpolate_weight)
-    scale = samples.guidance
+    interval, concat, scale = shared.interval * len(model.process), samples.concat or {}, samples.guidance
     if model.guidance_dim is not None:  # an input of the denoiser, which is called once
         concat, scale = concat | {"guidance": scale}, jnp.ones_like(scale)
-    network = from_network(partial(apply_denoiser, model, params), model.prediction, model.process)
-    denoise = guidance.classifier_free(
-        over_interval(network) if model.mean_flow else network,
-        cond | concat,
-        encode(params["conditioning"], shared.null_cond) | concat,
-        scale,
-        interval=interval,
-        rescale=shared.rescale,
-        prediction=model.prediction,
-    )
+    options = {"interval": interval, "rescale": shared.rescale, "prediction": model.prediction}
+    options["projection"] = shared.projection
+    denoise, cond = _conditional(model, params, samples, concat)
+    if guide is None:
+        null_cond = model.conditioning.encode(params["conditioning"], shared.null_cond) | concat
+        denoise = guidance.classifier_free(denoise, cond, null_cond, scale, **options)
+    else:
+        weak, weak_cond = _conditional(guide, params["guide_model"], samples, concat)
+        denoise = guidance.autoguided(
+            lambda z_t, level, denoise=denoise: denoise(z_t, level, cond),
+            lambda z_t, level: weak(z_t, level, weak_cond),
+            scale,
+            **options,
+        )
     if clip is not None:
 
         def similarity(z0: jax.Array) -> jax.Array:
@@ -160,6 +170,19 @@ def guided_denoiser(
     return clip_z0(denoise, shared.clip_sample_range)
 
 
+def _conditional(
+    model: LatentDiffusion, params: Params, samples: PerSample, concat: dict[str, Any]
+) -> tuple[ConditionalDenoiser, dict[str, Any]]:
+    """The denoiser of a model without guidance, and its condition of each sample."""
+    encode = model.conditioning.encode
+    cond = encode(params["conditioning"], samples.cond)
+    if samples.interpolate_to is not None:
+        other = encode(params["conditioning"], samples.interpolate_to)
+        cond = interpolate(cond, other, samples.interpolate_weight)
+    network = from_network(partial(apply_denoiser, model, params), model.prediction, model.process)
+    return over_interval(network) if model.mean_flow else network, cond | concat
+
+
 def clip_logits(clip: CLIP, params: Any, x: jax.Array, text_embeds: jax.Array) -> jax.Array:
     """CLIP's logits [B] of images x [B, H, W, C] in [-1, 1] with text embeddings [B, D] (Radford 2021, section 2.3)."""
     resized = jax.image.resize(x, (len(x), *(clip.image.image_size,) * 2, x.shape[-1]), "linear")
@@ -169,16 +192,20 @@ def clip_logits(clip: CLIP, params: Any, x: jax.Array, text_embeds: jax.Array) -
 
 @lru_cache(maxsize=16)
 def make_sampler(
-    model: LatentDiffusion, batch_size: int, classifier: NoisyClassifier | None = None, clip: CLIP | None = None
+    model: LatentDiffusion,
+    batch_size: int,
+    classifier: NoisyClassifier | None = None,
+    clip: CLIP | None = None,
+    guide: LatentDiffusion | None = None,
 ) -> Sampler:
     """The sampler of a model, for replicated parameters (see `runtime.parallel.replicate`); equal models share it.
 
-    `batch_size` is a multiple of the local devices. `classifier` and `clip` guide: see `guided_denoiser`.
+    `batch_size` is a multiple of the local devices. `classifier`, `clip` and `guide`: see `guided_denoiser`.
     """
     shape = model.latent_shape
 
     def problem(params: Any, samples: PerSample, seed: jax.Array, shared: Shared) -> tuple[Denoiser, jax.Array, dict]:
-        denoise = guided_denoiser(model, params, samples, shared, classifier, clip)
+        denoise = guided_denoiser(model, params, samples, shared, classifier, clip, guide)
         return denoise, sample_keys(seed, samples.index), {"project": paste_known(shared.z0, shared.mask)}
 
     def solve_batch(params: Any, samples: PerSample, table: Table, seed: jax.Array, shared: Shared) -> tuple:

@@ -5,7 +5,7 @@ import pytest
 
 from ldm_jax.diffusion.denoiser import Estimate, clip_z0, from_network, paste_known, threshold_z0
 from ldm_jax.diffusion.forward import NoiseLevel, noise_level
-from ldm_jax.diffusion.guidance import classifier_free, classifier_guided, similarity_guided
+from ldm_jax.diffusion.guidance import Projection, autoguided, classifier_free, classifier_guided, similarity_guided
 from ldm_jax.diffusion.prediction import PREDICTIONS, from_z0, to_z0
 from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.schedules import make_process
@@ -324,3 +324,103 @@ def test_guidance_changes_z0_alone(name):
     estimate = CHAIN[name](from_network(wide, "v", PROCESS))(Z, LEVEL)
     np.testing.assert_array_equal(estimate.z0, CHAIN[name](from_network(network, "v", PROCESS))(Z, LEVEL))
     np.testing.assert_allclose(estimate.var_frac, (jnp.cos(3 * Z) + CONTEXT[..., None] + 1) / 2, rtol=1e-6)
+
+
+def pairs(cond, null):
+    """A conditional denoiser of constant estimates [B, 2]: cond for the condition 1, null for 0."""
+    values = jnp.stack([jnp.asarray(null, jnp.float32), jnp.asarray(cond, jnp.float32)])
+    return lambda z_t, level, context: values[context[:, 0].astype(int), jnp.arange(len(z_t)) % values.shape[1]]
+
+
+APG_LEVEL = NoiseLevel(jnp.full(2, 5.0), jnp.full(2, 0.8), jnp.full(2, 0.6))
+
+
+@pytest.mark.parametrize(
+    "projection, expected",
+    [
+        # z0 (3, 4) and (1, 0) from null (1, 2) and (1, 2): d = (2, 2) and (0, -2); w = 3.
+        (Projection(), [[7, 8], [1, -4]]),
+        # d along z0: 14/25 (3, 4) = (1.68, 2.24), and across it (.32, -.24); the second is across already.
+        (Projection(parallel=0.0), [[3 + 2 * 0.32, 4 - 2 * 0.24], [1, -4]]),
+        (Projection(parallel=0.5), [[3 + 2 * (0.32 + 0.84), 4 + 2 * (-0.24 + 1.12)], [1, -4]]),
+        # |d| = 8^.5 and 2, both to 1.
+        (Projection(max_norm=1.0), [[3 + 2 * 0.5**0.5, 4 + 2 * 0.5**0.5], [1, -2]]),
+        (Projection(parallel=0.0, max_norm=1.0), [[3 + 2 * 0.32 / 8**0.5, 4 - 2 * 0.24 / 8**0.5], [1, -2]]),
+        (Projection(max_norm=2.5), [[3 + 2 * 2.5 * 0.5**0.5, 4 + 2 * 2.5 * 0.5**0.5], [1, -4]]),
+    ],
+)
+def test_adaptive_projected_guidance_by_hand(projection, expected):
+    denoise = pairs([[3, 4], [1, 0]], [[1, 2], [1, 2]])
+
+    @jax.jit
+    def run(projection):
+        guided = classifier_free(denoise, jnp.ones((2, 1)), jnp.zeros((1, 1)), 3.0, projection=projection)
+        return guided(jnp.zeros((2, 2)), APG_LEVEL)
+
+    np.testing.assert_allclose(run(projection), expected, rtol=1e-5)
+
+
+def test_projected_guidance_that_is_off_changes_no_bit():
+    plainly, projected = (
+        jax.jit(lambda p=p: classifier_free(plain, CONTEXT, NULL, 2.5, projection=p)(Z, LEVEL))
+        for p in (Projection(), Projection(jnp.float32(1.0), jnp.float32(np.inf)))
+    )
+    np.testing.assert_array_equal(plainly(), projected())
+    cond, null = plain(Z, LEVEL, CONTEXT), plain(Z, LEVEL, jnp.broadcast_to(NULL, CONTEXT.shape))
+    np.testing.assert_allclose(plainly(), null + 2.5 * (cond - null), rtol=1e-5, atol=1e-5)
+
+
+def test_projection_of_zeros_is_finite():
+    zeros = pairs([[0, 0], [0, 0]], [[0, 0], [0, 0]])
+    options = {"projection": Projection(0.0, 1.0)}
+    got = classifier_free(zeros, jnp.ones((2, 1)), jnp.zeros((1, 1)), 3.0, **options)(jnp.zeros((2, 2)), APG_LEVEL)
+    np.testing.assert_array_equal(got, 0)
+
+
+def constant(*values):
+    return lambda z_t, level: jnp.asarray(values, jnp.float32)
+
+
+def test_autoguidance_by_hand():
+    strong, weak = constant([1.0, 2.0], [3.0, 4.0]), constant([0.0, 3.0], [3.0, 0.0])
+    got = autoguided(strong, weak, jnp.array([2.0, 0.5]))(jnp.zeros((2, 2)), APG_LEVEL)
+    np.testing.assert_allclose(got, [[2, 1], [3, 2]])
+    got = autoguided(strong, weak, 3.0, projection=Projection(parallel=0.0))(jnp.zeros((2, 2)), APG_LEVEL)
+    np.testing.assert_allclose(got, [[1 + 2 * 1.2, 2 - 2 * 0.6], [3 - 2 * 1.92, 4 + 2 * 1.44]], rtol=1e-5)
+
+
+def test_autoguidance_outside_its_interval_and_at_scale_1_calls_the_strong_alone():
+    calls = []
+
+    def weak(z_t, level):
+        jax.debug.callback(lambda: calls.append(1))
+        return z_t
+
+    @jax.jit
+    def run(scale, interval=(0, 99)):
+        return autoguided(constant([1.0, 2.0], [3.0, 4.0]), weak, scale, interval=interval)(
+            jnp.zeros((2, 2)), APG_LEVEL
+        )
+
+    for arguments, expected in [((1.0,), 0), ((2.0,), 1), ((2.0, (6, 99)), 0), ((2.0, (5, 99)), 1)]:
+        calls.clear()
+        got = run(*arguments)
+        jax.effects_barrier()
+        assert len(calls) == expected, arguments
+        np.testing.assert_array_equal(got, jnp.array([[1.0, 2], [3, 4]]) * (2 if expected else 1))
+
+
+@pytest.mark.parametrize("learned_weak", [False, True])
+def test_autoguidance_keeps_the_strong_models_variance(learned_weak):
+    variance = jnp.full((2, 2), 0.3)
+
+    def strong(z_t, level):
+        return Estimate(jnp.ones((2, 2)), variance)
+
+    def weak(z_t, level):
+        return Estimate(jnp.zeros((2, 2)), variance + 1) if learned_weak else jnp.zeros((2, 2))
+
+    for scale in (1.0, 2.0):
+        got = autoguided(strong, weak, scale)(jnp.zeros((2, 2)), APG_LEVEL)
+        np.testing.assert_array_equal(got.z0, scale)
+        np.testing.assert_array_equal(got.var_frac, variance)

@@ -54,7 +54,9 @@ def test_a_point_between_timesteps_has_its_ratio_and_the_scale_of_its_neighbours
 
 def test_pure_noise_between_timesteps():
     flow = make_process("rectified_flow", 10)
-    assert flow.between(8.5, np.inf) == (8.5, 0.0, pytest.approx((np.hypot(0.1, 0.9) + 1) / 2))
+    assert flow.between(8.5, np.inf) == (8.5, 0.0, 1.0)
+    zero_snr = make_process("linear", 10, zero_terminal_snr=True)
+    assert zero_snr.between(8.5, np.inf) == (8.5, 0.0, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

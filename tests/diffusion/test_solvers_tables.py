@@ -20,6 +20,7 @@ from ldm_jax.diffusion.tables import HISTORY, with_resampling
 
 T = 40
 PROCESS = make_process("linear", T, beta_start=0.002, beta_end=0.3)
+FLOW = make_process("rectified_flow", T)
 ZERO_SNR = make_process("linear", T, beta_start=0.002, beta_end=0.3, zero_terminal_snr=True)
 SHAPE = (3, 2, 2)
 KEYS = sample_keys(0, jnp.arange(4))
@@ -335,8 +336,9 @@ def test_ddim_table_by_hand():
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 3, 11, T])
 def test_ddim_with_eta_1_is_ddpm(spacing, steps):
-    ddim = make_table("ddim", PROCESS, steps, eta=1.0, spacing=spacing)
-    ddpm = make_table("ddpm", PROCESS, steps, spacing=spacing)
+    process, prediction = (FLOW, "flow") if spacing == "flow" else (PROCESS, "eps")
+    ddim = make_table("ddim", process, steps, prediction=prediction, eta=1.0, spacing=spacing)
+    ddpm = make_table("ddpm", process, steps, prediction=prediction, spacing=spacing)
     for one, other in zip(ddim, ddpm):
         np.testing.assert_allclose(one, other, atol=1e-12)
 
@@ -359,7 +361,9 @@ def test_a_constant_denoiser_is_reached_exactly():
     constant = jax.jit(partial(solve, lambda z_t, level: jnp.full_like(z_t, 0.7)))
     for solver in SOLVERS:
         for spacing in TIMESTEP_SPACINGS if solver in ("lcm", "tcd") else SPACINGS:
-            z, _ = constant(Z_T, make_table(solver, PROCESS, 9, spacing=spacing), KEYS)
+            process, prediction = (FLOW, "flow") if spacing == "flow" else (PROCESS, "eps")
+            table = make_table(solver, process, 9, prediction=prediction, spacing=spacing)
+            z, _ = constant(Z_T, table, KEYS)
             np.testing.assert_allclose(z, 0.7, rtol=1e-3 if solver == "lcm" else 2e-5)  # lcm keeps c_skip of z
 
 
@@ -409,7 +413,7 @@ def test_a_constant_denoiser_is_reached_exactly():
         ({"solver": "dpmpp_2m", "steps": 0}, "leading spacing needs steps in 1..39 with this solver, got 0"),
         (
             {"spacing": "even"},
-            "spacing must be one of leading, trailing, linspace, karras, exponential, beta, got 'even'",
+            "spacing must be one of leading, trailing, linspace, karras, exponential, beta, flow, got 'even'",
         ),
         ({"steps": 40, "steps_offset": 1}, "steps_offset must lie in 0..0"),
         ({"prediction": "x0"}, "prediction must be one of eps, v, z0, flow, edm, got 'x0'"),

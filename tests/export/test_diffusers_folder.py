@@ -235,6 +235,40 @@ def test_the_scheduler_of_a_run(case):
     assert fields["clip_sample"] == (config.autoencoder.type == "none")
 
 
+FLOWS = {  # changes of tests/tiny.py on rectified flow -> what the card must say
+    "ddim": ({}, ""),
+    "euler between the timesteps": ({"sampling.sampler": "euler", "sampling.spacing": "flow"}, ""),
+    "noise": ({"sampling.sampler": "ddpm"}, "By Euler's method without noise instead of by ddpm."),
+    "eta": ({"sampling.eta": 0.5}, "By Euler's method without noise instead of by ddim."),
+    "leading steps": ({"sampling.spacing": "leading"}, "With trailing steps instead of leading ones."),
+    "both ends": ({"sampling.spacing": "linspace"}, "With flow steps instead of linspace ones."),
+    "pixels": ({"autoencoder.type": "none"}, "Without clipping z0 to [-1, 1]."),
+}
+
+
+@pytest.mark.parametrize("case", FLOWS)
+def test_the_scheduler_of_a_run_on_rectified_flow(case):
+    changes, note = FLOWS[case]
+    config = tiny.get_config().unlock()
+    flow = {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow"}
+    config.update_from_flattened_dict(flow | changes)
+    fields, notes = scheduler_of_run(config)
+    assert fields["_class_name"] == "FlowMatchEulerDiscreteScheduler" and fields["num_train_timesteps"] == 20
+    assert " ".join(notes) == note
+
+
+@pytest.mark.parametrize("changes, problem", [
+    ({"diffusion.prediction": "z0"}, "diffusers has no scheduler for config.diffusion.prediction = 'z0'"),
+    ({"stages": ("autoencoder", "clip", "diffusion")}, "StableDiffusionPipeline, which samples text-to-image runs"),
+])  # fmt: skip
+def test_runs_on_rectified_flow_that_diffusers_has_no_class_for(changes, problem):
+    config = tiny.get_config().unlock()
+    flow = {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow"}
+    config.update_from_flattened_dict(flow | changes)
+    with pytest.raises(InputError, match=problem):
+        scheduler_of_run(config)
+
+
 FOLDERS = {
     "plain": lambda folder: diffusers_folder.write_stable_diffusion(folder),
     "xl": lambda folder: diffusers_folder.write_stable_diffusion(folder, xl=True),

@@ -248,7 +248,7 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
     "config, named",
     [
         ({}, "class None is not supported"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler' is not supported"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "'FlowMatchLCMScheduler' is not supported"),
         ({"_class_name": "DPMSolverSDEScheduler"}, "the scheduler DPMSolverSDEScheduler is not supported"),
         ({"_class_name": "PNDMScheduler"}, "skip_prk_steps = False"),
         (PUBLISHED["sd15"] | {"beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'.*squaredcos_cap_v2"),
@@ -266,7 +266,7 @@ EULER, SINGLE = {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "DPMS
         ({"_class_name": "TCDScheduler", "original_inference_steps": 100}, "original_inference_steps = 100"),
         (DPM | {"algorithm_type": "dpmsolver"}, "algorithm_type = 'dpmsolver'"),
         (DPM | {"solver_type": "heun"}, "solver_type = 'heun'"),
-        (DPM | {"use_flow_sigmas": True}, "use_flow_sigmas = True is not supported; supported: False"),
+        (DPM | {"use_flow_sigmas": True}, "prediction_type = 'epsilon' is not supported; supported: 'flow_prediction'"),
         (DPM | {"use_dynamic_shifting": True}, "use_dynamic_shifting = True"),
         (DPM | {"use_karras_sigmas": True, "use_exponential_sigmas": True}, "cannot both be true"),
         (DPM | {"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas and use_beta_sigmas cannot"),
@@ -425,8 +425,10 @@ def test_export_and_back(name, sampler):
             expected = make_table(options.pop("sampler"), process, 12, prediction="v", **options)
         except (InputError, ValueError):
             uneven, without = SPACINGS[3:], ("ddpm", "ddim", "plms", "euler_a", "lcm", "tcd")
-            assert (sampler in without and spacing in uneven) or (
-                (sampler, spacing) in {("dpmpp_2s", "leading"), ("dpmpp_2s", "trailing")}
+            assert (
+                (sampler in without and spacing in uneven)
+                or spacing == "flow"
+                or ((sampler, spacing) in {("dpmpp_2s", "leading"), ("dpmpp_2s", "trailing")})
             )
             continue
         scheduler = scheduler_from_config(config)
@@ -467,6 +469,7 @@ def test_export_of_other_options():
         ({"sampler": "lcm", "set_alpha_to_one": False}, "LCMScheduler does not support set_alpha_to_one = False"),
         ({"prediction": "flow"}, "have no 'flow'; they have eps, v, z0"),
         ({"prediction": "edm"}, "have no 'edm'; they have eps, v, z0"),
+        ({"spacing": "flow"}, "the spacing flow is for rectified flow"),
         ({"name": "rectified_flow"}, "have no 'rectified_flow'; they have linear, scaled_linear, cosine"),
     ],
 )

@@ -57,6 +57,23 @@ RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
         (),
         "DPMSolverMultistepScheduler",
     ),
+    "rectified flow, uneven numbers of trailing steps": (
+        {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow", "sampling.steps": 7},
+        tiny.CLASS_NAMES,
+        "FlowMatchEulerDiscreteScheduler",
+    ),
+    "rectified flow, between the timesteps, guided in an interval": (
+        {
+            "diffusion.schedule": "rectified_flow",
+            "diffusion.prediction": "flow",
+            "sampling.sampler": "euler",
+            "sampling.spacing": "flow",
+            "sampling.steps": 6,
+            "sampling.guidance_interval": (0.2, 0.9),
+        },
+        tiny.CLASS_NAMES,
+        "FlowMatchEulerDiscreteScheduler",
+    ),
     "pixels, a variance": (
         {
             "autoencoder.type": "none",

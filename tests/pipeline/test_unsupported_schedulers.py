@@ -91,7 +91,7 @@ def test_a_field_that_carries_over_is_refused_for_that_sampler_by_name(folder_of
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, "prediction_type = 'sample'"),
         ({"_class_name": "EDMDPMSolverMultistepScheduler", "rho": 3.0}, "rho = 3.0 is not supported; supported: 7.0"),
         (SDE | {"prediction_type": "flow_prediction"}, "prediction_type = 'flow_prediction'"),
-        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas = True"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "prediction_type = 'epsilon'"),
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type = 'continuous'"),
     ],
 )

@@ -1,0 +1,153 @@
+"""Autoguidance and adaptive projected guidance from the command line: with an earlier checkpoint, a smaller run."""
+
+import json
+import shutil
+
+import jax
+import jobs
+import numpy as np
+import pytest
+import random_runs
+
+from ldm_jax import command_line, sample
+from ldm_jax.diffusion.denoiser import from_network
+from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import apply_denoiser
+from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.sampling.sampler import PerSample, Shared, guided_denoiser
+
+SMALL = {"unet.block_out_channels": (8,), "unet.attention": (True,), "unet.context_dim": 4}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """strong, and weak: a smaller network on the same latents."""
+    folder = tmp_path_factory.mktemp("runs")
+    random_runs.random_run(folder / "strong")
+    random_runs.random_run(folder / "weak", SMALL)
+    random_runs.random_run(folder / "flow", {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow"})
+    random_runs.random_run(folder / "others", class_names=("a", "b", "c", "d"))
+    random_runs.random_run(folder / "concat", {"concat.type": "inpainting"})
+    random_runs.random_run(folder / "pixels", {"autoencoder.type": "none"})
+    random_runs.random_run(folder / "unconditional", class_names=())
+    return folder
+
+
+def run(model, out, *flags):
+    command = ["sample", f"--model={model}", f"--out={out}", "--steps=3", "--num=4", "--nosave_trajectory", *flags]
+    return command_line.run(sample.main, command)
+
+
+def sampled(model, out, *flags):
+    assert run(model, out, *flags) == 0
+    return jobs.samples(out)["images"].astype(int)
+
+
+def test_the_guided_denoiser_is_that_of_its_parts(runs):
+    (model, params), (weak, weak_params) = load(runs / "strong"), load(runs / "weak")
+    assert weak.denoiser != model.denoiser
+    rng = np.random.default_rng(0)
+    z_t, labels = rng.normal(size=(4, *model.latent_shape)).astype(np.float32), np.arange(4, dtype=np.int32)
+    scale = np.float32([1, 2, 3, 0])
+    shared = Shared(np.array([4], np.int32), np.float32([0, 1]), np.float32(0), np.float32(0), np.float32(np.inf),
+                    np.zeros(model.latent_shape, np.float32), np.ones((*model.latent_shape[:2], 1), bool))  # fmt: skip
+    level = NoiseLevel(*np.float32([7, model.process.alpha[7], model.process.sigma[7]]))
+    denoise = guided_denoiser(model, params | {"guide_model": weak_params}, PerSample(labels, labels, scale), shared,
+                              guide=weak)  # fmt: skip
+
+    def z0(model, params):
+        cond = model.conditioning.encode(params["conditioning"], labels)
+        network = lambda z, t, cond: apply_denoiser(model, params, z, t, cond)  # noqa: E731
+        return from_network(network, model.prediction, model.process)(z_t, level, cond)
+
+    strong, other = z0(model, params), z0(weak, weak_params)
+    expected = other + scale[:, None, None, None] * (strong - other)
+    np.testing.assert_allclose(jax.jit(denoise)(z_t, level), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_smaller_run_guides_and_the_recipe_samples_the_same_again(runs, tmp_path):
+    guide = f"--guide_model={runs}/weak"
+    guided, plain = sampled(runs / "strong", tmp_path / "a", guide, "--guidance=2.5"), []
+    for flags in (["--guidance=1"], [guide, "--guidance=1"]):  # at scale 1 the weaker model has no effect
+        plain.append(sampled(runs / "strong", tmp_path / "b", *flags))
+    assert np.abs(plain[0] - plain[1]).max() <= 1 < np.abs(plain[0] - guided).max()
+    recipe = read_recipe(tmp_path / "a" / "samples.png")
+    assert recipe["guidance"]["guide_model"] == f"{runs}/weak" and f"{runs}/weak" in recipe["inputs"]
+    again = ["sample", f"--model={runs}/strong", f"--out={tmp_path}/c", f"--from_recipe={tmp_path}/a/samples.png"]
+    assert command_line.run(sample.main, again) == 0
+    np.testing.assert_array_equal(jobs.samples(tmp_path / "c")["images"], guided)
+
+
+def test_a_recipe_with_another_weaker_model_is_refused(runs, tmp_path, capsys):
+    weak = shutil.copytree(runs / "weak", tmp_path / "weak")
+    sampled(runs / "strong", tmp_path / "a", f"--guide_model={weak}", "--guidance=2")
+    shutil.rmtree(weak)
+    random_runs.random_run(weak, SMALL | {"unet.layers_per_block": 2})
+    again = ["sample", f"--model={runs}/strong", f"--out={tmp_path}/c", f"--from_recipe={tmp_path}/a/samples.png"]
+    assert command_line.run(sample.main, again) == 2
+    assert "was sampled from another" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_run_itself_by_its_step(runs, tmp_path):
+    """The same checkpoint guides to the same images; there is none of another step."""
+    plain = sampled(runs / "strong", tmp_path / "a", "--guidance=1")
+    same = sampled(runs / "strong", tmp_path / "b", f"--guide_model={runs}/strong@8", "--guidance=3")
+    assert np.abs(plain - same).max() <= 1
+
+
+def test_an_unconditional_model_is_guided_too(runs, tmp_path):
+    guide = f"--guide_model={runs}/unconditional"
+    plain = sampled(runs / "unconditional", tmp_path / "a")
+    same = sampled(runs / "unconditional", tmp_path / "b", guide, "--guidance=2")
+    assert np.abs(plain - same).max() <= 1
+    # A projection of no difference changes nothing either.
+    projected = sampled(runs / "unconditional", tmp_path / "c", guide, "--guidance=2", "--guidance_parallel=0")
+    assert np.abs(plain - projected).max() <= 1
+
+
+def test_projected_guidance_from_the_command_line(runs, tmp_path):
+    flags = ["--guidance=4", "--label=1"]
+    plain, eta, limited, both = (
+        sampled(runs / "strong", tmp_path / name, *flags, *more)
+        for name, more in {"plain": (), "eta": ("--guidance_parallel=0",), "r": ("--guidance_max_norm=0.1",),
+                           "both": ("--guidance_parallel=0", "--guidance_max_norm=0.1")}.items()
+    )  # fmt: skip
+    for one, other in ((plain, eta), (plain, limited), (eta, both)):
+        assert (one != other).any()
+    unguided = sampled(runs / "strong", tmp_path / "unguided", "--guidance=1", "--label=1")
+    assert np.abs(limited - unguided).mean() < np.abs(plain - unguided).mean()
+    guidance = json.loads(json.dumps(read_recipe(tmp_path / "both" / "samples.png")))["guidance"]
+    assert (guidance["parallel"], guidance["max_norm"]) == (0.0, 0.1)
+    off = sampled(runs / "strong", tmp_path / "off", *flags, "--guidance_parallel=1", "--guidance_max_norm=0")
+    np.testing.assert_array_equal(off, plain)
+
+
+REFUSED = {  # flags, RUNS for the folder of runs -> what the line must say
+    "no such model": (["--guide_model=RUNS/nowhere"], "--guide_model: --model=RUNS/nowhere does not exist"),
+    "no checkpoint of the step": (["--guide_model=RUNS/strong@9"], "no checkpoint of that step, but of 8"),
+    "no checkpoint so early": (["--guide_model=RUNS/strong@3"], "there is no readable checkpoint in"),
+    "other classes": (["--guide_model=RUNS/others"], "is conditioned on other classes or texts than --model"),
+    "another schedule": (["--guide_model=RUNS/flow"], "have other noise schedules: T 20 with sigma"),
+    "other concat conditioning": (["--guide_model=RUNS/concat"], "has other concat conditioning than --model"),
+    "other latents": (["--guide_model=RUNS/pixels"], "has other latents than --model"),
+    "a negative class": (["--guide_model=RUNS/weak", "--negative_label=1"], "takes the place of a null or negative"),
+    "a refiner": (["--guide_model=RUNS/weak", "--refiner=RUNS/strong"], "must be text-to-image models"),
+    "a spacing of rectified flow": (["--spacing=flow"], "sampling: the spacing flow is for rectified flow"),
+    "a parallel part beyond 1": (["--guidance_parallel=1.5"], "guidance_parallel"),
+    "a negative limit": (["--guidance_max_norm=-1"], "guidance_max_norm"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case, runs, tmp_path, capsys):
+    flags, expected = REFUSED[case]
+    assert run(runs / "strong", tmp_path / "out", *(flag.replace("RUNS", str(runs)) for flag in flags)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert expected.replace("RUNS", str(runs)) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_of_a_model_without_classes_needs_a_weaker_model(runs, tmp_path, capsys):
+    assert run(runs / "unconditional", tmp_path / "out", "--guidance=2") == 2
+    assert "needs a model with classes, or --guide_model; this one has none" in capsys.readouterr().err
