@@ -16,6 +16,7 @@ from ldm_jax.diffusion.denoiser import (
     Denoiser,
     clip_z0,
     from_network,
+    over_interval,
     paste_known,
     threshold_z0,
 )

@@ -260,6 +260,7 @@ def test_the_scheduler_of_a_run_on_rectified_flow(case):
 @pytest.mark.parametrize("changes, problem", [
     ({"diffusion.prediction": "z0"}, "diffusers has no scheduler for config.diffusion.prediction = 'z0'"),
     ({"stages": ("autoencoder", "clip", "diffusion")}, "StableDiffusionPipeline, which samples text-to-image runs"),
+    ({"denoiser": "dit"}, "DiTPipeline, which samples diffusion transformers, has no flow scheduler"),
 ])  # fmt: skip
 def test_runs_on_rectified_flow_that_diffusers_has_no_class_for(changes, problem):
     config = tiny.get_config().unlock()
