@@ -46,6 +46,7 @@ BAD = {  # an objective, its changes -> what the line must say
     "noise": ("mean_flow", {"sampling.eta": 0.5}, "MeanFlow's steps have no noise"),
     "a learned variance": ("mean_flow", {"diffusion.variance": "learned"}, "it must be 'fixed'"),
     "a pretrained model": ("mean_flow", CONSISTENCY | {"diffusion.objective": "mean_flow"}, "trained from scratch"),
+    "a transformer": ("mean_flow", {"denoiser": "dit"}, "it must be 'unet': the DiT has no embedding of the interval"),
     "texts": (
         "mean_flow",
         {"stages": ("autoencoder", "clip", "diffusion"), "data.caption_key": "captions"},
