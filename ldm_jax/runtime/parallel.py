@@ -65,11 +65,10 @@ def step_shapes(
     The arguments are arrays or shapes; `batch` [B, ...] is of these devices.
     """
     mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))
-    whole, rows = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    whole = NamedSharding(mesh, PartitionSpec())
 
-    def sharded(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = (mesh.size, leaf.shape[0] // mesh.size, *leaf.shape[1:])
-        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=rows)
+    def sharded(leaf: Any) -> jax.ShapeDtypeStruct:  # as of `shard`, whose arrays have no sharding yet
+        return jax.ShapeDtypeStruct((mesh.size, leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
 
     copies = with_shardings((state, frozen, resident), lambda leaf: whole)
     return *copies, jax.tree.map(sharded, batch), *index_and_seed()

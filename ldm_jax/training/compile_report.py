@@ -82,7 +82,7 @@ def predict(step: CompiledStep, chip: Chip, devices: int) -> Prediction:
 
 def changes(step: CompiledStep, config: ConfigDict, target: Target) -> list[str]:
     """The flags that lower the memory of a step that does not fit, those that lower it most first; [] if it fits."""
-    if step.total <= target.memory:
+    if step.fits(target.memory):
         return []
     parallel, memory = config.parallel, step.memory
     state = sum(memory[kind] for kind in ("parameters", "EMA", "optimizer", "frozen"))
@@ -96,9 +96,10 @@ def changes(step: CompiledStep, config: ConfigDict, target: Target) -> list[str]
     rows = step.batch_size // target.devices // parallel.accumulate
     if rows > 1:
         half = (memory["activations"] + memory["temporaries"]) / 2
-        can = step.name == "diffusion" or step.name == "classifier"
+        can = step.name in ("diffusion", "classifier")
         flag = f"--config.parallel.accumulate={2 * parallel.accumulate}" if can and not rows % 2 else None
-        gains.append((half, flag or f"--config.{step.name}.batch_size={step.batch_size // 2}"))
+        smaller = step.batch_size // rows * (rows // 2)
+        gains.append((half, flag or f"--config.{step.name}.batch_size={smaller}"))
     if memory["data"] > GB / 2:
         gains.append((memory["data"], "--config.data.memory_limit_gb=0"))
     return [flag for _, flag in sorted(gains, reverse=True)] or ["a smaller model, or more devices"]
@@ -114,7 +115,7 @@ def to_json(steps: Sequence[CompiledStep], config: ConfigDict, target: Target) -
         if target.chip and step.traffic:
             prediction = predict(step, target.chip, target.devices)
             about["prediction"] = prediction._asdict() | {"seconds": prediction.seconds}
-        about |= {"fits": step.total <= target.memory, "change": changes(step, config, target)}
+        about |= {"fits": step.fits(target.memory), "change": changes(step, config, target)}
         stages[step.name] = about
     head = {"compiled_for": target.name, "devices": target.devices, "memory": target.memory}
     head |= {"chip": target.chip and target.chip._asdict(), "parallel": config.parallel.to_dict()}
@@ -138,7 +139,7 @@ def table(steps: Sequence[CompiledStep], config: ConfigDict, target: Target) -> 
         )
     if target.chip and all(step.traffic for step in steps):
         rows += _prediction_rows([predict(step, target.chip, target.devices) for step in steps])
-    rows += [("fits", ["no" if changes(step, config, target) else "yes" for step in steps])]
+    rows += [("fits", ["yes" if step.fits(target.memory) else "no" for step in steps])]
     width = max(len(label) for label, _ in rows)
     columns = [max(len(cells[i]) for cells in (*(cells for _, cells in rows), names(steps))) for i in range(len(steps))]
     lines = [("", names(steps)), *rows]

@@ -23,8 +23,12 @@ class CompiledStep(NamedTuple):
     batch_size: int  # over all devices
     memory: dict[str, int]  # bytes by kind
     flops: int  # of one step, over all devices
-    traffic: int  # bytes from and to memory
+    traffic: int  # bytes from and to memory; 0 of a program that the compiler found too large
     collectives: dict[str, Collective]
+
+    def fits(self, memory: float) -> bool:
+        """Whether the step compiled and needs at most these bytes of memory."""
+        return self.total <= memory and self.traffic > 0
 
     @property
     def total(self) -> int:
@@ -45,8 +49,9 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory["activations"] = saved
-        memory["temporaries"] = max(0, _exhausted(str(error)) - sum(memory.values()))
+        work = max(0, _exhausted(str(error)) - sum(memory.values()))
+        memory["activations"] = min(saved, work or saved)
+        memory["temporaries"] = max(0, work - saved)
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text()
         others = _total(stats) - stats.temp_size_in_bytes - sum(memory.values())  # TPUs keep arrays in padded tiles
@@ -80,7 +85,9 @@ def _of_arguments(state: Any, frozen: Any, resident: Any, batch: Any) -> dict[st
 
 
 def _bytes_per_device(shape: jax.ShapeDtypeStruct) -> int:
-    return math.prod(shape.sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+    """Without a sharding the first axis is that of the devices (see `parallel.shard`)."""
+    part = shape.sharding.shard_shape(shape.shape) if shape.sharding else shape.shape[1:]
+    return math.prod(part) * shape.dtype.itemsize
 
 
 def _exhausted(message: str) -> int:
