@@ -12,7 +12,6 @@ from flax import linen as nn
 from jax import Array
 
 from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm, gelu
-from ldm_jax.runtime.backend import target_platform
 
 NAMES = ("to_q", "to_k", "to_v", "to_out_0")
 
@@ -42,8 +41,6 @@ def _cudnn_supports(q: Array, k: Array) -> bool:
 
 
 def _on_ampere_or_later() -> bool:
-    if target_platform() != "gpu":
-        return False
     device = jax.local_devices()[0]
     return "cuda" in device.client.platform_version and int(device.compute_capability.split(".")[0]) >= 8
 
