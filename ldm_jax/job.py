@@ -37,18 +37,21 @@ from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.files import read_json, write_json
 from ldm_jax.runtime.interrupt import InterruptWatch
 from ldm_jax.runtime.parallel import wait_for_hosts
+from ldm_jax.runtime.topology import load_topology
 from ldm_jax.sampling import prompt_sheets
 from ldm_jax.sampling.concat_inputs import check_segments
 from ldm_jax.sampling.recipe import solving_defaults
 from ldm_jax.sampling.sample_images import sample_run
 from ldm_jax.sampling.tables import make_table
 from ldm_jax.training import clip_data, stages
+from ldm_jax.training.compile_report import print_report
 from ldm_jax.training.estimate import print_estimate
 from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_clip_stage
 from ldm_jax.training.run import Run
 from ldm_jax.training.text_embeddings import check_memory
 
 DATA = "data.json"  # in the run folder: its data sets, device and command
+LOCAL = "local"  # the devices of this machine, to compile for
 EARLIER = "earlier"  # in it: steps and learning rates before they were changed
 
 
@@ -67,17 +70,10 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
       Interrupted: a signal stopped the run, whose state is saved.
     """
     clock = Clock()
-    config_rules.validate_devices(config, jax.device_count())
     wandb_log.check(config.wandb)
     scoring.check_weights(config.evaluation.inception_weights, "config.evaluation.inception_weights")
     recorded = config  # load_base replaces fields by those of the pretrained model
-    base, config = load_base(config) if config.init_from else (None, config)
-    train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
-    print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
-          f"{train_set.num_classes:,} {'classes' if config.data.caption_key == 'none' else 'captions'}",
-          flush=True)  # fmt: skip
-    if base:
-        base = of_classes(base[0], train_set.class_names), base[1]
+    config, base, (train_set, test_set) = _load(config, jax.device_count())
     model, params = base or on_paper(config, train_set.class_names)
     data = data_record(train_set, test_set, model.origin.fingerprint)
     if (workdir / DATA).exists():
@@ -120,6 +116,37 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
                 wait_for_hosts("done")  # a host that exits early makes the others fail
         finally:
             log.close()
+
+
+def compile_for(config: ConfigDict, workdir: Path, target: str) -> None:
+    """Compiles the training steps of `config` and prints what they need (see `compile_report`); writes nothing.
+
+    Args:
+      config, workdir: as of `run`.
+      target: a TPU topology (see `topology.load_topology`), or LOCAL, the devices of this machine.
+
+    Raises:
+      InputError: as `run`; there is no such topology, or no libtpu; a batch does not divide over its devices; a step
+        does not fit.
+    """
+    topology = None if target == LOCAL else load_topology(target)
+    config, base, splits = _load(config, len(topology.devices) if topology else jax.device_count())
+    model, params = base or on_paper(config, splits[0].class_names)
+    _check(config, model, params, *splits)
+    print_report(Run(config, workdir, *splits, log=None, watch=None, base=base), topology)
+
+
+def _load(config: ConfigDict, devices: int) -> tuple[ConfigDict, tuple[LatentDiffusion, Params] | None, list[Dataset]]:
+    """The config with the fields of the pretrained model, that model or None, and the training and the test set."""
+    config_rules.validate_devices(config, devices)
+    base, config = load_base(config) if config.init_from else (None, config)
+    train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
+    print(f"Data: {train_set.name}, {len(train_set):,} images to train on, {len(test_set):,} to test, "
+          f"{train_set.num_classes:,} {'classes' if config.data.caption_key == 'none' else 'captions'}",
+          flush=True)  # fmt: skip
+    if base:
+        base = of_classes(base[0], train_set.class_names), base[1]
+    return config, base, [train_set, test_set]
 
 
 def _earlier_training(workdir: Path, config: ConfigDict) -> tuple[list[dict[str, Any]], bool]:

@@ -2,10 +2,12 @@
 
     python -m ldm_jax.train --config=configs/fashion_mnist.py [--workdir=runs/fashion_mnist]
                             [--config.FIELD=VALUE ...] [--print_config] [--dry_run]
+                            [--compile_for=v5e:16x16]
 
 The same command resumes an interrupted run, or says that all is done. SIGTERM saves and ends it with exit status 143.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -28,6 +30,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("workdir", None, "the run folder; default: runs/ and the config's name", flag_values=values)
     flags.DEFINE_boolean("print_config", False, "print the resolved config and exit", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "check all inputs; compile and write nothing", flag_values=values)
+    target = "compile the training steps for a TPU slice (v4, v5e, v5p, v6e), or local, print what they need, and exit"
+    flags.DEFINE_string("compile_for", None, target, flag_values=values)
     command_line.define_device_flags(values)
     return values
 
@@ -45,10 +49,15 @@ def main(argv: list[str]) -> None:
         print(config_io.to_json(config), end="")
         return
     config = _checked(config, workdir)
+    if values.compile_for not in (None, "local"):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # the devices of a TPU slice are not those of this machine
     command_line.start_devices(values)
 
     from ldm_jax import job  # it imports JAX, which takes seconds: after the checks that do not need it
 
+    if values.compile_for is not None:
+        job.compile_for(config, workdir, values.compile_for)
+        return
     command = shlex.join(["python", "-m", "ldm_jax.train", *argv[1:]])
     job.run(config, workdir, command=command, dry_run=values.dry_run)
 

@@ -10,8 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "ldm_jax"
 
 # From the bottom up: a folder or file of the package imports those of lower floors only.
 LAYERS = [
-    ("diffusion", "errors"),
-    ("models", "config", "runtime"),
+    ("errors",),
+    ("diffusion", "runtime"),
+    ("models", "config"),
     ("interop", "data", "run_folder", "command_line"),
     ("pipeline",),
     ("sampling",),

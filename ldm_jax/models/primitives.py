@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
+from ldm_jax.runtime.backend import target_platform
+
 Dtype = Any
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -25,7 +27,7 @@ torch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def sum_rows(x: Array) -> Array:
     """[..., C] -> [C], the sum over all axes but the last; on CPUs as a product with ones, which uses all threads."""
     x = x.reshape(-1, x.shape[-1])
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return x.sum(0)
     return jnp.dot(jnp.ones((1, x.shape[0]), x.dtype), x, precision=lax.Precision.HIGHEST)[0]
 
@@ -107,7 +109,7 @@ def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> 
 
 def _sum_pixels(x: Array) -> Array:
     """[B, P, C] -> [B, C]; on CPUs as a product with ones, as in `sum_rows`."""
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return x.sum(1)
     ones = jnp.ones((x.shape[0], 1, x.shape[1]), x.dtype)
     return lax.dot_general(ones, x, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)[:, 0]

@@ -4,7 +4,7 @@ The mesh has the axes "data" and "fsdp". Parameters, EMA and optimizer state are
 batch over both: XLA all-gathers parameters where they are used and reduce-scatters the gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ldm_jax.runtime.parallel import replicate, take
+from ldm_jax.runtime.parallel import index_and_seed, replicate, take, with_shardings
 
 AXES = ("data", "fsdp")
 
 
-def make_mesh(fsdp: int) -> Mesh:
-    """The mesh [devices / fsdp, fsdp] of all devices of all hosts; `fsdp` divides their number, 0 stands for it."""
-    devices = sorted(jax.devices(), key=lambda device: device.process_index)  # a host has consecutive rows of a batch
+def make_mesh(fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh [devices / fsdp, fsdp]; `fsdp` divides their number, 0 stands for it; None: all devices of all hosts."""
+    devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)  # a host's rows are consecutive
     return Mesh(np.array(devices).reshape(-1, fsdp or len(devices)), AXES)
 
 
@@ -79,13 +79,29 @@ def sharded_step(mesh: Mesh, stage: Any, **static: Any) -> Callable:
 
     compiled: list[Callable] = []  # the arguments have their shardings, and the new state has those of the old one
 
-    def step(state, *arguments):
+    def jitted(state):
         if not compiled:
             shards = _shardings(mesh, state), _everywhere(mesh)
             compiled.append(jax.jit(one_step, out_shardings=shards, donate_argnums=0))
-        return compiled[0](state, *arguments)
+        return compiled[0]
 
+    def step(state, *arguments):
+        return jitted(state)(state, *arguments)
+
+    step.lower = lambda state, *arguments: jitted(state).lower(state, *arguments)
     return step
+
+
+def sharded_shapes(mesh: Mesh, state: Any, frozen: Any, resident: Any, batch: Any) -> tuple[Any, ...]:
+    """The arguments of `sharded_step` as shapes, as `parallel.step_shapes`; `batch` is of this host."""
+
+    def rows(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((leaf.shape[0] * jax.process_count(), *leaf.shape[1:]), leaf.dtype)
+
+    batch = jax.tree.map(rows, batch)
+    shardings = partial(sharding_of, mesh), lambda leaf: _everywhere(mesh), lambda leaf: _rows(mesh)
+    state, frozen = with_shardings((state, frozen), shardings[0])
+    return state, frozen, with_shardings(resident, shardings[1]), with_shardings(batch, shardings[2]), *index_and_seed()
 
 
 def _shardings(mesh: Mesh, tree: Any) -> Any:

@@ -4,7 +4,7 @@ The state has no device axis: by `in_axes=None` it is one logical array, replica
 step to step. Batches are [local devices, examples, ...].
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -40,21 +40,49 @@ def take(resident: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[st
 
 
 @lru_cache(maxsize=16)
-def parallel_step(stage: Any, **static: Any) -> Callable:
+def parallel_step(stage: Any, devices: Sequence[jax.Device] | None = None, **static: Any) -> Callable:
     """A stage's step as a compiled, data-parallel function; equal stages share it.
 
     It maps (state, frozen, resident, batch, index, seed) to (state, metrics) by `stage.step(state, frozen, batch,
     seed, axis_name=..., **static)`. `state` is donated, `batch` is sharded (see `shard`), all else is replicated;
-    `index` is the step of the batch, `resident` the data set's arrays on the device.
+    `index` is the step of the batch, `resident` the data set's arrays on the device. `devices` of a topology compile
+    only, by the function's `lower`, which takes the shapes of `step_shapes`.
     """
 
     def one_device(state, frozen, resident, batch, index, seed):
         batch = take(resident, batch) | {"step": index}
         return stage.step(state, frozen, batch, seed, axis_name=AXIS, **static)
 
-    return jax.pmap(
-        one_device, axis_name=AXIS, in_axes=(None, None, None, 0, None, None), out_axes=None, donate_argnums=0
-    )
+    axes = {"in_axes": (None, None, None, 0, None, None), "out_axes": None}
+    return jax.pmap(one_device, axis_name=AXIS, **axes, donate_argnums=0, devices=devices)
+
+
+def step_shapes(
+    state: Any, frozen: Any, resident: Any, batch: Any, devices: Sequence[jax.Device] | None = None
+) -> tuple[Any, ...]:
+    """The arguments of `parallel_step`, with their shardings over `devices` (None: the local ones), as shapes.
+
+    The arguments are arrays or shapes; `batch` [B, ...] is of these devices.
+    """
+    mesh = Mesh(np.array(devices or jax.local_devices()), (AXIS,))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def sharded(leaf: Any) -> jax.ShapeDtypeStruct:  # as of `shard`, whose arrays have no sharding yet
+        return jax.ShapeDtypeStruct((mesh.size, leaf.shape[0] // mesh.size, *leaf.shape[1:]), leaf.dtype)
+
+    copies = with_shardings((state, frozen, resident), lambda leaf: whole)
+    return *copies, jax.tree.map(sharded, batch), *index_and_seed()
+
+
+def with_shardings(tree: Any, sharding_of: Callable[[Any], NamedSharding]) -> Any:
+    """The shapes of a tree of arrays or shapes, each with its sharding."""
+    shapes = jax.eval_shape(lambda tree: tree, tree)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)), shapes)
+
+
+def index_and_seed() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The shapes of the last two arguments of a step."""
+    return jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.uint32)
 
 
 def parallel_map(function: Callable) -> Callable:

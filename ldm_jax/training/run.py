@@ -57,10 +57,15 @@ def initial_model(run: Run) -> tuple[LatentDiffusion, Params]:
 def make_feed(run: Run, source: Dataset | Latents, batch_size: int) -> Feed:
     """A feed of the training images or latents: on the device up to config.data.memory_limit_gb, else from disk."""
     options = {"batch_size": batch_size, "seed": run.config.seed, "groups": run.train_set.groups} | _process()
-    limit = run.config.data.memory_limit_gb * 2**30
-    if source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit:
+    if fits_on_device(run, source):
         return DeviceFeed({name: np.asarray(values) for name, values in source.arrays.items()}, **options)
     return HostFeed(source, **options)
+
+
+def fits_on_device(run: Run, source: Dataset | Latents) -> bool:
+    """Whether a data set is kept on the device: it takes up to config.data.memory_limit_gb."""
+    limit = run.config.data.memory_limit_gb * 2**30
+    return source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit
 
 
 def _process() -> dict[str, int]:

@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array
 from optax import GradientTransformation
 
+from ldm_jax.runtime.backend import target_platform
 from ldm_jax.training.accumulation import mean_over_micro_batches
 from ldm_jax.training.optimizer import Optimization, make_optimizer
 
@@ -50,7 +51,7 @@ def update_if(good: Array, update: Callable[..., TrainState], state: TrainState,
 
     On CPUs a branch, which updates the arrays in place; elsewhere a selection, for which the host need not wait.
     """
-    if jax.default_backend() == "cpu":
+    if target_platform() == "cpu":
         return jax.lax.cond(good, update, lambda state, *_: state, state, *arguments)
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), update(state, *arguments), state)
 

@@ -1,4 +1,4 @@
-"""The duration that is told before a training starts."""
+"""The memory and the duration of a training, which are printed before it starts."""
 
 import re
 from collections import Counter
@@ -7,9 +7,10 @@ import jax
 import jobs
 import pytest
 
-from ldm_jax import command_line, train
+from ldm_jax import command_line, job, train
 from ldm_jax.data.from_config import load_split
 from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.runtime.fsdp import sharded_step
 from ldm_jax.runtime.parallel import parallel_step
 from ldm_jax.training import estimate
 from ldm_jax.training.run import Run
@@ -24,7 +25,9 @@ KINDS = {  # changes -> stages whose steps are measured
     "pixels": (("--config.autoencoder.type=none",), ("diffusion",)),
     "inpainting": (("--config.concat.type=inpainting",), ("autoencoder", "diffusion")),
     "texts": (jobs.TEXTS, ("autoencoder", "clip", "diffusion")),
-    "texts, trained": ((*jobs.TEXTS, "--config.diffusion.train_text_encoder=True"), ("autoencoder", "clip")),
+    "texts, trained": ((*jobs.TEXTS, "--config.diffusion.train_text_encoder=True"),
+                       ("autoencoder", "clip", "diffusion")),
+    "no latents": (("--config.data.memory_limit_gb=0",), ("autoencoder", "diffusion")),
 }  # fmt: skip
 
 
@@ -47,7 +50,8 @@ def test_the_stages_are_measured(kind, tiny_data, tmp_path, capsys, monkeypatch)
     splits = (load_split(config, split) for split in ("train", "test"))
     run = Run(config, tmp_path / "run", *splits, log=None, watch=None, base=None)
     estimate.print_estimate(run)
-    line = capsys.readouterr().out
+    memory, line = capsys.readouterr().out.splitlines()
+    assert re.findall(r"(\w+) \d+\.\d+ GB[,)]", memory) == list(measured)
     assert line.startswith("Training takes about ")
     assert re.findall(r"(\w+) \d+ s[,)]", line) == list(measured)
     for stage in measured:
@@ -57,17 +61,32 @@ def test_the_stages_are_measured(kind, tiny_data, tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.slow
-def test_what_is_measured_is_not_compiled_again(tiny_data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("engine", ["pmap", "fsdp"])
+def test_what_is_measured_is_not_compiled_again(engine, tiny_data, tmp_path, monkeypatch):
+    """Neither by the memory alone, of short trainings, nor by the steps that are measured of long ones."""
     counts = {}
-    for few in (1, 1000):
+    for few in (1, 1000, None):
         jax.clear_caches()
         parallel_step.cache_clear()
+        sharded_step.cache_clear()
         monkeypatch.setattr(estimate, "FEW", few)
-        assert jobs.train_here(tiny_data, tmp_path / str(few)) == 0
+        if few is None:
+            monkeypatch.setattr(job, "print_estimate", lambda run: None)
+        assert jobs.train_here(tiny_data, tmp_path / str(few), f"--config.parallel.engine={engine}") == 0
         counts[few] = compilations(tmp_path / str(few))
     for name in ("autoencoder_compilations", "diffusion_compilations"):
-        assert counts[1][name] < counts[1000][name]
-    jobs.assert_same_training(tmp_path / "1", tmp_path / "1000")
+        assert counts[1][name] < counts[None][name]
+        assert counts[1000][name] < counts[None][name]
+    jobs.assert_same_training(tmp_path / "1", tmp_path / "None")
+
+
+def test_too_much_memory_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(estimate, "device_memory", lambda: 2 * 2**30)
+    estimate._print_memory({"autoencoder": 2**29, "diffusion": 2**30})
+    line = "Memory: training needs 1.00 GB of 2.0 GB on each device (autoencoder 0.50 GB, diffusion 1.00 GB)\n"
+    assert capsys.readouterr().out == line
+    estimate._print_memory({"diffusion": 3 * 2**30})
+    assert "that is too much: --compile_for=local" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
