@@ -79,9 +79,10 @@ def make_table(
     options = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}, "edm": {"churn": churn, "process": process}}
     options |= {"heun": {"process": process}}
     options |= {"tcd": {"eta": eta, "process": process}, "kdpm2": {"process": process}, "kdpm2_a": {"process": process}}
-    first, part = (0, strength) if strength_keeps_steps else (first_step(steps, strength), 1.0)
+    part = strength if strength_keeps_steps else 1.0
     spaced = {"grid": grid, "steps_offset": steps_offset, "between": between, "distilled_part": part, "flow": flow}
-    points = noise_levels(spacing, process, steps, **spaced)[first:]
+    points = noise_levels(spacing, process, steps, **spaced)
+    points = points if strength_keeps_steps else points[first_step(steps, strength) :]
     start, stop = (_count_above(points, process, fraction) for fraction in (denoising_start, denoising_end))
     if start >= stop:
         none = f"of {len(points)} steps none is between denoising_start {denoising_start} and denoising_end"
