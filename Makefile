@@ -1,6 +1,6 @@
 # make train       all the main job needs (virtual environment, requirements, data), then the job: runs/fashion_mnist
 # make test        the same set-up, then the tests
-# make test-hosts  jobs on several hosts that are signalled or killed: minutes each, on a quiet machine
+# make test-hosts  jobs on several hosts, signalled, killed or with a sharded state: minutes each, on a quiet machine
 # make test-slow   those that take long: processes that are killed or run in parallel, whole experiments and commands
 # make check       ruff's rules and format
 # make count       the lines of the package and of its core, its longest function and file
@@ -48,7 +48,7 @@ test: .venv/ready data emoji-data
 	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs $(ARGS)
 
 test-slow: .venv/ready data emoji-data
-	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs -m slow $(ARGS)
+	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs -m 'slow and not hosts' $(ARGS)
 
 test-hosts: .venv/ready data
 	@.venv/bin/python -m pytest -rs -m hosts $(ARGS)

@@ -23,13 +23,17 @@ MEASURED = 4  # steps
 
 
 def print_estimate(run: Run) -> None:
-    """Prints the memory and the duration of the stages of a run that are not trained yet; no duration of few steps."""
+    """Prints the memory and the duration of the stages of a run that are not trained yet.
+
+    No memory on several hosts, and no duration of few steps.
+    """
     made = {name: max(checkpoint_steps(run.workdir / name), default=0) for name in run.config.stages}
     left = {name: max(0, run.config[name].steps - made[name]) for name in made}
     if not any(left.values()):
         return
     stages = [inputs for inputs in stage_inputs(run) if left[inputs.name]]
-    _print_memory({inputs.name: step_memory(run, inputs) for inputs in stages})
+    if jax.process_count() == 1:  # pmap on several hosts does not compile for shapes
+        _print_memory({inputs.name: step_memory(run, inputs) for inputs in stages})
     if run.config.init_from or sum(left.values()) < FEW:
         return
     seconds = {inputs.name: _seconds(run, inputs, made[inputs.name]) for inputs in stages}
@@ -41,7 +45,7 @@ def print_estimate(run: Run) -> None:
 
 def _print_memory(needed: dict[str, int]) -> None:
     """Prints the memory of each stage's step on a device, and what is too much."""
-    if jax.process_index() or not needed:
+    if not needed:
         return
     parts, limit = ", ".join(f"{name} {size / GB:.2f} GB" for name, size in needed.items()), device_memory()
     line = f"Memory: training needs {max(needed.values()) / GB:.2f} GB of {limit / GB:.1f} GB on each device ({parts})"

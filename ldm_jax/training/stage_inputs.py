@@ -88,6 +88,8 @@ def _latent_stages(run: Run) -> Iterator[StageInputs]:
     if "diffusion" in config.stages:
         trainable = trainable_of(config, model)
         trained_model, frozen = _freeze(run, model, params, trainable)
+        if config.diffusion.objective == "consistency":
+            frozen["teacher"] = jax.eval_shape(trainable.init, jax.random.key(0), params)
         stage = make_diffusion_stage(trained_model, trainable, config)
         yield StageInputs("diffusion", stage, (params,), frozen, source)
     if "classifier" in config.stages:

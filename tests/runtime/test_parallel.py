@@ -78,6 +78,7 @@ def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
     assert_same_samples(run, one_device_run)
 
 
+@pytest.mark.hosts
 def test_two_processes_share_a_sharded_state(one_device_run, start_hosts, tiny_data, tmp_path):
     """They go on from a half-trained state of one, and a process of one device goes on from theirs."""
     run = tmp_path / "run"
