@@ -32,14 +32,16 @@ def get_config() -> ConfigDict:
     autoencoder.block_out_channels = (16, 32, 64)
     autoencoder.norm_num_groups = 8
     autoencoder.mid_block_attention = False
-    autoencoder.loss.perceptual = 0.0
+    autoencoder.loss.perceptual_every = 4
+    autoencoder.loss.perceptual_start = placeholder(int)
     autoencoder.loss.adversarial = 0.2
     autoencoder.loss.adversarial_start = placeholder(int)
     autoencoder.discriminator.channels = 32
     autoencoder.discriminator.layers = 2
     autoencoder.steps = placeholder(int)
     autoencoder.batch_size = 16
-    autoencoder.learning_rate = 1.5e-3
+    autoencoder.optimizer = "muon"
+    autoencoder.learning_rate = 3e-3
 
     config.unet.block_out_channels = (64, 128)
     config.unet.attention = (False, True)
@@ -52,7 +54,8 @@ def get_config() -> ConfigDict:
     diffusion.weighting = "min_snr"
     diffusion.steps = placeholder(int)
     diffusion.batch_size = 32
-    diffusion.learning_rate = 1e-3
+    diffusion.optimizer = "muon"
+    diffusion.learning_rate = 2e-3
     diffusion.validation_examples = 256
 
     sampling = config.sampling

@@ -50,13 +50,19 @@ def _steps(stage: str) -> Callable[[TrainingImages, ConfigDict], int]:
     return lambda images, config: min(max(100 * round(typical / 100 * math.sqrt(images.num / TYPICAL)), low), high)
 
 
+def _last_losses(config: ConfigDict) -> int:
+    """The step from which LPIPS and the adversarial loss count: they are for images that are nearly right."""
+    return max(1, config.autoencoder.steps * 7 // 10)
+
+
 # Field -> its value by the images and by the fields above it.
 RULES: dict[str, Callable[[TrainingImages, ConfigDict], int]] = {
     "data.image_size": _image_size,
     "data.channels": lambda images, config: 1 if images.grey else 3,
     "autoencoder.latent_channels": lambda images, config: 8 if config.data.image_size <= SMALL else 4,
     "autoencoder.steps": _steps("autoencoder"),
-    "autoencoder.loss.adversarial_start": lambda images, config: max(1, config.autoencoder.steps // 2),
+    "autoencoder.loss.perceptual_start": lambda images, config: _last_losses(config),
+    "autoencoder.loss.adversarial_start": lambda images, config: _last_losses(config),
     "clip.patch_size": lambda images, config: 4 if config.data.image_size <= SMALL or config.data.image_size % 8 else 8,
     "clip.steps": _steps("clip"),
     "diffusion.steps": _steps("diffusion"),

@@ -34,7 +34,8 @@ def draw(folder, num, size=(20, 20), colour=True, captions=False):
 
 RULES = {  # images -> fields
     (26, 4, 2, 128, False): {"data.image_size": 64, "data.channels": 3, "autoencoder.latent_channels": 4,
-                             "autoencoder.steps": 1_000, "autoencoder.loss.adversarial_start": 500,
+                             "autoencoder.steps": 1_000, "autoencoder.loss.adversarial_start": 700,
+                             "autoencoder.loss.perceptual_start": 700,
                              "diffusion.steps": 2_000, "sampling.num": 100, "evaluation.resize": 64},
     (200, 20, 150, 50, True): {"data.image_size": 48, "data.channels": 1, "autoencoder.steps": 2_000,
                                "diffusion.steps": 4_000, "sampling.num": 150, "evaluation.resize": 48},
@@ -66,7 +67,7 @@ def test_what_is_given_replaces_a_rule():
     config = config_of("own_pictures", autoencoder__steps=300, data__image_size=32)
     values = fill(config, TrainingImages(200, 20, 2, 128, False))
     assert not {"autoencoder.steps", "data.image_size"} & values.keys()
-    assert values["autoencoder.loss.adversarial_start"] == 150 and values["autoencoder.latent_channels"] == 8
+    assert values["autoencoder.loss.adversarial_start"] == 210 and values["autoencoder.latent_channels"] == 8
 
 
 @pytest.mark.parametrize(("size", "colour"), [((28, 28), False), ((20, 90), True)])
