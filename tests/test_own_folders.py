@@ -22,6 +22,7 @@ SMALLER = (
     "--config.sampling.steps=2",
     "--config.sampling.batch_size=2",
     "--config.autoencoder.batch_size=2",
+    "--config.autoencoder.loss.perceptual_every=2",
     "--config.diffusion.batch_size=2",
     "--config.diffusion.timesteps=20",
     "--config.evaluation.batch_size=2",
