@@ -10,9 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "ldm_jax"
 
 # From the bottom up: a folder or file of the package imports those of lower floors only.
 LAYERS = [
-    ("errors",),
-    ("diffusion", "runtime"),
-    ("models", "config"),
+    ("diffusion", "errors"),
+    ("models", "config", "runtime"),
     ("interop", "data", "run_folder", "command_line"),
     ("pipeline",),
     ("sampling",),

@@ -7,9 +7,9 @@ t = T s - 1. Samplers may stand between them. diffusers' networks are conditione
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 from ldm_jax.diffusion.process import Point
+from ldm_jax.diffusion.uneven import uneven_levels
 
 
 def shifted(s: np.ndarray, shift: float) -> np.ndarray:
@@ -26,7 +26,7 @@ class FlowSpacing:
         1 - 1e-6, `dpm` from 1 - 1/T; the last two leave out their ends, near data.
       shift: see `shifted`; above 0.
       terminal: the last level, to which all are stretched away from 1; None = where it is.
-      uneven: `karras` (rho = 7), `exponential` or `beta` between the first level and the last, in s; None = as above.
+      uneven: a spacing of `uneven.uneven_levels` between the first level and the last, in s; None = as above.
       whole_t: whether the network's timestep T s is rounded down.
     """
 
@@ -45,7 +45,7 @@ class FlowSpacing:
             s = 1 - (1 - s) / ((1 - s[-1]) / (1 - self.terminal))
         if self.ramp == "unipc" and s[0] > 1 - 1e-6:
             s[0] -= 1e-6  # lambda = log(alpha / sigma) is finite
-        s = self._uneven(s)
+        s = s if self.uneven is None else uneven_levels(self.uneven, s[0], s[-1], steps)
         t = np.floor(T * s) if self.whole_t else T * s
         return [Point(float(at) - 1, float(1 - level), float(level)) for at, level in zip(t, s)]
 
@@ -54,15 +54,6 @@ class FlowSpacing:
             return np.linspace(1, shifted(1 / T, self.shift), steps)
         even = np.linspace(1, 1 / T, steps + 1)
         return even[:-1] if self.ramp == "unipc" else (1 - even)[:0:-1]  # each rounded as in diffusers
-
-    def _uneven(self, s: np.ndarray) -> np.ndarray:
-        if self.uneven == "karras":
-            return np.linspace(s[0] ** (1 / 7), s[-1] ** (1 / 7), len(s)) ** 7
-        if self.uneven == "exponential":
-            return np.exp(np.linspace(np.log(s[0]), np.log(s[-1]), len(s)))
-        if self.uneven == "beta":
-            return s[-1] + scipy.stats.beta.ppf(1 - np.linspace(0, 1, len(s)), 0.6, 0.6) * (s[0] - s[-1])
-        return s
 
 
 EVEN = FlowSpacing()  # 1, ..., 1/T in even steps

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
 
 from ldm_jax.diffusion.flow import EVEN, FlowSpacing
 from ldm_jax.diffusion.process import Point, Process
+from ldm_jax.diffusion.uneven import UNEVEN, uneven_levels
 
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")  # even in time
-SPACINGS = (*TIMESTEP_SPACINGS, "karras", "exponential", "beta", "flow")
+SPACINGS = (*TIMESTEP_SPACINGS, *UNEVEN, "flow")
 DISTILLED = 50  # timesteps that latent consistency models are distilled on (Luo 2023), at most
 
 
@@ -106,13 +106,7 @@ def _even_in_ratio(
     if grid == "continuous":
         ends = noise_levels(between, process, steps, grid=grid, steps_offset=steps_offset)
         first, last = ends[0], ends[-1]
-    if spacing == "karras":
-        ratio = np.linspace(first.ratio ** (1 / 7), last.ratio ** (1 / 7), steps) ** 7
-    elif spacing == "exponential":
-        ratio = np.exp(np.linspace(np.log(first.ratio), np.log(last.ratio), steps))
-    else:
-        quantiles = scipy.stats.beta.ppf(1 - np.linspace(0, 1, steps), 0.6, 0.6)
-        ratio = last.ratio + quantiles * (first.ratio - last.ratio)
+    ratio = uneven_levels(spacing, first.ratio, last.ratio, steps)
     points = [process.between(t, r) for t, r in zip(process.time_of(ratio), ratio)]
     if grid in ("continuous", "fractional"):
         return points

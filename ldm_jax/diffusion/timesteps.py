@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ldm_jax.diffusion.flow import shifted
+
 DISTRIBUTIONS = ("uniform", "logit_normal")
 
 
@@ -37,7 +39,7 @@ def sample_times(keys: Array, distribution: TimestepDistribution) -> Array:
         s = jax.nn.sigmoid(mean + std * jax.vmap(jax.random.normal)(keys))
     else:
         s = jax.vmap(jax.random.uniform)(keys)
-    return shift * s / (1 + (shift - 1) * s)
+    return shifted(s, shift)
 
 
 def sample_timesteps(keys: Array, T: int, distribution: TimestepDistribution) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
-from ldm_jax.runtime.backend import target_platform
+from ldm_jax.models.backend import target_platform
 
 Dtype = Any
 NHWC = ("NHWC", "HWIO", "NHWC")

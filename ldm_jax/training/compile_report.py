@@ -12,8 +12,8 @@ import jax
 from ml_collections import ConfigDict
 
 from ldm_jax.errors import InputError
-from ldm_jax.runtime.backend import device_memory
 from ldm_jax.runtime.engine import make_engine
+from ldm_jax.runtime.memory import device_memory
 from ldm_jax.runtime.topology import Chip, Topology
 from ldm_jax.training.compiled_step import GB, CompiledStep, compile_step
 from ldm_jax.training.run import Run
@@ -35,13 +35,27 @@ class Prediction(NamedTuple):
     arithmetic: float  # seconds at the chip's peak
     memory: float  # seconds at the memory's peak bandwidth
     communication: float  # seconds at the interconnect's peak bandwidth
-    images_per_second: float
-    utilization: float  # of the arithmetic peak, 0 ... 1
+    batch_size: int  # images over all devices
 
     @property
     def seconds(self) -> float:
         """Arithmetic and memory overlap, communication does not."""
         return max(self.arithmetic, self.memory) + self.communication
+
+    @property
+    def images_per_second(self) -> float:
+        """Training images, over all devices."""
+        return self.batch_size / self.seconds
+
+    @property
+    def utilization(self) -> float:
+        """The fraction of the arithmetic peak, from 0 to 1."""
+        return self.arithmetic / self.seconds
+
+    def to_dict(self) -> dict[str, float]:
+        """By name: the seconds, their parts, and what follows from them."""
+        names = ("arithmetic", "memory", "communication", "seconds", "images_per_second", "utilization")
+        return {name: getattr(self, name) for name in names}
 
 
 def print_report(run: Run, topology: Topology | None) -> None:
@@ -76,8 +90,7 @@ def predict(step: CompiledStep, chip: Chip, devices: int) -> Prediction:
     arithmetic = step.flops / devices / chip.flops
     memory = step.traffic / chip.bandwidth
     communication = sum(each.sent for each in step.collectives.values()) / chip.interconnect
-    seconds = max(arithmetic, memory) + communication
-    return Prediction(arithmetic, memory, communication, step.batch_size / seconds, arithmetic / seconds)
+    return Prediction(arithmetic, memory, communication, step.batch_size)
 
 
 def changes(step: CompiledStep, config: ConfigDict, target: Target) -> list[str]:
@@ -113,8 +126,7 @@ def to_json(steps: Sequence[CompiledStep], config: ConfigDict, target: Target) -
         about |= {"flops": step.flops, "bytes": step.traffic}
         about["collectives"] = {kind: each._asdict() for kind, each in step.collectives.items()}
         if target.chip and step.traffic:
-            prediction = predict(step, target.chip, target.devices)
-            about["prediction"] = prediction._asdict() | {"seconds": prediction.seconds}
+            about["prediction"] = predict(step, target.chip, target.devices).to_dict()
         about |= {"fits": step.fits(target.memory), "change": changes(step, config, target)}
         stages[step.name] = about
     head = {"compiled_for": target.name, "devices": target.devices, "memory": target.memory}

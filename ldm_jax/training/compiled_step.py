@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ldm_jax.runtime.backend import compiling_for
+from ldm_jax.models.backend import compiling_for
 from ldm_jax.runtime.engine import Engine
 from ldm_jax.runtime.hlo import Collective, count_collectives, memory_traffic
 from ldm_jax.runtime.operations import count_flops, saved_bytes

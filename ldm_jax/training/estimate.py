@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ldm_jax.run_folder.layout import checkpoint_steps
-from ldm_jax.runtime.backend import device_memory
+from ldm_jax.runtime.memory import device_memory
 from ldm_jax.training.compiled_step import GB, step_memory
 from ldm_jax.training.from_config import autoencoder_terms
 from ldm_jax.training.run import Run, make_feed

@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 from optax import GradientTransformation
 
-from ldm_jax.runtime.backend import target_platform
+from ldm_jax.models.backend import target_platform
 from ldm_jax.training.accumulation import mean_over_micro_batches
 from ldm_jax.training.optimizer import Optimization, make_optimizer
 

@@ -92,6 +92,7 @@ def test_targets_by_hand():
 def test_noise_levels_by_hand():
     level = noise_level(jnp.array([0, 2]), HAND)
     np.testing.assert_allclose(level[:3], [[0, 2], [0.9, 0.2], [0.43589, 0.979796]], rtol=1e-5)
+    assert level.interval == 0
     alpha, sigma = level.broadcast_to(jnp.zeros((2, 4, 4, 3)))
     assert alpha.shape == sigma.shape == (2, 1, 1, 1)
     assert noise_level(1, HAND).broadcast_to(jnp.zeros((2, 4)))[0].shape == (1, 1)

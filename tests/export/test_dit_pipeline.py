@@ -97,7 +97,7 @@ def test_the_folder_samples_as_the_run(run, exported, tmp_path):
 
 
 def test_each_block_may_have_its_own_embedding(exported, tmp_path):
-    """As after training in diffusers: nothing is lost on the way to a new folder."""
+    """Such as diffusers trains them; a new folder has all of them."""
     old = shutil.copytree(exported, tmp_path / "old")
     state = {name: np.asarray(tensor) for name, tensor in read_state_dict(old / "transformer").items()}
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"

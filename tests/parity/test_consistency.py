@@ -148,8 +148,8 @@ def test_a_distilled_run(build, our_noise, sampled, noise, tmp_path):  # noqa: F
     our_noise()
     base = expected_images(pipe, noise, 4, guidance_scale=1.0)
     pipe.load_lora_weights(run, weight_name="pytorch_lora_weights.safetensors")
-    ours = sampled(run, "--steps=4", f"--height={height}", f"--width={width}")
-    for theirs in (distilled, pipe):
+    images = sampled(run, "--steps=4", f"--height={height}", f"--width={width}")
+    for reference in (distilled, pipe):
         our_noise()
-        assert_same(ours, expected_images(theirs, noise, 4, guidance_scale=1.0))
-    assert np.abs(ours - base).mean() > 1
+        assert_same(images, expected_images(reference, noise, 4, guidance_scale=1.0))
+    assert np.abs(images - base).mean() > 1

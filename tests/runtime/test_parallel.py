@@ -80,7 +80,7 @@ def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
 
 @pytest.mark.hosts
 def test_two_processes_share_a_sharded_state(one_device_run, start_hosts, tiny_data, tmp_path):
-    """They go on from a half-trained state of one, and a process of one device goes on from theirs."""
+    """Two processes and a process with one device resume its checkpoint; all fall back from a damaged one."""
     run = tmp_path / "run"
     changes = (FSDP, "--config.parallel.accumulate=2", "--config.sampling.progress_every=8")
     outputs = [jobs.finish(process) for process in start_hosts(2, run, *changes, devices=2)]

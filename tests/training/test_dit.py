@@ -29,8 +29,8 @@ def test_the_fields_of_the_config_are_those_of_the_network(capsys):
     assert model.learned_variance and model.latent_shape == (4, 4, 2)
     table = shapes["conditioning"]["embedding"]["embedding"]
     assert table.shape == (len(tiny.CLASS_NAMES) + 1, 8)
-    drawn = model.conditioning.init(jax.random.key(0))["embedding"]["embedding"]
-    assert 0.01 < drawn.std() < 0.03  # Peebles & Xie 2023
+    initial = model.conditioning.init(jax.random.key(0))["embedding"]["embedding"]
+    assert 0.01 < initial.std() < 0.03  # Peebles & Xie 2023
     job.print_sizes(config, model, shapes, num_classes=4)
     assert "denoiser" in capsys.readouterr().out
 

@@ -1,6 +1,5 @@
-"""The platform that programs are compiled for: that of the devices, or of a topology without any (see `topology`)."""
+"""The platform that programs are traced for: that of the devices, or of a TPU slice that is only compiled for."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,11 +22,3 @@ def compiling_for(platform: str | None) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
-
-
-def device_memory() -> float:
-    """The bytes of memory that a program may use on a local device; CPU devices share the machine's."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
