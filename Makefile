@@ -4,7 +4,7 @@
 # make test-slow   those that take long: processes that are killed or run in parallel, whole experiments and commands
 # make check       ruff's rules and format
 # make count       the lines of the package and of its core, its longest function and file
-# make parity      the tests against PyTorch and diffusers, in a virtual environment of their own
+# make parity      the tests against PyTorch and diffusers, and those with libtpu, in a virtual environment of their own
 # make emoji       text to image from nothing: the same set-up, the emoji, then configs/emoji.py: runs/emoji
 # make experiments the results of experiments/, and its tables written again
 # make data        Fashion-MNIST from its Debian package, where apt is at hand
@@ -61,7 +61,9 @@ count:
 	@$(PYTHON) .ci/count
 
 parity: .venv-parity/ready
-	@.venv-parity/bin/python -m pytest tests/parity $(ARGS)
+	@export JAX_PLATFORMS=cpu
+	.venv-parity/bin/python -m pytest tests/parity $(ARGS)
+	.venv-parity/bin/python -m pytest -m 'slow or not slow' tests/runtime/test_topology.py tests/training/test_compile_report.py
 
 emoji: .venv/ready emoji-data
 	@.venv/bin/python -m ldm_jax.train --config=configs/emoji.py $(ARGS)
@@ -108,10 +110,10 @@ clean:
 .venv-parity/ready: $(REQUIREMENTS)
 	@$(functions)
 	make_venv .venv-parity
-	echo "Installing torch, diffusers, transformers, peft and $(REQUIREMENTS) into .venv-parity ..."
+	echo "Installing torch, diffusers, transformers, peft, libtpu and $(REQUIREMENTS) into .venv-parity ..."
 	pip() { .venv-parity/bin/python -m pip install $(QUIETLY) "$$@"; }
 	pip torch==2.13.0
-	pip torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 $(REQUIREMENTS:%=-r %)
+	pip torch==2.13.0 diffusers==0.42.1 transformers==5.23.0 peft==0.21.2 'jax[tpu]' $(REQUIREMENTS:%=-r %)
 	pip --no-deps torch-fidelity==0.4.0
 	touch $@
 

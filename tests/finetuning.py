@@ -53,6 +53,15 @@ def fine_tune(home, run, *changes):
     return command_line.run(train.main, ["train", *flags(home, run, *changes)])
 
 
+def flags_from_run(base, data, workdir, *changes, config="finetune"):
+    """The command of a job that starts from the run `base`, on the data set "tiny" in `data`."""
+    fields = [f"data.dir={data}", "data.name=tiny", "data.image_size=8", "data.channels=1", "data.train_split=train"]
+    fields += ["diffusion.steps=4", "diffusion.batch_size=8", "diffusion.learning_rate=1e-3"]
+    fields += ["diffusion.warmup_steps=0", "diffusion.validation_examples=8", "evaluation.batch_size=8"]
+    fields += ["sampling.num=4", "sampling.batch_size=8", "log_every=1", f"init_from={base}", *changes]
+    return ["train", f"--config=configs/{config}.py", f"--workdir={workdir}", *(f"--config.{f}" for f in fields)]
+
+
 def leaves(tree):
     return jax.tree.leaves(tree)
 

@@ -7,15 +7,13 @@ import diffusers_folder
 import finetuning
 import jax
 import jax.numpy as jnp
-import jobs
 import numpy as np
 import pytest
-from PIL import Image
+from foreign_models import check_edits, check_samplers, refusal
 from scheduler_configs import EDM
 
 import ldm_jax
 from ldm_jax import command_line, convert, sample
-from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import apply_denoiser, encode_images
@@ -51,13 +49,6 @@ def folder_of(tmp_path_factory):
     return folders.__getitem__
 
 
-def refusal(capsys, main, *command):
-    """The one line with which a command is refused."""
-    assert command_line.run(main, ["command", *command]) == 2
-    *_, line = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
 @pytest.mark.parametrize("name", EDM)
 def test_the_denoiser_is_conditioned_on_c_noise(name, folder_of):
     model, params = load(folder_of(name))
@@ -88,20 +79,8 @@ def test_latents_are_divided_by_sigma_data_beyond_the_scaling_of_the_autoencoder
 
 @pytest.mark.slow
 def test_every_sampler_but_those_of_distilled_models(folder_of):
-    """All lead to about the same image, as the noise is the same; ancestral ones to another."""
-    model, params = load(folder_of("playground_2_5"))
-    noisy = ("ddpm", "euler_a", "kdpm2_a", "dpmpp_2m_sde")
-    assert model.defaults.sampler == "dpmpp_2m"
-    options = {"prompts": ["low"], "num": 1, "steps": 60, "guidance": 1.0}
-    reference = ldm_jax.sample(model, params, sampler="heun", **options).astype(float)
-    assert reference.std() > 20
-    for sampler in SOLVERS:
-        if isinstance(model.defaults.solvers[sampler], str):
-            assert sampler in ("lcm", "tcd") and "of an EDM model" in model.defaults.solvers[sampler]
-            continue
-        images = ldm_jax.sample(model, params, sampler=sampler, **options).astype(float)
-        off = np.abs(images - reference).mean()
-        assert (off > 5) == (sampler in noisy), (sampler, off)
+    assert load(folder_of("playground_2_5"))[0].defaults.sampler == "dpmpp_2m"
+    check_samplers(folder_of("playground_2_5"), "of an EDM model")
 
 
 def test_lcm_is_refused_by_the_command(folder_of, capsys):
@@ -112,31 +91,7 @@ def test_lcm_is_refused_by_the_command(folder_of, capsys):
 
 
 def test_image_to_image_and_inpainting(folder_of, tmp_path):
-    """Little strength keeps the image as the autoencoder has it; what a mask keeps, stays."""
-    model, params = load(folder_of("playground_2_5"))
-    rng, mask = np.random.default_rng(0), np.zeros((16, 16), np.uint8)
-    image = rng.integers(0, 256, (16, 16, 3), np.uint8)
-    mask[:, 8:] = 255
-    Image.fromarray(image).save(tmp_path / "image.png")
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    flags = [
-        f"--model={folder_of('playground_2_5')}",
-        "--prompt=low",
-        "--steps=50",
-        f"--init_image={tmp_path}/image.png",
-    ]
-
-    def sampled(name, *more):
-        out = tmp_path / name
-        assert command_line.run(sample.main, ["sample", *flags, f"--out={out}", *more]) == 0
-        return jobs.samples(out)["images"][0].astype(int)
-
-    plain = np.asarray(model.first_stage.reconstruct(params["first_stage"], image[None]))[0]
-    weak, strong = (sampled(name, f"--strength={s}") for name, s in (("weak", 0.04), ("strong", 0.9)))
-    assert np.abs(weak - plain).mean() < 3 < 20 < np.abs(strong - plain).mean()
-    filled = sampled("filled", f"--mask={tmp_path}/mask.png")
-    np.testing.assert_array_equal(filled[:, :8], image[:, :8])
-    assert np.abs(filled[:, 8:] - image[:, 8:].astype(int)).mean() > 20
+    check_edits(folder_of("playground_2_5"), tmp_path, weak_error=3)
 
 
 @pytest.mark.parametrize("name", EDM)

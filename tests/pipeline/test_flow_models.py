@@ -11,18 +11,16 @@ import jobs
 import numpy as np
 import pytest
 import random_runs
-from PIL import Image
+from foreign_models import check_edits, check_samplers, refusal
 from scheduler_configs import FLOW
 
 import ldm_jax
 from ldm_jax import command_line, convert, sample
 from ldm_jax.diffusion.schedules import rectified_flow
-from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import apply_denoiser
 
 RUN = {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow"}
-NOISY = ("ddpm", "euler_a", "kdpm2_a", "dpmpp_2m_sde")
 
 
 def with_scheduler(folder, config):
@@ -44,13 +42,6 @@ def folder_of(plain, tmp_path):
     return lambda name, **changes: with_scheduler(shutil.copytree(plain, tmp_path / "model"), FLOW[name] | changes)
 
 
-def refusal(capsys, main, *command):
-    """The one line with which a command is refused."""
-    assert command_line.run(main, ["command", *command]) == 2
-    *_, line = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
 @pytest.mark.parametrize("name", ["sd3", "wan"])
 def test_the_denoiser_is_conditioned_on_t_plus_1(name, folder_of):
     model, params = load(folder_of(name))
@@ -65,18 +56,7 @@ def test_the_denoiser_is_conditioned_on_t_plus_1(name, folder_of):
 
 @pytest.mark.slow
 def test_every_sampler_but_those_of_distilled_models(folder_of):
-    """All lead to about the same image, as the noise is the same; ancestral ones to another."""
-    model, params = load(folder_of("sd3"))
-    options = {"prompts": ["low"], "num": 1, "steps": 60, "guidance": 1.0}
-    reference = ldm_jax.sample(model, params, sampler="heun", **options).astype(float)
-    assert reference.std() > 20
-    for sampler in SOLVERS:
-        if isinstance(model.defaults.solvers[sampler], str):
-            assert sampler in ("lcm", "tcd") and "of a flow model" in model.defaults.solvers[sampler]
-            continue
-        images = ldm_jax.sample(model, params, sampler=sampler, **options).astype(float)
-        off = np.abs(images - reference).mean()
-        assert (off > 5) == (sampler in NOISY), (sampler, off)
+    check_samplers(folder_of("sd3"), "of a flow model")
 
 
 def test_what_a_scheduler_is_refused_for(folder_of, capsys):
@@ -91,27 +71,7 @@ def test_lcm_is_refused(folder_of, capsys):
 
 
 def test_image_to_image_and_inpainting(folder_of, tmp_path):
-    """Little strength keeps the image as the autoencoder has it; what a mask keeps, stays."""
-    folder = folder_of("sd3", shift=1.0)
-    model, params = load(folder)
-    rng, mask = np.random.default_rng(0), np.zeros((16, 16), np.uint8)
-    image = rng.integers(0, 256, (16, 16, 3), np.uint8)
-    mask[:, 8:] = 255
-    Image.fromarray(image).save(tmp_path / "image.png")
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    flags = [f"--model={folder}", "--prompt=low", "--steps=50", f"--init_image={tmp_path}/image.png"]
-
-    def sampled(name, *more):
-        out = tmp_path / name
-        assert command_line.run(sample.main, ["sample", *flags, f"--out={out}", *more]) == 0
-        return jobs.samples(out)["images"][0].astype(int)
-
-    plain = np.asarray(model.first_stage.reconstruct(params["first_stage"], image[None]))[0]
-    weak, strong = (sampled(name, f"--strength={s}") for name, s in (("weak", 0.04), ("strong", 0.9)))
-    assert np.abs(weak - plain).mean() < 8 < 20 < np.abs(strong - plain).mean()
-    filled = sampled("filled", f"--mask={tmp_path}/mask.png")
-    np.testing.assert_array_equal(filled[:, :8], image[:, :8])
-    assert np.abs(filled[:, 8:] - image[:, 8:].astype(int)).mean() > 20
+    check_edits(folder_of("sd3", shift=1.0), tmp_path, weak_error=8)
 
 
 @pytest.mark.parametrize("name", ["sd3", "wan"])

@@ -166,10 +166,13 @@ def test_the_bytes_in_a_compilers_message_are_read():
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, an optional extra")
-@pytest.mark.parametrize("engine", ["pmap", "fsdp"])
-def test_a_small_config_compiles_for_a_slice(engine, tiny_data, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("engine", "topology"),
+    [("pmap", "v5e:2x2"), ("fsdp", "v5e:2x2"), ("pmap", "v4:2x2x1"), ("fsdp", "v5p:2x2x1"), ("pmap", "v6e:2x2")],
+)
+def test_a_small_config_compiles_for_a_slice(engine, topology, tiny_data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    changed = ("--compile_for=v5e:2x2", f"--config.parallel.engine={engine}", "--config.stages=('diffusion',)",
+    changed = (f"--compile_for={topology}", f"--config.parallel.engine={engine}", "--config.stages=('diffusion',)",
                "--config.autoencoder.type=none", "--config.unet.attention=(False,)")  # fmt: skip
     status, _, about, _ = report(tiny_data, tmp_path, capsys, *changed)
     assert status == 0

@@ -9,7 +9,7 @@ import jobs
 import numpy as np
 import pytest
 import random_runs
-from finetuning import fine_tune, leaves, write_pictures
+from finetuning import fine_tune, flags_from_run, leaves, write_pictures
 
 from ldm_jax import command_line, convert, sample, train
 from ldm_jax.diffusion.consistency import pseudo_huber
@@ -117,17 +117,7 @@ def test_validation_is_at_the_mean_scale():
 
 
 def flags(base, data, workdir, *changes):
-    fields = ["data.name=tiny", f"data.dir={data}", "data.image_size=8", "data.channels=1", "data.train_split=train"]
-    fields += [
-        "diffusion.steps=4",
-        "diffusion.batch_size=8",
-        "diffusion.learning_rate=1e-3",
-        "diffusion.warmup_steps=0",
-    ]
-    fields += ["diffusion.warmup_steps=0", "diffusion.validation_examples=8"]
-    fields += ["evaluation.batch_size=8", "sampling.num=4", "sampling.batch_size=8"]
-    fields += ["sampling.progress_every=4", "log_every=1", f"init_from={base}", *changes]
-    return ["train", "--config=configs/lcm.py", f"--workdir={workdir}", *(f"--config.{f}" for f in fields)]
+    return flags_from_run(base, data, workdir, "sampling.progress_every=4", *changes, config="lcm")
 
 
 @pytest.mark.slow

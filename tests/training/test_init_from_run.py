@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import random_runs
 import tiny
-from finetuning import leaves
+from finetuning import flags_from_run, leaves
 
 from ldm_jax import command_line, convert, sample, train
 from ldm_jax.pipeline.load import load
@@ -15,16 +15,7 @@ from ldm_jax.runtime.files import read_json
 
 
 def flags(base, data, workdir, *changes):
-    fields = ["data.name=tiny", f"data.dir={data}", "data.image_size=8", "data.channels=1", "data.train_split=train"]
-    fields += [
-        "diffusion.steps=4",
-        "diffusion.batch_size=8",
-        "diffusion.learning_rate=1e-3",
-        "diffusion.warmup_steps=0",
-    ]
-    fields += ["diffusion.validation_examples=8", "evaluation.batch_size=8", "sampling.num=4", "sampling.steps=2"]
-    fields += ["sampling.batch_size=8", "sampling.progress_every=0", "log_every=1", f"init_from={base}", *changes]
-    return ["train", "--config=configs/finetune.py", f"--workdir={workdir}", *(f"--config.{f}" for f in fields)]
+    return flags_from_run(base, data, workdir, "sampling.steps=2", "sampling.progress_every=0", *changes)
 
 
 BASES = {  # changes of tests/tiny.py -> those of the run that starts from it
