@@ -61,11 +61,12 @@ def test_a_signal_while_the_first_host_samples_stops_both(host, start_hosts, tmp
     run = tmp_path / "run"
     long = ("--config.sampling.num=1000000", "--config.sampling.batch_size=2")
     processes = start_hosts(2, run, *long, "--config.diffusion.steps=4", "--config.autoencoder.steps=4")
+    saved = "diffusion_checkpoint_seconds"  # of the last line before sampling, whose first seconds are its compilation
     jobs.stop_when(
-        processes[host],
-        lambda: "sampling" in {line["stage"] for line in read_metrics(run / "metrics.jsonl")},
-        signal.SIGTERM,
+        processes[host], lambda: any(saved in line for line in read_metrics(run / "metrics.jsonl")), number=0
     )
+    time.sleep(10)
+    processes[host].send_signal(signal.SIGTERM)
     for process in processes:
         jobs.finish(process, status=143)
     assert checkpoint_steps(run / "diffusion") == [4]
