@@ -3,6 +3,8 @@
 import importlib.util
 import json
 
+import diffusers_folder
+import finetuning
 import jax
 import jobs
 import pytest
@@ -59,6 +61,21 @@ def test_what_this_machine_needs_is_printed_as_a_table_and_json(engine, tiny_dat
     parameters = sum(int(line.split()[-2].replace(",", "")) for line in lines if line.startswith("   diffusion "))
     shards = 4 if engine == "fsdp" else 1
     assert 4 * parameters / shards <= diffusion["memory"]["parameters"] < 1.2 * 4 * parameters / shards
+
+
+@pytest.mark.slow
+def test_fine_tuning_and_lora_are_compiled_too(tmp_path, capsys):
+    diffusers_folder.write_stable_diffusion(tmp_path / "model")
+    finetuning.write_pictures(tmp_path / "pictures")
+    parameters = []
+    for rank in (0, 2):
+        changes = ("--compile_for=local", f"--config.lora.rank={rank}", "--config.diffusion.batch_size=4")
+        assert finetuning.fine_tune(tmp_path, "run", *changes) == 0
+        stages = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
+        assert list(stages) == ["diffusion"] and stages["diffusion"]["fits"] and stages["diffusion"]["flops"] > 0
+        parameters.append(stages["diffusion"]["memory"]["parameters"])
+    assert 0 < parameters[1] < parameters[0] / 2
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
