@@ -2,8 +2,9 @@
 
     python -m ldm_jax.train --config=configs/fashion_mnist_flow.py
 
-The main job with z_t = (1 - s) z0 + s eps and the target eps - z0, sampled by Euler's method. Trains its own
-autoencoder, or reuses the main job's with --config.autoencoder.checkpoint=runs/fashion_mnist. It has not been run yet.
+The main job with z_t = (1 - s) z0 + s eps and the target eps - z0, sampled by Euler's method. It trains an autoencoder,
+or reuses that of the main job with --config.autoencoder.checkpoint=runs/fashion_mnist. It has not been trained to the
+end yet.
 """
 
 from ml_collections import ConfigDict

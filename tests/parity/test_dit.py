@@ -61,12 +61,12 @@ def test_forward(name, shared, random_weights, tmp_path):
     z_t, t = rng.normal(size=(2, size, size, 4)).astype(np.float32), np.array([3, 871], np.int32)
     labels = np.array([7, BASE["num_embeds_ada_norm"]]) % len(table)
     predict = jax.jit(lambda *a: dit.apply({"params": params}, *a), compiler_options=QUICK)
-    ours = predict(z_t, t, table[labels])
+    got = predict(z_t, t, table[labels])
     expected = network(
         torch.from_numpy(z_t.transpose(0, 3, 1, 2).copy()), torch.from_numpy(t), torch.from_numpy(labels)
     )
     expected = expected.sample.numpy().transpose(0, 2, 3, 1)
-    off = np.abs(ours - expected).max() / np.abs(expected).max()
+    off = np.abs(got - expected).max() / np.abs(expected).max()
     print(f"off by {off:.1e} of the largest value")
     assert off < 1e-5 and expected.std() > 0.1
 
@@ -121,10 +121,10 @@ def sampled(folder, noise, out, *flags):
         return samples["images"].astype(float), samples["labels"].tolist()
 
 
-def assert_same(ours, expected):
+def assert_same(got, expected):
     """Within one step of 255, and nearly everywhere equal, as images hardly differ if only the spacing is wrong."""
-    assert ours.shape == expected.shape and expected.std() > 10 and ((expected > 0) & (expected < 255)).mean() > 0.5
-    off = np.abs(ours - expected)
+    assert got.shape == expected.shape and expected.std() > 10 and ((expected > 0) & (expected < 255)).mean() > 0.5
+    off = np.abs(got - expected)
     print(f"off by at most {off.max():.0f} of 255, at {(off > 0).mean():.1e} of the values")
     assert off.max() <= 1 and (off > 0).mean() < 0.005
 
@@ -146,9 +146,9 @@ def test_a_pipeline(scheduler, guidance, random_weights, same_start, tmp_path):
     same_start(z_T)
     expected = (pipe([7, 981], guidance, num_inference_steps=20, output_type="np").images * 255).round()
     flags = ["--steps=20", f"--guidance={guidance}", "--label=class 7, also 7th,981"]
-    ours, labels = sampled(tmp_path / "model", z_T, tmp_path / "out", *flags)
+    got, labels = sampled(tmp_path / "model", z_T, tmp_path / "out", *flags)
     assert labels == [7, 981]
-    assert_same(ours, expected)
+    assert_same(got, expected)
 
     assert command_line.run(convert.main, ["convert", f"--model={tmp_path}/model", f"--to={tmp_path}/again"]) == 0
     again = diffusers.DiTPipeline.from_pretrained(tmp_path / "again")
@@ -183,6 +183,6 @@ def test_diffusers_samples_the_images_of_a_run(kind, same_start, tmp_path):
     same_start(z_T)
     expected = (pipe([0, 1, 2, 3], 3.0, num_inference_steps=20, output_type="np").images * 255).round()
     for model in (made, tmp_path / "folder"):
-        ours, labels = sampled(model, z_T, tmp_path / "out", "--steps=20", "--guidance=3")
+        got, labels = sampled(model, z_T, tmp_path / "out", "--steps=20", "--guidance=3")
         assert labels == [0, 1, 2, 3]
-        assert_same(ours, expected)
+        assert_same(got, expected)

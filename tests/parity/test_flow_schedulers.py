@@ -47,21 +47,21 @@ def run_reference(scheduler, steps):
     return z.numpy()
 
 
-def latents_of(ours, steps):
+def latents_of(scheduler, steps):
     """The network is conditioned on t + 1 = T sigma, as `model.apply_denoiser` calls it."""
-    table = table_of(ours, steps)
+    table = table_of(scheduler, steps)
     table = table._replace(t=table.t + 1)
-    return np.asarray(solver(ours.process, ours.prediction)(table, ours.clip_sample_range, Z_T))
+    return np.asarray(solver(scheduler.process, scheduler.prediction)(table, scheduler.clip_sample_range, Z_T))
 
 
-def assert_same_samples(ours, reference, steps, same_noise):
-    if ours.sampler in MODULES:
-        same_noise(MODULES[ours.sampler], steps)
-    got, expected = latents_of(ours, steps), run_reference(reference, steps)
-    if ours.sampler == "heun":  # diffusers' divides a difference of float32 by sigma
+def assert_same_samples(scheduler, reference, steps, same_noise):
+    if scheduler.sampler in MODULES:
+        same_noise(MODULES[scheduler.sampler], steps)
+    got, expected = latents_of(scheduler, steps), run_reference(reference, steps)
+    if scheduler.sampler == "heun":  # diffusers' divides a difference of float32 by sigma
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
     else:
-        assert_same(got, expected, ours.sampler)
+        assert_same(got, expected, scheduler.sampler)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 14, 15, 20])
@@ -101,12 +101,12 @@ def test_timesteps_and_sigmas(model, change, steps):
 
 def test_the_config_that_is_written_is_diffusers_own():
     """All fields, those of a scheduler of diffusers with these two."""
-    ours = flow_config(200, shift=2.0)
+    config = flow_config(200, shift=2.0)
     reference = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=200, shift=2.0)
-    assert ours == {"_class_name": "FlowMatchEulerDiscreteScheduler"} | {
-        name: value for name, value in reference.config.items() if name in ours
+    assert config == {"_class_name": "FlowMatchEulerDiscreteScheduler"} | {
+        name: value for name, value in reference.config.items() if name in config
     }
-    assert set(ours) - {"_class_name"} == {name for name in reference.config if not name.startswith("_")}
+    assert set(config) - {"_class_name"} == {name for name in reference.config if not name.startswith("_")}
 
 
 def test_the_classes_with_two_calls_a_step_are_known():
