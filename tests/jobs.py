@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,16 @@ def finish(process, *, status=0, timeout=400):
     assert process.returncode == status, output
     assert "Traceback" not in output, output
     return output
+
+
+def finish_all(processes, statuses=None, timeout=400):
+    """`finish` of all hosts at once: one that cannot print, as nobody reads, would keep the others waiting."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        ends = [
+            pool.submit(finish, process, status=status, timeout=timeout)
+            for process, status in zip(processes, statuses or [0] * len(processes), strict=True)
+        ]
+        return [end.result() for end in ends]
 
 
 def stop_when(process, condition, number=signal.SIGKILL, timeout=400):

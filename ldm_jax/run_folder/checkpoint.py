@@ -10,8 +10,10 @@ detects later damage, which Orbax alone would not, nor fall back to an older che
 
 import logging
 import shutil
+import sys
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from ldm_jax.errors import InputError, RunError
 from ldm_jax.run_folder.sharded import any_host, checksums, is_sharded
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and errors that it raises too
+# Of a damaged checkpoint each array's error is raised in a future, of which Orbax retrieves the first.
+logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 NO_SPACE = "No space left on device"  # the system's words
 MARGIN = 1 << 18  # bytes: of a checkpoint's files other than its arrays
@@ -192,7 +196,8 @@ def _read(
 ) -> dict[str, Any]:
     """The checkpoint of a step; sharded arrays as those in `shards`, if all hosts read it together, else whole."""
     try:
-        flat, note = _read_unchecked(folder, step, shards)
+        with _first_error_alone():
+            flat, note = _read_unchecked(folder, step, shards)
         crcs = note["crc32"].items()
         problem = _difference(name for name, crc in crcs if name not in flat or zlib.crc32(flat[name]) != crc)
     except Exception as error:
@@ -209,6 +214,20 @@ def _read(
         key, value = next((key, value) for key, value in identities[0].items() if note.get(key) != value)
         raise InputError(f"{folder / str(step)} belongs to another run: its {key} is {note.get(key)!r}, not {value!r}")
     return flat
+
+
+@contextmanager
+def _first_error_alone() -> Iterator[None]:
+    """Orbax raises the error of the first array that it cannot read; those of the others are not printed any more."""
+    hook = sys.unraisablehook
+
+    def ignore_late_reads(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            hook(unraisable)
+
+    sys.unraisablehook = ignore_late_reads
+    yield
+    sys.unraisablehook = hook  # after an error it stays, as reads are still under way
 
 
 def _difference(names: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from ldm_jax.run_folder.layout import checkpoint_steps
 from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.hosts import TIMEOUT, slurm_devices
 
+EACH_STEP = ("--config.log_every=1",)  # of metrics: an interval of several would end where a run is stopped
 LONG = "--config.autoencoder.steps=1000000"
 
 
@@ -19,8 +20,7 @@ LONG = "--config.autoencoder.steps=1000000"
 def whole(tiny_data, tmp_path_factory):
     """A run of two hosts that nobody stopped."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    for process in jobs.start_hosts(tiny_data, run, 2):
-        jobs.finish(process)
+    jobs.finish_all(jobs.start_hosts(tiny_data, run, 2, *EACH_STEP))
     return run
 
 
@@ -48,7 +48,7 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(host, number, status
     run = tmp_path / "run"
     processes = start_hosts(2, run, LONG)
     jobs.stop_when(processes[host], lambda: (run / "autoencoder" / "4").exists(), number)
-    outputs = [jobs.finish(process, status=status) for process, status in zip(processes, statuses)]
+    outputs = jobs.finish_all(processes, statuses)
     steps = [re.search(r"Interrupted: stopped at step (\d+)", output)[1] for output in outputs]
     assert steps[0] == steps[1]
     assert (run / "autoencoder" / steps[0]).exists()
@@ -67,8 +67,7 @@ def test_a_signal_while_the_first_host_samples_stops_both(host, start_hosts, tmp
     )
     time.sleep(10)
     processes[host].send_signal(signal.SIGTERM)
-    for process in processes:
-        jobs.finish(process, status=143)
+    jobs.finish_all(processes, [143, 143])
     assert checkpoint_steps(run / "diffusion") == [4]
 
 
@@ -81,7 +80,7 @@ def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
     """All leave with 143, from the same step if they were training, and the run ends as one that nobody stopped."""
     rng, run = np.random.default_rng(0), tmp_path / "run"
     for number, moment in enumerate(rng.uniform(0.0, 25.0, size=4), start=1):
-        processes = start_hosts(4, run, "--config.checkpoint_every=1000")
+        processes = start_hosts(4, run, "--config.checkpoint_every=1000", *EACH_STEP)
         signalled = processes[rng.integers(4)]
         jobs.stop_when(signalled, lambda number=number, run=run: starts(run) == number, number=0)
         time.sleep(moment)
@@ -93,8 +92,7 @@ def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
         assert len({re.search(r"Interrupted: stopped at step \d+|$", output)[0] for output in outputs}) == 1, outputs
         assert not any("Traceback" in output for output in outputs), outputs
     for folder in (run, tmp_path / "whole"):
-        for process in start_hosts(4, folder):
-            jobs.finish(process)
+        jobs.finish_all(start_hosts(4, folder, *EACH_STEP))
     assert_same_run(run, tmp_path / "whole")
 
 
@@ -102,17 +100,16 @@ def test_signals_at_random_moments_to_one_of_four(start_hosts, tmp_path):
 @pytest.mark.parametrize("host", [0, 1])
 def test_a_killed_host_ends_the_other_within_a_minute_and_the_run_goes_on(host, whole, start_hosts, tmp_path):
     run = tmp_path / "run"
-    processes = start_hosts(2, run, "--config.checkpoint_every=1")
+    processes = start_hosts(2, run, "--config.checkpoint_every=1", *EACH_STEP)
     jobs.stop_when(processes[host], lambda: (run / "diffusion" / "2").exists(), signal.SIGKILL)
     killed = time.monotonic()
     output, _ = processes[1 - host].communicate(timeout=60)
     assert processes[1 - host].returncode not in (0, 143) and time.monotonic() - killed < 60
     if host == 1:
-        assert processes[0].returncode == 1 and "Traceback" not in output
+        assert processes[0].returncode == 1 and "Traceback" not in output, output
         assert f"Host 1 is lost: no heartbeat for {TIMEOUT:.0f} s. The same command, on all hosts, goes on" in output
     else:  # the store of the heartbeats is gone with it
         assert "Terminating process because the JAX distributed service detected fatal errors" in output
     assert max(checkpoint_steps(run / "diffusion")) < 8
-    for process in start_hosts(2, run):
-        jobs.finish(process)
+    jobs.finish_all(start_hosts(2, run, *EACH_STEP))
     assert_same_run(run, whole)

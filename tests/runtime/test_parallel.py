@@ -70,7 +70,7 @@ def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
     """Both write to one run folder, as hosts with a common disk do."""
     run = tmp_path / "run"
     processes = start_hosts(2, run, devices=2)
-    outputs = [jobs.finish(process) for process in processes]
+    outputs = jobs.finish_all(processes)
     assert "Device: 4 x cpu" in outputs[0]
     assert "on 2 hosts" in outputs[0]
     assert "Done: " in outputs[0]
@@ -83,22 +83,19 @@ def test_two_processes_share_a_sharded_state(one_device_run, start_hosts, tiny_d
     """Two processes and a process with one device resume its checkpoint; all fall back from a damaged one."""
     run = tmp_path / "run"
     changes = (FSDP, "--config.parallel.accumulate=2", "--config.sampling.progress_every=8")
-    outputs = [jobs.finish(process) for process in start_hosts(2, run, *changes, devices=2)]
+    outputs = jobs.finish_all(start_hosts(2, run, *changes, devices=2))
     assert "Done: " in outputs[0] and (run / "progress" / "diffusion_000008.png").exists()
     assert_same_losses(run, one_device_run)
     assert_same_samples(run, one_device_run)
     whole = shutil.copytree(run, tmp_path / "whole")
     (run / "report.html").unlink()  # it is not done
     shutil.rmtree(run / "diffusion" / "8")
-    for process in start_hosts(2, run, *changes, devices=2):
-        jobs.finish(process)
+    jobs.finish_all(start_hosts(2, run, *changes, devices=2))
     jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)
     (run / "report.html").unlink()
     for path in array_files(run / "diffusion" / "8"):
         flip_a_bit(path)
-    outputs = [
-        process.communicate(timeout=400)[0] for process in start_hosts(2, run, *changes, devices=2)
-    ]  # Orbax prints errors
+    outputs = jobs.finish_all(start_hosts(2, run, *changes, devices=2))
     assert all("going back to the one before" in output for output in outputs), outputs
     jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)
     shutil.rmtree(run / "diffusion" / "8")
