@@ -97,6 +97,6 @@ class Hosts:
         if not self._closed.is_set():
             print(f"\n{reason} The same command, on all hosts, goes on from the last checkpoint.", file=sys.stderr)
             sys.stderr.flush()
-            if jax.process_index() == 0:  # the store ends with this host: the others are to leave before it
+            if status != LOST and jax.process_index() == 0:  # the store ends with this host: the others leave before it
                 time.sleep(3 * PERIOD)
             os._exit(status)
