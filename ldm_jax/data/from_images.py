@@ -1,11 +1,10 @@
 """Config fields that are left open, None, and follow from the training images: resolution, colour, steps, splits.
 
-A rule for each field is in RULES. Steps grow as the square root of the number of images: twice the images get 1.4 times
+A rule for each field is in RULES. Steps grow as the fourth root of the number of images: 16 times the images get twice
 the steps. The numbers are resolved once, before a run starts; its config.json has them, and resuming takes them from
 there. A value on the command line replaces a rule's.
 """
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +22,8 @@ from ldm_jax.errors import InputError
 
 SIZES = (16, 64)  # the smallest and the largest resolution, in pixels
 SMALL = 32  # pixels: up to this resolution latents have more channels
-STEPS = {"autoencoder": (1_000, 2_000, 10_000), "clip": (300, 600, 3_000), "diffusion": (2_000, 4_000, 20_000)}
-TYPICAL = 200  # training images, for which the steps are the second number; the others are the bounds
+STEPS = {"autoencoder": 2_000, "clip": 600, "diffusion": 3_000}  # for TYPICAL training images
+TYPICAL, BOUNDS = 200, (0.5, 4)  # the bounds as multiples of the steps
 SAMPLES = (100, 1_000)
 
 
@@ -46,8 +45,10 @@ def _image_size(images: TrainingImages, config: ConfigDict) -> int:
 
 
 def _steps(stage: str) -> Callable[[TrainingImages, ConfigDict], int]:
-    low, typical, high = STEPS[stage]
-    return lambda images, config: min(max(100 * round(typical / 100 * math.sqrt(images.num / TYPICAL)), low), high)
+    low, high = BOUNDS
+    return lambda images, config: 100 * round(
+        STEPS[stage] / 100 * min(max((images.num / TYPICAL) ** 0.25, low), high)
+    )
 
 
 def _last_losses(config: ConfigDict) -> int:
