@@ -14,6 +14,7 @@ from experiments.runner import Workspace
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
 from ldm_jax.evaluation.features import FeatureExtractor, lpips_distance, vgg16_features
+from ldm_jax.evaluation.metrics import frechet_distance
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.runtime.xla import cache_folder
@@ -22,11 +23,17 @@ from ldm_jax.sampling.guidance_models import GuidanceModels
 from ldm_jax.sampling.inputs import sample_inputs
 from ldm_jax.sampling.tables import make_table
 
-BATCHES = {"smoke": 20, "cpu": 250, "gpu": 1_000}  # batch size of sampling and of feature extraction
-REFERENCES = {"smoke": "test[:60]", "cpu": "test", "gpu": "test"}  # reference images of FD, KID, precision and recall
-CLASSIFIER_EPOCHS = {"smoke": 1, "cpu": 3, "gpu": 4}  # of the evaluation classifier
+BATCHES = {"smoke": 20, "minutes": 250, "cpu": 250, "gpu": 1_000}  # batch size of sampling and of feature extraction
+REFERENCES = {
+    "smoke": "test[:60]",
+    "minutes": "test",
+    "cpu": "test",
+    "gpu": "test",
+}  # reference images of FD, KID, precision and recall
+CLASSIFIER_EPOCHS = {"smoke": 1, "minutes": 3, "cpu": 4, "gpu": 4}  # of the evaluation classifier
 DIVERSITY_REFERENCES = {
     "smoke": "test[:60]",
+    "minutes": "test[:1000]",
     "cpu": "test[:1000]",
     "gpu": "test[:1000]",
 }  # real images of the diversity
@@ -109,6 +116,17 @@ def classifier_params(workspace: Workspace) -> dict[str, Any]:
         split = workspace.config({}).data.train_split
         train_set = {} if path.exists() else load_dataset("fashion_mnist", split, data_dir=workspace.data_dir).arrays
         return load_classifier(train_set, epochs=CLASSIFIER_EPOCHS[workspace.budget], path=path)
+
+
+def classifier_fd(workspace: Workspace, images: np.ndarray) -> float:
+    """The Fréchet distance of images uint8 [N, 28, 28, 1] to the test images, in the classifier's features."""
+    return frechet_distance(classify(classifier_params(workspace), images)[0], test_features(workspace))
+
+
+@functools.cache
+def test_features(workspace: Workspace) -> np.ndarray:
+    """The evaluation classifier's features [N, 128] of the test images."""
+    return classify(classifier_params(workspace), test_images(workspace))[0]
 
 
 def class_accuracy(workspace: Workspace, images: np.ndarray, labels: np.ndarray) -> list[float]:

@@ -20,7 +20,7 @@ from ldm_jax.sampling.concat_inputs import ConcatImages
 DIFFUSION, AUTOENCODER = "diffusion", "autoencoder alone"
 BUDGETS = {  # steps of the diffusion model, test images
     "smoke": (2, 20),
-    "cpu": (8_000, 1_000),
+    "minutes": (8_000, 1_000),
     "gpu": (4_000, 5_000),
 }
 SHOWN, SAMPLES = 12, 3  # images in the figure, and samples of each

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -36,8 +37,15 @@ from ldm_jax.runtime.xla import configure
 matplotlib.use("Agg")  # figures go to files
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = ("smoke", "cpu", "gpu")  # a test of seconds; minutes on two cores; minutes on a large GPU
-WORKERS = {"smoke": 1, "cpu": 2, "gpu": 4}  # on two cores, two processes of one thread have the higher throughput
+# A test of seconds; minutes on two cores; hours on two cores, with the main job itself; minutes on a large GPU.
+BUDGETS = ("smoke", "minutes", "cpu", "gpu")
+WITHOUT_HOURS = ("smoke", "minutes", "gpu")
+WORKERS = {
+    "smoke": 1,
+    "minutes": 2,
+    "cpu": 2,
+    "gpu": 4,
+}  # on two cores, two processes of one thread have the higher throughput
 
 Row = dict[str, Any]
 Rows = dict[str, Row]
@@ -45,7 +53,7 @@ Rows = dict[str, Row]
 
 # Every run of an experiment is trained without sampling or evaluation at its end: the experiment does both.
 TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.vlb_examples": 0}
-# The main job as it was when the experiments were run: without LPIPS, by AdamW.
+# The main job as it was when the experiments were run in minutes: without LPIPS, by AdamW.
 BY_ADAMW = {
     "autoencoder.optimizer": "adamw",
     "autoencoder.learning_rate": 1.5e-3,
@@ -78,8 +86,13 @@ SMOKE = {
 }
 # Batches large enough for a GPU; a single checkpoint at the end of so short a run.
 LARGER_BATCHES = LONGER_AUTOENCODER | {"diffusion.batch_size": 128, "checkpoint_every": 2_000}
-CHANGES = {"smoke": SMOKE, "cpu": MINUTES, "gpu": LARGER_BATCHES}  # of configs/fashion_mnist.py
-MODEL_STEPS = {"smoke": 2, "cpu": 5_000, "gpu": 8_000}  # training steps of the model shared by solvers and guidance
+CHANGES = {  # of configs/fashion_mnist.py
+    "smoke": BY_ADAMW | SMOKE,
+    "minutes": BY_ADAMW | MINUTES,
+    "cpu": {"keep_checkpoints": 20},
+    "gpu": BY_ADAMW | LARGER_BATCHES,
+}
+MODEL_STEPS = {"smoke": 2, "minutes": 5_000, "gpu": 8_000}  # training steps of the model shared by solvers and guidance
 
 
 class Workspace(NamedTuple):
@@ -89,21 +102,19 @@ class Workspace(NamedTuple):
     data_dir: str
     runs: Path
 
-    def config(self, changes: dict[str, Any]) -> ConfigDict:
-        """configs/fashion_mnist.py with this budget's overrides, then `changes` {dotted field: value}."""
-        config = fashion_mnist.get_config().copy_and_resolve_references().unlock()
-        config.update_from_flattened_dict(
-            TRAINED_ONLY | BY_ADAMW | CHANGES[self.budget] | {"data.dir": self.data_dir} | changes
-        )
+    def config(self, changes: dict[str, Any], base: ModuleType = fashion_mnist) -> ConfigDict:
+        """The config file `base` with this budget's overrides, then `changes` {dotted field: value}."""
+        config = base.get_config().copy_and_resolve_references().unlock()
+        config.update_from_flattened_dict(TRAINED_ONLY | CHANGES[self.budget] | {"data.dir": self.data_dir} | changes)
         return config.lock()
 
-    def train(self, name: str, changes: dict[str, Any]) -> Path:
-        """Trains a run with the config fields in `changes`, or resumes it; returns its folder.
+    def train(self, name: str, changes: dict[str, Any], base: ModuleType = fashion_mnist) -> Path:
+        """Trains a run with the config fields in `changes` to `base`, or resumes it; returns its folder.
 
         Raises:
             Interrupted: by a signal.
         """
-        config = self.config(changes)
+        config = self.config(changes, base)
         config_rules.validate(config)
         clear_compiled_programs()
         workdir = self.runs / file_name(name)
@@ -114,6 +125,8 @@ class Workspace(NamedTuple):
 
     def shared_autoencoder(self) -> Path:
         """The run folder of the autoencoder that most experiments share, with its cached latents."""
+        if self.budget == "cpu":
+            return self.shared_model()
         return self.train("autoencoder", {"stages": ("autoencoder",)})
 
     def on_shared_latents(self, name: str, changes: dict[str, Any]) -> Path:
@@ -121,7 +134,9 @@ class Workspace(NamedTuple):
         return self.train(name, {"autoencoder.checkpoint": str(self.shared_autoencoder())} | changes)
 
     def shared_model(self) -> Path:
-        """The run folder of the diffusion model shared by the experiments that only sample."""
+        """The run folder of the diffusion model shared by the experiments that only sample: cpu has the main job."""
+        if self.budget == "cpu":
+            return self.train("main_job", {})
         return self.on_shared_latents("model", {"diffusion.steps": MODEL_STEPS[self.budget]})
 
     @property
@@ -195,6 +210,7 @@ class Experiment(NamedTuple):
     plot: Callable[[Rows], Figure]
     first: Callable[[Workspace], Any] = no_setup
     exclusive: bool = False
+    budgets: tuple[str, ...] = WITHOUT_HOURS  # that `plan` has
 
     @property
     def name(self) -> str:
@@ -205,14 +221,14 @@ class Experiment(NamedTuple):
 def run(experiment: Experiment, doc: str) -> None:
     """The command line: measures the missing rows, then prints the table and writes the figure."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    parser.add_argument("--budget", choices=experiment.budgets, default=experiment.budgets[1])
     parser.add_argument("--data_dir", default="data", help="folder of the prepared data sets")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="folder of the run folders")
     parser.add_argument(
         "--out", type=Path, help="folder of the results; default: that of run.py; with budget smoke a folder in --runs"
     )
     parser.add_argument(
-        "--workers", type=int, help="processes that measure rows in parallel; default: 2 (cpu), 4 (gpu)"
+        "--workers", type=int, help="processes that measure rows in parallel; default: 2 (minutes, cpu), 4 (gpu)"
     )
     parser.add_argument(
         "--only", choices=("first", "rows"), help="only the shared setup, or only the rows; no table, no figure"
@@ -258,7 +274,8 @@ def report(experiment: Experiment, results: dict[str, Rows], budget: str, figure
 
 def is_complete(experiment: Experiment, budget: str, rows: Rows) -> bool:
     """Whether each arm of a budget has been measured with at least one seed, which the answer needs."""
-    return {arm for arm, _ in experiment.plan(budget)} <= {row["arm"] for row in rows.values()}
+    planned = {arm for arm, _ in experiment.plan(budget)} if budget in experiment.budgets else {None}
+    return planned <= {row["arm"] for row in rows.values()}
 
 
 def largest_complete_budget(experiment: Experiment, results: dict[str, Rows]) -> str:

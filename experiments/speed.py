@@ -16,7 +16,7 @@ from ldm_jax.data.feeds import DeviceFeed
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
 from ldm_jax.training.from_config import make_autoencoder_stage
 
-SECONDS = {"smoke": 0.1, "cpu": 5.0, "gpu": 2.0}  # of timed training
+SECONDS = {"smoke": 0.1, "minutes": 5.0, "cpu": 5.0, "gpu": 2.0}  # of timed training
 EXAMPLES, CLASSES = 1_024, 10  # of the random data
 STEPS_IN_FLIGHT = 8  # dispatched before waiting for the last, as in `ldm_jax.training.loop`
 

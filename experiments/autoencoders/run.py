@@ -1,6 +1,6 @@
 """Does an autoencoder need a prior for its latent space to be useful? And what do the terms of its loss improve?
 
-    python experiments/autoencoders/run.py [--budget=smoke|cpu|gpu]
+    python experiments/autoencoders/run.py [--budget=smoke|minutes|gpu]
 
 A plain autoencoder, VAEs with several KL weights, a VQ-VAE; with LPIPS, the patch discriminator and both. For each: the
 reconstructions of test images, images decoded from Gaussian noise, samples of a diffusion model on its latents.
@@ -40,7 +40,7 @@ ARMS = {
 }
 BUDGETS = {  # steps of the autoencoder, of the diffusion model, images
     "smoke": (4, 2, 10),
-    "cpu": (600, 700, 250),
+    "minutes": (600, 700, 250),
     "gpu": (5_000, 2_500, 5_000),
 }
 SHOWN = 8  # images of each column in the figure

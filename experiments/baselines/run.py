@@ -1,6 +1,6 @@
 """Does diffusion beat GANs in diversity and stability, and autoregressive models in speed?
 
-    python experiments/baselines/run.py [--budget=smoke|cpu|gpu]
+    python experiments/baselines/run.py [--budget=smoke|minutes|gpu]
 
 Latent diffusion, a GAN, a gated PixelCNN, a flow and a VAE, all class-conditional, with about equal numbers of
 parameters, trained for equal times (the autoencoder's included) by the main job's loop, with the same metrics.
@@ -36,13 +36,13 @@ STAGES, PARTS = ("autoencoder", "diffusion"), ("denoiser", "conditioning", "firs
 AUTOENCODER_SHARE = 0.4  # of latent diffusion's training time
 BUDGETS = {  # seeds, seconds of training, samples, test images for the bits per dim
     "smoke": ((0,), 0.2, 10, 20),
-    "cpu": ((0, 1, 2, 3, 4), 25, 250, 500),
+    "minutes": ((0, 1, 2, 3, 4), 25, 250, 500),
     "gpu": ((0, 1, 2, 3, 4), 20, 5_000, 10_000),
 }
-SIZES = {"smoke": SMALL, "cpu": HALF_A_MILLION, "gpu": Sizes()}
+SIZES = {"smoke": SMALL, "minutes": HALF_A_MILLION, "gpu": Sizes()}
 DIFFUSION_SIZES = {  # about as many parameters, including the autoencoder's
     "smoke": {},
-    "cpu": {"unet.block_out_channels": (16, 32), "autoencoder.block_out_channels": (16, 32, 32)},
+    "minutes": {"unet.block_out_channels": (16, 32), "autoencoder.block_out_channels": (16, 32, 32)},
     "gpu": runner.SMALLER_UNET,
 }
 COVERED = 0.1  # least classifier accuracy of a class that counts as covered

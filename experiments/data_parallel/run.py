@@ -1,6 +1,6 @@
 """Are the losses the same on any number of devices and hosts? And what do pmap and FSDP cost relative to jit?
 
-    python experiments/data_parallel/run.py [--budget=smoke|cpu|gpu]
+    python experiments/data_parallel/run.py [--budget=smoke|minutes|gpu]
 
 Diffusion on pixels, the same batches of 16 sharded over 1, 2, 4 and 8 virtual devices of one CPU, and over two
 processes with two devices each: by `jit` on one device, and by the engines of ldm_jax.train, `pmap` and FSDP.
@@ -31,7 +31,7 @@ ARMS = {  # arm -> (processes, devices per process)
     "2 processes of 2": (2, 2),
 }
 ONE = "1 device"
-PLANS = {"smoke": (ONE, "2 processes of 2"), "cpu": tuple(ARMS), "gpu": (ONE,)}
+PLANS = {"smoke": (ONE, "2 processes of 2"), "minutes": tuple(ARMS), "gpu": (ONE,)}
 STRATEGIES = ("jit", "pmap", "FSDP")
 WARMUP = 2  # steps that are not timed, because they compile
 

@@ -24,7 +24,7 @@ from ldm_jax.runtime.files import write_json
 from ldm_jax.runtime.parallel import take, wait_for_hosts
 from ldm_jax.runtime.xla import configure
 
-STEPS = {"smoke": 3, "cpu": 40, "gpu": 400}
+STEPS = {"smoke": 3, "minutes": 40, "gpu": 400}
 BATCH_SIZE = 16
 PIXELS = {"autoencoder.type": "none", "diffusion.batch_size": BATCH_SIZE}
 

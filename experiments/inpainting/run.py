@@ -1,6 +1,6 @@
 """Is inpainting by a latent diffusion model better than copying the nearest known pixel?
 
-    python experiments/inpainting/run.py [--budget=smoke|cpu|gpu]
+    python experiments/inpainting/run.py [--budget=smoke|minutes|gpu]
 
 Boxes are masked, as in configs/fashion_mnist_inpainting.py: the mask and the latents of the masked image are
 concatenated to the noisy latents that the UNet denoises.

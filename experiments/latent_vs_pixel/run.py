@@ -1,6 +1,6 @@
 """Does diffusion on latents save compute and keep quality?
 
-    python experiments/latent_vs_pixel/run.py [--budget=smoke|cpu|gpu]
+    python experiments/latent_vs_pixel/run.py [--budget=smoke|minutes|gpu]
 
 The same UNet on pixels (f = 1) and on the latents of autoencoders with downsampling factor f = 2, 4 and 8 (Rombach
 2022, figures 6 and 7), at 32 x 32 pixels: FD during training, after equal times and equal numbers of operations.
@@ -24,7 +24,7 @@ from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.from_config import from_config
 from ldm_jax.pipeline.load import load
 
-SIZES = {"smoke": 8, "cpu": 32, "gpu": 32}  # pixels
+SIZES = {"smoke": 8, "minutes": 32, "gpu": 32}  # pixels
 FACTORS = {  # f -> channels of the autoencoder's blocks, of its latents
     1: None,
     2: ((32, 64), 4),
@@ -33,7 +33,7 @@ FACTORS = {  # f -> channels of the autoencoder's blocks, of its latents
 }
 BUDGETS = {  # steps of the autoencoders; seconds of the diffusion models; images
     "smoke": (4, 1, 5),
-    "cpu": (600, 120, 250),
+    "minutes": (600, 120, 250),
     "gpu": (5_000, 40, 5_000),
 }
 NUM_CHECKPOINTS = 16  # of a training run, at equal distances

@@ -1,6 +1,6 @@
 """How does the likelihood of diffusion compare with an autoregressive model and a flow, and which timesteps cost bits?
 
-    python experiments/likelihood/run.py [--budget=smoke|cpu|gpu]
+    python experiments/likelihood/run.py [--budget=smoke|minutes|gpu]
 
 Bits per dimension of test images: the VLB of diffusion on pixels with fixed or learned variance (Nichol & Dhariwal
 2021), a gated PixelCNN (exact) and a flow (exact for dequantized pixels).
@@ -40,13 +40,13 @@ DIFFUSION = {
 OTHERS = ("PixelCNN", "flow")
 SIZES = {  # smaller than in experiments/baselines: PixelCNN's network runs at each pixel and would train too slowly
     "smoke": SMALL,
-    "cpu": Sizes(pixelcnn=(32, 8), flow=(96, 8)),
+    "minutes": Sizes(pixelcnn=(32, 8), flow=(96, 8)),
     "gpu": Sizes(),
 }
-VLB_BATCHES = {"smoke": 50, "cpu": 50, "gpu": 500}  # batch size of the VLB
+VLB_BATCHES = {"smoke": 50, "minutes": 50, "gpu": 500}  # batch size of the VLB
 BUDGETS = {  # seeds, seconds of training, test images
     "smoke": ((0,), 0.2, 50),
-    "cpu": ((0, 1), 60, 500),
+    "minutes": ((0, 1), 60, 500),
     "gpu": ((0, 1, 2), 12, 2_000),
 }
 

@@ -1,6 +1,6 @@
 """Does predicting the noise work better than predicting the image?
 
-    python experiments/prediction_target/run.py [--budget=smoke|cpu|gpu]
+    python experiments/prediction_target/run.py [--budget=smoke|minutes|gpu]
 
 The UNet predicts eps, z0 or v = alpha eps - sigma z0 (Salimans & Ho 2022), with uniform or min-SNR loss weights (Hang
 2023). Linear schedule and ancestral sampling, as in the original claim (Ho 2020).
@@ -26,7 +26,7 @@ ARMS = {f"{target}, {name}": (target, weighting) for target in TARGETS for name,
 CALLS = 50
 BUDGETS = {  # seeds, training steps, images
     "smoke": ((0,), 2, 10),
-    "cpu": ((0, 1, 2), 1_000, 250),
+    "minutes": ((0, 1, 2), 1_000, 250),
     "gpu": ((0, 1, 2), 2_500, 5_000),
 }
 

@@ -1,6 +1,6 @@
 """Does the cosine schedule beat the linear one?
 
-    python experiments/schedules/run.py [--budget=smoke|cpu|gpu]
+    python experiments/schedules/run.py [--budget=smoke|minutes|gpu]
 
 Linear (Ho 2020), scaled-linear (Rombach 2022), cosine (Nichol & Dhariwal 2021) and linear with zero terminal SNR (Lin
 2023), all with v-prediction, sampled by DDIM in 10, 50 and 250 network calls. The figure also has their SNR.
@@ -30,7 +30,7 @@ ARMS = {
 CALLS = (10, 50, 250)
 BUDGETS = {  # seeds, training steps, images
     "smoke": ((0,), 2, 10),
-    "cpu": ((0, 1, 2), 1_800, 250),
+    "minutes": ((0, 1, 2), 1_800, 250),
     "gpu": ((0, 1, 2), 2_500, 5_000),
 }
 

@@ -1,6 +1,6 @@
 """Is super-resolution by a latent diffusion model better than bicubic interpolation?
 
-    python experiments/super_resolution/run.py [--budget=smoke|cpu|gpu]
+    python experiments/super_resolution/run.py [--budget=smoke|minutes|gpu]
 
 From 7 x 7 pixels to 28 x 28, as in configs/fashion_mnist_superres.py: the low-resolution image is concatenated to the
 noisy latents as one more input channel of the UNet.

@@ -244,7 +244,7 @@ def test_a_gan_without_spectral_norm_has_no_singular_vectors():
     assert jax.eval_shape(stage.init, jax.random.key(0)).params[gan.SINGULAR] == {}
 
 
-@pytest.mark.parametrize("budget", ["cpu", "gpu"])
+@pytest.mark.parametrize("budget", ["minutes", "gpu"])
 def test_all_models_have_about_as_many_parameters(budget):
     def size(shapes):
         return sum(leaf.size for leaf in jax.tree.leaves(shapes))

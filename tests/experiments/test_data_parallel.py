@@ -35,7 +35,7 @@ def result(losses, seconds):
 
 def test_the_results_by_hand(tmp_path):
     """The first two steps compile and are not timed."""
-    workspace = Workspace("cpu", "data", tmp_path)
+    workspace = Workspace("minutes", "data", tmp_path)
     results = {
         "1 device": {"jit": result([2.0, 1.0, 0.5], [9, 9, 1]), "pmap": result([2.0, 1.0, 0.5], [9, 9, 2])},
         "2 processes of 2": {

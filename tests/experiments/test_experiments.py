@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from configs import fashion_mnist
 from experiments import index, runner, scales, strips, tables
 from experiments.latent_vs_pixel import run as latent_vs_pixel
 from experiments.runner import Experiment, Workspace
@@ -53,18 +54,18 @@ def recording_experiment(calls, stop_at=None):
 
 
 def test_an_interrupted_experiment_resumes(tmp_path):
-    workspace, path, calls = Workspace("cpu", "data", tmp_path), tmp_path / "results.json", []
+    workspace, path, calls = Workspace("minutes", "data", tmp_path), tmp_path / "results.json", []
     with pytest.raises(SystemExit):
         runner.measure_all(recording_experiment(calls, ("b", 0)), workspace, path)
-    assert list(json.loads(path.read_text())["cpu"]) == ["a, seed 0"]
+    assert list(json.loads(path.read_text())["minutes"]) == ["a, seed 0"]
     rows = runner.measure_all(recording_experiment(calls), workspace, path)
     assert calls == [("a", 0), ("b", 0), ("a", 1)]  # each once
-    assert json.loads(path.read_text()) == {"cpu": rows}
+    assert json.loads(path.read_text()) == {"minutes": rows}
     assert rows["a, seed 1"].keys() == {
         "arm", "seed", "value", "seconds", "first_seconds", "workers", "commit", "device"
     }  # fmt: skip
     runner.measure_all(recording_experiment(calls), workspace._replace(budget="gpu"), path)
-    assert len(calls) == 6 and json.loads(path.read_text()).keys() == {"cpu", "gpu"}
+    assert len(calls) == 6 and json.loads(path.read_text()).keys() == {"minutes", "gpu"}
 
 
 def test_the_largest_budget_with_all_arms_answers(tmp_path, capsys):
@@ -75,16 +76,16 @@ def test_the_largest_budget_with_all_arms_answers(tmp_path, capsys):
     )
     first_seed = {name: row for name, row in ROWS.items() if row["seed"] == 0}
     assert runner.largest_complete_budget(experiment, {}) == ""
-    assert runner.largest_complete_budget(experiment, {"cpu": first_seed, "gpu": {"a 0": ROWS["a 0"]}}) == "cpu"
-    assert runner.largest_complete_budget(experiment, {"cpu": ROWS, "gpu": first_seed}) == "gpu"
+    assert runner.largest_complete_budget(experiment, {"minutes": first_seed, "gpu": {"a 0": ROWS["a 0"]}}) == "minutes"
+    assert runner.largest_complete_budget(experiment, {"minutes": ROWS, "gpu": first_seed}) == "gpu"
     figure = tmp_path / "figure.png"
-    results = {"cpu": ROWS, "gpu": {"a 0": ROWS["a 0"]}}
+    results = {"minutes": ROWS, "gpu": {"a 0": ROWS["a 0"]}}
     runner.report(experiment, {"gpu": results["gpu"]}, "gpu", figure)
     assert capsys.readouterr().out == "\na table\n" and not figure.exists()
     runner.report(experiment, results, "gpu", figure)
-    assert Image.open(figure).width == 3 * 110  # of budget cpu
+    assert Image.open(figure).width == 3 * 110  # of budget minutes
     capsys.readouterr()
-    runner.report(experiment, results, "cpu", figure)
+    runner.report(experiment, results, "minutes", figure)
     assert capsys.readouterr().out == "\na table\n\nan answer\n"
 
 
@@ -98,16 +99,32 @@ def test_a_readme_has_every_budget(tmp_path):
     assert index.page_text(experiment) == "Not measured yet." and index.status(experiment) == "-"
     provenance = {"seconds": 240.0, "workers": 2, "first_seconds": 60.0, "commit": "abc", "device": "a machine"}
     rows = {name: row | provenance for name, row in ROWS.items()}
-    (folder / "results.json").write_text(json.dumps({"cpu": rows, "gpu": {"a 0": rows["a 0"]}}))
-    assert index.status(experiment) == "cpu, 3 of 3 rows"
+    (folder / "results.json").write_text(json.dumps({"minutes": rows, "gpu": {"a 0": rows["a 0"]}}))
+    assert index.status(experiment) == "minutes, 3 of 3 rows"
     assert index.page_text(experiment).split("\n\n") == [
-        "**Result** (`results.json`, budget cpu, 3 of 3 rows: 7 minutes, 1 of them for shared training; each row on a "
-        "machine; commit abc; mean (minimum to maximum) over seeds)",
+        "**Result** (`results.json`, budget minutes, 3 of 3 rows: 7 minutes, 1 of them for shared training; each row "
+        "on a machine; commit abc; mean (minimum to maximum) over seeds)",
         "table of 3", "![The figure](figure.png)", "**Answer.** answer of 3",
         "**Also measured** (`results.json`, budget gpu, 1 of 3 rows: 3 minutes, 1 of them for shared training; each "
         "row on a machine; commit abc)",
         "table of 1",
     ]  # fmt: skip
+
+
+def test_a_budget_that_an_experiment_lacks_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--budget=cpu"])
+    with pytest.raises(SystemExit) as exit_info:
+        runner.run(recording_experiment([]), "what it does")
+    assert exit_info.value.code == 2 and "choose from 'smoke', 'minutes', 'gpu'" in capsys.readouterr().err
+    assert not runner.is_complete(recording_experiment([]), "cpu", ROWS)
+
+
+def test_the_main_job_is_the_shared_model_of_budget_cpu(tmp_path):
+    workspace = Workspace("cpu", "data", tmp_path)
+    config, main_job = workspace.config({}), fashion_mnist.get_config()
+    for section in ("autoencoder", "unet", "diffusion", "data"):
+        assert config[section].to_dict() == main_job[section].to_dict()
+    assert Workspace("minutes", "data", tmp_path).config({}).diffusion.optimizer == "adamw"
 
 
 def test_an_input_error_is_one_line(tmp_path, monkeypatch, capsys):
@@ -123,7 +140,7 @@ def test_an_input_error_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_steps_in_a_time():
-    assert [Workspace(budget, "", Path()).steps_in(3, 64, 8) for budget in ("smoke", "cpu")] == [2, 24]
+    assert [Workspace(budget, "", Path()).steps_in(3, 64, 8) for budget in ("smoke", "minutes")] == [2, 24]
 
 
 def test_the_checkpoint_of_equal_compute():
@@ -133,7 +150,7 @@ def test_the_checkpoint_of_equal_compute():
 
 
 def test_measurements_are_cached(tmp_path):
-    workspace, answers = Workspace("cpu", "", tmp_path), iter([3.0, 4.0])
+    workspace, answers = Workspace("minutes", "", tmp_path), iter([3.0, 4.0])
     assert [workspace.cached("a", lambda: next(answers)) for _ in range(2)] == [3.0, 3.0]
     assert (
         not workspace.is_cached("b")
@@ -188,11 +205,12 @@ def test_the_commit():
 @pytest.mark.parametrize("name", index.NAMES)
 def test_an_experiment_is_complete(name):
     experiment = index.load(name)
-    assert experiment.name == name
-    for budget in runner.BUDGETS:
+    assert experiment.name == name and set(experiment.budgets) <= set(runner.BUDGETS)
+    for budget in experiment.budgets:
         plan = experiment.plan(budget)
         assert plan and len(set(plan)) == len(plan)
     for budget, rows in index.results_of(experiment).items():
+        assert budget in experiment.budgets
         assert {(row["arm"], row["seed"]) for row in rows.values()} <= set(experiment.plan(budget))
     assert (experiment.folder / "figure.png").exists() == bool(index.complete_rows(experiment)[1])
 

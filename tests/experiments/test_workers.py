@@ -118,11 +118,11 @@ def test_workers_share_the_rows(tmp_path):
 
         plan = [(arm, 0) for arm in "abcdef"]
         experiment = runner.Experiment(folder, "?", lambda budget: plan, measure, str, str, print)
-        runner.measure_all(experiment, runner.Workspace("cpu", "data", folder / "runs"), folder / "results.json")
+        runner.measure_all(experiment, runner.Workspace("minutes", "data", folder / "runs"), folder / "results.json")
         """,
     )
     workers.run([str(path), str(tmp_path)], 2)
-    rows = json.loads((tmp_path / "results.json").read_text())["cpu"]
+    rows = json.loads((tmp_path / "results.json").read_text())["minutes"]
     assert [row["arm"] for row in rows.values()] == list("abcdef")
     assert len(list(tmp_path.glob("?_*"))) == 6
     assert {row["workers"] for row in rows.values()} == {2}
