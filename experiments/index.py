@@ -25,6 +25,7 @@ NAMES = (
     "inpainting",
     "data_parallel",
     "likelihood",
+    "objectives",
     "few_steps",
 )
 BEGIN, END = "<!-- made by python -m experiments.index -->", "<!-- end -->"

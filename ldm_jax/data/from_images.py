@@ -22,7 +22,7 @@ from ldm_jax.errors import InputError
 
 SIZES = (16, 64)  # the smallest and the largest resolution, in pixels
 SMALL = 32  # pixels: up to this resolution latents have more channels
-STEPS = {"autoencoder": 2_000, "clip": 600, "diffusion": 3_000}  # for TYPICAL training images
+STEPS = {"autoencoder": 2_000, "clip": 600, "diffusion": 2_000}  # for TYPICAL training images
 TYPICAL, BOUNDS = 200, (0.5, 4)  # the bounds as multiples of the steps
 SAMPLES = (100, 1_000)
 

@@ -36,12 +36,12 @@ RULES = {  # images -> fields
     (26, 4, 2, 128, False): {"data.image_size": 64, "data.channels": 3, "autoencoder.latent_channels": 4,
                              "autoencoder.steps": 1_200, "autoencoder.loss.adversarial_start": 840,
                              "autoencoder.loss.perceptual_start": 840,
-                             "diffusion.steps": 1_800, "sampling.num": 100, "evaluation.resize": 64},
+                             "diffusion.steps": 1_200, "sampling.num": 100, "evaluation.resize": 64},
     (200, 20, 150, 50, True): {"data.image_size": 48, "data.channels": 1, "autoencoder.steps": 2_000,
-                               "diffusion.steps": 3_000, "sampling.num": 150, "evaluation.resize": 48},
+                               "diffusion.steps": 2_000, "sampling.num": 150, "evaluation.resize": 48},
     (5_000, 500, 10, 28, True): {"data.image_size": 28, "autoencoder.latent_channels": 8, "autoencoder.steps": 4_500,
-                                 "diffusion.steps": 6_700, "sampling.num": 500, "evaluation.resize": 32},
-    (10**6, 10**5, 3_000, 9, True): {"data.image_size": 16, "autoencoder.steps": 8_000, "diffusion.steps": 12_000,
+                                 "diffusion.steps": 4_500, "sampling.num": 500, "evaluation.resize": 32},
+    (10**6, 10**5, 3_000, 9, True): {"data.image_size": 16, "autoencoder.steps": 8_000, "diffusion.steps": 8_000,
                                      "sampling.num": 1_000},
 }  # fmt: skip
 
