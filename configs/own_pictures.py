@@ -8,7 +8,7 @@ a UNet of 4 million parameters.
 
 Fields that are None follow from the training images by the rules of `ldm_jax/data/from_images.py`: resolution,
 channels, steps, number of samples. The first lines say their values, then how long training takes. A value on the
-command line replaces a rule's: --config.data.image_size=32 is faster, --config.diffusion.steps=20000 better.
+command line replaces a rule's: --config.data.image_size=32 is faster, --config.diffusion.steps=10000 better.
 --config.data.flip=True doubles images that have no left and right, --config.data.crop=none keeps the edges.
 """
 

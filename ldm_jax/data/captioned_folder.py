@@ -67,5 +67,5 @@ def _check_any(source: Path, splits: Splits, skipped: Skipped, without_captions:
     if without_captions:
         raise InputError(f"{where} has no image that can be read{f': {left_out}' if skipped else ''}")
     why = left_out if skipped else "it needs images, and a metadata.jsonl, metadata.csv or .txt"
-    more = "for images without captions, see python -m ldm_jax.data.image_folder --help"
+    more = "images without captions are for configs/own_pictures.py"
     raise InputError(f"{where} has no image with a caption: {why}; {more}")
