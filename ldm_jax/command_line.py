@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from ldm_jax.config.fields import DTYPES, check_choice, check_interval, nearest
 from ldm_jax.config.io import flatten
 from ldm_jax.config.renamed import rename_arguments, rename_fields
+from ldm_jax.diffusion.posthoc_ema import LONGEST, SHORTEST
 from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
@@ -176,6 +177,13 @@ def define_file_flags(values: flags.FlagValues) -> None:
     string("tokenizer", default="", help="single files: a folder with CLIP's vocabulary")
     flags.DEFINE_enum("prediction", "", ["", "eps", "v"], "single files: the prediction type", flag_values=values)
     string("vae", default="", help="the folder or file of an autoencoder that replaces the model's")
+
+
+def define_ema_flag(values: flags.FlagValues) -> None:
+    """The flag of post-hoc EMA."""
+    *_, number, _ = _definers(values)
+    text = "runs with config.diffusion.ema_sigma_rels: the length of the average of the parameters, e.g. 0.08"
+    number("ema_sigma_rel", help=text, lower_bound=SHORTEST, upper_bound=LONGEST)
 
 
 def define_lora_flags(values: flags.FlagValues, name: str = "lora") -> None:

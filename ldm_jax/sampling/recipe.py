@@ -85,6 +85,7 @@ class Recipe(NamedTuple):
     vae_tiling: bool = False
     refiner: str | None = None  # the model that goes on from the latents of the first
     refiner_start: float = 1.0  # at this fraction of the process, from noise
+    ema_sigma_rel: float | None = None  # length of the power function average that the model is; None: its EMA
 
 
 NO_EDIT = Edit()
@@ -105,7 +106,7 @@ def default_recipe(
         num, seed, labels, prompts, list(model.image_shape[:2]), model.dtype,
         solving=solving_defaults(model, sampler or defaults.sampler),
         guidance=Guidance(defaults.guidance, list(defaults.guidance_interval), defaults.guidance_rescale),
-        concat=ConcatInput(split=defaults.concat_split),
+        concat=ConcatInput(split=defaults.concat_split), ema_sigma_rel=model.origin.ema_sigma_rel,
     )  # fmt: skip
 
 
@@ -188,6 +189,11 @@ def from_png(path: Path, model: LatentDiffusion, params: Params) -> tuple[Recipe
     """The recipe in a PNG, and the recorded hashes of its input files; raises InputError for one of another model."""
     fields = read_recipe(path)
     recipe = from_json(fields, f"--from_recipe={path}")
+    if recipe.ema_sigma_rel != model.origin.ema_sigma_rel:
+        other = "the model's own EMA; leave out --ema_sigma_rel"
+        if recipe.ema_sigma_rel is not None:
+            other = f"another EMA; add --ema_sigma_rel={recipe.ema_sigma_rel!r}"
+        raise InputError(f"--from_recipe={path} was sampled with {other}")
     if fields.get("model") != fingerprint(model, params):
         raise InputError(f"--from_recipe={path} was sampled from another model ({fields.get('model')}) than --model")
     if recipe.dtype != model.dtype:
