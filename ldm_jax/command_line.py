@@ -111,7 +111,7 @@ def _definers(values: flags.FlagValues) -> tuple[Callable, Callable, Callable, C
 
 def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
     """The flags of model, samples, guidance and solver; None = as in the model's config."""
-    string, integer, number, _ = _definers(values)
+    string, integer, number, boolean = _definers(values)
     string("model", help=MODEL)
     string("out", help="the output folder")
     integer("num", default=num, help="number of samples", lower_bound=1)
@@ -130,6 +130,7 @@ def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE(_Interval(), "guidance_interval", None, "the range of t / T with guidance, e.g. 0.15,0.85", values)
     number("guidance_parallel", help="adaptive projected guidance: eta (Sadat 2024), e.g. 0; 1 = off", **SHARE)
     number("guidance_max_norm", help="adaptive projected guidance: the limit r, e.g. 15; 0 = none", lower_bound=0.0)
+    boolean("cfgpp", default=False, help="CFG++ (Chung 2024): --guidance is lambda, 0 to 1, default 0.6")
     guide = "autoguidance: a weaker model, PATH or RUN@STEP, from which --guidance leads away"
     string("guide_model", help=guide)
     number("guidance_rescale", help="guidance rescale phi (Lin 2023): 0 none ... 1 full", **SHARE)

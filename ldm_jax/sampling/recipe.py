@@ -43,6 +43,7 @@ class Guidance(NamedTuple):
     parallel: float = 1.0  # adaptive projected guidance: see `guidance.Projection`
     max_norm: float = 0.0  # and its limit; 0 = none
     guide_model: str | None = None  # PATH[@STEP] of the weaker model of autoguidance, in place of the null condition
+    cfgpp: bool = False  # CFG++ (see `guidance.cfg_plus_plus`), of which scale is lambda
 
 
 class Edit(NamedTuple):
@@ -88,6 +89,7 @@ class Recipe(NamedTuple):
     ema_sigma_rel: float | None = None  # length of the power function average that the model is; None: its EMA
 
 
+CFGPP_SAMPLERS = ("ddim", "euler", "euler_a")  # those whose steps are a z0_hat, an eps and noise
 NO_EDIT = Edit()
 SECTIONS = {"solving": Solving, "guidance": Guidance, "edit": Edit, "concat": ConcatInput}
 
@@ -128,16 +130,37 @@ def with_guidance(model: LatentDiffusion, recipe: Recipe) -> Recipe:
     guidance = recipe.guidance
     if model.guidance_dim is not None:
         own = {"negative_prompt": None, "rescale": 0.0, "interval": [0.0, 1.0]}
-        own |= {"parallel": 1.0, "max_norm": 0.0, "guide_model": None}
+        own |= {"parallel": 1.0, "max_norm": 0.0, "guide_model": None, "cfgpp": False}
         for name in (name for name, value in own.items() if getattr(guidance, name) != value):
             why = "the guidance scale is an input of this model, which is called once a step"
             raise InputError(f"the guidance option {name} is for classifier-free guidance; {why}")
     texts = isinstance(model.conditioning, TextConditioning) and any(recipe.prompts)
-    if not texts or guidance.scale >= 1 or guidance.classifier or guidance.clip or guidance.guide_model:
+    others = guidance.classifier or guidance.clip or guidance.guide_model or guidance.cfgpp
+    if not texts or guidance.scale >= 1 or others:
         return recipe
     what = 'as in diffusers, no guidance; --prompt="" samples without a condition'
     warn(f"warning: a guidance scale of {guidance.scale:g} means, {what}")
     return recipe._replace(guidance=guidance._replace(scale=1.0))
+
+
+def check_cfgpp(model: LatentDiffusion, recipe: Recipe) -> None:
+    """Raises InputError for a recipe with CFG++ that has another sampler, scale, guidance or edit than it goes with."""
+    guidance, edit = recipe.guidance, recipe.edit
+    if not guidance.cfgpp:
+        return
+    if recipe.solving.sampler not in CFGPP_SAMPLERS:
+        sampler = f"--cfgpp is not defined for --sampler={recipe.solving.sampler}"
+        raise InputError(f"{sampler}; it must be one of {', '.join(CFGPP_SAMPLERS)}")
+    if guidance.scale > 1:
+        raise InputError(f"--guidance={guidance.scale:g} is lambda with --cfgpp; it must be from 0 to 1, e.g. 0.6")
+    if model.mean_flow:
+        raise InputError("--cfgpp is not defined for a MeanFlow model, whose steps have no eps")
+    others = {"guidance_rescale": guidance.rescale, "guidance_parallel": guidance.parallel != 1,
+              "guidance_max_norm": guidance.max_norm, "guide_model": guidance.guide_model,
+              "classifier": guidance.classifier, "clip": guidance.clip, "invert": edit.invert,
+              "to_image": edit.to_image}  # fmt: skip
+    if both := next((name for name, value in others.items() if value), None):
+        raise InputError(f"--cfgpp and --{both} do not go together; leave one of them out")
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
