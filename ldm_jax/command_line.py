@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from ldm_jax.config.fields import DTYPES, check_choice, check_interval, nearest
 from ldm_jax.config.io import flatten
 from ldm_jax.config.renamed import rename_arguments, rename_fields
+from ldm_jax.diffusion.posthoc_ema import LONGEST, SHORTEST
 from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.solvers import SOLVERS
 from ldm_jax.diffusion.spacing import SPACINGS
@@ -110,7 +111,7 @@ def _definers(values: flags.FlagValues) -> tuple[Callable, Callable, Callable, C
 
 def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
     """The flags of model, samples, guidance and solver; None = as in the model's config."""
-    string, integer, number, _ = _definers(values)
+    string, integer, number, boolean = _definers(values)
     string("model", help=MODEL)
     string("out", help="the output folder")
     integer("num", default=num, help="number of samples", lower_bound=1)
@@ -129,6 +130,7 @@ def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
     flags.DEFINE(_Interval(), "guidance_interval", None, "the range of t / T with guidance, e.g. 0.15,0.85", values)
     number("guidance_parallel", help="adaptive projected guidance: eta (Sadat 2024), e.g. 0; 1 = off", **SHARE)
     number("guidance_max_norm", help="adaptive projected guidance: the limit r, e.g. 15; 0 = none", lower_bound=0.0)
+    boolean("cfgpp", default=False, help="CFG++ (Chung 2024): --guidance is lambda, 0 to 1, default 0.6")
     guide = "autoguidance: a weaker model, PATH or RUN@STEP, from which --guidance leads away"
     string("guide_model", help=guide)
     number("guidance_rescale", help="guidance rescale phi (Lin 2023): 0 none ... 1 full", **SHARE)
@@ -176,6 +178,13 @@ def define_file_flags(values: flags.FlagValues) -> None:
     string("tokenizer", default="", help="single files: a folder with CLIP's vocabulary")
     flags.DEFINE_enum("prediction", "", ["", "eps", "v"], "single files: the prediction type", flag_values=values)
     string("vae", default="", help="the folder or file of an autoencoder that replaces the model's")
+
+
+def define_ema_flag(values: flags.FlagValues) -> None:
+    """The flag of post-hoc EMA."""
+    *_, number, _ = _definers(values)
+    text = "runs with config.diffusion.ema_sigma_rels: the length of the average of the parameters, e.g. 0.08"
+    number("ema_sigma_rel", help=text, lower_bound=SHORTEST, upper_bound=LONGEST)
 
 
 def define_lora_flags(values: flags.FlagValues, name: str = "lora") -> None:

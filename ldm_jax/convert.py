@@ -8,6 +8,7 @@
     python -m ldm_jax.convert --model=runs/lora --lora_names=kohya --to=FILE.safetensors  LoRA of a run, or a file of
                                                                           diffusers' names, in kohya's
     ... --merge_lora=FILE [--lora_scale=1]                                with LoRA added to the weights
+    ... --model=RUN --ema_sigma_rel=0.08                                  with another EMA (see docs/sampling.md)
 
 A run becomes unet/, vae/, scheduler/, model_index.json, a pipeline.py for diffusers, a model card and recipe.json, from
 which the run is restored exactly. --to is written completely or not at all.
@@ -42,6 +43,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("lora_names", None, ["diffusers", "kohya"], names, flag_values=values)
     command_line.define_lora_flags(values, "merge_lora")
     command_line.define_file_flags(values)
+    command_line.define_ema_flag(values)
     return values
 
 
@@ -75,7 +77,8 @@ def _load(values: flags.FlagValues, loras: list[tuple[Path, float]]) -> tuple[La
     from ldm_jax.pipeline.lora import with_lora
 
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
-    model, params = load(hub.find(values.model), "bfloat16" if values.dtype == "bfloat16" else "float32", overrides)
+    dtype = "bfloat16" if values.dtype == "bfloat16" else "float32"
+    model, params = load(hub.find(values.model), dtype, overrides, ema_sigma_rel=values.ema_sigma_rel)
     for file, scale in loras:
         params = with_lora(model, params, file, scale)
     return model, params
@@ -121,6 +124,8 @@ def _convert(values: flags.FlagValues, loras: list[tuple[Path, float]], folder: 
     if is_exported(path):
         if loras:
             raise InputError("--merge_lora is for diffusers models; --model is an exported run, which is restored")
+        if values.ema_sigma_rel is not None:
+            raise InputError("--ema_sigma_rel is for run folders; --model is an exported run, which is restored")
         if dtype != "float32":
             raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
         write_run(*load(path), folder, read_record(path))

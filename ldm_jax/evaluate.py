@@ -39,6 +39,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string("inception_weights", None, "the FID Inception's weights, for FID", flag_values=values)
     command_line.define_sampling_flags(values, num=10_000)
     command_line.define_file_flags(values)
+    command_line.define_ema_flag(values)
     command_line.define_device_flags(values)
     return values
 
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> None:
     if not with_config and not has_data(values.model):
         raise InputError(no_data)
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
-    model, params = load(values.model, values.dtype, overrides)
+    model, params = load(values.model, values.dtype, overrides, ema_sigma_rel=values.ema_sigma_rel)
     config = _config(values, model, with_config, no_data)
     train_set, test_set = (load_split(config, split) for split in (config.data.train_split, config.data.test_split))
     if not with_config:

@@ -20,6 +20,8 @@
     ... --concat_image=FILE [--noise_level=20]          the low-resolution image or segmentation map of such a model
     ... --classifier=RUN --classifier_scale=2           classifier guidance
     ... --guide_model=RUN[@STEP] --guidance=2           autoguidance by a weaker model
+    ... --cfgpp --guidance=0.6 [--sampler=ddim]         CFG++
+    ... --ema_sigma_rel=0.08                            another EMA of a run with power function averages
     ... --clip=RUN --prompt=TEXT [--clip_guidance_scale=1]  CLIP guidance
     ... --refiner=MODEL [--refiner_start=0.8]           SDXL's refiner goes on from the latents of the base
     ... --from_recipe=samples.png                       the same samples again
@@ -60,6 +62,7 @@ def define_flags() -> flags.FlagValues:
     command_line.define_sampling_flags(values, num=64)
     command_line.define_editing_flags(values)
     command_line.define_file_flags(values)
+    command_line.define_ema_flag(values)
     command_line.define_device_flags(values)
     return values
 
@@ -83,7 +86,7 @@ def main(argv: list[str]) -> None:
     from ldm_jax.sampling.sample_images import sample_images, save
 
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
-    model, params = load(values.model, values.dtype, overrides)
+    model, params = load(values.model, values.dtype, overrides, ema_sigma_rel=values.ema_sigma_rel)
     for path in values.embedding or ():
         model, params, token = with_embedding(model, params, Path(path))
         print(f"Embedding: {token} in prompts stands for {path}")
@@ -107,7 +110,7 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
 
     if values.from_recipe:
         of_model = ("model", "dtype", "lora", "lora_scale", "embedding", "tokenizer", "prediction", "vae")
-        free = (*of_model, "from_recipe", "out", "batch_size", "save_trajectory", "save_each")
+        free = (*of_model, "ema_sigma_rel", "from_recipe", "out", "batch_size", "save_trajectory", "save_each")
         for name in values:
             if values[name].present and name not in free:
                 raise InputError(f"--from_recipe has the whole recipe; leave out --{name}")

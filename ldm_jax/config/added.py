@@ -28,6 +28,8 @@ ADDED: dict[str, Any] = {
     "diffusion.timestep_mean": 0.0,
     "diffusion.timestep_std": 1.0,
     "diffusion.timestep_shift": 1.0,
+    "diffusion.ema_sigma_rels": (),
+    "diffusion.ema_snapshot_every": 1_000,
     **{f"{stage}.optimizer": "adamw" for stage in ("autoencoder", "clip", "diffusion", "classifier")},
     "denoiser": "unet",
     "dit.patch_size": 1,

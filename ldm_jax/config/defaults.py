@@ -132,6 +132,10 @@ def _diffusion(config: ConfigDict) -> None:
     diffusion.label_dropout = 0.1  # probability of dropping the condition, for classifier-free guidance
     diffusion.train_text_encoder = False  # text-conditional models: train the text encoders too
     diffusion.validation_examples = 2_000  # test images for the validation loss
+    # Post-hoc EMA (Karras 2024): the lengths sigma_rel of power function averages that are kept next to the EMA, e.g.
+    # (0.05, 0.1), of which --ema_sigma_rel of the commands makes one of any length; () = none.
+    diffusion.ema_sigma_rels = ()
+    diffusion.ema_snapshot_every = 1_000  # steps between the snapshots of these averages, all of which are kept
     _training(diffusion, steps=400_000, batch_size=128, learning_rate=1e-4)
 
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ldm_jax.diffusion.posthoc_ema import LONGEST, SHORTEST
 from ldm_jax.diffusion.prediction import PREDICTIONS
 from ldm_jax.diffusion.process import VARIANCES
 from ldm_jax.diffusion.schedules import SCHEDULES
@@ -61,7 +62,7 @@ _FIELDS_IN_RANGE = {
         unet.context_tokens dit.patch_size dit.depth dit.heads
         classifier.layers_per_block classifier.attention_heads classifier.norm_num_groups
         textual_inversion.vectors parallel.accumulate sampling.steps sampling.batch_size evaluation.batch_size
-        log_every checkpoint_every keep_checkpoints *.steps *.batch_size""",
+        diffusion.ema_snapshot_every log_every checkpoint_every keep_checkpoints *.steps *.batch_size""",
     (2, None): "autoencoder.codebook_size diffusion.timesteps concat.factor evaluation.num_reference",
     (4, None): "data.image_size dit.hidden_size",
     (16, None): "evaluation.resize",
@@ -94,7 +95,8 @@ def check_fields(fields: Mapping[str, Any]) -> None:
 
     `fields` maps full names, e.g. "diffusion.steps", to values.
     """
-    for name in ("stages", "init_from", "wandb", "sampling.prompts", "sampling.guidance_interval", *_CHOICES, *_RANGES):
+    others = ("stages", "init_from", "wandb", "diffusion.ema_sigma_rels", "sampling.prompts")
+    for name in (*others, "sampling.guidance_interval", *_CHOICES, *_RANGES):
         if name not in fields:
             raise InputError(f"the config has no field config.{name}; configs start from configs/base.py")
     for name, value in fields.items():
@@ -111,6 +113,7 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             bounds = f"{low} or more" if high is None else f"from {low} to {high}"
             raise InputError(f"config.{name} is {value}; it must be {bounds}")
     check_interval("config.sampling.guidance_interval", fields["sampling.guidance_interval"])
+    _check_sigma_rels("config.diffusion.ema_sigma_rels", fields["diffusion.ema_sigma_rels"])
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:
@@ -118,6 +121,14 @@ def check_choice(name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
         near = nearest(str(value), [str(choice) for choice in choices])
         raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}{near}")
+
+
+def _check_sigma_rels(name: str, value: Any) -> None:
+    """Raises InputError, which names `name`, unless `value` is a tuple of rising lengths of averages."""
+    numbers = isinstance(value, tuple) and all(isinstance(number, float) for number in value)
+    if not numbers or not all(SHORTEST <= number <= LONGEST for number in value) or list(value) != sorted({*value}):
+        rule = f"it must be rising numbers from {SHORTEST} to {LONGEST}, e.g. (0.05, 0.1), or () for none"
+        raise InputError(f"{name} is {value!r}; {rule}")
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -31,6 +31,7 @@ def define_flags() -> flags.FlagValues:
     text("dtype", None, "of the activations: float32 or bfloat16; default: the model's", flag_values=values)
     command_line.define_lora_flags(values)
     command_line.define_file_flags(values)
+    command_line.define_ema_flag(values)
     text("host", "127.0.0.1", "the address to listen on; 0.0.0.0 = all, for other machines", flag_values=values)
     whole("port", 7860, "the port to listen on", flag_values=values, lower_bound=1, upper_bound=65535)
     text("password", None, "asks visitors for it; the user's name is ldm_jax", flag_values=values)
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> None:
     from ldm_jax.pipeline.load import Overrides, load
     from ldm_jax.pipeline.lora import with_lora
 
-    model, params = load(values.model, values.dtype, Overrides(values.tokenizer, values.prediction, values.vae))
+    overrides = Overrides(values.tokenizer, values.prediction, values.vae)
+    model, params = load(values.model, values.dtype, overrides, ema_sigma_rel=values.ema_sigma_rel)
     for path, scale in loras:
         params = with_lora(model, params, path, scale)
     loaded = LoadedModel(model, params, bounds_of(model, values.max_size, values.max_num))

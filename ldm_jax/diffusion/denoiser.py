@@ -1,8 +1,8 @@
 """Denoisers: made of a network, and with z0_hat clipped, thresholded or pasted over.
 
 A denoiser is `denoise(z_t, level) -> z0_hat`: z_t [B, ...], a `forward.NoiseLevel` of scalars or [B], and the estimate
-of z0 in float32, or, of a network with a learned variance, an `Estimate`. Conditions, guidance scales and clipping live
-in closures, each around the denoiser that it changes.
+of z0 in float32, or an `Estimate`, of a network with a learned variance and of CFG++. Conditions, guidance scales and
+clipping live in closures, each around the denoiser that it changes.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,11 @@ from ldm_jax.diffusion.process import Process
 
 
 class Estimate(NamedTuple):
-    """The prediction of a network with a learned variance at z_t. Guidance changes z0 alone."""
+    """The prediction of a network with a learned variance at z_t, or of CFG++. Guidance changes z0 alone."""
 
     z0: Array  # [B, ...] z0_hat
-    var_frac: Array  # [B, ...] Nichol 2021, eq. 15: 0 for the variance beta_tilde, 1 for beta; may lie beyond
+    var_frac: Array | None = None  # [B, ...] Nichol 2021, eq. 15: 0 for beta_tilde, 1 for beta; may lie beyond
+    z0_null: Array | None = None  # [B, ...] CFG++: the estimate whose eps noises z0 again; None: that of z0 itself
 
 
 Denoiser = Callable[[Array, NoiseLevel], Array | Estimate]

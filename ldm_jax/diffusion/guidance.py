@@ -61,6 +61,16 @@ def classifier_free(
       prediction: whose standard deviation is rescaled; Lin 2023 and diffusers take that of the network's output.
       projection: adaptive projected guidance.
     """
+    halves = _halves(denoise, cond, null_cond)
+    return _extrapolated(
+        halves, lambda z_t, level: denoise(z_t, level, cond), scale, interval, rescale, prediction, projection
+    )
+
+
+def _halves(
+    denoise: ConditionalDenoiser, cond: Any, null_cond: Any
+) -> Callable[[Array, NoiseLevel], tuple[Array | Estimate, Array | Estimate]]:
+    """Both estimates, by the condition and by the null one, from one batch of 2B."""
 
     def halves(z_t: Array, level: NoiseLevel) -> tuple[Array | Estimate, Array | Estimate]:
         both = jax.tree.map(lambda c, n: jnp.concatenate([c, jnp.broadcast_to(n, c.shape)]), cond, null_cond)
@@ -70,9 +80,47 @@ def classifier_free(
             jax.tree.map(lambda value, half=half: value[half], estimate) for half in (slice(B), slice(B, None))
         )
 
-    return _extrapolated(
-        halves, lambda z_t, level: denoise(z_t, level, cond), scale, interval, rescale, prediction, projection
-    )
+    return halves
+
+
+def cfg_plus_plus(
+    denoise: ConditionalDenoiser, cond: Any, null_cond: Any, scale: Array, *, interval: Interval = ALWAYS
+) -> Denoiser:
+    """CFG++ (Chung 2024, algorithm 2): z0_hat is guided, and noised again by the unconditional eps, that of z0_null.
+
+    z0_hat = z0_null + scale (z0_cond - z0_null), with a scale (lambda) in [0, 1]: 0 is the unconditional model, 1 is
+    *not* the conditional one. It is an `Estimate` with z0_null, for solvers whose steps have a z0_hat and an eps.
+
+    Args:
+      denoise, cond, null_cond: see `classifier_free`.
+      scale: scalar or [B], may be traced. For Stable Diffusion 0.2, 0.6 and 1 are like 2.5, 7.5 and 12.5 there.
+      interval: as in `classifier_free`; outside of it z0_null is z0_cond, so that the step is conditional only.
+    """
+    halves = _halves(denoise, cond, null_cond)
+
+    def to_float32(estimate: Array | Estimate) -> Estimate:
+        estimate = estimate if isinstance(estimate, Estimate) else Estimate(estimate)
+        return jax.tree.map(lambda value: value.astype(jnp.float32), estimate)
+
+    def guided(z_t: Array, level: NoiseLevel, within: Array) -> Estimate:
+        estimate, null = map(to_float32, halves(z_t, level))
+        inside, w = (
+            jnp.reshape(values, (-1, *[1] * (z_t.ndim - 1))) for values in (within, jnp.asarray(scale, jnp.float32))
+        )
+        z0_null = jnp.where(inside, null.z0, estimate.z0)
+        z0 = jnp.where(inside, z0_null + w * (estimate.z0 - z0_null), estimate.z0)
+        return estimate._replace(z0=z0, z0_null=z0_null)
+
+    def conditional(z_t: Array, level: NoiseLevel, within: Array) -> Estimate:
+        estimate = to_float32(denoise(z_t, level, cond))
+        return estimate._replace(z0_null=estimate.z0)
+
+    def guided_or_conditional(z_t: Array, level: NoiseLevel) -> Estimate:
+        level = NoiseLevel(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
+        within = (interval[0] <= level.t) & (level.t <= interval[1])
+        return jax.lax.cond(jnp.any(within), guided, conditional, z_t, level, within)
+
+    return guided_or_conditional
 
 
 def autoguided(

@@ -44,7 +44,8 @@ def solve(
     For use inside jit or pmap, with the table as an argument: another solver, step count or eta does not recompile.
 
     Args:
-      denoise: `(z_t [B, ...], level) -> z0_hat`, or an Estimate; a table of a learned variance needs the latter.
+      denoise: `(z_t [B, ...], level) -> z0_hat`, or an Estimate; a table of a learned variance needs the latter. With
+        `z0_null` (CFG++) each row must be a sum of z0_hat, eps and noise, as those of ddim, euler and euler_a are.
       z_T: [B, ...] initial latents at the noise level of the first row: unit Gaussian noise for a whole run.
       table: from `solvers.make_table`.
       keys: [B] keys, from `random.sample_keys`. The noise of row i for sample k comes from fold_in(keys[k], i).
@@ -87,7 +88,7 @@ def solve_rows(
         z, old_z, old_z0, kept = state
         interval = jnp.maximum(table.sigma[i] - table.reached_sigma[i], 0)
         estimate = denoise(z, NoiseLevel(table.t[i], table.alpha[i], table.sigma[i], interval))
-        z0_hat, var_frac = estimate if isinstance(estimate, Estimate) else (estimate, None)
+        z0_hat, var_frac, z0_null = estimate if isinstance(estimate, Estimate) else (estimate, None, None)
         z0_hat, weights = z0_hat.astype(jnp.float32), table.weights[i]
 
         def sample_noise():
@@ -98,6 +99,8 @@ def solve_rows(
         # A sum, not a dot product: accelerators would round that to bfloat16 or TF32.
         all_z, all_z0 = jnp.concatenate([z[None], old_z]), jnp.concatenate([z0_hat[None], old_z0])
         z = sum(weights[k] * term for k, term in enumerate([*all_z, *all_z0, noise]))
+        if z0_null is not None:  # CFG++: the row's z - alpha z0_hat, sigma times eps, is z - alpha z0_null
+            z = z + weights[0] * table.alpha[i] * (z0_hat - z0_null)
         if project is not None:
             reached = NoiseLevel(table.t[i], table.reached_alpha[i], table.reached_sigma[i])
             z = project(z, reached, fold(fold(keys, Stream.PROJECT), i))

@@ -214,8 +214,10 @@ def _write_documents(to: Path, model: LatentDiffusion, params: Params, notes: li
     write_json(to / RECIPE, record | autoencoder)
     if "classifier" in config.stages:
         notes = [*notes, "The run's classifier of noisy latents is left out."]
-    evaluation = read_json(path / "evaluation.json") if (path / "evaluation.json").exists() else {}
+    ema_sigma_rel, scores = model.origin.ema_sigma_rel, path / "evaluation.json"
+    evaluation = read_json(scores) if scores.exists() and ema_sigma_rel is None else {}  # they are of the EMA
     names = {"autoencoder": "first_stage", "unet": "denoiser"}
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[name])) for part, name in names.items()}
-    card = model_card.of_run(config, data, model.origin.step, counts, evaluation, notes, _concat_settings(model))
+    concat = _concat_settings(model)
+    card = model_card.of_run(config, data, model.origin.step, counts, evaluation, notes, concat, ema_sigma_rel)
     (to / "README.md").write_text(card)

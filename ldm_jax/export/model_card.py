@@ -43,6 +43,7 @@ def of_run(
     evaluation: Any,
     notes: Sequence[str],
     concat: Mapping[str, Any],
+    ema_sigma_rel: float | None = None,
 ) -> str:
     """The README.md of a run's model.
 
@@ -54,6 +55,7 @@ def of_run(
       evaluation: its evaluation.json, {} if there is none.
       notes: sentences on how sampling in diffusers differs from ldm_jax.
       concat: the pipeline's arguments for concat conditioning, {} without it.
+      ema_sigma_rel: the length of the power function average that the parameters are; None: the EMA.
     """
     names, fields, sampling = data["class_names"], config.data, config.sampling
     embedding = f"{config.unet.context_tokens} x {config.unet.context_dim}"
@@ -72,7 +74,7 @@ def of_run(
         f"# Latent diffusion on {fields.name}",
         f"Samples {colour} images of {size} pixels{classes}",
         f"A latent diffusion model (Rombach et al. 2022) trained with ldm_jax: a UNet of {counts['unet']:,} parameters"
-        f" on {_first_stage(config, counts)}{conditional}. The parameters are exponential moving averages (EMA).",
+        f" on {_first_stage(config, counts)}{conditional}. {_averaged(ema_sigma_rel)}",
         "## Training",
         "\n".join(_training(config, data, step)),
         *_scores(evaluation),
@@ -123,6 +125,12 @@ def _first_stage(config: ConfigDict, counts: Mapping[str, int]) -> str:
         f"latents of {autoencoder.latent_channels} channels of {AUTOENCODERS[autoencoder.type]} of "
         f"{counts['autoencoder']:,} parameters, downsampled by {2 ** (len(autoencoder.block_out_channels) - 1)}"
     )
+
+
+def _averaged(sigma_rel: float | None) -> str:
+    if sigma_rel is None:
+        return "The parameters are exponential moving averages (EMA)."
+    return f"The parameters are power function averages of length sigma_rel {sigma_rel:g} (Karras et al. 2024)."
 
 
 def _training(config: ConfigDict, data: Mapping[str, Any], step: int) -> list[str]:

@@ -16,6 +16,7 @@ from ldm_jax.pipeline.clip import clip_of, load_clip, text_conditioning
 from ldm_jax.pipeline.data_record import INIT_FROM
 from ldm_jax.pipeline.from_config import from_config, identity_scale, init_params
 from ldm_jax.pipeline.model import LatentDiffusion, Params, stored
+from ldm_jax.pipeline.posthoc_ema import posthoc_ema
 from ldm_jax.pipeline.trainable import merge_trained, trainable_of, trained_shapes
 from ldm_jax.run_folder.checkpoint import ema_params, load_latest, subtree
 from ldm_jax.runtime.files import content_hash, read_json, write_json
@@ -24,12 +25,17 @@ SCALE = "scale.json"  # of the latents, with the checkpoints of the autoencoder
 
 
 def from_run(
-    path: Path, config: ConfigDict, base: tuple[LatentDiffusion, Params] | None = None, step: float = np.inf
+    path: Path,
+    config: ConfigDict,
+    base: tuple[LatentDiffusion, Params] | None = None,
+    step: float = np.inf,
+    ema_sigma_rel: float | None = None,
 ) -> tuple[LatentDiffusion, Params]:
     """The trained model of a run folder: its newest checkpoint of at most `step` steps.
 
-    `config` is that of the folder; `base`, of a run that fine-tunes, from `load.load_base`. Raises InputError if the
-    model is not trained yet, does not fit its own config, or was fine-tuned from another model.
+    `config` is that of the folder; `base`, of a run that fine-tunes, from `load.load_base`; `ema_sigma_rel` is the
+    length of the average in place of the EMA, see `pipeline.posthoc_ema`. Raises InputError if the model is not trained
+    yet, does not fit its own config, or was fine-tuned from another model.
     """
     about = read_json(path / "data.json", "class_names")
     flat, class_names = load_latest(path / "diffusion", step), tuple(about["class_names"])
@@ -40,11 +46,15 @@ def from_run(
             raise InputError(f"--model={path} was fine-tuned from another model than {other}")
         model = of_classes(model, class_names)
     trainable = trainable_of(config, model)
-    trained = ema_params(flat, trained_shapes(trainable, params), path / "diffusion")
+    like = trained_shapes(trainable, params)
+    if ema_sigma_rel is None:
+        trained = ema_params(flat, like, path / "diffusion")
+    else:
+        trained = posthoc_ema(path, config, flat, like, ema_sigma_rel)
     done, steps = int(flat["step"]), config.diffusion.steps
     if done < min(steps, step):
         print(f"note: --model={path} is trained for {done:,} of {steps:,} steps so far", file=sys.stderr)
-    origin = model.origin._replace(path=path, step=done, data=about)
+    origin = model.origin._replace(path=path, step=done, data=about, ema_sigma_rel=ema_sigma_rel)
     return replace(model, origin=origin), merge_trained(trainable, params, trained)
 
 

@@ -21,7 +21,11 @@ from ldm_jax.pipeline.vae import with_autoencoder
 
 
 def load(
-    where: str | Path, dtype: str | None = None, overrides: Overrides = NO_OVERRIDES, step: float = np.inf
+    where: str | Path,
+    dtype: str | None = None,
+    overrides: Overrides = NO_OVERRIDES,
+    step: float = np.inf,
+    ema_sigma_rel: float | None = None,
 ) -> tuple[LatentDiffusion, Params]:
     """The model at a path or on the hub, and its parameters, NumPy arrays.
 
@@ -31,11 +35,14 @@ def load(
         a run, else float32.
       overrides: what a diffusers folder or a single file does not state.
       step: of a run: the newest checkpoint of at most so many steps.
+      ema_sigma_rel: of a run with power function averages: the length of the one to load, in place of the EMA.
 
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
     path = hub.find(where) if isinstance(where, str) else where
+    if ema_sigma_rel is not None and (is_single_file(path) or (path / folder.INDEX).is_file()):
+        raise InputError(f"--ema_sigma_rel={ema_sigma_rel:g} is for run folders; --model={path} is none")
     if is_single_file(path):
         model, params = from_single_file(path, dtype or "float32", overrides)
     elif is_diffusers_folder(path):
@@ -47,11 +54,13 @@ def load(
         for name, value in overrides._asdict().items():
             if value:
                 raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
-        return from_exported(path, dtype) if is_exported(path) else _load_run(path, dtype, step)
+        return from_exported(path, dtype) if is_exported(path) else _load_run(path, dtype, step, ema_sigma_rel)
     return with_autoencoder(model, params, overrides.vae) if overrides.vae else (model, params)
 
 
-def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusion, Params]:
+def _load_run(
+    path: Path, dtype: str | None, step: float, ema_sigma_rel: float | None
+) -> tuple[LatentDiffusion, Params]:
     if not path.is_dir():
         problem = "is a file of another type" if path.exists() else "does not exist"
         raise InputError(
@@ -66,7 +75,7 @@ def _load_run(path: Path, dtype: str | None, step: float) -> tuple[LatentDiffusi
         with config.unlocked():
             config.dtype = dtype
     base, config = load_base(config, config.dtype) if config.init_from else (None, config)
-    return from_run(path, config, base, step)
+    return from_run(path, config, base, step, ema_sigma_rel)
 
 
 def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentDiffusion, Params], ConfigDict]:

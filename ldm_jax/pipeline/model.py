@@ -66,6 +66,7 @@ class Origin(NamedTuple):
 
     path: Path | None = None
     step: int = 0  # updates of the denoiser
+    ema_sigma_rel: float | None = None  # length of the power function average that the parameters are; None: the EMA
     class_names: tuple[str, ...] = ()  # () without classes
     other_class_names: tuple[str, ...] = ()  # of the further classes of a fine-tuned model, without data
     config: ConfigDict | None = None  # of the run that trained it

@@ -85,9 +85,12 @@ class Checkpoints:
     """The newest `keep` checkpoints of a run's stage, in one folder. A context manager: saves are asynchronous."""
 
     def __init__(
-        self, folder: Path, *, keep: int, identity: dict[str, str], earlier: Collection[dict[str, str]] = ()
+        self, folder: Path, *, keep: int | None, identity: dict[str, str], earlier: Collection[dict[str, str]] = ()
     ) -> None:
-        """`earlier` are identities before a change of the fields that may change (see `config.io.CONTINUED`)."""
+        """`earlier` are identities before a change of the fields that may change (see `config.io.CONTINUED`).
+
+        `keep` None keeps all checkpoints.
+        """
         self.folder = folder.absolute()
         self._identity, self._earlier = identity, tuple(earlier)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -165,9 +168,16 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
     raise InputError(f"there is no readable checkpoint in {folder}; has the run got that far?")
 
 
-def ema_params(flat: dict[str, np.ndarray], like: Any, where: Path) -> dict[str, Any]:
-    """The EMA parameters in a stage's checkpoint, in the structure of `like`."""
-    prefix = "ema_params/"
+def load_at(folder: Path, step: int) -> dict[str, np.ndarray]:
+    """The checkpoint of a step, as a flat dict; raises InputError if it is damaged."""
+    try:
+        return _read(folder.absolute(), step, (), {})
+    except _DamagedError as error:
+        raise InputError(f"{folder / str(step)} is damaged ({error})") from error
+
+
+def ema_params(flat: dict[str, np.ndarray], like: Any, where: Path, prefix: str = "ema_params/") -> dict[str, Any]:
+    """The EMA parameters in a stage's checkpoint, in the structure of `like`; those below another `prefix`."""
     flat = {name.removeprefix(prefix): array for name, array in flat.items() if name.startswith(prefix)}
     return unflatten(flat, like, where=str(where))
 

@@ -5,6 +5,7 @@ metrics.jsonl     one line per measurement       progress/       sample grids fr
 events.out.*      TensorBoard events             samples.npz, samples.png, denoising.gif, mixed.png
 autoencoder/      stage 1: checkpoints, scale    evaluation.json, bits_per_dim.json, report.html
 diffusion/        stage 2: checkpoints           classifier/, clip/   checkpoints of these stages
+ema_snapshots/    with diffusion.ema_sigma_rels: the power function averages of stage 2, see `run_folder.snapshots`
 data.json         the data sets, device, command .lock               held by the process that trains the run
 pytorch_lora_weights.safetensors                 LoRA fine-tuning only: the LoRA in diffusers' format
 learned_embeds.safetensors                       textual inversion only: the new token's vectors, likewise

@@ -26,6 +26,7 @@ from ldm_jax.sampling.recipe import (
 )
 
 INTERPOLATED = 8  # default of --num with --to_prompt
+CFGPP_SCALE = 0.6  # default of --guidance with --cfgpp
 NOISE_LEVEL = 20  # default of an upscaler's --noise_level
 REFINER_START = 0.8  # default of --refiner_start: SDXL's refiner is trained on the last fifth of the process
 
@@ -75,6 +76,8 @@ def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
 
 def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, prompts: list[str]) -> Guidance:
     conditional = model.class_names or isinstance(model.conditioning, TextConditioning)
+    if values.cfgpp and not conditional:
+        raise InputError("--cfgpp needs a model with classes or texts; this one has none")
     if values.guidance not in (None, 1.0) and not (conditional or values.guide_model):
         needs = "needs a model with classes, or --guide_model; this one has none"
         raise InputError(f"--guidance={values.guidance} {needs}")
@@ -85,13 +88,14 @@ def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, pr
     if values.clip and not prompts:
         raise InputError(f'--clip={values.clip} needs a text to guide to, e.g. --prompt="red cat"')
     return Guidance(
-        scale=_or(values.guidance, defaults.scale),
+        scale=_or(values.guidance, CFGPP_SCALE if values.cfgpp else defaults.scale),
         interval=_or(values.guidance_interval, defaults.interval),
-        rescale=_or(values.guidance_rescale, defaults.rescale),
+        rescale=_or(values.guidance_rescale, 0.0 if values.cfgpp else defaults.rescale),
         negative_prompt=values.negative_prompt,
         parallel=_or(values.guidance_parallel, defaults.parallel),
         max_norm=_or(values.guidance_max_norm, defaults.max_norm),
         guide_model=values.guide_model or None,
+        cfgpp=values.cfgpp,
         **{name: values[name].value or None for name in scales.values()},
         **{scale: _or(values[scale].value, 1.0 if values[name].value else 0.0) for scale, name in scales.items()},
     )

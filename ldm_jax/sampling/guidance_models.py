@@ -50,11 +50,11 @@ class GuidanceModels(NamedTuple):
         """Their parameters, for `guided_denoiser`, by name."""
         return {name: model.params for name, model in self._asdict().items() if model}
 
-    def sampler(self, model: LatentDiffusion, batch_size: int) -> Sampler:
-        """The sampler of a model with this guidance: see `sampler.make_sampler`."""
+    def sampler(self, model: LatentDiffusion, batch_size: int, *, cfgpp: bool = False) -> Sampler:
+        """The sampler of a model with this guidance, and perhaps CFG++: see `sampler.make_sampler`."""
         classifier, clip, guide = self
         modules = classifier and classifier.module, clip and clip.clip, guide and guide.model
-        return make_sampler(model, batch_size, *modules)
+        return make_sampler(model, batch_size, *modules, cfgpp)
 
 
 def guidance_models(recipe: Recipe, model: LatentDiffusion, params: Params) -> GuidanceModels:

@@ -43,6 +43,7 @@ class Guidance(NamedTuple):
     parallel: float = 1.0  # adaptive projected guidance: see `guidance.Projection`
     max_norm: float = 0.0  # and its limit; 0 = none
     guide_model: str | None = None  # PATH[@STEP] of the weaker model of autoguidance, in place of the null condition
+    cfgpp: bool = False  # CFG++ (see `guidance.cfg_plus_plus`), of which scale is lambda
 
 
 class Edit(NamedTuple):
@@ -85,8 +86,10 @@ class Recipe(NamedTuple):
     vae_tiling: bool = False
     refiner: str | None = None  # the model that goes on from the latents of the first
     refiner_start: float = 1.0  # at this fraction of the process, from noise
+    ema_sigma_rel: float | None = None  # length of the power function average that the model is; None: its EMA
 
 
+CFGPP_SAMPLERS = ("ddim", "euler", "euler_a")  # those whose steps are a z0_hat, an eps and noise
 NO_EDIT = Edit()
 SECTIONS = {"solving": Solving, "guidance": Guidance, "edit": Edit, "concat": ConcatInput}
 
@@ -105,7 +108,7 @@ def default_recipe(
         num, seed, labels, prompts, list(model.image_shape[:2]), model.dtype,
         solving=solving_defaults(model, sampler or defaults.sampler),
         guidance=Guidance(defaults.guidance, list(defaults.guidance_interval), defaults.guidance_rescale),
-        concat=ConcatInput(split=defaults.concat_split),
+        concat=ConcatInput(split=defaults.concat_split), ema_sigma_rel=model.origin.ema_sigma_rel,
     )  # fmt: skip
 
 
@@ -127,16 +130,37 @@ def with_guidance(model: LatentDiffusion, recipe: Recipe) -> Recipe:
     guidance = recipe.guidance
     if model.guidance_dim is not None:
         own = {"negative_prompt": None, "rescale": 0.0, "interval": [0.0, 1.0]}
-        own |= {"parallel": 1.0, "max_norm": 0.0, "guide_model": None}
+        own |= {"parallel": 1.0, "max_norm": 0.0, "guide_model": None, "cfgpp": False}
         for name in (name for name, value in own.items() if getattr(guidance, name) != value):
             why = "the guidance scale is an input of this model, which is called once a step"
             raise InputError(f"the guidance option {name} is for classifier-free guidance; {why}")
     texts = isinstance(model.conditioning, TextConditioning) and any(recipe.prompts)
-    if not texts or guidance.scale >= 1 or guidance.classifier or guidance.clip or guidance.guide_model:
+    others = guidance.classifier or guidance.clip or guidance.guide_model or guidance.cfgpp
+    if not texts or guidance.scale >= 1 or others:
         return recipe
     what = 'as in diffusers, no guidance; --prompt="" samples without a condition'
     warn(f"warning: a guidance scale of {guidance.scale:g} means, {what}")
     return recipe._replace(guidance=guidance._replace(scale=1.0))
+
+
+def check_cfgpp(model: LatentDiffusion, recipe: Recipe) -> None:
+    """Raises InputError for a recipe with CFG++ that has another sampler, scale, guidance or edit than it goes with."""
+    guidance, edit = recipe.guidance, recipe.edit
+    if not guidance.cfgpp:
+        return
+    if recipe.solving.sampler not in CFGPP_SAMPLERS:
+        sampler = f"--cfgpp is not defined for --sampler={recipe.solving.sampler}"
+        raise InputError(f"{sampler}; it must be one of {', '.join(CFGPP_SAMPLERS)}")
+    if guidance.scale > 1:
+        raise InputError(f"--guidance={guidance.scale:g} is lambda with --cfgpp; it must be from 0 to 1, e.g. 0.6")
+    if model.mean_flow:
+        raise InputError("--cfgpp is not defined for a MeanFlow model, whose steps have no eps")
+    others = {"guidance_rescale": guidance.rescale, "guidance_parallel": guidance.parallel != 1,
+              "guidance_max_norm": guidance.max_norm, "guide_model": guidance.guide_model,
+              "classifier": guidance.classifier, "clip": guidance.clip, "invert": edit.invert,
+              "to_image": edit.to_image}  # fmt: skip
+    if both := next((name for name, value in others.items() if value), None):
+        raise InputError(f"--cfgpp and --{both} do not go together; leave one of them out")
 
 
 def to_json(recipe: Recipe) -> dict[str, Any]:
@@ -188,6 +212,11 @@ def from_png(path: Path, model: LatentDiffusion, params: Params) -> tuple[Recipe
     """The recipe in a PNG, and the recorded hashes of its input files; raises InputError for one of another model."""
     fields = read_recipe(path)
     recipe = from_json(fields, f"--from_recipe={path}")
+    if recipe.ema_sigma_rel != model.origin.ema_sigma_rel:
+        other = "the model's own EMA; leave out --ema_sigma_rel"
+        if recipe.ema_sigma_rel is not None:
+            other = f"another EMA; add --ema_sigma_rel={recipe.ema_sigma_rel!r}"
+        raise InputError(f"--from_recipe={path} was sampled with {other}")
     if fields.get("model") != fingerprint(model, params):
         raise InputError(f"--from_recipe={path} was sampled from another model ({fields.get('model')}) than --model")
     if recipe.dtype != model.dtype:

@@ -70,7 +70,7 @@ def refine(refiner: LatentDiffusion, params: Params, recipe: Recipe, base: Stage
         levels = [f"{sigma / alpha:.4g}" for alpha, sigma in (reached, (table.alpha[0], table.sigma[0]))]
         begins = f"begins at sigma / alpha = {levels[1]}, where --model ends at {levels[0]}"
         raise InputError(f"--refiner={recipe.refiner} {begins}; choose a --sampler and --spacing for both")
-    sampler, replicated = make_sampler(refiner, batch_size), replicate(params)
+    sampler, replicated = make_sampler(refiner, batch_size, cfgpp=recipe.guidance.cfgpp), replicate(params)
     _, inputs = sample_inputs(refiner, replicated, recipe, sampler)
     shared = inputs.shared._replace(z0=base.inputs.shared.z0, mask=base.inputs.shared.mask)
     samples = inputs.samples._replace(z_T=base.latents())

@@ -26,7 +26,7 @@ from ldm_jax.sampling import concat_inputs, image_grids, image_inputs
 from ldm_jax.sampling.concat_inputs import ConcatImages
 from ldm_jax.sampling.guidance_models import GuidanceModels, guidance_models
 from ldm_jax.sampling.inputs import concat_images_of, read_images, sample_inputs, with_edit
-from ldm_jax.sampling.recipe import Recipe, from_json, to_json
+from ldm_jax.sampling.recipe import Recipe, check_cfgpp, from_json, to_json
 from ldm_jax.sampling.recipe_of_run import recipe_of_run
 from ldm_jax.sampling.refiner import Stage, load_refiner, refine
 from ldm_jax.sampling.sampler import Progress, smallest_batch
@@ -64,6 +64,7 @@ def sample_images(
     a solver or number of steps that the model does not take, or an input that is missing or does not fit; RunError if
     no sample is finite.
     """
+    check_cfgpp(model, recipe)
     refiner = load_refiner(recipe, model, params)
     model = _at_recipe(model, recipe)
     table = make_table(model, recipe.solving, recipe.edit, denoising_end=recipe.refiner_start)
@@ -73,7 +74,7 @@ def sample_images(
         image, mask = image_inputs.outpaint_window(image, recipe.edit.outpaint)
     concat_images = concat_images_of(model, recipe, image, mask)
     batch_size = smallest_batch(recipe.num, batch_size, jax.local_device_count())
-    sampler = guides.sampler(model, batch_size)
+    sampler = guides.sampler(model, batch_size, cfgpp=recipe.guidance.cfgpp)
     replicated = replicate(params | guides.params)
     labels, inputs = sample_inputs(model, replicated, recipe, sampler, concat_images, guides.clip)
     inputs = with_edit(model, recipe, sampler, replicated, inputs, image, mask)

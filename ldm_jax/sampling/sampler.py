@@ -124,12 +124,14 @@ def guided_denoiser(
     classifier: NoisyClassifier | None = None,
     clip: CLIP | None = None,
     guide: LatentDiffusion | None = None,
+    *,
+    cfgpp: bool = False,
 ) -> Denoiser:
     """The denoiser of a model with all its guidance, for use inside a compiled call.
 
     `params` has "classifier", "clip" and "guide_model" of the guidance models. The first two go with
     `samples.classifier_scale` and `samples.clip_guidance_scale`; raises ValueError if only one of the two is there. The
-    `guide` is the weaker model of autoguidance, instead of classifier-free guidance.
+    `guide` is the weaker model of autoguidance, instead of classifier-free guidance; `cfgpp` is CFG++ instead of both.
     """
     for name, module in (("classifier_scale", classifier), ("clip_guidance_scale", clip)):
         if (getattr(samples, name) is None) != (module is None):
@@ -142,7 +144,10 @@ def guided_denoiser(
     denoise, cond = _conditional(model, params, samples, concat)
     if guide is None:
         null_cond = model.conditioning.encode(params["conditioning"], shared.null_cond) | concat
-        denoise = guidance.classifier_free(denoise, cond, null_cond, scale, **options)
+        if cfgpp:
+            denoise = guidance.cfg_plus_plus(denoise, cond, null_cond, scale, interval=interval)
+        else:
+            denoise = guidance.classifier_free(denoise, cond, null_cond, scale, **options)
     else:
         weak, weak_cond = _conditional(guide, params["guide_model"], samples, concat)
         denoise = guidance.autoguided(
@@ -198,15 +203,16 @@ def make_sampler(
     classifier: NoisyClassifier | None = None,
     clip: CLIP | None = None,
     guide: LatentDiffusion | None = None,
+    cfgpp: bool = False,
 ) -> Sampler:
     """The sampler of a model, for replicated parameters (see `runtime.parallel.replicate`); equal models share it.
 
-    `batch_size` is a multiple of the local devices. `classifier`, `clip` and `guide`: see `guided_denoiser`.
+    `batch_size` is a multiple of the local devices. The other arguments: see `guided_denoiser`.
     """
     shape = model.latent_shape
 
     def problem(params: Any, samples: PerSample, seed: jax.Array, shared: Shared) -> tuple[Denoiser, jax.Array, dict]:
-        denoise = guided_denoiser(model, params, samples, shared, classifier, clip, guide)
+        denoise = guided_denoiser(model, params, samples, shared, classifier, clip, guide, cfgpp=cfgpp)
         return denoise, sample_keys(seed, samples.index), {"project": paste_known(shared.z0, shared.mask)}
 
     def solve_batch(params: Any, samples: PerSample, table: Table, seed: jax.Array, shared: Shared) -> tuple:

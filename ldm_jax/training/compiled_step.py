@@ -79,7 +79,7 @@ def _total(stats: Any) -> int:
 
 
 def _of_arguments(state: Any, frozen: Any, resident: Any, batch: Any) -> dict[str, int]:
-    kinds = {"parameters": state.params, "EMA": state.ema_params, "optimizer": state.opt_state}
+    kinds = {"parameters": state.params, "EMA": (state.ema_params, state.power_emas), "optimizer": state.opt_state}
     kinds |= {"frozen": frozen, "data": (resident, batch)}
     return {kind: sum(map(_bytes_per_device, jax.tree.leaves(tree))) for kind, tree in kinds.items()}
 

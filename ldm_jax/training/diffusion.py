@@ -38,6 +38,7 @@ class DiffusionStage(GradientStage):
       timesteps: the distribution of the timesteps.
       label_dropout: probability of the null condition, for classifier-free guidance.
       vlb_weight: lambda of Nichol 2021, eq. 16; used with a learned variance only.
+      ema_sigma_rels: lengths of the power function averages that the state has (see `posthoc_ema`).
     """
 
     model: LatentDiffusion
@@ -47,10 +48,11 @@ class DiffusionStage(GradientStage):
     timesteps: TimestepDistribution
     label_dropout: float
     vlb_weight: float
+    ema_sigma_rels: tuple[float, ...]
 
     def init(self, rng: Array, params: Params) -> TrainState:
         """The state before the first update, of a model with these parameters."""
-        return init_state(self.trainable.init(rng, params), self.optimizer)
+        return init_state(self.trainable.init(rng, params), self.optimizer, self.ema_sigma_rels)
 
     def validate(self, params: Params, frozen: Params, batch: dict, seed: Array) -> Metrics:
         """{"loss": unweighted, of each example [B]} at the timesteps batch["t"] [B], without label dropout."""

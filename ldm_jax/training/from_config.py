@@ -60,7 +60,8 @@ def make_diffusion_stage(model: LatentDiffusion, trainable: Trainable, config: C
     """The stage that trains the `trainable` parameters of a model."""
     if config.parallel.remat:
         model = replace(model, denoiser=model.denoiser.clone(remat=True))
-    loss = {name: config.diffusion[name] for name in ("weighting", "snr_gamma", "label_dropout", "vlb_weight")}
+    names = ("weighting", "snr_gamma", "label_dropout", "vlb_weight", "ema_sigma_rels")
+    loss = {name: config.diffusion[name] for name in names}
     fields = {name: config.diffusion[f"timestep_{name}"] for name in ("mean", "std", "shift")}
     timesteps = TimestepDistribution(config.diffusion.timestep_sampling, **fields)
     objective = config.diffusion.objective

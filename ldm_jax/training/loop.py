@@ -48,6 +48,7 @@ def train(
     checkpoint_every: int,
     engine: Engine = PMAP,
     variant: Callable[[int], dict[str, bool]] = lambda step: {},
+    begin: Callable[[Any], None] = lambda state: None,
     after_step: Callable[[int, Any], None] = lambda step, state: None,
 ) -> Any:
     """Trains `stage` from its newest checkpoint, or else from `initial`, to step `steps`; returns the state.
@@ -62,6 +63,7 @@ def train(
       checkpoints, log, watch: of the run; log_every, checkpoint_every: steps between its log lines and checkpoints.
       engine: the distribution of the steps over the devices.
       variant: step -> static keyword arguments of `stage.step`, each compiled by itself (`lax.cond` is slow on CPUs).
+      begin: called with the state that training goes on from.
       after_step: called with (number of steps made, state) after each step.
 
     Raises:
@@ -74,6 +76,7 @@ def train(
     log.rewind(name, start)
     if start >= steps:
         return state
+    begin(state)
     frozen, resident = engine.place_params(frozen), engine.place(feed.resident)
     progress, in_flight, compiled = Progress(name, steps), deque(), cache(partial(engine.step, stage))
 

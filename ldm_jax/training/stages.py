@@ -1,6 +1,7 @@
 """The stages of a run: each trains a model, or encodes the data, and writes the result to the run folder."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ldm_jax.pipeline.from_run import load_autoencoder_params, load_first_stage,
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.pipeline.trainable import LoRA, TokenVectors, merge_trained, trainable_of
 from ldm_jax.run_folder.checkpoint import Checkpoints, flatten, identity, unflatten
+from ldm_jax.run_folder.snapshots import FOLDER as SNAPSHOTS
+from ldm_jax.run_folder.snapshots import Snapshots
 from ldm_jax.runtime.parallel import parallel_map, wait_for_hosts
 from ldm_jax.sampling import image_grids
 from ldm_jax.training import clip_data, latents, text_embeddings
@@ -204,6 +207,9 @@ def _train(
     engine = run.engine
 
     def after_step(step: int, state: Any) -> None:
+        if averages:
+            with run.log.clock.spend("checkpoint"):
+                averages.save(step, state)
         if not every or (step % every and step != steps):
             return
         jax.block_until_ready(state)  # see `run_folder.sharded.checksums`
@@ -220,6 +226,18 @@ def _train(
     options |= {field: config[field] for field in ("seed", "log_every", "checkpoint_every")}
     options |= {"steps": steps, "feed": feed, "frozen": frozen, "after_step": after_step, "engine": engine}
     folder, keep = run.workdir / name, config.keep_checkpoints
-    with Checkpoints(folder, keep=keep, identity=recorded, earlier=earlier) as checkpoints:
+    with (
+        Checkpoints(folder, keep=keep, identity=recorded, earlier=earlier) as checkpoints,
+        _snapshots(run, name, recorded) as averages,
+    ):
+        options |= {"begin": averages.begin} if averages else {}
         state = initial_state(stage.init, config.seed, *initial, engine=engine)
         return train(name, stage, state, checkpoints=checkpoints, log=run.log, watch=run.watch, **options)
+
+
+def _snapshots(run: Run, name: str, identity: dict[str, str]) -> AbstractContextManager[Snapshots | None]:
+    """The snapshots of a stage's power function averages; a context of None if it has none."""
+    diffusion = run.config.diffusion
+    if name != "diffusion" or not diffusion.ema_sigma_rels:
+        return nullcontext()
+    return Snapshots(run.workdir / SNAPSHOTS, every=diffusion.ema_snapshot_every, identity=identity)

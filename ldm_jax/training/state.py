@@ -1,16 +1,18 @@
 """The state of a training stage, EMA, and the update that rejects gradients that are not finite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax import Array
 from optax import GradientTransformation
 
+from ldm_jax.diffusion.posthoc_ema import gamma_of
 from ldm_jax.models.backend import target_platform
 from ldm_jax.training.accumulation import mean_over_micro_batches
 from ldm_jax.training.optimizer import Optimization, make_optimizer
@@ -26,12 +28,14 @@ class TrainState:
     params: Any  # float32 trees
     ema_params: Any  # their exponential moving average
     opt_state: Any
+    power_emas: Any = ()  # their power function averages, by sigma_rel as text: see `posthoc_ema`
 
 
-def init_state(params: Any, optimizer: GradientTransformation) -> TrainState:
-    """The state before the first update."""
+def init_state(params: Any, optimizer: GradientTransformation, ema_sigma_rels: Sequence[float] = ()) -> TrainState:
+    """The state before the first update, with a power function average for each of `ema_sigma_rels`."""
     ema_params = jax.tree.map(jnp.copy, params)  # a copy: donating one buffer twice is an error
-    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params))
+    power_emas = {str(sigma_rel): jax.tree.map(jnp.copy, params) for sigma_rel in ema_sigma_rels} or ()
+    return TrainState(jnp.zeros((), jnp.int32), params, ema_params, optimizer.init(params), power_emas)
 
 
 def ema_update(ema_params: Any, params: Any, step: Array, decay: float) -> Any:
@@ -41,6 +45,27 @@ def ema_update(ema_params: Any, params: Any, step: Array, decay: float) -> Any:
     """
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), ema_params, params)
+
+
+def power_ema_rate(sigma_rel: float, step: Array) -> Array:
+    """1 - beta, the weight of the parameters after update `step` (0-based, []) in a power function average: float32.
+
+    With t = step + 1, beta = (1 - 1 / t)^(gamma + 1) (Karras 2024, eq. 127): 1 - beta is the integral of the weights
+    over the update, exactly. It is not taken from beta, which rounds it away: after many steps it is (gamma + 1) / t.
+    """
+    exponent = np.float32(gamma_of(sigma_rel) + 1)
+    return -jnp.expm1(exponent * jnp.log1p(-1.0 / (step + 1.0)))
+
+
+def power_emas_update(power_emas: Any, params: Any, step: Array) -> Any:
+    """The power function averages that include `params`, which are those *after* update `step` (0-based)."""
+    if not power_emas:
+        return power_emas
+    rates = {sigma_rel: power_ema_rate(float(sigma_rel), step) for sigma_rel in power_emas}
+    return {
+        sigma_rel: jax.tree.map(lambda e, p, rate=rates[sigma_rel]: e + rate * (p - e), average, params)
+        for sigma_rel, average in power_emas.items()
+    }
 
 
 def update_if(good: Array, update: Callable[..., TrainState], state: TrainState, *arguments: Any) -> TrainState:
@@ -67,7 +92,8 @@ def update_if_finite(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = ema_update(state.ema_params, params, state.step, ema_decay)
-        return TrainState(state.step + 1, params, ema_params, opt_state)
+        power_emas = power_emas_update(state.power_emas, params, state.step)
+        return TrainState(state.step + 1, params, ema_params, opt_state, power_emas)
 
     return update_if(good, update, state, grads), grad_norm
 

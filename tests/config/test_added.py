@@ -60,7 +60,8 @@ def test_a_saved_config_without_the_fields_has_their_values():
 @pytest.mark.parametrize("name", ADDED)
 def test_another_value_is_another_config(name):
     changed = saved().unlock()
-    changed.update_from_flattened_dict({name: {str: "x", int: 7, float: 0.7, bool: True}[type(ADDED[name])]})
+    values = {str: "x", int: 7, float: 0.7, bool: True, tuple: (0.05, 0.1)}
+    changed.update_from_flattened_dict({name: values[type(ADDED[name])]})
     assert list(io.differences(saved(), changed)) == ([] if name.startswith(io.FREE) else [name])
     sections = (name.split(".")[0],)
     assert io.identity(changed, sections) != io.identity(saved(), sections)

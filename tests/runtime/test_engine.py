@@ -75,7 +75,7 @@ class Regression(GradientStage):
 
     def init(self, rng):
         params = {"w": jax.random.normal(rng, (3, 8)), "b": jnp.zeros(5)}
-        return init_state(params, self.optimizer)
+        return init_state(params, self.optimizer, ema_sigma_rels=(0.05, 0.1))
 
     def _example(self, batch, frozen, seed):
         keys = example_keys(seed, Stream.DIFFUSION, batch["step"], batch["id"])
@@ -128,7 +128,8 @@ def assert_same(one, other, rtol=2e-3):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-5, err_msg=name)
     assert int(one[1].step) == int(other[1].step) == STEPS
-    for a, b in zip(jax.tree.leaves(one[1].params), jax.tree.leaves(other[1].params), strict=True):
+    trees = ((state.params, state.power_emas) for _, state in (one, other))
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3)
 
 
@@ -153,7 +154,8 @@ def test_a_sharded_state_is_trained_as_a_whole_one(name, fsdp_size, changes, req
     shards = fsdp_size or 4
     largest = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
     assert largest.addressable_shards[0].data.size * shards == largest.size
-    assert any(is_sharded(leaf) for leaf in jax.tree.leaves(state.opt_state)) == (shards > 1)
+    for others in (state.opt_state, *([state.power_emas] if name == "regression" else [])):
+        assert any(is_sharded(leaf) for leaf in jax.tree.leaves(others)) == (shards > 1)
     gathered = make_engine("fsdp", fsdp_size).gather(state.ema_params)
     jax.tree.map(np.testing.assert_array_equal, gathered, state.ema_params)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(gathered))
