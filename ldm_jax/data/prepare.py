@@ -3,14 +3,23 @@
 import contextlib
 import fcntl
 import io
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import shuffle
 
 from ldm_jax.errors import InputError, RunError
+
+# Above 1 GB TFDS sorts the examples in temporary files, by TensorFlow's file functions, which are Python's here. All
+# files are open at once: fewer than usual limits allow. Their number does not change the order.
+_GFILE = SimpleNamespace(GFile=open, exists=os.path.exists, remove=os.remove)
+shuffle.tf = SimpleNamespace(io=SimpleNamespace(gfile=_GFILE), errors=SimpleNamespace(ResourceExhaustedError=()))
+shuffle.BUCKETS_NUMBER = 200
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
