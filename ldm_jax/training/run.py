@@ -1,5 +1,6 @@
 """What the stages of a run share: the run, its initial model, data feeds and cached latents."""
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from ldm_jax.config.rules import text_conditioned
 from ldm_jax.data import from_config as data_from_config
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.data.feeds import BucketFeed, DeviceFeed, HostFeed
+from ldm_jax.data.shards import Shards
 from ldm_jax.pipeline.from_config import init_params
 from ldm_jax.pipeline.from_run import untrained
 from ldm_jax.pipeline.model import LatentDiffusion, Params
@@ -54,7 +56,7 @@ def initial_model(run: Run) -> tuple[LatentDiffusion, Params]:
     return model, params | initial_state(lambda rng: init_params(model, rng), run.config.seed)
 
 
-def make_feed(run: Run, source: Dataset | Latents, batch_size: int) -> Feed:
+def make_feed(run: Run, source: Dataset | Latents | Shards, batch_size: int) -> Feed:
     """A feed of the training images or latents: on the device up to config.data.memory_limit_gb, else from disk."""
     options = {"batch_size": batch_size, "seed": run.config.seed, "groups": run.train_set.groups} | _process()
     if fits_on_device(run, source):
@@ -62,7 +64,7 @@ def make_feed(run: Run, source: Dataset | Latents, batch_size: int) -> Feed:
     return HostFeed(source, **options)
 
 
-def fits_on_device(run: Run, source: Dataset | Latents) -> bool:
+def fits_on_device(run: Run, source: Dataset | Latents | Shards) -> bool:
     """Whether a data set is kept on the device: it takes up to config.data.memory_limit_gb."""
     limit = run.config.data.memory_limit_gb * 2**30
     return source.arrays is not None and sum(values.nbytes for values in source.arrays.values()) <= limit
@@ -83,7 +85,8 @@ def latents_feed(run: Run, model: LatentDiffusion, params: Params, batch_size: i
         buckets = data_from_config.load_train_buckets(config)
         sizes = ", ".join(f"{h}x{w} ({n:,})" for n, h, w, _ in (bucket.shape for bucket in buckets))
         print(f"     height x width of the images: {sizes}", flush=True)
-        encoded = [cached_latents(config, run.workdir, model.first_stage, params, bucket) for bucket in buckets]
+        encode = partial(cached_latents, config, run.workdir, model.first_stage, params, parts=len(buckets))
+        encoded = [encode(bucket) for bucket in buckets]
         return BucketFeed(encoded, batch_size, config.seed, **_process())
     source = run.train_set
     if model.first_stage.module is not None and model.concat is None:

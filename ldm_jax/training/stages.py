@@ -99,7 +99,7 @@ def measure_latents(run: Run) -> None:
         shift, scale, measured_on = reused
     else:
         measured_on = f"{run.train_set.name}/{run.train_set.split}"
-        shift, scale = latents.measure_scale(cache.arrays["moments"], gaussian=first_stage.stochastic)
+        shift, scale = latents.measure_scale(cache, gaussian=first_stage.stochastic)
     if jax.process_index() == 0:
         save_scale(run.workdir, shift, scale, measured_on=measured_on)
     wait_for_hosts("scale")  # is written
