@@ -1,7 +1,7 @@
 """Text-to-image on a folder of your own images with captions, at up to 64x64 pixels, for a CPU with two cores.
 
     python -m ldm_jax.train --config=configs/own_captions.py --config.data.path=FOLDER
-    python -m ldm_jax.sample --model=runs/own_captions --prompt="red cat" --out=samples
+    python -m ldm_jax.sample --model=runs/own_captions --prompt="a caption" --out=samples
 
 FOLDER has images with a .txt file each, or a metadata.jsonl or metadata.csv: see `ldm_jax/data/caption_files.py`. Its
 folders "train" and "test" (or "validation") are the splits; without them a tenth of the images is held out. Fields that
