@@ -166,22 +166,21 @@ def share(workdir: Path, point: str, folder: str) -> None:
             _download(workdir, _files(url), keep=lambda name: name.startswith(f"{folder}/"))
 
 
-def kvstore(url: str) -> dict[str, str]:
+def kvstore(url: str) -> dict[str, Any]:
     """TensorStore's specification of the key-value store below a URL (s3:/ for s3:// is understood, too).
 
     TensorStore itself reads TENSORSTORE_GCS_HTTP_URL, but not AWS_ENDPOINT_URL.
     """
     scheme, _, path = url.partition(":/")
     bucket, _, key = path.lstrip("/").partition("/")
-    spec = {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": key}
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if scheme == "s3":
-        for variable, file in (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials")):
-            if not (Path.home() / ".aws" / file).exists():
-                os.environ.setdefault(variable, os.devnull)  # of a missing one it prints errors for each array
-    if scheme == "s3" and endpoint:
+    spec: dict[str, Any] = {"driver": {"gs": "gcs"}.get(scheme, scheme), "bucket": bucket, "path": key}
+    if scheme != "s3":
+        return spec
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         spec |= {"endpoint": endpoint} | ({"aws_region": region} if region else {})
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # else it prints which other credentials it did not find, for each array
+        spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 
@@ -250,12 +249,15 @@ def _download(mirror: Path, names: list[str], *, keep: Callable[[str], bool]) ->
 
 
 def _probe(url: str) -> None:
-    """Writes an object by TensorStore, and deletes it by fsspec: the two have settings of their own."""
+    """Writes an object by fsspec and by TensorStore, which have settings of their own, and deletes it."""
     import tensorstore
 
-    name = f".probe.{secrets.token_hex(4)}"
-    tensorstore.KvStore.open(kvstore(f"{url}/")).result().write(name, b"").result()
-    _file_system(url).rm_file(f"{url}/{name}")
+    files, name = _file_system(url), f".probe.{secrets.token_hex(4)}"
+    files.pipe_file(f"{url}/{name}", b"fsspec")
+    try:
+        tensorstore.KvStore.open(kvstore(f"{url}/")).result().write(name, b"TensorStore").result()
+    finally:
+        files.rm_file(f"{url}/{name}")
 
 
 def _attempt(problem: str, action: Callable[[], Any], timeout: float | None = TIMEOUT) -> Any:
@@ -272,7 +274,9 @@ def _attempt(problem: str, action: Callable[[], Any], timeout: float | None = TI
     thread.start()
     thread.join(timeout)
     if not results:
-        raise InputError(f"{problem}: no answer within {timeout:.0f} s; check the network and the endpoint")
+        raise InputError(
+            f"{problem}: no answer within {timeout:.0f} s; check the network, the endpoint and the credentials"
+        )
     value, error = results[0]
     if error is not None:
         raise InputError(f"{problem}: {_reason(error)}; check the bucket and the credentials") from error
@@ -293,4 +297,5 @@ def _run_errors(url: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return text.partition(" [")[0][:200].rstrip(".")  # [...]: details of TensorStore's errors
