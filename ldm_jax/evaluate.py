@@ -24,7 +24,7 @@ from ldm_jax import command_line
 from ldm_jax.config.rules import text_conditioned, validate
 from ldm_jax.errors import InputError
 from ldm_jax.run_folder import layout as run_folder_layout
-from ldm_jax.run_folder.store import is_url
+from ldm_jax.runtime.object_store import is_url
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict

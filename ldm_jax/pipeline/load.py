@@ -20,7 +20,8 @@ from ldm_jax.pipeline.from_single_file import NO_OVERRIDES, Overrides, from_sing
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.pipeline.textual_inversion import with_initial_token
 from ldm_jax.pipeline.vae import with_autoencoder
-from ldm_jax.run_folder.store import is_url, local_folder
+from ldm_jax.run_folder.store import local_folder
+from ldm_jax.runtime.object_store import is_url
 
 
 def load(

@@ -29,6 +29,7 @@ from ldm_jax.errors import InputError, RunError
 from ldm_jax.run_folder import store
 from ldm_jax.run_folder.orbax_s3 import support_s3
 from ldm_jax.run_folder.sharded import any_host, checksums, is_sharded
+from ldm_jax.runtime.object_store import is_url
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and errors that it raises too
 # Of a damaged checkpoint each array's error is raised in a future, of which Orbax retrieves the first.
@@ -94,7 +95,8 @@ class Checkpoints:
         self.folder = _place(folder)
         self._identity, self._earlier = identity, tuple(earlier)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        with store.run_errors(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -193,7 +195,7 @@ def subtree(flat: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
 def _place(folder: Path) -> Any:
     """Where the checkpoints of a stage are: its folder, or in an object store an `epath.Path`."""
     place = store.checkpoint_folder(folder)
-    if store.is_url(place):
+    if is_url(place):
         support_s3()
     return place
 
@@ -270,7 +272,7 @@ def _read_unchecked(folder: Path, step: int, shards: Mapping[str, jax.Array]) ->
 
 def _check_room(folder: Path, size: int) -> None:
     """Raises RunError if the disk has no room for a checkpoint of `size` bytes: Orbax would fail at length."""
-    if store.is_url(folder):
+    if is_url(folder):
         return
     needed, free = size + size // 10 + MARGIN, shutil.disk_usage(folder).free
     if free < needed:

@@ -9,7 +9,7 @@ from functools import cache
 from orbax.checkpoint._src.path import gcs_utils
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
-from ldm_jax.run_folder.store import kvstore
+from ldm_jax.runtime.object_store import kvstore
 
 
 @cache

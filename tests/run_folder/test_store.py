@@ -17,6 +17,7 @@ from ldm_jax.run_folder import store
 from ldm_jax.run_folder.checkpoint import Checkpoints, load_latest
 from ldm_jax.run_folder.lock import locked
 from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.runtime.object_store import PACKAGES, TIMEOUT, file_system, objects
 
 
 @pytest.fixture(scope="module", params=["s3", "gs"])
@@ -38,10 +39,6 @@ def server(request):
 def url(server, request):
     """A run folder in the store, another one for each test."""
     return f"{server.scheme}://{BUCKET}/{request.node.name.translate(str.maketrans('[]', '--'))}/run"
-
-
-def objects(url):
-    return store._files(url)
 
 
 def names(url):
@@ -93,7 +90,7 @@ def test_a_file_that_has_not_changed_is_not_uploaded_again(open_run, monkeypatch
     (open_run / "config.json").write_text("{}")
     store.push(open_run)
     uploads = []
-    files = store._file_system(store.address(open_run))
+    files = file_system(store.address(open_run))
     monkeypatch.setattr(files, "put_file", lambda *arguments: uploads.append(arguments))
     store.push(open_run)
     assert not uploads
@@ -122,7 +119,7 @@ def test_an_unfinished_checkpoint_is_none_and_is_saved_again(open_run, url):
     with Checkpoints(folder, keep=2, identity={}) as checkpoints:
         checkpoints.save(train_tree(1))
         checkpoints.save(train_tree(2))
-    store._file_system(url).rm_file(f"{url}/diffusion/2/{store.COMMITTED}")  # as a kill before the end leaves it
+    file_system(url).rm_file(f"{url}/diffusion/2/{store.COMMITTED}")  # as a kill before the end leaves it
     assert store.checkpoint_steps(folder) == [1]
     assert load_latest(folder)["step"] == 1
     with Checkpoints(folder, keep=2, identity={}) as checkpoints:
@@ -132,7 +129,7 @@ def test_an_unfinished_checkpoint_is_none_and_is_saved_again(open_run, url):
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_saved_again(open_run, url, capsys):
-    folder, files = open_run / "diffusion", store._file_system(url)
+    folder, files = open_run / "diffusion", file_system(url)
     with Checkpoints(folder, keep=3, identity={}) as checkpoints:
         checkpoints.save(train_tree(1))
         checkpoints.save(train_tree(2))
@@ -194,7 +191,7 @@ def test_a_url_without_bucket_or_path_is_one_line(where, tiny_data, capsys):
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_without_its_package_a_url_is_one_line_that_names_it(scheme, tiny_data, capsys, monkeypatch):
-    monkeypatch.setitem(store.PACKAGES, scheme, "no_such_package")
+    monkeypatch.setitem(PACKAGES, scheme, "no_such_package")
     assert run_status(tiny_data, f"{scheme}://bucket/run") == 2
     assert f'needs no_such_package: pip install "ldm_jax[{scheme}]"' in one_line(capsys)
 
@@ -216,7 +213,7 @@ def test_a_bucket_that_is_not_there_is_one_line(server, tiny_data, capfd):
     url = f"{server.scheme}://no-bucket/run"
     begin = time.monotonic()
     assert run_status(tiny_data, url) == 2
-    assert time.monotonic() - begin < store.TIMEOUT + 5
+    assert time.monotonic() - begin < TIMEOUT + 5
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train: ")]
     assert line.startswith(f"train: --workdir={url} cannot be written to: ") and "check the bucket" in line
 
@@ -229,7 +226,7 @@ def test_a_run_that_is_not_there_is_one_line(url):
 def test_a_read_only_store_can_be_sampled_from_and_not_trained_in(server, url, tiny_data, capfd):
     if server.scheme == "gs":
         pytest.skip("fake-gcs-server has no permissions")
-    store._file_system(url).pipe_file(f"{url}/config.json", b"{}")
+    file_system(url).pipe_file(f"{url}/config.json", b"{}")
     server.read_only = True
     try:
         assert run_status(tiny_data, url) == 2
@@ -248,7 +245,7 @@ def test_a_store_that_does_not_answer_is_one_line_in_seconds(server, url, tiny_d
         monkeypatch.setenv(name, value)
     begin = time.monotonic()
     output = jobs.finish(jobs.start(tiny_data, url), status=2)
-    assert time.monotonic() - begin < store.TIMEOUT + 30  # of it the start of Python on a busy machine
+    assert time.monotonic() - begin < TIMEOUT + 30  # of it the start of Python on a busy machine
     line = next(line for line in output.splitlines() if line.startswith("train: "))
     assert line.startswith(f"train: --workdir={url} cannot be written to: ")
     assert re.search("no answer within 15 s; check the network, the endpoint|Could not connect to the endpoint", line)
