@@ -9,6 +9,7 @@ data.json         the data sets, device, command .lock               held by the
 pytorch_lora_weights.safetensors                 LoRA fine-tuning only: the LoRA in diffusers' format
 learned_embeds.safetensors                       textual inversion only: the new token's vectors, likewise
 wandb_id, wandb/                                 with config.wandb: the id of the W&B run, its local files
+.store.json                                      in the mirror of a run in an object store (see `store`)
 """
 
 from pathlib import Path
