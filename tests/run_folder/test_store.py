@@ -268,11 +268,12 @@ def test_without_credentials_there_is_one_line(server, url, tiny_data, monkeypat
 STORED = {"config.json", "data.json", "metrics.jsonl", "samples.npz", "samples.png", "evaluation.json", "report.html"}
 
 
-def assert_equal_to(url, one_device_run):
+def assert_equal_to(url, one_device_run, *, losses=True):
     """The run in the store has the checkpoints, losses and samples of a local one, to the last bit."""
     run = mirror(url)
     jobs.assert_same_training(run, one_device_run)
-    assert jobs.losses(run) == jobs.losses(one_device_run)
+    if losses:  # which are means since the start, if a start is within an interval of the log
+        assert jobs.losses(run) == jobs.losses(one_device_run)
     for name, array in jobs.samples(one_device_run).items():
         np.testing.assert_array_equal(jobs.samples(run)[name], array)
 
@@ -327,15 +328,15 @@ def test_kill_at_any_moment_and_go_on_on_another_machine(server, url, one_device
     assert 0 < made <= 8
     lines = read_metrics(mirror(url) / "metrics.jsonl")
     assert sum(line["stage"] == "start" for line in lines) == 3
-    assert_equal_to(url, one_device_run)
+    assert_equal_to(url, one_device_run, losses=False)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_to_the_store_and_the_same_command_goes_on(server, url, one_device_run, tiny_data):
     process = jobs.start(tiny_data, url)
-    jobs.stop_when(process, lambda: any(name.startswith("diffusion/") for name in objects(url)), signal.SIGTERM)
+    jobs.stop_when(process, lambda: f"4/{store.COMMITTED}" in objects(f"{url}/diffusion"), signal.SIGTERM)
     output = jobs.finish(process, status=143)
-    assert "The same command goes on from there." in output
+    assert "The same command goes on from" in output  # "there", or "here" when there was nothing to save
     assert 0 < load_latest(mirror(url) / "diffusion")["step"] <= 8
     assert "Done: " in jobs.finish(jobs.start(tiny_data, url))
     assert_equal_to(url, one_device_run)
