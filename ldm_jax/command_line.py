@@ -20,7 +20,7 @@ from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import InputError, Interrupted, RunError
 from ldm_jax.runtime.terminal import print_any_text
 
-MODEL = "a run folder, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
+MODEL = "a run folder or its URL, diffusers folder, .safetensors, .ckpt, or hub id: org/name[@revision]"
 SEEDS = {"lower_bound": 0, "upper_bound": 2**32 - 1}
 OUT_OF_MEMORY = (
     "lower the batch size (config.autoencoder.batch_size, config.diffusion.batch_size ...; --batch_size of sample) or "

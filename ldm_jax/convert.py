@@ -72,13 +72,12 @@ def main(argv: list[str]) -> None:
 
 def _load(values: flags.FlagValues, loras: list[tuple[Path, float]]) -> tuple[LatentDiffusion, Params]:
     """The model with the LoRA merged, in bfloat16 if the weights are to be, else float32."""
-    from ldm_jax.interop import hub
     from ldm_jax.pipeline.load import Overrides, load
     from ldm_jax.pipeline.lora import with_lora
 
     overrides = Overrides(values.tokenizer, values.prediction, values.vae)
     dtype = "bfloat16" if values.dtype == "bfloat16" else "float32"
-    model, params = load(hub.find(values.model), dtype, overrides, ema_sigma_rel=values.ema_sigma_rel)
+    model, params = load(values.model, dtype, overrides, ema_sigma_rel=values.ema_sigma_rel)
     for file, scale in loras:
         params = with_lora(model, params, file, scale)
     return model, params
@@ -116,20 +115,20 @@ def _convert(values: flags.FlagValues, loras: list[tuple[Path, float]], folder: 
 
     from ldm_jax.export.diffusers_folder import write_diffusers
     from ldm_jax.export.run_folder import write_run
-    from ldm_jax.interop import hub
     from ldm_jax.pipeline.from_exported import read_record
-    from ldm_jax.pipeline.load import is_exported, load
+    from ldm_jax.pipeline.load import find, is_exported, load
 
-    path, dtype = hub.find(values.model), values.dtype or "float32"
-    if is_exported(path):
-        if loras:
-            raise InputError("--merge_lora is for diffusers models; --model is an exported run, which is restored")
-        if values.ema_sigma_rel is not None:
-            raise InputError("--ema_sigma_rel is for run folders; --model is an exported run, which is restored")
-        if dtype != "float32":
-            raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
-        write_run(*load(path), folder, read_record(path))
-        return "Run folder"
+    dtype = values.dtype or "float32"
+    with find(values.model) as path:
+        if is_exported(path):
+            if loras:
+                raise InputError("--merge_lora is for diffusers models; --model is an exported run, which is restored")
+            if values.ema_sigma_rel is not None:
+                raise InputError("--ema_sigma_rel is for run folders; --model is an exported run, which is restored")
+            if dtype != "float32":
+                raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
+            write_run(*load(path), folder, read_record(path))
+            return "Run folder"
     model, params = _load(values, loras)
     for note in write_diffusers(model, params, folder, dtype=dtype):
         print(f"note: {note}")

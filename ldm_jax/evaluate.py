@@ -24,6 +24,7 @@ from ldm_jax import command_line
 from ldm_jax.config.rules import text_conditioned, validate
 from ldm_jax.errors import InputError
 from ldm_jax.run_folder import layout as run_folder_layout
+from ldm_jax.runtime.object_store import is_url
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> None:
         validate(values.config)
     if values.num < 4:
         raise InputError(f"--num={values.num} images are too few to score; it must be 4 or more")
+    if not values.out and is_url(values.model):
+        raise InputError(f"--out is missing; of --model={values.model} it must be a local folder")
     out = Path(values.out or Path(values.model) / "evaluation")
     run_folder_layout.check_output(out)
     command_line.start_devices(values)
@@ -94,7 +97,7 @@ def main(argv: list[str]) -> None:
     cards = scoring.score(model, params, config, samples.images, train_set, test_set, samples.concat_images)
     if by_caption and recipe.prompts == captions[0]:
         prompts = [recipe.prompts[label] for label in samples.labels]
-        cards["prompts"] = scoring.score_captions(Path(values.model), config, samples.images, prompts, test_set)
+        cards["prompts"] = scoring.score_captions(model.origin.path, config, samples.images, prompts, test_set)
     cards["model"] = scoring.score_likelihood(model, params, config, test_set, out)
     write_json(out / "evaluation.json", {"recipe": samples.recipe} | cards)
     _print(cards, out)

@@ -32,6 +32,7 @@ from ldm_jax.run_folder import wandb_log
 from ldm_jax.run_folder.lock import locked
 from ldm_jax.run_folder.log import Log, read_metrics
 from ldm_jax.run_folder.software import describe_device, software
+from ldm_jax.run_folder.store import address
 from ldm_jax.run_folder.wandb_log import WandbLog
 from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.files import read_json, write_json
@@ -83,7 +84,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
         return
     earlier, continues = _earlier_training(workdir, config)
     if workdir.exists() and scoring.is_done(workdir, recorded) and not continues:
-        print(f"All is done: {workdir / 'report.html'}")
+        print(f"All is done: {address(workdir)}/report.html")
         return
     wait_for_hosts("checked")  # all of them have read the folder that the primary one now writes to
     primary = jax.process_index() == 0
@@ -102,6 +103,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
                 job = Run(config, workdir, train_set, test_set, log, watch, base, before)
                 if primary:
                     log.start(software())
+                    log.upload()
                 print_estimate(job)
                 log.account("setup", 0)
                 for name, stage in _training(config):
@@ -112,7 +114,8 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
                 if primary:
                     log("goodput", 0, **shares(read_metrics(workdir / "metrics.jsonl")))
                     write_report(workdir)
-                    print(f"Done: {workdir / 'report.html'}")
+                    log.upload()
+                    print(f"Done: {address(workdir)}/report.html")
                 wait_for_hosts("done")  # a host that exits early makes the others fail
         finally:
             log.close()
@@ -197,6 +200,7 @@ def _run_timed(job: Run, name: str, stage: Callable[[Run], None]) -> None:
     start, compiling = time.monotonic(), job.log.clock.compiler.seconds
     stage(job)
     job.log.account(name, 0)
+    job.log.upload()
     seconds, compiling = time.monotonic() - start, job.log.clock.compiler.seconds - compiling
     if jax.process_index() == 0:
         print(f"{name:>12} took {seconds:.0f} s, {compiling:.0f} s of it compiling", flush=True)

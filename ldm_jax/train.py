@@ -22,12 +22,14 @@ from ldm_jax.config import rules as config_rules
 from ldm_jax.config.io import open_fields
 from ldm_jax.config.renamed import rename_fields
 from ldm_jax.run_folder import layout as run_folder_layout
+from ldm_jax.run_folder.store import local_folder
 
 
 def define_flags() -> flags.FlagValues:
     """The flags of this command, not yet parsed; `command_line.parse` adds --config."""
     values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "the run folder; default: runs/ and the config's name", flag_values=values)
+    run = "the run folder, a path or a URL gs:// or s3://; default: runs/ and the config's name"
+    flags.DEFINE_string("workdir", None, run, flag_values=values)
     flags.DEFINE_boolean("print_config", False, "print the resolved config and exit", flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "check all inputs; compile and write nothing", flag_values=values)
     target = "compile the training steps for a TPU slice (v4, v5e, v5p, v6e), or local, print what they need, and exit"
@@ -42,13 +44,19 @@ def main(argv: list[str]) -> None:
     if command_line.wants_help(argv, __doc__, values):
         return
     command_line.parse(values, argv, config=True)
-    config, workdir = values.config, Path(values.workdir or Path("runs") / Path(values["config"].config_filename).stem)
+    config, where = values.config, values.workdir or Path("runs") / Path(values["config"].config_filename).stem
     if values.print_config:
         if not open_fields(config):
             config_rules.validate(config)
         print(config_io.to_json(config), end="")
         return
-    config = _checked(config, workdir)
+    writes = not values.dry_run and values.compile_for is None
+    with local_folder(where, flag="--workdir", train=writes) as workdir:
+        _run(values, _checked(config, workdir), workdir, shlex.join(["python", "-m", "ldm_jax.train", *argv[1:]]))
+
+
+def _run(values: flags.FlagValues, config: ConfigDict, workdir: Path, command: str) -> None:
+    """Trains, or compiles only; `command` is the command line."""
     if values.compile_for not in (None, "local"):
         os.environ["JAX_PLATFORMS"] = "cpu"  # the devices of a TPU slice are not those of this machine
     command_line.start_devices(values)
@@ -58,7 +66,6 @@ def main(argv: list[str]) -> None:
     if values.compile_for is not None:
         job.compile_for(config, workdir, values.compile_for)
         return
-    command = shlex.join(["python", "-m", "ldm_jax.train", *argv[1:]])
     job.run(config, workdir, command=command, dry_run=values.dry_run)
 
 
@@ -82,7 +89,7 @@ class _Callable(ModuleType):
 
         Args:
           config: e.g. a config file's `get_config()`, with some fields changed.
-          workdir: the run folder.
+          workdir: the run folder, a path or a URL.
 
         Raises:
           InputError: a wrong field or file.
@@ -90,11 +97,12 @@ class _Callable(ModuleType):
           Interrupted: a signal, after which all is saved.
         """
         rename_fields(config)
-        config = _checked(config, Path(workdir))
+        with local_folder(workdir, flag="--workdir", train=True) as folder:
+            config = _checked(config, folder)
 
-        from ldm_jax import job
+            from ldm_jax import job
 
-        job.run(config, Path(workdir))
+            job.run(config, folder)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -19,6 +19,7 @@ from ldm_jax.pipeline.model import LatentDiffusion, Params, stored
 from ldm_jax.pipeline.posthoc_ema import posthoc_ema
 from ldm_jax.pipeline.trainable import merge_trained, trainable_of, trained_shapes
 from ldm_jax.run_folder.checkpoint import ema_params, load_latest, subtree
+from ldm_jax.run_folder.store import address
 from ldm_jax.runtime.files import content_hash, read_json, write_json
 
 SCALE = "scale.json"  # of the latents, with the checkpoints of the autoencoder
@@ -53,7 +54,7 @@ def from_run(
         trained = posthoc_ema(path, config, flat, like, ema_sigma_rel)
     done, steps = int(flat["step"]), config.diffusion.steps
     if done < min(steps, step):
-        print(f"note: --model={path} is trained for {done:,} of {steps:,} steps so far", file=sys.stderr)
+        print(f"note: --model={address(path)} is trained for {done:,} of {steps:,} steps so far", file=sys.stderr)
     origin = model.origin._replace(path=path, step=done, data=about, ema_sigma_rel=ema_sigma_rel)
     return replace(model, origin=origin), merge_trained(trainable, params, trained)
 

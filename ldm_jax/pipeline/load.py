@@ -1,5 +1,7 @@
 """Loads a model from any path: the one place that tells formats apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from ldm_jax.pipeline.from_single_file import NO_OVERRIDES, Overrides, from_sing
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.pipeline.textual_inversion import with_initial_token
 from ldm_jax.pipeline.vae import with_autoencoder
+from ldm_jax.run_folder.store import local_folder
+from ldm_jax.runtime.object_store import is_url
 
 
 def load(
@@ -30,7 +34,7 @@ def load(
     """The model at a path or on the hub, and its parameters, NumPy arrays.
 
     Args:
-      where: a run folder, a diffusers folder (perhaps made by `convert`), a single file, or a hub id.
+      where: a run folder or its URL, a diffusers folder (perhaps made by `convert`), a single file, or a hub id.
       dtype: of the computation, and of the parameters of diffusers folders and single files; None: as in the config of
         a run, else float32.
       overrides: what a diffusers folder or a single file does not state.
@@ -40,7 +44,23 @@ def load(
     Raises:
       InputError: it is none of them, is not trained yet, or does not fit its own config.
     """
-    path = hub.find(where) if isinstance(where, str) else where
+    with find(where) as path:
+        return _load_path(path, dtype, overrides, step, ema_sigma_rel)
+
+
+@contextmanager
+def find(where: str | Path, *, flag: str = "--model") -> Iterator[Path]:
+    """Yields the local path of a model: of a URL a mirror (see `store.local_folder`), of a hub id its snapshot."""
+    if is_url(where):
+        with local_folder(where, flag=flag) as path:
+            yield path
+    else:
+        yield hub.find(where, flag=flag) if isinstance(where, str) else where
+
+
+def _load_path(
+    path: Path, dtype: str | None, overrides: Overrides, step: float, ema_sigma_rel: float | None
+) -> tuple[LatentDiffusion, Params]:
     if ema_sigma_rel is not None and (is_single_file(path) or (path / folder.INDEX).is_file()):
         raise InputError(f"--ema_sigma_rel={ema_sigma_rel:g} is for run folders; --model={path} is none")
     if is_single_file(path):
@@ -85,17 +105,17 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
 
     Raises InputError if there is no such model, or the config does not fit it.
     """
-    path = hub.find(config.init_from, flag="config.init_from")
-    if not (is_diffusers_folder(path) or is_single_file(path) or is_run(path)):
-        raise InputError(
-            f"config.init_from={path} must be a diffusers folder, with a model_index.json, a model in one .safetensors "
-            "or .ckpt, or a run folder; it is none of them"
-        )
-    try:
-        model, params = load(path, dtype)
-    except InputError as error:
-        raise InputError(f"config.init_from={path}: {error}") from error
-    of_weights = fingerprint(model, params) if is_run(path) else weights_fingerprint(path)
+    with find(config.init_from, flag="config.init_from") as path:
+        if not (is_diffusers_folder(path) or is_single_file(path) or is_run(path)):
+            raise InputError(
+                f"config.init_from={path} must be a diffusers folder, with a model_index.json, a model in one "
+                ".safetensors or .ckpt, or a run folder; it is none of them"
+            )
+        try:
+            model, params = load(path, dtype)
+        except InputError as error:
+            raise InputError(f"config.init_from={path}: {error}") from error
+        of_weights = fingerprint(model, params) if is_run(path) else weights_fingerprint(path)
     model, config = prepare_base(config, model, of_weights)
     if config.textual_inversion.token:
         model, params = with_initial_token(model, params, config)

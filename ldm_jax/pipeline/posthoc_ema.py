@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 from ldm_jax.diffusion.posthoc_ema import Average, reconstruction
 from ldm_jax.errors import InputError
 from ldm_jax.run_folder.checkpoint import ema_params, load_at
-from ldm_jax.run_folder.layout import checkpoint_steps
-from ldm_jax.run_folder.snapshots import FIELD, FOLDER
+from ldm_jax.run_folder.snapshots import FIELD
+from ldm_jax.run_folder.store import SNAPSHOTS, checkpoint_steps
 from ldm_jax.runtime.terminal import warn
 
 LARGE_ERROR = 0.1  # of the weights, above which a warning is printed
@@ -48,7 +48,7 @@ def posthoc_ema(path: Path, config: ConfigDict, flat: dict[str, np.ndarray], lik
 
 def _steps(path: Path, every: int, step: int) -> list[int]:
     """The steps of the snapshots before a checkpoint's `step`; prints a line if some are missing."""
-    folder = path / FOLDER
+    folder = path / SNAPSHOTS
     steps = sorted(each for each in checkpoint_steps(folder) if each < step)
     if missing := [each for each in range(every, step, every) if each not in steps]:
         first = f"{len(missing)} of {len(range(every, step, every))} snapshots are missing, the first is {missing[0]}"
@@ -60,11 +60,11 @@ def _snapshot(path: Path, step: int) -> dict[str, np.ndarray]:
     """The snapshot of a step, name -> float16; raises InputError if it is damaged, or has values beyond float16."""
     others = "without that folder the EMA is made of the others"
     try:
-        flat = load_at(path / FOLDER, step)
+        flat = load_at(path / SNAPSHOTS, step)
     except InputError as error:
         raise InputError(f"--ema_sigma_rel: {error}; {others}") from error
     if large := next((name for name, array in flat.items() if not np.isfinite(array).all()), None):
-        raise InputError(f"--ema_sigma_rel: {path / FOLDER / str(step)}: {large} is beyond float16; {others}")
+        raise InputError(f"--ema_sigma_rel: {path / SNAPSHOTS / str(step)}: {large} is beyond float16; {others}")
     return flat
 
 

@@ -4,8 +4,9 @@ A checkpoint is a flat dict, path in the state -> array, and a note: the identit
 Of sharded arrays each host writes and reads the shards of its own devices, and the note has `sharded.checksums`; they
 can be read in another sharding, or as whole arrays.
 
-Orbax writes to a temporary folder and renames it, so that a killed save leaves the previous checkpoint; the CRC
-detects later damage, which Orbax alone would not, nor fall back to an older checkpoint, nor refuse another dtype.
+Orbax writes to a temporary folder and renames it, or in an object store writes an object that marks it as finished, so
+that a killed save leaves the previous checkpoint; the CRC detects later damage, which Orbax alone would not, nor fall
+back to an older checkpoint, nor refuse another dtype.
 """
 
 import logging
@@ -25,7 +26,10 @@ from ml_collections import ConfigDict
 from ldm_jax.config import io as config_io
 from ldm_jax.config.fields import SCHEDULE
 from ldm_jax.errors import InputError, RunError
+from ldm_jax.run_folder import store
+from ldm_jax.run_folder.orbax_s3 import support_s3
 from ldm_jax.run_folder.sharded import any_host, checksums, is_sharded
+from ldm_jax.runtime.object_store import is_url
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and errors that it raises too
 # Of a damaged checkpoint each array's error is raised in a future, of which Orbax retrieves the first.
@@ -91,10 +95,11 @@ class Checkpoints:
 
         `keep` None keeps all checkpoints.
         """
-        self.folder = folder.absolute()
+        self.folder = _place(folder)
         self._identity, self._earlier = identity, tuple(earlier)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        with store.run_errors(self.folder):
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -147,7 +152,7 @@ class Checkpoints:
             except _DamagedError as error:
                 print(f"Checkpoint {path} is damaged ({error}); going back to the one before.")
                 if jax.process_index() == 0:
-                    path.rename(self.folder / f"damaged.{step}")
+                    store.set_aside(path, f"damaged.{step}")
                 self._manager.reload()
         if steps:
             raise InputError(f"no checkpoint in {self.folder} can be read; move the folder away to start over")
@@ -159,19 +164,19 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
 
     Raises InputError if there is none. The folder is not changed.
     """
-    steps = (int(p.name) for p in folder.glob("*") if p.name.isdecimal())
-    for step in sorted((step for step in steps if step <= up_to), reverse=True):
+    place = _place(folder)
+    for step in sorted((step for step in store.checkpoint_steps(folder) if step <= up_to), reverse=True):
         try:
-            return _read(folder.absolute(), step, (), {})
+            return _read(place, step, (), {})
         except _DamagedError as error:
-            print(f"Checkpoint {folder / str(step)} is damaged ({error}); using the one before.")
+            print(f"Checkpoint {place / str(step)} is damaged ({error}); using the one before.")
     raise InputError(f"there is no readable checkpoint in {folder}; has the run got that far?")
 
 
 def load_at(folder: Path, step: int) -> dict[str, np.ndarray]:
     """The checkpoint of a step, as a flat dict; raises InputError if it is damaged."""
     try:
-        return _read(folder.absolute(), step, (), {})
+        return _read(_place(folder), step, (), {})
     except _DamagedError as error:
         raise InputError(f"{folder / str(step)} is damaged ({error})") from error
 
@@ -195,6 +200,14 @@ def subtree(flat: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
     if not nested:
         raise InputError(f"the checkpoint has no {prefix!r}; it holds {sorted({n.split('/')[0] for n in flat})}")
     return nested
+
+
+def _place(folder: Path) -> Any:
+    """Where the checkpoints of a stage are: its folder, or in an object store an `epath.Path`."""
+    place = store.checkpoint_folder(folder)
+    if is_url(place):
+        support_s3()
+    return place
 
 
 class _DamagedError(Exception):
@@ -269,6 +282,8 @@ def _read_unchecked(folder: Path, step: int, shards: Mapping[str, jax.Array]) ->
 
 def _check_room(folder: Path, size: int) -> None:
     """Raises RunError if the disk has no room for a checkpoint of `size` bytes: Orbax would fail at length."""
+    if is_url(folder):
+        return
     needed, free = size + size // 10 + MARGIN, shutil.disk_usage(folder).free
     if free < needed:
         raise RunError(

@@ -10,6 +10,7 @@ data.json         the data sets, device, command .lock               held by the
 pytorch_lora_weights.safetensors                 LoRA fine-tuning only: the LoRA in diffusers' format
 learned_embeds.safetensors                       textual inversion only: the new token's vectors, likewise
 wandb_id, wandb/                                 with config.wandb: the id of the W&B run, its local files
+.store.json                                      in the mirror of a run in an object store (see `store`)
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 
 from ldm_jax.config import io as config_io
 from ldm_jax.errors import InputError
+from ldm_jax.run_folder.store import MIRROR, checkpoint_steps
 
 DEPENDENT = {"autoencoder": ("diffusion", "classifier"), "clip": ("diffusion",)}  # stage -> those built on it
 LOCK = ".lock"  # see `run_folder.lock`
@@ -26,6 +28,8 @@ LOCK = ".lock"  # see `run_folder.lock`
 
 def check_folder(flag: str, path: Path) -> None:
     """Raises InputError if `path`, the value of --`flag`, or a parent of it is a file."""
+    if path.parts and path.parts[0].endswith(":"):  # what is left of a URL
+        raise InputError(f"--{flag}={path} is a URL; it must be a local folder")
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise InputError(f"--{flag}={path}: {place} is a file; it must be a folder or not exist yet")
@@ -65,7 +69,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
             )
         for name in differences:
             _check_continued(workdir, config, *name.split("."))
-    elif workdir.exists() and any(path.name != LOCK for path in workdir.iterdir()):
+    elif workdir.exists() and any(path.name not in (LOCK, MIRROR) for path in workdir.iterdir()):
         raise InputError(f"--workdir={workdir} is not empty and has no config.json; choose a new or an empty folder")
 
 
@@ -82,8 +86,3 @@ def _check_continued(workdir: Path, config: ConfigDict, stage: str, field: str) 
         raise InputError(
             f"--workdir={workdir}: config.{stage}.steps is {config[stage].steps}; {made} are made, it must be no less"
         )
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a stage's folder."""
-    return [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]

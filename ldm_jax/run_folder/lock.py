@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ldm_jax.errors import InputError
+from ldm_jax.run_folder import store
 from ldm_jax.run_folder.layout import LOCK
 
 
@@ -16,7 +17,8 @@ from ldm_jax.run_folder.layout import LOCK
 def locked(workdir: Path) -> Iterator[None]:
     """Holds the lock of a run folder; the system releases that of a process that was killed.
 
-    Raises InputError, which names the holder, if another process has it.
+    Raises InputError, which names the holder, if another process has it. In an object store the last process that
+    comes has it, and the one before ends (see `store.claim`).
     """
     with (workdir / LOCK).open("a+") as file:
         try:
@@ -28,6 +30,8 @@ def locked(workdir: Path) -> Iterator[None]:
                 f"--workdir={workdir} is in use by {holder}; wait for it, or choose another --workdir"
             ) from None
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        this = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        file.write(f"{this}\n")
         file.flush()
+        store.claim(workdir, this)
         yield

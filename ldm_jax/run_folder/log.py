@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ldm_jax.run_folder import store
 from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.files import atomic, named_errors
 
 START = "start"  # the stage of the line that each start of a run writes
 TIMING = "timing"  # that of the lines of seconds
+UPLOADS = 30.0  # seconds between uploads to an object store, at least, other than before checkpoints
 
 
 class Log:
@@ -22,6 +24,7 @@ class Log:
 
     def __init__(self, workdir: Path, *, write: bool, clock: Clock | None = None, logger: Any = None) -> None:
         self._path, self._events, self._logger = workdir / "metrics.jsonl", None, logger
+        self._workdir, self._uploaded = workdir, 0.0
         self.clock = clock or Clock()
         lines = read_metrics(self._path)
         self._start = self.clock.began - (lines[-1]["time"] if lines else 0.0)
@@ -64,6 +67,14 @@ class Log:
         self._events.flush()
         if self._logger is not None:
             self._logger(stage, step, values)
+        if time.monotonic() - self._uploaded > UPLOADS:
+            self.upload()
+
+    def upload(self) -> None:
+        """Uploads all files of the run that have changed, if it is in an object store."""
+        if self._events is not None:
+            store.push(self._workdir)
+            self._uploaded = time.monotonic()
 
     def _append(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
         line = {"stage": stage, "step": step, "time": round(time.monotonic() - self._start, 2)}
@@ -71,11 +82,12 @@ class Log:
             file.write(json.dumps(line | values) + "\n")
 
     def close(self) -> None:
-        """Flushes the TensorBoard events."""
+        """Flushes the TensorBoard events, and uploads what has changed."""
         if self._events is not None:
             self._events.close()
         if self._logger is not None:
             self._logger.close()
+        self.upload()
 
 
 def _is_after(line: Mapping[str, Any], stage: str, step: int) -> bool:

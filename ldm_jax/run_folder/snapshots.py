@@ -4,18 +4,17 @@ They are checkpoints of their own, in float16 as those of EDM2: the coefficients
 at most 2^-11 of each value, and have a norm of about 1 for any sigma_rel from that of the shortest average upwards.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from ldm_jax.run_folder.checkpoint import Checkpoints, flatten
-from ldm_jax.run_folder.layout import checkpoint_steps
+from ldm_jax.run_folder.store import checkpoint_folder, checkpoint_steps
 from ldm_jax.runtime.parallel import wait_for_hosts
 
-FOLDER = "ema_snapshots"  # in the run folder
 FIELD = "power_emas"  # of `training.state.TrainState`: sigma_rel as text -> parameters
 
 
@@ -44,7 +43,7 @@ class Snapshots:
         step = int(state.step)
         if jax.process_index() == 0:
             for later in (each for each in checkpoint_steps(self._folder) if each > step):
-                shutil.rmtree(self._folder / str(later))
+                epath.Path(checkpoint_folder(self._folder) / str(later)).rmtree()
         wait_for_hosts("snapshots")  # are deleted
         self._checkpoints = Checkpoints(self._folder, keep=None, identity=self._identity)
         self.save(step, state)

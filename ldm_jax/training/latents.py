@@ -24,6 +24,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.models.first_stage import LOGVAR_MAX, LOGVAR_MIN, FirstStage
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.model import Params
+from ldm_jax.run_folder.store import place_among_hosts
 from ldm_jax.runtime.files import atomic, content_hash, named_errors
 from ldm_jax.runtime.parallel import parallel_map, replicate, wait_for_hosts
 
@@ -68,7 +69,7 @@ def cached_latents(
     if _size(features, len(dataset)) > config.data.memory_limit_gb * 2**30 / parts:
         if len(folders) > 1 and _are_complete(folders[0] / key):
             return Shards(folders[0] / key)
-        return _sharded(folders[-1] / key, features, encode, dataset, batch_size)
+        return _sharded(folders[-1] / key, features, encode, dataset, batch_size, place_among_hosts(workdir))
     _write(map(encode, in_order(dataset, batch_size)), len(dataset), paths)
     return _read(paths, len(dataset))
 
@@ -98,18 +99,25 @@ def _encoder(first_stage: FirstStage, params: Any, flip: bool) -> Callable[[Batc
 
 
 def _sharded(
-    folder: Path, features: Features, encode: Callable[[Batch], Batch], dataset: Dataset, batch_size: int
+    folder: Path,
+    features: Features,
+    encode: Callable[[Batch], Batch],
+    dataset: Dataset,
+    batch_size: int,
+    place: tuple[int, int],
 ) -> Shards:
     """The latents in the shards of `folder`, named as their content hash; each host encodes its own missing ones.
 
-    Shards begin where a batch of `in_order` does, so that the moments are those of the .npy files to the last bit.
+    `place` is this host's (index, number) among those that share the folder (see `store.place_among_hosts`). Shards
+    begin where a batch of `in_order` does, so that the moments are those of the .npy files to the last bit.
     """
-    if jax.process_index() == 0 and not _has_index(folder):
+    index, hosts = place
+    if index == 0 and not _has_index(folder):
         per_shard = -(-EXAMPLES_PER_SHARD // batch_size) * batch_size
         write_index(folder, folder.name, len(dataset), per_shard, features)
     wait_for_hosts("index of the latents")  # is written
     shards = Shards(folder)
-    own = range(jax.process_index(), len(shards.paths), jax.process_count())
+    own = range(index, len(shards.paths), hosts)
     missing = [number for number in own if not shards.is_complete(number)]
     if missing:
         print(f"     latents: {_size(features, len(dataset)) / 2**30:.3g} GB in {len(shards.paths)} shards, "

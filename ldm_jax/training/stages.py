@@ -20,9 +20,9 @@ from ldm_jax.pipeline.from_run import load_autoencoder_params, load_first_stage,
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.pipeline.trainable import LoRA, TokenVectors, merge_trained, trainable_of
 from ldm_jax.run_folder.checkpoint import Checkpoints, flatten, identity, unflatten
-from ldm_jax.run_folder.snapshots import FOLDER as SNAPSHOTS
 from ldm_jax.run_folder.snapshots import Snapshots
-from ldm_jax.runtime.parallel import parallel_map, wait_for_hosts
+from ldm_jax.run_folder.store import SNAPSHOTS, share
+from ldm_jax.runtime.parallel import parallel_map
 from ldm_jax.sampling import image_grids
 from ldm_jax.training import clip_data, latents, text_embeddings
 from ldm_jax.training.from_config import (
@@ -102,7 +102,7 @@ def measure_latents(run: Run) -> None:
         shift, scale = latents.measure_scale(cache, gaussian=first_stage.stochastic)
     if jax.process_index() == 0:
         save_scale(run.workdir, shift, scale, measured_on=measured_on)
-    wait_for_hosts("scale")  # is written
+    share(run.workdir, "scale", "autoencoder")
     print(f"     latents shift {np.round(shift, 3)}, scale {np.round(scale, 3)}", flush=True)
 
 
@@ -114,11 +114,11 @@ def train_clip(run: Run) -> None:
         if primary:
             clip_data.save_tokenizer(reused.tokenizer, vocabulary)
         _save_reused(run, "clip", reused.params)
-        wait_for_hosts("clip")  # is written
+        share(run.workdir, "clip", FOLDER)
         return
     if primary:
         clip_data.make_tokenizer(config, vocabulary, run.train_set)
-    wait_for_hosts("tokenizer")  # is written
+    share(run.workdir, "tokenizer", FOLDER)
     tokenizer = clip_data.make_tokenizer(config, vocabulary, run.train_set)
     stage, batch_size = make_clip_stage(clip_of(config, tokenizer), config), config.clip.batch_size
     _train(

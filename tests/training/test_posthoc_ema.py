@@ -17,7 +17,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.pipeline import posthoc_ema
 from ldm_jax.pipeline.load import load
 from ldm_jax.run_folder.checkpoint import load_at, load_latest
-from ldm_jax.run_folder.snapshots import FOLDER
+from ldm_jax.run_folder.store import SNAPSHOTS
 from ldm_jax.sampling.image_grids import read_recipe
 
 PLAIN = (
@@ -46,7 +46,7 @@ def run(averaged, tmp_path):
 
 
 def snapshots(run):
-    return {int(path.name): load_at(run / FOLDER, int(path.name)) for path in (run / FOLDER).glob("[0-9]*")}
+    return {int(path.name): load_at(run / SNAPSHOTS, int(path.name)) for path in (run / SNAPSHOTS).glob("[0-9]*")}
 
 
 def parameters(run, step):
@@ -75,7 +75,7 @@ def test_training_is_the_same_with_and_without(averaged, tiny_data, tmp_path):
     assert jobs.train_here(tiny_data, plain, *PLAIN) == 0
     without, kept = load_latest(plain / "diffusion"), load_latest(averaged / "diffusion")
     assert {name.split("/")[0] for name in without} == {"step", "params", "ema_params", "opt_state"}
-    assert not (plain / FOLDER).exists()
+    assert not (plain / SNAPSHOTS).exists()
     assert {"/".join(n.split("/")[:2]) for n in kept.keys() - without} == {"power_emas/0.05", "power_emas/0.1"}
     for name, array in without.items():
         np.testing.assert_array_equal(kept[name], array, err_msg=name)
@@ -135,10 +135,10 @@ def test_resuming_is_exact(case, run, averaged, tiny_data):
     for step in checkpoints:
         shutil.rmtree(run / "diffusion" / str(step))
     for step in missing:
-        shutil.rmtree(run / FOLDER / str(step))
+        shutil.rmtree(run / SNAPSHOTS / str(step))
     for step in {6, 8} - {*missing}:
-        shutil.rmtree(run / FOLDER / str(step))
-        shutil.copytree(run / FOLDER / "2", run / FOLDER / str(step))
+        shutil.rmtree(run / SNAPSHOTS / str(step))
+        shutil.copytree(run / SNAPSHOTS / "2", run / SNAPSHOTS / str(step))
     (run / "report.html").unlink()
     assert jobs.train_here(tiny_data, run, *FLAGS) == 0
     before, after = (load_latest(folder / "diffusion") for folder in (averaged, run))
@@ -200,23 +200,23 @@ def test_convert(averaged, tmp_path, capsys):
 
 
 def test_a_damaged_snapshot_is_one_line(run, tmp_path, capsys):
-    for path in array_files(run / FOLDER / "4"):
+    for path in array_files(run / SNAPSHOTS / "4"):
         flip_a_bit(path)
     assert command(sample, "sample", run, f"--out={tmp_path / 'out'}", "--ema_sigma_rel=0.08") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"{run / FOLDER / '4'} is damaged" in line and "without that folder the EMA is made of the others" in line
+    assert f"{run / SNAPSHOTS / '4'} is damaged" in line and "without that folder the EMA is made of the others" in line
     assert not (tmp_path / "out").exists()
     load(run, ema_sigma_rel=0.1)  # is in the checkpoint
 
 
 def test_missing_snapshots_are_one_line(run, averaged, capsys):
-    shutil.rmtree(run / FOLDER / "4")
+    shutil.rmtree(run / SNAPSHOTS / "4")
     without = trained_part(run, ema_sigma_rel=0.08)
     (line, *_) = capsys.readouterr().err.strip().splitlines()
     assert "1 of 3 snapshots are missing, the first is 4; the EMA is of the others" in line
     whole = trained_part(averaged, ema_sigma_rel=0.08)
     assert 0 < max(np.abs(without[name] - whole[name]).max() for name in whole) < 1e-2
-    shutil.rmtree(run / FOLDER)
+    shutil.rmtree(run / SNAPSHOTS)
     trained_part(run, ema_sigma_rel=0.08)
     assert "3 of 3 snapshots are missing, the first is 2" in capsys.readouterr().err
 
@@ -229,10 +229,12 @@ def test_an_average_far_from_those_kept_is_warned_of(averaged, capsys):
 
 
 def test_values_beyond_float16_are_one_line(averaged, monkeypatch):
-    flat = load_at(averaged / FOLDER, 2)
+    flat = load_at(averaged / SNAPSHOTS, 2)
     name = next(name for name in flat if name.startswith("power_emas"))
     monkeypatch.setattr(posthoc_ema, "load_at", lambda folder, step: flat | {name: np.full_like(flat[name], np.inf)})
-    with pytest.raises(InputError, match=f"{averaged / FOLDER / '2'}: {name} is beyond float16; without that folder"):
+    with pytest.raises(
+        InputError, match=f"{averaged / SNAPSHOTS / '2'}: {name} is beyond float16; without that folder"
+    ):
         load(averaged, ema_sigma_rel=0.08)
 
 
