@@ -42,10 +42,10 @@ def clouds(side: int) -> np.ndarray:
     return (128 + 50 * image / image.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def captioned_images(num: int, size: int) -> Iterator[tuple[int, dict]]:
-    """JPEG files of random parts of one large image, each with a caption of its own."""
-    whole, rng = Image.fromarray(clouds(2048)), np.random.default_rng(1)
-    for number in tqdm(range(num), desc=f"{size} px", disable=None):
+def captioned_images(numbers: range, size: int) -> Iterator[tuple[int, dict]]:
+    """JPEG files of random parts of one large image, each with a caption of its own, which has its number."""
+    whole, rng = Image.fromarray(clouds(2048)), np.random.default_rng(1 + numbers.start)
+    for number in tqdm(numbers, desc=f"{size} px", disable=None):
         left, upper = rng.integers(0, 2048 - size, 2)
         file = io.BytesIO()
         whole.crop((left, upper, left + size, upper + size)).save(file, "JPEG", quality=QUALITY)
@@ -60,7 +60,7 @@ def prepare(folder: Path, num: int, test: int, size: int) -> str:
     """The name of the data set of `num` images to train on and `test` to test, prepared below `folder`."""
     name, version = f"synthetic_{size}", f"1.{num}.{test}"
     features = {"image": tfds.features.Image(shape=(size, size, 3)), "caption": tfds.features.Text()}
-    splits = {"train": captioned_images(num, size), "test": captioned_images(test, size)}
+    splits = {"train": captioned_images(range(num), size), "test": captioned_images(range(num, num + test), size)}
     with one_at_a_time(folder / name):
         if not (folder / name / version).is_dir():
             build(Builder(name, version, folder, features, splits))
