@@ -95,7 +95,7 @@ class Checkpoints:
 
         `keep` None keeps all checkpoints.
         """
-        self.folder = _place(folder)
+        self.folder, self._workdir = _place(folder), folder.parent
         self._identity, self._earlier = identity, tuple(earlier)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         with store.run_errors(self.folder):
@@ -115,6 +115,8 @@ class Checkpoints:
         step = int(flat["step"])
         if step in self._manager.all_steps():
             return
+        if jax.process_index() == 0:
+            store.push(self._workdir)  # first, so that the metrics in a store go to its newest checkpoint at least
         _check_room(self.folder, sum(array.nbytes for array in flat.values()))
         sharded = {name: array for name, array in flat.items() if is_sharded(array)}
         whole = {name: array for name, array in flat.items() if name not in sharded}

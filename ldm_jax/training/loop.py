@@ -129,7 +129,6 @@ def _save(name: str, step: int, state: Any, checkpoints: Checkpoints, log: Log) 
     """Starts to save the state; accounts for the seconds since the last checkpoint."""
     jax.block_until_ready(state)  # saving waits for the steps in flight, whose time is not its own
     with log.clock.spend("checkpoint"):
-        log.upload()  # first, so that the metrics in an object store are those of its newest checkpoint at least
         checkpoints.save(state)
     log.account(name, step)
 
