@@ -298,7 +298,7 @@ def test_a_run_in_a_store_is_that_of_a_folder_and_can_be_sampled_from(server, ur
     assert (tmp_path / "diffusers" / "model_index.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.hosts
 def test_kill_at_any_moment_and_go_on_on_another_machine(server, url, one_device_run, tiny_data, tmp_path, monkeypatch):
     """SIGKILL in the middle of a save of either stage; every process starts from an empty folder of temporary files."""
 
