@@ -197,7 +197,7 @@ def in_order(source: Source, batch_size: int) -> Iterator[Batch]:
 
 
 def read_in_order(source: Source, batch_size: int, rows: range) -> Iterator[Batch]:
-    """The batches of `in_order` that begin in `rows`, a range that begins at one of them; Grain's threads read ahead."""
+    """The batches of `in_order` that begin in `rows`, whose start is that of a batch; Grain's threads read ahead."""
     import grain
 
     options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)

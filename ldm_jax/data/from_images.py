@@ -46,9 +46,7 @@ def _image_size(images: TrainingImages, config: ConfigDict) -> int:
 
 def _steps(stage: str) -> Callable[[TrainingImages, ConfigDict], int]:
     low, high = BOUNDS
-    return lambda images, config: 100 * round(
-        STEPS[stage] / 100 * min(max((images.num / TYPICAL) ** 0.25, low), high)
-    )
+    return lambda images, config: 100 * round(STEPS[stage] / 100 * min(max((images.num / TYPICAL) ** 0.25, low), high))
 
 
 def _last_losses(config: ConfigDict) -> int:

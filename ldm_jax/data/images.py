@@ -21,9 +21,9 @@ def decode(content: bytes) -> Image.Image:
         args = image.tile[0].args if image.tile else ""
         raw_mode = str(args[0] if isinstance(args, tuple) and args else args)
         image.load()
-        if raw_mode.endswith((";16B", ";16L", ";16N")) and len(image.getbands()) > 1:
-            if 0 < max(band.getextrema()[1] for band in image.split()) < 16:
-                raise InputError("12-bit colours in a file of 16 bits, of which Pillow reads the first 8: convert it")
+        is_16_bit = raw_mode.endswith((";16B", ";16L", ";16N")) and len(image.getbands()) > 1
+        if is_16_bit and 0 < max(band.getextrema()[1] for band in image.split()) < 16:
+            raise InputError("12-bit colours in a file of 16 bits, of which Pillow reads the first 8: convert it")
         return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise InputError(f"not an image in any format that Pillow reads ({len(content)} bytes)") from None

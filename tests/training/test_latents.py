@@ -121,7 +121,7 @@ def test_each_host_encodes_its_own_shards(encode, tmp_path, monkeypatch):
 
     def wait(name):
         waits.append(name)
-        if name == "latents":  # all hosts have written theirs
+        if name == "latents":  # each host has written its own shards
             assert sorted(written(tmp_path / "two")) == ["00001-of-00004.array_record", "00003-of-00004.array_record"]
             shutil.copytree(tmp_path / "one", tmp_path / "two", dirs_exist_ok=True)
         else:
