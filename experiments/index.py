@@ -10,7 +10,8 @@ import importlib
 from pathlib import Path
 
 from experiments import tables
-from experiments.runner import BUDGETS, ROOT, Experiment, Rows, largest_complete_budget
+from experiments.budgets import BUDGETS
+from experiments.runner import ROOT, Experiment, Rows, largest_complete_budget
 from ldm_jax.runtime.files import atomic, read_json
 
 NAMES = (

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from experiments import strips
 from experiments.judge.classifier import classify
 from experiments.judge.run import load_classifier
 from experiments.recipes import balanced_recipe
-from experiments.runner import Workspace
+from experiments.runner import Row, Workspace
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.evaluation.cards import evaluate_images, evaluate_reconstructions
 from ldm_jax.evaluation.features import FeatureExtractor, lpips_distance, vgg16_features
@@ -116,6 +117,32 @@ def classifier_params(workspace: Workspace) -> dict[str, Any]:
         split = workspace.config({}).data.train_split
         train_set = {} if path.exists() else load_dataset("fashion_mnist", split, data_dir=workspace.data_dir).arrays
         return load_classifier(train_set, epochs=CLASSIFIER_EPOCHS[workspace.budget], path=path)
+
+
+def scores(workspace: Workspace, images: np.ndarray) -> Row:
+    """All scores of samples uint8 [N, 28, 28, 1] with classes in turn, and a strip of the first 20: a part of a row."""
+    accuracy = class_accuracy(workspace, images, np.arange(len(images)) % 10)
+    return {
+        "cards": cards(workspace, images),
+        "classifier_accuracy": float(np.mean(accuracy)),
+        "classifier_fd": classifier_fd(workspace, images),
+        "images": strips.encode(images[:20]),
+    }
+
+
+def fd(row: Row) -> float:
+    """FD-VGG16 of a row with `scores`."""
+    return row["cards"]["FD-VGG16"]["value"]
+
+
+# Columns of a table of rows with `scores`: name -> (value, digits), see `tables.by_arm`.
+SCORES: dict[str, tuple[Callable[[Row], float], int]] = {
+    "FD-VGG16": (fd, 1),
+    "precision": (lambda row: row["cards"]["precision-VGG16"]["value"], 2),
+    "recall": (lambda row: row["cards"]["recall-VGG16"]["value"], 2),
+    "FD in the classifier's features": (lambda row: row["classifier_fd"], 2),
+    "classifier accuracy": (lambda row: row["classifier_accuracy"], 3),
+}
 
 
 def classifier_fd(workspace: Workspace, images: np.ndarray) -> float:

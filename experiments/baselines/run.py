@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import measures, runner, scales, speed, strips, tables
+from experiments import budgets, measures, runner, scales, speed, strips, tables
 from experiments.baselines.models import CLASSES, GAN, HALF_A_MILLION, SMALL, Model, Sizes, models
 from experiments.baselines.training import num_params, sampling_params, test_bits, trained_for, training_setup
 from experiments.recipes import make_guidance
@@ -43,7 +43,7 @@ SIZES = {"smoke": SMALL, "minutes": HALF_A_MILLION, "gpu": Sizes()}
 DIFFUSION_SIZES = {  # about as many parameters, including the autoencoder's
     "smoke": {},
     "minutes": {"unet.block_out_channels": (16, 32), "autoencoder.block_out_channels": (16, 32, 32)},
-    "gpu": runner.SMALLER_UNET,
+    "gpu": budgets.SMALLER_UNET,
 }
 COVERED = 0.1  # least classifier accuracy of a class that counts as covered
 EQUALLY_FAST = 1.2  # largest ratio of sampling times that count as about equal

@@ -13,7 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from the repository root
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.figure import Figure
 
 from configs import fashion_mnist_meanflow, lcm
@@ -85,25 +84,10 @@ def measure(workspace: Workspace, arm: str, seed: int) -> Row:
         "method": method,
         "steps": int(steps),
         "training_seconds": round(training_seconds(folder), 1),
-        "cards": measures.cards(workspace, images),
-        "classifier_accuracy": float(np.mean(measures.class_accuracy(workspace, images, np.arange(num) % 10))),
-        "classifier_fd": measures.classifier_fd(workspace, images),
-        "images": strips.encode(images[:20]),
-    }
+    } | measures.scores(workspace, images)
 
 
-def fd(row: Row) -> float:
-    return row["cards"]["FD-VGG16"]["value"]
-
-
-SCORES = {
-    "FD-VGG16": (fd, 1),
-    "precision": (lambda row: row["cards"]["precision-VGG16"]["value"], 2),
-    "recall": (lambda row: row["cards"]["recall-VGG16"]["value"], 2),
-    "FD in the classifier's features": (lambda row: row["classifier_fd"], 2),
-    "classifier accuracy": (lambda row: row["classifier_accuracy"], 3),
-    "seconds of training": (lambda row: row["training_seconds"], 0),
-}
+SCORES = measures.SCORES | {"seconds of training": (lambda row: row["training_seconds"], 0)}
 
 
 def table(rows: Rows) -> str:
@@ -113,14 +97,17 @@ def table(rows: Rows) -> str:
 def answer(rows: Rows) -> str:
     """FD of each method by its number of steps, and the two ratios to the best solver at most steps."""
     most = max(row["steps"] for row in rows.values())
-    lowest = min(fd(row) for row in rows.values() if row["steps"] == most and row["method"] in ("DDIM", "UniPC"))
+    lowest = min(
+        measures.fd(row) for row in rows.values() if row["steps"] == most and row["method"] in ("DDIM", "UniPC")
+    )
     few = {method: min(rows_of(rows, method), key=lambda row: abs(row["steps"] - 4)) for method in SOLVERS}
     one = next(row for row in rows_of(rows, MEAN_FLOW) if row["steps"] == 1)
-    in_few = ", ".join(f"{method} {fd(row):.1f}" for method, row in few.items())
+    in_few = ", ".join(f"{method} {measures.fd(row):.1f}" for method, row in few.items())
     steps = few["DDIM"]["steps"]
+    ratios = [measures.fd(row) / lowest for row in (one, few[DISTILLED])]
     return (
-        f"FD in {steps} steps: {in_few}; the main job in {most}: {lowest:.1f}. MeanFlow in one step has {fd(one):.1f}, "
-        f"{fd(one) / lowest:.2f} times that, and LCM in {steps} has {fd(few[DISTILLED]) / lowest:.2f} times."
+        f"FD in {steps} steps: {in_few}; the main job in {most}: {lowest:.1f}. MeanFlow in one step has "
+        f"{measures.fd(one):.1f}, {ratios[0]:.2f} times that, and LCM in {steps} has {ratios[1]:.2f} times."
     )
 
 

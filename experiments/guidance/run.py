@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import measures, runner, strips, tables
+from experiments import budgets, measures, runner, strips, tables
 from experiments.recipes import balanced_recipe, make_guidance
 from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.load import load
@@ -103,7 +103,7 @@ def first(workspace: Workspace) -> None:
 
 
 def measure(workspace: Workspace, arm: str, seed: int) -> Row:
-    setting, num = ARMS[arm], BUDGETS[workspace.budget][1]
+    setting = ARMS[arm]
     guidance = make_guidance(setting.guidance, setting.interval)._replace(parallel=setting.parallel)
     guide = f"{workspace.shared_model()}@{setting.step}" if setting.step else None
     if workspace.budget == "cpu":
@@ -112,13 +112,7 @@ def measure(workspace: Workspace, arm: str, seed: int) -> Row:
         classifier = str(classifier_of(workspace))
         guidance = guidance._replace(classifier=classifier, classifier_scale=setting.classifier_scale)
     images = sample_with(workspace, guide, workspace.budget != "cpu")(seed=seed, guidance=guidance)
-    accuracy = measures.class_accuracy(workspace, images, np.arange(num) % 10)
-    return setting._asdict() | {
-        "cards": measures.cards(workspace, images),
-        "classifier_accuracy": float(np.mean(accuracy)),
-        "classifier_fd": measures.classifier_fd(workspace, images),
-        "images": strips.encode(images[: 2 * 10]),
-    }
+    return setting._asdict() | measures.scores(workspace, images)
 
 
 SCORES = {
@@ -176,7 +170,7 @@ def plot(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "What does guidance improve, and at what cost?",
-    plan, measure, table, answer, plot, first, budgets=runner.BUDGETS,
+    plan, measure, table, answer, plot, first, budgets=budgets.BUDGETS,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import runner, speed, tables
+from experiments import budgets, runner, speed, tables
 from experiments.baselines.models import SMALL, Model, Sizes, models
 from experiments.baselines.training import num_params, sampling_params, test_bits, trained_for, training_setup
 from experiments.runner import Experiment, Row, Rows, Workspace
@@ -82,7 +82,7 @@ def baseline_of(workspace: Workspace, arm: str) -> Model:
 
 def changes_of(workspace: Workspace, arm: str) -> dict:
     """Config fields of diffusion on pixels."""
-    size = {"data.image_size": 8} if workspace.budget == "smoke" else runner.SMALLER_UNET
+    size = {"data.image_size": 8} if workspace.budget == "smoke" else budgets.SMALLER_UNET
     return size | DIFFUSION[arm] | {"evaluation.batch_size": VLB_BATCHES[workspace.budget]}
 
 

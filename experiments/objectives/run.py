@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import measures, runner, strips, tables
+from experiments import budgets, measures, runner, strips, tables
 from experiments.recipes import make_guidance
 from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.load import load
@@ -67,38 +67,20 @@ def measure(workspace: Workspace, arm: str, seed: int) -> Row:
     model, params = load(run_folder(workspace, arm, seed))
     sample = measures.make_sample(workspace, model, params, num)
     images = sample(seed=seed, guidance=GUIDANCE, solving=solving_defaults(model, SAMPLER, CALLS))
-    return {
-        "cards": measures.cards(workspace, images),
-        "classifier_accuracy": float(np.mean(measures.class_accuracy(workspace, images, np.arange(num) % 10))),
-        "classifier_fd": measures.classifier_fd(workspace, images),
-        "images": strips.encode(images[:20]),
-    }
-
-
-def fd(row: Row) -> float:
-    return row["cards"]["FD-VGG16"]["value"]
-
-
-SCORES = {
-    "FD-VGG16": (fd, 1),
-    "precision": (lambda row: row["cards"]["precision-VGG16"]["value"], 2),
-    "recall": (lambda row: row["cards"]["recall-VGG16"]["value"], 2),
-    "FD in the classifier's features": (lambda row: row["classifier_fd"], 2),
-    "classifier accuracy": (lambda row: row["classifier_accuracy"], 3),
-}
+    return measures.scores(workspace, images)
 
 
 def table(rows: Rows) -> str:
-    return tables.by_arm(rows, SCORES)
+    return tables.by_arm(rows, measures.SCORES)
 
 
 def answer(rows: Rows) -> str:
     """The lowest FD of flow and of the others, and whether the seeds tell them apart."""
-    means = {arm: tables.mean(rows, arm, fd) for arm in tables.arms(rows)}
+    means = {arm: tables.mean(rows, arm, measures.fd) for arm in tables.arms(rows)}
     flow, classic = (
         min((arm for arm in means if arm.startswith("flow") == is_flow), key=means.get) for is_flow in (True, False)
     )
-    seeds = [tables.values(rows, arm, fd) for arm in (flow, classic)]
+    seeds = [tables.values(rows, arm, measures.fd) for arm in (flow, classic)]
     text = (
         f"Lowest FD of the flows: {flow} ({means[flow]:.1f}); of the other targets: {classic} ({means[classic]:.1f})."
     )
@@ -116,7 +98,7 @@ def plot(rows: Rows) -> Figure:
     figure = plt.figure(figsize=(11, 3.6 + height), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[3.6, height])
     for axis, name in zip(above.subplots(1, 2), ("FD-VGG16", "recall")):
-        score = SCORES[name][0]
+        score = measures.SCORES[name][0]
         for place, arm in enumerate(arms):
             values = tables.values(rows, arm, score)
             axis.bar(place, np.mean(values), color="C1" if arm.startswith("flow") else "C0", alpha=0.5)
@@ -130,7 +112,7 @@ def plot(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "Which training objective gives the best samples?",
-    plan, measure, table, answer, plot, first, budgets=runner.BUDGETS,
+    plan, measure, table, answer, plot, first, budgets=budgets.BUDGETS,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import measures, runner, scales, tables
+from experiments import budgets, measures, runner, scales, tables
 from experiments.recipes import make_guidance
 from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.load import load
@@ -124,7 +124,7 @@ def plot(rows: Rows) -> Figure:
 
 EXPERIMENT = Experiment(
     Path(__file__).parent, "Which solver has the lowest FD for a number of network calls?",
-    plan, measure, table, answer, plot, exclusive=True, budgets=runner.BUDGETS,
+    plan, measure, table, answer, plot, exclusive=True, budgets=budgets.BUDGETS,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs.fashion_mnist import get_config  # noqa: E402
+from experiments.budgets import BY_ADAMW  # noqa: E402
 from experiments.recipes import balanced_recipe, make_guidance  # noqa: E402
-from experiments.runner import BY_ADAMW  # noqa: E402
 from experiments.untrained import DiffusionStart, diffusion_start  # noqa: E402
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard  # noqa: E402
 from ldm_jax.sampling.inputs import sample_inputs  # noqa: E402

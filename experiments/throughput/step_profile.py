@@ -24,7 +24,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from configs.fashion_mnist import get_config  # noqa: E402
-from experiments.runner import BY_ADAMW  # noqa: E402
+from experiments.budgets import BY_ADAMW  # noqa: E402
 from experiments.untrained import diffusion_start  # noqa: E402
 
 HERE = Path(__file__).parent

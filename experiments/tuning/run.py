@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.budgets import BY_ADAMW
 from experiments.judge.run import ClassifierEvaluation, load_evaluation
-from experiments.runner import BY_ADAMW
 from ldm_jax.evaluation.features import lpips_distance
 from ldm_jax.evaluation.metrics import psnr
 from ldm_jax.evaluation.scoring import reconstruct

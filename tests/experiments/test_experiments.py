@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs import fashion_mnist
 from experiments import index, runner, scales, strips, tables
+from experiments.budgets import BUDGETS
 from experiments.latent_vs_pixel import run as latent_vs_pixel
 from experiments.runner import Experiment, Workspace
 from ldm_jax.errors import InputError
@@ -205,7 +206,7 @@ def test_the_commit():
 @pytest.mark.parametrize("name", index.NAMES)
 def test_an_experiment_is_complete(name):
     experiment = index.load(name)
-    assert experiment.name == name and set(experiment.budgets) <= set(runner.BUDGETS)
+    assert experiment.name == name and set(experiment.budgets) <= set(BUDGETS)
     for budget in experiment.budgets:
         plan = experiment.plan(budget)
         assert plan and len(set(plan)) == len(plan)
