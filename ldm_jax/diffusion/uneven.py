@@ -1,7 +1,7 @@
 """Noise levels that are uneven in time: even in a power, in the logarithm, or in the quantiles of a distribution."""
 
 import numpy as np
-import scipy.stats
+from scipy.special import betaincinv
 
 UNEVEN = ("karras", "exponential", "beta")
 RHO = 7  # of Karras 2022
@@ -16,4 +16,4 @@ def uneven_levels(spacing: str, first: float, last: float, steps: int) -> np.nda
         return np.linspace(first ** (1 / RHO), last ** (1 / RHO), steps) ** RHO
     if spacing == "exponential":
         return np.exp(np.linspace(np.log(first), np.log(last), steps))
-    return last + scipy.stats.beta.ppf(1 - np.linspace(0, 1, steps), 0.6, 0.6) * (first - last)
+    return last + betaincinv(0.6, 0.6, 1 - np.linspace(0, 1, steps)) * (first - last)
