@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -87,6 +88,7 @@ def on_paper(config: ConfigDict, class_names: tuple[str, ...]) -> tuple[LatentDi
         raise InputError(f"config: {error}") from error
 
 
+@lru_cache(maxsize=8)  # a job needs them five times, and tracing a UNet takes seconds
 def _init_shapes(model: LatentDiffusion) -> Params:
     return jax.eval_shape(lambda rng: init_params(model, rng), jax.random.key(0))
 
