@@ -133,17 +133,17 @@ class Network(nn.Module):
 @pytest.mark.slow
 def test_one_call_samples_a_mixture():
     """Trained from scratch on three Gaussians, samples of one network call have their moments and their modes."""
-    module, steps = Network(), 2000
+    module, steps, size = Network(), 2000, 1024
     params = module.init(jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1), jnp.zeros(1))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
     times = TimestepDistribution("logit_normal", -0.4, 1.0)
 
     def loss(params, key):
-        keys = jax.random.split(key, (6, 256))
-        mode = jax.random.randint(keys[0][0], (256,), 0, 3)
-        z0 = jnp.asarray(CENTERS)[mode] + WIDTH * jax.random.normal(keys[1][0], (256, 2))
-        eps, one, other = jax.random.normal(keys[2][0], (256, 2)), *(sample_times(each, times) for each in keys[3:5])
-        apart = jax.random.bernoulli(keys[5][0], 0.5, (256,))
+        keys = jax.random.split(key, (6, size))
+        mode = jax.random.randint(keys[0][0], (size,), 0, 3)
+        z0 = jnp.asarray(CENTERS)[mode] + WIDTH * jax.random.normal(keys[1][0], (size, 2))
+        eps, one, other = jax.random.normal(keys[2][0], (size, 2)), *(sample_times(each, times) for each in keys[3:5])
+        apart = jax.random.bernoulli(keys[5][0], 0.5, (size,))
         t, interval = jnp.where(apart, jnp.maximum(one, other), one), jnp.where(apart, jnp.abs(one - other), 0)
         z = (1 - t[:, None]) * z0 + t[:, None] * eps
         fixed = lambda *at: module.apply(jax.lax.stop_gradient(params), *at)  # noqa: E731
