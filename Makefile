@@ -35,7 +35,9 @@ SYSTEM := /
 TWO_WORKERS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 # glibc's memory in huge pages: on a CPU a training step makes and drops many arrays.
 train emoji: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
-# Python compiles what is imported, when it is: half of what there is never is.
+# Python compiles what is imported, when it is: half of what there is never is. It keeps that for the next process,
+# also where the environment says that it should not: else each start takes seconds longer.
+export PYTHONDONTWRITEBYTECODE :=
 QUIETLY := --quiet --disable-pip-version-check --no-compile
 
 help:

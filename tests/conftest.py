@@ -12,6 +12,8 @@ from ldm_jax.runtime.xla import OBJECTS_PER_COLLECTION, fast_compile_flags
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `import tiny`, `import jobs`
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # workers and jobs share the cores, and its threads wait busily
+
 # Most tests compile for longer than they compute.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flags()}".strip()
 
