@@ -62,9 +62,11 @@ check: .venv/ready
 count:
 	@$(PYTHON) .ci/count
 
+# PyTorch's threads wait busily for each other.
+parity: export OMP_NUM_THREADS := 1
 parity: .venv-parity/ready
 	@export JAX_PLATFORMS=cpu
-	.venv-parity/bin/python -m pytest tests/parity $(ARGS)
+	.venv-parity/bin/python -m pytest $(TWO_WORKERS) tests/parity $(ARGS)
 	.venv-parity/bin/python -m pytest -m 'slow or not slow' tests/runtime/test_topology.py tests/training/test_compile_report.py
 
 emoji: .venv/ready emoji-data
