@@ -71,7 +71,7 @@ def environment(devices):
     """That of a process that compiles as quickly as this one."""
     return os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "NPROC": "4",  # threads of XLA, as many as in this process: sums are in their order
+        "NPROC": "4",  # threads of XLA, as many as the devices of conftest.py: sums have the same order
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONUNBUFFERED": "1",
     }

@@ -12,35 +12,24 @@ from experiments.parity_full_size.models import NETWORKS
 from ldm_jax.interop.clip_weights import state_dict_from_text_params
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.folder import INDEX, write_component
+from ldm_jax.interop.ldm_families import FAMILIES
 from ldm_jax.interop.modules import abstract_params, autoencoder_from_config, unet_from_config
 from ldm_jax.models.clip import CLIPTextEncoder
 from ldm_jax.runtime.files import write_json
 
-# Name -> (pipeline, UNet, size of its latents, text encoders), of NETWORKS.
+CLIP_L, CLIP_BIG_G = "CLIP ViT-L/14 of SD 1 and XL", "OpenCLIP ViT-bigG/14 of SDXL"
+# Name -> (family of models, UNet, text encoders); the networks are those of NETWORKS.
 MODELS = {
-    "SD 1.5": ("StableDiffusionPipeline", "UNet of SD 1", 64, ["CLIP ViT-L/14 of SD 1 and XL"]),
-    "SDXL": (
-        "StableDiffusionXLPipeline",
-        "UNet of SDXL",
-        128,
-        ["CLIP ViT-L/14 of SD 1 and XL", "OpenCLIP ViT-bigG/14 of SDXL"],
-    ),
-}
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "clip_sample": False,
+    "SD 1.5": (FAMILIES["Stable Diffusion 1"], "UNet of SD 1", [CLIP_L]),
+    "SDXL": (FAMILIES["Stable Diffusion XL"], "UNet of SDXL", [CLIP_L, CLIP_BIG_G]),
 }
 TOKENS = ("<|startoftext|>", "<|endoftext|>")
 
 
 def write_model(name: str, folder: Path) -> dict[str, int]:
     """Writes the diffusers folder of a model, float16; returns the number of parameters of each component."""
-    pipeline, unet_name, size, encoders = MODELS[name]
+    family, unet_name, encoders = MODELS[name]
+    size = family.sample_size
     unet_config = {"_class_name": "UNet2DConditionModel", **NETWORKS[unet_name][1], "sample_size": size}
     vae_config = {"_class_name": "AutoencoderKL", **NETWORKS["VAE of SD 1, 2 and XL"][1], "sample_size": 8 * size}
     unet, vae = unet_from_config(unet_config), autoencoder_from_config(vae_config)[0]
@@ -55,11 +44,11 @@ def write_model(name: str, folder: Path) -> dict[str, int]:
         counts[f"text_encoder{suffix}"] = _write(folder / f"text_encoder{suffix}", config, state)
         _write_tokenizer(folder / f"tokenizer{suffix}", module.max_position_embeddings)
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "scheduler" / "scheduler_config.json", family.scheduler)
     components = {part: ["diffusers", "AutoencoderKL"] for part in ("scheduler", *counts)}
     components |= {part.replace("text_encoder", "tokenizer"): ["transformers", "CLIPTokenizer"] for part in counts
                    if part.startswith("text_encoder")}  # fmt: skip
-    write_json(folder / INDEX, {"_class_name": pipeline, **components})
+    write_json(folder / INDEX, {"_class_name": family.pipeline, **components})
     return counts
 
 

@@ -4,7 +4,7 @@
 
 Each row is a command `ldm_jax.train --config=configs/finetune.py --compile_for=SLICE`, of a model with zero weights in
 a folder of diffusers; its JSON is added to results.json. Rows that are there are skipped, `--only=` prints the table
-alone. Compiling a row takes half an hour of a core and more, and 15 GB of memory.
+alone. Compiling takes one thread for each row, an hour and 18 GB of memory or more on a slow machine.
 """
 
 import argparse
@@ -66,7 +66,7 @@ ARMS = (
 
 def command(arm: Arm, folder: Path) -> list[str]:
     """The command of an arm; its model and images are in `folder`."""
-    size = 8 * MODELS[arm.model][2]
+    size = 8 * MODELS[arm.model][0].sample_size
     fields = {
         "init_from": folder / arm.model.replace(" ", "_"),
         "data.path": folder / "images",

@@ -11,14 +11,18 @@ from experiments.parity_full_size.models import NETWORKS
 from experiments.scaling import models, run
 from experiments.scaling.run import ARMS, Arm
 from ldm_jax import command_line, train
+from ldm_jax.interop.modules import abstract_params, unet_from_config
 from ldm_jax.pipeline.load import load
 
 GB = 2**30
-SMALL_UNET = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "attention_head_dim": 2,
-              "cross_attention_dim": 16}  # fmt: skip
-SMALL_VAE = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
-             "up_block_types": ("UpDecoderBlock2D",) * 2}  # fmt: skip
-SMALL_TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+UNETS = {
+    "SD 1.5": {"block_out_channels": (32, 32, 32, 32), "attention_head_dim": 2, "cross_attention_dim": 16},
+    "SDXL": {"block_out_channels": (32, 32, 32), "attention_head_dim": 2, "transformer_layers_per_block": 1,
+             "cross_attention_dim": 32, "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 36},
+}  # fmt: skip
+VAE = {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
+       "up_block_types": ("UpDecoderBlock2D",) * 2}  # fmt: skip
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def prediction():
@@ -36,16 +40,25 @@ def row(arm, *, fits=True):
     return {"arm": arm._asdict(), "commit": "abc", "seconds": 3, "report": report}
 
 
-def test_a_model_of_zeros_is_a_pipeline_of_its_sizes(tmp_path, monkeypatch):
-    small = {"UNet of SD 1": SMALL_UNET, "VAE of SD 1, 2 and XL": SMALL_VAE, "CLIP ViT-L/14 of SD 1 and XL": SMALL_TEXT}
+@pytest.mark.parametrize(("name", "latents"), [("SD 1.5", 64), ("SDXL", 128)])
+def test_a_model_of_zeros_is_a_pipeline_of_its_sizes(name, latents, tmp_path, monkeypatch):
+    small = {models.MODELS[name][1]: UNETS[name], "VAE of SD 1, 2 and XL": VAE, models.CLIP_L: TEXT,
+             models.CLIP_BIG_G: TEXT | {"projection_dim": 12}}  # fmt: skip
     networks = {name: (NETWORKS[name][0], NETWORKS[name][1] | fields) for name, fields in small.items()}
     monkeypatch.setattr(models, "NETWORKS", networks)
-    counts = models.write_model("SD 1.5", tmp_path / "model")
+    counts = models.write_model(name, tmp_path / "model")
     model, params = load(tmp_path / "model")
-    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(params[name])) for name in ("denoiser", "first_stage")}
-    assert (counts["unet"], counts["vae"]) == (sizes["denoiser"], sizes["first_stage"])
+    parts = [params["denoiser"], params["first_stage"], *params["conditioning"]]
+    assert list(counts.values()) == [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in parts]
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(params["denoiser"]))
-    assert model.latent_shape == (64, 64, 4)
+    assert model.latent_shape == (latents, latents, 4)
+
+
+@pytest.mark.parametrize(("name", "million"), [("UNet of SD 1", 859.5), ("UNet of SDXL", 2567.5)])
+def test_the_unets_have_their_published_sizes(name, million):
+    unet = unet_from_config({"_class_name": "UNet2DConditionModel", **NETWORKS[name][1]})
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(unet)))
+    assert round(count / 1e6, 1) == million
 
 
 def test_the_slices_and_batches_of_the_rows():

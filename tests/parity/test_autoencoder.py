@@ -109,12 +109,10 @@ def test_gradient_of_the_reconstruction_error(transplant):
     params = transplant(theirs, ours, X)
 
     grads = jax.jit(jax.grad(lambda p: ((ours.apply({"params": p}, X) - X) ** 2).mean()))(params)
-    theirs.requires_grad_(True)
-    ((theirs.decode(theirs._encode(nchw(X))[:, :4]).sample - nchw(X)) ** 2).mean().backward()
+    theirs.double().requires_grad_(True)  # in float32 its gradient of the keys' bias is rounding of that size
+    images = nchw(X).double()
+    ((theirs.decode(theirs._encode(images)[:, :4]).sample - images) ** 2).mean().backward()
     their_grads = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-    largest = max(np.abs(grad).max() for grad in their_grads.values())
     for name, grad in state_dict_from_params(grads).items():
-        if name.endswith("to_k.bias"):  # attention is the same whatever is added to all keys: the gradient is rounding
-            assert max(np.abs(grad).max(), np.abs(their_grads[name]).max()) <= 1e-6 * largest, (name, largest)
-        else:
-            assert np.abs(grad - their_grads[name]).max() <= 1e-3 * np.abs(their_grads[name]).max(), name
+        scale = max(np.abs(their_grads[name]).max(), 1e-5)  # the keys' bias has gradient 0 but for rounding
+        assert np.abs(grad - their_grads[name]).max() <= 1e-3 * scale, name
