@@ -4,7 +4,7 @@
 
 Each row is a command `ldm_jax.train --config=configs/finetune.py --compile_for=SLICE`, of a model with zero weights in
 a folder of diffusers; its JSON is added to results.json. Rows that are there are skipped, `--only=` prints the table
-alone. Compiling takes one thread for each row, an hour and 18 GB of memory or more on a slow machine.
+alone. Compiling takes one thread for each row, an hour of a slow core and 18 GB of memory at least.
 """
 
 import argparse
