@@ -1,6 +1,7 @@
 # make train       all the main job needs (virtual environment, requirements, data), then the job: runs/fashion_mnist
 # make test        the same set-up, then the tests
 # make test-hosts  jobs on several hosts, signalled, killed or with a sharded state: minutes each, on a quiet machine
+# make test-long   the variants of tests that continuous integration leaves out, with PyTorch and diffusers
 # make test-slow   those that take long: processes that are killed or run in parallel, whole experiments and commands
 # make check       ruff's rules and format
 # make count       the lines of the package and of its core, its longest function and file
@@ -18,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-hosts check count parity emoji experiments data emoji-data clean
+.PHONY: help train test test-slow test-long test-hosts check count parity emoji experiments data emoji-data clean
 
 ARGS ?=
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
@@ -51,6 +52,9 @@ test: .venv/ready data emoji-data
 
 test-slow: .venv/ready data emoji-data
 	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs -m 'slow and not hosts' $(ARGS)
+
+test-long: .venv-parity/ready data emoji-data
+	@.venv-parity/bin/python -m pytest $(TWO_WORKERS) -rs -m 'long and not hosts' tests tests/parity $(ARGS)
 
 test-hosts: .venv/ready data
 	@.venv/bin/python -m pytest -rs -m hosts $(ARGS)

@@ -49,6 +49,7 @@ from ldm_jax.training.compile_report import print_report
 from ldm_jax.training.estimate import print_estimate
 from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_clip_stage
 from ldm_jax.training.run import Run
+from ldm_jax.training.state import state_shapes
 from ldm_jax.training.text_embeddings import check_memory
 
 DATA = "data.json"  # in the run folder: its data sets, device and command
@@ -249,7 +250,7 @@ def _trained_shapes(config: ConfigDict, model: LatentDiffusion, params: Params, 
         made["clip"] = make_clip_stage(clip_of(config), config)
     if "classifier" in config.stages:
         made["classifier"] = make_classifier_stage(model, num_classes, config)
-    shapes = {name: jax.eval_shape(stage.init, jax.random.key(0)).params for name, stage in made.items()}
+    shapes = {name: state_shapes(stage).params for name, stage in made.items()}
     if "diffusion" in config.stages:
         shapes["diffusion"] = trained_shapes(trainable_of(config, model), params)
     return {name: shapes[name] for name in STAGES if name in shapes}

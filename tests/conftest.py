@@ -63,7 +63,11 @@ FIRST = ("test_bad_input", "test_stages", "test_resume", "test_parallel", "test_
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Puts the files in an order in which two workers end at the same time; what needs `text_run` is slow."""
+    import long  # beside this file
+
     for item in items:
+        if long.is_long(item.path.name, item.name):
+            item.add_marker(pytest.mark.long)
         if "text_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))

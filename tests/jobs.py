@@ -17,14 +17,7 @@ from ldm_jax.run_folder.log import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
-# Still smaller than tests/tiny.py, as compiling is what these jobs spend their time on.
-SMALL = (
-    "--config=tests/tiny.py",
-    "--config.unet.block_out_channels=(8,)",
-    "--config.unet.attention=(True,)",
-    "--config.autoencoder.mid_block_attention=False",
-    "--config.sampling.progress_every=0",
-)
+SMALL = ("--config=tests/tiny.py", "--config.sampling.progress_every=0")
 
 # For jobs whose network need not be conditioned: it compiles in half the time.
 NO_ATTENTION = "--config.unet.attention=(False,)"

@@ -125,7 +125,7 @@ TRAIN = {  # flags -> what the line must say
     "a norm that erases the time": ([TINY, "--config.unet.norm_num_groups=8"], "must be less"),
     "heads that do not divide": ([TINY, "--config.unet.attention_heads=3"], "it must divide 8"),
     "attention for other resolutions": (
-        [TINY, "--config.unet.attention=(True,)"],
+        [TINY, "--config.unet.attention=(True,False)"],
         "it must be as long as block_out_channels",
     ),
     "more resolutions than latents have": (

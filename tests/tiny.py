@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     autoencoder.latent_channels = 2
     autoencoder.block_out_channels = (8, 8)
     autoencoder.norm_num_groups = 4
+    autoencoder.mid_block_attention = False
     autoencoder.codebook_size = 8
     autoencoder.loss.perceptual = 0.0
     autoencoder.loss.adversarial = 0.0
@@ -41,8 +42,8 @@ def get_config() -> ConfigDict:
     clip.validation_examples = 16
     config.diffusion.timesteps = 20
     config.diffusion.validation_examples = 16
-    config.unet.block_out_channels = (8, 16)
-    config.unet.attention = (False, True)
+    config.unet.block_out_channels = (8,)
+    config.unet.attention = (True,)
     config.unet.layers_per_block = 1
     config.unet.attention_heads = 2
     config.unet.norm_num_groups = 4

@@ -1,6 +1,7 @@
 """diffusers' config.json <-> UNets, DiT and autoencoders; the supported values are in `config_fields`."""
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -174,6 +175,7 @@ def config_from_autoencoder(
     return _config(name, fields)
 
 
+@lru_cache(maxsize=64)  # tracing a UNet takes seconds
 def abstract_params(module: nn.Module) -> Mapping[str, Any]:
     """A network's parameters as a tree of `jax.ShapeDtypeStruct`; InputError if its fields do not fit each other."""
     named = {}

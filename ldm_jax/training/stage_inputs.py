@@ -28,6 +28,7 @@ from ldm_jax.training.from_config import (
 )
 from ldm_jax.training.latents import Latents
 from ldm_jax.training.run import Run, fits_on_device
+from ldm_jax.training.state import state_shapes
 from ldm_jax.training.text_embeddings import index_captions
 
 
@@ -42,6 +43,8 @@ class StageInputs(NamedTuple):
 
     def state(self) -> Any:
         """The shapes of the state."""
+        if not self.arguments:
+            return state_shapes(self.stage)
         return jax.eval_shape(self.stage.init, jax.random.key(0), *self.arguments)
 
     def variant(self, run: Run) -> dict[str, bool]:
@@ -99,8 +102,7 @@ def _latent_stages(run: Run) -> Iterator[StageInputs]:
 
 def _autoencoder_shapes(run: Run) -> Params:
     """The shapes of the parameters of the autoencoder that the run trains."""
-    state = jax.eval_shape(make_autoencoder_stage(run.config).init, jax.random.key(0))
-    return state.params["autoencoder"]
+    return state_shapes(make_autoencoder_stage(run.config)).params["autoencoder"]
 
 
 def _freeze(

@@ -35,6 +35,7 @@ from ldm_jax.training.from_config import (
 from ldm_jax.training.loop import initial_state, train
 from ldm_jax.training.preview import make_preview
 from ldm_jax.training.run import Run, initial_model, latents_feed, make_feed
+from ldm_jax.training.state import state_shapes
 from ldm_jax.training.validation import make_validation
 
 RECONSTRUCTED = 20  # test images in the previews of the autoencoder
@@ -78,7 +79,7 @@ def reused_autoencoder(config: ConfigDict) -> Params:
     other = Path(config.autoencoder.checkpoint)
     if not other.is_dir():
         raise InputError(f"config.autoencoder.checkpoint={other} does not exist; it must be a run folder")
-    like = jax.eval_shape(make_autoencoder_stage(config).init, jax.random.key(0)).ema_params["autoencoder"]
+    like = state_shapes(make_autoencoder_stage(config)).ema_params["autoencoder"]
     return unflatten(flatten(load_autoencoder_params(other)), like, where=f"config.autoencoder.checkpoint={other}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -96,6 +97,12 @@ def update_if_finite(
         return TrainState(state.step + 1, params, ema_params, opt_state, power_emas)
 
     return update_if(good, update, state, grads), grad_norm
+
+
+@lru_cache(maxsize=8)  # a job needs them three times, and tracing a network takes seconds
+def state_shapes(stage: Any) -> Any:
+    """The shapes of the state before a stage's first step, whose `init` needs a key alone."""
+    return jax.eval_shape(stage.init, jax.random.key(0))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from ldm_jax.data.feeds import DeviceFeed
 @pytest.mark.slow
 def test_the_strategies_train_alike(four_devices):
     config = tiny.get_config().unlock()
-    config.autoencoder.type, config.unet.attention = "none", (False, False)
+    config.autoencoder.type, config.unet.attention = "none", (False,)
     stage, state, frozen = diffusion_start(config, jax.random.key(0))
     images, labels = tiny.pictures(16)
     feed = DeviceFeed({"x": images, "label": labels.astype(np.int32)}, 8, 0)

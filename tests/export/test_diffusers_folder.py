@@ -121,15 +121,16 @@ def test_an_exported_run_samples_as_the_run(trained_run, exported, tmp_path):
     assert jobs.samples(tmp_path / "one")["labels"].tolist() == [3] * 8
 
 
+TWO_LEVELS = {"unet.block_out_channels": (8, 16), "unet.attention": (False, False)}
 RUNS = {  # changes of tests/tiny.py, classes
     "codes, two tokens for each of two classes": ({"autoencoder.type": "vq", "unet.context_tokens": 2}, ("cat", "dog")),
     "pixels, a variance, no classes, no attention": (
-        {"autoencoder.type": "none", "diffusion.variance": "learned", "unet.attention": (False, False)},
+        {"autoencoder.type": "none", "diffusion.variance": "learned", **TWO_LEVELS},
         (),
     ),
     "low resolution": ({"concat.type": "low_resolution", "concat.factor": 2}, tiny.CLASS_NAMES),
     "codes and inpainting": (
-        {"concat.type": "inpainting", "autoencoder.type": "vq", "unet.attention": (False, False)},
+        {"concat.type": "inpainting", "autoencoder.type": "vq", **TWO_LEVELS},
         (),
     ),
     "pixels and segmentation": (
@@ -138,7 +139,7 @@ RUNS = {  # changes of tests/tiny.py, classes
             "concat.num_segments": 3,
             "data.segments_key": "areas",
             "autoencoder.type": "none",
-            "unet.attention": (False, False),
+            **TWO_LEVELS,
         },
         ("cat", "dog"),
     ),

@@ -76,6 +76,7 @@ def ours(folder, weighting, cache, rank=0):
     batch = {"x": rng.integers(0, 256, (N, 16, 16, 3), np.uint8), "label": np.arange(N, dtype=np.int32) % len(TEXTS),
              "id": np.arange(N, dtype=np.int32)}  # fmt: skip
     state, step = stage.init(jax.random.key(0), params), jax.jit(stage.step)
+    noise = jax.jit(lambda batch, keys: add_noise(batch, frozen, keys, None, model, flip=False))
     before = jax.device_get(state.params)
     examples, losses = [], []
     for number in range(2):
@@ -83,7 +84,7 @@ def ours(folder, weighting, cache, rank=0):
         keys = example_keys(np.uint32(7), Stream.DIFFUSION, np.int32(number), batch["id"])
         *noising_keys, key_label, key_concat = split_keys(keys, 5)
         dropped = jax.vmap(lambda key: jax.random.bernoulli(key, DROPOUT))(key_label)
-        noised = add_noise(batch, frozen, noising_keys, None, model, flip=False)
+        noised = noise(batch, noising_keys)
         key_raw = split_keys(noising_keys[0], 2)[1]
         raw_noise = jax.vmap(partial(jax.random.normal, shape=noised["z0"].shape[1:]))(key_raw)
         texts = ["" if drop else TEXTS[label] for drop, label in zip(np.asarray(dropped), batch["label"])]

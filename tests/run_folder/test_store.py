@@ -280,6 +280,13 @@ def assert_equal_to(url, one_device_run, *, losses=True):
 
 @pytest.mark.slow
 def test_a_run_in_a_store_is_that_of_a_folder_and_can_be_sampled_from(server, url, one_device_run, tiny_data, tmp_path):
+    """SIGTERM saves to the store, and the same command goes on."""
+    process = jobs.start(tiny_data, url)
+    jobs.stop_when(process, lambda: f"4/{store.COMMITTED}" in objects(f"{url}/diffusion"), signal.SIGTERM)
+    output = jobs.finish(process, status=143)
+    assert "The same command goes on from" in output  # "there", or "here" when there was nothing to save
+    assert 0 < load_latest(mirror(url) / "diffusion")["step"] <= 8
+
     assert f"Done: {url}/report.html" in jobs.finish(jobs.start(tiny_data, url))
     assert STORED | {"autoencoder/scale.json"} <= set(names(url))
     assert any(name.startswith("events.out") for name in names(url))
@@ -329,17 +336,6 @@ def test_kill_at_any_moment_and_go_on_on_another_machine(server, url, one_device
     lines = read_metrics(mirror(url) / "metrics.jsonl")
     assert sum(line["stage"] == "start" for line in lines) == 3
     assert_equal_to(url, one_device_run, losses=False)
-
-
-@pytest.mark.slow
-def test_sigterm_saves_to_the_store_and_the_same_command_goes_on(server, url, one_device_run, tiny_data):
-    process = jobs.start(tiny_data, url)
-    jobs.stop_when(process, lambda: f"4/{store.COMMITTED}" in objects(f"{url}/diffusion"), signal.SIGTERM)
-    output = jobs.finish(process, status=143)
-    assert "The same command goes on from" in output  # "there", or "here" when there was nothing to save
-    assert 0 < load_latest(mirror(url) / "diffusion")["step"] <= 8
-    assert "Done: " in jobs.finish(jobs.start(tiny_data, url))
-    assert_equal_to(url, one_device_run)
 
 
 @pytest.mark.hosts

@@ -19,7 +19,7 @@ def flags(base, data, workdir, *changes):
 
 
 BASES = {  # changes of tests/tiny.py -> those of the run that starts from it
-    "latents": ({}, ()),
+    "latents": ({"unet.block_out_channels": (8, 16), "unet.attention": (False, True)}, ()),
     "pixels": ({"autoencoder.type": "none"}, ()),
     "a VQ autoencoder": ({"autoencoder.type": "vq"}, ()),
     "super-resolution": ({"concat.type": "low_resolution", "concat.factor": 2}, ()),
@@ -31,7 +31,7 @@ BASES = {  # changes of tests/tiny.py -> those of the run that starts from it
     "a learned variance": ({"diffusion.variance": "learned"}, ()),
     "pixels, a learned variance": ({"diffusion.variance": "learned", "autoencoder.type": "none"}, ()),
     "another schedule": ({"diffusion.schedule": "cosine", "diffusion.prediction": "v"}, ()),
-    "LoRA": ({"unet.block_out_channels": (8,), "unet.attention": (True,)}, ("lora.rank=2",)),
+    "LoRA": ({}, ("lora.rank=2",)),
 }
 
 
