@@ -35,6 +35,8 @@ SMOKE = {
     "unet.block_out_channels": (16,),
     "unet.attention": (False,),
     "unet.norm_num_groups": 8,
+    "dit.hidden_size": 32,
+    "dit.depth": 1,
     "diffusion.batch_size": 16,
     "diffusion.validation_examples": 64,
     "sampling.steps": 4,

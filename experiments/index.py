@@ -28,6 +28,8 @@ NAMES = (
     "likelihood",
     "objectives",
     "few_steps",
+    "averaging",
+    "backbones",
 )
 BEGIN, END = "<!-- made by python -m experiments.index -->", "<!-- end -->"
 
