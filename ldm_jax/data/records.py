@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,12 @@ class Records:
         self.captions: tuple[tuple[str, ...], ...] = ()
         self.present: tuple[int, ...] = ()
         if key := self._keys["caption"]:
-            everywhere, here = ({read_captions(used[key], v) for v in _values(folder, s, key)} for s in ("all", split))
-            self.captions = tuple(sorted(everywhere))
+            self.captions, labels = _captions(folder, key, _fingerprint(info.splits["all"].file_instructions, []))
             self.class_names = tuple(captions[0] for captions in self.captions)
             self._label_of = {captions: i for i, captions in enumerate(self.captions)}
-            self.present = tuple(sorted(self._label_of[captions] for captions in here))
+            files = info.splits[split].file_instructions
+            here = [labels[file.filename][file.skip : file.skip + file.take] for file in files]
+            self.present = tuple(np.unique(np.concatenate(here)).tolist())
         self.groups: np.ndarray | None = None
         if key := self._keys["group"]:
             self.groups = np.unique(list(_values(folder, split, key)), return_inverse=True)[1]
@@ -232,6 +234,21 @@ def _values(folder: Path, split: str, key: str) -> Iterator[Any]:
     for start in range(0, len(source), CHUNK):
         for content in source.__getitems__(range(start, min(start + CHUNK, len(source)))):
             yield feature.deserialize_example_np(content)[key]
+
+
+@lru_cache(maxsize=2)  # for all splits of a data set: a pass reads the images too
+def _captions(folder: Path, key: str, fingerprint: str) -> tuple[tuple[tuple[str, ...], ...], dict[str, np.ndarray]]:
+    """The different captions of all splits, sorted, and for each record file the index of those of each example.
+
+    `fingerprint` is of all files: of files that have changed the captions are read again.
+    """
+    info, _ = _open(folder, "all")
+    values = [read_captions(info.features[key], value) for value in _values(folder, "all", key)]
+    different = tuple(sorted(set(values)))
+    label_of, files = {captions: i for i, captions in enumerate(different)}, info.splits["all"].file_instructions
+    labels = np.array([label_of[captions] for captions in values], np.int32)
+    parts = np.split(labels, np.cumsum([file.take for file in files])[:-1])
+    return different, {file.filename: part for file, part in zip(files, parts, strict=True)}
 
 
 def _choose(features: Any, key: str, usual: str, where: str) -> str | None:

@@ -5,6 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from ldm_jax.data import records as records_module
 from ldm_jax.data.datasets import load_dataset
 from ldm_jax.data.records import Records
 from ldm_jax.errors import InputError
@@ -163,6 +164,17 @@ def test_several_captions_are_one_class(captioned_set):
         assert [train.captions[label] for label in batch["label"]] == [SEVERAL[0], SEVERAL[1], SEVERAL[0]]
         np.testing.assert_array_equal(batch["x"][:, 0, 0, 0], [0, 11, 2])
     assert [test.captions[label] for label in test.load()["label"]] == [SEVERAL[2], ("",)]
+
+
+def test_captions_are_read_once_for_all_splits(captioned_set, monkeypatch):
+    """Of parts of splits too, those that are present are those of their examples."""
+    passes, values = [], records_module._values
+    monkeypatch.setattr(records_module, "_values", lambda *arguments: passes.append(arguments) or values(*arguments))
+    records_module._captions.cache_clear()
+    for split in ("train", "test", "train[:1]", "train[1:2]+test[1:]", "test+train[2:]"):
+        records = Records(captioned_set, split, caption_key="captions")
+        assert records.present == tuple(sorted(set(records.load()["label"].tolist())))
+    assert len(passes) == 1
 
 
 def test_captions_in_memory_and_on_the_disk(captioned_set):
