@@ -68,6 +68,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if long.is_long(item.path.name, item.name):
             item.add_marker(pytest.mark.long)
+            if "parity" not in item.path.parts:
+                item.add_marker(pytest.mark.slow)
         if "text_run" in item.fixturenames:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))

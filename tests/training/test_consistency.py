@@ -99,11 +99,11 @@ def test_the_target_is_the_average_and_the_teacher_stays():
     _, metrics = step(state, frozen, BATCH, np.uint32(0))
     _, other = step(state.replace(ema_params=moved(state.params, 1)), frozen, BATCH, np.uint32(0))
     assert metrics["loss"] != other["loss"]
-    example = stage._example(BATCH, frozen, np.uint32(0))
-    with_target = frozen | {"target": state.params}
-    gradient = jax.grad(lambda f: stage._loss(state.params, f, example, None)[0], allow_int=True)(with_target)
-    assert not any(np.any(leaf) for leaf in leaves(gradient["target"]))
-    tensors = stage.trace(state, frozen, BATCH, np.uint32(0))
+    example = jax.jit(stage._example)(BATCH, frozen, np.uint32(0))
+    loss = jax.jit(lambda target, frozen: stage._loss(state.params, frozen | {"target": target}, example, None)[0])
+    gradient = jax.grad(loss)(state.params, frozen)
+    assert not any(np.any(leaf) for leaf in leaves(gradient))
+    tensors = jax.jit(stage.trace)(state, frozen, BATCH, np.uint32(0))
     np.testing.assert_allclose(tensors["loss"], metrics["loss"], rtol=1e-5)
 
 

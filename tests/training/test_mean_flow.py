@@ -96,7 +96,8 @@ def test_the_loss_by_hand(changes):
 
 def test_the_intervals():
     stage, _ = stage_and_params(mean_flow__interval_ratio=0.7)
-    examples = [jax.jit(stage._example)(batch(16, step), FROZEN, np.uint32(0)) for step in range(40)]
+    make_example = jax.jit(stage._example)
+    examples = [make_example(batch(16, step), FROZEN, np.uint32(0)) for step in range(40)]
     time, interval = (np.concatenate([example[name] for example in examples]) for name in ("time", "interval"))
     assert abs((interval > 0).mean() - 0.7) < 0.06
     assert (interval >= 0).all() and (interval < time).all() and (time < 1).all()
@@ -106,16 +107,17 @@ def test_the_intervals():
     example, at = examples[0], examples[0]["time"][:, None, None, None]
     np.testing.assert_allclose(example["z_t"], (1 - at) * example["z0"] + at * example["eps"], atol=1e-6)
     np.testing.assert_allclose(example["t"], 20 * example["time"] - 1, atol=1e-5)
-    part = jax.jit(stage._example)(batch(4, 0, first=8), FROZEN, np.uint32(0))
+    part = make_example(batch(4, 0, first=8), FROZEN, np.uint32(0))
     np.testing.assert_array_equal(part["interval"], example["interval"][8:12])
     np.testing.assert_array_equal(part["z_t"], example["z_t"][8:12])
 
 
 def test_without_intervals_it_is_flow_matching_and_learns():
     stage, params = stage_and_params(mean_flow__interval_ratio=0.0, mean_flow__adaptive_power=0.0)
-    example = stage._example(batch(), FROZEN, np.uint32(0))
-    u = velocity(stage, params, example, example["dropped"], example["z_t"], example["time"], jnp.zeros(8))
-    loss, metrics = stage._loss(params, FROZEN, example, None)
+    example = jax.jit(stage._example)(batch(), FROZEN, np.uint32(0))
+    u = jax.jit(lambda params: velocity(stage, params, example, example["dropped"], example["z_t"], example["time"],
+                                        jnp.zeros(8)))(params)  # fmt: skip
+    loss, metrics = jax.jit(stage._loss, static_argnums=3)(params, FROZEN, example, None)
     expected = jnp.mean((u - (example["eps"] - example["z0"])) ** 2)
     np.testing.assert_allclose(metrics["squared_error"], expected, rtol=1e-5)
     np.testing.assert_allclose(loss, 32 * expected, rtol=1e-5)
@@ -137,13 +139,11 @@ def test_it_learns(dtype):
 
 def test_the_interval_has_no_effect_at_first():
     stage, _ = stage_and_params()
-    params = init_params(stage.model, jax.random.key(0))
+    params = jax.jit(lambda key: init_params(stage.model, key))(jax.random.key(0))
     params["denoiser"]["conv_out"]["kernel"] += 1.0
-    at = jnp.ones((2, 4, 4, 2)), jnp.full(2, 0.5)
-    label = jnp.zeros(2, jnp.int32)
-    np.testing.assert_array_equal(
-        *(velocity(stage, params, {}, label, *at, jnp.full(2, interval)) for interval in (0.0, 0.5))
-    )
+    at, label = (jnp.ones((2, 4, 4, 2)), jnp.full(2, 0.5)), jnp.zeros(2, jnp.int32)
+    u = jax.jit(lambda interval: velocity(stage, params, {}, label, *at, interval))
+    np.testing.assert_array_equal(*(u(jnp.full(2, interval)) for interval in (0.0, 0.5)))
 
 
 @pytest.mark.slow
