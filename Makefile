@@ -71,7 +71,8 @@ parity: export OMP_NUM_THREADS := 1
 parity: .venv-parity/ready
 	@export JAX_PLATFORMS=cpu
 	.venv-parity/bin/python -m pytest $(TWO_WORKERS) tests/parity $(ARGS)
-	.venv-parity/bin/python -m pytest -m 'slow or not slow' tests/runtime/test_topology.py tests/training/test_compile_report.py
+	.venv-parity/bin/python -m pytest -m 'slow or not slow' -k 'topology or slice' tests/runtime/test_topology.py \
+		tests/training/test_compile_report.py
 
 emoji: .venv/ready emoji-data
 	@.venv/bin/python -m ldm_jax.train --config=configs/emoji.py $(ARGS)
