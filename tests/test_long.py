@@ -19,6 +19,6 @@ def test_a_pattern_is_of_tests(pattern):
 
 
 def test_patterns_are_of_parameters():
-    assert long.is_long("test_store.py", "test_a_run_in_a_store_is_that_of_a_folder[gs]")
-    assert not long.is_long("test_store.py", "test_a_run_in_a_store_is_that_of_a_folder[s3]")
-    assert not long.is_long("test_other.py", "test_a_run_in_a_store_is_that_of_a_folder[gs]")
+    assert long.is_long("test_text_run.py", "test_diffusers_samples_the_same[euler]")
+    assert not long.is_long("test_text_run.py", "test_diffusers_samples_the_same[unipc]")
+    assert not long.is_long("test_other.py", "test_diffusers_samples_the_same[euler]")
