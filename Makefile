@@ -1,7 +1,7 @@
 # make train       all the main job needs (virtual environment, requirements, data), then the job: runs/fashion_mnist
 # make test        the same set-up, then the tests
 # make test-hosts  jobs on several hosts, signalled, killed or with a sharded state: minutes each, on a quiet machine
-# make test-long   the variants of tests that continuous integration leaves out, with PyTorch and diffusers
+# make test-long   those that continuous integration leaves out (tests/long.py), with PyTorch and diffusers
 # make test-slow   those that take long: processes that are killed or run in parallel, whole experiments and commands
 # make check       ruff's rules and format
 # make count       the lines of the package and of its core, its longest function and file

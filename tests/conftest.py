@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flag
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for the hub
 
 import jax
+import long
 
 gc.set_threshold(OBJECTS_PER_COLLECTION)
 jax.config.update("jax_num_cpu_devices", 4)  # of which a test uses one, unless it takes the fixture `four_devices`
@@ -63,8 +64,6 @@ FIRST = ("test_bad_input", "test_stages", "test_resume", "test_parallel", "test_
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Puts the files in an order in which two workers end at the same time; what needs `text_run` is slow."""
-    import long  # beside this file
-
     for item in items:
         if long.is_long(item.path.name, item.name):
             item.add_marker(pytest.mark.long)

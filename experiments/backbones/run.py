@@ -14,12 +14,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from the repository root
 
 import jax
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments import measures, runner, speed, strips, tables
+from experiments import bars, measures, runner, speed, tables
 from experiments.recipes import make_guidance
 from experiments.runner import Experiment, Row, Rows, Workspace
 from experiments.throughput.step_profile import peak
@@ -157,23 +156,7 @@ def answer(rows: Rows) -> str:
 
 
 def plot(rows: Rows) -> Figure:
-    """FD and recall of each arm, a dot for each seed; below, the samples of the first seed."""
-    arms = tables.arms(rows)
-    shown = [{"": next(row["images"] for row in rows.values() if row["arm"] == arm)} for arm in arms]
-    height = strips.grid_height(shown, 11)
-    figure = plt.figure(figsize=(11, 3.6 + height), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[3.6, height])
-    for axis, name in zip(above.subplots(1, 2), ("FD-VGG16", "recall")):
-        score = measures.SCORES[name][0]
-        for place, arm in enumerate(arms):
-            axis.bar(place, tables.mean(rows, arm, score), color="C1" if arm.startswith("DiT") else "C0", alpha=0.5)
-            values = tables.values(rows, arm, score)
-            axis.plot([place] * len(values), values, "k.")
-        axis.set_xticks(range(len(arms)), arms, rotation=30, ha="right", fontsize=8)
-        axis.set(ylabel=f"{name} (dots: seeds)")
-        axis.grid(axis="y", alpha=0.3)
-    strips.plot_in(below, shown, arms)
-    return figure
+    return bars.plot_arms(rows, lambda arm: arm.startswith("DiT"))
 
 
 EXPERIMENT = Experiment(

@@ -177,7 +177,10 @@ def config_from_autoencoder(
 
 @lru_cache(maxsize=64)  # tracing a UNet takes seconds
 def abstract_params(module: nn.Module) -> Mapping[str, Any]:
-    """A network's parameters as a tree of `jax.ShapeDtypeStruct`; InputError if its fields do not fit each other."""
+    """A network's parameters as a tree of `jax.ShapeDtypeStruct`; InputError if its fields do not fit each other.
+
+    Equal networks share the tree, which must not be changed.
+    """
     named = {}
     if isinstance(module, UNet):
         inputs = _zeros(1, module.in_channels), np.zeros(1), np.zeros((1, 1, module.cross_attention_dim), np.float32)

@@ -101,7 +101,10 @@ def update_if_finite(
 
 @lru_cache(maxsize=8)  # a job needs them three times, and tracing a network takes seconds
 def state_shapes(stage: Any) -> Any:
-    """The shapes of the state before a stage's first step, whose `init` needs a key alone."""
+    """The shapes of the state before a stage's first step, whose `init` needs a key alone.
+
+    Equal stages share the tree, which must not be changed.
+    """
     return jax.eval_shape(stage.init, jax.random.key(0))
 
 

@@ -24,20 +24,19 @@ def run(trained_run, tmp_path):
 @pytest.mark.slow
 def test_more_steps_end_as_a_run_of_so_many(tiny_data, tmp_path, capsys):
     """With a constant learning rate; of a decaying one, the decay is that of the new number of steps."""
-    run = tmp_path / "run"
-    constant = ("--config.diffusion.decay=constant", "--config.autoencoder.type=none", "--config.stages=('diffusion',)")
-    assert jobs.train_here(tiny_data, run, *constant) == 0
-    assert jobs.train_here(tiny_data, run, *constant, MORE) == 0
+    run, constant = tmp_path / "run", "--config.diffusion.decay=constant"
+    assert jobs.train_here(tiny_data, run, constant) == 0
+    assert jobs.train_here(tiny_data, run, constant, MORE) == 0
     assert "All is done" not in capsys.readouterr().out
     assert load_latest(run / "diffusion")["step"] == 12
     whole = tmp_path / "whole"
-    assert jobs.train_here(tiny_data, whole, *constant, MORE) == 0
-    jobs.assert_same_training(run, whole, stages=("diffusion",))
+    assert jobs.train_here(tiny_data, whole, constant, MORE) == 0
+    jobs.assert_same_training(run, whole)
     for name, array in jobs.samples(whole).items():
         np.testing.assert_array_equal(jobs.samples(run)[name], array)
     assert read_json(run / "data.json")["earlier"][-1]["diffusion.steps"] == 8
     capsys.readouterr()
-    assert jobs.train_here(tiny_data, run, *constant, MORE) == 0
+    assert jobs.train_here(tiny_data, run, constant, MORE) == 0
     assert "All is done" in capsys.readouterr().out
 
 

@@ -94,8 +94,7 @@ def test_a_sweep_of_classifier_guidance_compiles_once(model):
 def test_training_compiles_one_step(which):
     """A stage made anew of an equal config has it too."""
     config = tiny.get_config().unlock()
-    config.unet.block_out_channels, config.unet.attention = (8,), (False,)
-    config.autoencoder.mid_block_attention = False
+    config.unet.attention = (False,)
     config[which].learning_rate = 0.0123  # another than in any other test, whose step would be shared
     images, labels = tiny.pictures(16)
 

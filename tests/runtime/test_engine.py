@@ -37,8 +37,6 @@ STEPS = 3
 
 def tiny_config(**changes):
     config = tiny.get_config().unlock()
-    config.unet.block_out_channels, config.unet.attention = (8,), (True,)
-    config.autoencoder.mid_block_attention = False
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return config
 

@@ -11,16 +11,15 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.sampling.recipe import Guidance, default_recipe, with_guidance
 
-CFGPP = {"unet.block_out_channels": (8,), "unet.attention": (True,)}
 FLOW = {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow"}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    random_runs.random_run(folder / "classes", CFGPP)
-    random_runs.random_run(folder / "unconditional", CFGPP, class_names=())
-    random_runs.random_run(folder / "mean_flow", CFGPP | FLOW | {"diffusion.objective": "mean_flow"})
+    random_runs.random_run(folder / "classes")
+    random_runs.random_run(folder / "unconditional", class_names=())
+    random_runs.random_run(folder / "mean_flow", FLOW | {"diffusion.objective": "mean_flow"})
     return folder
 
 

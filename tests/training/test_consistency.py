@@ -22,7 +22,6 @@ from ldm_jax.pipeline.trainable import LoRA, Parts, trainable_of
 from ldm_jax.runtime.files import read_json
 from ldm_jax.training.from_config import make_diffusion_stage
 
-SMALL = {"unet.block_out_channels": (8,), "unet.attention": (True,)}
 ROWS = np.arange(8, dtype=np.int32)
 BATCH = {"label": ROWS % 4, "id": ROWS, "step": np.int32(0)}
 BATCH |= {"moments": np.random.default_rng(0).normal(size=(8, 1, 4, 4, 4)).astype(np.float32)}
@@ -36,11 +35,11 @@ BASES = {
 @cache
 def distillation(base="eps", lora=0):
     """A stage, the teacher's parameters, the first state and the frozen arrays."""
-    config = random_runs.random_config(SMALL | BASES[base]).unlock()
+    config = random_runs.random_config(BASES[base]).unlock()
     config.diffusion.objective, config.init_from, config.lora.rank = "consistency", "base", lora
     config.consistency.guidance_min, config.consistency.guidance_max = 2.0, 3.0
     config.diffusion.label_dropout = 0.3
-    model, params = random_runs.random_model(SMALL | BASES[base])
+    model, params = random_runs.random_model(BASES[base])
     stage = make_diffusion_stage(model, trainable_of(config, model), config)
     state = jax.jit(lambda key: stage.init(key, params))(jax.random.key(0))
     frozen = stage.trainable.frozen(params) | {"table": np.arange(5, dtype=np.int32)}
@@ -123,7 +122,7 @@ def flags(base, data, workdir, *changes):
 @pytest.mark.slow
 def test_a_run(tiny_data, tmp_path):
     """It ends as a model that is sampled by `lcm` in four steps, and so is its export."""
-    base, run, out = random_runs.random_run(tmp_path / "base", SMALL), tmp_path / "run", tmp_path / "out"
+    base, run, out = random_runs.random_run(tmp_path / "base"), tmp_path / "run", tmp_path / "out"
     assert command_line.run(train.main, flags(base, tiny_data, run)) == 0
     (_, before), (model, after) = load(base), load(run)
     assert (model.defaults.sampler, model.defaults.steps, model.defaults.guidance) == ("lcm", 4, 1.0)
@@ -142,7 +141,7 @@ def test_a_run(tiny_data, tmp_path):
 @pytest.mark.slow
 def test_a_run_of_lora(tiny_data, tmp_path):
     """Its file makes the base the same model of few steps."""
-    base, run = random_runs.random_run(tmp_path / "base", SMALL), tmp_path / "run"
+    base, run = random_runs.random_run(tmp_path / "base"), tmp_path / "run"
     assert command_line.run(train.main, flags(base, tiny_data, run, "lora.rank=2", "diffusion.ema_decay=0.0")) == 0
     assert len(read_lora(run / "pytorch_lora_weights.safetensors")) == 8 * 4  # layers of attention
     command = ["sample", f"--model={base}", f"--lora={run}/pytorch_lora_weights.safetensors", "--sampler=lcm"]

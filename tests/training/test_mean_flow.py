@@ -24,8 +24,6 @@ FIELDS = {
     "diffusion.prediction": "flow",
     "diffusion.timestep_sampling": "logit_normal",
     "diffusion.timestep_mean": -0.4,
-    "unet.block_out_channels": (8,),
-    "unet.attention": (True,),
     "sampling.steps": 1,
     "sampling.guidance": 1.0,
 }
