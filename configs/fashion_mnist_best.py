@@ -40,6 +40,8 @@ def get_config() -> ConfigDict:
     diffusion.ema_decay = 0.9995
 
     config.sampling.steps = 25
+    config.sampling.guidance = 1.75
+    config.sampling.guide_step = 0
     config.sampling.batch_size = 1_024
     config.sampling.progress_every = 5_000
     config.evaluation.batch_size = 512

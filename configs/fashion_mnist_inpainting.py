@@ -17,4 +17,6 @@ def get_config() -> ConfigDict:
     """The main job with concat conditioning on images with masked random boxes."""
     config = fashion_mnist.get_config().unlock()
     config.concat.type = "inpainting"
+    config.sampling.guidance = 1.75
+    config.sampling.guide_step = 0
     return config.lock()

@@ -34,4 +34,5 @@ def get_config() -> ConfigDict:
     sampling.sampler = "ddim"
     sampling.steps = 1
     sampling.guidance = 1.0
+    sampling.guide_step = 0
     return config.lock()

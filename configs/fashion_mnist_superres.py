@@ -20,4 +20,5 @@ def get_config() -> ConfigDict:
     config.concat.type = "low_resolution"
     config.concat.factor = 4
     config.sampling.guidance = 1.0
+    config.sampling.guide_step = 0
     return config.lock()

@@ -133,6 +133,7 @@ def define_sampling_flags(values: flags.FlagValues, *, num: int) -> None:
     boolean("cfgpp", default=False, help="CFG++ (Chung 2024): --guidance is lambda, 0 to 1, default 0.6")
     guide = "autoguidance: a weaker model, PATH or RUN@STEP, from which --guidance leads away"
     string("guide_model", help=guide)
+    boolean("guide_null", default=False, help="autoguidance: the weaker model has the null condition")
     number("guidance_rescale", help="guidance rescale phi (Lin 2023): 0 none ... 1 full", **SHARE)
     number("threshold", help="pixel models: dynamic thresholding quantile, e.g. 0.995", **SHARE)
     string("spacing", help=f"of the timesteps: {', '.join(SPACINGS)}")

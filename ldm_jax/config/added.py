@@ -43,6 +43,7 @@ ADDED: dict[str, Any] = {
     "parallel.fsdp": 0,
     "parallel.accumulate": 1,
     "parallel.remat": False,
+    "sampling.guide_step": 0,
 }
 
 # The sections that are new; a config that lacks another section is of a version before 0.2.

@@ -247,6 +247,9 @@ def _sampling(config: ConfigDict) -> None:
     sampling.churn = 0.0  # edm only: S_churn (Karras 2022); 0 = deterministic, heun (in sigma / alpha)
     sampling.guidance = 1.5  # classifier-free guidance scale; 1 = no guidance
     sampling.guidance_interval = (0.0, 1.0)  # the range of t / T with guidance
+    # Autoguidance (Karras 2024) by this run's checkpoint of so many steps, which is kept, with the null condition, in
+    # place of classifier-free guidance. 0 = none; no effect in a training that is not longer.
+    sampling.guide_step = 0
     sampling.guidance_rescale = 0.0  # guidance rescale phi (Lin 2023); 0 = none, 1 = full
     sampling.threshold = 0.0  # pixel space only: quantile of dynamic thresholding (Saharia 2022); 0 = clip to [-1, 1]
     # Text-to-image: prompts of the samples, repeated in turn; () = the first captions of the split that differ, or

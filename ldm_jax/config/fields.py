@@ -51,8 +51,8 @@ _FIELDS_IN_RANGE = {
         data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size autoencoder.loss.perceptual_start
         autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight diffusion.snr_gamma lora.rank lora.alpha
         mean_flow.guidance consistency.guidance_min consistency.guidance_max
-        sampling.num sampling.churn sampling.guidance sampling.progress_every evaluation.vlb_examples *.learning_rate
-        *.warmup_steps *.weight_decay *.clip_norm parallel.fsdp""",
+        sampling.num sampling.churn sampling.guidance sampling.guide_step sampling.progress_every
+        evaluation.vlb_examples *.learning_rate *.warmup_steps *.weight_decay *.clip_norm parallel.fsdp""",
     (1, None): """
         autoencoder.latent_channels autoencoder.layers_per_block autoencoder.norm_num_groups
         autoencoder.loss.perceptual_every autoencoder.discriminator.channels autoencoder.discriminator.layers

@@ -73,8 +73,21 @@ def _validate_combinations(config: ConfigDict) -> None:
         raise _wrong(config, "sampling.threshold", rule)
     if config.sampling.steps > diffusion.timesteps:
         raise _wrong(config, "sampling.steps", f"it must be at most config.diffusion.timesteps = {diffusion.timesteps}")
+    _validate_guide(config)
     _validate_objective(config)
     _validate_parallel(config)
+
+
+def _validate_guide(config: ConfigDict) -> None:
+    """sampling.guide_step, of a training that is longer."""
+    step, every = config.sampling.guide_step, config.checkpoint_every
+    if not 0 < step < config.diffusion.steps:
+        return
+    if step % every:
+        raise _wrong(config, "sampling.guide_step", f"it must be a multiple of config.checkpoint_every = {every}, or 0")
+    if config.diffusion.objective != "diffusion":
+        rule = f"a model with config.diffusion.objective={config.diffusion.objective} is not guided: it must be 0"
+        raise _wrong(config, "sampling.guide_step", rule)
 
 
 # Each objective but diffusion: the fields that must have one value, and why.

@@ -73,6 +73,7 @@ def sampling_defaults(config: ConfigDict, solvers: Mapping[str, Solver | str]) -
         solvers = {**solvers, sampling.sampler: solver._replace(options={**solver.options, **own})}
     return SamplingDefaults(
         **_fields(sampling, "sampler", "steps", "guidance", "guidance_rescale", "threshold", "batch_size"),
+        guide_step=sampling.guide_step,
         solvers=solvers,
         guidance_interval=tuple(sampling.guidance_interval),
         crop=config.data.crop,

@@ -48,6 +48,7 @@ class SamplingDefaults(NamedTuple):
     guidance: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
+    guide_step: int = 0  # updates of the run's own earlier checkpoint that guides; 0 = classifier-free guidance
     threshold: float = 0.0
     batch_size: int = 1
     crop: str = "center"  # of images resized to the model's size: see `data.images.fit`

@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from ldm_jax.config import io as config_io
 from ldm_jax.config.fields import SCHEDULE
@@ -89,15 +90,24 @@ class Checkpoints:
     """The newest `keep` checkpoints of a run's stage, in one folder. A context manager: saves are asynchronous."""
 
     def __init__(
-        self, folder: Path, *, keep: int | None, identity: dict[str, str], earlier: Collection[dict[str, str]] = ()
+        self,
+        folder: Path,
+        *,
+        keep: int | None,
+        identity: dict[str, str],
+        earlier: Collection[dict[str, str]] = (),
+        always: Collection[int] = (),
     ) -> None:
         """`earlier` are identities before a change of the fields that may change (see `config.io.CONTINUED`).
 
-        `keep` None keeps all checkpoints.
+        `keep` None keeps all checkpoints; those of the steps in `always` are kept besides.
         """
         self.folder, self._workdir = _place(folder), folder.parent
         self._identity, self._earlier = identity, tuple(earlier)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        policies = [preservation.LatestN(n=keep), preservation.CustomSteps(steps=always)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation.AnyPreservationPolicy(policies=policies), cleanup_tmp_directories=True
+        )
         with store.run_errors(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 

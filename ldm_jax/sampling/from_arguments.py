@@ -8,7 +8,7 @@ import numpy as np
 from ldm_jax.errors import InputError
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
-from ldm_jax.sampling.recipe import Recipe, default_recipe, solving_defaults, with_guidance
+from ldm_jax.sampling.recipe import Recipe, default_recipe, solving_defaults, with_guidance, without_guide_model
 
 
 def recipe_from_arguments(
@@ -49,6 +49,8 @@ def recipe_from_arguments(
     labels = list(range(len(prompts))) if texts else label_indices("labels", labels, model.class_names)
     recipe = default_recipe(model, num or len(labels) or 1, seed, labels, prompts, sampler)
     own = recipe.guidance
+    if negative_prompt is not None or (guidance is not None and guidance < 1):
+        own = without_guide_model(own)
     scale = own.scale if guidance is None else guidance
     if not (np.isfinite(scale) and scale >= 0):
         raise InputError(f"guidance is {scale}; it must be a finite number, 0 or more")

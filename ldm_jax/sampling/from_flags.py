@@ -23,6 +23,7 @@ from ldm_jax.sampling.recipe import (
     default_recipe,
     solving_defaults,
     with_guidance,
+    without_guide_model,
 )
 
 INTERPOLATED = 8  # default of --num with --to_prompt
@@ -81,10 +82,15 @@ def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, pr
     if values.guidance not in (None, 1.0) and not (conditional or values.guide_model):
         needs = "needs a model with classes, or --guide_model; this one has none"
         raise InputError(f"--guidance={values.guidance} {needs}")
+    others = (values.cfgpp, values.classifier, values.clip, values.refiner, values.negative_prompt is not None)
+    if any((*others, values.negative_label is not None, 0 <= _or(values.guidance, 1) < 1)):
+        defaults = without_guide_model(defaults)
     scales = {"classifier_scale": "classifier", "clip_guidance_scale": "clip"}
     for scale, name in scales.items():
         if values[scale].value is not None and not values[name].value:
             raise InputError(f"--{scale} needs --{name}, a run folder with such a model")
+    if values.guide_null and not (conditional and values.guide_model):
+        raise InputError("--guide_null needs --guide_model, and a model with classes or texts")
     if values.clip and not prompts:
         raise InputError(f'--clip={values.clip} needs a text to guide to, e.g. --prompt="red cat"')
     return Guidance(
@@ -94,7 +100,8 @@ def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, pr
         negative_prompt=values.negative_prompt,
         parallel=_or(values.guidance_parallel, defaults.parallel),
         max_norm=_or(values.guidance_max_norm, defaults.max_norm),
-        guide_model=values.guide_model or None,
+        guide_model=defaults.guide_model if values.guide_model is None else values.guide_model or None,
+        guide_null=values.guide_null or (values.guide_model is None and defaults.guide_null),
         cfgpp=values.cfgpp,
         **{name: values[name].value or None for name in scales.values()},
         **{scale: _or(values[scale].value, 1.0 if values[name].value else 0.0) for scale, name in scales.items()},

@@ -134,7 +134,7 @@ def guide_model_for(recipe: Recipe, model: LatentDiffusion, params: Params) -> G
     where, guidance = f"--guide_model={recipe.guidance.guide_model}", recipe.guidance
     if guidance.negative_prompt is not None or guidance.negative_label is not None:
         raise InputError(f"{where} takes the place of a null or negative condition; leave that out")
-    guide, its_params = _load_guide_model(guidance.guide_model, recipe.dtype)
+    guide, its_params = _load_guide_model(guidance.guide_model, recipe.dtype, model.origin.path)
     same_labels = type(guide.conditioning) is type(model.conditioning) and guide.class_names == model.class_names
     if not same_labels or (
         isinstance(model.conditioning, TextConditioning) and guide.conditioning != model.conditioning
@@ -154,14 +154,17 @@ def guide_model_for(recipe: Recipe, model: LatentDiffusion, params: Params) -> G
     return GuideModel(guide, {name: its_params[name] for name in ("denoiser", "conditioning")})
 
 
-def _load_guide_model(where: str, dtype: str) -> tuple[LatentDiffusion, Params]:
-    """The model of PATH or RUN@STEP and its parameters; raises InputError."""
+def _load_guide_model(where: str, dtype: str, own: Path | None) -> tuple[LatentDiffusion, Params]:
+    """The model of PATH, RUN@STEP or @STEP, of the run folder `own`, and its parameters; raises InputError."""
     run, _, step = where.rpartition("@")
+    run, of_own = run or str(own), not run
     at_step = step.isdecimal() and is_run(Path(run)) and not Path(where).exists()
+    without = '; --guide_model="" samples without it, as does --config.sampling.guide_step=0' if of_own else ""
     try:
         guide, params = load(run, dtype, step=int(step)) if at_step else load(where, dtype)
     except InputError as error:
-        raise InputError(f"--guide_model: {error}") from error
+        raise InputError(f"--guide_model: {error}{without}") from error
     if at_step and guide.origin.step != int(step):
-        raise InputError(f"--guide_model={where}: the run has no checkpoint of that step, but of {guide.origin.step}")
+        no_step = f"the run has no checkpoint of that step, but of {guide.origin.step}"
+        raise InputError(f"--guide_model={where}: {no_step}{without}")
     return guide, params

@@ -72,6 +72,7 @@ def sample_inputs(
         z0=np.zeros(shape, np.float32),
         mask=np.ones((*shape[:2], 1), bool),
         projection=Projection(np.float32(guidance.parallel), np.float32(guidance.max_norm or np.inf)),
+        guide_null=np.bool_(guidance.guide_null),
     )
     return labels, SampleInputs(samples, shared, recipe.seed, scaled_initial_noise=solver.scaled_initial_noise)
 

@@ -42,7 +42,9 @@ class Guidance(NamedTuple):
     clip_guidance_scale: float = 0.0
     parallel: float = 1.0  # adaptive projected guidance: see `guidance.Projection`
     max_norm: float = 0.0  # and its limit; 0 = none
-    guide_model: str | None = None  # PATH[@STEP] of the weaker model of autoguidance, in place of the null condition
+    # The weaker model of autoguidance, in place of the null condition: PATH[@STEP], or @STEP of the model's own run.
+    guide_model: str | None = None
+    guide_null: bool = False  # this weaker model has the null condition, as in classifier-free guidance
     cfgpp: bool = False  # CFG++ (see `guidance.cfg_plus_plus`), of which scale is lambda
 
 
@@ -104,12 +106,19 @@ def default_recipe(
 ) -> Recipe:
     """The recipe of a model's own sampling defaults, or those of another sampler; raises InputError for one without."""
     defaults = model.defaults
+    guidance = Guidance(defaults.guidance, list(defaults.guidance_interval), defaults.guidance_rescale)
+    if 0 < defaults.guide_step < model.origin.step:
+        guidance = guidance._replace(guide_model=f"@{defaults.guide_step}", guide_null=True)
     return Recipe(
         num, seed, labels, prompts, list(model.image_shape[:2]), model.dtype,
-        solving=solving_defaults(model, sampler or defaults.sampler),
-        guidance=Guidance(defaults.guidance, list(defaults.guidance_interval), defaults.guidance_rescale),
+        solving=solving_defaults(model, sampler or defaults.sampler), guidance=guidance,
         concat=ConcatInput(split=defaults.concat_split), ema_sigma_rel=model.origin.ema_sigma_rel,
     )  # fmt: skip
+
+
+def without_guide_model(guidance: Guidance) -> Guidance:
+    """The guidance with classifier-free guidance in place of autoguidance."""
+    return guidance._replace(guide_model=None, guide_null=False)
 
 
 def solving_defaults(model: LatentDiffusion, sampler: str, steps: int | None = None) -> Solving:
@@ -130,7 +139,7 @@ def with_guidance(model: LatentDiffusion, recipe: Recipe) -> Recipe:
     guidance = recipe.guidance
     if model.guidance_dim is not None:
         own = {"negative_prompt": None, "rescale": 0.0, "interval": [0.0, 1.0]}
-        own |= {"parallel": 1.0, "max_norm": 0.0, "guide_model": None, "cfgpp": False}
+        own |= {"parallel": 1.0, "max_norm": 0.0, "guide_model": None, "guide_null": False, "cfgpp": False}
         for name in (name for name, value in own.items() if getattr(guidance, name) != value):
             why = "the guidance scale is an input of this model, which is called once a step"
             raise InputError(f"the guidance option {name} is for classifier-free guidance; {why}")

@@ -62,6 +62,7 @@ class Shared(NamedTuple):
     z0: np.ndarray  # [h, w, c] float32 clean latents of the known region
     mask: np.ndarray  # bool [h, w, 1]: True = sampled, False = known
     projection: Projection = PLAIN  # scalars: of adaptive projected guidance
+    guide_null: np.ndarray = np.bool_(False)  # [] bool: null_cond is the condition of autoguidance's weaker model
 
 
 class SampleInputs(NamedTuple):
@@ -131,7 +132,8 @@ def guided_denoiser(
 
     `params` has "classifier", "clip" and "guide_model" of the guidance models. The first two go with
     `samples.classifier_scale` and `samples.clip_guidance_scale`; raises ValueError if only one of the two is there. The
-    `guide` is the weaker model of autoguidance, instead of classifier-free guidance; `cfgpp` is CFG++ instead of both.
+    `guide` is the weaker model of autoguidance, instead of classifier-free guidance, with the condition of the samples
+    or, with `shared.guide_null`, the null condition; `cfgpp` is CFG++ instead of both.
     """
     for name, module in (("classifier_scale", classifier), ("clip_guidance_scale", clip)):
         if (getattr(samples, name) is None) != (module is None):
@@ -143,13 +145,15 @@ def guided_denoiser(
     options["projection"] = shared.projection
     denoise, cond = _conditional(model, params, samples, concat)
     if guide is None:
-        null_cond = model.conditioning.encode(params["conditioning"], shared.null_cond) | concat
+        null_cond = _null(model, params, shared, concat)
         if cfgpp:
             denoise = guidance.cfg_plus_plus(denoise, cond, null_cond, scale, interval=interval)
         else:
             denoise = guidance.classifier_free(denoise, cond, null_cond, scale, **options)
     else:
         weak, weak_cond = _conditional(guide, params["guide_model"], samples, concat)
+        weak_null = _null(guide, params["guide_model"], shared, concat)
+        weak_cond = jax.tree.map(partial(jnp.where, shared.guide_null), weak_null, weak_cond)
         denoise = guidance.autoguided(
             lambda z_t, level, denoise=denoise: denoise(z_t, level, cond),
             lambda z_t, level: weak(z_t, level, weak_cond),
@@ -187,6 +191,11 @@ def _conditional(
         cond = interpolate(cond, other, samples.interpolate_weight)
     network = from_network(partial(apply_denoiser, model, params), model.prediction, model.process)
     return over_interval(network) if model.mean_flow else network, cond | concat
+
+
+def _null(model: LatentDiffusion, params: Params, shared: Shared, concat: dict[str, Any]) -> dict[str, Any]:
+    """The null condition, or a negative one, broadcastable to that of the samples."""
+    return model.conditioning.encode(params["conditioning"], shared.null_cond) | concat
 
 
 def clip_logits(clip: CLIP, params: Any, x: jax.Array, text_embeds: jax.Array) -> jax.Array:

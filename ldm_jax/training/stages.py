@@ -227,8 +227,9 @@ def _train(
     options |= {field: config[field] for field in ("seed", "log_every", "checkpoint_every")}
     options |= {"steps": steps, "feed": feed, "frozen": frozen, "after_step": after_step, "engine": engine}
     folder, keep = run.workdir / name, config.keep_checkpoints
+    always = [config.sampling.guide_step] if name == "diffusion" and config.sampling.guide_step else []
     with (
-        Checkpoints(folder, keep=keep, identity=recorded, earlier=earlier) as checkpoints,
+        Checkpoints(folder, keep=keep, identity=recorded, earlier=earlier, always=always) as checkpoints,
         _snapshots(run, name, recorded) as averages,
     ):
         options |= {"begin": averages.begin} if averages else {}

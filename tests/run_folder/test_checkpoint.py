@@ -64,6 +64,15 @@ def test_a_state_of_another_model_is_refused(state):
         unflatten(flat, state, where="there")
 
 
+def test_the_newest_checkpoints_are_kept_and_those_of_given_steps(state, tmp_path):
+    for always, kept in (((), {5, 6}), ((2, 4), {2, 4, 5, 6})):
+        folder = tmp_path / str(len(always))
+        with Checkpoints(folder, keep=2, identity={}, always=always) as checkpoints:
+            for step in range(1, 7):
+                checkpoints.save(state.replace(step=np.int32(step)))
+        assert {int(path.name) for path in folder.glob("[0-9]*")} == kept
+
+
 def test_a_half_trained_state_is_restored_whole_and_by_its_own_run_alone(state, tmp_path):
     config = tiny.get_config()
     recorded = identity(config, "diffusion") | {"init_from": "abc"}

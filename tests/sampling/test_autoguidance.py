@@ -12,12 +12,16 @@ import random_runs
 from ldm_jax import command_line, sample
 from ldm_jax.diffusion.denoiser import from_network
 from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.export.run_folder import write_run
+from ldm_jax.pipeline.from_exported import Record
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import apply_denoiser
+from ldm_jax.sampling.from_arguments import recipe_from_arguments
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.sampling.sampler import PerSample, Shared, guided_denoiser
 
 SMALL = {"unet.context_dim": 4}
+GUIDED = {"sampling.guide_step": 4, "checkpoint_every": 4, "sampling.guidance": 2.0}  # by its own earlier checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,21 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory):
+    """A run whose config has autoguidance by its checkpoint of step 4, of other parameters than the last one's."""
+    folder = tmp_path_factory.mktemp("guided")
+    run_folder = random_runs.random_run(folder / "run", GUIDED)
+    model, params = random_runs.random_model(GUIDED)
+    earlier = params | {"denoiser": jax.tree.map(lambda leaf: leaf[..., ::-1], params["denoiser"])}
+    (folder / "earlier").mkdir()
+    data = {"class_names": list(model.class_names), "train": 64, "test": 16}
+    record = Record(model.origin.config, data, step=4, autoencoder_step=8, measured_on="tiny/train")
+    write_run(model, earlier, folder / "earlier", record)
+    shutil.copytree(folder / "earlier" / "diffusion" / "4", run_folder / "diffusion" / "4")
+    return run_folder
+
+
 def run(model, out, *flags):
     command = ["sample", f"--model={model}", f"--out={out}", "--steps=3", "--num=4", "--nosave_trajectory", *flags]
     return command_line.run(sample.main, command)
@@ -44,24 +63,26 @@ def sampled(model, out, *flags):
     return jobs.samples(out)["images"].astype(int)
 
 
-def test_the_guided_denoiser_is_that_of_its_parts(runs):
+@pytest.mark.parametrize("guide_null", [False, True])
+def test_the_guided_denoiser_is_that_of_its_parts(guide_null, runs):
     (model, params), (weak, weak_params) = load(runs / "strong"), load(runs / "weak")
     assert weak.denoiser != model.denoiser
     rng = np.random.default_rng(0)
     z_t, labels = rng.normal(size=(4, *model.latent_shape)).astype(np.float32), np.arange(4, dtype=np.int32)
     scale = np.float32([1, 2, 3, 0])
     shared = Shared(np.array([4], np.int32), np.float32([0, 1]), np.float32(0), np.float32(0), np.float32(np.inf),
-                    np.zeros(model.latent_shape, np.float32), np.ones((*model.latent_shape[:2], 1), bool))  # fmt: skip
+                    np.zeros(model.latent_shape, np.float32), np.ones((*model.latent_shape[:2], 1), bool),
+                    guide_null=np.bool_(guide_null))  # fmt: skip
     level = NoiseLevel(*np.float32([7, model.process.alpha[7], model.process.sigma[7]]))
     denoise = guided_denoiser(model, params | {"guide_model": weak_params}, PerSample(labels, labels, scale), shared,
                               guide=weak)  # fmt: skip
 
-    def z0(model, params):
+    def z0(model, params, labels):
         cond = model.conditioning.encode(params["conditioning"], labels)
         network = lambda z, t, cond: apply_denoiser(model, params, z, t, cond)  # noqa: E731
         return from_network(network, model.prediction, model.process)(z_t, level, cond)
 
-    strong, other = z0(model, params), z0(weak, weak_params)
+    strong, other = z0(model, params, labels), z0(weak, weak_params, np.full(4, 4) if guide_null else labels)
     expected = other + scale[:, None, None, None] * (strong - other)
     np.testing.assert_allclose(jax.jit(denoise)(z_t, level), expected, rtol=1e-4, atol=1e-4)
 
@@ -106,6 +127,58 @@ def test_an_unconditional_model_is_guided_too(runs, tmp_path):
     assert np.abs(plain - projected).max() <= 1
 
 
+def test_a_run_is_guided_by_its_own_earlier_checkpoint_as_its_config_says(guided, tmp_path):
+    default = sampled(guided, tmp_path / "default")
+    guidance = read_recipe(tmp_path / "default" / "samples.png")["guidance"]
+    assert (guidance["guide_model"], guidance["guide_null"], guidance["scale"]) == ("@4", True, 2.0)
+    by_flags = [f"--guide_model={guided}@4", "--guide_null", "--guidance=2"]
+    np.testing.assert_array_equal(sampled(guided, tmp_path / "flags", *by_flags), default)
+    for name, *flags in (("null", "--guide_model="), ("same condition", by_flags[0]), ("scale", "--guidance=4")):
+        assert np.abs(sampled(guided, tmp_path / name, *flags) - default).max() > 1
+    moved = shutil.copytree(guided, tmp_path / "moved")
+    again = ["sample", f"--model={moved}", f"--out={tmp_path}/c", f"--from_recipe={tmp_path}/default/samples.png"]
+    assert command_line.run(sample.main, again) == 0
+    np.testing.assert_array_equal(jobs.samples(tmp_path / "c")["images"], default)
+
+
+@pytest.mark.parametrize("flags", [["--negative_label=1"], ["--guidance=0"], ["--cfgpp", "--sampler=ddim"]])
+def test_other_rules_of_guidance_take_the_place_of_the_config_s(flags, guided, tmp_path):
+    sampled(guided, tmp_path / "out", *flags)
+    guidance = read_recipe(tmp_path / "out" / "samples.png")["guidance"]
+    assert (guidance["guide_model"], guidance["guide_null"]) == (None, False)
+
+
+def test_arguments_that_take_the_place_of_the_config_s_guidance(guided):
+    model, _ = load(guided)
+    for arguments, expected in (({}, "@4"), ({"guidance": 3.0}, "@4"), ({"guidance": 0.5}, None)):
+        assert recipe_from_arguments(model, **arguments).guidance.guide_model == expected
+
+
+def test_an_earlier_checkpoint_that_is_missing_is_said(guided, tmp_path, capsys):
+    moved = shutil.copytree(guided, tmp_path / "moved")
+    shutil.rmtree(moved / "diffusion" / "4")
+    assert run(moved, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "--guide_model" in error and "--config.sampling.guide_step=0" in error
+    assert run(moved, tmp_path / "out", "--guide_model=") == 0
+
+
+def test_a_short_training_has_no_earlier_checkpoint(tmp_path):
+    short = random_runs.random_run(tmp_path / "short", GUIDED | {"sampling.guide_step": 500})
+    sampled(short, tmp_path / "out")
+    assert read_recipe(tmp_path / "out" / "samples.png")["guidance"]["guide_model"] is None
+
+
+@pytest.mark.slow
+def test_a_job_keeps_the_checkpoint_that_guides(tiny_data, tmp_path):
+    fields = ("checkpoint_every=2", "keep_checkpoints=1", "sampling.guide_step=2", "sampling.num=4",
+              "autoencoder.type=none", "stages=('diffusion',)", "evaluation.vlb_examples=0")  # fmt: skip
+    flags = (*(f"--config.{field}" for field in fields), jobs.NO_ATTENTION)
+    assert jobs.train_here(tiny_data, tmp_path / "run", *flags) == 0
+    assert {int(path.name) for path in (tmp_path / "run" / "diffusion").glob("[0-9]*")} == {2, 8}
+    assert read_recipe(tmp_path / "run" / "samples.png")["guidance"]["guide_model"] == "@2"
+
+
 def test_projected_guidance_from_the_command_line(runs, tmp_path):
     flags = ["--guidance=4", "--label=1"]
     plain, eta, limited, both = (
@@ -131,6 +204,7 @@ REFUSED = {  # flags, RUNS for the folder of runs -> what the line must say
     "another schedule": (["--guide_model=RUNS/flow"], "have other noise schedules: T 20 with sigma"),
     "other concat conditioning": (["--guide_model=RUNS/concat"], "has other concat conditioning than --model"),
     "other latents": (["--guide_model=RUNS/pixels"], "has other latents than --model"),
+    "the null condition without a weaker model": (["--guide_null"], "--guide_null needs --guide_model"),
     "a negative class": (["--guide_model=RUNS/weak", "--negative_label=1"], "takes the place of a null or negative"),
     "a refiner": (["--guide_model=RUNS/weak", "--refiner=RUNS/strong"], "must be text-to-image models"),
     "a spacing of rectified flow": (["--spacing=flow"], "sampling: the spacing flow is for rectified flow"),
