@@ -4,7 +4,8 @@
 
 One trained model at guidance scales from none to too high: classifier-free (Ho & Salimans 2022), within an interval of
 the timesteps (Kynkäänniemi 2024), and by a classifier of noisy latents (Dhariwal & Nichol 2021). With budget cpu, on
-the main job, also projected (Sadat 2024) and by an earlier checkpoint (Karras 2024), but not by a classifier.
+the main job, also projected (Sadat 2024) and by an earlier checkpoint (Karras 2024) with the same or the null
+condition, but not by a classifier.
 """
 
 import functools
@@ -36,6 +37,7 @@ class Setting(NamedTuple):
     classifier_scale: float = 0.0
     parallel: float = 1.0  # adaptive projected guidance: the part of the update along the prediction that is kept
     step: int = 0  # autoguidance: the step of the earlier checkpoint
+    null: bool = False  # which has the null condition
 
 
 FREE, WITHIN = "classifier-free", "classifier-free from 0.1 to 0.9"
@@ -47,17 +49,28 @@ SETTINGS = [
     *(Setting(BY_BOTH, s, 1.0, classifier_scale=s) for s in (1.0, 2.0, 4.0)),
 ]
 PROJECTED, EARLIER = "projected", "autoguidance by the checkpoint at step {}"
+EARLIER_NULL = "autoguidance by the null condition of the checkpoint at step {}, from 0.1 to 0.9"
 ON_MAIN_JOB = [
     *(Setting(FREE, w, w) for w in (1.0, 1.5, 2.0, 3.0)),
     *(Setting(WITHIN, w, w, (0.1, 0.9)) for w in (1.5, 1.75, 2.0, 3.0)),
     *(Setting(PROJECTED, w, w, parallel=0.0) for w in (2.0, 3.0)),
     *(Setting(EARLIER.format(step), w, w, step=step) for step in (500, 1_500) for w in (1.5, 2.0, 3.0)),
+    *(
+        Setting(EARLIER_NULL.format(step), w, w, (0.1, 0.9), step=step, null=True)
+        for step in (500, 1_000)
+        for w in (1.75, 2.0, 2.5)
+    ),
 ]
 ARMS = {f"{setting.method}, {setting.scale:g}": setting for setting in (*SETTINGS, *ON_MAIN_JOB)}
 MAIN_JOB_ARMS = [arm for arm, setting in ARMS.items() if setting in ON_MAIN_JOB]
 SMOKE_ARMS = (f"{FREE}, 1", f"{FREE}, 8", f"{BY_CLASSIFIER}, 8")
 SHOWN = (f"{FREE}, 1", f"{FREE}, 2", f"{FREE}, 8", f"{WITHIN}, 8", f"{BY_CLASSIFIER}, 0", f"{BY_CLASSIFIER}, 8")
-SHOWN_ON_MAIN_JOB = (f"{WITHIN}, 1.75", f"{PROJECTED}, 3", f"{EARLIER.format(500)}, 2", f"{EARLIER.format(1_500)}, 2")
+SHOWN_ON_MAIN_JOB = (
+    f"{WITHIN}, 1.75",
+    f"{PROJECTED}, 3",
+    f"{EARLIER.format(500)}, 2",
+    f"{EARLIER_NULL.format(500)}, 2",
+)
 BUDGETS = {  # steps of the classifier, images
     "smoke": (2, 10),
     "minutes": (2_500, 250),
@@ -107,7 +120,7 @@ def measure(workspace: Workspace, arm: str, seed: int) -> Row:
     guidance = make_guidance(setting.guidance, setting.interval)._replace(parallel=setting.parallel)
     guide = f"{workspace.shared_model()}@{setting.step}" if setting.step else None
     if workspace.budget == "cpu":
-        guidance = guidance._replace(guide_model=guide)
+        guidance = guidance._replace(guide_model=guide, guide_null=setting.null)
     else:  # one program for all: a scale of 0 is no guidance by the classifier
         classifier = str(classifier_of(workspace))
         guidance = guidance._replace(classifier=classifier, classifier_scale=setting.classifier_scale)

@@ -82,8 +82,8 @@ def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, pr
     if values.guidance not in (None, 1.0) and not (conditional or values.guide_model):
         needs = "needs a model with classes, or --guide_model; this one has none"
         raise InputError(f"--guidance={values.guidance} {needs}")
-    others = (values.cfgpp, values.classifier, values.clip, values.refiner, values.negative_prompt is not None)
-    if any((*others, values.negative_label is not None, 0 <= _or(values.guidance, 1) < 1)):
+    others = (values.cfgpp, values.classifier, values.clip, values.negative_prompt is not None)
+    if any((*others, _or(values.guidance, 1) < 1)):
         defaults = without_guide_model(defaults)
     scales = {"classifier_scale": "classifier", "clip_guidance_scale": "clip"}
     for scale, name in scales.items():
@@ -156,6 +156,8 @@ def with_edit_flags(recipe: Recipe, values: FlagValues, model: LatentDiffusion) 
     interpolates = values.to_prompt is not None and not values["num"].present
     size = _size(recipe, values, model, split)
     _print_cropped(values, model, size)
+    if values.guide_model is None and (values.refiner or values.negative_label is not None):
+        recipe = recipe._replace(guidance=without_guide_model(recipe.guidance))
     return recipe._replace(
         num=INTERPOLATED if interpolates else recipe.num,
         size=size,
