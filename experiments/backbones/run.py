@@ -34,7 +34,7 @@ BUDGETS = {  # seeds, seconds of training, images
     "smoke": ((0,), 1, 10),
     "cpu": ((0, 1, 2), 600, 5_000),
 }
-SAMPLER, STEPS, GUIDANCE = "unipc", 12, make_guidance(1.75, (0.1, 0.9))  # the main job's
+SAMPLER, STEPS, GUIDANCE = "unipc", 12, make_guidance(1.75, (0.1, 0.9))  # classifier-free
 
 
 class Cost(NamedTuple):

@@ -25,7 +25,7 @@ from ldm_jax.sampling.recipe import solving_defaults
 
 DISTILLED, MEAN_FLOW = "LCM", "MeanFlow"
 SOLVERS = {"DDIM": "ddim", "UniPC": "unipc", DISTILLED: "lcm", MEAN_FLOW: "ddim"}
-SCALE = 1.75  # of the guidance: the main job's
+SCALE = 1.75  # of classifier-free guidance
 GUIDED = make_guidance(SCALE, (0.1, 0.9))
 BUDGETS = {  # numbers of sampling steps; training steps of MeanFlow and of the distillation; images
     "smoke": ((1, 2), 2, 2, 10),

@@ -4,7 +4,7 @@
 
 Each prediction target with the noise schedule that it is used with in the literature, and the loss weights or the
 distribution of timesteps that were proposed for it: min-SNR (Hang 2023), logit-normal (Esser 2024). Unlike
-prediction_target, which isolates the target, all arms are sampled by UniPC in 12 steps with the main job's guidance.
+prediction_target, which isolates the target, all arms are sampled by UniPC in 12 steps with classifier-free guidance.
 """
 
 import sys

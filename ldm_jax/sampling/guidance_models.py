@@ -157,7 +157,7 @@ def guide_model_for(recipe: Recipe, model: LatentDiffusion, params: Params) -> G
 def _load_guide_model(where: str, dtype: str, own: Path | None) -> tuple[LatentDiffusion, Params]:
     """The model of PATH, RUN@STEP or @STEP, of the run folder `own`, and its parameters; raises InputError."""
     run, _, step = where.rpartition("@")
-    run, of_own = run or str(own), not run
+    run, of_own = run or str(own), where.startswith("@")
     at_step = step.isdecimal() and is_run(Path(run)) and not Path(where).exists()
     without = '; --guide_model="" samples without it, as does --config.sampling.guide_step=0' if of_own else ""
     try:
