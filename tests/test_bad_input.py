@@ -140,6 +140,15 @@ TRAIN = {  # flags -> what the line must say
         [TINY, "--config.checkpoint_every=4", "--config.sampling.guide_step=3"],
         "config.sampling.guide_step is 3; it must be a multiple of config.checkpoint_every = 4, or 0",
     ),
+    "a guiding step of another objective": (
+        [
+            TINY,
+            "--config.diffusion.objective=mean_flow",
+            "--config.checkpoint_every=4",
+            "--config.sampling.guide_step=4",
+        ],
+        "a model with config.diffusion.objective=mean_flow is not guided: it must be 0",
+    ),
     "LPIPS on a share that does not divide": ([TINY, "--config.autoencoder.loss.perceptual_every=3"], "must divide"),
     "a batch that does not divide over devices": ([TINY, "--config.diffusion.batch_size=6"], "the 4 devices"),
     "a batch that does not divide over micro-batches": (

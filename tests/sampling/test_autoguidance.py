@@ -8,6 +8,7 @@ import jobs
 import numpy as np
 import pytest
 import random_runs
+from absl.flags import FlagValues
 
 from ldm_jax import command_line, sample
 from ldm_jax.diffusion.denoiser import from_network
@@ -17,6 +18,7 @@ from ldm_jax.pipeline.from_exported import Record
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import apply_denoiser
 from ldm_jax.sampling.from_arguments import recipe_from_arguments
+from ldm_jax.sampling.from_flags import recipe_from_flags
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.sampling.sampler import PerSample, Shared, guided_denoiser
 
@@ -146,6 +148,21 @@ def test_other_rules_of_guidance_take_the_place_of_the_config_s(flags, guided, t
     sampled(guided, tmp_path / "out", *flags)
     guidance = read_recipe(tmp_path / "out" / "samples.png")["guidance"]
     assert (guidance["guide_model"], guidance["guide_null"]) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([], "@4"), (["--guidance=3"], "@4"), (["--guide_model="], None), (["--classifier=runs/classifier"], None),
+     (["--clip=runs/clip", "--prompt=red"], None), (["--guidance=0.5"], None)],
+)  # fmt: skip
+def test_recipes_of_flags_have_the_config_s_guidance_or_another(given, expected, guided):
+    """Without the editing flags, as `evaluate` has them."""
+    model, _ = load(guided)
+    values = FlagValues()
+    command_line.define_sampling_flags(values, num=4)
+    command_line.parse(values, ["evaluate", *given])
+    guidance = recipe_from_flags(model, values, [0, 1]).guidance
+    assert (guidance.guide_model, guidance.guide_null) == (expected, expected is not None)
 
 
 def test_arguments_that_take_the_place_of_the_config_s_guidance(guided):
