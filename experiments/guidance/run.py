@@ -69,7 +69,7 @@ SHOWN_ON_MAIN_JOB = (
     f"{WITHIN}, 1.75",
     f"{PROJECTED}, 3",
     f"{EARLIER.format(500)}, 2",
-    f"{EARLIER_NULL.format(500)}, 2",
+    f"{EARLIER_NULL.format(1_000)}, 2",
 )
 BUDGETS = {  # steps of the classifier, images
     "smoke": (2, 10),
