@@ -2,10 +2,9 @@
 
     python experiments/few_steps/run.py [--budget=smoke|cpu]
 
-The main job by DDIM and UniPC with classifier-free guidance, and by UniPC with its own autoguidance (Karras 2024); that
-model distilled to a latent consistency model (Luo 2023); and MeanFlow (Geng 2025) trained from nothing on the same
-latents for as long as the main job. A step of the main job is two network calls, because it is guided; a step of the
-other two is one call of a network that has learnt the guidance.
+The main job by DDIM and UniPC, with classifier-free guidance; that model distilled to a latent consistency model (Luo 2023); and
+MeanFlow (Geng 2025) trained from nothing on the same latents for as long as the main job. A step of the solvers calls
+the guided network, with and without condition; one of the others calls a network once, which has learnt the guidance.
 """
 
 import sys
@@ -18,21 +17,19 @@ from matplotlib.figure import Figure
 
 from configs import fashion_mnist_meanflow, lcm
 from experiments import measures, runner, scales, strips, tables
-from experiments.recipes import balanced_recipe, make_guidance
+from experiments.recipes import make_guidance
 from experiments.runner import Experiment, Row, Rows, Workspace
 from ldm_jax.pipeline.load import load
 from ldm_jax.run_folder.log import read_metrics
-from ldm_jax.sampling.guidance_models import guidance_models
-from ldm_jax.sampling.recipe import Guidance, solving_defaults
+from ldm_jax.sampling.recipe import solving_defaults
 
-AUTOGUIDED, DISTILLED, MEAN_FLOW = "UniPC with autoguidance", "LCM", "MeanFlow"
-MAIN_JOB = ("DDIM", "UniPC", AUTOGUIDED)
-SOLVERS = {"DDIM": "ddim", "UniPC": "unipc", AUTOGUIDED: "unipc", DISTILLED: "lcm", MEAN_FLOW: "ddim"}
-SCALE = 1.75  # of classifier-free guidance, at sampling and in the two trainings
-INTERVAL = (0.1, 0.9)
-BUDGETS = {  # numbers of sampling steps; training steps of MeanFlow and of the distillation; guide_step; images
-    "smoke": ((1, 2), 2, 2, 2, 10),
-    "cpu": ((1, 2, 4, 8, 16), 2_000, 1_000, 1_000, 5_000),  # 2,000 steps of MeanFlow take as long as the main job's 4,400
+DISTILLED, MEAN_FLOW = "LCM", "MeanFlow"
+SOLVERS = {"DDIM": "ddim", "UniPC": "unipc", DISTILLED: "lcm", MEAN_FLOW: "ddim"}
+SCALE = 1.75  # of classifier-free guidance
+GUIDED = make_guidance(SCALE, (0.1, 0.9))
+BUDGETS = {  # numbers of sampling steps; training steps of MeanFlow and of the distillation; images
+    "smoke": ((1, 2), 2, 2, 10),
+    "cpu": ((1, 2, 4, 8, 16), 2_000, 1_000, 5_000),  # 2,000 steps of MeanFlow take the time of the main job's 4,400
 }
 MEAN_FLOW_CHANGES = {"diffusion.batch_size": 64, "diffusion.learning_rate": 2e-3, "mean_flow.guidance": SCALE}
 LCM_CHANGES = {
@@ -54,7 +51,7 @@ def plan(budget: str) -> list[tuple[str, int]]:
 
 def run_folder(workspace: Workspace, method: str) -> Path:
     """The trained run of a method."""
-    _, mean_flow_steps, lcm_steps, _, _ = BUDGETS[workspace.budget]
+    _, mean_flow_steps, lcm_steps, _ = BUDGETS[workspace.budget]
     if method == DISTILLED:
         changes = LCM_CHANGES | {"init_from": str(workspace.shared_model()), "diffusion.steps": lcm_steps}
         return workspace.train("lcm", changes, lcm)
@@ -62,14 +59,6 @@ def run_folder(workspace: Workspace, method: str) -> Path:
         changes = MEAN_FLOW_CHANGES | {"autoencoder.checkpoint": str(workspace.shared_autoencoder())}
         return workspace.train("mean_flow", changes | {"diffusion.steps": mean_flow_steps}, fashion_mnist_meanflow)
     return workspace.shared_model()
-
-
-def guidance_of(workspace: Workspace, method: str) -> Guidance:
-    """The guidance of a method at sampling; the autoguidance is that of `configs/fashion_mnist.py`."""
-    if method == AUTOGUIDED:
-        guide = f"{workspace.shared_model()}@{BUDGETS[workspace.budget][3]}"
-        return make_guidance(2.0, INTERVAL)._replace(guide_model=guide, guide_null=True)
-    return make_guidance(SCALE, INTERVAL) if method in MAIN_JOB else make_guidance(1.0)
 
 
 def first(workspace: Workspace) -> None:
@@ -89,9 +78,8 @@ def measure(workspace: Workspace, arm: str, seed: int) -> Row:
     folder, num = run_folder(workspace, method), BUDGETS[workspace.budget][-1]
     model, params = load(folder)
     solving = solving_defaults(model, SOLVERS[method], int(steps))
-    guidance = guidance_of(workspace, method)
-    models = guidance_models(balanced_recipe(model, 1, guidance=guidance), model, params)
-    images = measures.make_sample(workspace, model, params, num, models)(seed=seed, solving=solving, guidance=guidance)
+    guidance = GUIDED if method in ("DDIM", "UniPC") else make_guidance(1.0)
+    images = measures.make_sample(workspace, model, params, num)(seed=seed, solving=solving, guidance=guidance)
     return {
         "method": method,
         "steps": int(steps),
@@ -109,7 +97,9 @@ def table(rows: Rows) -> str:
 def answer(rows: Rows) -> str:
     """FD of each method by its number of steps, and the two ratios to the best solver at most steps."""
     most = max(row["steps"] for row in rows.values())
-    lowest = min(measures.fd(row) for row in rows.values() if row["steps"] == most and row["method"] in MAIN_JOB)
+    lowest = min(
+        measures.fd(row) for row in rows.values() if row["steps"] == most and row["method"] in ("DDIM", "UniPC")
+    )
     few = {method: min(rows_of(rows, method), key=lambda row: abs(row["steps"] - 4)) for method in SOLVERS}
     one = next(row for row in rows_of(rows, MEAN_FLOW) if row["steps"] == 1)
     in_few = ", ".join(f"{method} {measures.fd(row):.1f}" for method, row in few.items())
