@@ -2,9 +2,9 @@
 
     python experiments/few_steps/run.py [--budget=smoke|cpu]
 
-The main job by DDIM and UniPC, with classifier-free guidance; that model distilled to a latent consistency model (Luo 2023); and
-MeanFlow (Geng 2025) trained from nothing on the same latents for as long as the main job. A step of the solvers calls
-the guided network, with and without condition; one of the others calls a network once, which has learnt the guidance.
+The main job by DDIM and UniPC, with classifier-free guidance; that model distilled to a latent consistency model (Luo
+2023); and MeanFlow (Geng 2025) trained from nothing on the same latents. A step of the solvers calls the guided
+network, with and without condition; one of the others calls a network once, which has learnt the guidance.
 """
 
 import sys
@@ -29,7 +29,7 @@ SCALE = 1.75  # of classifier-free guidance
 GUIDED = make_guidance(SCALE, (0.1, 0.9))
 BUDGETS = {  # numbers of sampling steps; training steps of MeanFlow and of the distillation; images
     "smoke": ((1, 2), 2, 2, 10),
-    "cpu": ((1, 2, 4, 8, 16), 2_000, 1_000, 5_000),  # 2,000 steps of MeanFlow take the time of the main job's 4,400
+    "cpu": ((1, 2, 4, 8, 16), 2_000, 1_000, 5_000),
 }
 MEAN_FLOW_CHANGES = {"diffusion.batch_size": 64, "diffusion.learning_rate": 2e-3, "mean_flow.guidance": SCALE}
 LCM_CHANGES = {
