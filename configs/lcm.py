@@ -11,7 +11,7 @@ job, is distilled on its data set:
     python -m ldm_jax.train --config=configs/lcm.py --config.init_from=runs/fashion_mnist --workdir=runs/lcm \
         --config.data.name=fashion_mnist --config.data.caption_key=none --config.data.image_size=28 \
         --config.data.channels=1 --config.data.test_split=test --config.diffusion.batch_size=64 \
-        --config.diffusion.learning_rate=1e-4 --config.consistency.guidance_min=1.75 \
+        --config.diffusion.learning_rate=3e-4 --config.consistency.guidance_min=1.75 \
         --config.consistency.guidance_max=1.75
 """
 
