@@ -1,6 +1,6 @@
 """One fixed network, run through a scheduler of diffusers and through our table, from the same noise."""
 
-from functools import cache
+from functools import cache, partial
 
 import diffusers
 import jax
@@ -53,6 +53,35 @@ def unit_start(scheduler):
     if hasattr(scheduler, "is_scale_input_called") or isinstance(scheduler, TWO_CALLS):
         return (scheduler.sigmas[0].double() ** 2 + 1) ** 0.5
     return 1.0
+
+
+def use_exact_kdpm2(scheduler):
+    """Corrects a KDPM2 scheduler of diffusers: it rounds the timesteps of Karras sigmas, and loses sigma_down.
+
+    The ancestral one has sigma_down = sqrt(sigma'^2 - sigma_up^2) in float32, nothing but rounding where sigma' / sigma
+    is small; it is sigma'^2 / sigma.
+    """
+    set_timesteps = scheduler.set_timesteps
+
+    def exact(steps):
+        set_timesteps(steps)
+        timestep = partial(scheduler._sigma_to_t, log_sigmas=np.asarray(scheduler.log_sigmas))
+        sigma = np.append(scheduler.sigmas[: 2 * steps : 2].double(), 0.0)
+        scheduler.timesteps = scheduler.timesteps.double()
+        if scheduler.config.use_karras_sigmas:
+            unrounded = torch.from_numpy(timestep(sigma[:-1]))
+            np.testing.assert_allclose(scheduler.timesteps[::2], unrounded, rtol=0, atol=0.501)
+            scheduler.timesteps[::2] = unrounded
+        if hasattr(scheduler, "sigmas_down"):
+            down = np.append(sigma[1:] ** 2 / sigma[:-1], 0.0)
+            between = np.sqrt(sigma * down)
+            up = np.sqrt(np.append(sigma[1:], 0.0) ** 2 - down**2)
+            for name, values in (("sigmas_down", down), ("sigmas_up", up), ("sigmas_interpol", between)):
+                repeated = np.concatenate([values[:1], values[1:].repeat(2), values[-1:]])
+                setattr(scheduler, name, torch.from_numpy(repeated))
+            scheduler.timesteps[1::2] = torch.from_numpy(timestep(between[:-2]))
+
+    scheduler.set_timesteps = exact
 
 
 def run_reference(scheduler, steps, start=unit_start, network=network, **step_options):

@@ -21,6 +21,7 @@ from parity.fixed_network import (
     run_reference,
     share_alpha_bar,
     solver,
+    use_exact_kdpm2,
     variance_output,
 )
 
@@ -259,11 +260,11 @@ PLACES = [("leading", 1, 10), ("trailing", 0, 7), ("linspace", 0, 20)]
 )
 @pytest.mark.parametrize("solver", CONTINUOUS)
 def test_k_diffusion(solver, prediction, schedule, spacing, offset, steps, same_noise):
-    if solver == "kdpm2_a" and schedule == "cosine" and spacing != "leading":
-        pytest.skip("diffusers' sigma_down is float32: rounding alone where sigma' / sigma is small")
     same_noise("euler_ancestral_discrete", steps)
     same_noise("k_dpm_2_ancestral_discrete", range(1, 2 * steps, 2))  # after every second call
     reference, ours = scheduler(CONTINUOUS[solver], schedule, spacing=spacing, offset=offset, prediction=prediction)
+    if solver == "kdpm2_a" and schedule == "cosine":
+        use_exact_kdpm2(reference)
     got = run_ours(ours, prediction, solver=solver, steps=steps, spacing=spacing, steps_offset=offset)
     assert_same(got, run_reference(reference, steps), solver)
     if solver not in ("euler", "euler_a"):
@@ -284,11 +285,11 @@ SIGMAS = {
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("solver", ["euler", "heun", "lms", "kdpm2"])
 def test_k_diffusion_with_sigmas(solver, prediction, schedule, spacing, between, offset):
-    if (solver, spacing) == ("kdpm2", "karras"):
-        pytest.skip("diffusers rounds the timesteps of Karras sigmas in this class")
     reference, ours = scheduler(
         CONTINUOUS[solver], schedule, spacing=between, offset=offset, prediction=prediction, **SIGMAS[spacing]
     )
+    if (solver, spacing) == ("kdpm2", "karras"):
+        use_exact_kdpm2(reference)
     got = run_ours(ours, prediction, solver=solver, steps=12, spacing=spacing, between=between, steps_offset=offset)
     assert_same(got, run_reference(reference, 12))
 
@@ -370,8 +371,13 @@ def test_dpmpp_2m_with_lu_lambdas_is_exponential(schedule, steps):
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_deis(prediction, schedule, spacing, offset, steps):
     """diffusers' ends at timestep 0; with Karras sigmas its last step stands still there."""
-    if spacing == "karras" and (steps == 1 or schedule == "cosine"):
-        pytest.skip("diffusers' only step ends where it began, or its first timesteps coincide")
+    if spacing == "karras" and steps == 1:
+        pytest.skip("diffusers' only step ends where it began")
+    if spacing == "karras" and schedule == "cosine":
+        if steps > 12:
+            pytest.skip("diffusers' first timesteps coincide, which ends in an IndexError there")
+        if steps == 3 and prediction != "eps":
+            pytest.skip("float32 here, at sigma / alpha = 20,000: 3e-5 apart; in float64 equal to 1e-11")
     even = {} if spacing == "karras" else {"spacing": spacing}
     reference, ours = scheduler(
         diffusers.DEISMultistepScheduler,
