@@ -224,8 +224,6 @@ def test_a_run_that_is_not_there_is_one_line(url):
 
 
 def test_a_read_only_store_can_be_sampled_from_and_not_trained_in(server, url, tiny_data, capfd):
-    if server.scheme == "gs":
-        pytest.skip("fake-gcs-server has no permissions")
     file_system(url).pipe_file(f"{url}/config.json", b"{}")
     server.read_only = True
     try:
@@ -234,7 +232,9 @@ def test_a_read_only_store_can_be_sampled_from_and_not_trained_in(server, url, t
     finally:
         server.read_only = False
     (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("train: ")]
-    problem = f"--workdir={url} cannot be written to: Access Denied; check the bucket, the credentials and the endpoint"
+    problem = (
+        f"--workdir={url} cannot be written to: {server.denied}; check the bucket, the credentials and the endpoint"
+    )
     assert line == f"train: {problem}"
     assert objects(url) == ["config.json"]
 
@@ -253,13 +253,13 @@ def test_a_store_that_does_not_answer_is_one_line_in_seconds(server, url, tiny_d
 
 @pytest.mark.slow
 def test_without_credentials_there_is_one_line(server, url, tiny_data, monkeypatch):
-    if server.scheme == "gs":
-        pytest.skip("fake-gcs-server asks for no credentials")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", "/nonexistent")
-    output = jobs.finish(jobs.start(tiny_data, url), status=2)
-    assert f"train: --workdir={url} cannot be written to: Unable to locate credentials; check" in output
+    with monkeypatch.context() as patch:
+        server.take_credentials(patch)
+        patch.setenv("HOME", "/nonexistent")
+        output = jobs.finish(jobs.start(tiny_data, url), status=2)
+    (line,) = [line for line in output.splitlines() if line.startswith("train: ")]
+    problem = f"--workdir={url} cannot be written to: {server.no_credentials}"
+    assert line == f"train: {problem}; check the bucket, the credentials and the endpoint"
     assert not objects(url)
 
 
