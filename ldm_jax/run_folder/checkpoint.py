@@ -37,6 +37,8 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, a
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 NO_SPACE = "No space left on device"  # the system's words
+# Status codes of TensorStore and JAX that say nothing of a checkpoint: it may be whole.
+NO_DAMAGE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 MARGIN = 1 << 18  # bytes: of a checkpoint's files other than its arrays
 
 # Name of a component in memory -> in checkpoints, where it is that of the first version.
@@ -229,7 +231,11 @@ class _DamagedError(Exception):
 def _read(
     folder: Path, step: int, identities: Sequence[dict[str, str]], shards: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
-    """The checkpoint of a step; sharded arrays as those in `shards`, if all hosts read it together, else whole."""
+    """The checkpoint of a step; sharded arrays as those in `shards`, if all hosts read it together, else whole.
+
+    Raises _DamagedError, or RunError for an error that is not of the checkpoint (see NO_DAMAGE), which stays.
+    """
+    unreadable = False
     try:
         with _first_error_alone():
             flat, note = _read_unchecked(folder, step, shards)
@@ -237,8 +243,11 @@ def _read(
         problem = _difference(name for name, crc in crcs if name not in flat or zlib.crc32(flat[name]) != crc)
     except Exception as error:
         problem = _first_line(error)
+        unreadable = isinstance(error, MemoryError | PermissionError) or str(error).startswith(NO_DAMAGE)
     if shards and any_host(bool(problem)):
-        problem = problem or "another host cannot read it"
+        problem, unreadable = problem or "another host cannot read it", any_host(unreadable)
+    if unreadable:
+        raise RunError(f"could not read {folder / str(step)}: {problem}")
     if not problem:
         expected = note.get("checksums", {})
         found = checksums({name: flat[name] for name in expected})

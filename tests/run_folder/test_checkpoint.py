@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, RunError
+from ldm_jax.run_folder import checkpoint
 from ldm_jax.run_folder.checkpoint import (
     STORED_NAMES,
     Checkpoints,
@@ -88,6 +89,33 @@ def test_a_half_trained_state_is_restored_whole_and_by_its_own_run_alone(state, 
         pytest.raises(InputError, match="belongs to another run: its init_from is 'abc', not 'abd'"),
     ):
         checkpoints.restore(state)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError(), "MemoryError"),
+        (PermissionError(13, "Permission denied", "_METADATA"), r"\[Errno 13\] Permission denied: '_METADATA'"),
+        (ValueError("PERMISSION_DENIED: Error opening"), "PERMISSION_DENIED: Error opening"),  # as TensorStore has it
+        (ValueError("UNAVAILABLE: CURL error"), "UNAVAILABLE: CURL error"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "RESOURCE_EXHAUSTED: Out of memory"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_that_is_not_of_the_checkpoint_leaves_it(error, line, state, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    with Checkpoints(tmp_path, keep=2, identity={}) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_read_unchecked", fail)
+            with pytest.raises(RunError, match=f"could not read {tmp_path}/3: {line}$"):
+                checkpoints.restore(state)
+            with pytest.raises(RunError, match=f"could not read {tmp_path}/3: {line}$"):
+                load_latest(tmp_path)
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), state)
 
 
 @pytest.mark.parametrize(
