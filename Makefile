@@ -33,7 +33,10 @@ INSTALLED := /$(IDX_FILES)
 EMOJI_FONT := usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 EMOJI_NAMES := usr/share/unicode/emoji/emoji-test.txt
 SYSTEM := /
-TWO_WORKERS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# Processes of the tests, each of up to 4 GB of memory: one more than two cores, as some tests wait for other processes.
+# On a larger machine:  make test WORKERS=8
+WORKERS := 3
+IN_WORKERS := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 # glibc's memory in huge pages: on a CPU a training step makes and drops many arrays.
 train emoji: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Python compiles what is imported, when it is: half of what there is never is. It keeps that for the next process,
@@ -48,13 +51,13 @@ train: .venv/ready data
 	@.venv/bin/python -m ldm_jax.train --config=configs/fashion_mnist.py $(ARGS)
 
 test: .venv/ready data emoji-data
-	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs $(ARGS)
+	@.venv/bin/python -m pytest $(IN_WORKERS) -rs $(ARGS)
 
 test-slow: .venv/ready data emoji-data
-	@.venv/bin/python -m pytest $(TWO_WORKERS) -rs -m 'slow and not hosts' $(ARGS)
+	@.venv/bin/python -m pytest $(IN_WORKERS) -rs -m 'slow and not hosts' $(ARGS)
 
 test-long: .venv-parity/ready data emoji-data
-	@.venv-parity/bin/python -m pytest $(TWO_WORKERS) -rs -m 'long and not hosts' tests tests/parity $(ARGS)
+	@.venv-parity/bin/python -m pytest $(IN_WORKERS) -rs -m 'long and not hosts' tests tests/parity $(ARGS)
 
 test-hosts: .venv/ready data
 	@.venv/bin/python -m pytest -rs -m hosts $(ARGS)
@@ -70,7 +73,7 @@ count:
 parity: export OMP_NUM_THREADS := 1
 parity: .venv-parity/ready
 	@export JAX_PLATFORMS=cpu
-	.venv-parity/bin/python -m pytest $(TWO_WORKERS) tests/parity $(ARGS)
+	.venv-parity/bin/python -m pytest $(IN_WORKERS) tests/parity $(ARGS)
 	.venv-parity/bin/python -m pytest -m 'slow or not slow' -k 'topology or slice' tests/runtime/test_topology.py \
 		tests/training/test_compile_report.py
 

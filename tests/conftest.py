@@ -63,7 +63,7 @@ FIRST = ("test_bad_input", "test_stages", "test_resume", "test_parallel", "test_
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Puts the files in an order in which two workers end at the same time; what needs `text_run` is slow."""
+    """Puts the files in an order in which the workers end at the same time; what needs `text_run` is slow."""
     for item in items:
         if long.is_long(item.path.name, item.name):
             item.add_marker(pytest.mark.long)

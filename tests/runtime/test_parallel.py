@@ -84,6 +84,16 @@ def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
 
 
 @pytest.mark.hosts
+@pytest.mark.parametrize("changes", [(), SHARDED], ids=["pmap", "fsdp, micro-batches, remat"])
+def test_four_processes_do_as_one(changes, one_device_run, start_hosts, tmp_path):
+    run = tmp_path / "run"
+    outputs = jobs.finish_all(start_hosts(4, run, *changes))
+    assert "Device: 4 x cpu" in outputs[0] and "on 4 hosts" in outputs[0] and "Done: " in outputs[0]
+    assert_same_losses(run, one_device_run)
+    assert_same_samples(run, one_device_run)
+
+
+@pytest.mark.hosts
 def test_two_processes_share_a_sharded_state(one_device_run, start_hosts, tiny_data, tmp_path):
     """Two processes and a process with one device resume its checkpoint; all fall back from a damaged one."""
     run = tmp_path / "run"
