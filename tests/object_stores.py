@@ -86,7 +86,7 @@ class S3:
 class GCS:
     """fake-gcs-server, a program of its own, with one bucket; gcsfs reaches it by a proxy.
 
-    It knows neither permissions nor credentials. The proxy answers as Google Cloud Storage does: writes while
+    It knows neither permissions nor credentials. The proxy refuses as Google Cloud Storage does: writes while
     `read_only` is set, and everything while `anonymous` is.
     """
 
@@ -145,7 +145,7 @@ class GCS:
         return [json.dumps({"error": {"code": int(status[:3]), "message": message}}).encode()]
 
     def take_credentials(self, patch):
-        """Answers as to a caller without credentials, which gcsfs is here."""
+        """Refuses every request, as of a caller without credentials."""
         patch.setattr(self, "anonymous", True)
 
     def make_bucket(self):

@@ -153,7 +153,7 @@ class Checkpoints:
         Arrays that are sharded there and in `like` get the sharding of `like`, others are NumPy arrays.
 
         A damaged one is reported and renamed to `damaged.STEP`. Raises InputError if all are damaged, or one belongs
-        to another run or model.
+        to another run or model; RunError if one cannot be read for want of memory, permission or a connection.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         leaves, _ = jax.tree_util.tree_flatten_with_path(like)
@@ -176,7 +176,7 @@ class Checkpoints:
 def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
     """The newest undamaged checkpoint of a stage, of step `up_to` at most, as a flat dict.
 
-    Raises InputError if there is none. The folder is not changed.
+    Raises InputError if there is none, RunError as `Checkpoints.restore`. The folder is not changed.
     """
     place = _place(folder)
     for step in sorted((step for step in store.checkpoint_steps(folder) if step <= up_to), reverse=True):
@@ -188,7 +188,7 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
 
 
 def load_at(folder: Path, step: int) -> dict[str, np.ndarray]:
-    """The checkpoint of a step, as a flat dict; raises InputError if it is damaged."""
+    """The checkpoint of a step, as a flat dict; raises InputError if it is damaged, RunError as `restore`."""
     try:
         return _read(_place(folder), step, (), {})
     except _DamagedError as error:

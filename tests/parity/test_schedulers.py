@@ -373,11 +373,8 @@ def test_deis(prediction, schedule, spacing, offset, steps):
     """diffusers' ends at timestep 0; with Karras sigmas its last step stands still there."""
     if spacing == "karras" and steps == 1:
         pytest.skip("diffusers' only step ends where it began")
-    if spacing == "karras" and schedule == "cosine":
-        if steps > 12:
-            pytest.skip("diffusers' first timesteps coincide, which ends in an IndexError there")
-        if steps == 3 and prediction != "eps":
-            pytest.skip("float32 here, at sigma / alpha = 20,000: 3e-5 apart; in float64 equal to 1e-11")
+    if spacing == "karras" and schedule == "cosine" and steps > 12:
+        pytest.skip("diffusers' first timesteps coincide, which ends in an IndexError there")
     even = {} if spacing == "karras" else {"spacing": spacing}
     reference, ours = scheduler(
         diffusers.DEISMultistepScheduler,
@@ -390,7 +387,12 @@ def test_deis(prediction, schedule, spacing, offset, steps):
     options = {"solver": "deis", "steps": steps, "spacing": spacing, "steps_offset": offset, "set_alpha_to_one": False}
     table = make_table(process=ours, **options)
     use_exact_sigmas(reference, table)
-    assert_same(run_ours(ours, prediction, **options), run_reference(reference, steps))
+    got, expected = run_ours(ours, prediction, **options), run_reference(reference, steps)
+    if (spacing, schedule, steps) == ("karras", "cosine", 3) and prediction != "eps":
+        # Ours in float32 at sigma / alpha = 20,000; in float64 they are equal to 1e-11.
+        np.testing.assert_allclose(got, expected, rtol=0, atol=5e-5 * max(1.0, np.abs(expected).max()))
+    else:
+        assert_same(got, expected)
     np.testing.assert_array_equal(table.t[:steps], reference.timesteps.numpy())
 
 

@@ -118,6 +118,17 @@ def test_an_error_that_is_not_of_the_checkpoint_leaves_it(error, line, state, tm
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), state)
 
 
+@pytest.mark.parametrize(("damaged", "error"), [(False, RunError), (True, checkpoint._DamagedError)])
+def test_all_hosts_end_alike_if_another_one_cannot_read_its_shards(damaged, error, state, tmp_path, monkeypatch):
+    """A process of several asks twice: whether any cannot read, and whether for a reason that is no damage."""
+    answers = iter([True, not damaged])
+    monkeypatch.setattr(checkpoint, "any_host", lambda condition: next(answers))
+    with Checkpoints(tmp_path, keep=2, identity={}) as checkpoints:
+        checkpoints.save(state)
+    with pytest.raises(error, match="another host cannot read it"):
+        checkpoint._read(tmp_path, 3, (), {"of another model": np.zeros(2)})
+
+
 @pytest.mark.parametrize(
     ("field", "stages"),  # whose checkpoints depend on the field
     [
