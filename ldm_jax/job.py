@@ -83,8 +83,8 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     _check(config, model, params, train_set, test_set)
     if dry_run:
         return
-    earlier, continues = _earlier_training(workdir, config)
-    if workdir.exists() and scoring.is_done(workdir, recorded) and not continues:
+    earlier = _earlier_training(workdir, config)
+    if workdir.exists() and scoring.is_done(workdir, recorded):
         print(f"All is done: {address(workdir)}/report.html")
         return
     wait_for_hosts("checked")  # all of them have read the folder that the primary one now writes to
@@ -93,9 +93,8 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
         workdir.mkdir(parents=True, exist_ok=True)
     with locked(workdir) if primary else nullcontext():
         if primary:
-            write_json(workdir / "config.json", recorded.to_dict())
             about = {"device": describe_device(), "command": command, EARLIER: earlier}
-            write_json(workdir / DATA, data | about)
+            _write_records(workdir, recorded, data | about)
         logger = WandbLog(config.wandb, workdir, recorded.to_dict()) if primary and config.wandb else None
         log = Log(workdir, write=primary, clock=clock, logger=logger)
         try:
@@ -153,18 +152,25 @@ def _load(config: ConfigDict, devices: int) -> tuple[ConfigDict, tuple[LatentDif
     return config, base, [train_set, test_set]
 
 
-def _earlier_training(workdir: Path, config: ConfigDict) -> tuple[list[dict[str, Any]], bool]:
-    """The steps and learning rates that a run had before, latest last, and whether the config changes them now."""
-    now = _training_fields(config)
+def _earlier_training(workdir: Path, config: ConfigDict) -> list[dict[str, Any]]:
+    """The steps and learning rates that a run had before those of `config`, latest last."""
     if not (workdir / "config.json").exists():
-        return [], False
-    last = _training_fields(config_io.from_json(workdir / "config.json"))
+        return []
+    last = config_io.training_fields(config_io.from_json(workdir / "config.json"))
     recorded = read_json(workdir / DATA).get(EARLIER, []) if (workdir / DATA).exists() else []
-    return [fields for fields in (*recorded, last) if fields != now], last != now
+    now = config_io.training_fields(config)
+    return [fields for fields in (*(f for f in recorded if f != last), last) if fields != now]
 
 
-def _training_fields(config: ConfigDict) -> dict[str, Any]:
-    return {name: value for name, value in config_io.flatten(config).items() if config_io.is_continued(name)}
+def _write_records(workdir: Path, config: ConfigDict, about: dict[str, Any]) -> None:
+    """Writes config.json and data.json.
+
+    Of a run that continues with other fields, data.json first: it has the earlier fields, without which the checkpoints
+    would be of another run. Of a new run config.json first, without which the folder is no run.
+    """
+    records = [("config.json", config.to_dict()), (DATA, about)]
+    for name, record in reversed(records) if about[EARLIER] else records:
+        write_json(workdir / name, record)
 
 
 def _with_fields(config: ConfigDict, fields: dict[str, Any]) -> ConfigDict:

@@ -113,6 +113,11 @@ def is_continued(name: str) -> bool:
     return stage in STAGES and field in CONTINUED
 
 
+def training_fields(config: ConfigDict) -> dict[str, Any]:
+    """The fields of training that may change (see `CONTINUED`), by their full names."""
+    return {name: value for name, value in flatten(config).items() if is_continued(name)}
+
+
 def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}

@@ -162,8 +162,8 @@ def is_done(workdir: Path, config: ConfigDict) -> bool:
 
 
 def _identity(config: ConfigDict) -> str:
-    """A hash of all that the scores of a run depend on."""
-    return config_io.identity(config, ("sampling", "evaluation"))
+    """A hash of the fields that the scores of a run depend on and that may change in it."""
+    return config_io.identity(config, ("sampling", "evaluation", *config_io.training_fields(config)))
 
 
 def score(

@@ -1,14 +1,15 @@
 """A run goes on for more steps, or at another learning rate, exactly from its last checkpoint."""
 
 import shutil
+from unittest import mock
 
 import jobs
 import numpy as np
 import pytest
 from test_bad_input import contents, fails
 
-from ldm_jax import train
-from ldm_jax.errors import InputError
+from ldm_jax import job, train
+from ldm_jax.errors import InputError, RunError
 from ldm_jax.run_folder.checkpoint import Checkpoints, load_latest
 from ldm_jax.run_folder.lock import locked
 from ldm_jax.runtime.files import read_json
@@ -55,6 +56,25 @@ def test_another_learning_rate_goes_on_from_the_checkpoint(run, trained_run, tin
     assert jobs.train_here(tiny_data, run, "--config.diffusion.steps=14", "--config.diffusion.learning_rate=1e-5") == 0
     assert load_latest(run / "diffusion")["step"] == 14
     assert len(read_json(run / "data.json")["earlier"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["config.json", "data.json", "print_estimate", "sample_run", "write_report"])
+def test_a_continued_run_that_ends_early_goes_on(where, run, tiny_data, monkeypatch):
+    """Wherever it ends: at first the folder has the scores and the report of the shorter training."""
+    write, end_early = job.write_json, mock.Mock(side_effect=RunError("the end"))
+    with monkeypatch.context() as patched:
+        if where.endswith(".json"):
+            patched.setattr(
+                job, "write_json", lambda path, value: (end_early if path.name == where else write)(path, value)
+            )
+        else:
+            patched.setattr(job, where, end_early)
+        assert jobs.train_here(tiny_data, run, MORE) == 1
+    assert jobs.train_here(tiny_data, run, MORE) == 0
+    assert load_latest(run / "diffusion")["step"] == 12
+    assert read_json(run / "evaluation.json")["recipe"]["step"] == 12
+    assert [fields["diffusion.steps"] for fields in read_json(run / "data.json")["earlier"]] == [8]
 
 
 REFUSED = {
