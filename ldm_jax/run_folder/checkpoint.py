@@ -31,6 +31,7 @@ from ldm_jax.run_folder import store
 from ldm_jax.run_folder.orbax_s3 import support_s3
 from ldm_jax.run_folder.sharded import any_host, checksums, is_sharded
 from ldm_jax.runtime.object_store import is_url
+from ldm_jax.runtime.parallel import wait_for_hosts
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, and errors that it raises too
 # Of a damaged checkpoint each array's error is raised in a future, of which Orbax retrieves the first.
@@ -150,7 +151,7 @@ class Checkpoints:
     def restore(self, like: Any) -> Any | None:
         """The newest undamaged checkpoint in the structure of `like`; None if the folder has no checkpoints.
 
-        Arrays that are sharded there and in `like` get the sharding of `like`, others are NumPy arrays.
+        All hosts call it. Arrays that are sharded there and in `like` get the sharding of `like`, others are NumPy's.
 
         A damaged one is reported and renamed to `damaged.STEP`. Raises InputError if all are damaged, or one belongs
         to another run or model; RunError if one cannot be read for want of memory, permission or a connection.
@@ -167,6 +168,7 @@ class Checkpoints:
                 print(f"Checkpoint {path} is damaged ({error}); going back to the one before.")
                 if jax.process_index() == 0:
                     store.set_aside(path, f"damaged.{step}")
+                wait_for_hosts(f"{path} set aside")
                 self._manager.reload()
         if steps:
             raise InputError(f"no checkpoint in {self.folder} can be read; move the folder away to start over")
@@ -181,7 +183,7 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
     place = _place(folder)
     for step in sorted((step for step in store.checkpoint_steps(folder) if step <= up_to), reverse=True):
         try:
-            return _read(place, step, (), {})
+            return _read(place, step)
         except _DamagedError as error:
             print(f"Checkpoint {place / str(step)} is damaged ({error}); using the one before.")
     raise InputError(f"there is no readable checkpoint in {folder}; has the run got that far?")
@@ -190,7 +192,7 @@ def load_latest(folder: Path, up_to: float = np.inf) -> dict[str, np.ndarray]:
 def load_at(folder: Path, step: int) -> dict[str, np.ndarray]:
     """The checkpoint of a step, as a flat dict; raises InputError if it is damaged, RunError as `restore`."""
     try:
-        return _read(_place(folder), step, (), {})
+        return _read(_place(folder), step)
     except _DamagedError as error:
         raise InputError(f"{folder / str(step)} is damaged ({error})") from error
 
@@ -229,22 +231,22 @@ class _DamagedError(Exception):
 
 
 def _read(
-    folder: Path, step: int, identities: Sequence[dict[str, str]], shards: Mapping[str, jax.Array]
+    folder: Path, step: int, identities: Sequence[dict[str, str]] = (), shards: Mapping[str, jax.Array] | None = None
 ) -> dict[str, Any]:
-    """The checkpoint of a step; sharded arrays as those in `shards`, if all hosts read it together, else whole.
+    """The checkpoint of a step; sharded arrays as those in `shards`, which all hosts read or none, or for None whole.
 
     Raises _DamagedError, or RunError for an error that is not of the checkpoint (see NO_DAMAGE), which stays.
     """
     unreadable = False
     try:
         with _first_error_alone():
-            flat, note = _read_unchecked(folder, step, shards)
+            flat, note = _read_unchecked(folder, step, shards or {})
         crcs = note["crc32"].items()
         problem = _difference(name for name, crc in crcs if name not in flat or zlib.crc32(flat[name]) != crc)
     except Exception as error:
         problem = _first_line(error)
         unreadable = isinstance(error, MemoryError | PermissionError) or str(error).startswith(NO_DAMAGE)
-    if shards and any_host(bool(problem)):
+    if shards is not None and any_host(bool(problem)):
         problem, unreadable = problem or "another host cannot read it", any_host(unreadable)
     if unreadable:
         raise RunError(f"could not read {folder / str(step)}: {problem}")
