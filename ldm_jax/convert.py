@@ -116,7 +116,7 @@ def _convert(values: flags.FlagValues, loras: list[tuple[Path, float]], folder: 
     from ldm_jax.export.diffusers_folder import write_diffusers
     from ldm_jax.export.run_folder import write_run
     from ldm_jax.pipeline.from_exported import read_record
-    from ldm_jax.pipeline.load import find, is_exported, load
+    from ldm_jax.pipeline.load import find, is_exported, load, load_guide
 
     dtype = values.dtype or "float32"
     with find(values.model) as path:
@@ -127,7 +127,8 @@ def _convert(values: flags.FlagValues, loras: list[tuple[Path, float]], folder: 
                 raise InputError("--ema_sigma_rel is for run folders; --model is an exported run, which is restored")
             if dtype != "float32":
                 raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
-            write_run(*load(path), folder, read_record(path))
+            model, params = load(path)
+            write_run(model, params, folder, read_record(path), load_guide(model))
             return "Run folder"
     model, params = _load(values, loras)
     for note in write_diffusers(model, params, folder, dtype=dtype):

@@ -37,11 +37,14 @@ def random_model(changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
 
 
 def random_run(folder, changes=(), class_names=tiny.CLASS_NAMES, contrast=1.0):
-    """The run folder of such a model; returns it."""
+    """The run folder of such a model, with the checkpoint of `sampling.guide_step` if there is one; returns it."""
     model, params = random_model(changes, class_names, contrast)
     data = {"class_names": list(class_names), "train": 64, "test": 16}
     latents = model.first_stage.module is not None
     steps = {"step": 8, "autoencoder_step": 8 if latents else 0, "measured_on": "tiny/train" if latents else ""}
     folder.mkdir()
-    write_run(model, params, folder, Record(model.origin.config, data, **steps))
+    earlier = None
+    if model.defaults.guide_step:
+        earlier = params | {"denoiser": jax.tree.map(lambda leaf: leaf[..., ::-1], params["denoiser"])}
+    write_run(model, params, folder, Record(model.origin.config, data, **steps), earlier)
     return folder

@@ -18,13 +18,14 @@ from ldm_jax.interop.config_fields import ignored_fields
 from ldm_jax.interop.diffusers import state_dict_from_params
 from ldm_jax.interop.flow_schedulers import is_flow
 from ldm_jax.interop.modules import TRANSFORMERS, VERSION, config_from_autoencoder, config_from_unet
-from ldm_jax.interop.pipelines import DIT_PIPELINE, PIPELINE_CLASS, PIPELINES, RECIPE
+from ldm_jax.interop.pipelines import DIT_PIPELINE, GUIDE, PIPELINE_CLASS, PIPELINES, RECIPE
 from ldm_jax.interop.weights import cast
 from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmentation
 from ldm_jax.models.conditioning import ClassConditioning, TextConditioning
 from ldm_jax.models.dit import DiT
 from ldm_jax.pipeline.from_diffusers import DEFAULTS
 from ldm_jax.pipeline.from_run import load_scale
+from ldm_jax.pipeline.load import load_guide
 from ldm_jax.pipeline.model import LatentDiffusion, Params, Solver
 from ldm_jax.pipeline.scheduler import flow_spacing, scheduler_of_run
 from ldm_jax.run_folder.checkpoint import load_latest
@@ -64,21 +65,29 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     params = {**params, "scale": params["scale"] * np.float32(model.sigma_data)}  # as the scheduler there divides by it
     if source is not None and (source / folder.INDEX).is_file():
         for name in (PIPELINES[pipeline].denoiser, PIPELINES[pipeline].autoencoder):
-            config = folder.component_config(source, name)
-            class_name = config["_class_name"]
-            ignored[name] = ignored_fields(config, TRANSFORMERS[0] if class_name in TRANSFORMERS else class_name)
+            fields = folder.component_config(source, name)
+            class_name = fields["_class_name"]
+            ignored[name] = ignored_fields(fields, TRANSFORMERS[0] if class_name in TRANSFORMERS else class_name)
         documents = sorted(file for pattern in DOCUMENTS for file in source.glob(pattern) if file.is_file())
     write_denoiser = dit_pipeline.write_transformer if is_dit else _write_unet
     index = write_denoiser(to, model, params, dtype, ignored.get(PIPELINES[pipeline].denoiser, {}))
+    config = model.origin.config
+    recorded = custom and config is not None and not config.init_from  # with a recipe.json
+    guide = load_guide(model) if recorded else None
+    if guide is not None:
+        index |= _write_unet(to, model, guide, dtype, {}, name=GUIDE)
     index |= _write_autoencoder(to, model, params, dtype, pipeline, ignored)
     index |= _write_text_encoders(to, model, params, dtype)
     schedulers, notes = model.origin.schedulers, []
     if not schedulers:
-        scheduler, notes = scheduler_of_run(model.origin.config, pipeline)
+        scheduler, notes = scheduler_of_run(config, pipeline)
         schedulers = {"scheduler": scheduler}
-    for name, config in schedulers.items():
-        write_json(to / name / "scheduler_config.json", dict(config))
-        index[name] = ["diffusers", config["_class_name"]]
+    if guide is None and 0 < model.defaults.guide_step < model.origin.step:
+        step = f"the checkpoint of step {model.defaults.guide_step:,}"
+        notes = [*notes, f"By classifier-free guidance instead of autoguidance by {step}."]
+    for name, fields in schedulers.items():
+        write_json(to / name / "scheduler_config.json", dict(fields))
+        index[name] = ["diffusers", fields["_class_name"]]
     header = {"_class_name": ["pipeline", PIPELINE_CLASS] if custom else pipeline, "_diffusers_version": VERSION}
     if custom:
         settings = _settings(model, params) | _flow_settings(model, schedulers)
@@ -87,13 +96,15 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     write_json(to / folder.INDEX, header | index | settings)
     if custom:
         shutil.copyfile(PIPELINE, to / "pipeline.py")
-        _write_documents(to, model, params, notes)
+        _write_documents(to, model, params, notes, guided=guide is not None)
     for file in documents:
         shutil.copyfile(file, to / file.name)
-    return [] if custom else notes
+    return [] if recorded else notes
 
 
-def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, ignored: Mapping[str, Any]) -> Index:
+def _write_unet(
+    to: Path, model: LatentDiffusion, params: Params, dtype: str, ignored: Mapping[str, Any], name: str = "unet"
+) -> Index:
     """Writes the UNet, with the class embedding in it; returns its entry in the index."""
     height, width, _ = model.latent_shape
     fields = config_from_unet(model.denoiser, height if height == width else [height, width])
@@ -102,8 +113,8 @@ def _write_unet(to: Path, model: LatentDiffusion, params: Params, dtype: str, ig
         table = params["conditioning"]["embedding"]["embedding"]
         fields |= class_table.config_fields(len(table) * conditioning.embedder.tokens)
         state |= class_table.projection_weights(table, conditioning.embedder.dim)
-    folder.write_component(to / "unet", fields | ignored, cast(state, dtype))
-    return {"unet": ["diffusers", fields["_class_name"]]}
+    folder.write_component(to / name, fields | ignored, cast(state, dtype))
+    return {name: ["diffusers", fields["_class_name"]]}
 
 
 def _write_autoencoder(
@@ -198,15 +209,20 @@ def _concat_settings(model: LatentDiffusion) -> dict[str, Any]:
     }
 
 
-def _write_documents(to: Path, model: LatentDiffusion, params: Params, notes: list[str]) -> None:
-    """Writes the model card and, of a run trained from scratch, recipe.json, which restores the run folder."""
+def _write_documents(to: Path, model: LatentDiffusion, params: Params, notes: list[str], *, guided: bool) -> None:
+    """Writes the model card and, of a run trained from scratch, recipe.json, which restores the run folder.
+
+    `guided`: whether the folder has the weaker model of autoguidance.
+    """
     config, path = model.origin.config, model.origin.path
     if config is None or config.init_from:
         names = (*model.class_names, *model.origin.other_class_names)
         (to / "README.md").write_text(model_card.of_classes(names, model.image_shape[:2]))
         return
     data = read_json(path / "data.json")
-    record = {"config": config_io.from_json(path / "config.json").to_dict(), "data": data, "step": model.origin.step}
+    fields = config_io.from_json(path / "config.json").to_dict()
+    fields["sampling"]["guide_step"] *= guided
+    record = {"config": fields, "data": data, "step": model.origin.step}
     autoencoder = {"autoencoder_step": 0, "measured_on": ""}
     if model.first_stage.module is not None:
         step = int(load_latest(path / "autoencoder")["step"])
@@ -219,5 +235,5 @@ def _write_documents(to: Path, model: LatentDiffusion, params: Params, notes: li
     names = {"autoencoder": "first_stage", "unet": "denoiser"}
     counts = {part: sum(leaf.size for leaf in jax.tree.leaves(params[name])) for part, name in names.items()}
     concat = _concat_settings(model)
-    card = model_card.of_run(config, data, model.origin.step, counts, evaluation, notes, concat, ema_sigma_rel)
+    card = model_card.of_run(config, data, model.origin.step, counts, evaluation, notes, concat, ema_sigma_rel, guided)
     (to / "README.md").write_text(card)

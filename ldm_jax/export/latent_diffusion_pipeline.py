@@ -4,8 +4,8 @@
     images = pipe([0, 3, 3]).images                                class labels
     images = pipe(num_images=4, image=..., mask_image=...).images  concat conditioning, here inpainting
 
-Samples are those of ldm_jax: with the folder's scheduler and classifier-free guidance. The defaults of a call are in
-model_index.json, from the config of the training run.
+Samples are those of ldm_jax: with the folder's scheduler and classifier-free guidance, or autoguidance if there is a
+guide_unet. The defaults of a call are in model_index.json, from the config of the training run.
 """
 
 import inspect
@@ -37,6 +37,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         class embedding tau(y), whose last class is the null condition.
       scheduler: any of diffusers.
       vae: the autoencoder; None for a model of pixels.
+      guide_unet: the weaker UNet of autoguidance (Karras et al. 2024): a scale above 1 guides away from its output for
+        the null condition; None: away from that of `unet`, classifier-free guidance.
       id2label: class number -> class name; None for an unconditional model.
       class_tokens: L.
       latents_shift, latents_scale: by channel; the UNet's latents are z = (raw - shift) * scale.
@@ -51,8 +53,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
       timestep_spacing: "trailing" steps of rectified flow, T, T - T / n ..., rounded; None: those of the scheduler.
     """
 
-    model_cpu_offload_seq = "unet->vae"
-    _optional_components = ("vae",)
+    model_cpu_offload_seq = "unet->guide_unet->vae"
+    _optional_components = ("vae", "guide_unet")
 
     def __init__(
         self,
@@ -73,9 +75,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         map_size: Sequence = (0, 0),
         timestep_offset: int = 0,
         timestep_spacing: str | None = None,
+        guide_unet: UNet2DConditionModel | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, guide_unet=guide_unet)
         self.register_to_config(
             id2label=id2label or {}, class_tokens=class_tokens, latents_shift=list(latents_shift),
             latents_scale=list(latents_scale), num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
@@ -104,7 +107,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         Args:
           class_labels: numbers or names of classes; None: `num_images` unconditional samples.
           num_inference_steps: of the scheduler.
-          guidance_scale: of classifier-free guidance; 1 = none.
+          guidance_scale: of classifier-free guidance or autoguidance; 1 = none.
           eta: of DDIM, 0 deterministic to 1 ancestral.
           latents: initial noise of unit variance, [B, c, h, w].
           generator: of the noise.
@@ -190,6 +193,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def predict(self, unet_input: Tensor, t: Tensor, cond: Tensor, null_cond: Tensor, scale: float) -> Tensor:
         """The UNet's output [B, C, h, w] with classifier-free guidance (Ho & Salimans 2022), but of a learned variance.
 
+        With a guide_unet and a scale above 1, with autoguidance (Karras et al. 2024).
+
         Args:
           unet_input: latents and concat conditioning [B, c + map_channels, h, w].
           t: scalar, a timestep.
@@ -199,8 +204,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         first, last = (part * self.scheduler.config.num_train_timesteps for part in self.config.guidance_interval)
         if scale == 1 or not first <= t <= last:
             return self.unet(unet_input, t, cond).sample
-        both = self.unet(torch.cat([unet_input, unet_input]), t, torch.cat([cond, null_cond])).sample
-        conditional, unconditional = both.chunk(2)
+        if self.guide_unet is not None and scale > 1:
+            conditional = self.unet(unet_input, t, cond).sample
+            unconditional = self.guide_unet(unet_input, t, null_cond).sample
+        else:
+            both = self.unet(torch.cat([unet_input, unet_input]), t, torch.cat([cond, null_cond])).sample
+            conditional, unconditional = both.chunk(2)
         c = unet_input.shape[1] - self.config.map_channels
         guided = unconditional[:, :c] + scale * (conditional[:, :c] - unconditional[:, :c])
         if self.config.guidance_rescale:

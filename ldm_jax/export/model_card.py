@@ -44,6 +44,7 @@ def of_run(
     notes: Sequence[str],
     concat: Mapping[str, Any],
     ema_sigma_rel: float | None = None,
+    guided: bool = False,
 ) -> str:
     """The README.md of a run's model.
 
@@ -56,6 +57,7 @@ def of_run(
       notes: sentences on how sampling in diffusers differs from ldm_jax.
       concat: the pipeline's arguments for concat conditioning, {} without it.
       ema_sigma_rel: the length of the power function average that the parameters are; None: the EMA.
+      guided: whether the earlier checkpoint of autoguidance is there, as `guide_unet`.
     """
     names, fields, sampling = data["class_names"], config.data, config.sampling
     embedding = f"{config.unet.context_tokens} x {config.unet.context_dim}"
@@ -70,6 +72,8 @@ def of_run(
         inputs = [f"It is conditioned on {words.format(height=height, width=width, channels=channels)}."]
         arguments, flags = f"{arguments}, {images}", f"{flags} {image_flags}"
     sampler = f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}"
+    if 0 < sampling.guide_step < step and sampling.guidance > 1 and guided:
+        sampler += f" away from the null condition of the checkpoint of step {sampling.guide_step:,} (autoguidance)"
     return _card(
         f"# Latent diffusion on {fields.name}",
         f"Samples {colour} images of {size} pixels{classes}",

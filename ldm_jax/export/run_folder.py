@@ -11,8 +11,11 @@ from ldm_jax.run_folder.checkpoint import Checkpoints, identity
 from ldm_jax.runtime.files import write_json
 
 
-def write_run(model: LatentDiffusion, params: Params, to: Path, record: Record) -> None:
-    """Writes a model as a new run folder `to`, with the run's record; it can be sampled, but not trained further."""
+def write_run(model: LatentDiffusion, params: Params, to: Path, record: Record, guide: Params | None = None) -> None:
+    """Writes a model as a new run folder `to`, with the run's record; it can be sampled, but not trained further.
+
+    `guide` are the parameters of the earlier checkpoint that guides its samples, if there is one.
+    """
     config = record.config
     write_json(to / "config.json", config.to_dict())
     write_json(to / "data.json", record.data)
@@ -21,6 +24,8 @@ def write_run(model: LatentDiffusion, params: Params, to: Path, record: Record) 
             ema_params = {"autoencoder": params["first_stage"]}
             checkpoints.save({"step": np.int32(record.autoencoder_step), "ema_params": ema_params})
         save_scale(to, params["shift"], params["scale"], measured_on=record.measured_on)
-    with Checkpoints(to / "diffusion", keep=1, identity=identity(config, "diffusion")) as checkpoints:
-        ema_params = {name: params[name] for name in ("denoiser", "conditioning")}
-        checkpoints.save({"step": np.int32(record.step), "ema_params": ema_params})
+    with Checkpoints(to / "diffusion", keep=2, identity=identity(config, "diffusion")) as checkpoints:
+        for step, saved in ((config.sampling.guide_step, guide), (record.step, params)):
+            if saved is not None:
+                ema_params = {name: saved[name] for name in ("denoiser", "conditioning")}
+                checkpoints.save({"step": np.int32(step), "ema_params": ema_params})

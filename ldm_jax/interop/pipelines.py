@@ -9,6 +9,7 @@ from ldm_jax.interop import folder
 PIPELINE_CLASS = "LatentDiffusionPipeline"  # of the pipeline.py that ldm_jax writes into an exported folder
 DIT_PIPELINE = "DiTPipeline"
 RECIPE = "recipe.json"  # in such a folder: the config and data of the run
+GUIDE = "guide_unet"  # in it, too: the checkpoint of an earlier step, the weaker model of autoguidance
 
 
 class Components(NamedTuple):

@@ -2,6 +2,7 @@
 
 model_index.json   of diffusers; the latents' scaling, the concat conditioning   unet/        with the class embedding
 pipeline.py        the class of diffusers that samples from it                   vae/         unless it is of pixels
+guide_unet/        of an earlier step, by which the run guides its samples: only with sampling.guide_step
 recipe.json        config and data of the run, and its numbers of steps          scheduler/
 README.md          the model card
 
@@ -21,7 +22,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.class_table import split_table
 from ldm_jax.interop.diffusers import params_from_state_dict
 from ldm_jax.interop.modules import abstract_params
-from ldm_jax.interop.pipelines import RECIPE
+from ldm_jax.interop.pipelines import GUIDE, RECIPE
 from ldm_jax.interop.weights import read_state_dict
 from ldm_jax.pipeline.from_config import from_config
 from ldm_jax.pipeline.from_diffusers import latents_scaling
@@ -42,8 +43,10 @@ class Record(NamedTuple):
 TYPES = {"config": dict, "data": dict, "step": int, "autoencoder_step": int, "measured_on": str}
 
 
-def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion, Params]:
+def from_exported(path: Path, dtype: str | None = None, step: float = np.inf) -> tuple[LatentDiffusion, Params]:
     """The model of an exported folder; `dtype` is of the computation, None: of its config.
+
+    Of fewer than the run's steps it is the earlier checkpoint that guides the samples.
 
     Raises InputError if something is missing or damaged, or does not fit the config in recipe.json.
     """
@@ -52,12 +55,14 @@ def from_exported(path: Path, dtype: str | None = None) -> tuple[LatentDiffusion
         with record.config.unlocked():
             record.config.dtype = dtype
     model = from_config(record.config, tuple(record.data["class_names"]))
-    params, autoencoder = _load_unet(path / "unet", model), model.first_stage.module
+    whole = step >= record.step
+    params, autoencoder = _load_unet(path / ("unet" if whole else GUIDE), model), model.first_stage.module
     params |= dict(zip(("shift", "scale"), latents_scaling(path, model.latent_shape[-1])), first_stage={})
     if autoencoder is not None:
         state = read_state_dict(path / "vae", dtype=np.float32)
         params["first_stage"] = params_from_state_dict(state, abstract_params(autoencoder))
-    return replace(model, origin=model.origin._replace(path=path, step=record.step, data=record.data)), params
+    done = record.step if whole else record.config.sampling.guide_step
+    return replace(model, origin=model.origin._replace(path=path, step=done, data=record.data)), params
 
 
 def read_record(path: Path) -> Record:

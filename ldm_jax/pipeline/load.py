@@ -11,7 +11,7 @@ from ldm_jax.config import io as config_io
 from ldm_jax.config.rules import validate
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder, hub, single_file
-from ldm_jax.interop.pipelines import RECIPE
+from ldm_jax.interop.pipelines import GUIDE, RECIPE
 from ldm_jax.pipeline.fine_tuning import prepare_base, weights_fingerprint
 from ldm_jax.pipeline.from_diffusers import from_diffusers
 from ldm_jax.pipeline.from_exported import from_exported
@@ -20,7 +20,7 @@ from ldm_jax.pipeline.from_single_file import NO_OVERRIDES, Overrides, from_sing
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.pipeline.textual_inversion import with_initial_token
 from ldm_jax.pipeline.vae import with_autoencoder
-from ldm_jax.run_folder.store import local_folder
+from ldm_jax.run_folder.store import checkpoint_steps, local_folder
 from ldm_jax.runtime.object_store import is_url
 
 
@@ -38,7 +38,7 @@ def load(
       dtype: of the computation, and of the parameters of diffusers folders and single files; None: as in the config of
         a run, else float32.
       overrides: what a diffusers folder or a single file does not state.
-      step: of a run: the newest checkpoint of at most so many steps.
+      step: of a run: the newest checkpoint of at most so many steps; of an exported one, which of its two.
       ema_sigma_rel: of a run with power function averages: the length of the one to load, in place of the EMA.
 
     Raises:
@@ -74,7 +74,7 @@ def _load_path(
         for name, value in overrides._asdict().items():
             if value:
                 raise InputError(f"--{name} is for diffusers folders and single files; --model={path} is neither")
-        return from_exported(path, dtype) if is_exported(path) else _load_run(path, dtype, step, ema_sigma_rel)
+        return from_exported(path, dtype, step) if is_exported(path) else _load_run(path, dtype, step, ema_sigma_rel)
     return with_autoencoder(model, params, overrides.vae) if overrides.vae else (model, params)
 
 
@@ -120,6 +120,16 @@ def load_base(config: ConfigDict, dtype: str = "float32") -> tuple[tuple[LatentD
     if config.textual_inversion.token:
         model, params = with_initial_token(model, params, config)
     return (model, params), config
+
+
+def load_guide(model: LatentDiffusion) -> Params | None:
+    """The parameters of the run's own earlier checkpoint that guides its samples by default (see `Defaults`).
+
+    None if there is no such step, or it is not there.
+    """
+    step, path = model.defaults.guide_step, model.origin.path
+    there = path is not None and ((path / GUIDE).is_dir() or step in checkpoint_steps(path / "diffusion"))
+    return load(path, model.dtype, step=step)[1] if 0 < step < model.origin.step and there else None
 
 
 def has_data(where: str) -> bool:

@@ -15,7 +15,7 @@ from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.clip import TrainedCLIP, load_clip
 from ldm_jax.pipeline.from_config import build_classifier, from_config
 from ldm_jax.pipeline.from_run import load_first_stage
-from ldm_jax.pipeline.load import is_run, load
+from ldm_jax.pipeline.load import is_exported, is_run, load
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.run_folder.checkpoint import ema_params, load_latest
 from ldm_jax.runtime.files import content_hash, read_json
@@ -158,7 +158,7 @@ def _load_guide_model(where: str, dtype: str, own: Path | None) -> tuple[LatentD
     """The model of PATH, RUN@STEP or @STEP, of the run folder `own`, and its parameters; raises InputError."""
     run, _, step = where.rpartition("@")
     run, of_own = run or str(own), where.startswith("@")
-    at_step = step.isdecimal() and is_run(Path(run)) and not Path(where).exists()
+    at_step = step.isdecimal() and (is_run(Path(run)) or is_exported(Path(run))) and not Path(where).exists()
     without = '; --guide_model="" samples without it, as does --config.sampling.guide_step=0' if of_own else ""
     try:
         guide, params = load(run, dtype, step=int(step)) if at_step else load(where, dtype)

@@ -74,6 +74,16 @@ RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
         tiny.CLASS_NAMES,
         "FlowMatchEulerDiscreteScheduler",
     ),
+    "guided by an earlier checkpoint in an interval": (
+        {
+            "sampling.sampler": "unipc",
+            "sampling.guide_step": 4,
+            "sampling.guidance": 2.5,
+            "sampling.guidance_interval": (0.1, 0.9),
+        },
+        tiny.CLASS_NAMES,
+        "UniPCMultistepScheduler",
+    ),
     "pixels, a variance": (
         {
             "autoencoder.type": "none",

@@ -10,11 +10,9 @@ import pytest
 import random_runs
 from absl.flags import FlagValues
 
-from ldm_jax import command_line, sample
+from ldm_jax import command_line, convert, sample
 from ldm_jax.diffusion.denoiser import from_network
 from ldm_jax.diffusion.forward import NoiseLevel
-from ldm_jax.export.run_folder import write_run
-from ldm_jax.pipeline.from_exported import Record
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import apply_denoiser
 from ldm_jax.sampling.from_arguments import recipe_from_arguments
@@ -43,21 +41,20 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def guided(tmp_path_factory):
     """A run whose config has autoguidance by its checkpoint of step 4, of other parameters than the last one's."""
-    folder = tmp_path_factory.mktemp("guided")
-    run_folder = random_runs.random_run(folder / "run", GUIDED)
-    model, params = random_runs.random_model(GUIDED)
-    earlier = params | {"denoiser": jax.tree.map(lambda leaf: leaf[..., ::-1], params["denoiser"])}
-    (folder / "earlier").mkdir()
-    data = {"class_names": list(model.class_names), "train": 64, "test": 16}
-    record = Record(model.origin.config, data, step=4, autoencoder_step=8, measured_on="tiny/train")
-    write_run(model, earlier, folder / "earlier", record)
-    shutil.copytree(folder / "earlier" / "diffusion" / "4", run_folder / "diffusion" / "4")
-    return run_folder
+    return random_runs.random_run(tmp_path_factory.mktemp("guided") / "run", GUIDED)
 
 
 def run(model, out, *flags):
     command = ["sample", f"--model={model}", f"--out={out}", "--steps=3", "--num=4", "--nosave_trajectory", *flags]
     return command_line.run(sample.main, command)
+
+
+def converted(model, to):
+    return command_line.run(convert.main, ["convert", f"--model={model}", f"--to={to}"])
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def sampled(model, out, *flags):
@@ -242,3 +239,26 @@ def test_what_is_refused(case, runs, tmp_path, capsys):
 def test_guidance_of_a_model_without_classes_needs_a_weaker_model(runs, tmp_path, capsys):
     assert run(runs / "unconditional", tmp_path / "out", "--guidance=2") == 2
     assert "needs a model with classes, or --guide_model; this one has none" in capsys.readouterr().err
+
+
+def test_an_exported_run_is_guided_by_that_checkpoint_too(guided, tmp_path):
+    """So is the run folder that is restored from it; another export of the restored one has the same files."""
+    default = sampled(guided, tmp_path / "default")
+    assert converted(guided, tmp_path / "exported") == 0
+    assert "step 4 (autoguidance)" in (tmp_path / "exported" / "README.md").read_text()
+    np.testing.assert_array_equal(sampled(tmp_path / "exported", tmp_path / "a"), default)
+    assert np.abs(sampled(tmp_path / "exported", tmp_path / "b", "--guide_model=") - default).max() > 1
+    assert converted(tmp_path / "exported", tmp_path / "restored") == 0
+    np.testing.assert_array_equal(sampled(tmp_path / "restored", tmp_path / "c"), default)
+    assert converted(tmp_path / "restored", tmp_path / "again") == 0
+    assert files(tmp_path / "again") == files(tmp_path / "exported")
+
+
+def test_a_run_without_that_checkpoint_is_exported_with_classifier_free_guidance(guided, tmp_path):
+    run_folder = shutil.copytree(guided, tmp_path / "run")
+    shutil.rmtree(run_folder / "diffusion" / "4")
+    assert converted(run_folder, tmp_path / "exported") == 0
+    note = "By classifier-free guidance instead of autoguidance by the checkpoint of step 4."
+    assert note in (tmp_path / "exported" / "README.md").read_text()
+    plain = sampled(run_folder, tmp_path / "a", "--guide_model=")
+    np.testing.assert_array_equal(sampled(tmp_path / "exported", tmp_path / "b"), plain)
