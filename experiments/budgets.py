@@ -8,7 +8,7 @@ WORKERS = {"smoke": 1, "minutes": 2, "cpu": 2, "gpu": 4}
 
 # Every run of an experiment is trained without sampling or evaluation at its end: the experiment does both.
 TRAINED_ONLY = {"sampling.num": 0, "sampling.progress_every": 0, "evaluation.vlb_examples": 0}
-# The main job as it was when the experiments were run in minutes: without LPIPS and autoguidance, by AdamW.
+# The main job as it was when the experiments were run in minutes: without LPIPS and autoguidance, by AdamW, gamma 5.
 BY_ADAMW = {
     "autoencoder.optimizer": "adamw",
     "autoencoder.learning_rate": 1.5e-3,
@@ -17,6 +17,7 @@ BY_ADAMW = {
     "autoencoder.loss.perceptual_start": 0,
     "diffusion.optimizer": "adamw",
     "diffusion.learning_rate": 1e-3,
+    "diffusion.snr_gamma": 5.0,
     "sampling.guidance": 1.75,
     "sampling.guide_step": 0,
 }

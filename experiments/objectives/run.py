@@ -24,10 +24,10 @@ SCHEDULES = {"eps": "scaled_linear", "z0": "cosine", "v": "cosine", "flow": "rec
 UNIFORM = {"diffusion.weighting": "uniform", "diffusion.timestep_sampling": "uniform"}
 VARIANTS = {
     "uniform": UNIFORM,
-    "min-SNR": UNIFORM | {"diffusion.weighting": "min_snr"},
+    "min-SNR": UNIFORM | {"diffusion.weighting": "min_snr", "diffusion.snr_gamma": 5.0},
     "logit-normal": UNIFORM | {"diffusion.timestep_sampling": "logit_normal"},
 }
-MAIN_JOB = "v, min-SNR"
+SMOKE_ARMS = ("v, min-SNR", "flow, logit-normal")
 ARMS = {
     f"{target}, {variant}": {"diffusion.prediction": target, "diffusion.schedule": schedule} | VARIANTS[variant]
     for target, schedule in SCHEDULES.items()
@@ -43,7 +43,7 @@ SAMPLER, CALLS, GUIDANCE = "unipc", 12, make_guidance(1.75, (0.1, 0.9))
 
 
 def plan(budget: str) -> list[tuple[str, int]]:
-    arms = (MAIN_JOB, "flow, logit-normal") if budget == "smoke" else ARMS
+    arms = SMOKE_ARMS if budget == "smoke" else ARMS
     return [(arm, seed) for seed in BUDGETS[budget][0] for arm in arms]
 
 

@@ -52,7 +52,7 @@ LATE = (
     }
 )
 TWICE_THE_RATE = {"autoencoder.learning_rate": 3e-3}
-MIN_SNR = {"diffusion.weighting": "min_snr"}
+MIN_SNR = {"diffusion.weighting": "min_snr", "diffusion.snr_gamma": 5.0}
 LOGIT_NORMAL = {"diffusion.timestep_sampling": "logit_normal", "diffusion.timestep_mean": 0.2}
 DIFFUSION_BY_MUON = {"diffusion.optimizer": "muon", "diffusion.learning_rate": 2e-3}
 COSINE_V = {"diffusion.schedule": "cosine", "diffusion.prediction": "v"}
