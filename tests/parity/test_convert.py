@@ -53,7 +53,7 @@ RUNS = {  # changes of tests/tiny.py, classes, class of the scheduler
         "HeunDiscreteScheduler",
     ),
     "no attention, no classes": (
-        {"unet.attention": (False, False), "sampling.sampler": "dpmpp_2m", "diffusion.prediction": "z0"},
+        {"unet.attention": (False,), "sampling.sampler": "dpmpp_2m", "diffusion.prediction": "z0"},
         (),
         "DPMSolverMultistepScheduler",
     ),
