@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
 
 def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:
     """The recipe of the flags, or that of --from_recipe."""
-    from ldm_jax.sampling.from_arguments import label_indices
+    from ldm_jax.sampling.from_arguments import check_batch_size, label_indices
     from ldm_jax.sampling.from_flags import image_flags, recipe_from_flags, with_edit_flags
     from ldm_jax.sampling.recipe import from_png
     from ldm_jax.sampling.sample_images import check_inputs
@@ -114,6 +114,7 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
         for name in values:
             if values[name].present and name not in free:
                 raise InputError(f"--from_recipe has the whole recipe; leave out --{name}")
+        check_batch_size("--batch_size", values.batch_size)
         recipe, recorded = from_png(Path(values.from_recipe), model, params)
         check_inputs(recipe, recorded, model, params, f"--from_recipe={values.from_recipe}")
         return recipe
@@ -141,9 +142,10 @@ class _Callable(ModuleType):
         `sampling.from_arguments.recipe_from_arguments`: labels or prompts, num, seed, guidance ... Raises InputError
         for an argument that the model does not take.
         """
-        from ldm_jax.sampling.from_arguments import recipe_from_arguments
+        from ldm_jax.sampling.from_arguments import check_batch_size, recipe_from_arguments
         from ldm_jax.sampling.sample_images import sample_images
 
+        check_batch_size("batch_size", batch_size)
         recipe = recipe_from_arguments(model, **arguments)
         batch_size = batch_size or model.defaults.batch_size
         return sample_images(model, params, recipe, batch_size=batch_size, trajectory=False).images

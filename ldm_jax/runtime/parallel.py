@@ -101,8 +101,12 @@ def parallel_map(function: Callable) -> Callable:
 
 
 def map_in_batches(mapped: Callable, params: Any, batch: Any, batch_size: int) -> Any:
-    """`mapped(params, batch)`, from `parallel_map`, in batches of `batch_size` rows; the last one is padded."""
-    n, parts = len(jax.tree.leaves(batch)[0]), []
+    """`mapped(params, batch)`, from `parallel_map`, in batches of `batch_size` rows; the last one is padded.
+
+    `batch_size` is rounded down to a multiple of the local devices.
+    """
+    n, parts, devices = len(jax.tree.leaves(batch)[0]), [], jax.local_device_count()
+    batch_size = max(batch_size // devices, 1) * devices
     for start in range(0, n, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), n - 1)
         parts.append(mapped(params, jax.tree.map(lambda values, rows=rows: values[rows], batch)))

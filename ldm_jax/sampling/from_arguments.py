@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from ldm_jax.errors import InputError
@@ -60,6 +61,14 @@ def recipe_from_arguments(
         guidance=own._replace(scale=scale, negative_prompt=negative_prompt),
     )
     return with_guidance(model, recipe)
+
+
+def check_batch_size(name: str, batch_size: int | None) -> None:
+    """Raises InputError, which names the flag or argument, for a batch size that does not divide over the devices."""
+    devices = jax.local_device_count()
+    if batch_size is not None and batch_size % devices:
+        wrong = f"{name}={batch_size} does not divide over {devices} devices"
+        raise InputError(f"{wrong}; it must be a multiple of {devices}")
 
 
 def label_indices(name: str, labels: Sequence[int | str] | None, class_names: tuple[str, ...]) -> list[int]:

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl.flags import FlagValues
 
 from ldm_jax.errors import InputError
@@ -14,6 +13,7 @@ from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.runtime.terminal import warn
 from ldm_jax.sampling import image_inputs
+from ldm_jax.sampling.from_arguments import check_batch_size
 from ldm_jax.sampling.recipe import (
     ConcatInput,
     Edit,
@@ -50,8 +50,7 @@ def recipe_from_flags(
         prompts = _prompts(model, values)
         if by_prompt and isinstance(model.conditioning, TextConditioning):
             labels = list(range(len(prompts)))
-    if values.batch_size and values.batch_size % jax.local_device_count():
-        raise InputError(f"--batch_size={values.batch_size} does not divide over {jax.local_device_count()} devices")
+    check_batch_size("--batch_size", values.batch_size)
     num = len(prompts) if by_prompt and not values["num"].present else values.num
     recipe = default_recipe(model, num, values.seed, labels, prompts, values.sampler)
     guidance = _guidance(recipe.guidance, model, values, prompts)

@@ -59,10 +59,10 @@ def sample_images(
 ) -> Samples:
     """Samples the images of a recipe, with a progress bar, and the trajectory of the first of them.
 
-    `batch_size` is a multiple of the devices or more than `recipe.num`. `watch` is called with the progress of each
-    batch; `model_hash` is the model's fingerprint where it is known already, as it takes a while. Raises InputError for
-    a solver or number of steps that the model does not take, or an input that is missing or does not fit; RunError if
-    no sample is finite.
+    `batch_size` is rounded down to a multiple of the devices. `watch` is called with the progress of each batch;
+    `model_hash` is the model's fingerprint where it is known already, as it takes a while. Raises InputError for a
+    solver or number of steps that the model does not take, or an input that is missing or does not fit; RunError if no
+    sample is finite.
     """
     check_cfgpp(model, recipe)
     refiner = load_refiner(recipe, model, params)

@@ -285,5 +285,5 @@ def make_sampler(
 
 
 def smallest_batch(num: int, batch_size: int, devices: int) -> int:
-    """The batch to compile for `num` samples: no more than `batch_size`, a multiple of the devices."""
-    return min(batch_size, math.ceil(num / devices) * devices)
+    """The batch to compile for `num` samples, a multiple of the devices: `batch_size` rounded down, or fewer."""
+    return min(max(batch_size // devices, 1), math.ceil(num / devices)) * devices

@@ -12,7 +12,7 @@ from ldm_jax.evaluation.features import lpips_distance, vgg16_features
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.models.perceptual import LPIPS, VGG16
 from ldm_jax.models.pixels import to_pixels
-from ldm_jax.runtime.parallel import map_in_batches
+from ldm_jax.runtime.parallel import map_in_batches, parallel_map
 from ldm_jax.sampling.image_grids import check_images
 
 
@@ -31,6 +31,12 @@ def test_the_last_batch_is_padded_and_cut(n):
     rows = np.arange(2 * n).reshape(n, 2)
     np.testing.assert_array_equal(map_in_batches(double, None, (rows, rows), 4), 2 * rows)
     assert set(shapes) == {(4, 2)} and len(shapes) == -(-n // 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 6, 8])
+def test_a_batch_need_not_divide_over_the_devices(batch_size, four_devices):
+    double, rows = parallel_map(lambda params, batch: params * batch), np.arange(22.0).reshape(11, 2)
+    np.testing.assert_array_equal(map_in_batches(double, 2.0, rows, batch_size), 2 * rows)
 
 
 def test_to_pixels_spans_the_range():

@@ -14,13 +14,15 @@ from PIL import Image
 
 from ldm_jax import command_line, evaluate, sample
 from ldm_jax.diffusion.random import initial_latents, sample_keys
-from ldm_jax.errors import RunError
+from ldm_jax.errors import InputError, RunError
 from ldm_jax.models.conditioning import NoConditioning, TextConditioning
 from ldm_jax.pipeline.load import load
-from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.pipeline.model import fingerprint
+from ldm_jax.sampling.image_grids import read_recipe, save_png
 from ldm_jax.sampling.inputs import WEIGHTED
-from ldm_jax.sampling.recipe import default_recipe, with_guidance
+from ldm_jax.sampling.recipe import default_recipe, to_json, with_guidance
 from ldm_jax.sampling.sample_images import sample_images
+from ldm_jax.sampling.sampler import make_sampler
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,45 @@ def test_every_number_flag_must_be_finite():
     numbers = [name for name in values if isinstance(getattr(values[name], "parser", None), FloatParser)]
     assert {"guidance", "lora_scale", "strength", "classifier_scale"} <= set(numbers)
     assert all(isinstance(values[name].parser, command_line.Number) for name in numbers)
+
+
+@pytest.fixture
+def three_devices(four_devices, monkeypatch):
+    """The test uses three devices, over which a batch of 8 does not divide."""
+    make_sampler.cache_clear()
+    for name in ("devices", "local_devices"):
+        function = getattr(jax, name)
+        monkeypatch.setattr(jax, name, lambda *args, function=function, **options: function(*args, **options)[:3])
+    for name in ("device_count", "local_device_count"):
+        monkeypatch.setattr(jax, name, lambda *args, **options: 3)
+    yield
+    make_sampler.cache_clear()
+
+
+def test_the_own_batch_size_of_a_model_need_not_divide_over_the_devices(run, three_devices, tmp_path):
+    """It is rounded down; samples do not depend on it. That of --batch_size is as it is written, or refused."""
+    command = ["sample", f"--model={run}", "--nosave_trajectory"]
+    assert command_line.run(sample.main, [*command, f"--out={tmp_path / 'a'}", "--num=8"]) == 0
+    model, params = load(run)
+    by_arguments = sample(model, params, num=8).astype(int)
+    assert np.abs(jobs.samples(tmp_path / "a")["images"] - by_arguments).max() <= 1
+
+
+def test_a_batch_size_that_does_not_divide_over_the_devices_is_refused(run, three_devices, tmp_path, capsys):
+    model, params = load(run)
+    save_png(Image.new("L", (8, 8)), tmp_path / "a.png", recorded(model, params))
+    command = ["sample", f"--model={run}", f"--out={tmp_path / 'out'}", "--batch_size=4"]
+    expected = "batch_size=4 does not divide over 3 devices; it must be a multiple of 3"
+    for flags in ((), (f"--from_recipe={tmp_path / 'a.png'}",)):
+        assert command_line.run(sample.main, [*command, *flags]) == 2
+        assert expected in capsys.readouterr().err
+    with pytest.raises(InputError, match=expected):
+        sample(model, params, batch_size=4)
+
+
+def recorded(model, params):
+    """The recipe of a model's defaults, as in a PNG."""
+    return {"model": fingerprint(model, params)} | to_json(default_recipe(model, 4, 0, [0], []))
 
 
 def test_a_run_folder_is_no_output(run, tmp_path, capsys):

@@ -171,7 +171,14 @@ def test_decoding_and_encoding_take_any_number(model):
     assert model.sampler().encode(model.params, np.zeros((11, 8, 8, 1), np.uint8)).shape == (11, *z.shape[1:])
 
 
-@pytest.mark.parametrize(("num", "batch_size", "devices", "expected"), [(8, 64, 1, 8), (9, 64, 4, 12), (99, 64, 4, 64)])
+@pytest.mark.parametrize(("num", "batch_size", "devices", "expected"), [
+    (8, 64, 1, 8),
+    (9, 64, 4, 12),
+    (99, 64, 4, 64),
+    (20, 8, 3, 6),  # a model's own batch need not divide over the devices
+    (4, 8, 3, 6),
+    (20, 1, 4, 4),
+])  # fmt: skip
 def test_smallest_batch(num, batch_size, devices, expected):
     assert smallest_batch(num, batch_size, devices) == expected
 
