@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -74,14 +75,13 @@ def make_table(
             raise ValueError(f"{name} is for {' and '.join(solvers)} only, got {name} = {value} with solver {solver!r}")
     coefficient_tables(prediction, process)
 
-    grid, rows = SOLVERS[solver]
-    grid = "fractional" if fractional_t else grid
+    rows = SOLVERS[solver][1]
     options = {"ddpm": {"variance": variance}, "ddim": {"eta": eta}, "edm": {"churn": churn, "process": process}}
     options |= {"heun": {"process": process}}
     options |= {"tcd": {"eta": eta, "process": process}, "kdpm2": {"process": process}, "kdpm2_a": {"process": process}}
     part = strength if strength_keeps_steps else 1.0
-    spaced = {"grid": grid, "steps_offset": steps_offset, "between": between, "distilled_part": part, "flow": flow}
-    points = noise_levels(spacing, process, steps, **spaced)
+    spaced = {"spacing": spacing, "between": between, "steps_offset": steps_offset, "flow": flow}
+    points = _levels(solver, process, steps, **spaced, fractional_t=fractional_t, distilled_part=part)
     points = points if strength_keeps_steps else points[first_step(steps, strength) :]
     start, stop = (_count_above(points, process, fraction) for fraction in (denoising_start, denoising_end))
     if start >= stop:
@@ -101,13 +101,33 @@ def _count_above(points: Sequence[Point], process: Process, fraction: float) -> 
     return sum(point.t >= lowest for point in points) if lowest else len(points)
 
 
-def make_inversion_table(process: Process, steps: int, *, spacing: str = "leading", steps_offset: int = 0) -> Table:
+def _levels(
+    solver: str, process: Process, steps: int, *, spacing: str | Sequence[int], fractional_t: bool, **spaced: Any
+) -> list[Point]:
+    """The noise levels of a solver, from noise to data: see `make_table`, and `noise_levels` for `spaced`."""
+    grid = "fractional" if fractional_t else SOLVERS[solver][0]
+    return noise_levels(spacing, process, steps, grid=grid, **spaced)
+
+
+def make_inversion_table(
+    process: Process,
+    steps: int,
+    *,
+    solver: str = "ddim",
+    spacing: str | Sequence[int] = "leading",
+    fractional_t: bool = False,
+    **spaced: Any,
+) -> Table:
     """The table of DDIM inversion, from data to noise (Song 2021, section 4.3, as Mokady 2022 and diffusers do it).
 
-    Each row calls the network at the timestep on which it ends, where the sampler would call it. The data count as
-    timestep 0, as clean data and a z0_hat do not determine eps. Arguments and errors: see `make_table`.
+    It ends at the noise level at which the sampler of the same arguments begins, and goes through all its levels. Each
+    row calls the network at the timestep on which it ends, where the sampler would call it. The data count as timestep
+    0, or the sampler's last level if that has less noise, as clean data and a z0_hat do not determine eps.
+
+    Arguments and errors: see `make_table`; `spaced` are between, steps_offset and flow.
     """
-    points = [process.point(0), *noise_levels(spacing, process, steps, steps_offset=steps_offset)[::-1]]
+    points = _levels(solver, process, steps, spacing=spacing, fractional_t=fractional_t, **spaced)[::-1]
+    points = [min(process.point(0), points[0], key=lambda point: point.ratio), *points]
     rows = (Row(now._replace(t=after.t), after, onestep.ddim_step(now, after)) for now, after in pairwise(points))
     return tabulate(rows, len(process))
 

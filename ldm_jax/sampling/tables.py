@@ -1,11 +1,12 @@
 """The solver table of a recipe on a model."""
 
 from ldm_jax.diffusion import solvers
-from ldm_jax.diffusion.spacing import TIMESTEP_SPACINGS
 from ldm_jax.diffusion.tables import Table, with_resampling
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline.model import LatentDiffusion
 from ldm_jax.sampling.recipe import NO_EDIT, Edit, Solving
+
+LEVELS = ("between", "steps_offset", "flow", "fractional_t")  # options of a solver that place its noise levels
 
 
 def make_table(
@@ -31,7 +32,7 @@ def make_table(
     if model.mean_flow and solving.eta:
         raise InputError(f"sampling: eta is {solving.eta}; it must be 0 for a MeanFlow model, which follows the flow")
     own = {name: getattr(solving, name) for name in ("eta", "churn", "variance")}
-    own["spacing"] = solving.spacing if isinstance(solving.spacing, str) else tuple(solving.spacing)
+    own["spacing"] = _spacing(solving)
     part = {"denoising_start": denoising_start, "denoising_end": denoising_end}
     options = {"prediction": model.prediction, "strength": edit.strength, **part, **solver.options, **own}
     try:
@@ -42,9 +43,18 @@ def make_table(
 
 
 def inversion_table(model: LatentDiffusion, solving: Solving) -> Table:
-    """The table of DDIM inversion, from clean latents to their noise, with a recipe's steps; raises InputError."""
-    spacing = solving.spacing if solving.spacing in TIMESTEP_SPACINGS else "trailing"
+    """The table of DDIM inversion, from clean latents to the noise that a recipe's sampler begins from.
+
+    It has the sampler's noise levels. Raises InputError as `make_table`.
+    """
+    solver = model.defaults.solver(solving.sampler)
+    options = {name: solver.options[name] for name in LEVELS if name in solver.options}
+    options |= {"solver": solving.sampler, "spacing": _spacing(solving)}
     try:
-        return solvers.make_inversion_table(model.process, solving.steps, spacing=spacing)
+        return solvers.make_inversion_table(solver.process, solving.steps, **options)
     except ValueError as error:
         raise InputError(f"inversion: {error}") from error
+
+
+def _spacing(solving: Solving) -> str | tuple[int, ...]:
+    return solving.spacing if isinstance(solving.spacing, str) else tuple(solving.spacing)
