@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
 def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) -> Recipe:
     """The recipe of the flags, or that of --from_recipe."""
     from ldm_jax.sampling.from_arguments import check_batch_size, label_indices
-    from ldm_jax.sampling.from_flags import image_flags, recipe_from_flags, with_edit_flags
+    from ldm_jax.sampling.from_flags import check_label, recipe_from_flags, with_edit_flags
     from ldm_jax.sampling.recipe import from_png
     from ldm_jax.sampling.sample_images import check_inputs
 
@@ -120,10 +120,8 @@ def _recipe(values: flags.FlagValues, model: LatentDiffusion, params: Params) ->
         return recipe
     labels = label_indices("--label", values.label, model.class_names)
     recipe = with_edit_flags(recipe_from_flags(model, values, labels), values, model)
-    if values.label is not None and recipe.concat.split:
-        classes = f"which have their own classes; add {image_flags(model)}"
-        label = ",".join(values.label)
-        raise InputError(f"--label={label}: without an image this model restores test images, {classes}")
+    if values.label is not None:
+        check_label(",".join(values.label), recipe, model)
     if values.negative_label is not None:
         (negative,) = label_indices("--negative_label", [values.negative_label], model.class_names)
         recipe = recipe._replace(guidance=recipe.guidance._replace(negative_label=negative))

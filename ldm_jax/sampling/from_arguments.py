@@ -1,5 +1,6 @@
 """The recipe of Python arguments, with the model's sampling defaults for those left out."""
 
+import math
 import unicodedata
 from collections.abc import Sequence
 
@@ -9,13 +10,23 @@ import numpy as np
 from ldm_jax.errors import InputError
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion
-from ldm_jax.sampling.recipe import Recipe, default_recipe, solving_defaults, with_guidance, without_guide_model
+from ldm_jax.sampling.recipe import (
+    LAST_SEED,
+    Guidance,
+    Recipe,
+    check_side,
+    default_recipe,
+    is_conditional,
+    solving_defaults,
+    with_guidance,
+    without_guide_model,
+)
 
 
 def recipe_from_arguments(
     model: LatentDiffusion,
     *,
-    labels: Sequence[int | str] | None = None,
+    labels: Sequence[int | str] | int | str | None = None,
     prompts: Sequence[str] | str = (),
     negative_prompt: str | None = None,
     num: int | None = None,
@@ -29,44 +40,101 @@ def recipe_from_arguments(
 
     Args:
       model: without concat conditioning, which needs an image.
-      labels: classes, by index or name, in turn; None: all.
+      labels: classes, by index or name, in turn, also as one text with commas; None: all.
       prompts: of a text-to-image model, in turn.
-      negative_prompt: in place of the null condition.
+      negative_prompt: of a text-to-image model, in place of the null condition.
       num: of samples; None: one for each label or prompt.
-      seed: sample k depends on (seed, k, its condition) alone.
+      seed: from 0 to 2^32 - 1; sample k depends on (seed, k, its condition) alone.
       sampler, steps, guidance: None: the model's defaults.
       size: (height, width) in pixels; None: the model's.
 
     Raises:
-      InputError: an argument that the model does not take, or a missing one.
+      InputError: an argument that the model does not take, or a missing one, or a value that is out of range.
     """
     if model.concat:
         raise InputError("the model has concat conditioning: pass its image to `python -m ldm_jax.sample`")
+    prompts, labels = _conditions(model, labels, prompts, negative_prompt)
+    num = whole_number("num", max(len(labels), 1) if num is None else num, 1)
+    seed = whole_number("seed", seed, 0, LAST_SEED)
+    steps = None if steps is None else whole_number("steps", steps, 1)
+    recipe = default_recipe(model, num, seed, labels, prompts, sampler)
+    recipe = recipe._replace(
+        size=recipe.size if size is None else _size(model, size),
+        solving=solving_defaults(model, recipe.solving.sampler, steps),
+        guidance=_guidance(model, recipe.guidance, guidance, negative_prompt),
+    )
+    return with_guidance(model, recipe)
+
+
+def _conditions(
+    model: LatentDiffusion,
+    labels: Sequence[int | str] | int | str | None,
+    prompts: Sequence[str] | str,
+    negative_prompt: str | None,
+) -> tuple[list[str], list[int]]:
+    """The prompts, and the classes or the indices of the prompts; raises InputError for those of another model."""
     texts = isinstance(model.conditioning, TextConditioning)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if texts != bool(prompts):
         needs = "prompts, which are missing" if texts else "labels; prompts are for text-to-image models"
         raise InputError(f"the model takes {needs}")
-    labels = list(range(len(prompts))) if texts else label_indices("labels", labels, model.class_names)
-    recipe = default_recipe(model, num or len(labels) or 1, seed, labels, prompts, sampler)
-    own = recipe.guidance
-    if negative_prompt is not None or (guidance is not None and guidance < 1):
-        own = without_guide_model(own)
-    scale = own.scale if guidance is None else guidance
-    if not (np.isfinite(scale) and scale >= 0):
-        raise InputError(f"guidance is {scale}; it must be a finite number, 0 or more")
-    recipe = recipe._replace(
-        size=list(size or recipe.size),
-        solving=solving_defaults(model, recipe.solving.sampler, steps),
-        guidance=own._replace(scale=scale, negative_prompt=negative_prompt),
-    )
-    return with_guidance(model, recipe)
+    for name, text in (*(("prompts", prompt) for prompt in prompts), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str | None):
+            raise InputError(f"{name} has {text!r}; a prompt must be a text")
+    if texts:
+        if labels is not None:
+            raise InputError(f"labels={labels!r} are of a model with classes; this one takes prompts")
+        return prompts, list(range(len(prompts)))
+    if negative_prompt is not None:
+        raise InputError(f"negative_prompt={negative_prompt!r} is for text-to-image models")
+    if labels is not None and not np.ndim(labels):
+        labels = labels.split(",") if isinstance(labels, str) else [labels]
+    return prompts, label_indices("labels", labels, model.class_names)
+
+
+def _guidance(model: LatentDiffusion, defaults: Guidance, scale: float | None, negative_prompt: str | None) -> Guidance:
+    """The guidance of arguments; raises InputError for a scale out of range, or that has no effect on the model."""
+    number = _number("guidance", defaults.scale if scale is None else scale)
+    if negative_prompt is not None or (scale is not None and number < 1):
+        defaults = without_guide_model(defaults)
+    if scale not in (None, 1) and not (is_conditional(model) or defaults.guide_model):
+        raise InputError(f"guidance={scale} needs a model with classes or texts; this one has none")
+    return defaults._replace(scale=number, negative_prompt=negative_prompt)
+
+
+def _number(name: str, value: float) -> float:
+    """A finite number of 0 or more; raises InputError, which names the argument, for another value."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise InputError(f"{name} is {value!r}; it must be a finite number, 0 or more")
+    return number
+
+
+def _size(model: LatentDiffusion, size: Sequence[int]) -> list[int]:
+    if np.shape(size) != (2,):
+        raise InputError(f"size is {size!r}; it must be (height, width) in pixels")
+    sides = [whole_number(name, side, 1) for name, side in zip(("height", "width"), size)]
+    for name, side in zip(("height", "width"), sides):
+        check_side(name, side, model)
+    return sides
+
+
+def whole_number(name: str, value: int, lowest: int, highest: int | None = None) -> int:
+    """A whole number in a range; raises InputError, which names the flag or argument, for another value."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < lowest or (highest is not None and value > highest):
+        numbers = f"{lowest} or more" if highest is None else f"from {lowest} to {highest}"
+        raise InputError(f"{name} is {value!r}; it must be a whole number, {numbers}")
+    return int(value)
 
 
 def check_batch_size(name: str, batch_size: int | None) -> None:
-    """Raises InputError, which names the flag or argument, for a batch size that does not divide over the devices."""
+    """Raises InputError, which names the flag or argument, unless a batch size is None or divides over the devices."""
     devices = jax.local_device_count()
-    if batch_size is not None and batch_size % devices:
+    if batch_size is not None and whole_number(name, batch_size, 1) % devices:
         wrong = f"{name}={batch_size} does not divide over {devices} devices"
         raise InputError(f"{wrong}; it must be a multiple of {devices}")
 

@@ -20,7 +20,9 @@ from ldm_jax.sampling.recipe import (
     Guidance,
     Recipe,
     Solving,
+    check_side,
     default_recipe,
+    is_conditional,
     solving_defaults,
     with_guidance,
     without_guide_model,
@@ -75,15 +77,15 @@ def _solving(model: LatentDiffusion, values: FlagValues) -> Solving:
 
 
 def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, prompts: list[str]) -> Guidance:
-    conditional = model.class_names or isinstance(model.conditioning, TextConditioning)
+    conditional = is_conditional(model)
     if values.cfgpp and not conditional:
         raise InputError("--cfgpp needs a model with classes or texts; this one has none")
-    if values.guidance not in (None, 1.0) and not (conditional or values.guide_model):
-        needs = "needs a model with classes, or --guide_model; this one has none"
-        raise InputError(f"--guidance={values.guidance} {needs}")
     others = (values.cfgpp, values.classifier, values.clip, values.negative_prompt is not None)
     if any((*others, _or(values.guidance, 1) < 1)):
         defaults = without_guide_model(defaults)
+    guide_model = defaults.guide_model if values.guide_model is None else values.guide_model or None
+    if not (conditional or guide_model):
+        _check_unguided(values)
     scales = {"classifier_scale": "classifier", "clip_guidance_scale": "clip"}
     for scale, name in scales.items():
         if values[scale].value is not None and not values[name].value:
@@ -99,12 +101,23 @@ def _guidance(defaults: Guidance, model: LatentDiffusion, values: FlagValues, pr
         negative_prompt=values.negative_prompt,
         parallel=_or(values.guidance_parallel, defaults.parallel),
         max_norm=_or(values.guidance_max_norm, defaults.max_norm),
-        guide_model=defaults.guide_model if values.guide_model is None else values.guide_model or None,
+        guide_model=guide_model,
         guide_null=values.guide_null or (values.guide_model is None and defaults.guide_null),
         cfgpp=values.cfgpp,
         **{name: values[name].value or None for name in scales.values()},
         **{scale: _or(values[scale].value, 1.0 if values[name].value else 0.0) for scale, name in scales.items()},
     )
+
+
+def _check_unguided(values: FlagValues) -> None:
+    """Raises InputError for flags of guidance that have no effect without a condition and a weaker model."""
+    off = {"guidance": 1, "guidance_rescale": 0, "guidance_parallel": 1, "guidance_max_norm": 0}
+    if not (values.classifier or values.clip):
+        off["guidance_interval"] = [0, 1]
+    for flag, without in off.items():
+        if values[flag].value not in (None, without):
+            value = str(values[flag].value).strip("[]").replace(" ", "")
+            raise InputError(f"--{flag}={value} needs a model with classes, or --guide_model; this one has none")
 
 
 def _prompts(model: LatentDiffusion, values: FlagValues) -> list[str]:
@@ -172,7 +185,7 @@ def _check_pairs(recipe: Recipe, values: FlagValues) -> None:
     """Raises InputError for edit flags that need another one, or exclude each other."""
     needs = dict.fromkeys(("strength", "mask", "invert", "to_image", "outpaint"), "init_image")
     for flag, other in (needs | {"resample_jump": "resample", "refiner_start": "refiner"}).items():
-        if values[flag].value and not values[other].value:
+        if _is_set(values, flag) and not _is_set(values, other):
             raise InputError(f"--{flag} needs --{other}")
     if values.to_prompt is not None and len(recipe.prompts) != 1:
         raise InputError(f"--to_prompt needs one --prompt to interpolate from; there are {len(recipe.prompts)}")
@@ -182,12 +195,18 @@ def _check_pairs(recipe: Recipe, values: FlagValues) -> None:
         raise InputError("--mask and --outpaint both set the region to sample; choose one")
     if values.resample and not (values.mask or values.outpaint):
         raise InputError("--resample needs --mask or --outpaint")
-    noises = [n for n in ("init_latents", "to_seed", "to_image", "invert") if values[n].value not in (None, False)]
+    noises = [flag for flag in ("init_latents", "to_seed", "to_image", "invert") if _is_set(values, flag)]
     if len(noises) > 1:
         raise InputError(f"--{noises[0]} and --{noises[1]} both set the initial noise; choose one")
     for flag in ("strength", "mask", "outpaint"):
-        if (values.invert or values.to_image) and values[flag].value:
+        if (values.invert or values.to_image) and _is_set(values, flag):
             raise InputError(f"--{flag} and --{'invert' if values.invert else 'to_image'} do not go together")
+
+
+def _is_set(values: FlagValues, flag: str) -> bool:
+    """Whether a flag has a value; 0 is one."""
+    value = values[flag].value
+    return value is not None and value is not False and value != ""
 
 
 def _edit(values: FlagValues) -> Edit:
@@ -217,6 +236,13 @@ def _has_concat_image(values: FlagValues, model: LatentDiffusion) -> bool:
     return bool(image)
 
 
+def check_label(label: str, recipe: Recipe, model: LatentDiffusion) -> None:
+    """Raises InputError for a class (--label) of samples whose concat conditioning is of a split's images."""
+    if recipe.concat.split:
+        classes = f"which have their own classes; add {image_flags(model)}"
+        raise InputError(f"--label={label}: without an image this model restores test images, {classes}")
+
+
 def image_flags(model: LatentDiffusion) -> str:
     """The flags of the image for a model's concat conditioning."""
     return "--init_image and --mask" if isinstance(model.concat, Inpainting) else "--concat_image"
@@ -232,12 +258,7 @@ def _size(recipe: Recipe, values: FlagValues, model: LatentDiffusion, split: str
         if split:
             add = f"at their own size; add {image_flags(model)}"
             raise InputError(f"--{flag}={side}: without an image this model restores test images, {add}")
-        if side % factor:
-            nearest = max(side // factor, 1) * factor
-            what = "a latent" if factor == model.first_stage.downsampling else "a patch of latents"
-            raise InputError(f"--{flag}={side} must be a multiple of {factor}, the pixels of {what}, e.g. {nearest}")
-        if isinstance(model.concat, LowResolution) and side % model.concat.factor:
-            raise InputError(f"--{flag}={side} must be a multiple of {model.concat.factor}, the model's enlargement")
+        check_side(f"--{flag}", side, model)
     if upscaler and values.concat_image:
         small = image_inputs.open_image(Path(values.concat_image), "--concat_image")
         return [factor * small.height, factor * small.width]

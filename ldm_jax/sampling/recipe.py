@@ -10,6 +10,7 @@ from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from ldm_jax.errors import InputError
+from ldm_jax.models.concat_conditioning import LowResolution
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.runtime.terminal import warn
@@ -92,6 +93,7 @@ class Recipe(NamedTuple):
 
 
 CFGPP_SAMPLERS = ("ddim", "euler", "euler_a")  # those whose steps are a z0_hat, an eps and noise
+LAST_SEED = 2**32 - 1
 NO_EDIT = Edit()
 SECTIONS = {"solving": Solving, "guidance": Guidance, "edit": Edit, "concat": ConcatInput}
 
@@ -114,6 +116,22 @@ def default_recipe(
         solving=solving_defaults(model, sampler or defaults.sampler), guidance=guidance,
         concat=ConcatInput(split=defaults.concat_split), ema_sigma_rel=model.origin.ema_sigma_rel,
     )  # fmt: skip
+
+
+def is_conditional(model: LatentDiffusion) -> bool:
+    """Whether a model is conditioned on classes or texts, so that it has classifier-free guidance."""
+    return bool(model.class_names) or isinstance(model.conditioning, TextConditioning)
+
+
+def check_side(name: str, side: int, model: LatentDiffusion) -> None:
+    """Raises InputError, which names the flag or argument, for a height or width that the model does not sample."""
+    factor = model.size_multiple
+    if side % factor:
+        nearest = max(side // factor, 1) * factor
+        what = "a latent" if factor == model.first_stage.downsampling else "a patch of latents"
+        raise InputError(f"{name}={side} must be a multiple of {factor}, the pixels of {what}, e.g. {nearest}")
+    if isinstance(model.concat, LowResolution) and side % model.concat.factor:
+        raise InputError(f"{name}={side} must be a multiple of {model.concat.factor}, the model's enlargement")
 
 
 def without_guide_model(guidance: Guidance) -> Guidance:

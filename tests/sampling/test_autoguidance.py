@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import jax
 import jobs
@@ -13,6 +14,7 @@ from absl.flags import FlagValues
 from ldm_jax import command_line, convert, sample
 from ldm_jax.diffusion.denoiser import from_network
 from ldm_jax.diffusion.forward import NoiseLevel
+from ldm_jax.errors import InputError
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import apply_denoiser
 from ldm_jax.sampling.from_arguments import recipe_from_arguments
@@ -236,9 +238,45 @@ def test_what_is_refused(case, runs, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_guidance_of_a_model_without_classes_needs_a_weaker_model(runs, tmp_path, capsys):
-    assert run(runs / "unconditional", tmp_path / "out", "--guidance=2") == 2
-    assert "needs a model with classes, or --guide_model; this one has none" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--guidance=2",
+        "--guidance_rescale=0.5",
+        "--guidance_parallel=0",
+        "--guidance_max_norm=1",
+        "--guidance_interval=0,0.5",
+        "--guidance=0.5",
+    ],
+)
+def test_guidance_of_a_model_without_classes_needs_a_weaker_model(flag, runs, tmp_path, capsys):
+    assert run(runs / "unconditional", tmp_path / "out", flag) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        f"{flag.split('=')[0]}=" in line and "needs a model with classes, or --guide_model; this one has none" in line
+    )
+
+
+def test_guidance_of_a_model_without_classes_by_its_own_earlier_checkpoint():
+    """As its config says, at another scale; without that checkpoint it is refused."""
+    model, _ = random_runs.random_model(GUIDED, class_names=())
+    model = replace(model, origin=model.origin._replace(step=8))
+
+    def recipe(*flags):
+        values = FlagValues()
+        command_line.define_sampling_flags(values, num=4)
+        command_line.parse(values, ["evaluate", *flags])
+        return recipe_from_flags(model, values, [])
+
+    flags = ["--guidance=3", "--guidance_rescale=0.5", "--guidance_interval=0,0.5"]
+    guidance = recipe(*flags).guidance
+    assert (guidance.guide_model, guidance.scale, guidance.rescale, guidance.interval) == ("@4", 3.0, 0.5, [0, 0.5])
+    assert recipe_from_arguments(model, guidance=3).guidance.scale == 3.0
+    for wrong in (["--guidance=3", "--guide_model="], ["--guidance=0.5"]):
+        with pytest.raises(InputError, match="needs a model with classes, or --guide_model"):
+            recipe(*wrong)
+    with pytest.raises(InputError, match=r"guidance=0.5 needs a model with classes or texts"):
+        recipe_from_arguments(model, guidance=0.5)
 
 
 def test_an_exported_run_is_guided_by_that_checkpoint_too(guided, tmp_path):

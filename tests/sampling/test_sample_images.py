@@ -1,6 +1,7 @@
 """The command that samples from a run: its files, its flags, and images of another size."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -18,9 +19,10 @@ from ldm_jax.errors import InputError, RunError
 from ldm_jax.models.conditioning import NoConditioning, TextConditioning
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import fingerprint
+from ldm_jax.sampling.from_arguments import recipe_from_arguments
 from ldm_jax.sampling.image_grids import read_recipe, save_png
 from ldm_jax.sampling.inputs import WEIGHTED
-from ldm_jax.sampling.recipe import default_recipe, to_json, with_guidance
+from ldm_jax.sampling.recipe import default_recipe, from_json, to_json, with_guidance
 from ldm_jax.sampling.sample_images import sample_images
 from ldm_jax.sampling.sampler import make_sampler
 
@@ -125,7 +127,12 @@ REFUSED = {  # flags -> what the line must say
     "a variance that was not learned": (["--sampler=ddpm", "--variance=learned"], "variance learned needs a model"),
     "churn of another solver": (["--sampler=ddim", "--churn=3"], "sampling:"),
     "two noises": (["--to_seed=3", "--init_latents=a.npy"], "both set the initial noise"),
+    "two noises, one of seed 0": (["--to_seed=0", "--init_latents=a.npy"], "--init_latents and --to_seed both set"),
+    "a noise and an image's": (["--to_seed=0", "--init_image=a.png", "--invert"], "--to_seed and --invert both set"),
     "a strength alone": (["--strength=0.5"], "--strength needs --init_image"),
+    "a strength of 0 alone": (["--strength=0"], "--strength needs --init_image"),
+    "a strength of 0 with inversion": (["--init_image=a.png", "--invert", "--strength=0"], "do not go together"),
+    "a start of the refiner alone": (["--refiner_start=0"], "--refiner_start needs --refiner"),
     "a jump alone": (["--resample_jump=2"], "--resample_jump needs --resample"),
     "resampling without a mask": (["--resample=2"], "--resample needs --mask or --outpaint"),
     "a lora scale alone": (["--lora_scale=2"], "there are 1 --lora_scale for 0 --lora"),
@@ -147,6 +154,64 @@ def test_sample_refuses(case, run, tmp_path, capsys):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert expected in line
     assert not (tmp_path / "out").exists()
+
+
+ARGUMENTS = {  # class names of the model, or None for texts; arguments of `sample` -> what the message must say
+    "guidance of nothing": ((), {"guidance": 5}, "guidance=5 needs a model with classes or texts"),
+    "a label of nothing": ((), {"labels": [0]}, "the model has no classes"),
+    "a negative prompt of classes": ("ab", {"negative_prompt": "red"}, "negative_prompt='red' is for text-to-image"),
+    "a prompt of classes": ("ab", {"prompts": "red"}, "the model takes labels; prompts are for text-to-image"),
+    "labels of texts": (None, {"prompts": "red", "labels": [1]}, "labels=[1] are of a model with classes"),
+    "no prompt": (None, {}, "the model takes prompts, which are missing"),
+    "a prompt that is no text": (None, {"prompts": [3]}, "prompts has 3; a prompt must be a text"),
+    "a negative prompt that is no text": (None, {"prompts": "a", "negative_prompt": 3}, "negative_prompt has 3"),
+    "no samples": ("ab", {"num": 0}, "num is 0; it must be a whole number, 1 or more"),
+    "fewer samples than none": ("ab", {"num": -1}, "num is -1"),
+    "a number of samples that is not whole": ("ab", {"num": 2.0}, "num is 2.0"),
+    "a negative seed": ("ab", {"seed": -1}, "seed is -1; it must be a whole number, from 0 to 4294967295"),
+    "a seed of more than 32 bits": ("ab", {"seed": 2**32}, "seed is 4294967296"),
+    "no steps": ("ab", {"steps": 0}, "steps is 0; it must be a whole number, 1 or more"),
+    "a size that does not divide": ("ab", {"size": (8, 11)}, "width=11 must be a multiple of 2, the pixels of"),
+    "a size of one pixel": ("ab", {"size": (1, 1)}, "height=1 must be a multiple of 2"),
+    "a size of nothing": ("ab", {"size": (0, 8)}, "height is 0; it must be a whole number, 1 or more"),
+    "one side": ("ab", {"size": 8}, "size is 8; it must be (height, width) in pixels"),
+    "three sides": ("ab", {"size": (8, 8, 1)}, "size is (8, 8, 1); it must be (height, width)"),
+    "a class beyond the last": ("ab", {"labels": 2}, "labels=2 is no class; the model has 0 a, 1 b"),
+    "classes one by one": ("ab", {"labels": "ab"}, "labels=ab is no class"),
+    "no class": ("ab", {"labels": []}, "is no class"),
+    "negative guidance": ("ab", {"guidance": -1}, "guidance is -1; it must be a finite number, 0 or more"),
+    "guidance that is no number": ("ab", {"guidance": "strong"}, "guidance is 'strong'"),
+    "a negative batch": ("ab", {"batch_size": -1}, "batch_size is -1; it must be a whole number, 1 or more"),
+    "an empty batch": ("ab", {"batch_size": 0}, "batch_size is 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_are_refused(case):
+    class_names, arguments, expected = ARGUMENTS[case]
+    model, params = random_runs.random_model(class_names=tuple(class_names or ()))
+    if class_names is None:
+        model = replace(model, conditioning=TEXTS)
+    with pytest.raises(InputError, match=re.escape(expected)):
+        sample(model, params, **arguments)
+
+
+def test_labels_of_arguments_are_one_or_several():
+    model, _ = random_runs.random_model(class_names=("12", "1", "2", "red"))
+    for labels, expected in (
+        (2, [2]),
+        ("12", [0]),
+        ("red", [3]),
+        ("red,2", [3, 2]),
+        (("1", 3), [1, 3]),
+        (None, [0, 1, 2, 3]),
+    ):
+        recipe = recipe_from_arguments(model, labels=labels)
+        assert (recipe.labels, recipe.num) == (expected, len(expected))
+    recipe = recipe_from_arguments(
+        model, labels=np.int64(3), num=np.int64(2), seed=np.uint32(4), steps=np.int32(3), size=np.array([8, 12])
+    )
+    assert from_json(json.loads(json.dumps(to_json(recipe))), "") == recipe
 
 
 def test_every_number_flag_must_be_finite():
