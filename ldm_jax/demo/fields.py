@@ -5,7 +5,7 @@ from typing import Any
 
 import gradio as gr
 
-from ldm_jax.demo.form import ALL_CLASSES, MAX_GUIDANCE, MAX_LORA_SCALE, controls_of
+from ldm_jax.demo.form import ALL_CLASSES, MAX_GUIDANCE, MAX_LORA_SCALE, class_choices, controls_of
 from ldm_jax.demo.loaded_model import LoadedModel
 from ldm_jax.pipeline.model import LatentDiffusion
 
@@ -38,7 +38,7 @@ def make_fields(loaded: LoadedModel) -> dict[str, Any]:
         )
     elif controls.class_names:
         fields["label"] = gr.Dropdown(
-            [ALL_CLASSES, *controls.class_names], value=ALL_CLASSES, label="Class", elem_id="label"
+            [ALL_CLASSES, *class_choices(controls.class_names)], value=ALL_CLASSES, label="Class", elem_id="label"
         )
     with gr.Row():
         num = min(1 if controls.texts else IMAGES, bounds.num)

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ from ldm_jax.models.concat_conditioning import Inpainting
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Solver
 from ldm_jax.sampling.from_arguments import label_indices
-from ldm_jax.sampling.from_flags import recipe_from_flags, with_edit_flags
+from ldm_jax.sampling.from_flags import check_label, recipe_from_flags, with_edit_flags
 from ldm_jax.sampling.recipe import Recipe
 
 ALL_CLASSES = "all classes, in turn"
@@ -33,7 +35,7 @@ class Form(NamedTuple):
 
     prompt: str | None = None  # prompts, one a line
     negative_prompt: str | None = None
-    label: str | None = None  # the name of a class, or ALL_CLASSES
+    label: str | None = None  # one of `class_choices`, or ALL_CLASSES
     sampler: str | None = None
     steps: float | None = None
     guidance: float | None = None
@@ -92,6 +94,12 @@ def controls_of(model: LatentDiffusion) -> Controls:
     )
 
 
+def class_choices(class_names: Sequence[str]) -> dict[str, int]:
+    """The texts by which a class is chosen, with its index: its name, and its number too if several have that name."""
+    names = Counter([ALL_CLASSES, *class_names])
+    return {name if names[name] == 1 else f"{name} ({index})": index for index, name in enumerate(class_names)}
+
+
 def bounds_of(model: LatentDiffusion, max_size: int | None, max_num: int) -> Bounds:
     """The bounds of a model's form; `max_size` None is twice its own size. Raises InputError if it exceeds that."""
     own = max(model.image_shape[:2])
@@ -121,9 +129,12 @@ def _recipe(model: LatentDiffusion, form: Form, bounds: Bounds) -> Recipe:
     command_line.define_sampling_flags(values, num=1)
     command_line.define_editing_flags(values)
     command_line.parse(values, ["demo", *_arguments(model, controls, form, bounds)])
-    named = None if form.label in (None, "", ALL_CLASSES) else [form.label]
-    labels = label_indices("--label", named, controls.class_names)
+    chosen = None if form.label in (None, "", ALL_CLASSES) else [form.label]
+    index = class_choices(controls.class_names).get(form.label)
+    labels = label_indices("--label", chosen if index is None else [index], controls.class_names)
     recipe = with_edit_flags(recipe_from_flags(model, values, labels), values, model)
+    if chosen is not None:
+        check_label(form.label, recipe, model)
     if max(recipe.size) > bounds.size:
         height, width = recipe.size
         raise InputError(f"the samples would be {width}x{height}; here a side has at most {bounds.size} pixels")

@@ -84,7 +84,8 @@ class LoadedModel:
     ) -> Callable[[Progress], None]:
         """A function of `Progress` that reports previews of all samples so far."""
         model, done = self.model.at_size(size), {}
-        sampler = GuidanceModels().sampler(model, batch_size)  # the one that `sample_images` uses
+        # For its decode: the sampler of `sample_images`, unless the recipe has a guidance model.
+        sampler = GuidanceModels().sampler(model, batch_size)
         decode: list[Callable[[Any], Any]] = []
 
         def watch(progress: Progress) -> None:

@@ -16,7 +16,17 @@ from PIL import Image
 from ldm_jax import command_line
 from ldm_jax.demo import __main__ as demo
 from ldm_jax.demo.background import Stopped, reports
-from ldm_jax.demo.form import ALL_CLASSES, Bounds, Form, bounds_of, controls_of, lora_of, recipe_of, save_edit
+from ldm_jax.demo.form import (
+    ALL_CLASSES,
+    Bounds,
+    Form,
+    bounds_of,
+    class_choices,
+    controls_of,
+    lora_of,
+    recipe_of,
+    save_edit,
+)
 from ldm_jax.demo.loaded_model import LoadedModel, _batch_size
 from ldm_jax.demo.previews import fit_linear, linear_decode
 from ldm_jax.demo.results import KEPT, Results, as_markdown, captions_of, recipe_text
@@ -55,6 +65,33 @@ def test_a_form_is_a_recipe(classes):
     assert (recipe.labels, recipe.num, recipe.seed, recipe.size) == ([2], 4, 3, [8, 8])
     assert recipe.solving == solving_defaults(model, "ddim", 4) and recipe.guidance.scale == 2
     assert recipe_of(model, FORM, BOUNDS).labels == [0, 1, 2, 3]
+
+
+def test_classes_of_one_name_are_chosen_by_their_number():
+    names = ("crane", "crab", "crane", ALL_CLASSES)
+    model, _ = random_runs.random_model(class_names=names)
+    choices = class_choices(names)
+    assert [*choices] == ["crane (0)", "crab", "crane (2)", f"{ALL_CLASSES} (3)"]
+    for choice, index in choices.items():
+        assert recipe_of(model, FORM._replace(label=choice), BOUNDS).labels == [index]
+    assert recipe_of(model, FORM, BOUNDS).labels == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "concat", [{"concat.type": "inpainting"}, {"concat.type": "low_resolution", "concat.factor": 2}]
+)
+def test_a_class_without_an_image_is_refused_of_a_model_that_restores_images(concat, tmp_path):
+    """Its samples are of test images, which have their own classes."""
+    model, _ = random_runs.random_model(concat)
+    assert recipe_of(model, FORM, BOUNDS).concat.split == "test"
+    with pytest.raises(InputError, match=r"^Class: bright: without an image this model restores test images, which"):
+        recipe_of(model, FORM._replace(label="bright"), BOUNDS)
+    image = Image.new("L", (8, 8), 255)
+    image.save(tmp_path / "a.png")
+    files = {"image": str(tmp_path / "a.png")} | (
+        {} if "concat.factor" in concat else {"mask": str(tmp_path / "a.png")}
+    )
+    assert recipe_of(model, FORM._replace(label="bright", **files), BOUNDS).labels == [2]
 
 
 def test_prompts_are_lines(texts):
