@@ -9,7 +9,6 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 
 from ldm_jax.data.datasets import Dataset
-from ldm_jax.data.images import fit_segments
 from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.errors import InputError
 from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmentation
@@ -64,7 +63,7 @@ def from_file(model: LatentDiffusion, path: Path) -> ConcatImages:
         return ConcatImages(
             {"small": image_inputs.read_image(path, flag, size=size, channels=channels, crop=crop)[None]}
         )
-    segments = fit_segments(image_inputs.open_image(path, flag), size=(height, width), crop=crop)
+    segments = image_inputs.read_segments(path, flag, size=(height, width), crop=crop)
     if segments.max() >= model.concat.num_segments:
         raise InputError(
             f"{flag}={path} has class {segments.max()}; the model has 0 to {model.concat.num_segments - 1}"

@@ -1,11 +1,14 @@
 """Image inputs of sampling: initial images, masks, outpainting and initial noise from files; interpolation of noise."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
-from ldm_jax.data.images import decode, eight_bits, fit, on_background, with_alpha
+from ldm_jax.data.images import decode, eight_bits, fit, fit_segments, on_background, with_alpha
 from ldm_jax.errors import InputError
 
 SAME = 8  # levels of 255 by which two files of one image differ at most
@@ -13,18 +16,32 @@ ROUNDED = 0.05  # of an image may be cropped without a line about it, as sides a
 SIDES = {"left": (1, True), "right": (1, False), "up": (0, True), "down": (0, False)}  # axis; before the image?
 
 
-def read_image(path: Path, flag: str, *, size: tuple[int, int], channels: int, crop: str) -> np.ndarray:
-    """An image file at the model's size, uint8 [*size, channels]; raises InputError, which names `flag`."""
-    return fit(open_image(path, flag), size=size, channels=channels, crop=crop)
+@contextmanager
+def named(flag: str, path: Path) -> Iterator[None]:
+    """A context in which an InputError or OSError about an image file becomes an InputError that names its flag."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{flag}={path}: {reason}") from error
 
 
 def open_image(path: Path, flag: str) -> Image.Image:
     """An image file as it is; raises InputError, which names `flag`, if it cannot be read."""
-    try:
+    with named(flag, path):
         return decode(path.read_bytes())
-    except (InputError, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"{flag}={path}: {reason}") from error
+
+
+def read_image(path: Path, flag: str, *, size: tuple[int, int], channels: int, crop: str) -> np.ndarray:
+    """An image file at the model's size, uint8 [*size, channels]; raises InputError, which names `flag`."""
+    with named(flag, path):
+        return fit(decode(path.read_bytes()), size=size, channels=channels, crop=crop)
+
+
+def read_segments(path: Path, flag: str, *, size: tuple[int, int], crop: str) -> np.ndarray:
+    """A segmentation map's file at the model's size, uint8 [*size, 1]; raises InputError, which names `flag`."""
+    with named(flag, path):
+        return fit_segments(decode(path.read_bytes()), size=size, crop=crop)
 
 
 def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str) -> np.ndarray:
@@ -39,8 +56,10 @@ def read_mask(path: Path, image_path: Path, *, size: tuple[int, int], crop: str)
             f"--mask={path} is {mask.width}x{mask.height}; it must be {image.width}x{image.height} like "
             f"--init_image={image_path}"
         )
-    mask = eight_bits(mask)
-    mask = _erased_part(mask, image) or on_background(mask, "black")
+    with named("--mask", path):
+        mask = eight_bits(mask)
+    with named("--init_image", image_path):
+        mask = _erased_part(mask, image) or on_background(mask, "black")
     white = fit(mask, size=size, channels=1, crop=crop)[..., 0] >= 128
     if not white.any():
         raise InputError(f"--mask={path} has no white part; white is what is sampled")
@@ -111,7 +130,7 @@ def read_latents(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The initial noise of --init_latents; raises InputError unless it is finite float32 of this shape [N, h, w, c]."""
     try:
         z_T = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise InputError(f"--init_latents={path} cannot be read as .npy: {error}") from error
     if not isinstance(z_T, np.ndarray) or z_T.shape != shape or z_T.dtype != np.float32:
         given = f"{z_T.dtype}{list(z_T.shape)}" if isinstance(z_T, np.ndarray) else "an archive"

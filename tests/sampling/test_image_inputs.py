@@ -200,6 +200,35 @@ def test_masks_of_16_bits(files):
 
 
 @pytest.mark.parametrize(
+    "flag", ["--init_image", "--to_image", "--mask", "--concat_image", "--concat_image of segments"]
+)
+def test_errors_of_an_image_name_its_flag(flag, files):
+    """Also those after decoding: grey values beyond the scales, a segmentation map in colour."""
+    Image.fromarray(np.full((8, 8), -3.0, np.float32)).save(files / "float.tif")
+    Image.new("RGB", (8, 8)).save(files / "colour.png")
+    fit = {"size": (8, 8), "crop": "center"}
+    with pytest.raises(InputError) as error:
+        if flag == "--mask":
+            image_inputs.read_mask(files / "float.tif", files / "a.png", **fit)
+        elif flag == "--concat_image of segments":
+            image_inputs.read_segments(files / "colour.png", flag.split()[0], **fit)
+        else:
+            image_inputs.read_image(files / "float.tif", flag, channels=1, **fit)
+    name = "colour.png" if "segments" in flag else "float.tif"
+    assert str(error.value).startswith(f"{flag.split()[0]}={files / name}: ")
+
+
+DAMAGED = {"nothing": b"", "a zip file": b"PK\x03\x04garbage", "a header": b"\x93NUMPY\x01\x00v\x00garbage"}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_latents_are_refused(case, tmp_path):
+    (tmp_path / "z.npy").write_bytes(DAMAGED[case])
+    with pytest.raises(InputError, match=r"^--init_latents=.*z\.npy cannot be read as \.npy: "):
+        image_inputs.read_latents(tmp_path / "z.npy", (1, 4, 4, 2))
+
+
+@pytest.mark.parametrize(
     ("image", "model", "multiple", "expected"),
     [
         ((512, 512), (512, 512), 8, (512, 512)),
