@@ -13,7 +13,7 @@ from ldm_jax.diffusion.forward import NoiseLevel
 from ldm_jax.diffusion.prediction import from_z0, to_z0
 from ldm_jax.diffusion.process import Process
 
-Interval = Array | tuple[float, float]  # the first and the last timestep that are guided
+Interval = Array | tuple[float, float]  # the first and the last timestep that are guided; see `_within`
 ALWAYS = (0, np.inf)
 
 
@@ -117,7 +117,7 @@ def cfg_plus_plus(
 
     def guided_or_conditional(z_t: Array, level: NoiseLevel) -> Estimate:
         level = NoiseLevel(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
-        within = (interval[0] <= level.t) & (level.t <= interval[1])
+        within = _within(level.t, interval)
         return jax.lax.cond(jnp.any(within), guided, conditional, z_t, level, within)
 
     return guided_or_conditional
@@ -176,7 +176,7 @@ def _extrapolated(
 
     def guided_or_conditional(z_t: Array, level: NoiseLevel) -> Array | Estimate:
         level = NoiseLevel(*(jnp.broadcast_to(jnp.asarray(value, jnp.float32), z_t.shape[:1]) for value in level))
-        within = (interval[0] <= level.t) & (level.t <= interval[1])
+        within = _within(level.t, interval)
         scale_at_t = jnp.where(within, jnp.asarray(scale, jnp.float32), 1.0)
         return jax.lax.cond(jnp.all(scale_at_t == 1), unguided, guided, z_t, level, scale_at_t)
 
@@ -269,11 +269,19 @@ def similarity_guided(
     return guided
 
 
+def _within(t: Array, interval: Interval) -> Array:
+    """Whether timesteps [B] are in an interval, bool [B].
+
+    One that begins at 0 has no lower limit: samplers of rectified flow go to less noise than timestep 0 has.
+    """
+    return ((interval[0] <= 0) | (interval[0] <= t)) & (t <= interval[1])
+
+
 def _guidance_weight(z_t: Array, level: NoiseLevel, scale: Array, interval: Interval) -> tuple[Array, Array, Array]:
     """t [B]; whether any example is guided, []; sigma^2 / alpha scale, to multiply z_t, 0 where alpha = 0."""
     t = jnp.broadcast_to(level.t, z_t.shape[:1])
     alpha, sigma = level.broadcast_to(z_t)
-    within = (interval[0] <= t) & (t <= interval[1])
+    within = _within(t, interval)
     factor = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
     scale = jnp.where(within, jnp.asarray(scale, jnp.float32), 0.0)
     return t, jnp.any(scale != 0), factor * scale.reshape(-1, *[1] * (z_t.ndim - 1))

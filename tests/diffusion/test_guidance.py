@@ -5,7 +5,14 @@ import pytest
 
 from ldm_jax.diffusion.denoiser import Estimate, clip_z0, from_network, paste_known, threshold_z0
 from ldm_jax.diffusion.forward import NoiseLevel, noise_level
-from ldm_jax.diffusion.guidance import Projection, autoguided, classifier_free, classifier_guided, similarity_guided
+from ldm_jax.diffusion.guidance import (
+    Projection,
+    autoguided,
+    cfg_plus_plus,
+    classifier_free,
+    classifier_guided,
+    similarity_guided,
+)
 from ldm_jax.diffusion.prediction import PREDICTIONS, from_z0, to_z0
 from ldm_jax.diffusion.process import Process
 from ldm_jax.diffusion.schedules import make_process
@@ -78,6 +85,35 @@ def test_one_call_of_2B_or_of_B():
         jax.effects_barrier()
         assert sizes == expected, interval
     assert len(traces) == 2, "without and with an interval"
+
+
+RULES = {
+    "classifier-free": lambda interval: classifier_free(plain, CONTEXT, NULL, 3.0, interval=interval),
+    "cfg++": lambda interval: cfg_plus_plus(plain, CONTEXT, NULL, 0.6, interval=interval),
+    "autoguidance": lambda interval: autoguided(at(CONTEXT), at(NULL), 3.0, interval=interval),
+    "classifier": lambda interval: classifier_guided(
+        at(CONTEXT), lambda z, t: z.sum((1, 2, 3)), 3.0, interval=interval
+    ),
+    "similarity": lambda interval: similarity_guided(at(CONTEXT), lambda z: z.sum((1, 2, 3)), 3.0, interval=interval),
+}
+
+
+def at(context):
+    """The denoiser of one condition."""
+    return lambda z_t, level: plain(z_t, level, jnp.broadcast_to(context, CONTEXT.shape))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("t", [-0.75, -1.1e-16, 0.0])
+def test_an_interval_from_0_has_no_lower_limit(rule, t):
+    """Rectified flow is sampled at t = T s - 1 < 0 too; an interval that begins above 0 leaves these out."""
+    level = NoiseLevel(*jnp.float32([t, 0.9, 0.1]))
+    z0 = {interval: RULES[rule](interval)(Z, level) for interval in ((0, np.inf), (0, 50.0), (-1, np.inf), (1, np.inf))}
+    z0 = {interval: value.z0 if isinstance(value, Estimate) else value for interval, value in z0.items()}
+    np.testing.assert_array_equal(z0[0, np.inf], z0[-1, np.inf])
+    np.testing.assert_array_equal(z0[0, 50.0], z0[-1, np.inf])
+    np.testing.assert_array_equal(z0[1, np.inf], at(CONTEXT)(Z, level))
+    assert np.abs(z0[0, np.inf] - z0[1, np.inf]).max() > 0.01
 
 
 def test_outside_the_interval_there_is_no_guidance():
