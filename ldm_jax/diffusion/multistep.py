@@ -134,7 +134,7 @@ def dpmpp_3m(points: list[Point]) -> Iterator[Row]:
         h = after.half_log_snr - now.half_log_snr
         left = len(steps) - i
         order = min(3, 1 + len(h_before), left if len(steps) < 15 else 3)
-        if order == 1 or after.sigma == 0:
+        if order == 1 or after.sigma == 0 or h == 0:
             yield Row(now, after, exponential_step(now, after, Z[0], X[0]))
         else:
             slope = (X[0] - X[1]) * h / h_before[0]

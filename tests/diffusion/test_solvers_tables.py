@@ -1,5 +1,6 @@
 """Every table, run by the compiled loop, against its paper's algorithm in plain float64 Python; and by hand."""
 
+import itertools
 from functools import cache, partial
 
 import jax
@@ -293,6 +294,23 @@ def test_tables_from_zero_terminal_snr_are_finite(solver, steps):
     table = make_table(solver, ZERO_SNR, steps, prediction="v", spacing="trailing")
     assert all(np.isfinite(column).all() for column in table)
     assert table.alpha[0] == 0 and np.isfinite(run(Z_T, table, KEYS)[0]).all()
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_tables_that_end_at_timestep_0_are_finite(solver, spacing):
+    """Also where the last noise level of the spacing is that of timestep 0 up to rounding: a step of no length."""
+    names = ("scaled_linear", "cosine", "linear") if spacing != "flow" else ("rectified_flow",)
+    for name, eta in itertools.product(names, (0.0, 0.5)):
+        process, prediction = make_process(name, 1000), "flow" if spacing == "flow" else "v"
+        if (solver in ("lcm", "tcd") and spacing not in TIMESTEP_SPACINGS) or (eta and solver not in ("ddim", "tcd")):
+            continue
+        for steps in (1, 5, 14, 15, 20, 49):
+            options = {"prediction": prediction, "eta": eta, "spacing": spacing, "set_alpha_to_one": False}
+            table = make_table(solver, process, steps, **options)
+            assert all(np.isfinite(column).all() for column in table), (name, steps)
+            rows = int(table.rows)
+            np.testing.assert_allclose(table.reached_alpha[rows - 1], process.alpha[0], rtol=1e-12)
 
 
 HAND = Process.variance_preserving([0.81, 0.36])
