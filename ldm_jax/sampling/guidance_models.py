@@ -97,7 +97,7 @@ def classifier_for(path: Path, model: LatentDiffusion, params: Params) -> Traine
         schedules = f"{_schedule(other.process)} and {_schedule(model.process)}"
         raise InputError(f"--classifier={path} and --model have other noise schedules: {schedules}")
     first_stage = load_first_stage(path, other.origin.config)
-    if _latents_hash(first_stage, other) != _latents_hash(params, model):
+    if _latents_hash(first_stage, other.at_size(model.image_shape[:2])) != _latents_hash(params, model):
         raise InputError(
             f"--classifier={path} was trained on other latents than those of --model, of another autoencoder or scale; "
             "it must be trained with --config.autoencoder.checkpoint set to the run that it is to guide"

@@ -3,22 +3,27 @@
 import json
 import re
 
+import diffusers_folder
 import jax
 import jax.numpy as jnp
 import jobs
 import numpy as np
 import pytest
 import random_runs
+import tiny
 
 from ldm_jax import command_line, convert, sample
+from ldm_jax.config import io as config_io
 from ldm_jax.diffusion.denoiser import from_network
 from ldm_jax.diffusion.forward import NoiseLevel
 from ldm_jax.diffusion.guidance import classifier_free, similarity_guided
 from ldm_jax.errors import InputError
 from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.clip import embed_images, embed_texts, load_clip
+from ldm_jax.pipeline.from_config import build_classifier
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import decode_latents
+from ldm_jax.run_folder.checkpoint import Checkpoints, identity
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.sampling.guidance_models import GuidanceModels, classifier_for
 from ldm_jax.sampling.image_grids import read_recipe
@@ -154,6 +159,40 @@ def test_a_classifier_guides_a_diffusers_folder_of_the_same_latents(trained_run,
         with pytest.raises(InputError, match=re.escape(expected)):
             classifier_for(classifier_run, model, params)
         (folder / name).write_text(before)
+
+
+@pytest.fixture(scope="module")
+def with_classifier(tmp_path_factory):
+    """A run folder with random parameters, of a classifier too."""
+    run = random_runs.random_run(tmp_path_factory.mktemp("run") / "run", STAGES)
+    config = config_io.from_json(run / "config.json")
+    classifier = build_classifier(config, len(tiny.CLASS_NAMES))
+    z_t, one = np.zeros((1, 4, 4, 2)), np.ones(1)
+    shapes = jax.eval_shape(classifier.init, jax.random.key(0), z_t, one, one)["params"]
+    params = {"classifier": diffusers_folder.random_params(shapes, 0)}
+    with Checkpoints(run / "classifier", keep=1, identity=identity(config, "classifier")) as checkpoints:
+        checkpoints.save({"step": np.int32(8), "ema_params": params})
+    return run
+
+
+STAGES = {"stages": ("autoencoder", "diffusion", "classifier")}
+
+
+@pytest.mark.parametrize("size", [(), ("--height=12",), ("--height=6", "--width=12")])
+def test_a_classifier_guides_samples_of_any_size(size, with_classifier, sampled):
+    """As all networks are convolutional."""
+    guided, path = sampled(with_classifier, "--num=4", *size, f"--classifier={with_classifier}", "--classifier_scale=9")
+    plain, _ = sampled(with_classifier, "--num=4", *size)
+    assert guided.shape == plain.shape and (guided != plain).any()
+    np.testing.assert_array_equal(sampled_again(with_classifier, path), guided)
+
+
+def test_a_classifier_of_other_latents_is_refused_at_any_size(with_classifier, tmp_path):
+    model, params = load(with_classifier)
+    for size in ((8, 8), (12, 8)):
+        assert classifier_for(with_classifier, model.at_size(size), params).model.class_names == model.class_names
+        with pytest.raises(InputError, match="was trained on other latents than those of --model"):
+            classifier_for(with_classifier, model.at_size(size), params | {"scale": 2 * params["scale"]})
 
 
 REFUSED = {  # model, flags -> what the line must say
