@@ -20,15 +20,16 @@ from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.runtime.files import atomic, read_json, write_json
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.sampling import image_grids
+from ldm_jax.sampling.guidance_models import guidance_models
 from ldm_jax.sampling.inputs import sample_inputs
 from ldm_jax.sampling.recipe import Recipe, to_json
 from ldm_jax.sampling.recipe_of_run import recipe_of_run
-from ldm_jax.sampling.sampler import make_sampler, smallest_batch
+from ldm_jax.sampling.sampler import smallest_batch
 from ldm_jax.sampling.tables import make_table
 
 FOLDER = "prompts"
 ROWS, COLUMNS = 12, 8
-SCALES = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)  # of guidance; 0 is unconditional
+SCALES = (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)  # of guidance; 0 is unconditional, or the weaker model of autoguidance
 GUIDED = 8  # captions at each of these
 SEARCHED = 1_024  # images of a split that captions are taken from
 MADE_OF = "made_of.json"  # written last: a hash of the model and the recipe
@@ -64,7 +65,8 @@ def make_prompt_sampler(
 ) -> Callable[[list[str], Sequence[float]], np.ndarray]:
     """A function of P prompts and N guidance scales -> images uint8 [P, N, H, W, C]; all else is as in the recipe."""
     batch_size = smallest_batch(recipe.num, model.defaults.batch_size, jax.local_device_count())
-    sampler, table, params = make_sampler(model, batch_size), make_table(model, recipe.solving), replicate(params)
+    guides, table = guidance_models(recipe, model, params), make_table(model, recipe.solving)
+    sampler, params = guides.sampler(model, batch_size), replicate(params | guides.params)
 
     def sample(prompts: list[str], scales: Sequence[float]) -> np.ndarray:
         labels = np.repeat(np.arange(len(prompts)), len(scales))
