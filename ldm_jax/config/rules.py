@@ -101,6 +101,7 @@ OBJECTIVE_FIELDS = {
         "diffusion.variance": ("fixed", "MeanFlow's steps have no variance"),
         "sampling.sampler": ("ddim", "its steps are those of an average velocity"),
         "sampling.eta": (0, "MeanFlow's steps have no noise"),
+        "sampling.threshold": (0, "MeanFlow's steps have no estimate of the data to threshold"),
     },
     "consistency": {
         "diffusion.weighting": ("uniform", "consistency distillation has the pseudo-Huber loss, without a weight"),

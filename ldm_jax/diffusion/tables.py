@@ -61,10 +61,14 @@ def with_resampling(table: Table, times: int, jump: int) -> Table:
     """The table of RePaint (Lugmayr 2022, algorithm 1): every `jump` rows are noised back and run `times` times in all.
 
     With a `project` that pastes the known region, the repetitions harmonize it with the rest. Raises ValueError for
-    times or jump below 1, a multistep solver, a learned variance, or more rows than a table holds.
+    times or jump below 1, a jump of all rows, which repeats none, a multistep solver, a learned variance, or more rows
+    than a table holds.
     """
     if times < 1 or jump < 1:
         raise ValueError(f"resampling needs times and jump of 1 or more, got {times} and {jump}")
+    if times > 1 and jump >= table.rows:
+        no_effect = f"resampling by jumps of {jump} has no effect on {table.rows} steps"
+        raise ValueError(f"{no_effect}, the last of which are run once; the jump must be less")
     now = np.isin(np.arange(len(_UNITS)), [0, HISTORY + 1, len(_UNITS) - 1])
     if table.weights[:, ~now].any():
         raise ValueError("resampling needs a one-step solver: ddpm, ddim, euler or euler_a")

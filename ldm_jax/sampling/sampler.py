@@ -175,6 +175,8 @@ def guided_denoiser(
             jnp.where(samples.label < 0, 0.0, samples.classifier_scale),
             interval=interval,
         )
+    if model.mean_flow:  # over an interval z0_hat = z_t - t u is no estimate of the data
+        return denoise
     if model.first_stage.module is None:
         return threshold_z0(denoise, shared.threshold)
     return clip_z0(denoise, shared.clip_sample_range)

@@ -29,8 +29,11 @@ def make_table(
             "sampling: variance learned needs a model trained with --config.diffusion.variance=learned; this one's is "
             "fixed, choose fixed_small or fixed_large"
         )
-    if model.mean_flow and solving.eta:
-        raise InputError(f"sampling: eta is {solving.eta}; it must be 0 for a MeanFlow model, which follows the flow")
+    off = {"eta": (solving.eta, 0), "threshold": (solving.threshold, 0), "resample": (edit.resample, 1)}
+    for name, (value, without) in off.items() if model.mean_flow else ():
+        if value != without:
+            wrong = f"sampling: {name} is {value}; it must be {without} for a MeanFlow model"
+            raise InputError(f"{wrong}, which follows the flow over the whole interval of a step")
     own = {name: getattr(solving, name) for name in ("eta", "churn", "variance")}
     own["spacing"] = _spacing(solving)
     part = {"denoising_start": denoising_start, "denoising_end": denoising_end}

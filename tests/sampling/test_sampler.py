@@ -6,7 +6,7 @@ import pytest
 import random_runs
 
 from ldm_jax.diffusion.random import initial_latents, sample_keys
-from ldm_jax.pipeline.model import decode_latents
+from ldm_jax.pipeline.model import apply_denoiser, decode_latents
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.runtime.xla import CompileClock
 from ldm_jax.sampling.inputs import sample_inputs
@@ -25,9 +25,20 @@ class Model:
         self.model, params = random_runs.random_model(changes)
         self.params = replicate(params)
 
-    def inputs(self, num=8, labels=ALL, *, scale=1.5, seed=5, negative_label=None, interval=(0.0, 1.0), rescale=0.0):
+    def inputs(
+        self,
+        num=8,
+        labels=ALL,
+        *,
+        scale=1.5,
+        seed=5,
+        negative_label=None,
+        interval=(0.0, 1.0),
+        rescale=0.0,
+        sampler="ddpm",
+    ):
         guidance = Guidance(scale, list(interval), rescale, negative_label=negative_label)
-        solving = solving_defaults(self.model, "ddpm")
+        solving = solving_defaults(self.model, sampler)
         recipe = Recipe(num, seed, list(labels), [], [8, 8], "float32", solving, guidance)
         return sample_inputs(self.model, self.params, recipe, self.sampler())[1]
 
@@ -169,6 +180,24 @@ def test_decoding_and_encoding_take_any_number(model):
     by_hand = np.asarray(decode_latents(model.model, model.params, z))
     np.testing.assert_allclose(decoded, np.round(by_hand.clip(-1, 1) * 127.5 + 127.5), atol=1)
     assert model.sampler().encode(model.params, np.zeros((11, 8, 8, 1), np.uint8)).shape == (11, *z.shape[1:])
+
+
+def test_mean_flow_on_pixels_is_not_clipped_before_the_last_step():
+    """Over an interval z_t - t u is no estimate of the data: a step is z_t - (t - r) u, whatever its values."""
+    changes = {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow", "autoencoder.type": "none"}
+    model = Model(tuple((changes | {"diffusion.objective": "mean_flow"}).items()))
+    params = model.params | {"denoiser": jax.tree.map(lambda leaf: 3 * leaf, model.params["denoiser"])}
+    inputs, table = model.inputs(4, scale=1.0, sampler="ddim"), model.table("ddim", 2)
+    ((z, _),) = model.sampler(4).latents(params, inputs, table)
+    expected = np.asarray(initial_latents(sample_keys(np.uint32(5), np.arange(4)), model.model.latent_shape))
+    cond = model.model.conditioning.encode(params["conditioning"], inputs.samples.cond)
+    for i in range(2):
+        interval = np.full(4, table.sigma[i] - table.reached_sigma[i], np.float32)
+        t = np.full(4, table.t[i], np.float32)
+        u = apply_denoiser(model.model, params, expected, t, cond | {"interval": interval})
+        expected = expected - interval[:, None, None, None] * u
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(z, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("num", "batch_size", "devices", "expected"), [

@@ -13,7 +13,7 @@ from ldm_jax.diffusion.spacing import SPACINGS
 from ldm_jax.errors import InputError
 from ldm_jax.pipeline.model import LatentDiffusion, Solver
 from ldm_jax.pipeline.scheduler import solvers_of_scheduler
-from ldm_jax.sampling.recipe import Solving, solving_defaults
+from ldm_jax.sampling.recipe import Edit, Solving, solving_defaults
 from ldm_jax.sampling.tables import inversion_table, make_table
 
 FLOW = {"diffusion.schedule": "rectified_flow", "diffusion.prediction": "flow"}
@@ -72,3 +72,26 @@ def test_inversion_to_less_noise_than_timestep_0_has():
     process, flow = make_process("rectified_flow", 1000), FlowSpacing(shift=0.5)
     table = make_inversion_table(process, 10, solver="euler", spacing="flow", flow=flow)
     assert table.sigma[0] < process.sigma[0] and (np.diff(table.reached_sigma[:10]) > 0).all()
+
+
+@pytest.mark.parametrize(("resample", "jump", "steps"), [(3, 4, 4), (2, 9, 4), (2, 1, 1)])
+def test_resampling_of_nothing_is_refused(resample, jump, steps):
+    model, _ = random_runs.random_model()
+    edit = Edit(init_image="a.png", mask="m.png", resample=resample, resample_jump=jump)
+    with pytest.raises(InputError, match=f"sampling: resampling by jumps of {jump} has no effect on {steps} steps"):
+        make_table(model, solving_defaults(model, "ddpm", steps), edit)
+    assert make_table(model, solving_defaults(model, "ddpm", 10), edit).rows > 10
+
+
+@pytest.mark.parametrize(("solving", "edit", "message"), [
+    ({"eta": 0.5}, {}, "eta is 0.5; it must be 0 for a MeanFlow model"),
+    ({"threshold": 0.9}, {}, "threshold is 0.9; it must be 0 for a MeanFlow model"),
+    ({}, {"resample": 2, "mask": "m.png"}, "resample is 2; it must be 1 for a MeanFlow model"),
+])  # fmt: skip
+def test_what_is_not_defined_for_mean_flow_is_refused(solving, edit, message):
+    model, _ = random_runs.random_model(MEAN_FLOW)
+    with pytest.raises(InputError, match=f"sampling: {message}"):
+        make_table(model, solving_defaults(model, "ddim", 4)._replace(**solving), Edit(**edit))
+
+
+MEAN_FLOW = FLOW | {"diffusion.objective": "mean_flow", "sampling.sampler": "ddim", "sampling.steps": 1}
