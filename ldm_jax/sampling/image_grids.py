@@ -102,16 +102,19 @@ def save_png(image: Image.Image, path: Path, recipe: dict[str, Any] | None = Non
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe in a PNG written by `save_png`; raises InputError for other files."""
+    """The recipe in a PNG written by `save_png`, any JSON object; raises InputError for other files."""
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {})  # of a PNG only
     except OSError as error:  # Pillow's UnidentifiedImageError is one
         raise InputError(f"{path}: cannot be read as an image: {error.strerror or 'not an image file'}") from error
     try:
-        return json.loads(text[RECIPE])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: this image has no recipe; those that ldm_jax.sample writes have one") from error
+        recipe = json.loads(text.get(RECIPE, "null"))
+    except json.JSONDecodeError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path}: this image has no recipe; those that ldm_jax.sample writes have one")
+    return recipe
 
 
 def save_denoising_gif(frames: np.ndarray, path: Path) -> None:

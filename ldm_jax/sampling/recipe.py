@@ -94,6 +94,14 @@ class Recipe(NamedTuple):
 
 CFGPP_SAMPLERS = ("ddim", "euler", "euler_a")  # those whose steps are a z0_hat, an eps and noise
 LAST_SEED = 2**32 - 1
+# The ranges of numbers, by the names of fields, of which no two sections have one.
+RANGES = {
+    **dict.fromkeys(("seed", "to_seed"), (0, LAST_SEED)),
+    **dict.fromkeys(("num", "size", "steps", "resample", "resample_jump"), (1, math.inf)),
+    **dict.fromkeys(("labels", "negative_label", "noise_level", "churn", "max_norm"), (0, math.inf)),
+    **dict.fromkeys(("scale", "classifier_scale", "clip_guidance_scale"), (0, math.inf)),
+    **dict.fromkeys(("eta", "threshold", "rescale", "parallel", "strength", "refiner_start"), (0, 1)),
+}
 NO_EDIT = Edit()
 SECTIONS = {"solving": Solving, "guidance": Guidance, "edit": Edit, "concat": ConcatInput}
 
@@ -198,6 +206,9 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 def from_json(fields: Mapping[str, Any], where: str) -> Recipe:
     """The recipe of nested dicts or of a flat one; raises InputError, which names `where`, if fields are missing."""
     fields = fields if isinstance(fields.get("guidance"), Mapping) else _nested(fields)
+    for name in SECTIONS:
+        if not isinstance(fields.get(name, {}), Mapping):
+            raise InputError(f"{where} has a damaged recipe: its {name} is {fields[name]!r}")
     sections = {name: _read(section, fields.get(name, {}), where) for name, section in SECTIONS.items()}
     return _read(Recipe, {**fields, **sections}, where)
 
@@ -207,7 +218,7 @@ def _read(section: type, fields: Mapping[str, Any], where: str) -> Any:
     if missing:
         raise InputError(f"{where} is of another version: its recipe lacks {', '.join(missing)}")
     for name, annotation in get_type_hints(section).items():
-        if name in fields and not _is_of(fields[name], annotation):
+        if name in fields and not (_is_of(fields[name], annotation) and _in_range(name, fields[name])):
             raise InputError(f"{where} has a damaged recipe: its {name} is {fields[name]!r}")
     return section(**{name: fields[name] for name in section._fields if name in fields})
 
@@ -221,6 +232,16 @@ def _is_of(value: Any, annotation: Any) -> bool:
     if annotation is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is annotation
+
+
+def _in_range(name: str, value: Any) -> bool:
+    """Whether a field's numbers are in their range, and as many as there must be."""
+    if name == "interval":
+        return len(value) == 2 and 0 <= value[0] < value[1] <= 1
+    if name not in RANGES or value is None:
+        return True
+    (lowest, highest), numbers = RANGES[name], value if isinstance(value, list) else [value]
+    return all(lowest <= number <= highest for number in numbers) and (name != "size" or len(numbers) == 2)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,4 +269,22 @@ def from_png(path: Path, model: LatentDiffusion, params: Params) -> tuple[Recipe
         raise InputError(f"--from_recipe={path} was sampled from another model ({fields.get('model')}) than --model")
     if recipe.dtype != model.dtype:
         raise InputError(f"--from_recipe={path} was sampled in {recipe.dtype}; add --dtype={recipe.dtype}")
-    return recipe, fields.get("inputs", {})
+    _check_fits(recipe, model, f"--from_recipe={path}")
+    inputs = fields.get("inputs", {})
+    if not isinstance(inputs, Mapping):
+        raise InputError(f"--from_recipe={path} has a damaged recipe: its inputs are {inputs!r}")
+    return recipe, inputs
+
+
+def _check_fits(recipe: Recipe, model: LatentDiffusion, where: str) -> None:
+    """Raises InputError, which names `where`, for classes, prompts or a size that a model does not have."""
+    texts = isinstance(model.conditioning, TextConditioning)
+    known, negative = len(recipe.prompts if texts else model.class_names), recipe.guidance.negative_label
+    if texts and not recipe.prompts:
+        raise InputError(f"{where} has a damaged recipe: it has no prompts")
+    if wrong := [label for label in recipe.labels if label >= known]:
+        raise InputError(f"{where} has a damaged recipe: its labels have {wrong[0]}; they must be below {known}")
+    if negative is not None and negative >= len(model.class_names):
+        raise InputError(f"{where} has a damaged recipe: its negative_label is {negative}")
+    for name, side in zip(("height", "width"), recipe.size):
+        check_side(f"{where} has a damaged recipe: {name}", side, model)

@@ -4,7 +4,7 @@ import jobs
 import numpy as np
 import pytest
 import random_runs
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ldm_jax import command_line, sample
 from ldm_jax.errors import InputError
@@ -12,7 +12,17 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import fingerprint
 from ldm_jax.sampling import from_flags
 from ldm_jax.sampling.image_grids import read_recipe, save_png
-from ldm_jax.sampling.recipe import ConcatInput, Edit, Guidance, Recipe, Solving, from_json, from_png, to_json
+from ldm_jax.sampling.recipe import (
+    ConcatInput,
+    Edit,
+    Guidance,
+    Recipe,
+    Solving,
+    default_recipe,
+    from_json,
+    from_png,
+    to_json,
+)
 
 RECIPE = Recipe(
     num=5,
@@ -147,6 +157,31 @@ def test_a_recipe_of_another_model_or_version(recipe, expected, run, tmp_path):
         from_png(tmp_path / "it.png", model, params)
 
 
+@pytest.mark.parametrize("chunk", ["[]", "3", "null", "{"])
+def test_an_image_with_another_chunk_has_no_recipe(chunk, run, files, capsys):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("recipe", chunk)
+    Image.new("L", (8, 8)).save(files / "it.png", pnginfo=text)
+    run_sample(run, files / "out", f"--from_recipe={files}/it.png", status=2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.endswith("it.png: this image has no recipe; those that ldm_jax.sample writes have one")
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"labels": [99]}, "has a damaged recipe: its labels have 99; they must be below 4"),
+    ({"size": [8, 9]}, "has a damaged recipe: width=9 must be a multiple of 2"),
+    ({"num": 0}, "has a damaged recipe: its num is 0"),
+    ({"inputs": None}, "has a damaged recipe: its inputs are None"),
+])  # fmt: skip
+def test_a_recipe_that_does_not_fit_the_model_is_refused(changes, expected, run, files, capsys):
+    model, params = load(run)
+    recipe = to_json(default_recipe(model, 2, 0, [0], [])) | {"model": fingerprint(model, params)}
+    save_png(Image.new("L", (8, 8)), files / "it.png", recipe | changes)
+    run_sample(run, files / "out", f"--from_recipe={files}/it.png", status=2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert expected in line and "--from_recipe=" in line
+
+
 @pytest.mark.parametrize(
     "flags, variance",
     [([], "learned"), (["--sampler=ddim"], "fixed_small"), (["--variance=fixed_large"], "fixed_large")],
@@ -162,15 +197,21 @@ def test_the_variance_is_that_of_the_config_or_of_the_flag(flags, variance):
 WRONG = {  # a field of a recipe -> a value of another type
     "num": "8", "seed": None, "labels": 3, "prompts": [1], "size": ["8", 8], "vae_tiling": "yes",
     "solving.steps": 2.5, "solving.spacing": [1, "2"], "solving.eta": float("nan"), "guidance.scale": True,
-    "guidance.interval": "0,1", "edit.invert": 1, "edit.to_seed": "3", "concat.noise_level": 1.5,
+    "guidance.interval": "0,1", "edit.invert": 1, "edit.to_seed": "3", "concat.noise_level": 1.5, "solving": [],
+    "edit": "mask",
+}  # fmt: skip
+OUT_OF_RANGE = {  # a field of a recipe -> numbers that it cannot have
+    "num": 0, "seed": -1, "labels": [-1], "size": [3], "solving.steps": 0, "guidance.interval": [0.0],
+    "guidance.scale": -1.0, "guidance.negative_label": -1, "edit.to_seed": 2**32, "edit.resample": 0,
+    "concat.noise_level": -1, "refiner_start": 1.5,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("field", WRONG)
-def test_recipes_with_wrong_types_are_refused(field):
+@pytest.mark.parametrize(("field", "value"), [*WRONG.items(), *OUT_OF_RANGE.items()])
+def test_recipes_with_wrong_types_or_numbers_are_refused(field, value):
     recipe = to_json(RECIPE)
     assert to_json(from_json(recipe, "it")) == recipe
     section, _, name = field.rpartition(".")
-    (recipe[section] if section else recipe)[name] = WRONG[field]
+    (recipe[section] if section else recipe)[name] = value
     with pytest.raises(InputError, match=rf"it has a damaged recipe: its {name} is "):
         from_json(recipe, "it")
