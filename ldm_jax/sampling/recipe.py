@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from ldm_jax.errors import InputError
-from ldm_jax.models.concat_conditioning import LowResolution
+from ldm_jax.models.concat_conditioning import Inpainting, LowResolution
 from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Params, fingerprint
 from ldm_jax.runtime.terminal import warn
@@ -204,7 +204,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(fields: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe of nested dicts or of a flat one; raises InputError, which names `where`, if fields are missing."""
+    """The recipe of nested dicts or of a flat one; raises InputError, which names `where`, for missing or wrong fields."""
     fields = fields if isinstance(fields.get("guidance"), Mapping) else _nested(fields)
     for name in SECTIONS:
         if not isinstance(fields.get(name, {}), Mapping):
@@ -288,3 +288,17 @@ def _check_fits(recipe: Recipe, model: LatentDiffusion, where: str) -> None:
         raise InputError(f"{where} has a damaged recipe: its negative_label is {negative}")
     for name, side in zip(("height", "width"), recipe.size):
         check_side(f"{where} has a damaged recipe: {name}", side, model)
+    _check_edit(recipe, model, where)
+
+
+def _check_edit(recipe: Recipe, model: LatentDiffusion, where: str) -> None:
+    """Raises InputError, which names `where`, for an edit or concat conditioning that lacks an image or a prompt."""
+    edit, concat, texts = recipe.edit, recipe.concat, isinstance(model.conditioning, TextConditioning)
+    if edit.to_prompt is not None and not (texts and len(recipe.prompts) == 1):
+        raise InputError(f"{where} has a damaged recipe: its to_prompt needs one prompt of a text-to-image model")
+    for name in ("mask", "outpaint", "to_image", "invert"):
+        if getattr(edit, name) and not edit.init_image:
+            raise InputError(f"{where} has a damaged recipe: its {name} needs an init_image")
+    inpaints = isinstance(model.concat, Inpainting) and (edit.mask or edit.outpaint)
+    if model.concat and not (inpaints or concat.image or concat.split):
+        raise InputError(f"{where} has a damaged recipe: it has no input of the model's concat conditioning")

@@ -172,6 +172,8 @@ def test_an_image_with_another_chunk_has_no_recipe(chunk, run, files, capsys):
     ({"size": [8, 9]}, "has a damaged recipe: width=9 must be a multiple of 2"),
     ({"num": 0}, "has a damaged recipe: its num is 0"),
     ({"inputs": None}, "has a damaged recipe: its inputs are None"),
+    ({"edit": {"invert": True}}, "has a damaged recipe: its invert needs an init_image"),
+    ({"edit": {"to_prompt": "low"}}, "has a damaged recipe: its to_prompt needs one prompt"),
 ])  # fmt: skip
 def test_a_recipe_that_does_not_fit_the_model_is_refused(changes, expected, run, files, capsys):
     model, params = load(run)
