@@ -58,7 +58,10 @@ class GuidanceModels(NamedTuple):
 
 
 def guidance_models(recipe: Recipe, model: LatentDiffusion, params: Params) -> GuidanceModels:
-    """The guidance models of a recipe; raises InputError for one that does not fit the model."""
+    """The guidance models of a recipe, for samples of any size.
+
+    Raises InputError for one that does not fit the model, which is at the size of its training.
+    """
     guidance = recipe.guidance
     return GuidanceModels(
         classifier_for(Path(guidance.classifier), model, params) if guidance.classifier else None,
@@ -97,7 +100,7 @@ def classifier_for(path: Path, model: LatentDiffusion, params: Params) -> Traine
         schedules = f"{_schedule(other.process)} and {_schedule(model.process)}"
         raise InputError(f"--classifier={path} and --model have other noise schedules: {schedules}")
     first_stage = load_first_stage(path, other.origin.config)
-    if _latents_hash(first_stage, other.at_size(model.image_shape[:2])) != _latents_hash(params, model):
+    if _latents_hash(first_stage, other) != _latents_hash(params, model):
         raise InputError(
             f"--classifier={path} was trained on other latents than those of --model, of another autoencoder or scale; "
             "it must be trained with --config.autoencoder.checkpoint set to the run that it is to guide"

@@ -204,7 +204,7 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def from_json(fields: Mapping[str, Any], where: str) -> Recipe:
-    """The recipe of nested dicts or of a flat one; raises InputError, which names `where`, for missing or wrong fields."""
+    """The recipe of nested dicts or of a flat one; raises InputError, which names `where`, for wrong fields."""
     fields = fields if isinstance(fields.get("guidance"), Mapping) else _nested(fields)
     for name in SECTIONS:
         if not isinstance(fields.get(name, {}), Mapping):

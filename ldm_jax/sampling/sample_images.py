@@ -66,10 +66,10 @@ def sample_images(
     """
     check_cfgpp(model, recipe)
     refiner = load_refiner(recipe, model, params)
-    model = _at_recipe(model, recipe)
+    at_own_size, model = model, _at_recipe(model, recipe)
     table = make_table(model, recipe.solving, recipe.edit, denoising_end=recipe.refiner_start)
     image, mask = read_images(model, recipe)
-    guides, whole = guidance_models(recipe, model, params), image
+    guides, whole = guidance_models(recipe, at_own_size, params), image
     if recipe.edit.outpaint:
         image, mask = image_inputs.outpaint_window(image, recipe.edit.outpaint)
     concat_images = concat_images_of(model, recipe, image, mask)

@@ -187,14 +187,6 @@ def test_a_classifier_guides_samples_of_any_size(size, with_classifier, sampled)
     np.testing.assert_array_equal(sampled_again(with_classifier, path), guided)
 
 
-def test_a_classifier_of_other_latents_is_refused_at_any_size(with_classifier, tmp_path):
-    model, params = load(with_classifier)
-    for size in ((8, 8), (12, 8)):
-        assert classifier_for(with_classifier, model.at_size(size), params).model.class_names == model.class_names
-        with pytest.raises(InputError, match="was trained on other latents than those of --model"):
-            classifier_for(with_classifier, model.at_size(size), params | {"scale": 2 * params["scale"]})
-
-
 REFUSED = {  # model, flags -> what the line must say
     "no text for a clip": ("classes", ["--clip=TEXTS"], "needs a text to guide to"),
     "no clip for a scale": ("texts", ["--prompt=a", "--clip_guidance_scale=2"], "--clip_guidance_scale needs --clip"),
