@@ -78,9 +78,9 @@ def _conditions(
     if texts != bool(prompts):
         needs = "prompts, which are missing" if texts else "labels; prompts are for text-to-image models"
         raise InputError(f"the model takes {needs}")
-    for name, text in (*(("prompts", prompt) for prompt in prompts), ("negative_prompt", negative_prompt)):
-        if not isinstance(text, str | None):
-            raise InputError(f"{name} has {text!r}; a prompt must be a text")
+    for name, some in (("prompts", prompts), ("negative_prompt", [negative_prompt or ""])):
+        if wrong := [text for text in some if not isinstance(text, str)]:
+            raise InputError(f"{name} has {wrong[0]!r}; a prompt must be a text")
     if texts:
         if labels is not None:
             raise InputError(f"labels={labels!r} are of a model with classes; this one takes prompts")

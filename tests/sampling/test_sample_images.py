@@ -163,6 +163,7 @@ ARGUMENTS = {  # class names of the model, or None for texts; arguments of `samp
     "a prompt of classes": ("ab", {"prompts": "red"}, "the model takes labels; prompts are for text-to-image"),
     "labels of texts": (None, {"prompts": "red", "labels": [1]}, "labels=[1] are of a model with classes"),
     "no prompt": (None, {}, "the model takes prompts, which are missing"),
+    "no text": (None, {"prompts": ["red", None]}, "prompts has None; a prompt must be a text"),
     "a prompt that is no text": (None, {"prompts": [3]}, "prompts has 3; a prompt must be a text"),
     "a negative prompt that is no text": (None, {"prompts": "a", "negative_prompt": 3}, "negative_prompt has 3"),
     "no samples": ("ab", {"num": 0}, "num is 0; it must be a whole number, 1 or more"),
