@@ -202,7 +202,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
           scale: guidance scale.
         """
         first, last = (part * self.scheduler.config.num_train_timesteps for part in self.config.guidance_interval)
-        if scale == 1 or not first <= t <= last:
+        if scale == 1 or not first <= max(t, 0) <= last:  # rectified flow is sampled at t < 0 too
             return self.unet(unet_input, t, cond).sample
         if self.guide_unet is not None and scale > 1:
             conditional = self.unet(unet_input, t, cond).sample
