@@ -193,19 +193,19 @@ def in_order(source: Source, batch_size: int) -> Iterator[Batch]:
     is False for padding.
     """
     for start in range(0, len(source), batch_size):
-        yield _padded(source, batch_size, start)
+        yield _padded(source, batch_size, start, len(source))
 
 
 def read_in_order(source: Source, batch_size: int, rows: range) -> Iterator[Batch]:
-    """The batches of `in_order` that begin in `rows`, whose start is that of a batch; Grain's threads read ahead."""
+    """Batches of the examples in `rows` as `in_order` has them, the last one padded; Grain's threads read ahead."""
     import grain
 
     options = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
     starts = grain.MapDataset.range(rows.start, rows.stop, batch_size)
-    yield from starts.map(lambda start: _padded(source, batch_size, start)).to_iter_dataset(options)
+    yield from starts.map(lambda start: _padded(source, batch_size, start, rows.stop)).to_iter_dataset(options)
 
 
-def _padded(source: Source, batch_size: int, start: int) -> Batch:
+def _padded(source: Source, batch_size: int, start: int, stop: int) -> Batch:
     index = np.arange(start, start + batch_size, dtype=np.int32)
-    clamped = np.minimum(index, len(source) - 1)
-    return source[clamped] | {"id": clamped, "valid": index < len(source)}
+    clamped = np.minimum(index, stop - 1)
+    return source[clamped] | {"id": clamped, "valid": index < stop}

@@ -108,8 +108,9 @@ def _sharded(
 ) -> Shards:
     """The latents in the shards of `folder`, named as their content hash; each host encodes its own missing ones.
 
-    `place` is this host's (index, number) among those that share the folder (see `store.place_among_hosts`). Shards
-    begin where a batch of `in_order` does, so that the moments are those of the .npy files to the last bit.
+    `place` is this host's (index, number) among those that share the folder (see `store.place_among_hosts`). A shard
+    begins where a batch of `in_order` does, so that the moments are those of the .npy files to the last bit, unless
+    `batch_size` has changed since the index was written.
     """
     index, hosts = place
     if index == 0 and not _has_index(folder):

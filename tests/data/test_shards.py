@@ -81,6 +81,16 @@ def test_read_in_order_is_a_part_of_in_order(source):
             np.testing.assert_array_equal(one[name], other[name])
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 41, 100])
+def test_a_shard_has_its_own_rows_at_any_batch_size(batch_size, source, shards):
+    """One of another size than that which the index was written with."""
+    for number in (0, 2):
+        shards.write(number, read_in_order(source, batch_size, shards.rows[number]))
+        assert shards.is_complete(number)
+    for name, values in Shards(shards.paths[0].parent)[range(NUM)].items():
+        np.testing.assert_array_equal(values, source[range(NUM)][name])
+
+
 def missing(path):
     path.unlink()
 
