@@ -29,6 +29,7 @@ from ldm_jax.config.fields import SCHEDULE
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.run_folder import store
 from ldm_jax.run_folder.orbax_s3 import support_s3
+from ldm_jax.run_folder.read_errors import is_no_damage
 from ldm_jax.run_folder.sharded import any_host, checksums, is_sharded
 from ldm_jax.runtime.object_store import is_url
 from ldm_jax.runtime.parallel import wait_for_hosts
@@ -38,8 +39,6 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs every save, a
 logging.getLogger("asyncio").addFilter(lambda record: "exception was never retrieved" not in record.getMessage())
 
 NO_SPACE = "No space left on device"  # the system's words
-# Status codes of TensorStore and JAX that say nothing of a checkpoint: it may be whole.
-NO_DAMAGE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 MARGIN = 1 << 18  # bytes: of a checkpoint's files other than its arrays
 
 # Name of a component in memory -> in checkpoints, where it is that of the first version.
@@ -154,7 +153,7 @@ class Checkpoints:
         All hosts call it. Arrays that are sharded there and in `like` get the sharding of `like`, others are NumPy's.
 
         A damaged one is reported and renamed to `damaged.STEP`. Raises InputError if all are damaged, or one belongs
-        to another run or model; RunError if one cannot be read for want of memory, permission or a connection.
+        to another run or model; RunError if one cannot be read for another reason, as want of memory or permission.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         leaves, _ = jax.tree_util.tree_flatten_with_path(like)
@@ -235,7 +234,7 @@ def _read(
 ) -> dict[str, Any]:
     """The checkpoint of a step; sharded arrays as those in `shards`, which all hosts read or none, or for None whole.
 
-    Raises _DamagedError, or RunError for an error that is not of the checkpoint (see NO_DAMAGE), which stays.
+    Raises _DamagedError, or RunError for an error that is not of the checkpoint (see `read_errors`), which stays.
     """
     unreadable = False
     try:
@@ -245,7 +244,7 @@ def _read(
         problem = _difference(name for name, crc in crcs if name not in flat or zlib.crc32(flat[name]) != crc)
     except Exception as error:
         problem = _first_line(error)
-        unreadable = isinstance(error, MemoryError | PermissionError) or str(error).startswith(NO_DAMAGE)
+        unreadable = is_no_damage(error)
     if shards is not None and any_host(bool(problem)):
         problem, unreadable = problem or "another host cannot read it", any_host(unreadable)
     if unreadable:

@@ -1,5 +1,7 @@
 """Checkpoints: the names of their arrays, which have been the same since the first version, and whose they are."""
 
+import errno
+
 import jax
 import numpy as np
 import pytest
@@ -96,6 +98,11 @@ def test_a_half_trained_state_is_restored_whole_and_by_its_own_run_alone(state, 
     [
         (MemoryError(), "MemoryError"),
         (PermissionError(13, "Permission denied", "_METADATA"), r"\[Errno 13\] Permission denied: '_METADATA'"),
+        *(
+            (OSError(getattr(errno, name), name), rf"\[Errno \d+\] {name}")
+            for name in ("EMFILE", "ENFILE", "ENOMEM", "ESTALE", "ENOTCONN", "ETIMEDOUT", "EAGAIN", "EHOSTDOWN")
+        ),
+        (ValueError("ABORTED: Stale file handle"), "ABORTED: Stale file handle"),
         (ValueError("PERMISSION_DENIED: Error opening"), "PERMISSION_DENIED: Error opening"),  # as TensorStore has it
         (ValueError("UNAVAILABLE: CURL error"), "UNAVAILABLE: CURL error"),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "RESOURCE_EXHAUSTED: Out of memory"),
