@@ -7,6 +7,7 @@ one by an object that is written last (see `checkpoint`). So a machine needs not
 """
 
 import atexit
+import itertools
 import secrets
 import shutil
 import tempfile
@@ -97,9 +98,13 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 
 def set_aside(checkpoint: Any, name: str) -> None:
-    """Renames the folder of a checkpoint; in a store, where that takes a while, it counts as unfinished at once."""
+    """Renames the folder of a checkpoint to `name`; on a disk, if that is taken, to `name`.2, `name`.3, ...
+
+    In a store, where that takes a while, it counts as unfinished at once, and is deleted by Orbax with the next start.
+    """
     if not is_url(checkpoint):
-        checkpoint.rename(checkpoint.parent / name)
+        names = itertools.chain([name], (f"{name}.{k}" for k in itertools.count(2)))
+        checkpoint.rename(next(path for path in map(checkpoint.with_name, names) if not path.exists()))
         return
     url = str(checkpoint)
     with run_errors(url):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from damage import array_files, flip_a_bit
 
 from ldm_jax.errors import InputError, RunError
 from ldm_jax.run_folder import checkpoint
@@ -123,6 +124,21 @@ def test_an_error_that_is_not_of_the_checkpoint_leaves_it(error, line, state, tm
             with pytest.raises(RunError, match=f"could not read {tmp_path}/3: {line}$"):
                 load_latest(tmp_path)
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(state), state)
+
+
+def test_a_checkpoint_damaged_again_is_put_aside_again(state, tmp_path):
+    """Each of three times, under a name of its own; none of them counts as a checkpoint."""
+    with Checkpoints(tmp_path, keep=2, identity={}) as checkpoints:
+        checkpoints.save(state)
+    for names in ({"damaged.4"}, {"damaged.4", "damaged.4.2"}, {"damaged.4", "damaged.4.2", "damaged.4.3"}):
+        with Checkpoints(tmp_path, keep=2, identity={}) as checkpoints:
+            checkpoints.save(state.replace(step=np.int32(4)))
+        for path in array_files(tmp_path / "4"):
+            flip_a_bit(path)
+        with Checkpoints(tmp_path, keep=2, identity={}) as checkpoints:
+            assert checkpoints.restore(state).step == 3
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"3", *names}
+        assert load_latest(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize(("damaged", "error"), [(False, RunError), (True, checkpoint._DamagedError)])
