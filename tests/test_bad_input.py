@@ -150,6 +150,23 @@ TRAIN = {  # flags -> what the line must say
         "a model with config.diffusion.objective=mean_flow is not guided: it must be 0",
     ),
     "LPIPS on a share that does not divide": ([TINY, "--config.autoencoder.loss.perceptual_every=3"], "must divide"),
+    "images too small for LPIPS": (
+        [TINY, "--config.autoencoder.loss.perceptual=0.5"],
+        "config.autoencoder.loss.perceptual_size is 0; it must be 16 or more for LPIPS by vgg16 on images of 8 pixels",
+    ),
+    "images resized too small for LPIPS": (
+        [TINY, "--config.autoencoder.loss.perceptual=0.5", "--config.autoencoder.loss.perceptual_size=15"],
+        "config.autoencoder.loss.perceptual_size is 15; it must be 16 or more",
+    ),
+    "images too small for AlexNet": (
+        [
+            TINY,
+            "--config.data.image_size=28",
+            "--config.autoencoder.loss.perceptual=0.5",
+            "--config.autoencoder.loss.perceptual_net=alexnet",
+        ],
+        "it must be 31 or more for LPIPS by alexnet on images of 28 pixels",
+    ),
     "a batch that does not divide over devices": ([TINY, "--config.diffusion.batch_size=6"], "the 4 devices"),
     "a batch that does not divide over micro-batches": (
         [TINY, "--config.parallel.accumulate=4", "--config.autoencoder.batch_size=16"],

@@ -17,6 +17,7 @@ from ldm_jax.errors import InputError
 STAGES = ("autoencoder", "clip", "diffusion", "classifier")  # in the order in which they are trained
 SCHEDULE = ("schedule", "timesteps", "beta_start", "beta_end", "zero_terminal_snr")  # config.diffusion's noise schedule
 DTYPES = ("float32", "bfloat16")
+LPIPS_MIN_SIZE = {"vgg16": 16, "alexnet": 31}  # pixels: see models/perceptual.py
 OWN = "own"  # config.sampling.sampler: the scheduler of the pretrained model
 
 _CHOICES = {
@@ -24,7 +25,7 @@ _CHOICES = {
     "data.channels": (1, 3),
     "data.crop": ("center", "none"),
     "autoencoder.type": ("kl", "vq", "none"),
-    "autoencoder.loss.perceptual_net": ("vgg16", "alexnet"),
+    "autoencoder.loss.perceptual_net": tuple(LPIPS_MIN_SIZE),
     **{f"{stage}.decay": ("constant", "cosine") for stage in STAGES},
     **{f"{stage}.optimizer": ("adamw", "muon") for stage in STAGES},
     "diffusion.objective": ("diffusion", "mean_flow", "consistency"),

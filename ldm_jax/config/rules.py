@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from ldm_jax.config.fields import OWN, SCHEDULE, STAGES, check_choice, check_fields
+from ldm_jax.config.fields import LPIPS_MIN_SIZE, OWN, SCHEDULE, STAGES, check_choice, check_fields
 from ldm_jax.config.io import flatten
 from ldm_jax.diffusion.prediction import coefficient_tables
 from ldm_jax.diffusion.schedules import make_process
@@ -243,6 +243,7 @@ def _validate_shapes(config: ConfigDict) -> None:
         if size % factor:
             raise _wrong(config, "data.image_size", f"the autoencoder needs a multiple of {factor}")
         _check_divides(config, "autoencoder.norm_num_groups", channels)
+        _validate_perceptual(config)
         size //= factor
     if config.denoiser == "dit":
         _validate_dit(config, size)
@@ -250,6 +251,16 @@ def _validate_shapes(config: ConfigDict) -> None:
         _validate_network(config, "unet", size)
     if "classifier" in config.stages:
         _validate_network(config, "classifier", size)
+
+
+def _validate_perceptual(config: ConfigDict) -> None:
+    """The size of the images for LPIPS, if an autoencoder is trained with it."""
+    loss, least = config.autoencoder.loss, LPIPS_MIN_SIZE[config.autoencoder.loss.perceptual_net]
+    trained = "autoencoder" in config.stages and not config.autoencoder.checkpoint
+    used = trained and loss.perceptual and loss.perceptual_start < config.autoencoder.steps
+    if used and (loss.perceptual_size or config.data.image_size) < least:
+        rule = f"it must be {least} or more for LPIPS by {loss.perceptual_net} on images of {config.data.image_size}"
+        raise _wrong(config, "autoencoder.loss.perceptual_size", f"{rule} pixels (0: they are not resized)")
 
 
 def _validate_dit(config: ConfigDict, size: int) -> None:

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.models.perceptual import IMAGENET_SCALE, IMAGENET_SHIFT, LPIPS, VGG16, AlexNet, conv3x3, imagenet_input
+from ldm_jax.config.fields import LPIPS_MIN_SIZE
+from ldm_jax.models.perceptual import (
+    IMAGENET_SCALE,
+    IMAGENET_SHIFT,
+    LPIPS,
+    TOWERS,
+    VGG16,
+    AlexNet,
+    conv3x3,
+    imagenet_input,
+)
 
 
 def random_params(module, *inputs, seed=0):
@@ -34,6 +44,17 @@ def test_imagenet_input_is_the_published_normalisation_and_repeats_grey():
     # ImageNet's own mean, in [0, 1], is where the towers see 0.
     mean = 2 * jnp.broadcast_to(jnp.array([0.485, 0.456, 0.406]), (1, 16, 16, 3)) - 1
     np.testing.assert_allclose(imagenet_input(mean, 16, "VGG16"), 0, atol=1e-6)
+
+
+def test_the_smallest_images_are_those_of_the_config():
+    assert LPIPS_MIN_SIZE.keys() == TOWERS.keys()
+    for net, size in LPIPS_MIN_SIZE.items():
+        shapes = jax.eval_shape(
+            lambda x, net=net: TOWERS[net]().init_with_output(jax.random.key(0), x)[0], pixels(1, size, size, 1)
+        )
+        assert min(shapes[-1].shape[1:3]) == 1
+        with pytest.raises(ValueError, match=f"at least {size}x{size}"):
+            TOWERS[net]().init(jax.random.key(0), pixels(1, size, size - 1, 1))
 
 
 def test_vgg16_gives_five_taps_for_28_pixel_images():
