@@ -20,6 +20,8 @@ from ldm_jax.run_folder.checkpoint import load_latest
 
 TINY = "--config=tests/tiny.py"
 
+WEIGHTS = ("reconstruction", "perceptual", "kl", "codebook", "commitment", "adversarial")
+
 TRAIN = {  # flags -> what the line must say
     "no config": ([], "--config=configs/fashion_mnist.py"),
     "a config without a name": (["--config="], "configs are in configs/"),
@@ -46,6 +48,16 @@ TRAIN = {  # flags -> what the line must say
     "an unknown number type": ([TINY, "--config.dtype=float8"], "float32, bfloat16"),
     "an unknown perceptual net": ([TINY, "--config.autoencoder.loss.perceptual_net=vgg19"], "vgg16, alexnet"),
     "an unknown learning rate decay": ([TINY, "--config.diffusion.decay=step"], "constant, cosine"),
+    "a second moment without gradients": ([TINY, "--config.diffusion.adam_b2=1.0"], "from 0.0 to 0.999999"),
+    "a second moment that float32 rounds to 1": (
+        [TINY, "--config.autoencoder.adam_b2=0.99999999"],
+        "config.autoencoder.adam_b2 is 0.99999999; it must be from 0.0 to 0.999999",
+    ),
+    "gradients clipped to nothing": ([TINY, "--config.diffusion.clip_norm=0.0"], "it must be 1e-06 or more"),
+    **{
+        f"a negative {name}": ([TINY, f"--config.autoencoder.{name}=-1.0"], f"{name} is -1.0; it must be 0 or more")
+        for name in ("discriminator.learning_rate", *(f"loss.{name}" for name in WEIGHTS))
+    },
     "an unknown optimizer": ([TINY, "--config.diffusion.optimizer=sgd"], "adamw, muon"),
     "an unknown distribution of timesteps": (
         [TINY, "--config.diffusion.timestep_sampling=lognormal"],

@@ -277,7 +277,7 @@ def _training(stage: ConfigDict, *, steps: int, batch_size: int, learning_rate: 
     stage.optimizer = "adamw"  # adamw | muon (kernels of hidden layers by Muon, all else by AdamW)
     stage.warmup_steps = 200  # linear from 0
     stage.decay = "cosine"  # constant | cosine (to 0 at the last step)
-    stage.adam_b2 = 0.99
+    stage.adam_b2 = 0.99  # below 1
     stage.weight_decay = 0.0
-    stage.clip_norm = 1.0  # of the global gradient norm
+    stage.clip_norm = 1.0  # of the global gradient norm, above 0
     stage.ema_decay = 0.999  # at step n: min(ema_decay, (1 + n) / (10 + n))

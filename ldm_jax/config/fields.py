@@ -53,7 +53,9 @@ _FIELDS_IN_RANGE = {
         autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight diffusion.snr_gamma lora.rank lora.alpha
         mean_flow.guidance consistency.guidance_min consistency.guidance_max
         sampling.num sampling.churn sampling.guidance sampling.guide_step sampling.progress_every
-        evaluation.vlb_examples *.learning_rate *.warmup_steps *.weight_decay *.clip_norm parallel.fsdp""",
+        evaluation.vlb_examples *.learning_rate *.warmup_steps *.weight_decay parallel.fsdp
+        autoencoder.loss.reconstruction autoencoder.loss.perceptual autoencoder.loss.kl autoencoder.loss.codebook
+        autoencoder.loss.commitment autoencoder.loss.adversarial autoencoder.discriminator.learning_rate""",
     (1, None): """
         autoencoder.latent_channels autoencoder.layers_per_block autoencoder.norm_num_groups
         autoencoder.loss.perceptual_every autoencoder.discriminator.channels autoencoder.discriminator.layers
@@ -77,11 +79,13 @@ _FIELDS_IN_RANGE = {
     (0.0, 0.99): "clip.max_zoom mean_flow.kappa",
     (0.0, 2.0): "mean_flow.adaptive_power",
     (1e-6, 10.0): "consistency.huber_c",
+    (1e-6, None): "*.clip_norm",
+    (0.0, 0.999999): "*.adam_b2",  # 1 would never include a gradient; in float32 also 0.99999999
     (0.25, 100.0): "dit.mlp_ratio",
     (0.0, 0.999): "diffusion.beta_end",
     (0.0, 1.0): """
         diffusion.beta_start diffusion.label_dropout mean_flow.interval_ratio sampling.eta sampling.guidance_rescale
-        sampling.threshold *.adam_b2 *.ema_decay""",
+        sampling.threshold *.ema_decay""",
 }
 _RANGES = {
     pattern.replace("*", stage): bounds
