@@ -42,7 +42,7 @@ class Tokenizer:
 
     Attributes:
       max_length: the number of ids of every prompt.
-      vocab_size: all ids are less; the text encoder must have as many.
+      vocab_size: all ids are less; the text encoder must have as many, or more.
       end: the id of the end token.
       added: the tokens beyond the vocabulary's files, as of textual inversion. One of n vectors is n of them, TOKEN,
         TOKEN_1, ... (diffusers' names), and in prompts TOKEN stands for all.

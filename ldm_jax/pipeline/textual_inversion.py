@@ -53,7 +53,7 @@ def with_initial_token(model: LatentDiffusion, params: Params, config: ConfigDic
 def _with_token(
     model: LatentDiffusion, params: Params, embedding: Embedding, where: str
 ) -> tuple[LatentDiffusion, Params]:
-    """The model with a token; an InputError for one that it has already begins with `where`."""
+    """The model with a token; an InputError begins with `where`: it has the token, or a tokenizer too large."""
     conditioning, encoders, tokenizers, trees = model.conditioning, [], [], []
     parts = zip(conditioning.encoders, conditioning.tokenizers, params["conditioning"], embedding.vectors)
     for encoder, tokenizer, tree, added in parts:
@@ -61,8 +61,10 @@ def _with_token(
             tokenizers.append(tokenizer.with_token(embedding.token, len(added)))
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
-        table = token_table(tree)
-        table = np.concatenate([table, added.astype(table.dtype)])
+        table, first = token_table(tree), tokenizers[-1].ids_of(embedding.token)[0]
+        if first > len(table):
+            raise InputError(f"{where}: the text encoder has vectors of {len(table)} tokens, its tokenizer {first}")
+        table = np.concatenate([table[:first], added.astype(table.dtype)])  # the rows after it are of no token
         trees.append(with_token_table(tree, table))
         encoders.append(encoder.clone(vocab_size=len(table)))
     conditioning = replace(conditioning, encoders=tuple(encoders), tokenizers=tuple(tokenizers))

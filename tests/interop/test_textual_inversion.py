@@ -1,5 +1,7 @@
 """Textual inversion files: their layouts, the tokens and rows that they add, and what is refused."""
 
+from dataclasses import replace
+
 import ldm_files
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop.textual_inversion import Embedding, read_embedding, write_embedding
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.textual_inversion import with_embedding
+from ldm_jax.pipeline.trainable import token_table, with_token_table
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(3, 64)).astype(np.float32)
@@ -67,9 +70,19 @@ def model(tmp_path_factory):
     return load(ldm_files.write_folder(tmp_path_factory.mktemp("model") / "folder", "Stable Diffusion 1"))
 
 
-def test_a_prompt_with_the_token_has_its_vectors(model, tmp_path):
+def padded(model, params, rows):
+    """The model with so many further rows of zeros in its table, of no token, as some models have; or fewer rows."""
+    (encoder,), (tree,) = model.conditioning.encoders, params["conditioning"]
+    table = np.pad(token_table(tree), ((0, max(rows, 0)), (0, 0)))[: rows if rows < 0 else None]
+    encoders = (encoder.clone(vocab_size=len(table)),)
+    model = replace(model, conditioning=replace(model.conditioning, encoders=encoders))
+    return model, params | {"conditioning": [with_token_table(tree, table)]}
+
+
+@pytest.mark.parametrize("rows", [0, 2, 9])
+def test_a_prompt_with_the_token_has_its_vectors(rows, model, tmp_path):
     (before, params), path = model, written(tmp_path, {"<toy>": VECTORS})
-    after, changed, token = with_embedding(before, params, path)
+    after, changed, token = with_embedding(*padded(before, params, rows), path)
     size = before.conditioning.encoders[0].vocab_size
     assert token == "<toy>" and after.conditioning.encoders[0].vocab_size == size + 3
     table = changed["conditioning"][0]["embeddings"]["token_embedding"]["embedding"]
@@ -92,3 +105,5 @@ def test_other_models(model, tmp_path):
         with_embedding(*random_runs.random_model(), written(tmp_path, {"a": VECTORS}))
     with pytest.raises(InputError, match="does not exist"):
         with_embedding(*model, tmp_path / "gone.pt")
+    with pytest.raises(InputError, match=r"the text encoder has vectors of 515 tokens, its tokenizer 517"):
+        with_embedding(*padded(*model, -2), written(tmp_path, {"<toy>": VECTORS}))
