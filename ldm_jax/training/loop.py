@@ -63,7 +63,7 @@ def train(
       checkpoints, log, watch: of the run; log_every, checkpoint_every: steps between its log lines and checkpoints.
       engine: the distribution of the steps over the devices.
       variant: step -> static keyword arguments of `stage.step`, each compiled by itself (`lax.cond` is slow on CPUs).
-      begin: called with the state that training goes on from.
+      begin: called with the state that training goes on from, or that of a training that was complete.
       after_step: called with (number of steps made, state) after each step.
 
     Raises:
@@ -74,9 +74,9 @@ def train(
     state = engine.place_params(initial if restored is None else restored)
     start = int(state.step)
     log.rewind(name, start)
+    begin(state)
     if start >= steps:
         return state
-    begin(state)
     frozen, resident = engine.place_params(frozen), engine.place(feed.resident)
     progress, in_flight, compiled = Progress(name, steps), deque(), cache(partial(engine.step, stage))
 

@@ -20,6 +20,8 @@ from ldm_jax.pipeline.from_run import load_autoencoder_params, load_first_stage,
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.pipeline.trainable import LoRA, TokenVectors, merge_trained, trainable_of
 from ldm_jax.run_folder.checkpoint import Checkpoints, flatten, identity, unflatten
+from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.run_folder.sharded import any_host
 from ldm_jax.run_folder.snapshots import Snapshots
 from ldm_jax.run_folder.store import SNAPSHOTS, share
 from ldm_jax.runtime.parallel import parallel_map
@@ -207,34 +209,56 @@ def _train(
     config, steps, every = run.config, run.config[name].steps, run.config.sampling.progress_every
     engine = run.engine
 
-    def after_step(step: int, state: Any) -> None:
-        if averages:
-            with run.log.clock.spend("checkpoint"):
-                averages.save(step, state)
-        if not every or (step % every and step != steps):
-            return
+    def is_due(step: int) -> bool:
+        return bool(every and step) and (step % every == 0 or step == steps)
+
+    def validate_and_preview(step: int, state: Any) -> None:
         jax.block_until_ready(state)  # see `run_folder.sharded.checksums`
         ema_params = jax.block_until_ready(engine.gather(state.ema_params))
         if jax.process_index():
             return
         with run.log.clock.spend("validation"):
+            preview(step, ema_params)
             if validate:
                 run.log(name, step, **validate(ema_params, frozen, config.seed))
-            preview(step, ema_params)
+
+    def begin(state: Any) -> None:
+        """Makes up for what a killed process left out after its last checkpoint."""
+        step = int(state.step)
+        if averages:
+            averages.begin(state)
+        if is_due(step) and any_host(jax.process_index() == 0 and not _is_validated(run, name, step, bool(validate))):
+            validate_and_preview(step, state)
+
+    def after_step(step: int, state: Any) -> None:
+        if averages:
+            with run.log.clock.spend("checkpoint"):
+                averages.save(step, state)
+        if is_due(step):
+            validate_and_preview(step, state)
 
     pretrained = {"init_from": init_from} if init_from else {}
     recorded, *earlier = (identity(each, name) | pretrained for each in (config, *run.earlier))
     options |= {field: config[field] for field in ("seed", "log_every", "checkpoint_every")}
-    options |= {"steps": steps, "feed": feed, "frozen": frozen, "after_step": after_step, "engine": engine}
+    options |= {"steps": steps, "feed": feed, "frozen": frozen, "engine": engine}
+    options |= {"begin": begin, "after_step": after_step}
     folder, keep = run.workdir / name, config.keep_checkpoints
     always = [config.sampling.guide_step] if name == "diffusion" and config.sampling.guide_step else []
     with (
         Checkpoints(folder, keep=keep, identity=recorded, earlier=earlier, always=always) as checkpoints,
         _snapshots(run, name, recorded) as averages,
     ):
-        options |= {"begin": averages.begin} if averages else {}
         state = initial_state(stage.init, config.seed, *initial, engine=engine)
         return train(name, stage, state, checkpoints=checkpoints, log=run.log, watch=run.watch, **options)
+
+
+def _is_validated(run: Run, name: str, step: int, logged: bool) -> bool:
+    """Whether a stage's preview after `step`, and then its validation, if that is `logged`, have been written."""
+    if not logged:
+        return (run.workdir / "progress" / f"{name}_{step:06d}.png").exists()
+    lines = read_metrics(run.workdir / "metrics.jsonl")
+    names = {key for line in lines if (line["stage"], line["step"]) == (name, step) for key in line}
+    return any(key.startswith("validation_") for key in names)
 
 
 def _snapshots(run: Run, name: str, identity: dict[str, str]) -> AbstractContextManager[Snapshots | None]:

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from damage import array_files, cut, flip_a_bit
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, RunError
 from ldm_jax.evaluation import goodput
 from ldm_jax.pipeline.load import load
 from ldm_jax.run_folder.checkpoint import load_latest
-from ldm_jax.run_folder.log import read_metrics
+from ldm_jax.run_folder.log import Log, read_metrics
+from ldm_jax.run_folder.snapshots import Snapshots
+from ldm_jax.sampling import image_grids
 
 
 def steps_logged(workdir, stage):
@@ -86,6 +88,49 @@ def test_kill_at_any_moment(one_device_run, tiny_data, tmp_path):
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines if line["stage"] == "start"] == [0, 1, 2, 3]
     assert sum(goodput.seconds(lines).values()) == pytest.approx(lines[-1]["time"], rel=0.05)
+
+
+def test_what_follows_a_checkpoint_is_made_up_for(tiny_data, tmp_path, monkeypatch, capsys):
+    """Of a process that is killed between its last checkpoint and the snapshot, the preview or the validation."""
+    changes = (jobs.NO_ATTENTION, "--config.sampling.num=0", "--config.sampling.progress_every=4")
+    changes += ("--config.diffusion.ema_sigma_rels=(0.1,)", "--config.diffusion.ema_snapshot_every=4")
+    assert jobs.train_here(tiny_data, tmp_path / "whole", *changes) == 0
+    preview, snapshot, line = (image_grids, "save_png"), (Snapshots, "save"), (Log, "__call__")
+    for stage, (owner, name) in (
+        ("autoencoder", preview), ("diffusion", snapshot), ("diffusion", preview), ("diffusion", line)
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, failing_at_the_end(getattr(owner, name)))
+            assert jobs.train_here(tiny_data, tmp_path / "run", *changes) == 1
+        assert "it ends here" in capsys.readouterr().err
+        assert load_latest(tmp_path / "run" / stage)["step"] == 8
+    assert jobs.train_here(tiny_data, tmp_path / "run", *changes) == 0
+    one, other = (validations(tmp_path / run) for run in ("whole", "run"))
+    assert one == other and [step for step, *_ in one] == [4, 8]
+    for folder in ("progress", "ema_snapshots"):
+        one, other = ({path.name for path in (tmp_path / run / folder).iterdir()} for run in ("whole", "run"))
+        assert one == other
+    for file in (tmp_path / "whole" / "progress").iterdir():
+        assert file.read_bytes() == (tmp_path / "run" / "progress" / file.name).read_bytes()
+
+
+def failing_at_the_end(function):
+    """`function`, which fails for step 8: of a snapshot, of a file's name, or of a validation's line."""
+
+    def fail(*args, **values):
+        validated = any(name.startswith("validation_") for name in values)
+        if 8 in args[1:2] or (validated and 8 in args) or any("_000008" in str(arg) for arg in args):
+            raise RunError("it ends here")
+        return function(*args, **values)
+
+    return fail
+
+
+def validations(run):
+    """The validation lines of diffusion, without their times."""
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "diffusion"]
+    lines = [line for line in lines if any(name.startswith("validation_") for name in line)]
+    return [(line.pop("step"), line.pop("time") * 0, line) for line in lines]
 
 
 @pytest.fixture
