@@ -17,7 +17,11 @@ MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of X <- (a + b X X^T + c (X X^T)^2) X (Jordan 2024)
 ITERATIONS = 5
 UPDATE_RMS = 0.2  # root mean square of a kernel's update, per learning rate: about AdamW's (Liu 2025, section 2.2)
-ENDS = ("conv_in", "conv_out", "pos_embed", "proj_out_2")  # the first and last layers, whose kernels AdamW updates
+# The first and last layers, whose kernels AdamW updates: of UNet and autoencoder, DiT, CLIP, classifier.
+ENDS = (
+    *("conv_in", "conv_out", "pos_embed", "proj_out_2"),
+    *("patch_embedding", "text_projection", "visual_projection", "head"),
+)
 EPS = 1e-8
 
 

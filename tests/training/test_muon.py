@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from ldm_jax.pipeline.clip import clip_of
+from ldm_jax.pipeline.from_run import on_paper
 from ldm_jax.training import muon
+from ldm_jax.training.from_config import make_autoencoder_stage, make_classifier_stage, make_clip_stage
+from ldm_jax.training.state import state_shapes
 
 SHAPES = {
     "tall": (90, 16),
@@ -64,6 +69,33 @@ def test_singular_values_are_near_one_down_to_a_thousandth_of_the_largest():
 
 def test_zero_gradients_make_no_update():
     np.testing.assert_array_equal(muon.orthogonalize([jnp.zeros((6, 4))])[0], 0)
+
+
+def kernels_by_adamw(params):
+    """The names of the layers, without those of the modules around them."""
+    leaves = jax.tree_util.tree_leaves_with_path(muon._labels(params))
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/").split("/") for path, label in leaves if label == "adamw"
+    ]
+    return {"/".join(names[:-1]).rpartition("embeddings/")[2] for names in paths if names[-1] == "kernel"}
+
+
+def test_the_first_and_last_layers_of_each_network_are_by_adamw():
+    config = tiny.get_config().unlock()
+    clip = state_shapes(make_clip_stage(clip_of(config), config)).params
+    assert kernels_by_adamw(clip["image"]) == {"patch_embedding", "visual_projection"}
+    assert kernels_by_adamw(clip["text"]) == {"text_projection"}
+    model, unet = on_paper(config, tiny.CLASS_NAMES)
+    assert kernels_by_adamw(unet["denoiser"]) == {"conv_in", "conv_out"}
+    classifier = state_shapes(make_classifier_stage(model, 4, config)).params["classifier"]
+    assert kernels_by_adamw(classifier) == {"conv_in", "head"}
+    autoencoder = state_shapes(make_autoencoder_stage(config)).params["autoencoder"]
+    assert (
+        kernels_by_adamw(autoencoder["encoder"]) == kernels_by_adamw(autoencoder["decoder"]) == {"conv_in", "conv_out"}
+    )
+    config.denoiser, config.dit.hidden_size = "dit", 8
+    dit = on_paper(config, tiny.CLASS_NAMES)[1]["denoiser"]
+    assert kernels_by_adamw(dit) == {"pos_embed/proj", "proj_out_2"}
 
 
 def test_updates_are_those_of_optax():
