@@ -16,10 +16,17 @@ from ldm_jax.errors import InputError
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`, which replaces it when the block succeeds."""
+def atomic(path: Path, host: int | None = None) -> Iterator[Path]:
+    """Yields a temporary path next to `path`, which replaces it when the block succeeds.
+
+    With `host`, the index of this process, it first removes what this host left there when it was killed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")  # other hosts may write it too
+    prefix = f".{path.name}." if host is None else f".{path.name}.{host}."  # other hosts may write it too
+    for leftover in list(path.parent.iterdir()) if host is not None else ():
+        if leftover.name.startswith(prefix):
+            leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f"{prefix}{secrets.token_hex(4)}{path.suffix}")
     try:
         with named_errors(path):
             yield temporary

@@ -162,7 +162,7 @@ def _write(batches: Iterable[Batch], num: int, paths: dict[str, Path]) -> None:
     """Writes the moments of `num` examples, and the labels if `paths` has them."""
     arrays = {}
     with ExitStack() as stack:
-        temporary = {name: stack.enter_context(atomic(path)) for name, path in paths.items()}
+        temporary = {name: stack.enter_context(atomic(path, jax.process_index())) for name, path in paths.items()}
         for batch in batches:
             rows = batch["id"][batch["valid"]]
             for name, path in temporary.items():

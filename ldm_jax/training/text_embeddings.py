@@ -98,7 +98,7 @@ def embed(model: LatentDiffusion, params: Any, table: Any, config: ConfigDict, c
     if cached is None:
         encoded = map_in_batches(parallel_map(encode), replicate(params), table, config.evaluation.batch_size)
         flat = {name: values.astype(np.float32) for name, values in flatten(encoded).items()}
-        with atomic(path) as temporary:
+        with atomic(path, jax.process_index()) as temporary:
             np.savez(temporary, **flat)
         cached = _read(path, like)
     return cached

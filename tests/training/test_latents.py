@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+from pathlib import Path
 
 import damage
 import jax
@@ -85,6 +86,29 @@ def test_shards_that_are_there_are_kept(encode, tmp_path, capsys):
     assert [after[path.name] == before[path.name] for path in shards.paths] == [True, False, True, False]
     for name, values in again[range(50)].items():
         np.testing.assert_array_equal(values, arrays[name])
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_files_of_a_killed_process_are_removed(index, encode, tmp_path, monkeypatch):
+    """A process that ends while it encodes leaves hidden files of the whole size: its own alone, not of other hosts."""
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+
+    def end(*_, **__):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "_allocate", end)
+        patch.setattr(Path, "unlink", end)  # as by os._exit
+        with pytest.raises(SystemExit):
+            encode(tmp_path, 1.0)
+    (folder,) = tmp_path.iterdir()
+    (left,) = folder.iterdir()
+    other = left.with_name(left.name.replace(f".{index}.", f".{1 - index}."))
+    assert left.name.startswith(".") and other != left
+    other.write_bytes(left.read_bytes())
+    memory = encode(tmp_path, 1.0)
+    assert len(memory) == 50
+    assert {path.name for path in folder.iterdir() if path.name.startswith(".")} == {other.name}
 
 
 def test_a_damaged_index_is_written_anew(encode, tmp_path, capsys):
