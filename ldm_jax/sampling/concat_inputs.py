@@ -41,7 +41,10 @@ def from_split(model: LatentDiffusion, dataset: Dataset, num: int, seed: int, ba
 
 
 def check_segments(model: LatentDiffusion, dataset: Dataset) -> None:
-    """Raises InputError for segmentation maps with more classes than the config has."""
+    """Raises InputError for segmentation maps with more classes than the config has, among the first 1,000 images.
+
+    A class beyond them in a later image is none of the classes: its one-hot vector is 0.
+    """
     if not isinstance(model.concat, Segmentation):
         return
     highest = dataset[np.arange(min(len(dataset), 1000))]["segments"].max()
