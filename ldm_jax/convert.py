@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ldm_jax.pipeline.model import LatentDiffusion, Params
 
 WEIGHTS = (*DTYPES, "float16")
+FILE_FLAGS = ("tokenizer", "prediction", "vae")
+MODEL_FLAGS = (*FILE_FLAGS, "merge_lora", "ema_sigma_rel", "dtype")
 
 
 def define_flags() -> flags.FlagValues:
@@ -83,6 +85,13 @@ def _load(values: flags.FlagValues, loras: list[tuple[Path, float]]) -> tuple[La
     return model, params
 
 
+def _refuse(values: flags.FlagValues, *names: str, why: str) -> None:
+    """Raises InputError if one of these flags is set."""
+    for name in names:
+        if values[name].value:
+            raise InputError(f"--{name} {why}")
+
+
 def _convert_to_file(values: flags.FlagValues, loras: list[tuple[Path, float]], file: Path) -> str:
     """Writes the model to a single file; returns its format, in words."""
     from ldm_jax.runtime.xla import configure
@@ -102,6 +111,7 @@ def _convert_lora(values: flags.FlagValues, file: Path) -> str:
     from ldm_jax.interop.lora import FILE
     from ldm_jax.interop.lora_files import read_lora, write_lora
 
+    _refuse(values, *MODEL_FLAGS, why="is of models; with --lora_names LoRA alone is written, as it is")
     source = Path(values.model)
     write_lora(file, read_lora(source / FILE if source.is_dir() else source, flag="model"), names=values.lora_names)
     return f"LoRA in the names of {values.lora_names}"
@@ -121,10 +131,13 @@ def _convert(values: flags.FlagValues, loras: list[tuple[Path, float]], folder: 
     dtype = values.dtype or "float32"
     with find(values.model) as path:
         if is_exported(path):
-            if loras:
-                raise InputError("--merge_lora is for diffusers models; --model is an exported run, which is restored")
-            if values.ema_sigma_rel is not None:
-                raise InputError("--ema_sigma_rel is for run folders; --model is an exported run, which is restored")
+            _refuse(
+                values,
+                "merge_lora",
+                *FILE_FLAGS,
+                why="is for diffusers models; --model is an exported run, which is restored",
+            )
+            _refuse(values, "ema_sigma_rel", why="is for run folders; --model is an exported run, which is restored")
             if dtype != "float32":
                 raise InputError(f"--dtype={dtype} is for diffusers folders; the parameters of a run are float32")
             model, params = load(path)

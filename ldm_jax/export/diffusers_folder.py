@@ -15,11 +15,10 @@ from ldm_jax.export.latents_scaling import into_autoencoder
 from ldm_jax.interop import class_table, folder
 from ldm_jax.interop.clip_weights import config_from_text_encoder, state_dict_from_text_params
 from ldm_jax.interop.config_fields import ignored_fields
-from ldm_jax.interop.diffusers import state_dict_from_params
+from ldm_jax.interop.diffusers import cast, state_dict_from_params
 from ldm_jax.interop.flow_schedulers import is_flow
 from ldm_jax.interop.modules import TRANSFORMERS, VERSION, config_from_autoencoder, config_from_unet
 from ldm_jax.interop.pipelines import DIT_PIPELINE, GUIDE, PIPELINE_CLASS, PIPELINES, RECIPE
-from ldm_jax.interop.weights import cast
 from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmentation
 from ldm_jax.models.conditioning import ClassConditioning, TextConditioning
 from ldm_jax.models.dit import DiT
@@ -49,7 +48,8 @@ def write_diffusers(model: LatentDiffusion, params: Params, to: Path, *, dtype: 
     folder; the pipelines of all others, DiT among them, are diffusers' own. The folder `to` is new; `dtype` of the
     weights is float32 or bfloat16. Returns notes for the user, but those in the model card.
 
-    Raises InputError for a MeanFlow model, and for a DiT that diffusers does not have, see `dit_pipeline.check`.
+    Raises InputError for a MeanFlow model, for a DiT that diffusers does not have, see `dit_pipeline.check`, and for
+    weights beyond the range of `dtype`.
     """
     if model.mean_flow:
         raise InputError("a MeanFlow model cannot be written for diffusers, which has no pipeline with its intervals")

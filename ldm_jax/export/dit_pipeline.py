@@ -6,10 +6,10 @@ from typing import Any
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop import folder
+from ldm_jax.interop.diffusers import cast
 from ldm_jax.interop.dit import NULL_CLASS, state_dict_from_dit
 from ldm_jax.interop.modules import config_from_dit
 from ldm_jax.interop.pipelines import DIT_PIPELINE, PIPELINES
-from ldm_jax.interop.weights import cast
 from ldm_jax.models.autoencoder import AutoencoderKL
 from ldm_jax.models.conditioning import ClassConditioning
 from ldm_jax.models.dit import DiT

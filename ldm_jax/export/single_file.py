@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop import ldm_names, single_file
 from ldm_jax.interop.clip_weights import PREFIX, PROJECTIONS
-from ldm_jax.interop.diffusers import check_finite, state_dict_from_params
+from ldm_jax.interop.diffusers import cast, state_dict_from_params
 from ldm_jax.interop.ldm_families import (
     FAMILIES,
     FIRST_STAGE,
@@ -32,7 +31,6 @@ from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.models.dit import DiT
 from ldm_jax.models.unet import UNet
 from ldm_jax.pipeline.model import LatentDiffusion, Params
-from ldm_jax.runtime.files import prefix_errors
 
 SD1, SD2, XL = "Stable Diffusion 1", "Stable Diffusion 2", "Stable Diffusion XL"
 ARCHITECTURES = {
@@ -57,12 +55,7 @@ def write_single_file(model: LatentDiffusion, params: Params, to: Path, *, dtype
     state = _unet(model, params) | _autoencoder(model, params)
     for encoder, module, tree in zip(fields.text_encoders, model.conditioning.encoders, params["conditioning"]):
         state |= _text_encoder(encoder, module, tree)
-    with np.errstate(over="ignore"):  # beyond half precision: named below
-        state = {name: value.astype(jnp.dtype(dtype), copy=False) for name, value in state.items()}
-    for name, value in state.items():
-        with prefix_errors(f"in {dtype}"):
-            check_finite(name, value)
-    state |= {marker: np.zeros(0, np.float32) for marker in _markers(model)}
+    state = cast(state, dtype) | {marker: np.zeros(0, np.float32) for marker in _markers(model)}
     _check_schedule(model, fields)
     predicts = {"v": "v", "eps": "epsilon"}[model.prediction]
     metadata = {"modelspec.architecture": ARCHITECTURES[family], "modelspec.prediction_type": predicts}

@@ -75,11 +75,27 @@ def new_name(key: str) -> str:
 
 def check_finite(name: str, tensor: np.ndarray) -> None:
     """Raises InputError, with its name, for a tensor of floats [...] with nan or inf."""
-    if jnp.issubdtype(tensor.dtype, jnp.floating):
-        with np.errstate(all="ignore"):
-            total = tensor.sum(dtype=np.float32)  # not finite if one is not, and faster than looking at each
-        if not np.isfinite(total) and not np.isfinite(tensor.astype(np.float32)).all():
-            raise InputError(f"{name} has values that are not finite (nan or inf): the file is damaged")
+    if not _is_finite(tensor):
+        raise InputError(f"{name} has values that are not finite (nan or inf): the file is damaged")
+
+
+def _is_finite(tensor: np.ndarray) -> bool:
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return True
+    with np.errstate(all="ignore"):
+        total = tensor.sum(dtype=np.float32)  # not finite if one is not, and faster than looking at each
+    return bool(np.isfinite(total) or np.isfinite(tensor.astype(np.float32)).all())
+
+
+def cast(state: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+    """The arrays of a state dict in another dtype; raises InputError for values beyond its range."""
+    with np.errstate(over="ignore"):  # named below
+        cast = {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in state.items()}
+    for name, array in cast.items():
+        if not _is_finite(array):
+            beyond = "and bfloat16 has the range of float32" if dtype == "float16" else "the model is damaged"
+            raise InputError(f"in {dtype} {name} has values that are not finite (nan or inf); {beyond}")
+    return cast
 
 
 def mismatch(names: Mapping[str, Collection[str]]) -> str:

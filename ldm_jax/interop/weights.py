@@ -18,7 +18,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -257,11 +256,6 @@ def _entry(value: Mapping[str, Any], origin: int) -> _Entry:
     if not valid or stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError("shape and data_offsets do not agree")
     return dtype, shape, origin + start, origin + stop
-
-
-def cast(state: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
-    """The arrays of a state dict in another dtype."""
-    return {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in state.items()}
 
 
 def write_safetensors(path: Path, state: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

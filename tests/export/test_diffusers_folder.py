@@ -322,6 +322,19 @@ def test_a_diffusers_folder_in_bfloat16_keeps_its_hints(tmp_path):
     assert fingerprint(*load(old, "bfloat16")) == fingerprint(*load(new, "bfloat16"))
 
 
+def test_weights_beyond_half_precision(tmp_path, capsys):
+    """Of any component; nothing is written."""
+    for component, name in (("unet", WEIGHTS), ("vae", WEIGHTS), ("text_encoder", "model.safetensors")):
+        old = FOLDERS["plain"](tmp_path / component)
+        state = {key: np.array(value) for key, value in arrays_of(old / component).items()}
+        key = min(key for key, value in state.items() if value.dtype == np.float32)
+        state[key].flat[0] = 1e6
+        write_safetensors(old / component / name, state)
+        line = fails([f"--model={old}", f"--to={tmp_path / 'new'}", "--dtype=float16"], capsys)
+        assert f"in float16 {key} has values that are not finite" in line and not (tmp_path / "new").exists()
+        run(old, tmp_path / f"{component}_bfloat16", "--dtype=bfloat16")
+
+
 def test_old_names_become_todays(tmp_path):
     old = FOLDERS["unconditional"](tmp_path / "old")
     file = old / "unet" / WEIGHTS
@@ -358,6 +371,16 @@ FLAGS = {  # flags -> what the line must say
     "a folder below a file": (["--model=RUN", "--to=README.md/below"], "no folder can be made"),
     "a place that takes nothing": (["--model=RUN", "--to=/proc/nowhere/run"], "no folder can be made in /proc"),
     "half precision of a run": (["--model=EXPORTED", "--to=TO", "--dtype=bfloat16"], "of a run are float32"),
+    **{
+        f"{flag} of a run": (["--model=EXPORTED", "--to=TO", f"--{flag}"], f"--{flag.split('=')[0]} is for {models}")
+        for flag, models in {
+            "vae=VAE": "diffusers models; --model is an exported run",
+            "tokenizer=FOLDER": "diffusers models; --model is an exported run",
+            "prediction=v": "diffusers models; --model is an exported run",
+            "merge_lora=FILE": "diffusers models; --model is an exported run",
+            "ema_sigma_rel=0.1": "run folders; --model is an exported run",
+        }.items()
+    },
 }
 
 

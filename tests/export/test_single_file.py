@@ -172,6 +172,18 @@ def test_merged_lora_and_kohyas_names(model_of, tmp_path, capsys):
     assert "has kohya's name, from which diffusers' does not follow" in capsys.readouterr().err
     assert run(folder, tmp_path / "other", "--lora_names=kohya") == 2
     assert "must end in .safetensors" in capsys.readouterr().err
+    for flag in (
+        "dtype=float16",
+        "merge_lora=FILE",
+        "vae=FOLDER",
+        "tokenizer=FOLDER",
+        "prediction=v",
+        "ema_sigma_rel=0.1",
+    ):
+        assert run(files["diffusers"], files["again"], "--lora_names=kohya", f"--{flag}") == 2
+        line = capsys.readouterr().err
+        assert f"--{flag.split('=')[0]} is of models; with --lora_names LoRA alone is written" in line
+        assert not files["again"].exists()
 
 
 def test_lora_is_written_with_its_scale(tmp_path):
