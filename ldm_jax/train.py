@@ -78,6 +78,9 @@ def _checked(config: ConfigDict, workdir: Path) -> ConfigDict:
         config = resolve(config, workdir)
     config_rules.validate(config)
     run_folder_layout.check(workdir, config)
+    from_scratch = "diffusion" in config.stages and not config.init_from
+    if from_scratch and config.data.label_key != "none" and not config_rules.cross_attends(config):
+        print(f"note: config.unet.attention is {config.unet.attention}: the UNet is not conditioned on classes")
     return config
 
 

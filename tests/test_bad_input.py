@@ -136,6 +136,10 @@ TRAIN = {  # flags -> what the line must say
     ),
     "a norm that erases the time": ([TINY, "--config.unet.norm_num_groups=8"], "must be less"),
     "heads that do not divide": ([TINY, "--config.unet.attention_heads=3"], "it must divide 8"),
+    "texts without attention": (
+        [TINY, *jobs.TEXTS, jobs.NO_ATTENTION],
+        "config.unet.attention is (False,); the UNet is conditioned on texts by it: one entry must be True",
+    ),
     "attention for other resolutions": (
         [TINY, "--config.unet.attention=(True,False)"],
         "it must be as long as block_out_channels",
@@ -777,3 +781,16 @@ def test_a_full_disk(size, tiny_data, tmp_path, capsys):
 def test_a_disk_that_takes_nothing(tiny_data, capsys):
     line = fails(train.main, jobs.flags(tiny_data, "/proc/nowhere/run"), capsys, status=1)
     assert "/proc/nowhere" in line
+
+
+def test_a_unet_without_attention_is_noted(tiny_data, tmp_path, capsys):
+    """It is not conditioned on the classes, which may be meant: as of data without them, or a DiT."""
+    note = "note: config.unet.attention is (False,): the UNet is not conditioned on classes"
+    for changes, expected in (
+        ([], 0),
+        ([jobs.NO_ATTENTION], 1),
+        ([jobs.NO_ATTENTION, "--config.data.label_key=none"], 0),
+        ([jobs.NO_ATTENTION, "--config.denoiser=dit", "--config.dit.hidden_size=8"], 0),
+    ):
+        assert jobs.train_here(tiny_data, tmp_path / "run", *changes, "--dry_run=true") == 0
+        assert capsys.readouterr().out.count(note) == expected

@@ -44,6 +44,11 @@ def text_conditioned(config: ConfigDict) -> bool:
     return not config.init_from and {"clip", "diffusion"} <= set(config.stages)
 
 
+def cross_attends(config: ConfigDict) -> bool:
+    """Whether the denoiser of a config is conditioned on classes or texts: a UNet is by its cross-attention alone."""
+    return config.denoiser != "unet" or any(config.unet.attention)
+
+
 def _wrong(config: ConfigDict, name: str, rule: str) -> InputError:
     return InputError(f"config.{name} is {flatten(config)[name]!r}; {rule}")
 
@@ -212,6 +217,8 @@ def _validate_clip(config: ConfigDict) -> None:
 def _validate_text_to_image(config: ConfigDict) -> None:
     """The model must be a small Stable Diffusion, so that diffusers can run its export."""
     _validate_prompts(config)
+    if not cross_attends(config):
+        raise _wrong(config, "unet.attention", "the UNet is conditioned on texts by it: one entry must be True")
     if config.denoiser == "unet" and config.unet.context_dim != config.clip.text_width:
         raise _wrong(config, "unet.context_dim", f"it must be config.clip.text_width = {config.clip.text_width}")
     fields = flatten(config)
