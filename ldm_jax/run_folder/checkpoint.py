@@ -108,7 +108,9 @@ class Checkpoints:
         self._identity, self._earlier = identity, tuple(earlier)
         policies = [preservation.LatestN(n=keep), preservation.CustomSteps(steps=always)]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation.AnyPreservationPolicy(policies=policies), cleanup_tmp_directories=True
+            preservation_policy=preservation.AnyPreservationPolicy(policies=policies),
+            cleanup_tmp_directories=True,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=folder.name),
         )
         with store.run_errors(self.folder):
             self._manager = ocp.CheckpointManager(self.folder, options=options)

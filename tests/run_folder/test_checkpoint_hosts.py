@@ -1,4 +1,4 @@
-"""Checkpoints that one of two hosts cannot read, or that both find damaged: the hosts agree on what they restore."""
+"""Checkpoints of two hosts: they agree on which they restore if one is damaged or cannot be read, and save as one."""
 
 import re
 import socket
@@ -7,6 +7,8 @@ import sys
 
 import jobs
 import pytest
+
+from ldm_jax.run_folder.store import SNAPSHOTS, checkpoint_steps
 
 # Restores on two hosts, then saves step 2 again. Host 0 reads damaged files a second later than host 1.
 HOST = """
@@ -70,3 +72,12 @@ def test_hosts_restore_the_same_step_and_save_it_again(fault, tmp_path):
             process.kill()
     assert [re.findall(r"restored (\d)", output) for output in outputs] == [["1", "2"]] * 2
     assert (tmp_path / "checkpoints" / "damaged.2").is_dir()
+
+
+@pytest.mark.slow
+def test_hosts_save_a_checkpoint_and_a_snapshot_of_the_same_step(start_hosts, tmp_path):
+    """Which each waits for all hosts, at the same time."""
+    averages = ("--config.diffusion.ema_sigma_rels=(0.1,)", "--config.diffusion.ema_snapshot_every=4")
+    alone = ("--config.checkpoint_every=4", "--config.sampling.num=0", jobs.NO_ATTENTION)
+    jobs.finish_all(start_hosts(2, tmp_path / "run", *averages, *alone), timeout=300)
+    assert all(8 in checkpoint_steps(tmp_path / "run" / folder) for folder in ("diffusion", SNAPSHOTS))
