@@ -5,6 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 from filelock import FileLock
 
@@ -26,6 +27,10 @@ gc.set_threshold(OBJECTS_PER_COLLECTION)
 jax.config.update("jax_num_cpu_devices", 4)  # of which a test uses one, unless it takes the fixture `four_devices`
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+# No test fails for its time: on a busy machine an example takes ten times as long.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # One compilation cache for the whole session, its workers and the processes that tests start. JAX looks once, at its
 # first compilation, whether there is one, so it is set before any test runs.

@@ -90,7 +90,7 @@ def test_each_kind_has_one_turn_in_an_epoch():
     np.testing.assert_array_equal(GROUPS[epochs], np.array([3, 5, 7])[[epoch_order(3, 11, e) for e in range(6)]])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), seeds, st.integers(0, 30), st.sampled_from([1, 2, 4]))
 def test_kinds_on_several_processes_and_either_feed(groups, seed, step, processes):
     groups, n = np.array(groups), len(groups)
@@ -127,7 +127,7 @@ def test_device_feed():
     np.testing.assert_array_equal(batch["index"], Order(10, 4, 3)(5)[2:])
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(sizes, st.integers(0, 100), st.integers(0, 50), st.sampled_from([(0, 1), (1, 2), (3, 4)]))
 def test_host_feed_is_device_feed(n, seed, start, place):
     source = Squares(n)

@@ -25,7 +25,7 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     pair=st.sampled_from(PAIRS),
     t=st.lists(st.integers(0, 9), min_size=2, max_size=2),

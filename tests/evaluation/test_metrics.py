@@ -55,7 +55,7 @@ def test_frechet_distance_with_fewer_vectors_than_dimensions():
     assert frechet_distance(x, x + 2) == pytest.approx(4 * 60, rel=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.integers(1, 6))
 def test_frechet_distance_is_symmetric_non_negative_and_invariant_to_rotation(seed, n, d):
     x, y = normal(n, d, seed=seed), normal(n + 3, d, seed=seed + 1) * 2 + 1

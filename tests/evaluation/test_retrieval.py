@@ -43,7 +43,7 @@ def test_ties_are_worth_their_expected_value(row, true, expected):
     np.testing.assert_allclose(got, expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(1, 6))
 def test_ties_against_all_their_orders(seed, k):
     """The expected value is what breaking ties at random gives on average."""

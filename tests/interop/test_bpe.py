@@ -140,7 +140,7 @@ ALPHABETS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=ALPHABETS)
 def test_nothing_is_lost_on_the_way_there_and_back(vocab, tokenizer, text):
     """Up to the blanks, which part the words and are no tokens."""
