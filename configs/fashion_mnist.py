@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     diffusion.schedule = "cosine"  # linear is too noisy for small latents; with v, see experiments/tuning
     diffusion.prediction = "v"
     diffusion.weighting = "min_snr"
-    diffusion.snr_gamma = 20.0  # textures: more weight at low noise than the usual 5, see experiments/tuning
+    diffusion.snr_gamma = 20.0  # more weight at low noise than with the usual 5: see experiments/tuning
     diffusion.steps = 4_400
     diffusion.batch_size = 64
     diffusion.optimizer = "muon"
