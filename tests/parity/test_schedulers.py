@@ -366,27 +366,44 @@ def test_dpmpp_2m_with_lu_lambdas_is_exponential(schedule, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 14, 15, 20])
-@pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0), ("linspace", 0), ("karras", 0)])
+@pytest.mark.parametrize("spacing, offset", [("leading", 1), ("trailing", 0), ("linspace", 0)])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", THEIR_PREDICTION)
 def test_deis(prediction, schedule, spacing, offset, steps):
-    """diffusers' ends at timestep 0; with Karras sigmas its last step stands still there."""
-    if spacing == "karras" and steps == 1:
-        pytest.skip("diffusers' only step ends where it began")
-    if spacing == "karras" and schedule == "cosine" and steps > 12:
-        pytest.skip("diffusers' first timesteps coincide, which ends in an IndexError there")
-    even = {} if spacing == "karras" else {"spacing": spacing}
+    """diffusers' ends at timestep 0."""
+    assert_deis(prediction, schedule, spacing, offset, steps, {"spacing": spacing})
+
+
+@pytest.mark.parametrize("steps", [2, 3, 14, 15, 20])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+def test_deis_with_karras_sigmas(prediction, schedule, steps):
+    """diffusers' last step stands still at timestep 0."""
+    assert_deis(prediction, schedule, "karras", 0, steps, SIGMAS["karras"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", THEIR_PREDICTION)
+def test_deis_in_one_step_with_karras_sigmas(prediction, schedule):
+    """diffusers' step ends where it begins. Ours is DDIM's, as every solver's of first order, to timestep 0."""
+    reference, ours = scheduler(diffusers.DEISMultistepScheduler, schedule, prediction=prediction, **SIGMAS["karras"])
+    reference.set_timesteps(1)
+    assert reference.sigmas[0] == reference.sigmas[1]
+    options = {"steps": 1, "spacing": "karras", "set_alpha_to_one": False}
+    deis, ddim = (run_ours(ours, prediction, solver=solver, **options) for solver in ("deis", "ddim"))
+    assert_same(deis, ddim)
+
+
+def assert_deis(prediction, schedule, spacing, offset, steps, fields):
+    """Our samples and timesteps are those of diffusers' scheduler with these `fields`."""
     reference, ours = scheduler(
-        diffusers.DEISMultistepScheduler,
-        schedule,
-        prediction=prediction,
-        offset=offset,
-        **even,
-        **SIGMAS.get(spacing, {}),
+        diffusers.DEISMultistepScheduler, schedule, prediction=prediction, offset=offset, **fields
     )
     options = {"solver": "deis", "steps": steps, "spacing": spacing, "steps_offset": offset, "set_alpha_to_one": False}
     table = make_table(process=ours, **options)
     use_exact_sigmas(reference, table)
+    # It begins at the second of two equal timesteps, as the first ones of Karras sigmas are, and ends in an IndexError.
+    reference.index_for_timestep = lambda *_: 0
     got, expected = run_ours(ours, prediction, **options), run_reference(reference, steps)
     if (spacing, schedule, steps) == ("karras", "cosine", 3) and prediction != "eps":
         # Ours in float32 at sigma / alpha = 20,000; in float64 they are equal to 1e-11.
