@@ -170,7 +170,7 @@ def _unet(config: ConfigDict) -> None:
     """The UNet, with denoiser unet."""
     unet = config.unet = ConfigDict()
     unet.block_out_channels = (64, 128)
-    unet.attention = (True, True)  # per resolution: with transformer blocks, whose cross-attention is the conditioning?
+    unet.attention = (True, True)  # per resolution: transformer blocks? Their cross-attention is the conditioning
     unet.layers_per_block = 2
     unet.attention_heads = 4
     unet.transformer_layers = 1

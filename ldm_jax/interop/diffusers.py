@@ -90,12 +90,12 @@ def _is_finite(tensor: np.ndarray) -> bool:
 def cast(state: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
     """The arrays of a state dict in another dtype; raises InputError for values beyond its range."""
     with np.errstate(over="ignore"):  # named below
-        cast = {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in state.items()}
-    for name, array in cast.items():
+        converted = {name: array.astype(jnp.dtype(dtype), copy=False) for name, array in state.items()}
+    for name, array in converted.items():
         if not _is_finite(array):
             beyond = "and bfloat16 has the range of float32" if dtype == "float16" else "the model is damaged"
             raise InputError(f"in {dtype} {name} has values that are not finite (nan or inf); {beyond}")
-    return cast
+    return converted
 
 
 def mismatch(names: Mapping[str, Collection[str]]) -> str:
