@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -172,6 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [name for name in args.only if name and name not in names]:
         parser.error(f"there is no row {unknown[0]!r}; the rows are: {'; '.join(names)}")
+    jax.config.update("jax_platforms", "cpu")  # this process writes files; only its children compile
     rows = read_json(args.out) if args.out.exists() else {}
     for arm in ARMS:
         if arm.name in args.only and arm.name not in rows:

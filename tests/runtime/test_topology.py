@@ -1,6 +1,9 @@
 """TPU slices by name: names that are none, libtpu that is not installed, and with it their devices."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -56,3 +59,18 @@ def test_a_slice_has_a_device_for_each_chip(name, devices):
 def test_a_shape_that_libtpu_does_not_have_is_refused():
     with pytest.raises(InputError, match=r"libtpu has no such slice .* it must be e\.g\. v5e:4x4"):
         load_topology("v5e:3x5")
+
+
+@needs_libtpu
+def test_two_processes_compile_for_slices_at_a_time():
+    """libtpu by default lets one process of a machine load it."""
+    program = (
+        "from ldm_jax.runtime.topology import load_topology; print(len(load_topology('v5e:4x4').devices), flush=True)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    first = [sys.executable, "-c", f"{program}; input()"]
+    with subprocess.Popen(first, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "16\n"
+        second = subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        process.communicate("\n")
+    assert second.stdout == "16\n"
