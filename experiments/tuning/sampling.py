@@ -3,7 +3,8 @@
     .venv/bin/python -m experiments.tuning.sampling --run=runs/fashion_mnist [--num=2000] [--data_dir=data] SETTING ...
 
 A SETTING is SAMPLER:STEPS:GUIDANCE:FROM:TO, for example dpmpp_2m:12:1.75:0:1, with guidance in this interval of
-t / T. Prints a line for each; all share one compiled program. A sixth part is the weaker model of autoguidance, RUN or
+t / T; SAMPLER/SPACING, for example unipc/beta, has that spacing of the timesteps. Prints a line for each; all share one
+compiled program. A sixth part is the weaker model of autoguidance, RUN or
 RUN@STEP or @STEP of the run itself, which takes the place of the null condition; a seventh, `null`, gives it that.
 """
 
@@ -31,7 +32,7 @@ BATCH = 200
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", help="SAMPLER:STEPS:GUIDANCE:FROM:TO[:RUN[@STEP][:null]]")
+    parser.add_argument("settings", nargs="+", help="SAMPLER[/SPACING]:STEPS:GUIDANCE:FROM:TO[:RUN[@STEP][:null]]")
     parser.add_argument("--run", type=Path, default=Path("runs/fashion_mnist"))
     parser.add_argument("--num", type=int, default=2000)
     parser.add_argument("--data_dir", default="data")
@@ -59,11 +60,13 @@ def main() -> None:
 
 def recipe_of(setting: str, model: LatentDiffusion, num: int) -> Recipe:
     """The sampling recipe of a SETTING, for `num` samples."""
-    sampler, steps, scale, first, last, *weaker = setting.split(":")
+    solver, steps, scale, first, last, *weaker = setting.split(":")
+    sampler, _, spacing = solver.partition("/")
     guidance = make_guidance(float(scale), (float(first), float(last)))._replace(
         guide_model=weaker[0] if weaker else None, guide_null=weaker[1:] == ["null"]
     )
-    return balanced_recipe(model, num, guidance=guidance, solving=solving_defaults(model, sampler, int(steps)))
+    solving = solving_defaults(model, sampler, int(steps))
+    return balanced_recipe(model, num, guidance=guidance, solving=solving._replace(spacing=spacing or solving.spacing))
 
 
 if __name__ == "__main__":
