@@ -3,7 +3,7 @@
     .venv/bin/python experiments/kills/run.py [--kills=50] [--folder=runs/kills] [--data_dir=data]
 
 The job is the main job with fewer steps. Each start of it gets a signal, SIGKILL, SIGTERM or SIGINT, after a random
-time within twice that of a job without one, until it comes to its end; then its checkpoints, losses and samples are
+time within that of a job without one, until it comes to its end; then its checkpoints, losses and samples are
 compared with those of a job that never got a signal, and another job begins. Each kill is a row of results.json, to
 which the same command adds; `--kills=0` prints the table alone.
 """
@@ -117,7 +117,7 @@ def phase(stage: str, step: int) -> str:
 def kill_once(folder: Path, number: int, seconds: float, data_dir: str) -> dict[str, Any] | None:
     """The row of kill `number`, of the job in `folder`; None if the job came to its end before the signal."""
     rng = np.random.default_rng(number)
-    by, after = SIGNALS[rng.choice(3, p=CHANCES)], float(rng.uniform(0, 2 * seconds))
+    by, after = SIGNALS[rng.choice(3, p=CHANCES)], float(rng.uniform(0, seconds))
     status, sent = run_job(folder, data_dir, after=after, by=by)
     if not sent:
         if status:
