@@ -136,6 +136,9 @@ def compile_for(config: ConfigDict, workdir: Path, target: str) -> None:
     config, base, splits = _load(config, len(topology.devices) if topology else jax.device_count())
     model, params = base or on_paper(config, splits[0].class_names)
     _check(config, model, params, *splits)
+    if base:
+        base = model, jax.eval_shape(lambda tree: tree, params)
+    del params  # compiling needs the memory
     print_report(Run(config, workdir, *splits, log=None, watch=None, base=base), topology)
 
 
