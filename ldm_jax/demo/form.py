@@ -18,7 +18,7 @@ from ldm_jax.models.conditioning import TextConditioning
 from ldm_jax.pipeline.model import LatentDiffusion, Solver
 from ldm_jax.sampling.from_arguments import label_indices
 from ldm_jax.sampling.from_flags import check_label, recipe_from_flags, with_edit_flags
-from ldm_jax.sampling.recipe import Recipe
+from ldm_jax.sampling.recipe import Recipe, default_recipe, is_conditional
 
 ALL_CLASSES = "all classes, in turn"
 MAX_STEPS = 250
@@ -68,12 +68,8 @@ class Controls(NamedTuple):
     needs_image: bool
     paint: bool  # whether a part of the image can be painted, to sample that alone
     strength: bool
+    guided: bool  # whether there is classifier-free guidance or autoguidance
     size_step: int  # a side is a multiple of it; 0: the size follows from the image
-
-    @property
-    def guided(self) -> bool:
-        """Whether there is classifier-free guidance."""
-        return self.texts or bool(self.class_names)
 
 
 def controls_of(model: LatentDiffusion) -> Controls:
@@ -90,6 +86,7 @@ def controls_of(model: LatentDiffusion) -> Controls:
         needs_image=concat and not restores,
         paint=inpaints or not concat,
         strength=not concat,
+        guided=is_conditional(model) or default_recipe(model, 1, 0, [], []).guidance.guide_model is not None,
         size_step=0 if upscales else math.lcm(model.size_multiple, factor),
     )
 

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from ldm_jax.demo.previews import fit_linear, linear_decode
 from ldm_jax.demo.results import KEPT, Results, as_markdown, captions_of, recipe_text
 from ldm_jax.errors import InputError
 from ldm_jax.interop.lora import init_lora, save_lora
+from ldm_jax.models.conditioning import NoConditioning
 from ldm_jax.pipeline.load import load
+from ldm_jax.pipeline.model import Origin
 from ldm_jax.runtime.xla import CompileClock
 from ldm_jax.sampling.image_grids import read_recipe
 from ldm_jax.sampling.recipe import from_json, solving_defaults
@@ -169,6 +172,16 @@ def test_the_controls_are_those_of_the_model(classes, texts, tmp_path):
     Image.new("RGB", (24, 24)).save(tmp_path / "small.png")
     with pytest.raises(InputError, match="the samples would be 96x96; here a side has at most 64 pixels"):
         recipe_of(upscales, form._replace(image=str(tmp_path / "small.png")), Bounds(64, 4))
+
+
+def test_a_model_without_conditions_has_the_guidance_of_its_own_checkpoint(classes):
+    model = replace(classes[0], conditioning=NoConditioning(), origin=Origin(step=3))
+    assert not controls_of(model).guided
+    assert recipe_of(model, FORM._replace(guidance=None), BOUNDS).guidance.guide_model is None
+    model = replace(model, defaults=model.defaults._replace(guide_step=1))
+    assert controls_of(model).guided
+    guidance = recipe_of(model, FORM, BOUNDS).guidance
+    assert (guidance.scale, guidance.guide_model) == (2, "@1")
 
 
 def test_the_painted_part_of_an_image_is_the_mask(classes, tmp_path):
