@@ -37,6 +37,8 @@ JOB = {
     "autoencoder.loss.perceptual_start": STEPS // 2,
     "autoencoder.loss.adversarial_start": STEPS // 2,
     "diffusion.steps": STEPS,
+    "diffusion.batch_size": 16,
+    "diffusion.validation_examples": 200,
     "sampling.num": 100,
     "sampling.progress_every": INTERVAL,
     "evaluation.num_reference": 500,
