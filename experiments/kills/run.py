@@ -39,10 +39,10 @@ JOB = {
     "diffusion.steps": STEPS,
     "diffusion.batch_size": 16,
     "diffusion.validation_examples": 200,
-    "sampling.num": 100,
-    "sampling.progress_every": INTERVAL,
-    "evaluation.num_reference": 500,
-    "evaluation.vlb_examples": 100,
+    "sampling.num": 40,
+    "sampling.progress_every": 2 * INTERVAL,
+    "evaluation.num_reference": 200,
+    "evaluation.vlb_examples": 20,
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CHANCES = (0.6, 0.2, 0.2)
