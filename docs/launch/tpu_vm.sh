@@ -1,5 +1,6 @@
 #!/bin/bash
-# Trains on a Cloud TPU slice, from a machine with gcloud: SHARE=10.0.0.2:/runs docs/launch/tpu_vm.sh
+# Trains on a Cloud TPU slice, from a machine with gcloud:
+#     REPOSITORY=https://GIT_HOST/ldm_jax SHARE=10.0.0.2:/runs docs/launch/tpu_vm.sh
 # SHARE is an NFS folder, such as a Filestore instance, that all hosts see. A preempted slice is made again, and the
 # training goes on from its last checkpoint.
 set -euo pipefail

@@ -103,7 +103,10 @@ ONLY_DIFFUSION = SHARED_AUTOENCODER | {
     "diffusion.steps": 1200,
     "diffusion.batch_size": 64,
     "sampling.num": 2000,
+    "sampling.sampler": "dpmpp_2m",
+    "sampling.steps": 12,
     "sampling.guidance": 1.5,
+    "sampling.guidance_interval": (0.0, 1.0),
     "sampling.progress_every": 0,
     "evaluation.num_reference": 500,
 }
