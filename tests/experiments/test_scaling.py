@@ -6,11 +6,13 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from experiments.parity_full_size.models import NETWORKS
 from experiments.scaling import models, run
 from experiments.scaling.run import ARMS, Arm
 from ldm_jax import command_line, train
+from ldm_jax.config.rules import validate_devices
 from ldm_jax.interop.modules import abstract_params, unet_from_config
 from ldm_jax.pipeline.load import load
 
@@ -75,6 +77,7 @@ def test_the_command_of_a_row_is_one_that_the_config_takes(arm, tmp_path, capsys
     flags = [flag for flag in run.command(arm, tmp_path)[3:] if not flag.startswith("--compile_for")]
     assert command_line.run(train.main, ["train", "--print_config", *flags]) == 0
     config = json.loads(capsys.readouterr().out)
+    validate_devices(ConfigDict(config), arm.chips)
     assert config["diffusion"]["batch_size"] == arm.chips * arm.per_chip
     assert config["parallel"]["engine"] == arm.engine and config["lora"]["rank"] == arm.lora
     assert config["data"]["image_size"] == (512 if arm.model == "SD 1.5" else 1024)
