@@ -79,6 +79,7 @@ def command(arm: Arm, folder: Path) -> list[str]:
         "parallel.remat": arm.remat,
         "sampling.num": 0,
         "sampling.batch_size": arm.chips,
+        "evaluation.batch_size": arm.chips,
     } | ({"lora.rank": arm.lora} if arm.lora else {})
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     head = [sys.executable, "-m", "ldm_jax.train", "--config=configs/finetune.py", f"--compile_for={arm.slice}"]
