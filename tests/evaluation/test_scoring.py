@@ -1,5 +1,7 @@
 """The likelihood of models of any conditioning, and the config that a foreign model is scored by."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_runs
@@ -46,8 +48,18 @@ def test_the_condition_is_the_class_only_where_the_classes_are_the_same(test_set
 
 def test_reconstructions(test_set):
     model, params = random_runs.random_model()
-    images = test_set[np.arange(5)]["x"]
-    assert scoring.reconstruct(model, params, images, 4).shape == images.shape
+    images, autoencoder = test_set[np.arange(5)]["x"], model.first_stage.module
+
+    @jax.jit
+    def by_hand(params, x):
+        mean, _ = jnp.split(autoencoder.apply({"params": params}, x, method="encode"), 2, axis=-1)
+        return autoencoder.apply({"params": params}, mean, method="decode")
+
+    expected = np.clip((np.asarray(by_hand(params["first_stage"], images / np.float32(127.5) - 1)) + 1) * 127.5, 0, 255)
+    reconstructions = scoring.reconstruct(model, params, images, 4)
+    assert reconstructions.shape == images.shape and reconstructions.dtype == np.uint8
+    np.testing.assert_allclose(reconstructions, expected, rtol=0, atol=1)
+    assert (reconstructions != images).any((1, 2, 3)).all()
     pixels, params = random_runs.random_model((("autoencoder.type", "none"),))
     assert scoring.reconstruct(pixels, params, images, 4) is None
 

@@ -1,5 +1,6 @@
 """Consistency distillation: its loss, and runs that end as models of few steps."""
 
+from dataclasses import replace
 from functools import cache
 
 import diffusers_folder
@@ -108,10 +109,17 @@ def test_the_target_is_the_average_and_the_teacher_stays():
 
 def test_validation_is_at_the_mean_scale():
     stage, _, state, frozen = distillation()
-    t = np.arange(8, dtype=np.int32)
-    losses = stage.validate(state.params, frozen, BATCH | {"t": t}, np.uint32(0))["loss"]
+    batch = BATCH | {"t": np.arange(8, dtype=np.int32)}
+
+    @jax.jit
+    def validated(params, low, high, frozen):
+        return replace(stage, guidance_min=low, guidance_max=high).validate(params, frozen, batch, np.uint32(0))["loss"]
+
+    losses = validated(state.params, 2.0, 3.0, frozen)
+    np.testing.assert_array_equal(losses, validated(state.params, 2.5, 2.5, frozen))
+    assert (losses[1:] != validated(state.params, 2.0, 2.0, frozen)[1:]).all()
     assert losses.shape == (8,) and losses[0] == 0 and (losses[1:] > 0).all()  # at t = 0 nothing is to be learned
-    again = stage.validate(moved(state.params, 0), frozen, BATCH | {"t": t}, np.uint32(0))["loss"]
+    again = validated(moved(state.params, 0), 2.0, 3.0, frozen)
     assert (again[1:] != losses[1:]).all()
 
 

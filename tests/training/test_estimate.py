@@ -2,10 +2,12 @@
 
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jobs
 import pytest
+import tiny
 
 from ldm_jax import command_line, job, train
 from ldm_jax.data.from_config import load_split
@@ -13,6 +15,7 @@ from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.runtime.fsdp import sharded_step
 from ldm_jax.runtime.parallel import parallel_step
 from ldm_jax.training import estimate
+from ldm_jax.training.compiled_step import GB
 from ldm_jax.training.run import Run
 
 KINDS = {  # changes -> stages whose steps are measured
@@ -39,16 +42,19 @@ def compilations(workdir):
     return counts
 
 
+def new_run(data, workdir, *changes):
+    values = train.define_flags()
+    command_line.parse(values, ["train", *jobs.flags(data, workdir, *changes)], config=True)
+    splits = (load_split(values.config, split) for split in ("train", "test"))
+    return Run(values.config, workdir, *splits, log=None, watch=None, base=None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stages_are_measured(kind, tiny_data, tmp_path, capsys, monkeypatch):
     changes, measured = KINDS[kind]
     monkeypatch.setattr(estimate, "FEW", 1)
-    values = train.define_flags()
-    command_line.parse(values, ["train", *jobs.flags(tiny_data, tmp_path / "run", *changes)], config=True)
-    config = values.config
-    splits = (load_split(config, split) for split in ("train", "test"))
-    run = Run(config, tmp_path / "run", *splits, log=None, watch=None, base=None)
+    run = new_run(tiny_data, tmp_path / "run", *changes)
     estimate.print_estimate(run)
     memory, line = capsys.readouterr().out.splitlines()
     assert re.findall(r"(\w+) \d+\.\d+ GB[,)]", memory) == list(measured)
@@ -58,6 +64,43 @@ def test_the_stages_are_measured(kind, tiny_data, tmp_path, capsys, monkeypatch)
         (tmp_path / "run" / stage / "8").mkdir(parents=True)
     estimate.print_estimate(run)  # of a trained run
     assert "(" not in capsys.readouterr().out
+
+
+def test_the_duration_is_that_of_the_steps_that_are_left(tiny_data, tmp_path, capsys, monkeypatch):
+    """Of 8 of each stage; those of the autoencoder with the adversarial loss, from the fifth on, take longer."""
+    bytes_of, seconds = {"autoencoder": GB // 2, "diffusion": GB}, {False: 2.0, True: 5.0}
+    monkeypatch.setattr(estimate, "FEW", 1)
+    monkeypatch.setattr(estimate, "device_memory", lambda: 2 * GB)
+    monkeypatch.setattr(estimate, "step_memory", lambda run, inputs: bytes_of[inputs.name])
+    per_step = lambda run, inputs, perceptual=False, adversarial=False: seconds[adversarial]  # noqa: E731
+    monkeypatch.setattr(estimate, "_seconds_per_step", per_step)
+    run = new_run(tiny_data, tmp_path / "run", *KINDS["flipped, adversarial"][0])
+    memory = "Memory: training needs 1.00 GB of 2.0 GB on each device (autoencoder 0.50 GB, diffusion 1.00 GB)\n"
+    line = "Training takes about {} s (autoencoder {} s, diffusion {} s), by 4 steps of each stage; "
+    estimate.print_estimate(run)
+    assert capsys.readouterr().out == memory + line.format(44, 28, 16) + "then come samples and scores\n"
+    for stage, steps in (("autoencoder", 3), ("diffusion", 4)):
+        (tmp_path / "run" / stage / str(steps)).mkdir(parents=True)
+    estimate.print_estimate(run)
+    assert capsys.readouterr().out == memory + line.format(30, 22, 8) + "then come samples and scores\n"
+
+
+def test_a_step_is_measured_without_its_compilation(monkeypatch):
+    seconds, now = iter([100.0, 2.0, 3.0, 4.0, 7.0]), [0.0]
+
+    def step(state, *arguments):
+        now[0] += next(seconds)
+        return state, {}
+
+    def feed(index):
+        return {}
+
+    feed.resident = {}
+    engine = SimpleNamespace(step=lambda stage: step, place_params=dict, place=dict, shard_batch=dict)
+    inputs = SimpleNamespace(name="diffusion", stage=None, frozen={}, source=None, state=dict)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(estimate, "make_feed", lambda *arguments: feed)
+    assert estimate._seconds_per_step(SimpleNamespace(engine=engine, config=tiny.get_config()), inputs) == 4.0
 
 
 @pytest.mark.slow

@@ -39,6 +39,14 @@ def test_pixels_are_scaled_and_noised_at_the_given_timesteps():
     assert abs(example["eps"].mean()) < 0.15 and abs(example["eps"].std() - 1) < 0.1
 
 
+def test_each_example_takes_one_side_of_its_cached_latents():
+    """Each by the key of its own: the second about half of them."""
+    moments = np.repeat(BOTH_SIDES, 25, axis=0) / np.float32(127.5) - 1
+    z0 = noised({"moments": moments})["z0"]
+    first, second = (np.isclose(z0, (moments[:, side] - 0.25) * 2, atol=1e-6).all((1, 2, 3)) for side in (0, 1))
+    assert (first ^ second).all() and abs(second.sum() - 200) < 4 * np.sqrt(400 / 4)
+
+
 def test_timesteps_are_uniform_and_each_example_has_its_own_keys():
     many = {"x": np.repeat(IMAGES[:1], 400, 0)}
     example, other = noised(many), noised(many, seed=1)

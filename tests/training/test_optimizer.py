@@ -31,6 +31,27 @@ def test_learning_rate(decay, warmup_steps, expected):
     np.testing.assert_allclose(steps, expected, rtol=1e-5)
 
 
+def test_adamw_by_hand():
+    """Clipping by the norm of the gradients of all parameters, then Loshchilov & Hutter 2019, algorithm 2."""
+    fields = FIELDS | {"adam_b2": 0.9, "weight_decay": 0.1, "clip_norm": 2.0}
+    optimizer = make_optimizer(Optimization(decay="constant", warmup_steps=0, **fields))
+    rng = np.random.default_rng(0)
+    theta = np.concatenate([rng.normal(size=6), [3.0, -2.0]])
+    split = lambda flat: {"kernel": jnp.float32(flat[:6]).reshape(2, 3), "bias": jnp.float32(flat[6:])}  # noqa: E731
+    params, m, v = split(theta), np.zeros(8), np.zeros(8)
+    state = optimizer.init(params)
+    for step, norm in enumerate((10.0, 0.1, 3.0), 1):
+        g = rng.normal(size=8)
+        g *= norm / np.linalg.norm(g)
+        updates, state = optimizer.update(split(g), state, params)
+        params = optax.apply_updates(params, updates)
+        g *= min(1, 2.0 / norm)
+        m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g**2
+        adam = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.9**step)) + 1e-8)
+        theta -= 0.1 * (adam + 0.1 * theta)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), params, split(theta))
+
+
 def test_equal_specs_give_the_same_optimizer():
     """By which equal stages are compiled once."""
     spec = Optimization(decay="cosine", warmup_steps=2, **FIELDS)

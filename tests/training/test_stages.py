@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from scipy.stats import norm
 
 from ldm_jax.diffusion.forward import noise_level, q_sample, target
 from ldm_jax.diffusion.likelihood import vlb_term
@@ -18,7 +19,6 @@ from ldm_jax.diffusion.random import Stream, example_keys
 from ldm_jax.interop.lpips_weights import load_lpips
 from ldm_jax.models.conditioning import EncodedConditioning
 from ldm_jax.models.first_stage import kl_divergence, sample_posterior
-from ldm_jax.models.pixels import to_pixels
 from ldm_jax.pipeline.from_config import from_config, init_params
 from ldm_jax.pipeline.trainable import Parts, trainable_of
 from ldm_jax.runtime.parallel import parallel_step, replicate, shard
@@ -196,29 +196,100 @@ def test_the_perceptual_term_is_measured_on_a_share(four_devices):
         np.testing.assert_allclose(metrics_many[name], metrics[name], rtol=2e-3, atol=1e-5, err_msg=name)
 
 
+PIXELS = IMAGES[:8] / np.float32(127.5) - 1
+ADVERSARIAL = {
+    "autoencoder__loss__reconstruction": 0.6,
+    "autoencoder__loss__adversarial": 0.7,
+    "autoencoder__loss__kl": 0.1,
+    "autoencoder__discriminator__learning_rate": 0.02,
+}
+
+
+@cache
+def one_step(**changes):
+    """(stage, state before, state after, metrics) of a step on PIXELS without clipping and warm-up."""
+    plain = {"clip_norm": 1e9, "mid_block_attention": False, "warmup_steps": 0, "decay": "constant"}
+    stage = make_autoencoder_stage(
+        config(**{f"autoencoder__{name}": value for name, value in plain.items()}, **changes)
+    )
+    state = jax.jit(stage.init)(jax.random.key(1))
+    if stage.discriminator is not None:
+        state.params["discriminator"]["conv_out"]["kernel"] *= 10  # logits on both sides of the hinge's margins
+    return stage, state, *jax.jit(stage.step)(state, {}, autoencoder_batch(), np.uint32(3))
+
+
+def gradient_of_first_step(state, name):
+    """By Adam's first moment, (1 - beta1) times the gradient."""
+    return jax.device_get(jax.tree.map(lambda mu: mu / 0.1, optax.tree.get(state.opt_state[name], "mu")))
+
+
+def sampled_reconstruction(autoencoder, params):
+    """(x_hat, moments) of `one_step`."""
+    keys = example_keys(np.uint32(3), Stream.AUTOENCODER, 0, np.arange(8, dtype=np.int32))
+    moments = autoencoder.apply({"params": params}, PIXELS, method="encode")
+    raw = sample_posterior(moments, jax.vmap(jax.random.split)(keys)[:, 1])
+    return autoencoder.apply({"params": params}, raw, method="decode"), moments
+
+
 def test_one_backward_pass_gives_the_gradient_of_all_terms():
     """The step's gradient = that of the plain sum of the terms, with the adaptive weight of Esser 2021, eq. 7."""
-    unclipped = {"autoencoder__clip_norm": 1e9, "autoencoder__mid_block_attention": False}
-    stage = make_autoencoder_stage(config(autoencoder__loss__adversarial=0.7, autoencoder__loss__kl=0.1, **unclipped))
-    autoencoder, discriminator, batch = stage.autoencoder, stage.discriminator, autoencoder_batch()
-    state = jax.jit(stage.init)(jax.random.key(1))
-    after, metrics = jax.jit(stage.step)(state, {}, batch, np.uint32(3))
-    gradient = jax.tree.map(lambda mu: mu / 0.1, optax.tree.get(after.opt_state["autoencoder"], "mu"))  # 1 - beta1
-    x, params = to_pixels(batch["x"]), state.params["autoencoder"]
-    keys = jax.vmap(jax.random.split)(example_keys(np.uint32(3), Stream.AUTOENCODER, 0, batch["id"]))[:, 1]
+    stage, state, after, metrics = one_step(**ADVERSARIAL)
 
     def terms(params):
-        moments = autoencoder.apply({"params": params}, x, method="encode")
-        x_hat = autoencoder.apply({"params": params}, sample_posterior(moments, keys), method="decode")
-        adversarial = -discriminator.apply({"params": state.params["discriminator"]}, x_hat).mean()
-        return jnp.stack([jnp.abs(x - x_hat).mean(), adversarial, kl_divergence(moments).mean() / 64])
+        x_hat, moments = sampled_reconstruction(stage.autoencoder, params)
+        adversarial = -stage.discriminator.apply({"params": state.params["discriminator"]}, x_hat).mean()
+        return jnp.stack([0.6 * jnp.abs(PIXELS - x_hat).mean(), adversarial, kl_divergence(moments).mean() / 64])
 
-    gradient, gradients = jax.device_get((gradient, jax.jit(jax.jacrev(terms))(params)))
+    gradient = gradient_of_first_step(after, "autoencoder")
+    gradients = jax.device_get(jax.jit(jax.jacrev(terms))(state.params["autoencoder"]))
     g_l1, g_adversarial, g_kl = (jax.tree.map(lambda g, k=k: g[k], gradients) for k in range(3))
     last = [np.linalg.norm(g["decoder"]["conv_out"]["kernel"]) for g in (g_l1, g_adversarial)]
     weight = 0.7 * last[0] / (last[1] + 1e-4)
     np.testing.assert_allclose(metrics["adversarial_weight"], weight, rtol=1e-4)
     expected = jax.tree.map(lambda a, b, c: a + weight * b + 0.1 * c, g_l1, g_adversarial, g_kl)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-6), gradient, expected)
+
+
+def test_the_discriminator_has_the_hinge_loss_and_its_own_learning_rate():
+    stage, state, after, metrics = one_step(**ADVERSARIAL)
+    x_hat, _ = jax.jit(partial(sampled_reconstruction, stage.autoencoder))(state.params["autoencoder"])
+
+    def hinge(params):
+        """E[max(0, 1 - D(x))] / 2 + E[max(0, 1 + D(x_hat))] / 2 (Lim & Ye 2017)."""
+        real, fake = (stage.discriminator.apply({"params": params}, images) for images in (PIXELS, x_hat))
+        return (jnp.maximum(0, 1 - real).mean() + jnp.maximum(0, 1 + fake).mean()) / 2, (real, fake)
+
+    (loss, (real, fake)), expected = jax.jit(jax.value_and_grad(hinge, has_aux=True))(state.params["discriminator"])
+    assert 0.05 < (real > 1).mean() < 0.95 and 0.05 < (fake < -1).mean() < 0.95
+    np.testing.assert_allclose(metrics["discriminator"], loss, rtol=1e-5)
+    gradient = gradient_of_first_step(after, "discriminator")
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-6), gradient, expected)
+    for name, rate in (("discriminator", 0.02), ("autoencoder", 1e-3)):  # Adam's first step is as long as the rate
+        steps = jax.tree.map(lambda new, old: jnp.abs(new - old).max(), after.params[name], state.params[name])
+        np.testing.assert_allclose(max(jax.tree.leaves(steps)), rate, rtol=1e-3)
+
+
+def test_the_gradient_of_the_vq_loss():
+    """Of its three terms, each with its weight (van den Oord 2017, eq. 3)."""
+    weights = {"reconstruction": 0.7, "codebook": 0.3, "commitment": 0.2}
+    changes = {f"autoencoder__loss__{name}": weight for name, weight in weights.items()}
+    stage, state, after, metrics = one_step(autoencoder__type="vq", autoencoder__block_out_channels=(8,), **changes)
+    constant = jax.lax.stop_gradient
+
+    def loss(params):
+        autoencoder = partial(stage.autoencoder.apply, {"params": params})
+        raw, codes = autoencoder(PIXELS, method="encode"), params["quantize"]["embedding"]["embedding"]
+        e = codes[((raw[..., None, :] - codes) ** 2).sum(-1).argmin(-1)]
+        features = autoencoder(raw + constant(e - raw), method="decode_features")  # straight through
+        l1 = jnp.abs(PIXELS - autoencoder(features, method="to_pixels")).mean()
+        codebook, commitment = ((constant(raw) - e) ** 2).mean(), ((raw - constant(e)) ** 2).mean()
+        return 0.7 * l1 + 0.3 * codebook + 0.2 * commitment, {"codebook": codebook, "commitment": commitment}
+
+    (value, terms), expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.params["autoencoder"])
+    for name, term in terms.items():
+        np.testing.assert_allclose(metrics[name], term, rtol=1e-4)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    gradient = gradient_of_first_step(after, "autoencoder")
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=1e-6), gradient, expected)
 
 
@@ -253,6 +324,40 @@ def test_the_diffusion_model_learns_one_example(name):
         losses.append(float(metrics["loss"]))
     assert np.isfinite(losses).all()
     assert np.mean(losses[-20:]) < 0.1 * np.mean(losses[:5]), losses
+
+
+def test_timesteps_have_the_distribution_of_the_config():
+    """Logit-normal (Esser 2024, eq. 19), then shifted (eq. 23)."""
+    fields = {"sampling": "logit_normal", "mean": -1.0, "std": 0.5, "shift": 2.0}
+    changes = {f"diffusion__timestep_{name}": value for name, value in fields.items()}
+    stage, n = diffusion_stage(config(**SMALL | NO_ATTENTION | changes)), 2000
+    batch = {"id": np.arange(n, dtype=np.int32), "moments": np.zeros((n, 1, 4, 4, 4), np.float32), "step": np.int32(0)}
+    t = np.asarray(jax.jit(stage._example)(batch, FROZEN, np.uint32(0))["t"])
+    levels = np.linspace(0.05, 0.95, 19)
+    s = 1 / (1 + np.exp(1.0 - 0.5 * norm.ppf(levels)))
+    below = [(t < 1000 * quantile).mean() for quantile in 2 * s / (1 + s)]
+    np.testing.assert_allclose(below, levels, atol=4 * np.sqrt(0.25 / n) + 1e-3)
+
+
+def test_min_snr_clips_at_the_gamma_of_the_config():
+    changes = SMALL | NO_ATTENTION | {"diffusion__weighting": "min_snr", "diffusion__snr_gamma": 0.5}
+    stage = diffusion_stage(config(**changes))
+    rng, model = np.random.default_rng(0), stage.model
+    shapes = jax.eval_shape(partial(initial, stage), jax.random.key(0)).params
+    params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(p.dtype), shapes)
+
+    @jax.jit
+    def loss_and_by_hand(params, frozen):
+        example = stage._example(moments_batch(16), frozen, np.uint32(0))
+        loss, _ = stage._loss(params, frozen, example, None)
+        cond = model.conditioning.encode(params["conditioning"], example["dropped"])
+        eps_hat = model.denoiser.apply({"params": params["denoiser"]}, example["z_t"], example["t"], **cond)
+        snr = jnp.square(model.process.alpha / model.process.sigma)[example["t"]]
+        return loss, jnp.minimum(snr, 0.5) / snr * ((eps_hat - example["eps"]) ** 2).mean((1, 2, 3)), snr
+
+    loss, losses, snr = loss_and_by_hand(params, FROZEN)
+    assert (snr < 0.5).any() and ((snr > 0.5) & (snr < 5)).any() and (snr > 5).any()
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-4)
 
 
 def test_a_learned_variance_leaves_the_mean_to_the_simple_loss():
@@ -358,13 +463,13 @@ def noised(stage, state, batch, frozen=FROZEN):
 
 def test_cached_moments_hold_both_sides_of_a_flipped_set():
     """With F = 2 each example takes one of its two sides, by its own coin."""
-    stage, state, _ = compiled("diffusion", **SMALL)
+    stage = diffusion_stage(config(**SMALL | NO_ATTENTION))
     batch = moments_batch(64) | {"label": np.zeros(64, np.int32)}
     both = np.concatenate([batch["moments"], -batch["moments"]], axis=1)
-    plain = noised(stage, state, batch)["z0"]
-    mixed = noised(stage, state, batch | {"moments": both})["z0"]
-    same = np.all(np.isclose(plain, mixed), axis=(1, 2, 3))
-    assert 0.25 < same.mean() < 0.75
+    z0_of = jax.jit(lambda moments: stage._example(batch | {"moments": moments}, FROZEN, np.uint32(0))["z0"])
+    mixed = z0_of(both)
+    first, second = (np.isclose(mixed, z0_of(both[:, side])).all((1, 2, 3)) for side in ([0], [1]))
+    assert (first ^ second).all() and 0.25 < first.mean() < 0.75
 
 
 def test_the_label_is_dropped_at_its_rate():

@@ -250,7 +250,11 @@ def test_a_text_to_image_run_of_our_own(text_run, home, tmp_path):
     assert fine_tune(home, "own_run", *changes) == 0
     (model, params), (before, old) = load(home / "own_run"), load(text_run)
     assert model.prediction == before.prediction and model.process == before.process
-    assert any((a != b).any() for a, b in zip(tables(params), [t[-1:] for t in tables(old)]))
+    ((table,), (base_table,), (tokenizer,)) = tables(params), tables(old), before.conditioning.tokenizers
+    (row,) = tokenizer.ids_of("a")
+    np.testing.assert_array_equal(table[:-1], base_table[: len(table) - 1])
+    assert model.conditioning.tokenizers[0].ids_of(TOKEN) == [len(table) - 1] == [tokenizer.vocab_size]
+    assert np.abs(table[-1] - base_table[row]).max() > 1e-4
     for name in ("denoiser", "first_stage", "shift", "scale"):
         jax.tree.map(np.testing.assert_array_equal, params[name], old[name])
     command = ["convert", f"--model={home / 'own_run'}", f"--to={tmp_path / 'folder'}"]
