@@ -46,8 +46,9 @@ JOB = {
 }
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CHANCES = (0.6, 0.2, 0.2)
-STATUSES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+STATUSES = {signal.SIGKILL: 137, signal.SIGTERM: 143, signal.SIGINT: 130}
 STAGES = ("autoencoder", "diffusion")
+PHASES = ("before the first step", "autoencoder", "after the autoencoder", "diffusion", "samples and scores")
 OTHER = ("time", "examples_per_second")  # of a line of metrics.jsonl: not of the training
 
 
@@ -58,15 +59,19 @@ def command(workdir: Path, data_dir: str) -> list[str]:
 
 
 def run_job(workdir: Path, data_dir: str, *, after: float = np.inf, by: int = signal.SIGKILL) -> tuple[int, bool]:
-    """Starts or resumes the job and sends it signal `by` after `after` seconds: (exit status, whether it was sent)."""
+    """Starts or resumes the job and sends it signal `by` after `after` seconds: (exit status, whether it was sent).
+
+    The status is that of a shell: 128 + n of a process that signal n ended.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir.parent / f"{workdir.name}.log").open("ab") as log:
         process = subprocess.Popen(command(workdir, data_dir), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         try:
-            return process.wait(timeout=None if after == np.inf else after), False
+            status, sent = process.wait(timeout=None if after == np.inf else after), False
         except subprocess.TimeoutExpired:
             process.send_signal(by)
-            return process.wait(), True
+            status, sent = process.wait(), True
+        return 128 - status if status < 0 else status, sent
 
 
 def make_reference(workdir: Path, data_dir: str) -> float:
@@ -117,14 +122,14 @@ def phase(stage: str, step: int) -> str:
 
 
 def kill_once(folder: Path, number: int, seconds: float, data_dir: str) -> dict[str, Any] | None:
-    """The row of kill `number`, of the job in `folder`; None if the job came to its end before the signal."""
+    """The row of kill `number`, of the job in `folder`; None if the job came to its end, with status 0."""
     rng = np.random.default_rng(number)
     by, after = SIGNALS[rng.choice(3, p=CHANCES)], float(rng.uniform(0, seconds))
     status, sent = run_job(folder, data_dir, after=after, by=by)
-    if not sent:
-        if status:
-            raise SystemExit(f"the job in {folder} ended with status {status}: see its .log")
+    if status == 0:
         return None
+    if not sent:
+        raise SystemExit(f"the job in {folder} ended with status {status}: see its .log")
     stage, step = position(folder)
     lost = max(0, step - last_checkpoint(folder / stage))
     return {"kill": number, "signal": by.name, "after": round(after, 2), "status": status,
@@ -135,7 +140,7 @@ def table(results: dict[str, Any]) -> str:
     """The kills by signal and phase, and the jobs that ended."""
     rows, jobs, body = results["kills"], results["jobs"], []
     for by in SIGNALS:
-        for part in dict.fromkeys(row["phase"] for row in rows):
+        for part in PHASES:
             some = [row for row in rows if row["signal"] == by.name and row["phase"] == part]
             right = sum(row["status"] == STATUSES[by] for row in some)
             if some:

@@ -34,18 +34,29 @@ def test_steps_lost_are_those_since_the_last_complete_checkpoint(tmp_path, monke
     write_lines(folder, {"stage": "start", "step": 0}, {"stage": "diffusion", "step": 33, "loss": 1.0})
     (folder / "diffusion" / "20").mkdir(parents=True)
     (folder / "diffusion" / "30.orbax-checkpoint-tmp").mkdir()
-    monkeypatch.setattr(kills, "run_job", lambda *args, **options: (-9, True))
+    monkeypatch.setattr(kills, "run_job", lambda *args, **options: (137, True))
     row = kills.kill_once(folder, 0, 10.0, "data")
-    assert (row["stage"], row["step"], row["lost"], row["status"]) == ("diffusion", 33, 13, -9)
-    assert 0 <= row["after"] <= 20 and row == kills.kill_once(folder, 0, 10.0, "data")  # by the number alone
+    assert (row["stage"], row["step"], row["lost"], row["status"]) == ("diffusion", 33, 13, 137)
+    assert 0 <= row["after"] <= 10 and row == kills.kill_once(folder, 0, 10.0, "data")  # by the number alone
 
 
 def test_a_job_that_fails_by_itself_stops_the_campaign(tmp_path, monkeypatch):
     monkeypatch.setattr(kills, "run_job", lambda *args, **options: (1, False))
     with pytest.raises(SystemExit, match="ended with status 1"):
         kills.kill_once(tmp_path / "job", 0, 10.0, "data")
-    monkeypatch.setattr(kills, "run_job", lambda *args, **options: (0, False))
-    assert kills.kill_once(tmp_path / "job", 0, 10.0, "data") is None
+    for sent in (False, True):  # a signal in the last moment
+        monkeypatch.setattr(kills, "run_job", lambda *args, sent=sent, **options: (0, sent))
+        assert kills.kill_once(tmp_path / "job", 0, 10.0, "data") is None
+
+
+@pytest.mark.parametrize(("program", "after", "expected"), [
+    ("pass", np.inf, (0, False)),
+    ("raise SystemExit(3)", np.inf, (3, False)),
+    ("import time; time.sleep(60)", 0.5, (137, True)),
+])  # fmt: skip
+def test_the_status_of_a_job_is_that_of_a_shell(tmp_path, monkeypatch, program, after, expected):
+    monkeypatch.setattr(kills, "command", lambda workdir, data_dir: [sys.executable, "-c", program])
+    assert kills.run_job(tmp_path / "job", "data", after=after, by=signal.SIGKILL) == expected
 
 
 @pytest.mark.parametrize("changed", ["", "weights", "loss", "samples"])
@@ -69,7 +80,7 @@ def test_a_difference_in_one_bit_is_found(tmp_path, monkeypatch, changed):
 
 
 def test_the_campaign_adds_to_its_results(tmp_path, monkeypatch, capsys):
-    ends = iter([(0, False)] * 2 + [(-9, True), (143, True), (0, False), (-9, True)])
+    ends = iter([(0, False)] * 2 + [(137, True), (143, True), (0, False), (137, True)])
 
     def run_job(workdir, data_dir, **options):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +103,7 @@ def test_the_campaign_adds_to_its_results(tmp_path, monkeypatch, capsys):
 
 def test_the_table():
     row = {"job": 0, "phase": "diffusion", "lost": 3, "status": 143, "signal": "SIGTERM"}
-    rows = [row, row | {"lost": 5, "status": 1}, row | {"signal": "SIGKILL", "status": -int(signal.SIGKILL)}]
+    rows = [row, row | {"lost": 5, "status": 1}, row | {"signal": "SIGKILL", "status": 137}]
     text = kills.table({"kills": rows, "jobs": [{"job": 0, "differences": ["a"]}]})
     assert "3 kills in 1 finished jobs, of which 0 are" in text
     assert "| SIGTERM | diffusion | 2 | 1 of 2 | 5 |" in text and "| SIGKILL | diffusion | 1 | 1 of 1 | 3 |" in text
