@@ -40,6 +40,7 @@ class Arm(NamedTuple):
     per_chip: int  # images of a step
     remat: bool = False
     lora: int = 0  # rank; 0: all of the UNet is trained
+    fsdp: int = 0  # number of chips that the state is sharded over; 0: all
 
     @property
     def chips(self) -> int:
@@ -48,13 +49,18 @@ class Arm(NamedTuple):
     @property
     def name(self) -> str:
         more = (", remat" if self.remat else "") + (f", LoRA of rank {self.lora}" if self.lora else "")
-        return f"{self.model}, {self.slice}, {self.engine}, {self.per_chip} a chip{more}"
+        return f"{self.model}, {self.slice}, {self.sharding}, {self.per_chip} a chip{more}"
+
+    @property
+    def sharding(self) -> str:
+        return self.engine + (f" over {self.fsdp}" if self.fsdp else "")
 
 
 # In the order in which they are compiled: the smallest that answers a question first.
 ARMS = (
     Arm("SD 1.5", "v5e:4x4", "fsdp", 4),
     Arm("SD 1.5", "v5e:16x16", "fsdp", 4),
+    Arm("SD 1.5", "v5e:16x16", "fsdp", 4, fsdp=16),
     Arm("SD 1.5", "v5e:4x4", "pmap", 4),
     Arm("SD 1.5", "v5e:4x4", "pmap", 4, lora=8),
     Arm("SD 1.5", "v5e:4x4", "fsdp", 16, remat=True),
@@ -76,6 +82,7 @@ def command(arm: Arm, folder: Path) -> list[str]:
         "dtype": "bfloat16",
         "diffusion.batch_size": arm.chips * arm.per_chip,
         "parallel.engine": arm.engine,
+        "parallel.fsdp": arm.fsdp,
         "parallel.remat": arm.remat,
         "sampling.num": 0,
         "sampling.batch_size": arm.chips,
@@ -130,7 +137,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         state = sum(memory[kind] for kind in ("parameters", "EMA", "optimizer", "frozen"))
         more = (", remat" if arm.remat else "") + (f", LoRA {arm.lora}" if arm.lora else "")
         body.append([
-            arm.model, arm.slice, arm.engine + more, str(arm.per_chip), f"{state / GB:.2f}",
+            arm.model, arm.slice, arm.sharding + more, str(arm.per_chip), f"{state / GB:.2f}",
             f"{(stage['memory_total'] - state) / GB:.2f}", f"{report['memory'] / GB:.0f}",
             "yes" if stage["fits"] else "no: " + " or ".join(f"`{flag}`" for flag in stage["change"]),
             f"{sum(each['bytes'] for each in stage['collectives'].values()) / GB:.2f}",

@@ -79,7 +79,8 @@ def test_the_command_of_a_row_is_one_that_the_config_takes(arm, tmp_path, capsys
     config = json.loads(capsys.readouterr().out)
     validate_devices(ConfigDict(config), arm.chips)
     assert config["diffusion"]["batch_size"] == arm.chips * arm.per_chip
-    assert config["parallel"]["engine"] == arm.engine and config["lora"]["rank"] == arm.lora
+    assert (config["parallel"]["engine"], config["parallel"]["fsdp"]) == (arm.engine, arm.fsdp)
+    assert config["lora"]["rank"] == arm.lora
     assert config["data"]["image_size"] == (512 if arm.model == "SD 1.5" else 1024)
 
 
@@ -89,10 +90,11 @@ def test_the_images_have_captions(tmp_path):
 
 
 def test_the_table_says_what_fits_and_what_to_change():
-    arms = ARMS[0], ARMS[3]
+    arms = ARMS[0], ARMS[2]
     lines = run.table({arms[0].name: row(arms[0]), arms[1].name: row(arms[1], fits=False)}).splitlines()
     assert lines[2].split(" | ")[4:9] == ["4.00", "8.00", "16", "yes", "3.00"]
     assert "no: `--config.a=1`" in lines[3] and "256" in lines[2] and "256" not in lines[3].split(" | ")[-2]
+    assert "| fsdp over 16 |" in lines[3]
     widths = [bar.get_width() for bar in run.figure({arms[0].name: row(arms[0])}).axes[0].patches]
     np.testing.assert_allclose(widths, [4, 3, 5])
 
