@@ -5,13 +5,17 @@ import jobs
 import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 from PIL import Image
+from safetensors.numpy import save_file
 
 from ldm_jax import command_line, evaluate
 from ldm_jax.errors import InputError
-from ldm_jax.evaluation import scoring
+from ldm_jax.evaluation import features, scoring
 from ldm_jax.evaluation.features import FeatureExtractor
 from ldm_jax.evaluation.generated import read_generated
+from ldm_jax.interop import inception_weights
+from ldm_jax.models.inception import conv_relu, inception_input
 from ldm_jax.runtime.files import read_json
 
 IMAGES, _ = tiny.pictures(12, seed=5)
@@ -56,14 +60,20 @@ def test_what_is_refused(made):
         assert f"--images={made / name}" in str(error.value) or name == "folder"
 
 
-def test_the_command(made, tiny_data, monkeypatch, capsys):
-    def quarters(params, images):
+@pytest.fixture
+def quarters(monkeypatch):
+    """The means of each image's quarters, in place of the features of VGG16."""
+
+    def apply(params, images):
         return jnp.mean(images.reshape(len(images), 2, 4, 2, 4, 1).astype(np.float32), axis=(2, 4, 5)).reshape(-1, 4)
 
-    def features(resize, batch_size):
-        return FeatureExtractor("VGG16", "quarters", resize, "ab" * 32, {}, quarters, batch_size)
+    def extractor(resize, batch_size):
+        return FeatureExtractor("VGG16", "quarters", resize, "ab" * 32, {}, apply, batch_size)
 
-    monkeypatch.setattr(scoring, "vgg16_features", features)
+    monkeypatch.setattr(scoring, "vgg16_features", extractor)
+
+
+def test_the_command(made, quarters, tiny_data, capsys):
     config = [jobs.SMALL[0], f"--config.data.dir={tiny_data}"]
     command = ["evaluate", f"--images={made / 'folder'}", *config, f"--out={made / 'out'}"]
     assert command_line.run(evaluate.main, command) == 0
@@ -79,6 +89,41 @@ def test_the_command(made, tiny_data, monkeypatch, capsys):
     ):
         assert command_line.run(evaluate.main, ["evaluate", *flags]) == 2
         assert words in capsys.readouterr().err
+
+
+class OneLayer(nn.Module):
+    """A network with Inception's input and the name of its first layer, of four features."""
+
+    @nn.compact
+    def __call__(self, images):
+        return jnp.mean(conv_relu(inception_input(images), "Conv2d_1a_3x3", 4), axis=(1, 2))
+
+
+@pytest.mark.parametrize("flag", ["--inception_weights", "--config.evaluation.inception_weights"])
+def test_fid_by_a_file_of_weights(flag, made, quarters, tiny_data, monkeypatch):
+    """Dowson & Landau 1982: |m - n|^2 + tr(C + D - 2 (C D)^(1/2)) of means m, n and covariances C, D."""
+    rng, shapes = np.random.default_rng(0), {"conv.weight": (4, 3, 1, 1), "bn.weight": 4, "bn.bias": 4}
+    shapes |= {"bn.running_mean": 4, "bn.running_var": 4}
+    weights = {name: rng.uniform(0.5, 1.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file({f"Conv2d_1a_3x3.{name}": tensor for name, tensor in weights.items()}, made / "inception.safetensors")
+    for module in (features, inception_weights):
+        monkeypatch.setattr(module, "InceptionV3", OneLayer)
+    command = ["evaluate", f"--images={made / 'samples.npz'}", jobs.SMALL[0], f"--config.data.dir={tiny_data}"]
+    command += [f"--out={made / 'out'}", f"{flag}={made / 'inception.safetensors'}"]
+    assert command_line.run(evaluate.main, command) == 0
+    cards = read_json(made / "out" / "evaluation.json")["samples"]
+
+    def by_hand(images):
+        kernel, gamma, beta, mean, variance = (weights[name].astype(np.float64) for name in shapes)
+        x = np.asarray(inception_input(images), np.float64) @ kernel[:, :, 0, 0].T
+        return np.maximum(gamma * (x - mean) / np.sqrt(variance + 1e-3) + beta, 0).mean((1, 2))
+
+    x, y = by_hand(IMAGES), by_hand(tiny.pictures(16, seed=1)[0])  # of the test split
+    c, d = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    roots = np.sqrt(np.maximum(np.linalg.eigvals(c @ d).real, 0))
+    expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(c + d) - 2 * roots.sum()
+    np.testing.assert_allclose(cards["FID"]["value"], expected, rtol=1e-3)
+    assert {"KID", "precision-Inception", "recall-Inception"} < cards.keys()
 
 
 def test_a_singular_covariance_is_said(tiny_data, monkeypatch, capsys):

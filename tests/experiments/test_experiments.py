@@ -221,18 +221,39 @@ def test_the_readmes_are_up_to_date():
         assert path.read_text() == text, f"{path} is out of date: run python -m experiments.index"
 
 
+# Words of an answer -> the names of these scores in results.json.
+SCORES = {
+    "FD": ("FD-VGG16", "rFD-VGG16"), "LPIPS": ("LPIPS-vgg16",), "PSNR": ("PSNR",), "recall": ("recall-VGG16",),
+    "accuracy": ("classifier_accuracy",), "bits/dim": ("bits_per_dim", "bits_from"), "Tflop": ("training_tflops",),
+    "variance": ("diversity",), "per image": ("seconds_per_image",), "MB of state": ("state_megabytes",),
+    "step of": ("relative_step_time",), "millionths": ("max_relative_difference_ppm",),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", index.NAMES)
 def test_every_number_of_an_answer_was_measured(name):
+    """It is the mean over seeds of a score that the answer names, or, of whole numbers, of anything in the rows."""
     experiment = index.load(name)
     _, rows = index.complete_rows(experiment)
-    if rows:
-        in_answer = NUMBER.findall(experiment.answer(rows))
-        measured = numbers(list(rows.values())) + [
-            float(np.mean(values)) for arm in tables.arms(rows) for values in by_path(rows, arm).values()
-        ]
-        for text in in_answer:
-            digits = len(text.partition(".")[2])
-            assert any(f"{number:.{digits}f}" == text for number in measured), f"{text} is not in results.json"
+    if not rows:
+        page = index.page_text(experiment)
+        assert "**Answer.**" not in page and (page == "Not measured yet.") is not bool(index.results_of(experiment))
+        return
+    answer, arms = experiment.answer(rows), tables.arms(rows)
+    means = [(path, float(np.mean(values))) for arm in arms for path, values in by_path(rows, arm).items()]
+    names = {name for word, names in SCORES.items() if word in answer for name in names}
+    scores = [mean for path, mean in means if names & set(path) and "of" not in path
+              and (path[-1] in names | {"value"} or path[-1].isdigit())]  # fmt: skip
+    for text in NUMBER.findall(without(answer, arms)):
+        digits = len(text.partition(".")[2])
+        measured = scores if digits else [mean for _, mean in means]
+        assert any(f"{number:.{digits}f}" == text for number in measured), f"{text} is not in results.json"
+
+
+def without(answer, arms):
+    """The answer without the names of arms, which may end in a number."""
+    names = "|".join(map(re.escape, sorted(arms, key=len, reverse=True)))
+    return re.sub(rf"({names})(?![\d.]*\d)", "", answer)
 
 
 def by_path(rows, arm):
@@ -246,14 +267,11 @@ def by_path(rows, arm):
 
 
 def leaves(value, path=()):
+    """(path, number) of the numbers in a row, and of the names that are whole numbers, with "of" before them."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if re.fullmatch(r"\d+", name):
-                yield (*path, name), float(name)
-            yield from leaves(inner, (*path, name, "of"))
+                yield (*path, "of", name), float(name)
+            yield from leaves(inner, (*path, name))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, float(value)
-
-
-def numbers(rows):
-    return [number for row in rows for _, number in leaves(row)]

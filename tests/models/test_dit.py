@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ldm_jax.models.attention import Attention
 from ldm_jax.models.conditioning import ClassEmbedder
 from ldm_jax.models.dit import DiT, DiTBlock, PatchEmbed, normalize, sincos_positions, unpatchify
+from ldm_jax.models.primitives import RMSNorm
 
 TINY = {"in_channels": 3, "out_channels": 6, "sample_size": 4, "hidden_size": 8, "depth": 2, "heads": 2}
 QUICK = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
@@ -75,36 +78,94 @@ def test_norms_by_hand(norm):
     assert normalize(x.astype(jnp.bfloat16), norm).dtype == jnp.bfloat16
 
 
-OPTIONS = {  # fields; shape of the context
-    "plain": ({}, (1, 8)),
-    "patches of one": ({"patch_size": 1}, (1, 8)),
-    "patches of four": ({"patch_size": 4}, (1, 8)),
-    "RMS norm": ({"norm": "rms"}, (1, 8)),
-    "norm of queries and keys": ({"qk_norm": "rms"}, (1, 8)),
-    "an embedding for each block": ({"separate_embeddings": True}, (2, 8)),
-    "a text": ({"cross_attention_dim": 6, "qk_norm": "rms"}, (3, 6)),
-    "a wider feed-forward network": ({"mlp_ratio": 6.0}, (1, 8)),
+def test_rms_norm_by_hand():
+    """Of small values too, where eps counts; a scale for each component, and float32 within."""
+    x, scale = np.float32([[1, 2, 6], [0, -3e-3, 4e-3]]), np.float32([2, -1, 0.5])
+    norm = np.sqrt([[41 / 3 + 1e-6], [25e-6 / 3 + 1e-6]])
+    params = {"params": {"scale": scale}}
+    np.testing.assert_allclose(RMSNorm().apply(params, x), x / norm * scale, rtol=1e-5)
+    half = RMSNorm().apply(params, x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), x / norm * scale, rtol=0.02)
+    assert RMSNorm(dtype=jnp.float32).apply(params, x.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def attention_by_hand(params, x, context, heads):
+    """With RMS norm of the queries and the keys of each head, x / rms(x) times `scale`, if `params` has its scales."""
+    q, k, v = (y @ params[f"to_{name}"]["kernel"] + params[f"to_{name}"]["bias"]
+               for name, y in (("q", x), ("k", context), ("v", context)))  # fmt: skip
+    out, size = np.zeros_like(q), x.shape[-1] // heads
+    for b, i, head in np.ndindex(*x.shape[:2], heads):
+        part = slice(head * size, (head + 1) * size)
+        query, keys = q[b, i, part], k[b, :, part]
+        if "norm_q" in params:
+            query = query / np.sqrt(np.mean(query**2)) * params["norm_q"]["scale"]
+            keys = keys / np.sqrt(np.mean(keys**2, axis=1, keepdims=True)) * params["norm_k"]["scale"]
+        weight = np.exp(keys @ query / np.sqrt(size))
+        out[b, i, part] = weight @ v[b, :, part] / weight.sum()
+    return out @ params["to_out_0"]["kernel"] + params["to_out_0"]["bias"]
+
+
+def test_norm_of_queries_and_keys_by_hand(random_params):
+    """Of each head by itself, with one scale of its length for all; with the same weights and without the norm too."""
+    rng = np.random.default_rng(1)
+    x, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 6), (2, 3, 4)))
+    module = Attention(heads=2, use_bias=True, qk_norm=True)
+    params = random_params(module, x, context)
+    assert params["norm_q"]["scale"].shape == params["norm_k"]["scale"].shape == (3,)
+    for name in ("norm_q", "norm_k"):
+        params[name]["scale"] = rng.normal(size=3).astype(np.float32)
+    plain = {name: leaves for name, leaves in params.items() if not name.startswith("norm")}
+    normalised, expected = module.apply({"params": params}, x, context), attention_by_hand(params, x, context, 2)
+    without = module.clone(qk_norm=False).apply({"params": plain}, x, context)
+    np.testing.assert_allclose(normalised, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(without, attention_by_hand(plain, x, context, 2), rtol=1e-4, atol=1e-5)
+    assert np.abs(normalised - without).max() > 0.1
+
+
+OPTIONS = {  # the option; the fields that it is added to; shape of the context
+    "patches of one": ({"patch_size": 1}, {}, (1, 8)),
+    "patches of four": ({"patch_size": 4}, {}, (1, 8)),
+    "RMS norm": ({"norm": "rms"}, {}, (1, 8)),
+    "norm of queries and keys": ({"qk_norm": "rms"}, {}, (1, 8)),
+    "an embedding for each block": ({"separate_embeddings": True}, {}, (2, 8)),
+    "a text": ({"cross_attention_dim": 8}, {}, (1, 8)),
+    "norm of queries and keys with a text": ({"qk_norm": "rms"}, {"cross_attention_dim": 6}, (3, 6)),
+    "a wider feed-forward network": ({"mlp_ratio": 6.0}, {}, (1, 8)),
 }
 
 
-@pytest.fixture(scope="module")
-def outputs():
-    return {}
-
-
 @pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_changes_the_prediction_and_every_input_counts(name, random_params, outputs):
-    fields, context = OPTIONS[name]
-    module, args = DiT(**TINY | fields), inputs(context=context)
+def test_every_option_changes_the_prediction_and_every_input_counts(name, random_params):
+    """With the same weights wherever a module without the option has them too, of the same shape."""
+    option, fields, context = OPTIONS[name]
+    module, args = DiT(**TINY | fields | option), inputs(context=context)
     params = random_params(module, *args)
     predict = jax.jit(lambda *a: module.apply({"params": params}, *a), compiler_options=QUICK)
-    outputs[name] = predict(*args)
-    assert outputs[name].shape == (2, 4, 4, 6) and np.isfinite(outputs[name]).all()
+    with_option = predict(*args)
+    assert with_option.shape == (2, 4, 4, 6) and np.isfinite(with_option).all()
     for i in range(3):
         changed = list(args)
         changed[i] = args[i] + 1
-        assert np.abs(predict(*changed) - outputs[name]).max() > 1e-3
-    assert all(np.abs(outputs[name] - other).max() > 1e-3 for key, other in outputs.items() if key != name)
+        assert np.abs(predict(*changed) - with_option).max() > 1e-3
+    plain = DiT(**TINY | fields)
+    args = (*args[:2], args[2] if fields else args[2][:, :1])  # of one embedding
+    same, own = flatten_dict(params), flatten_dict(random_params(plain, *args))
+    own |= {path: same[path] for path, leaf in own.items() if path in same and same[path].shape == leaf.shape}
+    assert np.abs(output(plain, unflatten_dict(own), *args) - with_option).max() > 1e-3
+
+
+def test_queries_and_keys_of_every_attention_are_normalised(random_params):
+    """Both attentions of each block, to the image itself and to a text: each scale counts."""
+    module, args = DiT(**TINY, qk_norm="rms", cross_attention_dim=6), inputs(context=(3, 6))
+    flat = flatten_dict(random_params(module, *args))
+    scales = [path for path in flat if path[-2] in ("norm_q", "norm_k")]
+    blocks, attentions = [f"transformer_blocks_{i}" for i in range(2)], ("attn1", "attn2")
+    assert sorted(path[:2] for path in scales) == sorted((b, a) for b in blocks for a in attentions for _ in "qk")
+    predict = jax.jit(lambda p: module.apply({"params": unflatten_dict(p)}, *args), compiler_options=QUICK)
+    before = predict(flat)
+    for path in scales:
+        assert np.abs(predict(flat | {path: 3 * flat[path]}) - before).max() > 1e-3, path
 
 
 def test_rematerialisation_and_bfloat16(random_params):

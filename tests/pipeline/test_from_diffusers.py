@@ -1,5 +1,6 @@
 """Diffusers folders sampled by the command: what images depend on, and what is refused."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -17,7 +18,10 @@ from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import SamplingDefaults
 from ldm_jax.runtime.parallel import replicate
 from ldm_jax.sampling.image_grids import read_recipe
+from ldm_jax.sampling.inputs import sample_inputs
+from ldm_jax.sampling.recipe import default_recipe
 from ldm_jax.sampling.sampler import make_sampler
+from ldm_jax.sampling.tables import make_table
 
 FOLDERS = {
     "plain": diffusers_folder.write_stable_diffusion,
@@ -239,14 +243,43 @@ def test_initial_noise_that_is_scaled_is_noise_alone(folder_of, sampled, files, 
         np.testing.assert_array_equal(before[case], after[case])
 
 
-def test_every_sampler_runs_as_diffusers_makes_it_of_the_scheduler(folder_of):
-    """Or says why it cannot; the model's own runs as its file says."""
-    model, _ = load(folder_of("plain"))
-    assert model.defaults.solvers.keys() == set(SOLVERS)
-    unavailable = {name for name, solver in model.defaults.solvers.items() if isinstance(solver, str)}
-    assert "plms" in unavailable and "skip_prk_steps" in model.defaults.solvers["plms"]
-    scaled = {name: model.defaults.solver(name).scaled_initial_noise for name in ("euler", "ddim")}
-    assert scaled == {"euler": True, "ddim": False}
+LINSPACE = {"spacing": "linspace", "between": "linspace", "steps_offset": 1, "set_alpha_to_one": True}
+LEADING = {"spacing": "leading", "between": "leading", "steps_offset": 1, "set_alpha_to_one": False}
+ON_SIGMA = ("euler", "euler_a", "heun", "lms", "kdpm2", "kdpm2_a", "edm")  # begin with noise times init_noise_sigma
+OPTIONS = {  # of each sampler: what `from_config` of its class in diffusers makes of diffusers_folder.SCHEDULER
+    **dict.fromkeys((*ON_SIGMA, "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "unipc"), LINSPACE),
+    "ddim": LEADING | {"eta": 0.0},  # the model's own
+    "ddpm": LEADING | {"set_alpha_to_one": True, "variance": "fixed_small"},
+    "dpmpp_2s": LINSPACE | {"steps_offset": 0},  # a class without the field
+    "deis": LINSPACE | {"set_alpha_to_one": False},  # these three whatever the file says
+    "lcm": LEADING | {"set_alpha_to_one": True},
+    "tcd": LEADING,
+}
+
+
+def test_every_sampler_has_the_options_that_diffusers_makes_of_the_scheduler(folder_of):
+    """Or says why it cannot."""
+    solvers = load(folder_of("plain"))[0].defaults.solvers
+    assert solvers.keys() == set(SOLVERS) and "skip_prk_steps" in solvers["plms"]
+    available = {name: solver for name, solver in solvers.items() if not isinstance(solver, str)}
+    assert {name: solver.options for name, solver in available.items()} == OPTIONS
+    assert {name for name, solver in available.items() if solver.scaled_initial_noise} == set(ON_SIGMA)
+    assert {solver.clip_sample_range for solver in available.values()} == {np.inf}
+
+
+def test_every_sampler_runs_and_differs_from_the_others(folder_of):
+    """But for edm without churn, which is heun."""
+    model, params = load(folder_of("plain"))
+    params, sampler, latents = replicate(params), make_sampler(model, 1), {}
+    for name in OPTIONS:
+        recipe = default_recipe(model, 1, 0, [0], ["low"], name)
+        recipe = recipe._replace(solving=recipe.solving._replace(steps=5))
+        inputs = sample_inputs(model, params, recipe, sampler)[1]
+        ((latents[name], _),) = sampler.latents(params, inputs, make_table(model, recipe.solving))
+    assert np.isfinite(list(latents.values())).all()
+    np.testing.assert_array_equal(latents.pop("edm"), latents["heun"])
+    for one, other in itertools.combinations(latents, 2):
+        assert np.abs(latents[one] - latents[other]).max() > 1e-2, (one, other)
 
 
 def test_models_are_equal_by_value(folder_of):
@@ -408,8 +441,12 @@ def test_evaluate_scores_on_the_data_of_a_config(folder_of, evaluated, monkeypat
     assert images.shape == (4, 16, 16, 3) and concat_images is None
     assert train_set.shape[1:] == test_set.shape[1:] == (16, 16, 3)
     assert (config.evaluation.resize, test_set.split) == (20, "test")
-    examples = test_set[np.arange(4)]["x"]
-    assert scoring.reconstruct(model, params, examples, 4).shape == examples.shape
+    examples, autoencoder = test_set[np.arange(5)]["x"], {"params": params["first_stage"]}
+    moments = model.first_stage.module.apply(autoencoder, examples / np.float32(127.5) - 1, method="encode")
+    x_hat = model.first_stage.module.apply(autoencoder, np.split(moments, 2, axis=-1)[0], method="decode")
+    reconstructions = scoring.reconstruct(model, params, examples, 4)
+    np.testing.assert_allclose(reconstructions, np.clip((np.asarray(x_hat) + 1) * 127.5, 0, 255), rtol=0, atol=1)
+    assert (reconstructions != examples).any((1, 2, 3)).all()
     cards = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert cards["samples"]["distance"]["value"] == 3.0 and cards["recipe"]["labels"] == [0, 1]
     (card,) = cards["model"].values()

@@ -104,18 +104,24 @@ def test_a_run_of_an_earlier_version_has_no_goodput(tmp_path):
 
 
 def test_the_clock_counts_compiling_apart(monkeypatch):
+    times = Times(monkeypatch)
     clock = Clock()
+    times.now += 1.0  # of nothing in particular
     with clock.spend("data"):
-        time.sleep(0.05)
+        times.now += 50.0
     with clock.spend("validation"):
         jax.jit(lambda x: jax.numpy.tanh(x) * 1.2345)(np.float32(1))  # compiles
+        times.now += 10_000.0  # longer than that takes
     with clock.spend("data", hidden=lambda: True):
-        time.sleep(0.05)
+        times.now += 7.0
+    with clock.spend("data"):
+        times.now += 20.0
     read = clock.read()
-    assert 0.05 <= read["data_seconds"] < 0.1 and read["compilations"] >= 1
-    apart = read["validation_seconds"] + read["compile_seconds"] + read["data_seconds"]
-    assert apart <= read["seconds"] + 0.01 and read["validation_seconds"] < read["seconds"] - read["compile_seconds"]
-    assert set(clock.read()) == {"seconds", "compile_seconds", "compilations"}
+    assert read["data_seconds"] == 70.0 and read["seconds"] == 10_078.0
+    assert read["compilations"] >= 1 and 0 < read["compile_seconds"] < 10_000
+    assert read["validation_seconds"] + read["compile_seconds"] == pytest.approx(10_000, abs=0.002)  # rounded
+    times.now += 3.0
+    assert clock.read() == {"seconds": 3.0, "compile_seconds": 0.0, "compilations": 0}
 
 
 def test_the_commit_of_a_checkout(tmp_path):

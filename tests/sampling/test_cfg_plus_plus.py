@@ -51,13 +51,28 @@ def test_the_recipe_and_its_default(runs, tmp_path):
     assert np.abs(sampled(runs / "classes", tmp_path / "zero", "--cfgpp", "--guidance=0") - unconditional).max() <= 1
 
 
-@pytest.mark.parametrize("flags", [["--sampler=euler"], ["--sampler=euler_a"], ["--eta=0.5"],
-                                   ["--negative_label=1"], ["--guidance_interval=0.2,0.7"]])  # fmt: skip
-def test_what_it_goes_with(flags, runs, tmp_path):
+@pytest.fixture(scope="module")
+def plain(runs, tmp_path_factory):
+    """Samples of CFG++ by ddim, without another option."""
+    return sampled(runs / "classes", tmp_path_factory.mktemp("plain") / "out", "--cfgpp", "--label=0,2")
+
+
+@pytest.mark.parametrize("flags", [["--sampler=euler_a"], ["--eta=0.5"], ["--negative_label=1"],
+                                   ["--guidance_interval=0.2,0.7"]])  # fmt: skip
+def test_what_it_goes_with(flags, runs, plain, tmp_path):
+    """Each option acts, and CFG++ with it."""
     flags = ["--label=0,2", *flags]
     one = sampled(runs / "classes", tmp_path / "one", "--cfgpp", *flags)
     other = sampled(runs / "classes", tmp_path / "other", "--guidance=0.6", *flags)
     assert (one != other).any()
+    assert (one != plain).any()
+
+
+def test_by_euler_it_is_that_of_ddim(runs, plain, tmp_path):
+    """Without noise both are one method."""
+    euler = sampled(runs / "classes", tmp_path / "out", "--cfgpp", "--label=0,2", "--sampler=euler")
+    np.testing.assert_allclose(euler, plain, atol=1)
+    assert read_recipe(tmp_path / "out" / "samples.png")["solving"]["sampler"] == "euler"
 
 
 REFUSED = {  # flags, RUNS for the folder of runs -> what the line must say

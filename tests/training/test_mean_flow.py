@@ -110,7 +110,7 @@ def test_the_intervals():
     np.testing.assert_array_equal(part["z_t"], example["z_t"][8:12])
 
 
-def test_without_intervals_it_is_flow_matching_and_learns():
+def test_without_intervals_it_is_flow_matching():
     stage, params = stage_and_params(mean_flow__interval_ratio=0.0, mean_flow__adaptive_power=0.0)
     example = jax.jit(stage._example)(batch(), FROZEN, np.uint32(0))
     u = jax.jit(lambda params: velocity(stage, params, example, example["dropped"], example["z_t"], example["time"],
