@@ -99,7 +99,8 @@ PATTERNS = (  # FILE::TEST, with * for any characters and [[] for a bracket
     "test_textual_inversion.py::test_resumed_it_ends_*",
     "test_unet.py::test_gradient_checkpointing_*[[]self-attention]",
     "test_workers.py::*",
-    # Parity.
+)
+PARITY = (  # the same, of tests/parity
     "test_autoencoder.py::test_in_tiles[[]40-28]",
     "test_consistency.py::test_image_to_image[[]0.3-2]",
     "test_consistency.py::test_lcm_lora[[]SD1-1.5]",
@@ -146,4 +147,4 @@ PATTERNS = (  # FILE::TEST, with * for any characters and [[] for a bracket
 
 def is_long(file: str, test: str) -> bool:
     """Whether a test of a file, with its parameters, is marked `long`."""
-    return any(fnmatchcase(f"{file}::{test}", pattern) for pattern in PATTERNS)
+    return any(fnmatchcase(f"{file}::{test}", pattern) for pattern in PATTERNS + PARITY)

@@ -63,15 +63,24 @@ def test_an_older_run_is_not_resumed(older_run, tiny_data, capsys):
     assert (older_run / "config.json").read_text() == before
 
 
-SECTIONS = {name: {} for name in REQUIRED_SECTIONS}
-NO_CONFIGS = [{"seed": 1}, SECTIONS | {"data": 3}, SECTIONS | {"lora": None}, SECTIONS | {"textual_inversion": None}]
+SECTIONS = {name: {"own": name} for name in REQUIRED_SECTIONS}
 
 
-@pytest.mark.parametrize("fields", NO_CONFIGS)
+@pytest.mark.parametrize("fields", [{"seed": 1}, SECTIONS | {"data": 3}])
 def test_what_is_no_config_stays_as_it_is(fields):
     config = config_io.from_fields(fields)
-    for name, value in fields.items():
-        assert (config[name].to_dict() | value if isinstance(value, dict) else value) == config.to_dict()[name]
+    assert config.to_dict() == fields
+    assert config_io.with_defaults(config, "there").to_dict() == fields
+
+
+@pytest.mark.parametrize("section", ["lora", "textual_inversion"])
+def test_a_section_that_is_none_stays_none(section):
+    """Beside the added fields, of the sections that are there or new."""
+    config = config_io.from_fields(SECTIONS | {section: None})
+    missing = ("clip.", "classifier.", "autoencoder.loss.", f"{section}.")
+    added = {name: value for name, value in ADDED.items() if not name.startswith(missing)}
+    own = {f"{name}.own": name for name in REQUIRED_SECTIONS}
+    assert config_io.flatten(config) == own | {section: None} | added
     assert config_io.with_defaults(config, "there").to_dict() == config.to_dict()
 
 
