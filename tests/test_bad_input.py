@@ -741,7 +741,7 @@ def test_a_damaged_image_of_the_data_set(tiny_data, tmp_path, capsys):
     (shard,) = data.glob("tiny/*/tiny-train*")
     truncate(shard)
     line = fails(train.main, jobs.flags(data, tmp_path / "run"), capsys)
-    assert line.endswith(f"{shard.parent} (train): example 0 cannot be read: its file is cut off")
+    assert line.endswith(f"{shard.parent} (train): example 0 cannot be read: its file is truncated")
     assert not (tmp_path / "run").exists()
 
 

@@ -59,7 +59,7 @@ MODES = {
 
 
 def measure(each: Measurement, modes: tuple[str, ...], torch_python: str, rounds: int) -> dict[str, Any]:
-    """The row of a measurement: of each worker, what it says of itself, the seconds of a turn, and its memory.
+    """The row of a measurement: of each worker its device and version, the seconds of each turn, and its peak memory.
 
     A worker that ends, for example for want of memory, has "error" instead.
     """

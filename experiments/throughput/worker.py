@@ -1,5 +1,6 @@
 """The protocol between `run` and its worker processes: lines of JSON."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def serve(once: Callable[[], None], wait: Callable[[], None], memory: Callable[[
 
 
 class Worker:
-    """A worker process of a module; `about` is what it says of itself."""
+    """A worker process of a module; `about` is the first line that it prints."""
 
     def __init__(self, python: str, module: str, arguments: Sequence[str]) -> None:
         command = [python, "-m", module, *arguments]
@@ -32,8 +33,9 @@ class Worker:
 
     def __call__(self, times: int) -> dict[str, Any]:
         """{"seconds": of `times` calls, "memory": bytes}; raises RuntimeError if the process has ended."""
-        self.process.stdin.write(f"{times}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # of a process that has ended, which the answer reports
+            self.process.stdin.write(f"{times}\n")
+            self.process.stdin.flush()
         return self._answer()
 
     def stop(self) -> None:

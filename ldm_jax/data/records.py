@@ -157,7 +157,7 @@ class Records:
         with in_one_line(f"{self._where}: a record in {min(indices)}..{max(indices)} is damaged"):
             contents = self._source.__getitems__(indices)  # one call: ten times as fast as one by one
         if empty := [index for index, content in zip(indices, contents) if not content]:
-            raise InputError(f"{self._where}: example {empty[0]} cannot be read: its file is cut off")
+            raise InputError(f"{self._where}: example {empty[0]} cannot be read: its file is truncated")
         return contents
 
     def _decode(self, index: int, content: bytes) -> dict[str, np.ndarray]:

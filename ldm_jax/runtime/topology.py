@@ -44,7 +44,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # beside a process that computes on the TPUs, or compiles as well
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # while another process computes on the TPUs, or compiles as well
 }
 
 

@@ -235,7 +235,7 @@ def scores(config, monkeypatch):
 
 
 def test_every_field_is_here():
-    """Who adds a field says what it changes, or which test has its effect."""
+    """A new field needs an entry: the parts that it changes, or the test of its effect."""
     fields = io.flatten(defaults.get_config()).keys() - set(OF_THE_JOB)
     assert fields == VALUES.keys() | ELSEWHERE.keys() and not VALUES.keys() & ELSEWHERE.keys()
     for test in ELSEWHERE.values():

@@ -3,12 +3,15 @@
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.throughput import jax_worker, networks
+from configs.fashion_mnist import get_config
+from experiments.throughput import jax_worker, networks, worker
 from experiments.throughput.run import BUDGETS, Measurement, measure, table
 from ldm_jax.interop.modules import abstract_params, unet_from_config
+from ldm_jax.pipeline.from_config import from_config
 from ldm_jax.runtime.operations import count_flops
 
 TINY = networks.MAIN_JOB | {"sample_size": 4, "block_out_channels": (16, 32), "cross_attention_dim": 8}
@@ -71,6 +74,21 @@ def test_a_worker_that_ends_is_an_error_of_its_row():
     row = measure(each, ("eager",), sys.executable, 1)
     assert set(row["workers"]) == {"ldm_jax", "torch eager"}
     assert all("ended with status 1" in worker["error"] for worker in row["workers"].values())
+
+
+def test_a_worker_that_is_killed_between_two_turns_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "ROOT", tmp_path)
+    (tmp_path / "idle.py").write_text("import time\nprint('{}', flush=True)\ntime.sleep(60)\n")
+    idle = worker.Worker(sys.executable, "idle", [])
+    idle.stop()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it ended with status -9"):
+            idle(1)
+
+
+def test_the_network_is_that_of_the_main_job():
+    unet = unet_from_config({"_class_name": "UNet2DConditionModel", **networks.MAIN_JOB}, dtype=jnp.dtype("float32"))
+    assert unet == from_config(get_config(), tuple("0123456789")).denoiser
 
 
 def test_names_of_measurements_differ():

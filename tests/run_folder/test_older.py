@@ -75,7 +75,7 @@ def test_what_is_no_config_stays_as_it_is(fields):
 
 @pytest.mark.parametrize("section", ["lora", "textual_inversion"])
 def test_a_section_that_is_none_stays_none(section):
-    """Beside the added fields, of the sections that are there or new."""
+    """The only new fields are the added ones of the other sections."""
     config = config_io.from_fields(SECTIONS | {section: None})
     missing = ("clip.", "classifier.", "autoencoder.loss.", f"{section}.")
     added = {name: value for name, value in ADDED.items() if not name.startswith(missing)}
