@@ -2,8 +2,8 @@
 
     python experiments/backbones/run.py [--budget=smoke|cpu]
 
-The main job's UNet and a DiT (Peebles & Xie 2023) with about as many operations, after equal times of training and
-after equal numbers of operations; with the speed and the share of the peak of matrix products that each reaches.
+The main job's UNet and a DiT (Peebles & Xie 2023), after equal times of training and after equal numbers of
+operations; with the speed and the share of the peak of matrix products that each reaches.
 """
 
 import sys

@@ -24,7 +24,7 @@ MAIN_JOB = {
     "in_channels": 8,
     "out_channels": 8,
     "layers_per_block": 1,
-    "block_out_channels": (64, 128),
+    "block_out_channels": (64, 96),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
     "cross_attention_dim": 128,
