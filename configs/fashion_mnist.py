@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     autoencoder.loss.adversarial_start = 2_000
     autoencoder.discriminator.channels = 32
     autoencoder.discriminator.layers = 2  # three are too many for 28 pixels
-    autoencoder.steps = 2_800
+    autoencoder.steps = 4_000
     autoencoder.batch_size = 16  # small: in a short training more steps are better than larger batches
     autoencoder.optimizer = "muon"
     autoencoder.learning_rate = 3e-3
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     diffusion.prediction = "v"
     diffusion.weighting = "min_snr"
     diffusion.snr_gamma = 20.0  # more weight at low noise than with the usual 5: see experiments/tuning
-    diffusion.steps = 6_400
+    diffusion.steps = 5_800
     diffusion.batch_size = 64
     diffusion.optimizer = "muon"
     diffusion.learning_rate = 2e-3

@@ -27,7 +27,7 @@ EMA = "EMA"  # of the config
 STORED = (0.05, 0.1)  # sigma_rel of the averages that the training keeps
 BUDGETS = {  # seeds, training steps, steps between snapshots, sigma_rel, images
     "smoke": ((0,), 4, 2, STORED, 10),
-    "cpu": ((0, 1, 2), 6_400, 200, (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25), 5_000),
+    "cpu": ((0, 1, 2), 5_800, 200, (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25), 5_000),
     "gpu": ((0, 1, 2), 8_000, 200, (0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25), 5_000),
 }
 SAMPLER, STEPS, GUIDANCE = "unipc", 12, make_guidance(1.75, (0.1, 0.9))  # classifier-free

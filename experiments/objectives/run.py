@@ -36,7 +36,7 @@ ARMS = {
 BUDGETS = {  # seeds, training steps, images
     "smoke": ((0,), 2, 10),
     "minutes": ((0,), 1_000, 250),
-    "cpu": ((0, 1, 2), 3_200, 5_000),
+    "cpu": ((0, 1, 2), 2_900, 5_000),
     "gpu": ((0, 1, 2), 8_000, 5_000),
 }
 SAMPLER, CALLS, GUIDANCE = "unipc", 12, make_guidance(1.75, (0.1, 0.9))

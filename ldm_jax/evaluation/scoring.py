@@ -22,13 +22,21 @@ from ldm_jax.evaluation.cards import (
     evaluate_reconstructions,
     reference_fields,
 )
-from ldm_jax.evaluation.features import FeatureExtractor, inception_features, lpips_distance, vgg16_features
+from ldm_jax.evaluation.features import (
+    FeatureExtractor,
+    PerceptualDistance,
+    inception_features,
+    lpips_distance,
+    vgg16_features,
+)
 from ldm_jax.evaluation.likelihood import make_vlb, vlb_card
 from ldm_jax.evaluation.mixed_sheet import NUM, write_mixed_sheet
 from ldm_jax.interop.inception_weights import load_inception
 from ldm_jax.models.conditioning import TextConditioning
+from ldm_jax.models.first_stage import FirstStage
 from ldm_jax.pipeline.clip import load_clip
-from ldm_jax.pipeline.from_run import load_first_stage
+from ldm_jax.pipeline.from_config import build_first_stage
+from ldm_jax.pipeline.from_run import load_autoencoder_params, load_first_stage
 from ldm_jax.pipeline.load import load
 from ldm_jax.pipeline.model import LatentDiffusion, Params
 from ldm_jax.runtime.files import read_json, write_json
@@ -92,6 +100,8 @@ def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
             if text_conditioned(config):
                 cards["prompts"] = score_prompts(workdir, config, train_set, test_set)
         cards["model"] = score_likelihood(model, params, config, test_set, workdir)
+    elif _trains_autoencoder_alone(config):
+        cards["autoencoder"] = score_autoencoder(workdir, config, test_set)
     if "clip" in config.stages:
         clip, classes = load_clip(workdir, config), zero_shot_classes(config)
         cards["clip"] = clip_scores.clip_cards(clip, test_set, classes, batch_size)
@@ -101,6 +111,26 @@ def score_run(workdir: Path, train_set: Dataset, test_set: Dataset) -> None:
     if cards.get("samples"):
         cards["recipe"] = read_recipe(workdir / "samples.png")
     write_json(workdir / "evaluation.json", cards)
+
+
+def _trains_autoencoder_alone(config: ConfigDict) -> bool:
+    """Whether a run trains an autoencoder, and no diffusion model with whose samples it is scored."""
+    trained = config.autoencoder.type != "none" and not config.autoencoder.checkpoint
+    return trained and "autoencoder" in config.stages and "diffusion" not in config.stages
+
+
+def score_autoencoder(workdir: Path, config: ConfigDict, test_set: Dataset) -> Cards:
+    """The cards of a run's autoencoder on test images, see `cards.evaluate_reconstructions`; {} for fewer than two."""
+    reference = _reference(config, test_set)
+    if len(reference) < 2:
+        return {}
+    params, batch_size = load_autoencoder_params(workdir), config.evaluation.batch_size
+    decoded = _decoded(build_first_stage(config), params, reference, batch_size)
+    options = {"lpips": _lpips(config, reference), "cache": cache_folder() / "features", "split": test_set.split}
+    cards: Cards = {}
+    for extractor in _extractors(config):
+        cards |= evaluate_reconstructions(reference, decoded, extractor=extractor, **options)
+    return cards
 
 
 def zero_shot_classes(config: ConfigDict) -> Dataset | None:
@@ -185,8 +215,7 @@ def score(
     reference, train = _real_images(config, len(images), train_set, test_set)
     reconstructions = reconstruct(model, params, reference, fields.batch_size)
     enough = min(map(len, (images, reference, train))) > NEIGHBOURS
-    resize = 16 if reference.shape[1] < 16 else None  # VGG16's smallest input
-    lpips = lpips_distance(resize=resize, batch_size=fields.batch_size)
+    lpips = _lpips(config, reference)
     plain = None if concat_images is None else baseline(model, concat_images)
     cards: dict[str, Cards] = {"samples": {}, "autoencoder": {}}
     for extractor in _extractors(config):
@@ -216,8 +245,16 @@ def score_images(config: ConfigDict, images: np.ndarray, train_set: Dataset, tes
 
 def _real_images(config: ConfigDict, num: int, train_set: Dataset, test_set: Dataset) -> tuple[np.ndarray, np.ndarray]:
     """The test images to compare with, and training images for the floor of `num` samples."""
-    reference = test_set[np.arange(min(config.evaluation.num_reference, len(test_set)))]["x"]
-    return reference, train_set[np.arange(min(len(train_set), 6 * num))]["x"]
+    return _reference(config, test_set), train_set[np.arange(min(len(train_set), 6 * num))]["x"]
+
+
+def _reference(config: ConfigDict, test_set: Dataset) -> np.ndarray:
+    return test_set[np.arange(min(config.evaluation.num_reference, len(test_set)))]["x"]
+
+
+def _lpips(config: ConfigDict, images: np.ndarray) -> PerceptualDistance:
+    """LPIPS of images of this size; VGG16's smallest input has 16 pixels."""
+    return lpips_distance(resize=16 if images.shape[1] < 16 else None, batch_size=config.evaluation.batch_size)
 
 
 def _extractors(config: ConfigDict) -> list[FeatureExtractor]:
@@ -233,8 +270,12 @@ def reconstruct(model: LatentDiffusion, params: Params, images: np.ndarray, batc
     """Images uint8 [N, H, W, C] encoded and decoded; None in pixel space, which has no autoencoder."""
     if model.first_stage.module is None:
         return None
-    reconstruct = parallel_map(lambda params, batch: model.first_stage.reconstruct(params, batch["x"]))
-    return map_in_batches(reconstruct, replicate(params["first_stage"]), {"x": images}, batch_size)
+    return _decoded(model.first_stage, params["first_stage"], images, batch_size)
+
+
+def _decoded(first_stage: FirstStage, params: Params, images: np.ndarray, batch_size: int) -> np.ndarray:
+    reconstruct = parallel_map(lambda params, batch: first_stage.reconstruct(params, batch["x"]))
+    return map_in_batches(reconstruct, replicate(params), {"x": images}, batch_size)
 
 
 def score_likelihood(

@@ -7,9 +7,12 @@ import pytest
 import random_runs
 import tiny
 
+from ldm_jax.config import io as config_io
 from ldm_jax.data.datasets import load_dataset
+from ldm_jax.data.from_config import load_split
 from ldm_jax.errors import InputError
 from ldm_jax.evaluation import scoring
+from ldm_jax.runtime.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,15 @@ def test_reconstructions(test_set):
     assert (reconstructions != images).any((1, 2, 3)).all()
     pixels, params = random_runs.random_model((("autoencoder.type", "none"),))
     assert scoring.reconstruct(pixels, params, images, 4) is None
+
+
+def test_an_autoencoder_alone_has_the_scores_that_it_has_in_a_whole_run(trained_run):
+    config = config_io.from_json(trained_run / "config.json")
+    test_set = load_split(config, config.data.test_split)
+    whole = read_json(trained_run / "evaluation.json")["autoencoder"]
+    assert {"rFD-VGG16", "PSNR"} < whole.keys()
+    assert scoring.score_autoencoder(trained_run, config, test_set) == whole
+    assert scoring.score_autoencoder(trained_run, config, load_split(config, "test[:1]")) == {}
 
 
 def test_the_config_of_a_foreign_model_has_its_size():

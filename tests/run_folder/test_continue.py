@@ -102,6 +102,9 @@ def test_an_autoencoder_alone_goes_on(tiny_data, tmp_path):
     assert jobs.train_here(tiny_data, tmp_path / "run", *alone) == 0
     assert jobs.train_here(tiny_data, tmp_path / "run", alone[0], "--config.autoencoder.steps=8") == 0
     assert load_latest(tmp_path / "run" / "autoencoder")["step"] == 8
+    cards = read_json(tmp_path / "run" / "evaluation.json")["autoencoder"]
+    assert {"rFD-VGG16", "PSNR"} < cards.keys()
+    assert "The autoencoder alone" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_checkpoints_of_an_earlier_identity(tmp_path):
