@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     sampling.steps = 12
     sampling.guidance = 1.75
     sampling.guidance_interval = (0.1, 0.9)  # guidance at high noise reduces diversity: see experiments/tuning
-    sampling.guide_step = 1_000  # more diverse than by the null condition of the last step: see experiments/tuning
+    sampling.guide_step = 1_500  # more diverse than by the null condition of the last step: see experiments/tuning
     sampling.batch_size = 256
     sampling.progress_every = 1_000
     config.checkpoint_every = 500
