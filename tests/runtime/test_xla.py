@@ -62,3 +62,40 @@ def test_importing_the_package_is_enough():
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert (xla.YNN in done.stdout) == xla.knows_cpu_flags()
+
+
+@pytest.mark.parametrize(("cores", "flag"), [(1, f"{xla.MULTI_THREAD}false"), (2, f"{xla.MULTI_THREAD}false"), (3, "")])
+def test_one_thread_for_each_operation_on_few_cores(cores, flag, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(xla, "version", lambda name: "0.10.2")
+    assert xla.thread_flag() == flag
+    monkeypatch.setattr(xla, "version", lambda name: "0.99.0")
+    assert xla.thread_flag() == ""
+
+
+GRADIENT = """
+import hashlib, jax, jax.numpy as jnp
+from ldm_jax.runtime.xla import configure
+configure()
+from ldm_jax.models.primitives import Conv, Dense, GroupNorm
+from flax import linen as nn
+import os, numpy as np
+net = nn.Sequential([Conv(48), GroupNorm(16, 1e-5), nn.silu, Conv(64, strides=2), Dense(32)])
+x = jnp.asarray(np.random.default_rng(0).standard_normal((32, 7, 7, 64), np.float32))
+params = net.init(jax.random.key(0), x)
+grads = jax.jit(jax.grad(lambda params: jnp.square(net.apply(params, x)).mean()))(params)
+bits = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(grads))
+print(os.environ["XLA_FLAGS"], hashlib.sha256(bits).hexdigest())
+"""
+
+
+def test_a_flag_of_the_user_stays_and_threads_do_not_change_the_bits():
+    """Each in a process of its own, which reads the flags once."""
+    printed = {}
+    for flag in (f"{xla.MULTI_THREAD}true", f"{xla.MULTI_THREAD}false"):
+        environment = os.environ | {"XLA_FLAGS": flag}
+        done = subprocess.run([sys.executable, "-c", GRADIENT], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        *flags, printed[flag] = done.stdout.split()
+        assert [each for each in flags if each.startswith(xla.MULTI_THREAD)] == [flag]
+    assert len(set(printed.values())) == 1, printed
