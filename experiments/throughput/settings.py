@@ -2,8 +2,8 @@
 
     .venv/bin/python -m experiments.throughput.settings [--rounds=9] [--batch=64]
 
-Writes settings.json and prints the table of README.md. The step is that of `run.py`; the first setting is the one of
-`make train` on two cores, to which the others are compared.
+Writes settings.json and prints the table of README.md. The step is that of `run.py`; the others are compared to the
+first setting.
 """
 
 import argparse
@@ -15,30 +15,24 @@ from experiments import tables
 from experiments.throughput.worker import Worker
 from experiments.workers import KEPT_MEMORY
 from ldm_jax.runtime.files import write_json
-from ldm_jax.runtime.xla import MULTI_THREAD
 
 HERE = Path(__file__).parent
 STEPS = 8  # a turn
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-USED = {"XLA_FLAGS": f"{MULTI_THREAD}false", "GLIBC_TUNABLES": KEPT_MEMORY}
-
-
-def with_flag(flag: str) -> dict[str, str]:
-    """The used settings and one more flag of XLA."""
-    return USED | {"XLA_FLAGS": f"{USED['XLA_FLAGS']} {flag}"}
-
-
+USED = {"GLIBC_TUNABLES": KEPT_MEMORY}
+FLAGS = (  # of XLA, each with the used settings of glibc
+    "--xla_cpu_multi_thread_eigen=false",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=true",
+    "--xla_cpu_experimental_onednn_custom_call=true",
+    "--xla_cpu_prefer_vector_width=512",
+)
 SETTINGS = {
-    "one thread an operation, freed memory kept, huge pages (used)": USED,
-    "two threads an operation": USED | {"XLA_FLAGS": f"{MULTI_THREAD}true"},
-    "freed memory not kept": USED | {"GLIBC_TUNABLES": HUGE_PAGES},
-    "no huge pages": USED | {"GLIBC_TUNABLES": KEPT_MEMORY.replace(f"{HUGE_PAGES}:", "")},
-    "none of the three": {"XLA_FLAGS": f"{MULTI_THREAD}true", "GLIBC_TUNABLES": ""},
+    "as `make train`: freed memory kept, huge pages": USED,
+    "freed memory not kept": {"GLIBC_TUNABLES": HUGE_PAGES},
+    "no huge pages": {"GLIBC_TUNABLES": KEPT_MEMORY.replace(f"{HUGE_PAGES}:", "")},
+    "neither": {"GLIBC_TUNABLES": ""},
     "two devices, data parallel": USED | {"JAX_NUM_CPU_DEVICES": "2"},
-    "XLA's concurrency-optimized scheduler": with_flag("--xla_cpu_enable_concurrency_optimized_scheduler=true"),
-    "oneDNN's operations in XLA": with_flag("--xla_cpu_experimental_onednn_custom_call=true"),
-    "vectors of 512 bits": with_flag("--xla_cpu_prefer_vector_width=512"),
-}
+} | {f"`{flag}`": USED | {"XLA_FLAGS": flag} for flag in FLAGS}
 
 
 def measure(arguments: list[str], rounds: int, times: int) -> dict[str, list[float]]:

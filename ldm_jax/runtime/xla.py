@@ -13,10 +13,6 @@ from pathlib import Path
 # (experiments/throughput).
 YNN = "--xla_cpu_experimental_ynn_fusion_type="
 WRONG_WITH_YNN = ("0.10.2",)
-# On two cores, one thread for each operation with independent operations at the same time is faster than two threads
-# for each (experiments/throughput), and gives the same bits.
-MULTI_THREAD = "--xla_cpu_multi_thread_eigen="
-FEW_CORES = 2
 
 # Tracing creates millions of objects with few reference cycles: Python's default of a collection per 700 new objects
 # took a fifth of its time.
@@ -68,25 +64,15 @@ def fast_compile_flags() -> str:
     return f"--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE --xla_cpu_parallel_codegen_split_count=1{older}"
 
 
-def thread_flag() -> str:
-    """XLA's flag for one thread an operation, if this process may use at most FEW_CORES cores, else an empty string."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{MULTI_THREAD}false" if cores <= FEW_CORES and knows_cpu_flags() else ""
-
-
 def configure(*, fast_compile: bool = False) -> None:
-    """Sets up the compilation cache, XLA's threads and the garbage collector; call it before JAX computes anything.
+    """Sets up the compilation cache and the garbage collector; call it before JAX computes anything.
 
     With `fast_compile` this process and its children compile fast, slow programs.
     """
     gc.set_threshold(OBJECTS_PER_COLLECTION)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if MULTI_THREAD not in flags:
-        flags = f"{flags} {thread_flag()}"
     if fast_compile:
-        flags = f"{flags} {fast_compile_flags()}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {fast_compile_flags()}".strip()
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["XLA_FLAGS"] = flags.strip()
 
     import jax
 
