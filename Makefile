@@ -38,10 +38,8 @@ SYSTEM := /
 WORKERS := 3
 IN_WORKERS := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 # A training step on a CPU makes and drops many arrays: glibc keeps their memory for the next step, in huge pages.
-MALLOC := hugetlb=1 arena_max=1 mmap_max=0 trim_threshold=17179869184
-empty :=
-space := $(empty) $(empty)
-train emoji: export GLIBC_TUNABLES := $(subst $(space),:,$(addprefix glibc.malloc.,$(MALLOC)))
+train emoji: export GLIBC_TUNABLES := \
+	glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 # Python compiles what is imported, when it is: half of what there is never is. It keeps that for the next process,
 # also where the environment says that it should not: else each start takes seconds longer.
 export PYTHONDONTWRITEBYTECODE :=
