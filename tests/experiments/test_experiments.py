@@ -275,3 +275,15 @@ def leaves(value, path=()):
             yield from leaves(inner, (*path, name))
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, float(value)
+
+
+def test_the_pages_have_the_results_of_the_evaluation_classifier():
+    """The figures of the main job on the classifier's own page, and in the table of the project's page."""
+    root = Path(index.__file__).parents[1]
+    result = json.loads((root / "experiments" / "judge" / "results.json").read_text())
+    figures = [f"{result[name]:.2f}" for name in ("frechet_distance", "autoencoder", "floor")]
+    figures += [f"{100 * result[name]:.1f} %" for name in ("classifier_accuracy", "accuracy_on_test_images")]
+    for page in ("experiments/judge/README.md", "README.md"):
+        text = (root / page).read_text()
+        missing = [figure for figure in figures if figure not in text]
+        assert not missing, f"{page} does not have {missing}"
