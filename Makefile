@@ -37,9 +37,8 @@ SYSTEM := /
 # On a larger machine:  make test WORKERS=8
 WORKERS := 3
 IN_WORKERS := --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
-# A training step on a CPU makes and drops many arrays: glibc keeps their memory for the next step, in huge pages.
-train emoji: export GLIBC_TUNABLES := \
-	glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
+# glibc's memory in huge pages: on a CPU a training step makes and drops many arrays.
+train emoji: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # Python compiles what is imported, when it is: half of what there is never is. It keeps that for the next process,
 # also where the environment says that it should not: else each start takes seconds longer.
 export PYTHONDONTWRITEBYTECODE :=

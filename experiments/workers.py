@@ -12,10 +12,6 @@ from ldm_jax.errors import RunError
 
 INTERRUPTED = (143, 130)  # exit statuses of a process that was interrupted and has saved its state
 REFUSED = 2  # exit status of a process that has printed a one-line error
-# The settings of glibc that the Makefile has for `make train`: freed memory is kept, in huge pages.
-KEPT_MEMORY = (
-    "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-)
 NUM_WORKERS = "LDM_JAX_WORKERS"  # environment variable of each worker: the number of workers
 
 
@@ -30,7 +26,7 @@ def run(command: list[str], count: int) -> None:
     """
     environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / count:.2f}"} | os.environ  # of a GPU's memory
     environment |= {"TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1", NUM_WORKERS: str(count)}
-    environment.setdefault("GLIBC_TUNABLES", KEPT_MEMORY)
+    environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # huge pages, as in the Makefile
     processes: list[subprocess.Popen] = []
 
     def forward(signal_number: int, _: object) -> None:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from experiments import tables
 from experiments.runner import commit
 from experiments.throughput.worker import Worker
-from experiments.workers import KEPT_MEMORY
 from ldm_jax.runtime.files import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -72,7 +71,7 @@ def measure(each: Measurement, modes: tuple[str, ...], torch_python: str, rounds
     for name, command in commands.items():
         row["workers"][name] = {"seconds": []}
         with _errors(row, name, workers):
-            workers[name] = Worker(*command, {"GLIBC_TUNABLES": KEPT_MEMORY})
+            workers[name] = Worker(*command)
             row["workers"][name] |= workers[name].about
             row["workers"][name]["first_turn"] = workers[name](each.times)["seconds"]  # compiles
     for _ in range(rounds):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -25,11 +24,11 @@ def serve(once: Callable[[], None], wait: Callable[[], None], memory: Callable[[
 
 
 class Worker:
-    """A worker process of a module, with variables for its environment; `about` is the first line that it prints."""
+    """A worker process of a module; `about` is the first line that it prints."""
 
-    def __init__(self, python: str, module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-        command, pipes = [python, "-m", module, *arguments], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, text=True, **pipes)
+    def __init__(self, python: str, module: str, arguments: Sequence[str]) -> None:
+        command = [python, "-m", module, *arguments]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 
     def __call__(self, times: int) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """experiments/throughput: its networks train and sample, operations are counted, and a worker may fail."""
 
-import subprocess
 import sys
 
 import jax
@@ -9,9 +8,8 @@ import numpy as np
 import pytest
 
 from configs.fashion_mnist import get_config
-from experiments.throughput import jax_worker, networks, settings, worker
+from experiments.throughput import jax_worker, networks, worker
 from experiments.throughput.run import BUDGETS, Measurement, measure, table
-from experiments.workers import KEPT_MEMORY
 from ldm_jax.interop.modules import abstract_params, unet_from_config
 from ldm_jax.pipeline.from_config import from_config
 from ldm_jax.runtime.operations import count_flops
@@ -81,7 +79,7 @@ def test_a_worker_that_ends_is_an_error_of_its_row():
 def test_a_worker_that_is_killed_between_two_turns_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "ROOT", tmp_path)
     (tmp_path / "idle.py").write_text("import time\nprint('{}', flush=True)\ntime.sleep(60)\n")
-    idle = worker.Worker(sys.executable, "idle", [], {})
+    idle = worker.Worker(sys.executable, "idle", [])
     idle.stop()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="it ended with status -9"):
@@ -97,40 +95,3 @@ def test_names_of_measurements_differ():
     names = [each.name for each in BUDGETS["cpu"] + BUDGETS["gpu"]]
     assert len(set(names)) == len(names)
     assert {each.network for each in BUDGETS["gpu"]} == set(networks.NETWORKS)
-
-
-def test_the_settings_of_glibc_are_those_of_make_train():
-    """`make -p` prints the variables of each target, and `-n` runs nothing."""
-    printed = subprocess.run(["make", "-pn", "train"], capture_output=True, text=True, cwd=worker.ROOT).stdout
-    assert f"\ntrain: GLIBC_TUNABLES := {KEPT_MEMORY}\n" in printed
-
-
-def test_each_setting_has_its_turn_in_each_round(monkeypatch):
-    environments = {"used": {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}, "other": {"JAX_NUM_CPU_DEVICES": "2"}}
-    monkeypatch.setattr(settings, "SETTINGS", environments)
-    turns = []
-
-    class InTurns:
-        """A worker whose steps take 1 s under the first setting, and 2 s under the second."""
-
-        def __init__(self, python, module, arguments, environment):
-            self.seconds = 1.0 + list(environments.values()).index(environment)
-
-        def __call__(self, times):
-            turns.append(self.seconds)
-            return {"seconds": self.seconds * times}
-
-        def stop(self):
-            turns.append("stopped")
-
-    monkeypatch.setattr(settings, "Worker", InTurns)
-    seconds = settings.measure([], rounds=3, times=4)
-    assert seconds == {"used": [1.0] * 3, "other": [2.0] * 3}
-    assert turns == [1.0, 2.0] * 4 + ["stopped"] * 2
-    assert settings.table(seconds).splitlines()[2:] == ["| used | 1000 | 1.00x |", "| other | 2000 | 0.50x |"]
-
-
-def test_a_worker_has_the_variables_of_its_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "ROOT", tmp_path)
-    (tmp_path / "shows.py").write_text("import json, os\nprint(json.dumps({'flags': os.environ['XLA_FLAGS']}))\n")
-    assert worker.Worker(sys.executable, "shows", [], {"XLA_FLAGS": "--some=1"}).about == {"flags": "--some=1"}
