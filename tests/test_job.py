@@ -72,8 +72,8 @@ def test_data_on_disk_train_the_same_model(tiny_data, trained_run, tmp_path):
     """Nothing may stay in memory or on the device: the same batches come from the disk, read ahead."""
     run = tmp_path / "run"
     assert jobs.train_here(tiny_data, run, "--config.data.memory_limit_gb=0.0", "--config.sampling.num=0") == 0
-    jobs.assert_same_training(run, trained_run, rtol=1e-2, atol=2e-3)
-    assert jobs.losses(run) == pytest.approx(jobs.losses(trained_run), rel=1e-3)
+    jobs.assert_same_but_for_rounding(run, trained_run, stages=("autoencoder", "diffusion"))
+    assert jobs.losses(run) == pytest.approx(jobs.losses(trained_run), rel=1e-5)
 
 
 def test_a_reused_autoencoder(tiny_data, trained_run, tmp_path):

@@ -13,14 +13,14 @@ pytestmark = pytest.mark.slow
 def assert_same_losses(run, other):
     a, b = jobs.losses(run), jobs.losses(other)
     assert a.keys() == b.keys()
-    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=5e-3)
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
 
 
 def assert_same_samples(run, other):
-    """Sums in another order differ in their last digit, and Adam makes more of it."""
+    """Sums in another order differ in their last digit: the images by a grey level at most."""
     a, b = jobs.samples(run), jobs.samples(other)
     assert (a["labels"] == b["labels"]).all()
-    assert np.abs(a["images"].astype(int) - b["images"]).mean() < 4
+    assert np.abs(a["images"].astype(int) - b["images"]).max() <= 1
 
 
 def test_four_devices_do_as_one(one_device_run, tiny_data, tmp_path):
@@ -51,7 +51,7 @@ def test_fsdp_does_as_pmap_and_pmap_takes_over_its_run(one_device_run, tiny_data
     back = shutil.copytree(run, tmp_path / "back")
     go_on_from_step_4(back, tiny_data)
     assert_same_losses(back, one_device_run)
-    jobs.assert_same_training(back, run, rtol=2e-2, atol=5e-3)
+    jobs.assert_same_but_for_rounding(back, run)
 
 
 CHANGES = {  # name -> (devices, changes of the config)
@@ -68,7 +68,7 @@ def test_a_run_goes_on_in_another_way(case, one_device_run, tiny_data, tmp_path)
     run = shutil.copytree(one_device_run, tmp_path / "run")
     go_on_from_step_4(run, tiny_data, *changes, devices=devices)
     assert_same_losses(run, one_device_run)
-    jobs.assert_same_training(run, one_device_run, rtol=2e-2, atol=5e-3)
+    jobs.assert_same_but_for_rounding(run, one_device_run)
 
 
 def test_two_processes_do_as_one(one_device_run, start_hosts, tmp_path):
@@ -106,13 +106,13 @@ def test_two_processes_share_a_sharded_state(one_device_run, start_hosts, tiny_d
     (run / "report.html").unlink()  # it is not done
     shutil.rmtree(run / "diffusion" / "8")
     jobs.finish_all(start_hosts(2, run, *changes, devices=2))
-    jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)
+    jobs.assert_same_but_for_rounding(run, whole)
     (run / "report.html").unlink()
     for path in array_files(run / "diffusion" / "8"):
         flip_a_bit(path)
     outputs = jobs.finish_all(start_hosts(2, run, *changes, devices=2))
     assert all("going back to the one before" in output for output in outputs), outputs
-    jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)
+    jobs.assert_same_but_for_rounding(run, whole)
     shutil.rmtree(run / "diffusion" / "8")
     jobs.finish(jobs.start(tiny_data, run, "--config.sampling.num=0"))
-    jobs.assert_same_training(run, whole, rtol=2e-2, atol=5e-3)
+    jobs.assert_same_but_for_rounding(run, whole)
