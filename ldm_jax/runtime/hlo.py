@@ -16,7 +16,11 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragg
 # They move no bytes by themselves: what they hand on is counted where it is made and read.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
         "partition-id", "replica-id", "iota", "opt-barrier", "copy-done", "slice-done", "async-done"}  # fmt: skip
+FREE_CALLS = ("AllocateBuffer", "ConcatBitcast")  # targets of a TPU's custom calls, likewise
 PARTS = {"dynamic-slice", "slice", "gather"}  # they read as much as they write
+# A TPU's asynchronous collective is in a chain of fusions between these custom calls, each with other work.
+STARTED, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
+ALIASING = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}")
 
 
 class Instruction(NamedTuple):
@@ -119,7 +123,8 @@ def _callers_first(edges: dict[str, list[tuple[str, int, bool]]], entry: str) ->
 def memory_traffic(text: str) -> int:
     """The bytes that a program reads from and writes to memory on each device.
 
-    Each instruction, or fusion of several, reads its operands and writes its result once.
+    Each instruction, or fusion of several, reads its operands and writes its result once, but for results that are
+    the memory of an operand: a fusion that goes on with an asynchronous collective hands its arrays on in place.
     """
     computations, entry = parse(text)
     times, fused = executions(computations, entry)
@@ -127,19 +132,39 @@ def memory_traffic(text: str) -> int:
     for name, instructions in computations.items():
         shapes = {each.name: each.shape for each in instructions}
         for each in instructions if name not in fused and times[name] else ():
-            if each.opcode in FREE or each.opcode.endswith("-done"):
-                continue
-            if each.opcode == "copy-start":  # its shape is (copy, original, context)
-                total += times[name] * shape_bytes(each.shape, on_chip=False)
-                continue
-            if each.opcode == "slice-start":  # ((original), slice, context)
-                original = sum(shape_bytes(shapes.get(operand, "")) for operand in each.operands)
-                total += times[name] * (shape_bytes(each.shape) - original)
-                continue
-            written = shape_bytes(each.shape, on_chip=False)
-            read = sum(shape_bytes(shapes.get(operand, ""), on_chip=False) for operand in each.operands)
-            total += times[name] * (written + (min(read, written) if each.opcode in PARTS else read))
+            if not _is_free(each, computations):
+                total += times[name] * _moved(each, shapes, _target(each, computations) == STARTED)
     return round(total)
+
+
+def _is_free(each: Instruction, computations: dict[str, list[Instruction]]) -> bool:
+    """Whether an instruction moves no bytes by itself."""
+    ends = each.opcode.endswith("-done") or _target(each, computations) == DONE
+    return each.opcode in FREE or ends or (each.opcode == "custom-call" and _target(each, computations) in FREE_CALLS)
+
+
+def _target(each: Instruction, computations: dict[str, list[Instruction]]) -> str:
+    """The target of a custom call, or of that which a fusion ends with; "" if there is none."""
+    if each.opcode == "fusion" and (found := re.search(r"calls=%?([\w.-]+)", each.attributes)):
+        each = computations[found[1]][-1]
+    found = re.search(r'custom_call_target="(\w+)"', each.attributes)
+    return found[1] if found else ""
+
+
+def _moved(each: Instruction, shapes: dict[str, str], starts: bool) -> float:
+    """The bytes that an instruction reads and writes; `starts`: an asynchronous collective, which reads its operand."""
+    if each.opcode == "copy-start":  # its shape is (copy, original, context)
+        return shape_bytes(each.shape, on_chip=False)
+    if each.opcode == "slice-start":  # ((original), slice, context)
+        return shape_bytes(each.shape) - sum(shape_bytes(shapes.get(operand, "")) for operand in each.operands)
+    aliased = found[1] if (found := ALIASING.search(each.attributes)) else ""
+    pairs = re.findall(r"\{(\d*)\}: \((\d+), ", aliased)  # result {"" if it is the only one}, operand
+    kept, handed_on = {int(result or 0) for result, _ in pairs}, {int(operand) for _, operand in pairs}
+    results = [found[0] for found in ARRAY.finditer(each.shape)]
+    operands = [shapes.get(operand, "") for operand in each.operands]
+    written = sum(shape_bytes(array, on_chip=False) for i, array in enumerate(results) if i not in kept)
+    read = sum(shape_bytes(array, on_chip=False) for i, array in enumerate(operands) if starts or i not in handed_on)
+    return written + (min(read, written) if each.opcode in PARTS else read)
 
 
 def count_collectives(text: str) -> dict[str, Collective]:

@@ -127,6 +127,56 @@ def test_the_text_of_a_tpu_program_is_read():
     assert memory_traffic(TPU) == pytest.approx(copied + reduced + sliced, abs=8)
 
 
+ASYNCHRONOUS = """HloModule step
+
+%start (p: f32[8,128]) -> (f32[8,128], f32[128,128]) {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %g.1 = f32[128,128]{1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups={{0,1}}
+  ROOT %c.1 = (f32[8,128]{1,0}, f32[128,128]{1,0}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (p.0: f32[8,128], p.1: f32[128,128], p.2: f32[1000]) -> (f32[1000], f32[8,128], f32[128,128]) {
+  %p.0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %p.1 = f32[128,128]{1,0:T(8,128)} parameter(1)
+  %p.2 = f32[1000]{0:T(1024)} parameter(2)
+  %g.2 = f32[128,128]{1,0:T(8,128)} all-gather(%p.0), channel_id=7, replica_groups={{0,1}}
+  %negate = f32[1000]{0:T(1024)} negate(%p.2)
+  ROOT %t = (f32[1000]{0}, f32[8,128]{1,0}, f32[128,128]{1,0}) tuple(%negate, %p.0, %g.2)
+}
+
+%done (q.0: f32[8,128], q.1: f32[128,128]) -> f32[128,128] {
+  %q.0 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %q.1 = f32[128,128]{1,0:T(8,128)} parameter(1)
+  %g.3 = f32[128,128]{1,0:T(8,128)} all-gather(%q.0), channel_id=7, replica_groups={{0,1}}
+  ROOT %c.2 = f32[128,128]{1,0:T(8,128)} custom-call(%q.0, %q.1, %g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[8,128], y: f32[1000]) -> (f32[1000], f32[128,128]) {
+  %x = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %y = f32[1000]{0:T(1024)} parameter(1)
+  %b = f32[64]{0:T(1024)} custom-call(), custom_call_target="AllocateBuffer"
+  %f.1 = (f32[8,128]{1,0}, f32[128,128]{1,0}) fusion(%x), kind=kCustom, \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%start
+  %e.0 = f32[8,128]{1,0} get-tuple-element(%f.1), index=0
+  %e.1 = f32[128,128]{1,0} get-tuple-element(%f.1), index=1
+  %f.2 = (f32[1000]{0}, f32[8,128]{1,0}, f32[128,128]{1,0}) fusion(%e.0, %e.1, %y), kind=kOutput, \
+output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%goes_on
+  %e.2 = f32[1000]{0} get-tuple-element(%f.2), index=0
+  %e.3 = f32[8,128]{1,0} get-tuple-element(%f.2), index=1
+  %e.4 = f32[128,128]{1,0} get-tuple-element(%f.2), index=2
+  %f.3 = f32[128,128]{1,0} fusion(%e.3, %e.4), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%done
+  ROOT %result = (f32[1000]{0}, f32[128,128]{1,0}) tuple(%e.2, %f.3)
+}
+"""
+
+
+def test_an_asynchronous_collective_moves_its_arrays_once():
+    """However many fusions it goes through: they hand its arrays on in place."""
+    shard, array, others = 8 * 128 * 4, 128 * 128 * 4, 2 * 1000 * 4
+    assert memory_traffic(ASYNCHRONOUS) == shard + array + others
+    assert count_collectives(ASYNCHRONOUS) == {"all-gather": (1, array, array / 2)}
+
+
 def test_bytes_of_shapes():
     assert shape_bytes("(f32[2,3]{1,0}, bf16[4]{0:T(8)S(1)}, pred[], token[])") == 24 + 8 + 1
     assert shape_bytes("(f32[2,3]{1,0}, bf16[4]{0:T(8)S(1)})", on_chip=False) == 24
