@@ -32,14 +32,18 @@ def get_config() -> ConfigDict:
     autoencoder.block_out_channels = (16, 32, 64)
     autoencoder.norm_num_groups = 8
     autoencoder.mid_block_attention = False
-    autoencoder.loss.perceptual = 0.0
+    autoencoder.loss.kl = 5e-3
+    autoencoder.loss.perceptual = 1.0
+    autoencoder.loss.perceptual_every = 4
+    autoencoder.loss.perceptual_start = 2_000
     autoencoder.loss.adversarial = 0.2
-    autoencoder.loss.adversarial_start = 1_500
+    autoencoder.loss.adversarial_start = 2_000
     autoencoder.discriminator.channels = 32
     autoencoder.discriminator.layers = 2
-    autoencoder.steps = 5_000
+    autoencoder.steps = 4_000
     autoencoder.batch_size = 16
-    autoencoder.learning_rate = 1.5e-3
+    autoencoder.optimizer = "muon"
+    autoencoder.learning_rate = 3e-3
 
     clip = config.clip
     clip.text_width = 128
@@ -59,9 +63,11 @@ def get_config() -> ConfigDict:
     diffusion.schedule = "cosine"
     diffusion.prediction = "v"
     diffusion.weighting = "min_snr"
-    diffusion.steps = 9_000
+    diffusion.snr_gamma = 20.0
+    diffusion.steps = 7_000
     diffusion.batch_size = 64
-    diffusion.learning_rate = 1e-3
+    diffusion.optimizer = "muon"
+    diffusion.learning_rate = 2e-3
     diffusion.validation_examples = 384
 
     sampling = config.sampling

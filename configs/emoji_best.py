@@ -9,7 +9,7 @@ from configs import emoji
 
 
 def get_config() -> ConfigDict:
-    """Wider networks, the perceptual loss, bfloat16 and more steps than configs/emoji.py."""
+    """Wider networks, the perceptual loss from the first step, bfloat16 and more steps than configs/emoji.py."""
     config = emoji.get_config().unlock()
     config.dtype = "bfloat16"
     config.data.image_size = 64
@@ -19,12 +19,13 @@ def get_config() -> ConfigDict:
     autoencoder.layers_per_block = 2
     autoencoder.norm_num_groups = 32
     autoencoder.mid_block_attention = True
-    autoencoder.loss.perceptual = 0.5
+    autoencoder.loss.perceptual_every = 1
+    autoencoder.loss.perceptual_start = 0
     autoencoder.loss.adversarial_start = 8_000
     autoencoder.discriminator.channels = 64
     autoencoder.steps = 30_000
     autoencoder.batch_size = 64
-    autoencoder.learning_rate = 5e-4
+    autoencoder.learning_rate = 2e-3
 
     clip = config.clip
     clip.text_width = clip.image_width = 256
@@ -42,7 +43,6 @@ def get_config() -> ConfigDict:
     diffusion = config.diffusion
     diffusion.steps = 60_000
     diffusion.batch_size = 512
-    diffusion.learning_rate = 5e-4
     diffusion.ema_decay = 0.9995
 
     config.sampling.steps = 25
