@@ -132,15 +132,12 @@ def memory_traffic(text: str) -> int:
     for name, instructions in computations.items():
         shapes = {each.name: each.shape for each in instructions}
         for each in instructions if name not in fused and times[name] else ():
-            if not _is_free(each, computations):
-                total += times[name] * _moved(each, shapes, _target(each, computations) == STARTED)
+            target = _target(each, computations)
+            is_free_call = each.opcode == "custom-call" and target in FREE_CALLS
+            if each.opcode in FREE or each.opcode.endswith("-done") or target == DONE or is_free_call:
+                continue
+            total += times[name] * _moved(each, shapes, starts=target == STARTED)
     return round(total)
-
-
-def _is_free(each: Instruction, computations: dict[str, list[Instruction]]) -> bool:
-    """Whether an instruction moves no bytes by itself."""
-    ends = each.opcode.endswith("-done") or _target(each, computations) == DONE
-    return each.opcode in FREE or ends or (each.opcode == "custom-call" and _target(each, computations) in FREE_CALLS)
 
 
 def _target(each: Instruction, computations: dict[str, list[Instruction]]) -> str:
@@ -151,7 +148,7 @@ def _target(each: Instruction, computations: dict[str, list[Instruction]]) -> st
     return found[1] if found else ""
 
 
-def _moved(each: Instruction, shapes: dict[str, str], starts: bool) -> float:
+def _moved(each: Instruction, shapes: dict[str, str], *, starts: bool) -> float:
     """The bytes that an instruction reads and writes; `starts`: an asynchronous collective, which reads its operand."""
     if each.opcode == "copy-start":  # its shape is (copy, original, context)
         return shape_bytes(each.shape, on_chip=False)
