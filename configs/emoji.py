@@ -48,9 +48,12 @@ def get_config() -> ConfigDict:
     clip = config.clip
     clip.text_width = 128
     clip.image_width = 96
-    clip.max_shift = 2
-    clip.max_zoom = 0.1
-    clip.steps = 600
+    clip.max_shift = 4
+    clip.max_zoom = 0.25
+    clip.steps = 900
+    clip.optimizer = "muon"
+    clip.learning_rate = 2e-3
+    clip.weight_decay = 0.5
     clip.validation_examples = 384
 
     config.unet.block_out_channels = (64, 128)
