@@ -2,7 +2,7 @@
 
     python -m ldm_jax.train --config=configs/fashion_mnist_best.py
 
-The main job with wider networks, the perceptual and the adversarial loss, bfloat16 and more steps.
+The main job with wider networks, LPIPS from the first step, bfloat16 and more steps. It has not been run yet.
 """
 
 from ml_collections import ConfigDict

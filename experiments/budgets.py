@@ -24,7 +24,7 @@ BY_ADAMW = {
 # Short trainings of the autoencoder, sufficient to compare diffusion models on its latents.
 SHORT_AUTOENCODER = {"autoencoder.steps": 1_200, "autoencoder.loss.adversarial_start": 600}
 LONGER_AUTOENCODER = {"autoencoder.steps": 2_000, "autoencoder.loss.adversarial_start": 1_000}
-# For minutes on two cores: a UNet with a quarter of the main job's parameters, small batches, a third of the images.
+# For minutes on two cores: a UNet with two fifths of the main job's parameters, small batches, a third of the images.
 SMALLER_UNET = {"unet.block_out_channels": (32, 64), "unet.norm_num_groups": 8}
 MINUTES = SHORT_AUTOENCODER | SMALLER_UNET | {"diffusion.batch_size": 16, "data.train_split": "train[:20000]"}
 # The smallest networks and fewest steps, for a test of the code.

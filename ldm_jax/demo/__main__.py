@@ -6,7 +6,7 @@
     ... --host=0.0.0.0 --password=SECRET  for other machines; the user's name is ldm_jax
     ... --max_size=1024 --max_num=16  bounds of the samples' sides in pixels, and of their number
 
-Needs gradio: pip install "ldm_jax[demo]". Nothing is loaded from elsewhere. Each samples.png that is downloaded carries
+Needs gradio: pip install gradio. Nothing is loaded from elsewhere. Each samples.png that is downloaded carries
 its recipe, as those of ldm_jax.sample do.
 """
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         raise InputError("--password is empty; leave it out for a page without one")
     loras = command_line.lora_files(values)
     if find_spec("gradio") is None:
-        raise InputError('the page needs gradio: pip install "ldm_jax[demo]", or pip install gradio')
+        raise InputError("the page needs gradio: pip install gradio")
     _check_address(values.host, values.port)
     command_line.start_devices()
 

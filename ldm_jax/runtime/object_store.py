@@ -31,7 +31,7 @@ def checked_url(url: str, given: str) -> str:
         raise InputError(f"{given} is no run folder; it must be {scheme}://BUCKET/RUN")
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
         package = PACKAGES[scheme]
-        raise InputError(f'{given} needs {package}: pip install "ldm_jax[{scheme}]", or pip install {package}')
+        raise InputError(f"{given} needs {package}: pip install {package}")
     return f"{scheme}://{path}"
 
 

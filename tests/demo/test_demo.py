@@ -321,9 +321,7 @@ def test_the_linear_preview_is_the_decoder_if_that_is_linear():
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "gradio" else util.find_spec(name))
     assert command_line.run(demo.main, ["demo", "--model=anything"]) == 2
-    assert capsys.readouterr().err == (
-        'demo: the page needs gradio: pip install "ldm_jax[demo]", or pip install gradio\n'
-    )
+    assert capsys.readouterr().err == ("demo: the page needs gradio: pip install gradio\n")
 
 
 def test_a_port_that_is_in_use_is_refused_before_the_model_is_loaded(monkeypatch, capsys):

@@ -193,7 +193,7 @@ def test_a_url_without_bucket_or_path_is_one_line(where, tiny_data, capsys):
 def test_without_its_package_a_url_is_one_line_that_names_it(scheme, tiny_data, capsys, monkeypatch):
     monkeypatch.setitem(PACKAGES, scheme, "no_such_package")
     assert run_status(tiny_data, f"{scheme}://bucket/run") == 2
-    assert f'needs no_such_package: pip install "ldm_jax[{scheme}]"' in one_line(capsys)
+    assert "needs no_such_package: pip install no_such_package" in one_line(capsys)
 
 
 @pytest.mark.parametrize("where", ["s3:/bucket/run", "gs:/bucket/run"])
