@@ -34,7 +34,7 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
 
     Raises InputError for an unknown flag or field, or a wrong value.
     """
-    argv = rename_arguments(argv)
+    argv = _with_equals(rename_arguments(argv), "--config") if config else rename_arguments(argv)
     file = next((a.removeprefix("--config=") for a in argv[1:] if a.startswith("--config=")), None)
     if config and file is not None and not Path(file).is_file():
         raise InputError(f"there is no config file {file!r}; configs are in configs/")
@@ -64,6 +64,14 @@ def parse(flag_values: flags.FlagValues, argv: list[str], *, config: bool = Fals
         raise InputError(f"{rest[1]!r} is no flag; flags are written --name=value")
     if config and not loaded:
         raise InputError("--config is missing; it must be a config file, e.g. --config=configs/fashion_mnist.py")
+
+
+def _with_equals(argv: list[str], name: str) -> list[str]:
+    """The arguments with `name VALUE`, if it is there, written `name=VALUE`."""
+    if name not in argv[:-1]:
+        return argv
+    k = argv.index(name)
+    return [*argv[:k], f"{name}={argv[k + 1]}", *argv[k + 2 :]]
 
 
 def require(values: flags.FlagValues, *names: str) -> None:

@@ -26,6 +26,7 @@ from ldm_jax import command_line
 from ldm_jax.config.fields import DTYPES, check_choice
 from ldm_jax.errors import InputError
 from ldm_jax.runtime.files import new_file, new_folder
+from ldm_jax.runtime.object_store import is_url
 
 if TYPE_CHECKING:
     from ldm_jax.pipeline.model import LatentDiffusion, Params
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 WEIGHTS = (*DTYPES, "float16")
 FILE_FLAGS = ("tokenizer", "prediction", "vae")
 MODEL_FLAGS = (*FILE_FLAGS, "merge_lora", "ema_sigma_rel", "dtype")
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")  # endings of single files that are read only
 
 
 def define_flags() -> flags.FlagValues:
@@ -60,7 +62,11 @@ def main(argv: list[str]) -> None:
             raise InputError(f"--{name} is missing; it must be {values[name].help}")
     if values.dtype is not None:
         check_choice("--dtype", values.dtype, WEIGHTS)
+    if is_url(values.to):
+        raise InputError(f"--to={values.to} is a URL; it must be a local folder or a .safetensors file")
     to, loras = Path(values.to), command_line.lora_files(values, "merge_lora")
+    if to.suffix != ".safetensors" and to.suffix.lower() in (".safetensors", *PICKLES):
+        raise InputError(f"--to={to}: single files are written as .safetensors, e.g. {to.with_suffix('.safetensors')}")
     if to.suffix == ".safetensors":
         with new_file(to, flag="to") as file:
             what = _convert_lora(values, file) if values.lora_names else _convert_to_file(values, loras, file)

@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
     command_line.require(values, *(["images"] if values.images else ["model"]), *(["out"] if with_config else []))
     if values.images and (values.model or not with_config):
         raise InputError("--images needs --config=FILE, whose data set it is scored on, and no --model")
+    if values.images:
+        _refuse_sampling(values)
     if with_config:
         validate(values.config)
     if values.num < 4:
@@ -92,6 +94,7 @@ def main(argv: list[str]) -> None:
     by_caption = text_conditioned(config) and not with_config
     captions = captions_of(test_set, values.num) if by_caption else None
     recipe = recipe_from_flags(model, values, list(range(len(model.class_names))), captions)
+    recipe = recipe._replace(num=values.num)  # of --prompt too, whose prompts take turns
     samples = sample_images(model, params, recipe, batch_size=values.batch_size or config.sampling.batch_size)
     save(out, samples)
     cards = scoring.score(model, params, config, samples.images, train_set, test_set, samples.concat_images)
@@ -109,6 +112,16 @@ def _print(cards: dict[str, Any], out: Path) -> None:
         for name, card in cards.get(group, {}).items():
             print(f"{group:>12} {name:>18} {card['value']:.4g}")
     print(f"Cards: {out / 'evaluation.json'}")
+
+
+def _refuse_sampling(values: flags.FlagValues) -> None:
+    """Raises InputError for a flag that is of samples: those of --images are made."""
+    hosts = flags.FlagValues()
+    command_line.define_device_flags(hosts)
+    for name in values:
+        scoring = name in ("images", "out", "inception_weights", *hosts) or name.split(".")[0] == "config"
+        if values[name].present and not scoring:
+            raise InputError(f"--{name} is for sampling from --model; --images are all scored, as they are")
 
 
 def _score_generated(values: flags.FlagValues, out: Path) -> None:

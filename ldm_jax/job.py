@@ -32,7 +32,7 @@ from ldm_jax.run_folder import wandb_log
 from ldm_jax.run_folder.lock import locked
 from ldm_jax.run_folder.log import Log, read_metrics
 from ldm_jax.run_folder.software import describe_device, software
-from ldm_jax.run_folder.store import address
+from ldm_jax.run_folder.store import address, checkpoint_steps
 from ldm_jax.run_folder.wandb_log import WandbLog
 from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.files import read_json, write_json
@@ -81,6 +81,7 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if (workdir / DATA).exists():
         check_unchanged(read_json(workdir / DATA), data, f"--workdir={workdir}")
     _check(config, model, params, train_set, test_set)
+    _check_guide(config, workdir)
     if dry_run:
         return
     earlier = _earlier_training(workdir, config)
@@ -225,13 +226,25 @@ def _check(config: ConfigDict, model: LatentDiffusion, params: Params, train_set
     if "autoencoder" in config.stages and config.autoencoder.checkpoint and model.first_stage.module is not None:
         stages.reused_autoencoder(config)
         stages.reused_scale(config)
+        stages.note_unfinished(config, "autoencoder")
     if "clip" in config.stages:
         clip_data.check(config)
+        if config.clip.checkpoint:
+            stages.note_unfinished(config, "clip")
         scoring.zero_shot_classes(config)
     print_sizes(config, model, params, train_set.num_classes)
     scored = "diffusion" in config.stages and not config.init_from and config.sampling.num
     if scored and (line := scoring.scores_left_out(config.sampling.num, config, train_set, test_set)):
         print(line, flush=True)
+
+
+def _check_guide(config: ConfigDict, workdir: Path) -> None:
+    """Raises InputError if a run is past the step of its guide model and has no checkpoint of it."""
+    step, steps = config.sampling.guide_step, sorted(checkpoint_steps(workdir / "diffusion"))
+    guided = "diffusion" in config.stages and 0 < step < config.diffusion.steps
+    if guided and step not in steps and step < max(steps, default=0):
+        kept = f"the run has no checkpoint of it, but of {', '.join(map(str, steps))}"
+        raise InputError(f"config.sampling.guide_step is {step}; {kept}: it must be one of these, or 0")
 
 
 def print_sizes(config: ConfigDict, model: LatentDiffusion, params: Params, num_classes: int) -> None:

@@ -58,6 +58,33 @@ TRAIN = {  # flags -> what the line must say
         f"a negative {name}": ([TINY, f"--config.autoencoder.{name}=-1.0"], f"{name} is -1.0; it must be 0 or more")
         for name in ("discriminator.learning_rate", *(f"loss.{name}" for name in WEIGHTS))
     },
+    "min-SNR of no SNR": (
+        [TINY, "--config.diffusion.snr_gamma=0.0"],
+        "config.diffusion.snr_gamma is 0.0; it must be 1e-06",
+    ),
+    "a misspelt field after a space": (["--config", "tests/tiny.py", "--config.diffusion.stepz=3"], "diffusion.steps?"),
+    "guidance away from an untrained condition": (
+        [TINY, "--config.diffusion.label_dropout=0.0"],
+        "is trained by it: it must be above 0, or config.sampling.guidance 1",
+    ),
+    "autoguidance with an untrained condition": (
+        [
+            TINY,
+            "--config.diffusion.label_dropout=0.0",
+            "--config.sampling.guidance=1.0",
+            "--config.checkpoint_every=4",
+            "--config.sampling.guide_step=4",
+        ],
+        "it must be above 0, or config.sampling.guide_step 0",
+    ),
+    "captions without CLIP": (
+        [TINY, "--config.data.caption_key=auto"],
+        "config.data.caption_key is 'auto'; the stage 'diffusion' is of classes: it must be 'none', or add 'clip'",
+    ),
+    "captions for a classifier": (
+        [TINY, *jobs.TEXTS[1:], "--config.stages=('autoencoder','clip','diffusion','classifier')"],
+        "the stage 'classifier' is of classes: it must be 'none', or train it apart",
+    ),
     "an unknown optimizer": ([TINY, "--config.diffusion.optimizer=sgd"], "adamw, muon"),
     "an unknown distribution of timesteps": (
         [TINY, "--config.diffusion.timestep_sampling=lognormal"],
@@ -709,6 +736,11 @@ REUSED = {  # damage of the run whose autoencoder is reused, and changes of the 
     "damaged": (lambda run: truncate_arrays(run / "autoencoder"), [], "no readable checkpoint"),
     "of another shape": (lambda run: None, ["--config.autoencoder.latent_channels=3"], "belongs to another model"),
     "of another type": (lambda run: None, ["--config.autoencoder.type=vq"], "belongs to another model"),
+    "of other groups": (
+        lambda run: None,
+        ["--config.autoencoder.norm_num_groups=2"],
+        "config.autoencoder.norm_num_groups is 2; for config.autoencoder.checkpoint=",
+    ),
 }
 
 

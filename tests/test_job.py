@@ -1,12 +1,14 @@
 """Every type of model through the whole job."""
 
+import shutil
+
 import jobs
 import numpy as np
 import pytest
 
 from ldm_jax.run_folder.checkpoint import load_latest
 from ldm_jax.run_folder.log import read_metrics
-from ldm_jax.runtime.files import read_json
+from ldm_jax.runtime.files import read_json, write_json
 from ldm_jax.sampling.image_grids import read_recipe
 
 
@@ -88,3 +90,17 @@ def test_a_reused_autoencoder(tiny_data, trained_run, tmp_path):
     for name in names:
         np.testing.assert_array_equal(after[name], before[name])
     assert read_json(run / "autoencoder" / "scale.json") == read_json(trained_run / "autoencoder" / "scale.json")
+
+
+def test_an_autoencoder_that_is_still_trained_is_noted(tiny_data, trained_run, tmp_path, capsys):
+    other = shutil.copytree(trained_run, tmp_path / "other")
+    config = read_json(other / "config.json")
+    config["autoencoder"]["steps"] = 1_000
+    write_json(other / "config.json", config)
+    for reused, noted in ((trained_run, False), (other, True)):
+        assert (
+            jobs.train_here(tiny_data, tmp_path / "run", f"--config.autoencoder.checkpoint={reused}", "--dry_run=True")
+            == 0
+        )
+        note = f"note: config.autoencoder.checkpoint={reused} is trained for 8 of 1,000 steps so far"
+        assert (note in capsys.readouterr().out) == noted

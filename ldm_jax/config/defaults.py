@@ -85,7 +85,7 @@ def _autoencoder(config: ConfigDict) -> None:
     discriminator = autoencoder.discriminator = ConfigDict()
     discriminator.channels = 64
     discriminator.layers = 3  # number of strided convolutions
-    discriminator.learning_rate = 2e-4
+    discriminator.learning_rate = 2e-4  # decays over autoencoder.steps, counted from adversarial_start: it ends above 0
     _training(autoencoder, steps=100_000, batch_size=128, learning_rate=4e-4)
 
 

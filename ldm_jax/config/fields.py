@@ -50,7 +50,7 @@ _CHOICES = {
 _FIELDS_IN_RANGE = {
     (0, None): """
         data.bucket_step data.memory_limit_gb autoencoder.loss.perceptual_size autoencoder.loss.perceptual_start
-        autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight diffusion.snr_gamma lora.rank lora.alpha
+        autoencoder.loss.adversarial_start clip.max_shift diffusion.vlb_weight lora.rank lora.alpha
         mean_flow.guidance consistency.guidance_min consistency.guidance_max
         sampling.num sampling.churn sampling.guidance sampling.guide_step sampling.progress_every
         evaluation.vlb_examples *.learning_rate *.warmup_steps *.weight_decay parallel.fsdp
@@ -79,7 +79,7 @@ _FIELDS_IN_RANGE = {
     (0.0, 0.99): "clip.max_zoom mean_flow.kappa",
     (0.0, 2.0): "mean_flow.adaptive_power",
     (1e-6, 10.0): "consistency.huber_c",
-    (1e-6, None): "*.clip_norm",
+    (1e-6, None): "*.clip_norm diffusion.snr_gamma",
     (0.0, 0.999999): "*.adam_b2",  # 1 would never include a gradient; in float32 also 0.99999999
     (0.25, 100.0): "dit.mlp_ratio",
     (0.0, 0.999): "diffusion.beta_end",

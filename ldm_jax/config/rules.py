@@ -194,6 +194,31 @@ def _validate_from_scratch(config: ConfigDict) -> None:
                 raise _wrong(config, name, "that needs a text-conditional model: 'clip' in config.stages")
     if "clip" in config.stages:
         _validate_clip(config)
+    _validate_captions(config)
+    _validate_null_condition(config)
+
+
+def _validate_captions(config: ConfigDict) -> None:
+    """Captions are for CLIP: the diffusion model and the classifier would take each for a class."""
+    stages, key = config.stages, config.data.caption_key
+    by_class = {"diffusion", "classifier"} - ({"diffusion"} if "clip" in stages else set())
+    if key != "none" and by_class & set(stages):
+        stage = min(by_class & set(stages))
+        rule = "add 'clip' before it" if stage == "diffusion" and "clip" not in stages else "train it apart"
+        raise _wrong(config, "data.caption_key", f"the stage {stage!r} is of classes: it must be 'none', or {rule}")
+
+
+def _validate_null_condition(config: ConfigDict) -> None:
+    """Guidance away from the null condition, of a model that is conditioned, needs its training."""
+    diffusion = config.diffusion
+    conditioned = cross_attends(config) and (text_conditioned(config) or config.data.label_key != "none")
+    if "diffusion" not in config.stages or not conditioned or diffusion.label_dropout:
+        return
+    right = {"sampling.guidance": 1, "sampling.guide_step": 0}
+    right |= {"mean_flow.guidance": 1} if diffusion.objective == "mean_flow" else {}
+    if wrong := [f"config.{name} {value}" for name, value in right.items() if flatten(config)[name] != value]:
+        rule = "the null condition, which guidance leads away from, is trained by it: it must be above 0, or"
+        raise _wrong(config, "diffusion.label_dropout", f"{rule} {' and '.join(wrong)}")
 
 
 def _validate_prompts(config: ConfigDict) -> None:

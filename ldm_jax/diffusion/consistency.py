@@ -7,20 +7,24 @@ that one call is a sample. It is trained to have one value at both ends of a ste
 import jax.numpy as jnp
 from jax import Array
 
-from ldm_jax.diffusion.spacing import DISTILLED
+from ldm_jax.diffusion.spacing import num_distilled
 
 
 def distilled_steps(t: Array, T: int) -> tuple[Array, Array]:
     """(start, end) of the teacher's steps over timesteps t [B] in [0, T), [B] int32 each.
 
-    The starts are the 50 timesteps of `lcm` (all, if T is less), the skipping step of Luo 2023 is T // 50.
+    The starts are the 50 timesteps of `lcm` (all, if T is less), the skipping step of Luo 2023 is T / 50. ValueError if
+    that is no whole number.
     """
-    count = min(DISTILLED, T)
+    count = num_distilled(T)
     skip = T // count
     start = jnp.minimum(t // skip, count - 1) * skip + skip - 1
     return start, jnp.maximum(start - skip, 0)
 
 
 def pseudo_huber(error: Array, c: float) -> Array:
-    """The pseudo-Huber loss sqrt(error^2 + c^2) - c of error [B, ...], the mean of each example, [B] (Song 2024)."""
+    """The pseudo-Huber loss sqrt(error^2 + c^2) - c of error [B, ...], the mean of each example, [B].
+
+    Of each element, as in diffusers' training script; Song 2024 takes the norm of the whole example.
+    """
     return jnp.mean(jnp.sqrt(jnp.square(error) + c**2) - c, axis=tuple(range(1, error.ndim)))

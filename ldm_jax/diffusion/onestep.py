@@ -125,10 +125,11 @@ def _midpoint_step(now: Point, end: Point, after: Point, process: Process) -> It
     yield Row(middle, after, end.alpha * (Z[1] / now.alpha + step))
 
 
-def edm(points: list[Point], churn: float, process: Process) -> Iterator[Row]:
+def edm(points: list[Point], churn: float, process: Process, stop: Point) -> Iterator[Row]:
     """Karras 2022, algorithm 2, with S_noise = 1 and no bounds on sigma: noise is added before each step but the first.
 
-    It belongs to the last row of the step before. The raised sigma / alpha never exceeds that of the process.
+    It belongs to the last row of the step before. There is none after the step to `stop`, the last that is taken. The
+    raised sigma / alpha never exceeds that of the process.
     """
     gamma = min(churn / (len(points) - 1), np.sqrt(2) - 1)
     highest = process.point(-1).ratio
@@ -136,7 +137,7 @@ def edm(points: list[Point], churn: float, process: Process) -> Iterator[Row]:
     for after in points[1:]:
         *predictor, last = _heun_step(now, after)
         yield from predictor
-        if after.sigma == 0 or gamma == 0:
+        if after == stop or gamma == 0:
             yield last
             now = after
             continue

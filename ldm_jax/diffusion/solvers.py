@@ -90,7 +90,9 @@ def make_table(
     last = CLEAN if set_alpha_to_one else process.point(0)
     if np.allclose(points[-1][1:], last[1:], rtol=1e-9, atol=0):  # of uneven levels, which are rounded: no step up
         points[-1] = points[-1]._replace(alpha=last.alpha, sigma=last.sigma)
-    table_rows = list(rows([*points[start:], last], **options.get(solver, {})))
+    levels = [*points, last]
+    options["edm"]["stop"] = levels[stop]
+    table_rows = list(rows(levels[start:], **options.get(solver, {})))
     if stop < len(points):  # up to the last row that leads to the first level beyond
         reached = [row.reached == points[stop] for row in table_rows]
         table_rows = table_rows[: len(reached) - reached[::-1].index(True)]

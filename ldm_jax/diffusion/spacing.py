@@ -63,6 +63,7 @@ def noise_levels(
         return _even_in_ratio(spacing, process, steps, grid, steps_offset, between)
     if grid == "continuous" and spacing == "linspace":
         _check_steps(steps, T)
+        _check_both_ends(steps, T)
         t = np.linspace(0, T - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
         if process.is_flow:  # alpha and sigma are linear in t
             alpha, sigma = (np.interp(t, np.arange(T), table) for table in (process.alpha, process.sigma))
@@ -85,6 +86,11 @@ def _check_steps(steps: int, T: int) -> None:
         raise ValueError(f"steps must lie in 1..{T} for a schedule of {T} timesteps, got {steps}")
 
 
+def _check_both_ends(steps: int, T: int) -> None:
+    if steps == 1 < T:
+        raise ValueError("linspace spacing has both ends of the timesteps: it needs 2 steps or more, got 1")
+
+
 def _listed(t: Sequence[int], process: Process, steps: int) -> list[Point]:
     t, T = np.asarray(t), len(process)
     fits = t.ndim == 1 and len(t) and np.issubdtype(t.dtype, np.integer) and (np.diff(t) < 0).all()
@@ -103,7 +109,7 @@ def _even_in_ratio(
     if process.alpha[-1] <= 0:
         raise ValueError(f"{spacing} spacing needs a schedule that ends above alpha = 0 (zero terminal SNR)")
     first, last = process.point(-1), process.point(0)
-    if grid == "continuous":
+    if grid == "continuous" and steps > 1:
         ends = noise_levels(between, process, steps, grid=grid, steps_offset=steps_offset)
         first, last = ends[0], ends[-1]
     ratio = uneven_levels(spacing, first.ratio, last.ratio, steps)
@@ -113,9 +119,19 @@ def _even_in_ratio(
     return [point._replace(t=float(np.round(point.t))) for point in points]
 
 
+def num_distilled(T: int) -> int:
+    """The number of timesteps of latent consistency models: 50, or all, if T is less (Luo 2023).
+
+    Raises ValueError if 50 does not divide a larger T: the highest of them would not be T - 1, where z is noise.
+    """
+    if T > DISTILLED and T % DISTILLED:
+        raise ValueError(f"consistency models need a multiple of {DISTILLED} timesteps, or fewer; got {T}")
+    return min(DISTILLED, T)
+
+
 def _lcm_timesteps(T: int, steps: int, part: float) -> np.ndarray:
     """`steps` of the lower `part` of the timesteps that latent consistency models are distilled on (Luo 2023)."""
-    distilled = min(DISTILLED, T)
+    distilled = num_distilled(T)
     available = int(distilled * part)
     if not 1 <= steps <= available:
         of = f" with strength {part}: of {distilled} timesteps {available} are left" if part < 1 else ""
@@ -140,6 +156,7 @@ def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.nda
     elif spacing == "trailing":
         t = np.round(np.arange(T, 0, -T / steps)[:steps]) - 1  # float rounding may give arange one element too many
     elif spacing == "linspace":
+        _check_both_ends(steps, T)
         t = np.round(np.linspace(0, T - 1, steps))[::-1]
     else:
         raise ValueError(f"spacing must be one of {', '.join(TIMESTEP_SPACINGS)} here, got {spacing!r}")

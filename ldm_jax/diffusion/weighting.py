@@ -24,6 +24,6 @@ def loss_weights(weighting: str, prediction: str, process: Process, gamma: float
     row = coefficient_tables(prediction, process)
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
-    if gamma <= 0:
+    if weighting == "min_snr" and gamma <= 0:
         raise ValueError(f"min_snr needs gamma > 0, got {gamma}")
     return WEIGHTINGS[weighting]((process.alpha / process.sigma) ** 2, row.z0_out / row.divisor, gamma)

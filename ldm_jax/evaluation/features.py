@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.config.fields import LPIPS_MIN_SIZE
 from ldm_jax.errors import InputError
 from ldm_jax.interop.inception_weights import load_inception
 from ldm_jax.interop.lpips_weights import load_lpips
@@ -62,6 +63,7 @@ class PerceptualDistance:
 
     name: str
     resize: int | None  # None: no resize
+    min_size: int  # the smallest side of images without resize
     weights_sha256: str
     params: Any
     apply: Callable[[Any, jax.Array, jax.Array], jax.Array]
@@ -72,6 +74,10 @@ class PerceptualDistance:
         check_images(images, "the images to compare")
         if images.shape != others.shape or others.dtype != np.uint8:
             raise InputError(f"{self.name} compares image by image, got {list(images.shape)} and {list(others.shape)}")
+        if self.resize is None and min(images.shape[1:3]) < self.min_size:
+            raise InputError(
+                f"{self.name} needs sides of at least {self.min_size}, got {list(images.shape)}; set resize"
+            )
         return map_in_batches(lambda p, pair: self.apply(p, *pair), self.params, (images, others), self.batch_size)
 
 
@@ -115,7 +121,14 @@ def inception_features(weights: Path, *, batch_size: int = 64) -> FeatureExtract
 
 
 def lpips_distance(net: str = "vgg16", *, resize: int | None = None, batch_size: int = 64) -> PerceptualDistance:
-    """LPIPS (Zhang et al. 2018) between images, lower is closer. Arguments and errors as of `vgg16_features`."""
+    """LPIPS (Zhang et al. 2018) between images, lower is closer.
+
+    Images are resized as by `vgg16_features`, to at least 16, for "alexnet" 31; None: no resize. InputError for a
+    smaller `resize`, or missing or damaged weights.
+    """
+    least = LPIPS_MIN_SIZE[net]
+    if resize is not None and resize < least:
+        raise InputError(f"LPIPS of {net} needs resize of at least {least}, got {resize}")
     params, digest = load_lpips(net)
     apply = partial(_lpips, net=net, resize=resize)
-    return PerceptualDistance(f"LPIPS-{net}", resize, digest, jax.device_put(params), apply, batch_size)
+    return PerceptualDistance(f"LPIPS-{net}", resize, least, digest, jax.device_put(params), apply, batch_size)

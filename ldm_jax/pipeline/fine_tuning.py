@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ldm_jax.config.fields import SCHEDULE
+from ldm_jax.data.buckets import bucket_sizes
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.models.concat_conditioning import Inpainting, LowResolution, Segmentation
@@ -92,12 +93,17 @@ def _check(config: ConfigDict, model: LatentDiffusion) -> None:
         raise InputError(f"config.data.segments_key is {data.segments_key!r}; {where} {takes}")
     if config.sampling.prompts and not texts:
         raise InputError(f"config.sampling.prompts is {config.sampling.prompts}; {where} is not conditioned on texts")
+    if config.diffusion.train_text_encoder and not texts:
+        raise InputError(f"config.diffusion.train_text_encoder is True; {where} has no text encoder")
     if not data.bucket_step:
         return
     step = f"config.data.bucket_step is {data.bucket_step}"
     if data.bucket_step % factor or data.bucket_step > data.image_size:
         size = f"config.data.image_size={data.image_size}"
         raise InputError(f"{step}; it must be a multiple of {factor}, no more than {size}")
+    if not bucket_sizes(data.image_size, data.bucket_step):
+        size = f"config.data.image_size={data.image_size}"
+        raise InputError(f"{step}, for which {size} has no bucket; it must be at most half of that")
     if data.group_key != "none":
         raise InputError(f"{step}; with it config.data.group_key must be 'none'; it is {data.group_key!r}")
     if model.concat or (texts and model.conditioning.time_ids):

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # JAX's key-value store has no public name; Orbax takes it from there, too
 
-from ldm_jax.errors import Interrupted
+from ldm_jax.errors import InputError, Interrupted
 
 PERIOD = 2.0  # seconds between two heartbeats
 TIMEOUT = 40.0  # seconds without one, after which a host is lost
@@ -29,13 +29,27 @@ FAILED = "failed"
 
 
 def connect(**address: Any) -> None:
-    """Connects this host to the others by `jax.distributed.initialize`; without an address JAX detects the cluster."""
+    """Connects this host to the others by `jax.distributed.initialize`; without an address JAX detects the cluster.
+
+    Raises InputError if it detects none.
+    """
     options = {"heartbeat_timeout_seconds": HEARTBEAT_TIMEOUT, "shutdown_timeout_seconds": SHUTDOWN_TIMEOUT}
     if address:
         options["cluster_detection_method"] = "deactivate"  # on Slurm it would hide all GPUs of the host but one
     elif devices := slurm_devices(os.environ):
         options["local_device_ids"] = devices
-    jax.distributed.initialize(**address, **options)
+    try:
+        jax.distributed.initialize(**address, **options)
+    except ValueError as error:  # there is no cluster that JAX knows
+        if address:
+            raise
+        here = "on one machine leave --distributed out, elsewhere give --coordinator=HOST:PORT --num_processes=N"
+        raise InputError(f"--distributed detects no cluster ({_line(error)}): {here} --process_id=I") from error
+
+
+def _line(error: Exception) -> str:
+    """The message of an error, on one line and without a full stop."""
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def slurm_devices(environment: Mapping[str, str]) -> list[int]:

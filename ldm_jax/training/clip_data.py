@@ -6,13 +6,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ldm_jax.config.io import flatten
+from ldm_jax.config.io import flatten, read_with_defaults
 from ldm_jax.data.datasets import Dataset
 from ldm_jax.errors import InputError
 from ldm_jax.interop.bpe import train_bpe
 from ldm_jax.interop.tokenizer import CONFIG, Tokenizer, load_tokenizer, tokenizer_of_vocabulary
 from ldm_jax.pipeline.clip import PAD, TrainedCLIP, load_clip
 from ldm_jax.training.contrastive import caption_arrays
+
+# The config fields of CLIP's encoders but those of the tokenizer.
+OF_ENCODERS = (
+    "data.image_size", "data.channels", "clip.projection_dim", "clip.patch_size",
+    *(f"clip.{encoder}_{size}" for encoder in ("text", "image") for size in ("width", "layers", "heads")),
+)  # fmt: skip
 
 
 def make_tokenizer(config: ConfigDict, folder: Path, train_set: Dataset) -> Tokenizer:
@@ -60,9 +66,9 @@ def reused(config: ConfigDict) -> TrainedCLIP:
     """The CLIP of `config.clip.checkpoint`; raises InputError if it does not fit the config."""
     path = Path(config.clip.checkpoint)
     trained = load_clip(path)
-    sizes = {"clip.text_width": trained.clip.text.hidden_size, "data.image_size": trained.clip.image.image_size}
-    fields = flatten(config)
-    for name, size in sizes.items():
-        if fields[name] != size:
-            raise InputError(f"config.{name} is {fields[name]}; for config.clip.checkpoint={path} it must be {size}")
+    fields, others = flatten(config), flatten(read_with_defaults(path / "config.json"))
+    for name in OF_ENCODERS:
+        if fields[name] != others[name]:
+            right = f"for config.clip.checkpoint={path} it must be {others[name]}"
+            raise InputError(f"config.{name} is {fields[name]}; {right}")
     return trained

@@ -21,8 +21,8 @@ class MeanFlowStage(DiffusionStage):
     """The loss of MeanFlow (Geng 2025, algorithm 1, eq. 22), as pure functions; see `DiffusionStage`.
 
     Attributes:
-      interval_ratio: probability of an interval [r, t] with r < t; the others have r = t, which is flow matching. Both
-        are from `timesteps`, whose times are continuous here.
+      interval_ratio: probability of an interval [r, t] with r < t; the others have r = t, which is flow matching. t is
+        the later of two times from `timesteps`, continuous here, in both cases, and r the earlier or t.
       guidance, kappa: of the training target, where the condition is not dropped: see `mean_flow.guided_velocity`.
       tangent: "sample" (eps - z0, Geng 2025) or "network" (its marginal velocity, Geng 2025b).
       adaptive_power: see `mean_flow.adaptive_loss`.
@@ -40,7 +40,7 @@ class MeanFlowStage(DiffusionStage):
         *keys, key_ratio = split_keys(keys, 3)
         one, other = (sample_times(each, self.timesteps) for each in keys)
         apart = jax.vmap(partial(jax.random.bernoulli, p=self.interval_ratio))(key_ratio)
-        time = jnp.where(apart, jnp.maximum(one, other), one)
+        time = jnp.maximum(one, other)
         interval = jnp.where(apart, jnp.abs(one - other), 0.0)
         at = time.reshape(-1, *[1] * (example["z0"].ndim - 1))
         z_t = (1 - at) * example["z0"] + at * example["eps"]

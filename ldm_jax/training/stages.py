@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ldm_jax.config.io import read_with_defaults
 from ldm_jax.errors import InputError
 from ldm_jax.interop import lora, textual_inversion
 from ldm_jax.interop.lpips_weights import load_lpips
@@ -23,7 +24,7 @@ from ldm_jax.run_folder.checkpoint import Checkpoints, flatten, identity, unflat
 from ldm_jax.run_folder.log import read_metrics
 from ldm_jax.run_folder.sharded import any_host
 from ldm_jax.run_folder.snapshots import Snapshots
-from ldm_jax.run_folder.store import SNAPSHOTS, share
+from ldm_jax.run_folder.store import SNAPSHOTS, checkpoint_steps, share
 from ldm_jax.runtime.parallel import parallel_map
 from ldm_jax.sampling import image_grids
 from ldm_jax.training import clip_data, latents, text_embeddings
@@ -81,8 +82,20 @@ def reused_autoencoder(config: ConfigDict) -> Params:
     other = Path(config.autoencoder.checkpoint)
     if not other.is_dir():
         raise InputError(f"config.autoencoder.checkpoint={other} does not exist; it must be a run folder")
+    groups, own = (each.autoencoder.norm_num_groups for each in (read_with_defaults(other / "config.json"), config))
+    if groups != own:  # which the parameters' shapes do not show
+        right = f"for config.autoencoder.checkpoint={other} it must be {groups}"
+        raise InputError(f"config.autoencoder.norm_num_groups is {own}; {right}")
     like = state_shapes(make_autoencoder_stage(config)).ema_params["autoencoder"]
     return unflatten(flatten(load_autoencoder_params(other)), like, where=f"config.autoencoder.checkpoint={other}")
+
+
+def note_unfinished(config: ConfigDict, stage: str) -> None:
+    """Prints a note if the run whose autoencoder or CLIP is reused has not trained it for all its steps yet."""
+    other = Path(config[stage].checkpoint)
+    section, done = read_with_defaults(other / "config.json")[stage], max(checkpoint_steps(other / stage))
+    if not section.checkpoint and done < section.steps:
+        print(f"note: config.{stage}.checkpoint={other} is trained for {done:,} of {section.steps:,} steps so far")
 
 
 def reused_scale(config: ConfigDict) -> tuple[np.ndarray, np.ndarray, str] | None:

@@ -19,14 +19,19 @@ def test_the_boundary_condition():
     np.testing.assert_allclose(c_out, [0, 0.5**0.5, 1], atol=1e-6)
 
 
-@pytest.mark.parametrize("T, count, skip", [(1000, 50, 20), (20, 20, 1), (130, 50, 2)])
+@pytest.mark.parametrize("T, count, skip", [(1000, 50, 20), (20, 20, 1), (150, 50, 3)])
 def test_the_steps_of_the_teacher(T, count, skip):
     """From every timestep of the sampler `lcm` to the next one, the last to 0."""
     start, end = (np.asarray(each) for each in distilled_steps(jnp.arange(T), T))
     levels = noise_levels("leading", make_process("cosine", T), count, grid="lcm")
     np.testing.assert_array_equal(np.unique(start), [level.t for level in levels][::-1])
     np.testing.assert_array_equal(end, np.maximum(start - skip, 0))
-    assert (np.abs(start - np.arange(T)) < max(skip, T - count * skip + 1)).all()
+    assert (np.abs(start - np.arange(T)) < skip).all() and start[-1] == T - 1
+
+
+def test_a_grid_that_does_not_reach_noise_is_refused():
+    with pytest.raises(ValueError, match="a multiple of 50 timesteps, or fewer; got 130"):
+        distilled_steps(jnp.arange(130), 130)
 
 
 def test_pseudo_huber_by_hand():

@@ -110,6 +110,7 @@ def test_reconstruction_cards(tmp_path):
     lpips = PerceptualDistance(
         name="LPIPS-vgg16",
         resize=None,
+        min_size=1,
         weights_sha256="ef" * 32,
         params=2.0,
         apply=lambda scale, x, y: jnp.abs(x.astype(jnp.float32) - y).mean(axis=(1, 2, 3)) * scale,

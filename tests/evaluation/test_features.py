@@ -84,6 +84,15 @@ def test_lpips_distance_equals_the_module():
         distance(x, y.astype(np.float32))
 
 
+@pytest.mark.parametrize(("net", "least"), [("vgg16", 16), ("alexnet", 31)])
+def test_lpips_distance_of_small_images_is_refused(net, least):
+    with pytest.raises(InputError, match=f"needs resize of at least {least}, got {least - 1}"):
+        lpips_distance(net, resize=least - 1)
+    small = images(2, least, least - 1, 3)
+    with pytest.raises(InputError, match=f"needs sides of at least {least}, got .*; set resize"):
+        lpips_distance(net)(small, small)
+
+
 @pytest.mark.parametrize(
     ("bad", "given"),
     [

@@ -86,6 +86,7 @@ def test_the_command(made, quarters, tiny_data, capsys):
         ([f"--images={made / 'folder'}", "--out=x"], "--images needs --config=FILE"),
         ([f"--images={made / 'folder'}", "--model=x", *config, "--out=x"], "and no --model"),
         ([f"--images={made / 'folder'}", *config], "--out is missing"),
+        ([f"--images={made / 'folder'}", *config, "--out=x", "--num=5"], "--num is for sampling from --model"),
     ):
         assert command_line.run(evaluate.main, ["evaluate", *flags]) == 2
         assert words in capsys.readouterr().err

@@ -369,6 +369,9 @@ FLAGS = {  # flags -> what the line must say
     "a folder with something in it": (["--model=RUN", "--to=RUN"], "is not empty; choose a new or an empty folder"),
     "a file to write to": (["--model=RUN", "--to=README.md"], "is a file; it must be a new or an empty folder"),
     "a folder below a file": (["--model=RUN", "--to=README.md/below"], "no folder can be made"),
+    "a URL": (["--model=RUN", "--to=gs://bucket/model"], "is a URL; it must be a local folder or a .safetensors file"),
+    "another kind of file": (["--model=RUN", "--to=model.ckpt"], "written as .safetensors, e.g. model.safetensors"),
+    "a name in capitals": (["--model=RUN", "--to=M.SAFETENSORS"], "written as .safetensors, e.g. M.safetensors"),
     "a place that takes nothing": (["--model=RUN", "--to=/proc/nowhere/run"], "no folder can be made in /proc"),
     "half precision of a run": (["--model=EXPORTED", "--to=TO", "--dtype=bfloat16"], "of a run are float32"),
     **{

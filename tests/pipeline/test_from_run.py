@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from ldm_jax import command_line, convert, evaluate, sample
+from ldm_jax.errors import InputError
 from ldm_jax.pipeline.clip import load_clip
 from ldm_jax.pipeline.load import load
 from ldm_jax.runtime.files import read_json
@@ -168,6 +169,18 @@ def test_evaluate_samples_by_the_captions_of_the_test_split(run, tmp_path, capsy
     assert sorted(recipe["prompts"]) == sorted(tiny.CLASS_NAMES) and len(recipe["labels"]) == 8
 
 
+def test_prompts_take_turns_in_an_evaluation(run, tmp_path, capsys, monkeypatch):
+    """As many samples as without --prompt: a sample of each would be no score."""
+
+    def stop(model, params, recipe, **_):
+        raise InputError(f"{recipe.num} samples of {recipe.prompts}")
+
+    monkeypatch.setattr("ldm_jax.sampling.sample_images.sample_images", stop)
+    command = ["evaluate", f"--model={run}", f"--out={tmp_path / 'out'}", "--prompt=dark", "--prompt=bright"]
+    assert command_line.run(evaluate.main, command) == 2
+    assert "10000 samples of ['dark', 'bright']" in capsys.readouterr().err
+
+
 def test_a_clip_alone(run, tiny_data, tmp_path):
     """Another run's, without a diffusion model; its scores are the same."""
     changes = (*jobs.TEXTS, "--config.stages=('clip',)", f"--config.clip.checkpoint={run}")
@@ -194,11 +207,16 @@ def test_a_clip_alone(run, tiny_data, tmp_path):
         ("--config.sampling.prompts=(1,)", "it must be a tuple of texts"),
         ("--config.sampling.sampler=plms", "a text-to-image model must sample as diffusers does"),
         ("--config.clip.checkpoint=nowhere", "nowhere does not exist"),
+        *(
+            (f"--config.clip.checkpoint=RUN --config.clip.{field}", f"config.clip.{field.replace('=', ' is ')}; for")
+            for field in ("text_heads=4", "image_heads=1", "image_layers=2", "projection_dim=4", "patch_size=2")
+        ),
         ("--config.clip.tokenizer=nowhere", "nowhere"),
         ("--config.evaluation.zero_shot_key=nothing", "nothing"),
     ],
 )
-def test_a_config_is_refused(change, expected, tiny_data, tmp_path, capsys):
-    assert jobs.train_here(tiny_data, tmp_path / "run", *jobs.TEXTS, change) == 2
+def test_a_config_is_refused(change, expected, run, tiny_data, tmp_path, capsys):
+    changes = change.replace("RUN", str(run)).split()
+    assert jobs.train_here(tiny_data, tmp_path / "run", *jobs.TEXTS, *changes) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

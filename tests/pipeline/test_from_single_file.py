@@ -258,7 +258,9 @@ def test_evaluate_scores_a_file(file_of, tiny_data, tmp_path, monkeypatch):
         return FeatureExtractor("VGG16", "quarters", resize, "ab" * 32, {}, quarters, batch_size)
 
     def distance(resize, batch_size):
-        return PerceptualDistance("LPIPS-vgg16", resize, "ab" * 32, {}, lambda _, a, b: jnp.zeros(len(a)), batch_size)
+        return PerceptualDistance(
+            "LPIPS-vgg16", resize, 16, "ab" * 32, {}, lambda _, a, b: jnp.zeros(len(a)), batch_size
+        )
 
     monkeypatch.setattr(scoring, "vgg16_features", features)
     monkeypatch.setattr(scoring, "lpips_distance", distance)

@@ -1,7 +1,10 @@
 """Runs on several hosts of which one is stopped, or dies: all end, and the same command goes on to the same bits."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import jobs
@@ -31,6 +34,17 @@ def whole(tiny_data, tmp_path_factory):
 def test_one_process_of_a_slurm_node_has_all_its_gpus(nodes, tasks, gpus, devices):
     given = {"SLURM_STEP_NUM_NODES": nodes, "SLURM_NTASKS": tasks, "SLURM_GPUS_ON_NODE": gpus}
     assert slurm_devices({name: value for name, value in given.items() if value}) == devices
+
+
+def test_several_hosts_of_no_cluster_are_refused():
+    """JAX's own detection finds none, in a process without JAX's devices."""
+    command = [sys.executable, "-m", "ldm_jax.train", "--config=tests/tiny.py", "--workdir=none", "--distributed"]
+    hidden = ("SLURM_", "KUBERNETES_", "OMPI_", "PMI_", "TPU_", "CLOUD_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "--distributed detects no cluster" in line
+    assert "on one machine leave --distributed out, elsewhere give --coordinator=HOST:PORT --num_processes=N" in line
 
 
 def assert_same_run(run, other):

@@ -195,6 +195,21 @@ def test_a_job_keeps_the_checkpoint_that_guides(tiny_data, tmp_path):
     assert read_recipe(tmp_path / "run" / "samples.png")["guidance"]["guide_model"] == "@2"
 
 
+def test_a_job_past_its_guide_refuses_it(tiny_data, trained_run, tmp_path, capsys):
+    """Before it trains on: only the first checkpoints of a run are deleted."""
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    flags = ("--config.diffusion.steps=16", "--config.checkpoint_every=4", "--config.sampling.guide_step=")
+    steps = sorted(int(path.name) for path in (run / "diffusion").glob("[0-9]*"))
+    shutil.rmtree(run / "diffusion" / "4", ignore_errors=True)
+    assert jobs.train_here(tiny_data, run, *flags[:-1], f"{flags[-1]}4", "--dry_run=True") == 2
+    kept = ", ".join(str(step) for step in steps if step != 4)
+    assert (
+        f"is 4; the run has no checkpoint of it, but of {kept}: it must be one of these, or 0"
+        in capsys.readouterr().err
+    )
+    assert jobs.train_here(tiny_data, run, *flags[:-1], f"{flags[-1]}12", "--dry_run=True") == 0
+
+
 def test_projected_guidance_from_the_command_line(runs, tmp_path):
     flags = ["--guidance=4", "--label=1"]
     plain, eta, limited, both = (

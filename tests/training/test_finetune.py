@@ -246,6 +246,18 @@ REFUSED = {  # flags -> what the line must say
         "group_key must be 'none'",
     ),
     "buckets beyond the size": (["--config.data.bucket_step=32"], "it must be a multiple of 2, no more than"),
+    "a size without buckets": (
+        ["--config.data.image_size=32", "--config.data.bucket_step=18"],
+        "for which config.data.image_size=32 has no bucket; it must be at most half of that",
+    ),
+    "the text encoder of a model of none": (
+        [
+            "--config.init_from=HOME/unconditional",
+            "--config.diffusion.train_text_encoder=True",
+            "--config.sampling.prompts=()",
+        ],
+        "has no text encoder",
+    ),
     "no captions": (["--config.data.caption_key=none"], "config.data.caption_key must name"),
     "no path": (["--config.data.path="], "needs config.data.path"),
     "no images": (["--config.data.path=HOME/model/unet"], "has no image with a caption"),

@@ -100,8 +100,8 @@ def test_the_intervals():
     assert abs((interval > 0).mean() - 0.7) < 0.06
     assert (interval >= 0).all() and (interval < time).all() and (time < 1).all()
     whole = time[interval == 0]
-    assert abs(np.log(whole / (1 - whole)).mean() + 0.4) < 0.2
-    assert time[interval > 0].mean() > whole.mean() + 0.05  # the later of two
+    for t in (whole, time[interval > 0]):  # the later of two normal logits with mean -0.4 and deviation 1
+        assert abs(np.log(t / (1 - t)).mean() - (-0.4 + np.pi**-0.5)) < 0.2
     example, at = examples[0], examples[0]["time"][:, None, None, None]
     np.testing.assert_allclose(example["z_t"], (1 - at) * example["z0"] + at * example["eps"], atol=1e-6)
     np.testing.assert_allclose(example["t"], 20 * example["time"] - 1, atol=1e-5)
@@ -124,13 +124,14 @@ def test_without_intervals_it_is_flow_matching():
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_it_learns(dtype):
     changes = {"dtype": dtype, "diffusion__steps": 80, "diffusion__learning_rate": 1e-2, "diffusion__warmup_steps": 0}
+    changes["diffusion__timestep_mean"] = -2.0  # of early times, where z_t tells more of the velocity
     stage, _ = stage_and_params(mean_flow__tangent="network", **changes)
     state, errors = jax.jit(lambda key: stage.init(key, init_params(stage.model, key)))(jax.random.key(0)), []
     step = jax.jit(stage.step)
     for number in range(80):
         state, metrics = step(state, FROZEN, batch(step=number), np.uint32(0))
         errors.append(float(metrics["squared_error"]))
-    assert np.mean(errors[-10:]) < 0.8 * np.mean(errors[:10]), errors
+    assert np.mean(errors[-10:]) < 0.75 * np.mean(errors[:10]), errors
     projection = state.params["denoiser"]["time_embedding"]["cond_proj"]["kernel"]
     assert np.abs(projection).max() > 0  # which starts at 0
 
