@@ -63,7 +63,6 @@ def noise_levels(
         return _even_in_ratio(spacing, process, steps, grid, steps_offset, between)
     if grid == "continuous" and spacing == "linspace":
         _check_steps(steps, T)
-        _check_both_ends(steps, T)
         t = np.linspace(0, T - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
         if process.is_flow:  # alpha and sigma are linear in t
             alpha, sigma = (np.interp(t, np.arange(T), table) for table in (process.alpha, process.sigma))
@@ -86,11 +85,6 @@ def _check_steps(steps: int, T: int) -> None:
         raise ValueError(f"steps must lie in 1..{T} for a schedule of {T} timesteps, got {steps}")
 
 
-def _check_both_ends(steps: int, T: int) -> None:
-    if steps == 1 < T:
-        raise ValueError("linspace spacing has both ends of the timesteps: it needs 2 steps or more, got 1")
-
-
 def _listed(t: Sequence[int], process: Process, steps: int) -> list[Point]:
     t, T = np.asarray(t), len(process)
     fits = t.ndim == 1 and len(t) and np.issubdtype(t.dtype, np.integer) and (np.diff(t) < 0).all()
@@ -109,7 +103,7 @@ def _even_in_ratio(
     if process.alpha[-1] <= 0:
         raise ValueError(f"{spacing} spacing needs a schedule that ends above alpha = 0 (zero terminal SNR)")
     first, last = process.point(-1), process.point(0)
-    if grid == "continuous" and steps > 1:
+    if grid == "continuous":
         ends = noise_levels(between, process, steps, grid=grid, steps_offset=steps_offset)
         first, last = ends[0], ends[-1]
     ratio = uneven_levels(spacing, first.ratio, last.ratio, steps)
@@ -144,7 +138,8 @@ def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.nda
     """The timesteps of an even spacing in [0, T), [steps] int64, strictly descending, with the rounding of diffusers.
 
     `leading` is 0 and every T // steps above it, plus steps_offset (1 in Stable Diffusion), `trailing` is T - 1 and
-    every T / steps below it, `linspace` has both ends (Lin 2023, table 2).
+    every T / steps below it, `linspace` has both ends (Lin 2023, table 2); a single step of it is at 0, near
+    the data, as in diffusers.
     Raises ValueError for unknown spacing, steps out of range, or an offset that leaves [0, T).
     """
     _check_steps(steps, T)
@@ -156,7 +151,6 @@ def timesteps(spacing: str, T: int, steps: int, steps_offset: int = 0) -> np.nda
     elif spacing == "trailing":
         t = np.round(np.arange(T, 0, -T / steps)[:steps]) - 1  # float rounding may give arange one element too many
     elif spacing == "linspace":
-        _check_both_ends(steps, T)
         t = np.round(np.linspace(0, T - 1, steps))[::-1]
     else:
         raise ValueError(f"spacing must be one of {', '.join(TIMESTEP_SPACINGS)} here, got {spacing!r}")

@@ -16,8 +16,6 @@ The samplers here deliberately differ where diffusers is wrong or inconsistent:
 - Its DPM-Solver of third order with noise, which is not supported here, has a wrong sign in its last term.
 - Its EDM classes begin with noise times sqrt(sigma_max^2 + 1) whatever sigma_data is; here it is sqrt(sigma_max^2 +
   sigma_data^2), 6e-5 less for sigma_data 0.5 and sigma_max 80. A single step of its exponential sigmas is at sigma_min.
-- Its single step of linspace spacing is at timestep 0, near the data; that is refused. So is that of its Euler, Heun,
-  LMS and KDPM2 with Karras, exponential or beta sigmas; here it begins at the last timestep.
 """
 
 from collections.abc import Mapping
