@@ -141,8 +141,8 @@ def answer(rows: Rows) -> str:
     return (
         f"After {next(iter(rows.values()))['training_seconds']} seconds of training, in bits/dim: "
         f"{', '.join(f'{arm} {means[arm]:.2f}' for arm in ranked)}. Learning the variance {lower} the mean VLB "
-        f"({seeds}); with fixed variance {tables.mean(rows, fixed, first_step):.2f} bits/dim are spent at t = 0, the step "
-        "to the pixels."
+        f"({seeds}); with fixed variance {tables.mean(rows, fixed, first_step):.2f} bits/dim are spent at t = 0, the "
+        "step to the pixels."
     )
 
 
