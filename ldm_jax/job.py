@@ -81,11 +81,13 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if (workdir / DATA).exists():
         check_unchanged(read_json(workdir / DATA), data, f"--workdir={workdir}")
     _check(config, model, params, train_set, test_set)
-    _check_guide(config, workdir)
+    done = workdir.exists() and scoring.is_done(workdir, recorded)
+    if not done:
+        _check_guide(config, workdir)
     if dry_run:
         return
     earlier = _earlier_training(workdir, config)
-    if workdir.exists() and scoring.is_done(workdir, recorded):
+    if done:
         print(f"All is done: {address(workdir)}/report.html")
         return
     wait_for_hosts("checked")  # all of them have read the folder that the primary one now writes to

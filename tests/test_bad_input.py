@@ -79,11 +79,11 @@ TRAIN = {  # flags -> what the line must say
     ),
     "captions without CLIP": (
         [TINY, "--config.data.caption_key=auto"],
-        "config.data.caption_key is 'auto'; the stage 'diffusion' is of classes: it must be 'none', or add 'clip'",
+        "config.data.caption_key is 'auto'; without 'clip' in config.stages it must be 'none'",
     ),
     "captions for a classifier": (
         [TINY, *jobs.TEXTS[1:], "--config.stages=('autoencoder','clip','diffusion','classifier')"],
-        "the stage 'classifier' is of classes: it must be 'none', or train it apart",
+        "config.data.caption_key is 'auto'; a classifier needs classes: it must be 'none', or train it apart",
     ),
     "an unknown optimizer": ([TINY, "--config.diffusion.optimizer=sgd"], "adamw, muon"),
     "an unknown distribution of timesteps": (

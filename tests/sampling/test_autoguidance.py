@@ -192,6 +192,9 @@ def test_a_job_keeps_the_checkpoint_that_guides(tiny_data, tmp_path):
     flags = (*(f"--config.{field}" for field in fields), jobs.NO_ATTENTION)
     assert jobs.train_here(tiny_data, tmp_path / "run", *flags) == 0
     assert {int(path.name) for path in (tmp_path / "run" / "diffusion").glob("[0-9]*")} == {2, 8}
+    kept = (tmp_path / "run" / "diffusion" / "2").rename(tmp_path / "kept")
+    assert jobs.train_here(tiny_data, tmp_path / "run", *flags) == 0  # all is done without it
+    kept.rename(tmp_path / "run" / "diffusion" / "2")
     assert read_recipe(tmp_path / "run" / "samples.png")["guidance"]["guide_model"] == "@2"
 
 
