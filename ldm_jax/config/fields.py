@@ -1,9 +1,13 @@
 """The allowed values of each config field by itself: choices and ranges; `rules` checks how fields go together."""
 
 import difflib
+import functools
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from ldm_jax.diffusion.posthoc_ema import LONGEST, SHORTEST
 from ldm_jax.diffusion.prediction import PREDICTIONS
@@ -119,6 +123,11 @@ def check_fields(fields: Mapping[str, Any]) -> None:
             raise InputError(f"config.{name} is {value}; it must be {bounds}")
     check_interval("config.sampling.guidance_interval", fields["sampling.guidance_interval"])
     _check_sigma_rels("config.diffusion.ema_sigma_rels", fields["diffusion.ema_sigma_rels"])
+
+
+def wrong_field(config: ConfigDict, name: str, rule: str) -> InputError:
+    """The error of field `name`, dotted and without "config.", that breaks `rule`."""
+    return InputError(f"config.{name} is {functools.reduce(operator.getitem, name.split('.'), config)!r}; {rule}")
 
 
 def check_choice(name: str, value: Any, choices: tuple) -> None:

@@ -2,8 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from ldm_jax.config.fields import LPIPS_MIN_SIZE, OWN, SCHEDULE, STAGES, check_choice, check_fields
+from ldm_jax.config.fields import OWN, SCHEDULE, STAGES, check_choice, check_fields, wrong_field
 from ldm_jax.config.io import flatten
+from ldm_jax.config.network_rules import validate_networks
 from ldm_jax.diffusion.prediction import coefficient_tables
 from ldm_jax.diffusion.schedules import make_process
 from ldm_jax.errors import InputError
@@ -17,26 +18,26 @@ def validate(config: ConfigDict) -> None:
     else:
         _validate_stages(config)
         _validate_from_scratch(config)
-        _validate_shapes(config)
+        validate_networks(config)
     _validate_combinations(config)
     if not isinstance(config.wandb, str) or config.wandb.count("/") > 1 or set(config.wandb) & set("\\#?%:"):
-        raise _wrong(config, "wandb", "it must be a Weights & Biases project, PROJECT or ENTITY/PROJECT, or empty")
+        raise wrong_field(config, "wandb", "it must be a Weights & Biases project, PROJECT or ENTITY/PROJECT, or empty")
 
 
 def validate_devices(config: ConfigDict, devices: int) -> None:
     """Raises InputError if a batch, or the sharding of the state, does not divide over the number of `devices`."""
     for stage in (*config.stages, "sampling", "evaluation"):
         if config[stage].batch_size % devices:
-            raise _wrong(config, f"{stage}.batch_size", f"it must be a multiple of the {devices} devices")
+            raise wrong_field(config, f"{stage}.batch_size", f"it must be a multiple of the {devices} devices")
     k = config.parallel.accumulate
     for stage in config.stages if k > 1 else ():
         share = config.autoencoder.loss.perceptual_every if stage == "autoencoder" else 1
         if config[stage].batch_size % (devices * k * share):
             parts = f"{devices} devices x {k} micro-batches (config.parallel.accumulate)"
             parts += f" x {share} (config.autoencoder.loss.perceptual_every)" if share > 1 else ""
-            raise _wrong(config, f"{stage}.batch_size", f"it must be a multiple of {parts}")
+            raise wrong_field(config, f"{stage}.batch_size", f"it must be a multiple of {parts}")
     if config.parallel.fsdp and devices % config.parallel.fsdp:
-        raise _wrong(config, "parallel.fsdp", f"it must divide the {devices} devices")
+        raise wrong_field(config, "parallel.fsdp", f"it must divide the {devices} devices")
 
 
 def text_conditioned(config: ConfigDict) -> bool:
@@ -49,35 +50,41 @@ def cross_attends(config: ConfigDict) -> bool:
     return config.denoiser != "unet" or any(config.unet.attention)
 
 
-def _wrong(config: ConfigDict, name: str, rule: str) -> InputError:
-    return InputError(f"config.{name} is {flatten(config)[name]!r}; {rule}")
-
-
 def _validate_combinations(config: ConfigDict) -> None:
     """Fields of any run that contradict each other."""
     diffusion, concat, size = config.diffusion, config.concat, config.data.image_size
     if diffusion.schedule in ("linear", "scaled_linear") and not 0 < diffusion.beta_start <= diffusion.beta_end:
-        raise _wrong(config, "diffusion.beta_start", f"it must be above 0 and at most beta_end = {diffusion.beta_end}")
+        raise wrong_field(
+            config, "diffusion.beta_start", f"it must be above 0 and at most beta_end = {diffusion.beta_end}"
+        )
     try:
         coefficient_tables(diffusion.prediction, make_process(**{name: diffusion[name] for name in SCHEDULE}))
     except ValueError as error:
         raise InputError(f"config.diffusion.prediction: {error}") from error
     batch = config.autoencoder.batch_size
     if batch % config.autoencoder.loss.perceptual_every:
-        raise _wrong(config, "autoencoder.loss.perceptual_every", f"it must divide autoencoder.batch_size = {batch}")
+        raise wrong_field(
+            config, "autoencoder.loss.perceptual_every", f"it must divide autoencoder.batch_size = {batch}"
+        )
     if concat.type == "low_resolution" and size % concat.factor:
-        raise _wrong(config, "concat.factor", f"it must divide config.data.image_size = {size}")
+        raise wrong_field(config, "concat.factor", f"it must divide config.data.image_size = {size}")
     if concat.type == "segments" and config.data.segments_key == "none":
-        raise _wrong(config, "concat.type", "config.data.segments_key must name the feature with segmentation maps")
+        raise wrong_field(
+            config, "concat.type", "config.data.segments_key must name the feature with segmentation maps"
+        )
     if diffusion.variance == "learned" and (diffusion.timestep_sampling, diffusion.timestep_shift) != ("uniform", 1.0):
-        raise _wrong(config, "diffusion.variance", "the VLB that trains a learned variance needs uniform timesteps")
+        raise wrong_field(
+            config, "diffusion.variance", "the VLB that trains a learned variance needs uniform timesteps"
+        )
     if diffusion.variance == "learned" and not diffusion.vlb_weight:
-        raise _wrong(config, "diffusion.vlb_weight", "for a learned variance it must be above 0, e.g. 0.001")
+        raise wrong_field(config, "diffusion.vlb_weight", "for a learned variance it must be above 0, e.g. 0.001")
     if config.sampling.threshold and config.autoencoder.type != "none":
         rule = "dynamic thresholding needs pixels (config.autoencoder.type=none); latents are not bounded"
-        raise _wrong(config, "sampling.threshold", rule)
+        raise wrong_field(config, "sampling.threshold", rule)
     if config.sampling.steps > diffusion.timesteps:
-        raise _wrong(config, "sampling.steps", f"it must be at most config.diffusion.timesteps = {diffusion.timesteps}")
+        raise wrong_field(
+            config, "sampling.steps", f"it must be at most config.diffusion.timesteps = {diffusion.timesteps}"
+        )
     _validate_guide(config)
     _validate_objective(config)
     _validate_parallel(config)
@@ -89,10 +96,12 @@ def _validate_guide(config: ConfigDict) -> None:
     if not 0 < step < config.diffusion.steps:
         return
     if step % every:
-        raise _wrong(config, "sampling.guide_step", f"it must be a multiple of config.checkpoint_every = {every}, or 0")
+        raise wrong_field(
+            config, "sampling.guide_step", f"it must be a multiple of config.checkpoint_every = {every}, or 0"
+        )
     if config.diffusion.objective != "diffusion":
         rule = f"a model with config.diffusion.objective={config.diffusion.objective} is not guided: it must be 0"
-        raise _wrong(config, "sampling.guide_step", rule)
+        raise wrong_field(config, "sampling.guide_step", rule)
 
 
 # Each objective but diffusion: the fields that must have one value, and why.
@@ -121,13 +130,15 @@ def _validate_objective(config: ConfigDict) -> None:
     for name, (value, why) in OBJECTIVE_FIELDS.get(objective, {}).items():
         if fields[name] != value:
             right = f"with config.diffusion.objective={objective} it must be {value!r}"
-            raise _wrong(config, name, f"{right}: {why}")
+            raise wrong_field(config, name, f"{right}: {why}")
     if objective == "mean_flow" and "clip" in config.stages:
-        raise _wrong(config, "diffusion.objective", "text-to-image models must be sampled as in diffusers: no MeanFlow")
+        raise wrong_field(
+            config, "diffusion.objective", "text-to-image models must be sampled as in diffusers: no MeanFlow"
+        )
     if objective == "consistency" and not config.init_from:
-        raise _wrong(config, "diffusion.objective", "that needs config.init_from, the model to distill")
+        raise wrong_field(config, "diffusion.objective", "that needs config.init_from, the model to distill")
     if least > config.consistency.guidance_max:
-        raise _wrong(
+        raise wrong_field(
             config, "consistency.guidance_max", f"it must be at least config.consistency.guidance_min = {least}"
         )
 
@@ -136,7 +147,7 @@ def _validate_parallel(config: ConfigDict) -> None:
     """The engine's fields; losses that are no means over examples cannot be accumulated over micro-batches."""
     parallel, stages = config.parallel, config.stages
     if parallel.fsdp and parallel.engine != "fsdp":
-        raise _wrong(config, "parallel.fsdp", "that needs config.parallel.engine = 'fsdp'")
+        raise wrong_field(config, "parallel.fsdp", "that needs config.parallel.engine = 'fsdp'")
     if parallel.accumulate == 1:
         return
     adversarial = config.autoencoder.type != "none" and config.autoencoder.loss.adversarial
@@ -145,53 +156,53 @@ def _validate_parallel(config: ConfigDict) -> None:
             "the weight of the autoencoder's adversarial loss follows from the whole batch: it must be 1, or "
             "config.autoencoder.loss.adversarial 0, or config.autoencoder.checkpoint a run with a trained autoencoder"
         )
-        raise _wrong(config, "parallel.accumulate", rule)
+        raise wrong_field(config, "parallel.accumulate", rule)
     if "clip" in stages and not config.clip.checkpoint:
         rule = "CLIP's loss compares all examples of a batch: it must be 1, or config.clip.checkpoint a run with CLIP"
-        raise _wrong(config, "parallel.accumulate", rule)
+        raise wrong_field(config, "parallel.accumulate", rule)
 
 
 def _validate_fine_tuning(config: ConfigDict) -> None:
     """A run with `init_from`; the fields that the pretrained model replaces are not used."""
     if config.stages != ("diffusion",):
-        raise _wrong(config, "stages", "with config.init_from it must be ('diffusion',)")
+        raise wrong_field(config, "stages", "with config.init_from it must be ('diffusion',)")
     if config.diffusion.variance == "learned":
-        raise _wrong(config, "diffusion.variance", "with config.init_from it must be fixed: the model has its own")
+        raise wrong_field(config, "diffusion.variance", "with config.init_from it must be fixed: the model has its own")
     _validate_prompts(config)
     if config.lora.rank and not config.lora.alpha:
-        raise _wrong(config, "lora.alpha", "it must be above 0, as it scales the LoRA update")
+        raise wrong_field(config, "lora.alpha", "it must be above 0, as it scales the LoRA update")
     if config.diffusion.optimizer == "muon" and (config.lora.rank or config.textual_inversion.token):
-        raise _wrong(config, "diffusion.optimizer", "with LoRA or textual inversion it must be adamw")
+        raise wrong_field(config, "diffusion.optimizer", "with LoRA or textual inversion it must be adamw")
     if config.textual_inversion.token:
         _validate_textual_inversion(config)
     elif config.data.name == "concept":
-        raise _wrong(config, "textual_inversion.token", "with config.data.name = 'concept' it must be a new word")
+        raise wrong_field(config, "textual_inversion.token", "with config.data.name = 'concept' it must be a new word")
 
 
 def _validate_textual_inversion(config: ConfigDict) -> None:
     inversion = config.textual_inversion
     for name in ("token", "init_word"):
         if inversion[name].split() != [inversion[name]]:
-            raise _wrong(config, f"textual_inversion.{name}", "it must be one word, without spaces")
+            raise wrong_field(config, f"textual_inversion.{name}", "it must be one word, without spaces")
     for name in ("lora.rank", "diffusion.train_text_encoder"):
         if flatten(config)[name]:
             rule = "with config.textual_inversion.token, whose vectors alone are trained, it must be"
-            raise _wrong(config, name, f"{rule} {0 if name == 'lora.rank' else False}")
+            raise wrong_field(config, name, f"{rule} {0 if name == 'lora.rank' else False}")
 
 
 def _validate_from_scratch(config: ConfigDict) -> None:
     """A run without `init_from`: fields that need it, or that need or exclude the stage 'clip'."""
     for name in ("lora.rank", "data.bucket_step", "textual_inversion.token"):
         if flatten(config)[name]:
-            raise _wrong(config, name, "that needs config.init_from, a diffusers model")
+            raise wrong_field(config, name, "that needs config.init_from, a diffusers model")
     if config.sampling.sampler == OWN:
-        raise _wrong(config, "sampling.sampler", "that needs config.init_from, a diffusers model")
+        raise wrong_field(config, "sampling.sampler", "that needs config.init_from, a diffusers model")
     if text_conditioned(config):
         _validate_text_to_image(config)
     else:
         for name in ("sampling.prompts", "diffusion.train_text_encoder"):
             if flatten(config)[name]:
-                raise _wrong(config, name, "that needs a text-conditional model: 'clip' in config.stages")
+                raise wrong_field(config, name, "that needs a text-conditional model: 'clip' in config.stages")
     if "clip" in config.stages:
         _validate_clip(config)
     _validate_captions(config)
@@ -203,9 +214,11 @@ def _validate_captions(config: ConfigDict) -> None:
     if config.data.caption_key == "none":
         return
     if "diffusion" in config.stages and "clip" not in config.stages:
-        raise _wrong(config, "data.caption_key", "without 'clip' in config.stages it must be 'none'")
+        raise wrong_field(config, "data.caption_key", "without 'clip' in config.stages it must be 'none'")
     if "classifier" in config.stages:
-        raise _wrong(config, "data.caption_key", "a classifier needs classes: it must be 'none', or train it apart")
+        raise wrong_field(
+            config, "data.caption_key", "a classifier needs classes: it must be 'none', or train it apart"
+        )
 
 
 def _validate_null_condition(config: ConfigDict) -> None:
@@ -218,13 +231,13 @@ def _validate_null_condition(config: ConfigDict) -> None:
     right |= {"mean_flow.guidance": 1} if diffusion.objective == "mean_flow" else {}
     if wrong := [f"config.{name} {value}" for name, value in right.items() if flatten(config)[name] != value]:
         rule = "the null condition, which guidance leads away from, is trained by it: it must be above 0, or"
-        raise _wrong(config, "diffusion.label_dropout", f"{rule} {' and '.join(wrong)}")
+        raise wrong_field(config, "diffusion.label_dropout", f"{rule} {' and '.join(wrong)}")
 
 
 def _validate_prompts(config: ConfigDict) -> None:
     prompts = config.sampling.prompts
     if not isinstance(prompts, tuple) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise _wrong(config, "sampling.prompts", "it must be a tuple of texts, e.g. ('a cat', 'a dog')")
+        raise wrong_field(config, "sampling.prompts", "it must be a tuple of texts, e.g. ('a cat', 'a dog')")
 
 
 def _validate_clip(config: ConfigDict) -> None:
@@ -232,24 +245,24 @@ def _validate_clip(config: ConfigDict) -> None:
     if config.data.caption_key == "none":
         raise InputError("config.stages has 'clip'; config.data.caption_key must name the feature with the captions")
     if size % clip.patch_size:
-        raise _wrong(config, "clip.patch_size", f"it must divide config.data.image_size = {size}")
+        raise wrong_field(config, "clip.patch_size", f"it must divide config.data.image_size = {size}")
     for encoder in ("text", "image"):
         width = clip[f"{encoder}_width"]
         if width % clip[f"{encoder}_heads"]:
-            raise _wrong(config, f"clip.{encoder}_heads", f"it must divide config.clip.{encoder}_width = {width}")
+            raise wrong_field(config, f"clip.{encoder}_heads", f"it must divide config.clip.{encoder}_width = {width}")
 
 
 def _validate_text_to_image(config: ConfigDict) -> None:
     """The model must be a small Stable Diffusion, so that diffusers can run its export."""
     _validate_prompts(config)
     if not cross_attends(config):
-        raise _wrong(config, "unet.attention", "the UNet is conditioned on texts by it: one entry must be True")
+        raise wrong_field(config, "unet.attention", "the UNet is conditioned on texts by it: one entry must be True")
     if config.denoiser == "unet" and config.unet.context_dim != config.clip.text_width:
-        raise _wrong(config, "unet.context_dim", f"it must be config.clip.text_width = {config.clip.text_width}")
+        raise wrong_field(config, "unet.context_dim", f"it must be config.clip.text_width = {config.clip.text_width}")
     fields = flatten(config)
     for name, value in {"autoencoder.type": "kl", "concat.type": "none", "diffusion.variance": "fixed"}.items():
         if fields[name] != value:
-            raise _wrong(config, name, f"with 'clip' in config.stages it must be {value!r}")
+            raise wrong_field(config, name, f"with 'clip' in config.stages it must be {value!r}")
 
 
 def _validate_stages(config: ConfigDict) -> None:
@@ -258,76 +271,9 @@ def _validate_stages(config: ConfigDict) -> None:
     for stage in stages if isinstance(stages, tuple) else (stages,):
         check_choice("config.stages", stage, STAGES)
     if not isinstance(stages, tuple) or stages != tuple(stage for stage in STAGES if stage in stages):
-        raise _wrong(config, "stages", f"it must be some of {', '.join(STAGES)}, each once, in this order")
+        raise wrong_field(config, "stages", f"it must be some of {', '.join(STAGES)}, each once, in this order")
     if not set(stages) - ({"autoencoder"} if pixels else set()):
-        raise _wrong(config, "stages", "there is nothing to train")
+        raise wrong_field(config, "stages", "there is nothing to train")
     if {"diffusion", "classifier"} & set(stages) and stages[0] != "autoencoder" and not pixels:
         rule = "training on latents needs 'autoencoder' before it (config.autoencoder.checkpoint reuses another run's)"
-        raise _wrong(config, "stages", rule)
-
-
-def _validate_shapes(config: ConfigDict) -> None:
-    size = config.data.image_size
-    if config.autoencoder.type != "none":
-        channels = config.autoencoder.block_out_channels
-        _check_widths(config, "autoencoder")
-        factor = 2 ** (len(channels) - 1)
-        if size % factor:
-            raise _wrong(config, "data.image_size", f"the autoencoder needs a multiple of {factor}")
-        _check_divides(config, "autoencoder.norm_num_groups", channels)
-        _validate_perceptual(config)
-        size //= factor
-    if config.denoiser == "dit":
-        _validate_dit(config, size)
-    else:
-        _validate_network(config, "unet", size)
-    if "classifier" in config.stages:
-        _validate_network(config, "classifier", size)
-
-
-def _validate_perceptual(config: ConfigDict) -> None:
-    """The size of the images for LPIPS, if an autoencoder is trained with it."""
-    loss, least = config.autoencoder.loss, LPIPS_MIN_SIZE[config.autoencoder.loss.perceptual_net]
-    trained = "autoencoder" in config.stages and not config.autoencoder.checkpoint
-    used = trained and loss.perceptual and loss.perceptual_start < config.autoencoder.steps
-    if used and (loss.perceptual_size or config.data.image_size) < least:
-        rule = f"it must be {least} or more for LPIPS by {loss.perceptual_net} on images of {config.data.image_size}"
-        raise _wrong(config, "autoencoder.loss.perceptual_size", f"{rule} pixels (0: they are not resized)")
-
-
-def _validate_dit(config: ConfigDict, size: int) -> None:
-    """The sizes of the diffusion transformer on latents of `size` pixels."""
-    dit = config.dit
-    if size % dit.patch_size:
-        raise _wrong(config, "dit.patch_size", f"it must divide the size of the latents, {size}")
-    if dit.hidden_size % 4:
-        raise _wrong(config, "dit.hidden_size", "it must be a multiple of 4, for the sinusoids of two axes")
-    if dit.hidden_size % dit.heads:
-        raise _wrong(config, "dit.heads", f"it must divide config.dit.hidden_size = {dit.hidden_size}")
-
-
-def _validate_network(config: ConfigDict, name: str, size: int) -> None:
-    """The resolutions of the network `name` (unet or classifier) on latents of `size` pixels."""
-    network, channels = config[name], config[name].block_out_channels
-    _check_widths(config, name)
-    if len(network.attention) != len(channels):
-        raise _wrong(config, f"{name}.attention", f"it must be as long as block_out_channels {channels}")
-    _check_divides(config, f"{name}.norm_num_groups", channels)
-    if network.norm_num_groups in channels:
-        rule = f"it must be less than each of {channels}: groups of one channel normalize the time embedding away"
-        raise _wrong(config, f"{name}.norm_num_groups", rule)
-    _check_divides(config, f"{name}.attention_heads", channels)
-    if size < 2 ** (len(channels) - 1):
-        raise _wrong(config, f"{name}.block_out_channels", f"latents of {size}x{size} cannot be halved so often")
-
-
-def _check_widths(config: ConfigDict, network: str) -> None:
-    widths = config[network].block_out_channels
-    if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
-        raise _wrong(config, f"{network}.block_out_channels", "it must be one positive integer for each resolution")
-
-
-def _check_divides(config: ConfigDict, name: str, channels: tuple) -> None:
-    for width in channels:
-        if width % flatten(config)[name]:
-            raise _wrong(config, name, f"it must divide {width} of block_out_channels {channels}")
+        raise wrong_field(config, "stages", rule)
