@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ldm_jax.errors import InputError
 from ldm_jax.models.backend import compiling_for
 from ldm_jax.runtime.engine import Engine
 from ldm_jax.runtime.hlo import Collective, count_collectives, memory_traffic
@@ -49,8 +50,8 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        work = max(0, _exhausted(str(error)) - sum(memory.values()))
-        memory["activations"] = min(saved, work or saved)
+        work = _too_large(str(error), sum(memory.values()))
+        memory["activations"] = min(saved, work)
         memory["temporaries"] = max(0, work - saved)
     else:
         stats, text = compiled.memory_analysis(), compiled.as_text()
@@ -90,7 +91,18 @@ def _bytes_per_device(shape: jax.ShapeDtypeStruct) -> int:
     return math.prod(part) * shape.dtype.itemsize
 
 
-def _exhausted(message: str) -> int:
-    """The bytes that a compiler's message says a program needs; 0 if it does not say it."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", message)
-    return round(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]) if found else 0
+def _too_large(message: str, arguments: int) -> int:
+    """The bytes of activations and temporaries in a compiler's message about a program that is too large.
+
+    The message is about the whole program, with its `arguments`, or about temporaries alone. Raises InputError for any
+    other.
+    """
+    if found := re.search(r"Used ([\d.]+)([KMGT]) of", message):
+        return max(0, _bytes(*found.groups()) - arguments)
+    if found := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message):
+        return _bytes(*found.groups())
+    raise InputError(f"the step does not fit the devices' memory: {message.splitlines()[0]}")
+
+
+def _bytes(number: str, unit: str) -> int:
+    return round(float(number) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])

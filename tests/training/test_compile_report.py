@@ -11,11 +11,12 @@ import pytest
 import tiny
 
 from ldm_jax import command_line, train
+from ldm_jax.errors import InputError
 from ldm_jax.runtime.hlo import Collective
 from ldm_jax.runtime.topology import CHIPS, Chip
 from ldm_jax.training import compile_report
 from ldm_jax.training.compile_report import Target, changes, predict, table, to_json
-from ldm_jax.training.compiled_step import GB, CompiledStep, _exhausted
+from ldm_jax.training.compiled_step import GB, CompiledStep, _too_large
 
 KINDS = ("parameters", "EMA", "optimizer", "frozen", "data", "activations", "temporaries", "program, padding")
 
@@ -176,9 +177,12 @@ def test_what_the_compiler_finds_too_large_does_not_fit():
 
 
 def test_the_bytes_in_a_compilers_message_are_read():
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
-    assert _exhausted(message) == 20.5 * GB
-    assert _exhausted("RESOURCE_EXHAUSTED: of what?") == 0
+    program = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
+    assert _too_large(program, 4 * GB) == 16.5 * GB
+    work = "the total memory required for HLO temporaries (18.50G) exceeds available HBM (15.75G)."
+    assert _too_large(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {work}", 4 * GB) == 18.5 * GB
+    with pytest.raises(InputError, match=r"^the step does not fit the devices' memory: RESOURCE_EXHAUSTED: of what.$"):
+        _too_large("RESOURCE_EXHAUSTED: of what?\nand more", 0)
 
 
 @pytest.mark.slow
