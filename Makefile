@@ -75,7 +75,7 @@ parity: .venv-parity/ready
 	@export JAX_PLATFORMS=cpu
 	.venv-parity/bin/python -m pytest $(IN_WORKERS) tests/parity $(ARGS)
 	.venv-parity/bin/python -m pytest -m 'slow or not slow' -k 'topology or slice' tests/runtime/test_topology.py \
-		tests/training/test_compile_report.py
+		tests/training/test_compile_report.py tests/models/test_flash_attention.py
 
 emoji: .venv/ready emoji-data
 	@.venv/bin/python -m ldm_jax.train --config=configs/emoji.py $(ARGS)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from ldm_jax.models import flash_attention
 from ldm_jax.models.primitives import Conv, Dense, Dtype, GroupNorm, LayerNorm, RMSNorm, gelu
 
 NAMES = ("to_q", "to_k", "to_v", "to_out_0")
@@ -26,6 +27,8 @@ def attend(q: Array, k: Array, v: Array, *, causal: bool = False) -> Array:
         return v
     if _cudnn_supports(q, k):
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+    if not causal and flash_attention.supports(q, k):
+        return flash_attention.flash_attention(q, k, v)
     scores = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if causal:
         scores = jnp.where(jnp.tri(*scores.shape[-2:], dtype=bool), scores, -jnp.inf)

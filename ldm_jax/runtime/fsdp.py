@@ -75,7 +75,8 @@ def sharded_step(mesh: Mesh, stage: Any, **static: Any) -> Callable:
     """`parallel.parallel_step` by FSDP, of a state and frozen parameters of `shard_params`, batches of `shard_rows`."""
 
     def one_step(state, frozen, resident, batch, index, seed):
-        return stage.step(state, frozen, take(resident, batch) | {"step": index}, seed, **static)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for kernels, which XLA cannot divide
+            return stage.step(state, frozen, take(resident, batch) | {"step": index}, seed, **static)
 
     compiled: list[Callable] = []  # the arguments have their shardings, and the new state has those of the old one
 

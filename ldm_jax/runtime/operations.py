@@ -15,7 +15,8 @@ BACKWARD = "transpose("  # in the name stack of the operations of a backward pas
 def count_flops(jaxpr: Jaxpr) -> int:
     """The floating-point operations of matrix products and convolutions, over all devices; a multiply-add is two.
 
-    A loop counts with its length, a loop of unknown length once; of a conditional counts the branch that has most.
+    A loop counts with its length, a kernel with its grid, a loop of unknown length once; of a conditional counts the
+    branch that has most.
     """
     return sum(_flops(eqn) for eqn in jaxpr.eqns)
 
@@ -52,7 +53,15 @@ def _flops(eqn: JaxprEqn) -> int:
     counts = [count_flops(inner) for inner in _inner(eqn)]
     if name == "cond":
         return max(counts, default=0)
-    return sum(counts) * _devices(eqn) * (eqn.params["length"] if name == "scan" else 1)
+    return sum(counts) * _devices(eqn) * _repeats(eqn)
+
+
+def _repeats(eqn: JaxprEqn) -> int:
+    """How often an equation computes its jaxprs, as far as it says it: a loop, or a kernel over its grid."""
+    name, params = eqn.primitive.name, eqn.params
+    return (
+        params["length"] if name == "scan" else math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1
+    )
 
 
 def _inner(eqn: JaxprEqn) -> Iterator[Jaxpr]:
