@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from ldm_jax.models.backend import target_platform
 
 LEAST = 1024  # positions; the scores of fewer are small
+EARLIER = ("TPU v2", "TPU v3")  # kinds of devices that the kernels are not tested for
 LANES = 128  # of an array's last axis; smaller heads are padded to it
 
 
@@ -22,7 +23,8 @@ def supports(q: Array, k: Array) -> bool:
     long = min(lengths) >= LEAST and not any(length % LANES for length in lengths)
     head_size = q.shape[-1] <= LANES or q.shape[-1] in (2 * LANES, 4 * LANES)
     half_precision = q.dtype == k.dtype == jnp.bfloat16
-    return target_platform() == "tpu" and long and head_size and half_precision and q.shape[0] % _mesh_size() == 0
+    divides = q.shape[0] % _mesh_size() == 0
+    return _on_tpu_v4_or_later() and long and head_size and half_precision and divides
 
 
 def flash_attention(q: Array, k: Array, v: Array) -> Array:
@@ -34,6 +36,10 @@ def flash_attention(q: Array, k: Array, v: Array) -> Array:
         return _kernel(q, k, v)
     rows = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)  # XLA cannot divide a kernel by itself
     return jax.shard_map(_kernel, in_specs=rows, out_specs=rows, check_vma=False)(q, k, v)
+
+
+def _on_tpu_v4_or_later() -> bool:
+    return target_platform() == "tpu" and jax.local_devices()[0].device_kind not in EARLIER
 
 
 def _mesh_size() -> int:

@@ -71,6 +71,17 @@ def test_where_the_kernels_are_used(changed, expected, monkeypatch):
     assert len(used) == expected  # causal attention is that of texts, which are short
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("TPU v3", False), ("TPU v4", True), ("TPU v5 lite", True)])
+def test_which_tpus_have_the_kernels(kind, expected, monkeypatch):
+    class Device:
+        device_kind = kind
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    q, k, *_ = draw(1, 1024, 1024, 1, 8)
+    with compiling_for("tpu"):
+        assert supports(q, k) is expected
+
+
 def test_each_device_of_a_mesh_has_its_rows(four_devices, monkeypatch):
     """The batch is divided over both axes of the mesh; one that does not divide is left to XLA."""
     shapes = []
