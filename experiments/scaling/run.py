@@ -167,8 +167,8 @@ def figure(rows: dict[str, dict[str, Any]]) -> Figure:
     left.set(xlabel="GB of a chip (line: what it has)")
     right.set(xlabel="ms of a step at the peak of each, predicted")
     left.invert_yaxis()
-    for axes in (left, right):
-        axes.legend(frameon=False)
+    for axes, place in ((left, "lower right"), (right, "upper right")):
+        axes.legend(frameon=False, loc=place)
         axes.spines[["top", "right"]].set_visible(False)
     return drawing
 
