@@ -37,7 +37,7 @@ from ldm_jax.run_folder.wandb_log import WandbLog
 from ldm_jax.runtime.clock import Clock
 from ldm_jax.runtime.files import read_json, write_json
 from ldm_jax.runtime.interrupt import InterruptWatch
-from ldm_jax.runtime.parallel import wait_for_hosts
+from ldm_jax.runtime.parallel import check_same_on_hosts, wait_for_hosts
 from ldm_jax.runtime.topology import load_topology
 from ldm_jax.sampling import prompt_sheets
 from ldm_jax.sampling.concat_inputs import check_segments
@@ -55,6 +55,7 @@ from ldm_jax.training.text_embeddings import check_memory
 DATA = "data.json"  # in the run folder: its data sets, device and command
 LOCAL = "local"  # the devices of this machine, to compile for
 EARLIER = "earlier"  # in it: steps and learning rates before they were changed
+PLACES = ("data.dir", "data.path")  # each host may have its own copy of the data
 
 
 def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool = False) -> None:
@@ -90,7 +91,10 @@ def run(config: ConfigDict, workdir: Path, *, command: str = "", dry_run: bool =
     if done:
         print(f"All is done: {address(workdir)}/report.html")
         return
-    wait_for_hosts("checked")  # all of them have read the folder that the primary one now writes to
+    # from here on all of them have read the folder that the primary one writes to
+    check_same_on_hosts(
+        {f"config.{name}": value for name, value in config_io.flatten(config).items() if name not in PLACES}
+    )
     primary = jax.process_index() == 0
     if primary:
         workdir.mkdir(parents=True, exist_ok=True)

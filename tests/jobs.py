@@ -51,13 +51,15 @@ def start(data, workdir, *changes, devices=1):
     )
 
 
-def start_hosts(data, workdir, count, *changes, devices=1):
-    """Starts a small job in `count` processes, as on as many hosts with a common disk."""
+def start_hosts(data, workdir, count, *changes, devices=1, of_host=None):
+    """Starts a small job in `count` processes, as on as many hosts with a common disk; `of_host` has flags of one."""
+    own = of_host or {}
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     hosts = (f"--coordinator=localhost:{port}", f"--num_processes={count}", *changes)
-    return [start(data, workdir, *hosts, f"--process_id={i}", devices=devices) for i in range(count)]
+    flags = [(*hosts, *own.get(host, ()), f"--process_id={host}") for host in range(count)]
+    return [start(data, workdir, *each, devices=devices) for each in flags]
 
 
 def environment(devices):

@@ -61,12 +61,14 @@ def test_a_script_parses(path):
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (143, True), (2, False), (1, False)])
 def test_slurm_queues_the_job_again_when_it_was_stopped_and_saved(status, requeued, tmp_path):
-    for name, text in (("srun", f"exit {status}"), ("scontrol", f'echo "$*" > {tmp_path}/requeued')):
+    srun, scontrol = f'echo "$1" > {tmp_path}/options; exit {status}', f'echo "$*" > {tmp_path}/requeued'
+    for name, text in (("srun", srun), ("scontrol", scontrol)):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_CPUS_PER_TASK": "32"}
     done = subprocess.run(["bash", str(ROOT / "docs" / "launch" / "slurm.sh")], env=environment)
     assert done.returncode == status
+    assert (tmp_path / "options").read_text() == "--cpus-per-task=32\n"  # which srun does not take from sbatch
     assert (tmp_path / "requeued").exists() == requeued
     assert not requeued or (tmp_path / "requeued").read_text() == "requeue 12\n"
 
@@ -105,15 +107,18 @@ case "$*" in
         [ -e {folder}/preempted ] && exit 0
         touch {folder}/preempted
         echo {after} > {folder}/state
-        exit 1 ;;
+        exit {status} ;;
 esac
 """
 
 
-@pytest.mark.parametrize(("after", "status", "created"), [("PREEMPTED", 0, 2), ("READY", 1, 1)])
-def test_a_preempted_tpu_slice_is_made_again(after, status, created, tmp_path):
-    """A training that fails on a slice that is still there is not started again."""
-    (tmp_path / "gcloud").write_text(GCLOUD.format(folder=tmp_path, after=after))
+@pytest.mark.parametrize(
+    ("after", "trained", "status", "created"),
+    [("PREEMPTED", 1, 0, 2), ("PREEMPTED", 143, 0, 2), ("READY", 143, 0, 1), ("READY", 1, 1, 1), ("READY", 2, 1, 1)],
+)
+def test_a_preempted_tpu_slice_is_made_again(after, trained, status, created, tmp_path):
+    """A training that was stopped and saved goes on; one that fails on a slice that is still there does not."""
+    (tmp_path / "gcloud").write_text(GCLOUD.format(folder=tmp_path, after=after, status=trained))
     (tmp_path / "gcloud").chmod(0o755)
     (tmp_path / "state").touch()
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SHARE": "10.0.0.2:/runs", "REPOSITORY": "somewhere"}

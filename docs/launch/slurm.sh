@@ -13,7 +13,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
-srun --kill-on-bad-exit=0 --wait=0 .venv/bin/python -m ldm_jax.train --config=configs/fashion_mnist_best.py \
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0 .venv/bin/python -m ldm_jax.train --config=configs/fashion_mnist_best.py \
     --workdir=runs/best --distributed
 status=$?
 if [ "$status" -eq 143 ]; then # stopped and saved; 0 is done, 2 wrong input, all else a failure

@@ -29,10 +29,14 @@ for attempt in {1..100}; do
             sleep 60 # there is no capacity
             continue
         }
-        on_all_hosts "$SETUP" || continue
     fi
+    on_all_hosts "$SETUP" || { # a new machine may still be installing its own updates
+        sleep 60
+        continue
+    }
     on_all_hosts "$TRAIN" && exit 0
-    if ready; then
+    status=$?
+    if [ "$status" -ne 143 ] && ready; then # 143: stopped and saved
         echo "The training failed, and the slice is still there: see above." >&2 # wrong input, a loss that is not finite
         exit 1
     fi

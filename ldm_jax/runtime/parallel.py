@@ -4,7 +4,8 @@ The state has no device axis: by `in_axes=None` it is one logical array, replica
 step to step. Batches are [local devices, examples, ...].
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ldm_jax.errors import InputError
 
 AXIS = "data"
 
@@ -117,3 +120,27 @@ def wait_for_hosts(name: str) -> None:
     """A barrier: returns when all hosts have reached the point `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def check_same_on_hosts(fields: Mapping[str, Any]) -> None:
+    """A barrier that raises InputError on all hosts if a field's value is not the same on all of them."""
+    if jax.process_count() == 1:
+        return
+    names = sorted(fields)
+    if not _same(_hash(names)).all():
+        raise InputError("this host and another have not the same config fields; ldm_jax must be the same on all hosts")
+    same = _same(np.stack([_hash(fields[name]) for name in names]))  # [hosts, fields]
+    for index, name in enumerate(names):
+        if not same[:, index].all():
+            other = int(np.argmin(same[:, index]))
+            rule = f"host {other} has another value; start all hosts by the same command"
+            raise InputError(f"{name} is {fields[name]!r} on host {jax.process_index()}; {rule}")
+
+
+def _hash(value: Any) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
+
+
+def _same(hashes: np.ndarray) -> np.ndarray:
+    """Whether the hashes [..., 32] of this host equal those of each host, [hosts, ...]; a collective."""
+    return (multihost_utils.process_allgather(hashes) == hashes).all(axis=-1)

@@ -55,6 +55,19 @@ def assert_same_run(run, other):
 
 
 @pytest.mark.slow
+def test_hosts_with_different_configs_are_refused(tiny_data, tmp_path):
+    """One line on each, with the field; nothing is written. They used to train, or to wait for each other forever."""
+    processes = jobs.start_hosts(
+        tiny_data, tmp_path / "run", 2, of_host={1: ["--config.diffusion.learning_rate=0.5", "--config.seed=7"]}
+    )
+    outputs = jobs.finish_all(processes, [2, 2])
+    for host, (output, rate) in enumerate(zip(outputs, ("", "0.5"))):
+        (line,) = [line for line in output.splitlines() if line.startswith("train: ")]
+        assert f"config.diffusion.learning_rate is {rate}" in line and f"on host {host}; host {1 - host} has" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "number", "statuses"), [(1, signal.SIGTERM, [143, 143]), (0, signal.SIGINT, [130, 143])]
 )
