@@ -243,7 +243,8 @@ def similarity_guided(
 
     With z0_hat for z0 in p(y | z0) ~ exp(scale similarity(z0)) (Chung 2023, theorem 1), z0 is
     z0_hat + sigma^2 / alpha scale grad similarity(z0_hat(z_t)), through the network: exact where the similarity is
-    linear. Costs a gradient of network and similarity in each call, and none where `classifier_guided` costs none.
+    linear and z0 given z_t is Gaussian. Costs a gradient of network and similarity in each call, and none where
+    `classifier_guided` costs none.
 
     Args:
       denoise, scale, interval: see `classifier_guided`.
